@@ -1,0 +1,4 @@
+"""Frozen vision-language models behind one contract.
+
+Names nothing itself: import the module that is meant.
+"""

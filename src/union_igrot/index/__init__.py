@@ -1,0 +1,4 @@
+"""Galleries behind one small interface.
+
+Names nothing itself: import the module that is meant.
+"""

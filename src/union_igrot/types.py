@@ -1,0 +1,311 @@
+"""The vocabulary of the house: queries, galleries, benchmarks, features, scores.
+
+Plain frozen values that every other room speaks. Does not know how a file is read,
+how a picture is encoded or how a figure is computed.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, Protocol as Interface, Self, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+
+from union_igrot.errors import DataError
+
+Task = Literal["cir", "sbir"]
+Domain = Literal["photo", "sketch"]
+ApNorm = Literal["min", "hits", "all"]
+ApRule = Literal["step", "trapezoid", "voc"]
+Average = Literal["micro", "macro"]
+
+
+@runtime_checkable
+class Picture(Interface):
+    """A picture that is not simply a file: generated, cropped, held in memory.
+
+    Attributes:
+        key: Identity. Two pictures with equal keys have equal pixels.
+    """
+
+    @property
+    def key(self) -> str:
+        """Identity: equal keys mean equal pixels."""
+        ...
+
+    def open(self) -> Image.Image:
+        """Give the decoded picture in RGB mode."""
+        ...
+
+
+Source = Path | Picture
+"""Where a picture comes from: a file, or a `Picture`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question to a gallery.
+
+    Attributes:
+        id: Unique within its benchmark.
+        image: The reference photo or the sketch.
+        text: What to change, or None.
+        targets: Gallery ids that answer the query. Empty on hidden test splits.
+        exclude: Gallery ids that are never ranked for this query (its own reference).
+        subset: Gallery ids of the query's subset ranking (CIRR), or None.
+        label: Class of the query, for averages by class, or None.
+        tags: Names of groups the query is also reported under (edit types, aspects).
+    """
+
+    id: str
+    image: Source
+    text: str | None = None
+    targets: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    subset: tuple[str, ...] | None = None
+    label: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryItem:
+    """One picture that can be an answer.
+
+    Attributes:
+        id: Unique within its gallery.
+        image: The picture.
+        label: Its class, or None.
+        caption: A text shown to people; never given to a model.
+    """
+
+    id: str
+    image: Source
+    label: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How a benchmark is scored; printed beside every figure.
+
+    Attributes:
+        name: Name of the preset, `official` unless another convention was chosen.
+        metrics: Names of the figures, `R@k`, `Rs@k` (subset), `P@k`, `mAP`, `mAP@k`.
+        primary: The figure by which models are compared and chosen; one of `metrics`.
+        exclude_reference: Whether the queries' `exclude` ids leave the ranking.
+        ap_norm: Divisor of average precision: `min(k, R)`, `hits` in the top k, or `all` R.
+        ap_rule: Area rule of average precision.
+        average: Mean over queries (`micro`) or mean of the classes' means (`macro`).
+        ties: How equal scores are ordered.
+        note: Anything else a reader of the figure has to know.
+    """
+
+    name: str = "official"
+    metrics: tuple[str, ...] = ("R@1", "R@5", "R@10", "mAP")
+    primary: str = "mAP"
+    exclude_reference: bool = False
+    ap_norm: ApNorm = "min"
+    ap_rule: ApRule = "step"
+    average: Average = "micro"
+    ties: Literal["gallery order", "pessimistic"] = "gallery order"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.primary not in self.metrics:
+            raise DataError(
+                f"the primary metric {self.primary!r} is not among the protocol's metrics {list(self.metrics)}"
+            )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Queries, a gallery and the protocol that scores one against the other.
+
+    Attributes:
+        name: Name of the benchmark, such as `shapes_cir`.
+        split: Name of the split.
+        task: `cir` or `sbir`.
+        queries: The queries, in a fixed order.
+        gallery: The gallery, in a fixed order, which also breaks ties.
+        protocol: How it is scored.
+        skipped: How many items were left out on request (`on_missing=skip`).
+
+    Raises:
+        DataError: Where it is empty, has an id twice, or names a target, an excluded
+            or a subset id that the gallery does not hold.
+    """
+
+    name: str
+    split: str
+    task: Task
+    queries: Sequence[Query]
+    gallery: Sequence[GalleryItem]
+    protocol: Protocol
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        where = f"{self.name} ({self.split})"
+        if not self.queries:
+            raise DataError(f"{where}: there is no query; choose another split or add some")
+        if not self.gallery:
+            raise DataError(f"{where}: the gallery is empty; choose another split or add pictures")
+        known = {item.id for item in self.gallery}
+        if len(known) != len(self.gallery):
+            raise DataError(f"{where}: a gallery id stands twice among {len(self.gallery)} items")
+        checked: set[int] = set()
+        for query in self.queries:
+            for ids in (query.targets, query.exclude, query.subset or ()):
+                if id(ids) in checked:  # sketch queries of one class share one tuple
+                    continue
+                checked.add(id(ids))
+                for name in ids:
+                    if name not in known:
+                        raise DataError(f"{where}: query {query.id!r} names {name!r}, which the gallery does not hold")
+
+
+@dataclass(frozen=True, slots=True)
+class Triplet:
+    """One training sample: a query and one picture that answers it.
+
+    Attributes:
+        image: The reference photo or the sketch.
+        text: What to change, or None.
+        target: The answer.
+        group: Identity of the answer's content. Targets of one group are never each
+            other's negatives.
+        task: `cir` or `sbir`. A batch holds samples of one task.
+    """
+
+    image: Source
+    text: str | None
+    target: Source
+    group: str
+    task: Task
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The triplets to train on, and what a reader has to know of them.
+
+    Attributes:
+        name: Name of the data.
+        triplets: The samples.
+        classes: Names of the classes seen, for the overlap check of zero-shot figures.
+        skipped: How many items were left out on request.
+    """
+
+    name: str
+    triplets: Sequence[Triplet]
+    classes: tuple[str, ...] = ()
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """How a picture becomes a tensor; a value that two parties can compare.
+
+    Attributes:
+        size: Height and width of the result in pixels.
+        mean: Channel means, subtracted after scaling to 0..1.
+        std: Channel standard deviations, divided by.
+        fit: `squash` resizes both sides, `crop` resizes the short side and cuts the
+            centre, `pad` first pads a picture longer than `pad_ratio` to that ratio.
+        interpolation: Filter of the resize.
+        pad_ratio: Longest allowed side ratio under `pad` (1.25 in TransAgg's code).
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Literal["squash", "crop", "pad"] = "crop"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    pad_ratio: float = 1.25
+
+    def fingerprint(self) -> str:
+        """Give a short hash of every setting."""
+        text = repr([(f.name, getattr(self, f.name)) for f in fields(self)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a frozen backbone says of a batch of pictures or texts, not normalised.
+
+    Attributes:
+        pooled: The embedding of each item in the joint space.
+        tokens: All tokens projected into the same space, or None where not kept.
+        mask: True at real tokens, False at padding. None where `tokens` is None.
+        pooled_at: Position among the tokens that `pooled` was read from.
+    """
+
+    pooled: Float[Tensor, "batch dim"]
+    tokens: Float[Tensor, "batch length dim"] | None = None
+    mask: Bool[Tensor, "batch length"] | None = None
+    pooled_at: Int[Tensor, " batch"] | None = None
+
+    def __len__(self) -> int:
+        return self.pooled.shape[0]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to a device."""
+        return self._each(lambda x: x.to(device))
+
+    def select(self, rows: Int[Tensor, " rows"]) -> Self:
+        """Take some items, in the given order."""
+        return self._each(lambda x: x[rows])
+
+    def expand(self, batch: int) -> Self:
+        """Repeat a single item `batch` times without copying."""
+        return self._each(lambda x: x.expand(batch, *x.shape[1:]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: None if x is None else change(x) for name, x in parts.items()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples of one task, as pictures and texts or as their features.
+
+    Attributes:
+        images: Reference pictures, preprocessed or already encoded.
+        texts: What to change; an entry may be None.
+        targets: Target pictures, preprocessed or already encoded.
+        groups: Identity of each target's content; equal groups are not negatives.
+    """
+
+    images: Float[Tensor, "batch 3 height width"] | Features
+    texts: Sequence[str | None] | Features
+    targets: Float[Tensor, "batch 3 height width"] | Features
+    groups: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The first answers to each query, best first.
+
+    Attributes:
+        positions: Positions in the gallery.
+        scores: Cosine similarities, -1..1, not increasing along a row.
+    """
+
+    positions: Int[Tensor, "queries k"]
+    scores: Float[Tensor, "queries k"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The figures of one method on one benchmark, query by query.
+
+    Attributes:
+        values: For each metric's name one value a query, 0..1; nan where the metric is
+            not defined for the query (no target, no subset).
+        ranking: The first answers to each query.
+    """
+
+    values: Mapping[str, Float[Tensor, " queries"]]
+    ranking: Ranking
