@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol as Interface, Self, runtime_checkable
+from typing import Literal, Protocol as Interface, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -250,21 +250,21 @@ class Features:
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Features":
         """Move every tensor to a device."""
         return self._each(lambda x: x.to(device))
 
-    def select(self, rows: Int[Tensor, " rows"]) -> Self:
+    def select(self, rows: Int[Tensor, " rows"]) -> "Features":
         """Take some items, in the given order."""
         return self._each(lambda x: x[rows])
 
-    def expand(self, batch: int) -> Self:
+    def expand(self, batch: int) -> "Features":
         """Repeat a single item `batch` times without copying."""
         return self._each(lambda x: x.expand(batch, *x.shape[1:]))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: None if x is None else change(x) for name, x in parts.items()})
+        return Features(**{name: None if x is None else change(x) for name, x in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -309,3 +309,22 @@ class Scores:
 
     values: Mapping[str, Float[Tensor, " queries"]]
     ranking: Ranking
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Some queries or gallery pictures of a benchmark.
+
+    Attributes:
+        benchmark: Which of the benchmarks in use.
+        side: `queries` or `gallery`.
+        positions: Their positions on that side.
+        images: Pictures, preprocessed or already encoded.
+        texts: The queries' texts; None for a gallery.
+    """
+
+    benchmark: int
+    side: Literal["queries", "gallery"]
+    positions: Int[Tensor, " batch"]
+    images: Float[Tensor, "batch 3 height width"] | Features
+    texts: Sequence[str | None] | Features | None = None

@@ -1,0 +1,70 @@
+"""What all commands share: help, early checks, one clear line for a mistake.
+
+Knows Hydra and the errors. Does not know what a command does.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from union_igrot import __version__
+from union_igrot.config import check_config, compose, conf_dir, help_text
+from union_igrot.errors import UnionError
+
+EXIT_MISTAKE = 2
+"""Exit code for a mistake the user can mend."""
+
+
+@contextmanager
+def _one_line(command: str) -> Iterator[None]:
+    try:
+        yield
+    except UnionError as error:
+        print(f"{command}: {error}", file=sys.stderr)  # noqa: T201 - the command's voice
+        raise SystemExit(EXIT_MISTAKE) from None
+
+
+def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Sequence[str] | None = None) -> None:
+    """Run a command under Hydra.
+
+    Args:
+        name: Name of the configuration, `train` or `eval`.
+        task: Takes the checked configuration and Hydra's run folder.
+        argv: Arguments; the process's own where None.
+
+    Raises:
+        SystemExit: With code 2 and one line on standard error for a user's mistake.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = f"union-{name}"
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(name))  # noqa: T201 - the command's voice
+        return
+    if "--version" in arguments:
+        print(__version__)  # noqa: T201 - the command's voice
+        return
+    with _one_line(command):
+        if not any(argument.startswith("-") for argument in arguments):
+            compose(name, arguments)
+        folder = str(conf_dir())
+
+    def guarded(config: DictConfig) -> None:
+        with _one_line(command):
+            check_config(name, config)
+            task(config, Path(HydraConfig.get().runtime.output_dir))
+
+    before = sys.argv
+    sys.argv = [command, *arguments]
+    # A relative folder in an override is meant from where the user stands; Hydra must not move.
+    here = Path.cwd()
+    try:
+        hydra.main(version_base="1.3", config_path=folder, config_name=name)(guarded)()
+    finally:
+        sys.argv = before
+        os.chdir(here)

@@ -1,0 +1,34 @@
+"""`union-eval`: a trained model on benchmarks, beside chance and untrained baselines.
+
+Knows the order of the steps. Does not know how any of them is done.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from union_igrot.cli.command import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-eval`."""
+    run_command("eval", evaluate_checkpoint, argv)
+
+
+def evaluate_checkpoint(config: DictConfig, fresh: Path) -> None:
+    """Evaluate as configured; `fresh` is used where no folder is named."""
+    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from union_igrot.cli import assemble
+    from union_igrot.cli.results import evaluate_and_report
+    from union_igrot.model import load_model
+    from union_igrot.report.files import write_text
+
+    checkpoint = Path(config.checkpoint).expanduser()
+    inner = checkpoint / "model"
+    model = load_model(config.checkpoint if config.checkpoint == "tiny" else inner if inner.is_dir() else checkpoint)
+    test = assemble.benchmarks(config.data, config.data.split)
+    folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    evaluate_and_report(model, test, assemble.encoder(config, model.backbone), folder, config.seed)

@@ -1,0 +1,42 @@
+"""The end of a training and the whole of an evaluation: figures, tables, pictures, files.
+
+Knows the names of the files in a run's folder. Does not know how figures are computed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from union_igrot.data.transforms import open_picture
+from union_igrot.encode import Encoder
+from union_igrot.evaluate import evaluate
+from union_igrot.model import IGROTModel
+from union_igrot.report.files import write_results
+from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
+from union_igrot.report.tables import print_results
+from union_igrot.types import Benchmark
+
+
+def evaluate_and_report(
+    model: IGROTModel, benchmarks: Sequence[Benchmark], encoder: Encoder, folder: Path, seed: int
+) -> None:
+    """Evaluate on each benchmark, write what was found after each, print the tables.
+
+    Writes `results.json`, `results.csv`, `contact-<benchmark>.png`, and `curve.png` where
+    the folder holds a training's log.
+    """
+    rows = []
+    for benchmark in benchmarks:
+        found = evaluate(model, benchmark, encoder, seed)
+        rows += found.rows
+        write_results(folder, rows)
+        contact_sheet(
+            folder / f"contact-{benchmark.name}.png", benchmark, found.scores["trained"].ranking, open_picture
+        )
+    curves = read_curves(sorted(folder.glob("logs/version_*/metrics.csv")))
+    shown = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
+    if shown:
+        curve_picture(folder / "curve.png", shown)
+    print_results(rows)
+    Console().print(f"written to {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,86 @@
+"""`union-train`: train the heads, evaluate them, write the results.
+
+Knows the order of the steps. Does not know how any of them is done.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from union_igrot.cli.command import run_command
+
+if TYPE_CHECKING:
+    from union_igrot.encode import Encoder
+    from union_igrot.model import IGROTModel
+    from union_igrot.runfolder import RunFolder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-train`."""
+    run_command("train", train, argv)
+
+
+def train(config: DictConfig, fresh: Path) -> None:
+    """Train as configured; `fresh` is used where no folder is named and nothing is resumed."""
+    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from rich.console import Console
+
+    from union_igrot.cli import assemble
+    from union_igrot.cli.results import evaluate_and_report
+    from union_igrot.model import IGROTModel
+    from union_igrot.runfolder import identity_of, open_run
+
+    settings = assemble.plain(config)
+    deciding = {key: value for key, value in settings.items() if key not in {"output_dir", "cache_dir", "progress"}}
+    chosen = None if config.output_dir is None else Path(config.output_dir).expanduser()
+    run = open_run(chosen, fresh, identity_of(deciding))
+    console = Console(stderr=True)
+    console.print(f"{'going on in' if run.resumed else 'run folder'} {run.path}", highlight=False)
+    (run.path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    if run.stage == "trained":
+        model = IGROTModel.load(run.path / "model")
+        encoder = assemble.encoder(config, model.backbone)
+    else:
+        model, encoder = _fit(config, run)
+    test = assemble.benchmarks(config.data, config.data.split)
+    evaluate_and_report(model, test, encoder, run.path, config.seed)
+    run.reach("done")
+    run.close()
+
+
+def _fit(config: DictConfig, run: "RunFolder") -> "tuple[IGROTModel, Encoder]":
+    import lightning
+    from lightning.pytorch.loggers import CSVLogger
+
+    from union_igrot.cli import assemble
+    from union_igrot.datamodule import IGROTDataModule
+    from union_igrot.learner import Learner, Machine, Recipe, fit
+    from union_igrot.losses import InfoNCE
+
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    samples, validation = assemble.training(config.data), assemble.benchmarks(config.data, "val")
+    card = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
+    model = assemble.new_model(config, {**card, "config": assemble.plain(config)})
+    encoder = assemble.encoder(config, model.backbone)
+    recipe = assemble.plain(config.recipe)
+    batch_size = recipe.pop("batch_size")
+    learner = Learner(model, InfoNCE(**assemble.plain(config.loss)), Recipe(**recipe), validation)
+    batches = IGROTDataModule(
+        samples,
+        validation,
+        encoder,
+        query_tokens=model.fusion.needs_tokens,
+        target_tokens=model.target.needs_tokens,
+        batch_size=batch_size,
+        seed=config.seed,
+    )
+    where = config.strategy
+    machine = Machine(where.accelerator, where.devices, where.nodes, where.name, config.precision.trainer)
+    logger = CSVLogger(run.path, name="logs") if config.logger.name == "csv" else False
+    best = fit(learner, batches, run.path / "checkpoints", machine=machine, logger=logger, progress=config.progress)
+    model.card["best"] = best
+    model.save(run.path / "model")
+    run.reach("trained")
+    return model, encoder

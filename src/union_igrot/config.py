@@ -1,0 +1,298 @@
+"""Configurations: where `conf/` is, composing, checking and explaining them.
+
+The only room beside `cli` that knows Hydra and OmegaConf. Does not import anything heavy,
+so that a mistake is reported before a model is thought of.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from union_igrot.errors import ConfigError
+
+Check = Callable[[Any], str | None]
+"""Gives what is allowed where a value is not, else None."""
+
+
+def conf_dir() -> Path:
+    """Find the folder of configurations: in the installed package, or beside `src`.
+
+    Raises:
+        ConfigError: Where neither exists.
+    """
+    package = Path(__file__).resolve().parent
+    places = [package / "conf", package.parents[1] / "conf"]
+    for place in places:
+        if (place / "train.yaml").is_file():
+            return place
+    raise ConfigError(f"no configurations at {places[0]} or {places[1]}; install the package again")
+
+
+def _whole(low: int, high: float = math.inf, *, null: bool = False) -> Check:
+    def check(value: Any) -> str | None:
+        if null and value is None:
+            return None
+        right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        top = "" if high == math.inf else f" and at most {high:.0f}"
+        return None if right else f"a whole number of at least {low}{top}" + (", or null" if null else "")
+
+    return check
+
+
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
+    def check(value: Any) -> str | None:
+        right = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if right and not (above and value == low):
+            return None
+        floor = f"above {low:g}" if above else f"of at least {low:g}"
+        return f"a number {floor}" + ("" if high == math.inf else f" and at most {high:g}")
+
+    return check
+
+
+def _one_of(*options: Any) -> Check:
+    return lambda value: None if value in options else "one of " + ", ".join(map(str, options))
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else "a text"
+
+
+def _text_or_null(value: Any) -> str | None:
+    return None if value is None or isinstance(value, str) else "a text or null"
+
+
+def _folder(value: Any) -> str | None:
+    if isinstance(value, str) and Path(value).expanduser().is_dir():
+        return None
+    return "an existing folder"
+
+
+def _file_or_null(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and Path(value).expanduser().exists()):
+        return None
+    return "an existing file, or null"
+
+
+def _devices(value: Any) -> str | None:
+    return None if value == "auto" or _whole(1)(value) is None else "auto or a whole number of at least 1"
+
+
+_PROBABILITY = _number(0.0, 0.999)
+_COMMON: dict[str, Check] = {
+    "seed": _whole(0, 2**32 - 1),
+    "output_dir": _text_or_null,
+    "cache_dir": _text_or_null,
+    "progress": _flag,
+    "features.batch_size": _whole(1),
+    "features.workers": _whole(0, null=True),
+    "features.dtype": _one_of("float32", "float16"),
+}
+_RULES: dict[str, dict[str, Check]] = {
+    "train": {
+        **_COMMON,
+        "model.name": _one_of("tiny"),
+        "model.weights": _file_or_null,
+        "model.feedforward": _whole(1),
+        "model.union_heads": _whole(1),
+        "loss.scale": _number(0.0, above=True),
+        "loss.symmetric": _flag,
+        "loss.skip_duplicates": _flag,
+        "recipe.epochs": _whole(1),
+        "recipe.batch_size": _whole(2),
+        "recipe.rate": _number(0.0, above=True),
+        "recipe.weight_decay": _number(0.0),
+        "recipe.eps": _number(0.0, above=True),
+        "recipe.warmup": _number(0.0, 1.0),
+        "recipe.floor": _number(0.0, 1.0),
+        "recipe.clip": _number(0.0, above=True),
+        "recipe.monitor": _text,
+        "precision.trainer": _one_of("32-true", "bf16-mixed", "16-mixed"),
+        "strategy.accelerator": _text,
+        "strategy.devices": _devices,
+        "strategy.nodes": _whole(1),
+        "strategy.name": _text,
+        "logger.name": _one_of("csv", "none"),
+    },
+    "eval": {**_COMMON, "checkpoint": _text},
+}
+_VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
+    "data.name": {
+        "shapes": {
+            "data.split": _one_of("val", "test"),
+            "data.seed": _whole(0),
+            "data.triplets": _whole(0),
+            "data.pairs": _whole(0),
+            "data.val_queries": _whole(1),
+            "data.queries": _whole(1),
+        },
+        "folder": {
+            "data.root": _folder,
+            "data.split": _one_of("val", "test"),
+            "data.seed": _whole(0),
+            "data.pairs": _whole(1),
+            "data.text": _text_or_null,
+            "data.on_missing": _one_of("error", "skip"),
+        },
+    },
+    "fusion.kind": {
+        "image": {},
+        "text": {},
+        "sum": {},
+        "transagg": {
+            "fusion.layers": _whole(1),
+            "fusion.heads": _whole(1),
+            "fusion.dropout": _PROBABILITY,
+            "fusion.mask": _one_of("exclude", "legacy"),
+            "fusion.start": _one_of("balanced", "reference"),
+        },
+    },
+    "target.kind": {
+        "frozen": {},
+        "shared": {},
+        "sum": {"target.form": _one_of("normalised", "training", "inference")},
+        "union": {
+            "target.layers": _whole(1),
+            "target.dropout": _PROBABILITY,
+            "target.encoder_dropout": _PROBABILITY,
+            "target.start": _one_of("image", "reference"),
+        },
+    },
+}
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _leaves(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_config(name: str, config: DictConfig) -> None:
+    """Check every value of a composed configuration.
+
+    Args:
+        name: `train` or `eval`.
+        config: What `compose` gave.
+
+    Raises:
+        ConfigError: Naming every problem: unknown keys, missing keys, values not allowed.
+    """
+    values = _leaves(OmegaConf.to_container(config))  # type: ignore[arg-type]
+    rules = dict(_RULES[name])
+    for key, variants in _VARIANTS.items():
+        if name == "train" or key == "data.name":
+            rules[key] = _one_of(*variants)
+            rules |= variants.get(str(values.get(key)), {})
+    problems = []
+    for key, value in values.items():
+        if key not in rules:
+            near = difflib.get_close_matches(key, rules, 1)
+            problems.append(f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+        elif isinstance(value, str) and value == "???":
+            problems.append(f"{key} is not given; add {key}=VALUE")
+        elif allowed := rules[key](value):
+            problems.append(f"{key}={value} is not allowed; give {allowed}")
+    problems += [f"{key} is missing" for key in rules if key not in values]
+    if problems:
+        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose and check a configuration, as the commands do.
+
+    Args:
+        name: `train` or `eval`.
+        overrides: As on the command line, such as `["data=folder", "data.root=pictures"]`.
+
+    Returns:
+        The composed configuration.
+
+    Raises:
+        ConfigError: For an unknown name, group, option, key or value; all values that are
+            not allowed are named together.
+    """
+    known = sorted(path.stem for path in conf_dir().glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"configuration {name!r} does not exist; choose one of {', '.join(known)}")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=name):
+            config = hydra_compose(name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_explain(error)) from None
+    check_config(name, config)
+    return config
+
+
+def options_of(group: str) -> list[str]:
+    """Name what a configuration group offers."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    missing = isinstance(error, MissingConfigException) and re.search(r"'(\w+)/([^']+)'", text)
+    if missing:
+        group, option = missing.groups()
+        return f"{group}={option} does not exist; choose one of {', '.join(options_of(group))}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        return f"{unknown.group(1)} is not a setting; --help lists the settings"
+    return text
+
+
+def help_text(name: str) -> str:
+    """Say what a command takes: its groups with their options, and its settings.
+
+    Read from the comments of the YAML files themselves.
+    """
+    lines = (conf_dir() / f"{name}.yaml").read_text().splitlines()
+    groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+)\s+# (.+)", line))]
+    out = [lines[0].removeprefix("# "), "", f"usage: union-{name} [GROUP=OPTION ...] [KEY=VALUE ...] [-m]", ""]
+    out.append("groups:")
+    for group, default, meaning in groups:
+        options = [f"{option} (default)" if option == default else option for option in options_of(group)]
+        out.append(f"  {group:<11}{meaning}: {', '.join(options)}")
+    out += ["", "settings:"]
+    for section, body in _sections(lines):
+        out += [f"  {section}{key}={value}".ljust(34) + meaning for key, value, meaning in body]
+    for group, _, _ in groups:
+        out += ["", f"{group}=..."]
+        for option in options_of(group):
+            text = (conf_dir() / group / f"{option}.yaml").read_text().splitlines()
+            out.append(f"  {option:<15}{text[0].removeprefix('# ')}")
+            keys = [f"{group}.{line.split('#')[0].strip().replace(': ', '=')}" for line in text[1:] if ":" in line]
+            keys = [key for key in keys if not re.match(rf"{group}\.(name|kind)=", key)]
+            out += [f"{'':<17}{key}" for key in keys]
+    out += ["", "-m sweeps over comma-separated values; --cfg job prints the composed configuration"]
+    return "\n".join(out)
+
+
+def _sections(lines: Sequence[str]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    sections: list[tuple[str, list[tuple[str, str, str]]]] = [("", [])]
+    for line in lines:
+        if re.match(r"hydra:", line):
+            break
+        if head := re.match(r"(\w+):\s*$", line):
+            sections.append((f"{head.group(1)}.", []))
+        elif setting := re.match(r"(\s*)(\w+): (\S+)\s+# (.+)", line):
+            indent, key, value, meaning = setting.groups()
+            sections[-1 if indent else 0][1].append((key, value, meaning))
+    return [section for section in sections if section[0] != "defaults."]

@@ -1,0 +1,199 @@
+"""Pictures and texts through the frozen backbone, each once, into the feature store.
+
+Decodes in worker processes ahead of the backbone, shows a progress bar and goes on where
+an interrupted run stopped. Does not know heads, benchmarks or training.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from union_igrot.backbones.base import Backbone
+from union_igrot.data.transforms import PictureToTensor, open_picture, picture_key
+from union_igrot.errors import PictureError
+from union_igrot.progress import progress_bar
+from union_igrot.store.features import FeatureStore
+from union_igrot.types import Features, Preprocess, Source
+
+Loaded = Tensor | PictureError
+
+
+class _Pictures(Dataset[Loaded]):
+    """Decoded, preprocessed pictures; an error is handed over instead of raised in a worker."""
+
+    def __init__(self, sources: Sequence[Source], preprocess: Preprocess) -> None:
+        self._sources, self._to_tensor, self._size = sources, PictureToTensor(preprocess), preprocess.size
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, at: int) -> Loaded:
+        try:
+            return self._to_tensor(open_picture(self._sources[at], at_least=self._size))
+        except PictureError as error:
+            return error
+
+
+def _together(loaded: list[Loaded]) -> Loaded:
+    for picture in loaded:
+        if isinstance(picture, PictureError):
+            return picture
+    return torch.stack([picture for picture in loaded if isinstance(picture, Tensor)])
+
+
+def load_pictures(
+    sources: Sequence[Source], preprocess: Preprocess, batch_size: int, workers: int
+) -> Iterator[Float[Tensor, "batch 3 height width"]]:
+    """Decode and preprocess pictures in order, in worker processes.
+
+    Args:
+        sources: The pictures.
+        preprocess: How they become tensors.
+        batch_size: Pictures a batch.
+        workers: Processes; 0 works in this one.
+
+    Raises:
+        PictureError: For the first picture that cannot be read.
+    """
+    # The batch that shows an error is the last one used, so workers need no clean end.
+    loader = DataLoader(
+        _Pictures(sources, preprocess), batch_size=batch_size, num_workers=workers, collate_fn=_together
+    )
+    for batch in loader:
+        if isinstance(batch, PictureError):
+            raise batch
+        yield batch
+
+
+@final
+class Encoder:
+    """Fills a feature store from a backbone and reads it.
+
+    Args:
+        backbone: The frozen model.
+        store: Where features are kept; belongs to the backbone's fingerprint.
+        batch_size: Pictures or texts a forward pass.
+        workers: Processes that decode; None takes all cores but one, eight at most.
+        shard: Items written at once; what an interruption can lose at most.
+        progress: Whether a bar is shown.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: FeatureStore,
+        *,
+        batch_size: int = 256,
+        workers: int | None = None,
+        shard: int = 2048,
+        progress: bool = True,
+    ) -> None:
+        self.backbone, self.store = backbone, store
+        self.batch_size, self.shard, self.progress = batch_size, shard, progress
+        self.workers = min(max((os.cpu_count() or 1) - 1, 0), 8) if workers is None else workers
+
+    def fill_pictures(self, sources: Sequence[Source], *, tokens: bool, what: str = "pictures") -> list[str]:
+        """Encode the pictures that the store does not hold yet.
+
+        Args:
+            sources: The pictures; one may stand several times.
+            tokens: Whether token features are kept beside the pooled ones.
+            what: What the progress bar calls them.
+
+        Returns:
+            A key for each picture, for `lookup`.
+
+        Raises:
+            PictureError: Where one is missing or broken; what was encoded before is kept.
+        """
+        keys = [f"image/{picture_key(source)}" for source in sources]
+        todo = self._todo(keys, tokens=tokens)
+
+        def forward(rows: list[int]) -> Iterator[Features]:
+            chosen = [sources[row] for row in rows]
+            for batch in load_pictures(chosen, self.backbone.preprocess, self.batch_size, self.workers):
+                yield self.backbone.encode_image(batch.to(self.backbone.device))
+
+        self._fill(keys, todo, forward, tokens=tokens, what=what)
+        return keys
+
+    def fill_texts(self, texts: Sequence[str | None], what: str = "texts") -> list[str]:
+        """Encode the texts that the store does not hold yet; None is the empty text.
+
+        Returns:
+            A key for each text, for `lookup`.
+        """
+        spoken = [text or "" for text in texts]
+        keys = [f"text/{text}" for text in spoken]
+
+        def forward(rows: list[int]) -> Iterator[Features]:
+            for at in range(0, len(rows), self.batch_size):
+                yield self.backbone.encode_text([spoken[row] for row in rows[at : at + self.batch_size]])
+
+        self._fill(keys, self._todo(keys, tokens=True), forward, tokens=True, what=what)
+        return keys
+
+    def lookup(self, keys: Sequence[str], *, tokens: bool) -> Features:
+        """Read features by key, on the backbone's device, in the order of the keys."""
+        return self.store.get(keys, tokens=tokens).to(self.backbone.device)
+
+    def _todo(self, keys: Sequence[str], *, tokens: bool) -> list[int]:
+        return self.store.missing(keys, tokens=tokens)
+
+    @torch.inference_mode()
+    def _fill(
+        self,
+        keys: Sequence[str],
+        todo: list[int],
+        forward: Callable[[list[int]], Iterator[Features]],
+        *,
+        tokens: bool,
+        what: str,
+    ) -> None:
+        if not todo:
+            return
+        with progress_bar(shown=self.progress) as bar:
+            task = bar.add_task(f"encoding {what}", total=len(todo))
+            written = 0
+            pending: list[Features] = []
+            held = 0
+            try:
+                for features in forward(todo):
+                    pending.append(features if tokens else Features(features.pooled))
+                    held += len(features)
+                    bar.advance(task, len(features))
+                    if held >= self.shard:
+                        written += self._flush(keys, todo[written : written + held], pending)
+                        pending, held = [], 0
+            finally:
+                self._flush(keys, todo[written : written + held], pending)
+
+    def _flush(self, keys: Sequence[str], rows: list[int], pending: list[Features]) -> int:
+        if rows:
+            self.store.add([keys[row] for row in rows], join_features(pending).to("cpu"))
+        return len(rows)
+
+
+def join_features(parts: Sequence[Features]) -> Features:
+    """Join batches of features; shorter token rows are padded at the end, their mask False.
+
+    Args:
+        parts: At least one batch; all with tokens, or all without.
+    """
+    pooled = torch.cat([part.pooled for part in parts])
+    if any(part.tokens is None for part in parts):
+        return Features(pooled)
+    longest = max(part.tokens.shape[1] for part in parts if part.tokens is not None)
+    tokens, masks, places = [], [], []
+    for part in parts:
+        assert part.tokens is not None and part.mask is not None and part.pooled_at is not None
+        more = longest - part.tokens.shape[1]
+        tokens.append(torch.nn.functional.pad(part.tokens, (0, 0, 0, more)))
+        masks.append(torch.nn.functional.pad(part.mask, (0, more), value=False))
+        places.append(part.pooled_at)
+    return Features(pooled, torch.cat(tokens), torch.cat(masks), torch.cat(places))

@@ -1,0 +1,58 @@
+"""Heads by name, for configurations and saved models.
+
+Knows the names and what each head takes. Does not know a configuration's layout.
+"""
+
+from inspect import signature
+from typing import Any, TypeVar
+
+from union_igrot.errors import ConfigError
+from union_igrot.heads.fusion import FusionHead, ImageFusion, SumFusion, TextFusion, TransAggFusion
+from union_igrot.heads.target import FrozenTarget, SharedTarget, SumTarget, TargetHead, UnionTarget
+
+Head = TypeVar("Head", FusionHead, TargetHead)
+FUSIONS: dict[str, type[FusionHead]] = {h.kind: h for h in (ImageFusion, TextFusion, SumFusion, TransAggFusion)}
+TARGETS: dict[str, type[TargetHead]] = {h.kind: h for h in (FrozenTarget, SumTarget, UnionTarget, SharedTarget)}
+
+
+def build_fusion(kind: str, width: int, **options: Any) -> FusionHead:
+    """Build a query head.
+
+    Args:
+        kind: `image`, `text`, `sum` or `transagg`.
+        width: Width of the joint space.
+        options: What the head takes beside its width.
+
+    Raises:
+        ConfigError: Where the name or an option is not known, or the head refuses a value.
+    """
+    return _build("fusion", FUSIONS, kind, width, options)
+
+
+def build_target(kind: str, width: int, **options: Any) -> TargetHead:
+    """Build a target head.
+
+    Args:
+        kind: `frozen`, `sum`, `union` or `shared`.
+        width: Width of the joint space.
+        options: What the head takes beside its width.
+
+    Raises:
+        ConfigError: Where the name or an option is not known, or the head refuses a value.
+    """
+    return _build("target", TARGETS, kind, width, options)
+
+
+def _build(what: str, known: dict[str, type[Head]], kind: str, width: int, options: dict[str, Any]) -> Head:
+    if kind not in known:
+        raise ConfigError(f"{what} {kind!r} does not exist; choose one of {', '.join(known)}")
+    takes = [name for name in signature(known[kind]).parameters if name != "options"]
+    unknown = sorted(set(options) - set(takes))
+    if unknown:
+        allowed = ", ".join(name for name in takes if name != "width") or "no option"
+        raise ConfigError(f"{what} {kind!r} does not take {', '.join(unknown)}; it takes {allowed}")
+    given = {"width": width, **options} if "width" in takes else options
+    try:
+        return known[kind](**given)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"{what} {kind!r} at width {width} cannot be built: {error}") from None

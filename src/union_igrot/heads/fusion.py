@@ -1,0 +1,199 @@
+"""Query heads: an image's and a text's features become one query embedding.
+
+Three heads without weights (image, text, sum) and TransAgg's fusion. Does not know which
+backbone the features come from, how targets are represented or what the loss is.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from union_igrot.types import Features
+
+MaskMode = Literal["exclude", "legacy"]
+
+
+class FusionHead(nn.Module, ABC):
+    """Fuses the features of a batch of images and texts.
+
+    Attributes:
+        kind: Name of the head in configurations and saved models.
+        needs_tokens: Whether token features are read, or pooled ones alone.
+        options: The keyword arguments that build the same head again.
+    """
+
+    kind: str
+    needs_tokens: bool = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    @abstractmethod
+    def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
+        """Give query embeddings of unit length."""
+
+
+class ImageFusion(FusionHead):
+    """The image alone; a baseline without training."""
+
+    kind = "image"
+
+    def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:  # noqa: ARG002 - a baseline
+        """Give the image's pooled embedding, of unit length."""
+        return F.normalize(images.pooled, dim=-1)
+
+
+class TextFusion(FusionHead):
+    """The text alone; a baseline without training."""
+
+    kind = "text"
+
+    def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:  # noqa: ARG002 - a baseline
+        """Give the text's pooled embedding, of unit length."""
+        return F.normalize(texts.pooled, dim=-1)
+
+
+class SumFusion(FusionHead):
+    """The sum of both unit embeddings, of unit length; a baseline without training."""
+
+    kind = "sum"
+
+    def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
+        """Give the normalised sum of the normalised embeddings."""
+        return F.normalize(F.normalize(images.pooled, dim=-1) + F.normalize(texts.pooled, dim=-1), dim=-1)
+
+
+class FusionLayer(nn.Module):
+    """One pre-norm transformer encoder layer, its attention bias given outright.
+
+    Equal to torch's `TransformerEncoderLayer(norm_first=True, activation="gelu")`, with the
+    same parameter names, but never on torch's fused inference path, which turns an
+    additive mask into an excluding one. Computes only the rows that are asked for.
+    """
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        bias: Float[Tensor, "batch length"],
+        rows: Int[Tensor, "batch rows"] | None = None,
+    ) -> Float[Tensor, "batch out dim"]:
+        """Attend from `rows` (all where None) to every token, `bias` added to the keys' logits."""
+        kept = x if rows is None else x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+        kept = kept + self.dropout(self._attend(self.norm1(kept), self.norm1(x), bias))
+        inner = self.dropout(F.gelu(self.linear1(self.norm2(kept))))
+        result: Tensor = kept + self.dropout(self.linear2(inner))
+        return result
+
+    def _attend(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+        attention = self.self_attn
+        width, heads = attention.embed_dim, attention.num_heads
+        assert attention.in_proj_weight is not None and attention.in_proj_bias is not None
+        weights, biases = attention.in_proj_weight.split([width, 2 * width]), attention.in_proj_bias.split([width, 2 * width])
+        q = F.linear(queries, weights[0], biases[0]).unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = F.linear(keys, weights[1], biases[1]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        drop = attention.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, bias[:, None, None, :].to(q.dtype), dropout_p=drop)
+        result: Tensor = attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+class _Encoder(nn.Module):
+    """Holds the layers under the reference's parameter names."""
+
+    def __init__(self, layers: list[FusionLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class TransAggFusion(FusionHead):
+    """TransAgg's query head: token fusion and three learned weights.
+
+    The tokens `[text ; separator ; image]` pass a transformer encoder; the outputs at the
+    image's and the text's pooled tokens give a fused embedding `f`, and `f` gives weights
+    `w`; the query is `normalise(w0 text + w1 f + w2 image)`. After Liu et al., "Zero-shot
+    Composed Text-Image Retrieval" (BMVC 2023) and its published code, parameter names
+    included.
+
+    Args:
+        width: Width of the joint space.
+        layers: Encoder layers.
+        heads: Attention heads; must divide `width`.
+        feedforward: Inner width of the layers (2048 in the reference at every `width`).
+        dropout: Dropout rate, 0..1.
+        mask: What padding does. `exclude` keeps it out of attention; `legacy` adds 1 to its
+            logits, as the reference does while it trains, in training and evaluation alike.
+        start: Weights at the start. `balanced` gives `w = (1, 1, 1)` for every query,
+            `reference` torch's random defaults.
+    """
+
+    kind = "transagg"
+    needs_tokens = True
+
+    def __init__(
+        self,
+        width: int,
+        layers: int = 2,
+        heads: int = 8,
+        feedforward: int = 2048,
+        dropout: float = 0.1,
+        mask: MaskMode = "exclude",
+        start: Literal["balanced", "reference"] = "balanced",
+    ) -> None:
+        super().__init__(
+            layers=layers, heads=heads, feedforward=feedforward, dropout=dropout, mask=mask, start=start
+        )
+        self.mask: MaskMode = mask
+        self.fusion = _Encoder([FusionLayer(width, heads, feedforward, dropout) for _ in range(layers)])
+        self.sep_token = nn.Parameter(torch.randn(1, 1, width))
+        self.combiner_layer = nn.Linear(2 * width, 8 * width)
+        self.output_layer = nn.Linear(8 * width, width)
+        self.weighted_layer = nn.Linear(width, 3)
+        self.dropout = nn.Dropout(dropout)
+        if start == "balanced":
+            nn.init.zeros_(self.weighted_layer.weight)
+            nn.init.ones_(self.weighted_layer.bias)
+
+    def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
+        """Give query embeddings of unit length.
+
+        Raises:
+            ValueError: Where one side comes without tokens.
+        """
+        if images.tokens is None or texts.tokens is None or images.pooled_at is None or texts.pooled_at is None:
+            raise ValueError("TransAgg reads token features; the given features hold pooled embeddings alone")
+        separator = self.sep_token.expand(len(images), 1, -1)
+        x = torch.cat([texts.tokens, separator, images.tokens], dim=1)
+        at = texts.tokens.shape[1] + 1
+        rows = torch.stack([images.pooled_at + at, texts.pooled_at], dim=1)
+        bias = self._bias(x, images.mask, texts.mask)
+        for number, layer in enumerate(self.fusion.layers, 1):
+            # Only two rows of the last layer's output are read.
+            x = layer(x, bias, rows if number == len(self.fusion.layers) else None)
+        inner = self.dropout(F.relu(self.combiner_layer(x.flatten(1))))
+        fused = self.output_layer(inner)
+        w = self.weighted_layer(fused)
+        mixed = w[:, :1] * texts.pooled + w[:, 1:2] * fused + w[:, 2:] * images.pooled
+        return F.normalize(mixed, dim=-1)
+
+    def _bias(
+        self, x: Tensor, image_mask: Bool[Tensor, "batch image"] | None, text_mask: Bool[Tensor, "batch text"] | None
+    ) -> Float[Tensor, "batch length"]:
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if text_mask is not None:
+            real[:, : text_mask.shape[1]] = text_mask
+        if image_mask is not None:
+            real[:, -image_mask.shape[1] :] = image_mask
+        padding = 1.0 if self.mask == "legacy" else float("-inf")
+        return torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device).masked_fill_(~real, padding)

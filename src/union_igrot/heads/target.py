@@ -1,0 +1,176 @@
+"""Target heads: how a gallery picture is represented.
+
+The plain image embedding, its sum with the null text's, UNION's learned mixture of both,
+and the query's own fusion with the null text. Does not know where features come from,
+which query head they meet or what the loss is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config
+from transformers.models.t5.modeling_t5 import T5Stack
+
+from union_igrot.types import Features
+
+Fuse = Callable[[Features, Features], Tensor]
+
+
+class TargetHead(nn.Module, ABC):
+    """Represents gallery pictures.
+
+    Attributes:
+        kind: Name of the head in configurations and saved models.
+        needs_tokens: Whether token features are read, or pooled ones alone.
+        options: The keyword arguments that build the same head again.
+    """
+
+    kind: str
+    needs_tokens: bool = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    @abstractmethod
+    def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:
+        """Give target embeddings.
+
+        Args:
+            images: Features of the pictures.
+            null: Features of the empty text, expanded to the batch.
+            fuse: The model's query head, for a target that shares it.
+        """
+
+
+class FrozenTarget(TargetHead):
+    """The backbone's image embedding, of unit length (`original` in the reference)."""
+
+    kind = "frozen"
+
+    def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
+        """Give the normalised pooled embedding."""
+        return F.normalize(images.pooled, dim=-1)
+
+
+class SumTarget(TargetHead):
+    """Image embedding plus null text embedding.
+
+    Args:
+        form: `normalised` sums unit vectors and normalises the sum. The reference has two
+            other forms: `training` leaves the sum of unit vectors as it is (a constant
+            shift of a query's logits, so no change at all), `inference` normalises the sum
+            of the raw vectors.
+    """
+
+    kind = "sum"
+
+    def __init__(self, form: Literal["normalised", "training", "inference"] = "normalised") -> None:
+        super().__init__(form=form)
+        self.form = form
+
+    def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
+        """Give the sum in the chosen form."""
+        if self.form == "inference":
+            return F.normalize(images.pooled + null.pooled, dim=-1)
+        total = F.normalize(images.pooled, dim=-1) + F.normalize(null.pooled, dim=-1)
+        return F.normalize(total, dim=-1) if self.form == "normalised" else total
+
+
+class UnionTarget(TargetHead):
+    """UNION: a learned mixture of the image embedding and the null text's.
+
+    The two embeddings pass a T5 encoder as a sequence of two tokens; both outputs, side by
+    side, give one number `m` through a small network; the target is
+    `normalise(m image + (1 - m) null)`, `m` not bounded. After arXiv 2511.22253 and its
+    published code, parameter names included; the encoder is transformers' own.
+
+    Args:
+        width: Width of the joint space.
+        layers: Encoder layers.
+        heads: Attention heads of width 64 each (8 for widths 256 and 512, 12 for 768).
+        feedforward: Inner width of the layers.
+        dropout: Dropout rate of the small network is half of it.
+        encoder_dropout: Dropout rate of the encoder.
+        start: `image` starts at `m = 1`, the plain image embedding; `reference` at random,
+            near `m = 0`, where all targets are nearly the null text.
+    """
+
+    kind = "union"
+
+    def __init__(
+        self,
+        width: int,
+        layers: int = 4,
+        heads: int = 8,
+        feedforward: int = 2048,
+        dropout: float = 0.1,
+        encoder_dropout: float = 0.1,
+        start: Literal["image", "reference"] = "image",
+    ) -> None:
+        super().__init__(
+            layers=layers,
+            heads=heads,
+            feedforward=feedforward,
+            dropout=dropout,
+            encoder_dropout=encoder_dropout,
+            start=start,
+        )
+        config = T5Config(
+            vocab_size=1,
+            d_model=width,
+            d_kv=64,
+            d_ff=feedforward,
+            num_layers=layers,
+            num_heads=heads,
+            dropout_rate=encoder_dropout,
+            is_decoder=False,
+            use_cache=False,
+            eos_token_id=None,
+        )
+        self.t5_layers = T5Stack(config)
+        # Its tokens are embeddings already: no vocabulary, so no table of one.
+        del self.t5_layers.embed_tokens
+        self.union_weighted_layer = nn.Sequential(
+            nn.Linear(2 * width, 4 * width),
+            nn.Dropout(dropout / 2),
+            nn.Sigmoid(),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout / 2),
+            nn.Sigmoid(),
+            nn.Linear(width, 1),
+        )
+        if start == "image":
+            nn.init.zeros_(self.union_weighted_layer[6].weight)
+            nn.init.ones_(self.union_weighted_layer[6].bias)
+
+    def weight(self, images: Float[Tensor, "batch dim"], null: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 1"]:
+        """Give each picture's share `m` of its own embedding, not bounded."""
+        tokens = torch.stack([images, null], dim=1)
+        encoded = self.t5_layers(inputs_embeds=tokens).last_hidden_state
+        share: Tensor = self.union_weighted_layer(encoded.flatten(1))
+        return share
+
+    def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
+        """Give the normalised mixture."""
+        m = self.weight(images.pooled, null.pooled)
+        return F.normalize(m * images.pooled + (1 - m) * null.pooled, dim=-1)
+
+
+class SharedTarget(TargetHead):
+    """The picture through the query's own fusion with the null text: one encoder for both sides.
+
+    Has no weights of its own.
+    """
+
+    kind = "shared"
+    needs_tokens = True
+
+    def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:
+        """Give the query head's embedding of the picture with the empty text."""
+        return fuse(images, null)

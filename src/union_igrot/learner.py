@@ -1,0 +1,234 @@
+"""The LightningModule around the model, and the run of a training.
+
+Knows loss, optimiser, schedule, validation and checkpoints of the heads. Does not know
+where triplets come from, configurations or reports.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import lightning
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from union_igrot.errors import ConfigError
+from union_igrot.evaluate import score
+from union_igrot.losses import InfoNCE
+from union_igrot.metrics.functional import average
+from union_igrot.model import IGROTModel
+from union_igrot.types import Batch, Benchmark, EvalBatch
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the heads are trained.
+
+    Attributes:
+        epochs: Passes over the triplets.
+        rate: Highest learning rate of the heads.
+        weight_decay: Of matrices; vectors are not decayed.
+        eps: AdamW's epsilon.
+        warmup: Share of all steps in which the rate rises to its highest.
+        floor: Share of the highest rate at which the cosine ends.
+        clip: Largest norm of the gradient.
+        monitor: Validation figure by which the best epoch is chosen, such as `val/score`
+            (the mean of the benchmarks' primary figures) or `val/shapes_cir/mAP@10`.
+    """
+
+    epochs: int = 4
+    rate: float = 1e-3
+    weight_decay: float = 0.05
+    eps: float = 1e-8
+    warmup: float = 0.05
+    floor: float = 0.01
+    clip: float = 5.0
+    monitor: str = "val/score"
+
+
+@final
+class Learner(lightning.LightningModule):
+    """Trains a model's heads; its checkpoints hold nothing of a frozen backbone.
+
+    Args:
+        model: The model.
+        loss: The contrastive loss.
+        recipe: Optimiser, schedule and the figure to choose by.
+        validation: The benchmarks that the data module's validation batches belong to.
+    """
+
+    def __init__(self, model: IGROTModel, loss: InfoNCE, recipe: Recipe, validation: Sequence[Benchmark]) -> None:
+        super().__init__()
+        self.model, self.loss, self.recipe, self.benchmarks = model, loss, recipe, validation
+        self.strict_loading = False  # checkpoints lack the backbone on purpose
+        self._embedded: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
+        known = self.figures()
+        if recipe.monitor not in known:
+            raise ConfigError(f"monitor {recipe.monitor!r} is not measured here; choose one of {', '.join(known)}")
+
+    def figures(self) -> list[str]:
+        """Name the validation figures that are logged."""
+        single = [f"val/{b.name}/{metric}" for b in self.benchmarks for metric in b.protocol.metrics]
+        return ["val/score", *single]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        """Give the loss of one batch."""
+        del batch_idx
+        queries = self.model.embed_queries(batch.images, batch.texts)
+        targets = self.model.embed_gallery(batch.targets)
+        loss: Tensor = self.loss(queries, targets, batch.groups)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(queries))
+        return loss
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        """Embed some queries or gallery pictures."""
+        del batch_idx
+        if batch.side == "gallery":
+            embedded = self.model.embed_gallery(batch.images)
+        else:
+            embedded = self.model.embed_queries(batch.images, batch.texts)
+        self._embedded.setdefault((batch.benchmark, batch.side), []).append((batch.positions, embedded))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score each benchmark under its protocol and log the figures in percent."""
+        primary = []
+        for number, benchmark in enumerate(self.benchmarks):
+            queries = self._whole(number, "queries", len(benchmark.queries))
+            gallery = self._whole(number, "gallery", len(benchmark.gallery))
+            scores = score(benchmark, queries, gallery)
+            figures = {name: 100 * average(values).item() for name, values in scores.values.items()}
+            primary.append(figures[benchmark.protocol.primary])
+            self.log_dict({f"val/{benchmark.name}/{name}": figure for name, figure in figures.items()})
+        self.log("val/score", sum(primary) / len(primary), prog_bar=True)
+        self._embedded.clear()
+
+    def _whole(self, number: int, side: str, count: int) -> Tensor:
+        """Give one side's embeddings of all processes, each item once, in order."""
+        parts = self._embedded.get((number, side), [])
+        held = [(positions.cpu(), rows.float().cpu()) for positions, rows in parts]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            shares: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(shares, held)
+            held = [part for share in shares for part in share]
+        order = torch.cat([positions for positions, _ in held])
+        rows = torch.cat([embedded for _, embedded in held])
+        whole = rows.new_full((count, rows.shape[1]), float("nan"))  # a row that nobody embedded is an error in `score`
+        whole[order] = rows
+        return whole.to(self.model.device)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a linear warm-up and a cosine; matrices decay, vectors do not."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError("this model has nothing to train; choose fusion=transagg or target=union")
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.recipe.rate, eps=self.recipe.eps)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, steps, self.recipe.warmup, self.recipe.floor)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the backbone out."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: x for n, x in state.items() if not n.startswith("model.backbone.")}
+
+
+def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
+    """Give the share of the highest rate at a step: a rise, then half a cosine down to `floor`."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a training runs, as Lightning's Trainer takes it.
+
+    Attributes:
+        accelerator: `auto`, `cpu`, `gpu`, ...
+        devices: Number of devices, or `auto`.
+        nodes: Number of machines.
+        strategy: `auto`, `ddp`, ...
+        precision: `32-true`, `bf16-mixed`, `16-mixed`.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    nodes: int = 1
+    strategy: str = "auto"
+    precision: Any = "32-true"
+
+
+def fit(
+    learner: Learner,
+    datamodule: lightning.LightningDataModule,
+    folder: Path,
+    *,
+    machine: Machine | None = None,
+    logger: Logger | bool = False,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train the heads and leave the best epoch's in the model.
+
+    Goes on from `folder/last.ckpt` where an earlier run of the same training was
+    interrupted.
+
+    Args:
+        learner: What is trained.
+        datamodule: Its batches.
+        folder: Where checkpoints are kept.
+        machine: Devices and precision; the Trainer's choice where None.
+        logger: Where losses and figures are written.
+        callbacks: Further callbacks.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The best epoch's number, from 0, and its monitored figure in percent.
+    """
+    machine = machine or Machine()
+    keep = ModelCheckpoint(
+        folder, filename="best", monitor=learner.recipe.monitor, mode="max", save_last=True, enable_version_counter=False
+    )
+    bars: list[Callback] = [RichProgressBar()] if progress else []
+    trainer = lightning.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.nodes,
+        strategy=machine.strategy,
+        precision=machine.precision,
+        max_epochs=learner.recipe.epochs,
+        gradient_clip_val=learner.recipe.clip,
+        callbacks=[keep, *bars, *callbacks],
+        logger=logger,
+        log_every_n_steps=5,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    last = folder / "last.ckpt"
+    if last.is_file():
+        _log.warning("going on from %s", last)
+    trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    best = torch.load(keep.best_model_path, map_location="cpu", weights_only=True)
+    learner.load_state_dict(best["state_dict"], strict=False)
+    learner.model.eval()
+    assert keep.best_model_score is not None
+    return {"epoch": float(best["epoch"]), learner.recipe.monitor: float(keep.best_model_score)}

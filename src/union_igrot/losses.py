@@ -1,0 +1,90 @@
+"""The contrastive loss: each query finds its target among the batch's targets.
+
+Knows embeddings, groups and, where training is distributed, the other ranks' targets.
+Does not know heads, backbones or the optimiser.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def info_nce(
+    queries: Float[Tensor, "queries dim"],
+    targets: Float[Tensor, "targets dim"],
+    answers: Int[Tensor, " queries"],
+    query_groups: Int[Tensor, " queries"] | None = None,
+    target_groups: Int[Tensor, " targets"] | None = None,
+    scale: float = 100.0,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of finding each query's answer among all targets (InfoNCE).
+
+    Source: van den Oord et al., arXiv 1807.03748, equation 4; the scale of 100 is CLIP's
+    and the reference's.
+
+    Args:
+        queries: Query embeddings of unit length.
+        targets: Target embeddings; of unit length but for the reference's training sum.
+        answers: Position of each query's own target among `targets`.
+        query_groups: Group of each query's target; a target of the same group that is not
+            the answer is left out of the query's negatives. None leaves nothing out.
+        target_groups: Group of each target; given together with `query_groups`.
+        scale: What cosines are multiplied with.
+
+    Returns:
+        The mean over queries, in nats, at least 0.
+    """
+    logits = scale * queries @ targets.T
+    if query_groups is not None and target_groups is not None:
+        same = query_groups[:, None] == target_groups[None, :]
+        same[torch.arange(len(answers), device=answers.device), answers] = False
+        logits = logits.masked_fill(same, float("-inf"))
+    return F.cross_entropy(logits, answers)
+
+
+class InfoNCE(nn.Module):
+    """InfoNCE over the batch, with the negatives of all ranks where training is distributed.
+
+    Args:
+        scale: What cosines are multiplied with (100 in the reference).
+        symmetric: Whether targets also look for their queries; the mean of both is taken.
+        skip_duplicates: Whether targets of one group are kept from being each other's
+            negatives. The reference does not.
+    """
+
+    def __init__(self, scale: float = 100.0, *, symmetric: bool = False, skip_duplicates: bool = True) -> None:
+        super().__init__()
+        self.scale, self.symmetric, self.skip_duplicates = scale, symmetric, skip_duplicates
+
+    def forward(
+        self,
+        queries: Float[Tensor, "batch dim"],
+        targets: Float[Tensor, "batch dim"],
+        groups: Int[Tensor, " batch"],
+    ) -> Float[Tensor, ""]:
+        """Give the loss of this rank's queries; row i of both sides belongs together."""
+        all_targets, start = _gather(targets)
+        all_groups, _ = _gather(groups)
+        answers = torch.arange(start, start + len(queries), device=queries.device)
+        pair = (groups, all_groups) if self.skip_duplicates else (None, None)
+        loss = info_nce(queries, all_targets, answers, *pair, scale=self.scale)
+        if self.symmetric:
+            all_queries, _ = _gather(queries)
+            loss = (loss + info_nce(targets, all_queries, answers, *pair, scale=self.scale)) / 2
+        return loss
+
+
+def _gather(rows: Tensor) -> tuple[Tensor, int]:
+    """Give every rank's rows, with gradient, and where this rank's begin. Ranks hold equal counts."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows, 0
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    if rows.is_floating_point():
+        from torch.distributed.nn.functional import all_gather  # noqa: PLC0415 - absent from some builds of torch
+
+        parts = list(all_gather(rows))
+    else:
+        parts = [torch.empty_like(rows) for _ in range(world)]
+        torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts), rank * len(rows)

@@ -1,0 +1,219 @@
+"""The model: a frozen backbone, a query head and a target head.
+
+`embed_queries` and `embed_gallery` are written here once and used by training, evaluation,
+command lines and demo alike. Saves and loads the heads. Does not know benchmarks, losses,
+caches or devices' strategies.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from union_igrot.backbones.base import Backbone, weights_hash
+from union_igrot.backbones.build import build_backbone
+from union_igrot.errors import CheckpointError
+from union_igrot.heads.build import build_fusion, build_target
+from union_igrot.heads.fusion import FusionHead
+from union_igrot.heads.target import TargetHead
+from union_igrot.types import Features, Preprocess
+
+_FORMAT = 1
+
+
+@final
+class IGROTModel(nn.Module):
+    """Embeds queries (image, text or both) and gallery pictures into one space.
+
+    Args:
+        backbone: The frozen vision-language model.
+        fusion: The query head.
+        target: The target head.
+        card: What a reader has to know of the training: data, classes, recipe.
+    """
+
+    def __init__(
+        self, backbone: Backbone, fusion: FusionHead, target: TargetHead, card: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone, self.fusion, self.target = backbone, fusion, target
+        self.card: dict[str, Any] = card or {}
+        self._null: Features | None = None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How a picture becomes this model's input."""
+        return self.backbone.preprocess
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.backbone.device
+
+    def null_text(self) -> Features:
+        """Give the features of the empty text, encoded once and kept."""
+        if self._null is None or self._null.pooled.device != self.device:
+            with torch.no_grad():
+                self._null = self.backbone.encode_text([""])
+        return self._null
+
+    def embed_queries(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | Features | None = None,
+        texts: Sequence[str | None] | Features | None = None,
+    ) -> Float[Tensor, "batch dim"]:
+        """Embed queries.
+
+        Args:
+            images: Preprocessed pictures, or their features.
+            texts: What to change in each, or the texts' features; None and "" are the null
+                text, one by one or all together.
+
+        Returns:
+            Embeddings of unit length.
+
+        Raises:
+            ValueError: Where neither side is given, or their numbers differ.
+        """
+        if images is None:
+            return self._embed_texts_alone(texts)
+        encoded = images if isinstance(images, Features) else self.backbone.encode_image(images.to(self.device))
+        spoken = self._encode_texts(texts, len(encoded))
+        if len(spoken) != len(encoded):
+            raise ValueError(f"{len(encoded)} images and {len(spoken)} texts; give one text an image, or none at all")
+        return self._fuse(encoded, spoken)
+
+    def embed_gallery(self, images: Float[Tensor, "batch 3 height width"] | Features) -> Float[Tensor, "batch dim"]:
+        """Embed gallery pictures.
+
+        Args:
+            images: Preprocessed pictures, or their features.
+
+        Returns:
+            Embeddings, of unit length but for the reference's training sum.
+        """
+        encoded = images if isinstance(images, Features) else self.backbone.encode_image(images.to(self.device))
+        embedded: Tensor = self.target(encoded, self.null_text().expand(len(encoded)), self._fuse)
+        return embedded
+
+    def _fuse(self, images: Features, texts: Features) -> Tensor:
+        fused: Tensor = self.fusion(images, texts)
+        return fused
+
+    def _encode_texts(self, texts: Sequence[str | None] | Features | None, batch: int) -> Features:
+        if isinstance(texts, Features):
+            return texts
+        if texts is None or not any(texts):
+            return self.null_text().expand(batch if texts is None else len(texts))
+        return self.backbone.encode_text([text or "" for text in texts])
+
+    def _embed_texts_alone(self, texts: Sequence[str | None] | Features | None) -> Float[Tensor, "batch dim"]:
+        if texts is None:
+            raise ValueError("embed_queries needs images, texts or both")
+        spoken = self._encode_texts(texts, 0)
+        # Without an image the text's own embedding is the query: no head was trained for it.
+        return nn.functional.normalize(spoken.pooled, dim=-1)
+
+    def heads_state(self) -> dict[str, Tensor]:
+        """Give the heads' weights by name; the backbone is never among them."""
+        return {name: x for name, x in self.state_dict().items() if not name.startswith("backbone.")}
+
+    def fingerprint(self) -> str:
+        """Give a hash of the backbone's weights, the preprocessing and the heads."""
+        return f"{self.backbone.fingerprint()}-{weights_hash(self.heads_state())}"
+
+    def describe(self) -> dict[str, Any]:
+        """Say which model this is, for results and saved files."""
+        return {
+            "backbone": self.backbone.name,
+            "backbone_fingerprint": self.backbone.fingerprint(),
+            "heads": weights_hash(self.heads_state()),
+            "fusion": {"kind": self.fusion.kind, **self.fusion.options},
+            "target": {"kind": self.target.kind, **self.target.options},
+        }
+
+    def save(self, folder: str | Path, *, half: bool = False) -> Path:
+        """Write the heads and their description; nothing half-written is ever left under the final names.
+
+        Args:
+            folder: Where to write `heads.safetensors` and `model.json`; made if absent.
+            half: Whether to write 16-bit weights.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: (x.half() if half else x).cpu().contiguous() for name, x in self.heads_state().items()}
+        saved = {"format": _FORMAT, **self.describe(), "card": self.card}
+        saved["heads"] = weights_hash({name: x.float() for name, x in state.items()})
+        save_file(state, folder / "heads.partial")
+        (folder / "model.partial").write_text(json.dumps(saved, indent=2) + "\n")
+        (folder / "heads.partial").replace(folder / "heads.safetensors")
+        (folder / "model.partial").replace(folder / "model.json")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, backbone: Backbone | None = None) -> "IGROTModel":
+        """Read a saved model.
+
+        Args:
+            folder: What `save` wrote.
+            backbone: The backbone to put the heads on; built by its saved name where None.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            CheckpointError: Where files are missing or damaged, or the backbone is not the
+                one the heads were trained on.
+        """
+        folder = Path(folder)
+        try:
+            saved = json.loads((folder / "model.json").read_text())
+            state = {name: x.float() for name, x in load_file(folder / "heads.safetensors").items()}
+            kinds = {side: dict(saved[side]) for side in ("fusion", "target")}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} is not a saved model ({error}); give a folder with model.json and heads.safetensors"
+            ) from None
+        backbone = backbone or build_backbone(saved["backbone"])
+        if backbone.fingerprint() != saved["backbone_fingerprint"]:
+            raise CheckpointError(
+                f"{folder} was trained on backbone {saved['backbone']} {saved['backbone_fingerprint']}, "
+                f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"
+            )
+        if weights_hash(state) != saved["heads"]:
+            raise CheckpointError(f"{folder}: heads.safetensors does not belong to model.json; copy both again")
+        fusion = build_fusion(kinds["fusion"].pop("kind"), backbone.dim, **kinds["fusion"])
+        target = build_target(kinds["target"].pop("kind"), backbone.dim, **kinds["target"])
+        model = cls(backbone, fusion, target, saved.get("card"))
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not name.startswith("backbone.")]
+        if missing or unexpected:
+            raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
+        return model.eval()
+
+
+def load_model(name: str | Path = "tiny") -> IGROTModel:
+    """Load a model with trained heads.
+
+    Args:
+        name: `tiny` for the embedded default, or a folder written by `IGROTModel.save`.
+
+    Returns:
+        The model in evaluation mode, ready to embed.
+
+    Raises:
+        CheckpointError: Where there is no such model.
+    """
+    if str(name) == "tiny":
+        return IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"))
+    return IGROTModel.load(name)

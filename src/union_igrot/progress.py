@@ -1,0 +1,43 @@
+"""Progress bars with rates, on standard error.
+
+Knows rich. Does not know what is being counted.
+"""
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Items a second since the start."""
+
+    def render(self, task: Task) -> Text:
+        """Give the rate, or nothing before the first item."""
+        return Text("" if not task.speed else f"{task.speed:,.0f}/s", style="progress.data.speed")
+
+
+def progress_bar(*, shown: bool = True) -> Progress:
+    """Give a bar with counts, rate, time passed and time left; use it as a context manager.
+
+    Args:
+        shown: False keeps silent.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

@@ -1,0 +1,141 @@
+"""Bootstrap intervals: known cases, invariances, coverage."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.metrics import intervals
+from union_igrot.metrics.functional import average
+from union_igrot.metrics.intervals import bootstrap_interval, bootstrap_intervals, paired_interval
+
+
+def some(n=200, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 5))
+def test_bounds_lie_among_the_values_and_repeat(values, seed):
+    x = torch.tensor(values, dtype=torch.float64)
+    low, high = bootstrap_interval(x, resamples=50, seed=seed)
+    assert x.min() - 1e-12 <= low <= high <= x.max() + 1e-12
+    assert bootstrap_interval(x, resamples=50, seed=seed) == (low, high)
+
+
+def test_equal_values_leave_no_doubt():
+    assert bootstrap_interval(torch.full((30,), 0.25)) == (0.25, 0.25)
+
+
+def test_bounds_are_near_the_normal_approximation():
+    x = some(2000)
+    low, high = bootstrap_interval(x, level=0.95, resamples=4000)
+    half = 1.96 * x.std() / math.sqrt(len(x))
+    assert low == pytest.approx((x.mean() - half).item(), abs=0.1 * half.item())
+    assert high == pytest.approx((x.mean() + half).item(), abs=0.1 * half.item())
+
+
+def test_the_true_mean_is_mostly_between_the_bounds():
+    generator = torch.Generator().manual_seed(3)
+    inside = 0
+    for trial in range(200):
+        low, high = bootstrap_interval(torch.rand(60, generator=generator), level=0.8, resamples=200, seed=trial)
+        inside += low <= 0.5 <= high
+    assert 0.7 <= inside / 200 <= 0.9
+
+
+def test_a_higher_level_is_wider_and_another_seed_is_another_draw():
+    x = some()
+    narrow, wide = bootstrap_interval(x, level=0.5), bootstrap_interval(x, level=0.99)
+    assert wide.low < narrow.low < narrow.high < wide.high
+    assert bootstrap_interval(x, seed=1) != bootstrap_interval(x, seed=2)
+
+
+def test_nan_is_left_out():
+    x = some()
+    holes = torch.cat([torch.tensor([torch.nan]), x[:50], torch.tensor([torch.nan, torch.nan]), x[50:]])
+    assert bootstrap_interval(holes) == bootstrap_interval(x)
+    assert all(math.isnan(bound) for bound in bootstrap_interval(torch.full((3,), torch.nan)))
+
+
+def test_how_many_are_drawn_at_once_changes_nothing(monkeypatch):
+    x, labels = some(90), torch.arange(90) % 7
+    whole = bootstrap_interval(x, resamples=100), bootstrap_interval(x, resamples=100, labels=labels)
+    for at_once in (1, 900, 5000):
+        monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", at_once)
+        assert (
+            bootstrap_interval(x, resamples=100),
+            bootstrap_interval(x, resamples=100, labels=labels),
+        ) == whole
+
+
+def test_global_random_states_are_neither_read_nor_changed():
+    x = some()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = bootstrap_interval(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert bootstrap_interval(x) == first
+
+
+def test_figures_share_their_resamples():
+    x = some()
+    holes = x.clone()
+    holes[3] = torch.nan
+    together = bootstrap_intervals({"a": x, "twice": 2 * x, "holes": holes, "negative": -x})
+    assert list(together) == ["a", "twice", "holes", "negative"]
+    assert together["a"] == bootstrap_interval(x)
+    assert together["holes"] == bootstrap_interval(holes)
+    assert together["twice"] == pytest.approx([2 * bound for bound in together["a"]], abs=1e-12)
+    assert together["negative"] == pytest.approx([-bound for bound in reversed(together["a"])], abs=1e-12)
+
+
+def test_macro_weighs_classes_and_keeps_their_sizes():
+    # A class of equal values adds no spread, however large it is; the mean is the classes'.
+    values = torch.cat([torch.full((900,), 0.2), torch.tensor([0.0, 1.0] * 50)])
+    labels = torch.cat([torch.full((900,), 5), torch.full((100,), -1)])
+    low, high = bootstrap_interval(values, labels=labels, resamples=2000)
+    half = 1.96 * (0.5 / math.sqrt(100)) / 2
+    assert low == pytest.approx(0.35 - half, abs=0.006)
+    assert high == pytest.approx(0.35 + half, abs=0.006)
+    shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    mixed = bootstrap_interval(values[shuffled], labels=labels[shuffled], resamples=2000)
+    assert mixed == pytest.approx((low, high), abs=0.006)
+    alone = bootstrap_interval(values, labels=torch.zeros(1000, dtype=torch.int64))
+    assert alone == bootstrap_interval(values)
+
+
+def test_a_paired_difference_is_of_the_same_queries():
+    x = some()
+    better = x + 0.01
+    gap = paired_interval(better, x)
+    assert (gap.mean, gap.low, gap.high) == pytest.approx((0.01, 0.01, 0.01), abs=1e-12)
+    assert paired_interval(x, better).high < 0
+    holes = x.clone()
+    holes[:20] = torch.nan
+    kept = paired_interval(some(seed=9)[20:], x[20:])
+    assert paired_interval(some(seed=9), holes) == pytest.approx(kept, abs=1e-12)
+    nothing = paired_interval(x[:2], torch.full((2,), torch.nan))
+    assert all(math.isnan(part) for part in nothing)
+
+
+def test_a_paired_macro_difference_is_of_the_macro_means():
+    x, y, labels = some(seed=1), some(seed=2), (torch.arange(200) // 3) % 5
+    gap = paired_interval(x, y, labels=labels)
+    assert gap.mean == pytest.approx((average(x, labels, "macro") - average(y, labels, "macro")).item(), abs=1e-12)
+    assert gap.low < gap.mean < gap.high
+
+
+def test_wrong_arguments_are_errors():
+    x = some(4)
+    for level in (0.0, 1.0, 95.0):
+        with pytest.raises(ConfigError, match="give a share between 0 and 1"):
+            bootstrap_interval(x, level=level)
+    with pytest.raises(ConfigError, match="resamples is 0"):
+        bootstrap_interval(x, resamples=0)
+    with pytest.raises(DataError, match="not of the same queries"):
+        bootstrap_intervals({"a": x, "b": x[:3]})

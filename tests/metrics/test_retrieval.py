@@ -1,0 +1,183 @@
+"""Figures gathered over batches and over two processes equal those of one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.metrics.functional import average, average_precision, precision_at_k, recall_at_k
+from union_igrot.metrics.retrieval import RetrievalFigures
+
+NAMES = ("R@1", "R@5", "Rs@1", "P@5", "mAP", "mAP@5")
+
+CHILD = """
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from union_igrot.metrics.retrieval import RetrievalFigures
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=30)
+)
+data = torch.load(folder / "data.pt", weights_only=True)
+results = {}
+for averaging in ("micro", "macro"):
+    for shares in ("padded", "lopsided"):
+        figures = RetrievalFigures(data["names"], averaging=averaging)
+        for batch in data[shares][rank]:
+            some = torch.tensor(batch)
+            figures.update(
+                data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some]
+            )
+        results[f"{averaging} {shares}"] = {
+            "means": {name: float(x) for name, x in figures.compute().items()},
+            "values": {name: x.tolist() for name, x in figures.values().items()},
+        }
+(folder / f"{rank}.json").write_text(json.dumps(results))
+dist.destroy_process_group()
+"""
+
+
+def world(queries=23, gallery=31, seed=0):
+    """Rankings with and without relevant candidates, with and without a subset."""
+    generator = torch.Generator().manual_seed(seed)
+    hits = torch.rand(queries, gallery, generator=generator) < 0.15
+    hits[4] = False
+    subset = torch.zeros(queries, 5, dtype=torch.bool)
+    subset[torch.arange(queries), torch.randint(0, 5, (queries,), generator=generator)] = True
+    subset[7] = False
+    labels = torch.randint(0, 4, (queries,), generator=generator)
+    return {"hits": hits, "n_relevant": hits.sum(1), "subset": subset, "labels": labels}
+
+
+def feed(figures, data, batches):
+    for batch in batches:
+        some = torch.tensor(batch)
+        figures.update(data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some])
+    return figures
+
+
+def expected_values(data):
+    hits, n_relevant, subset = data["hits"], data["n_relevant"], data["subset"]
+    return {
+        "R@1": recall_at_k(hits, n_relevant, 1),
+        "R@5": recall_at_k(hits, n_relevant, 5),
+        "Rs@1": recall_at_k(subset, subset.sum(1), 1),
+        "P@5": precision_at_k(hits, n_relevant, 5),
+        "mAP": average_precision(hits, n_relevant),
+        "mAP@5": average_precision(hits, n_relevant, 5),
+    }
+
+
+def assert_same(given, expected):
+    assert list(given) == list(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(given[name], values, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("averaging", ["micro", "macro"])
+def test_batches_in_any_order_equal_all_at_once(averaging):
+    data = world()
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(1)).tolist()
+    figures = feed(RetrievalFigures(NAMES, averaging=averaging), data, [order[:9], order[9:10], order[10:]])
+    expected = expected_values(data)
+    assert_same(figures.values(), expected)
+    assert_same(figures.compute(), {n: average(x, data["labels"], averaging) for n, x in expected.items()})
+    assert expected["Rs@1"][7].isnan()
+    assert expected["mAP"][4].isnan()
+
+
+def test_a_query_that_comes_twice_counts_once():
+    data = world()
+    once = feed(RetrievalFigures(NAMES), data, [range(23)]).compute()
+    twice = feed(RetrievalFigures(NAMES), data, [range(23), [0, 1, 2], [0]])
+    assert_same(twice.compute(), once)
+    assert len(twice.values()["R@1"]) == 23
+
+
+def test_conventions_reach_the_figures():
+    data = world()
+    figures = RetrievalFigures(
+        ("R@5", "P@5", "mAP@5"), ap_norm="hits", ap_rule="trapezoid", recall="fraction", precision_cut="attainable"
+    )
+    hits, n_relevant = data["hits"], data["n_relevant"]
+    expected = {
+        "R@5": recall_at_k(hits, n_relevant, 5, "fraction"),
+        "P@5": precision_at_k(hits, n_relevant, 5, "attainable"),
+        "mAP@5": average_precision(hits, n_relevant, 5, "hits", "trapezoid"),
+    }
+    assert_same(feed(figures, data, [range(23)]).values(), expected)
+
+
+def test_reset_forgets():
+    data = world()
+    figures = feed(RetrievalFigures(NAMES), data, [range(23)])
+    figures.compute()
+    figures.reset()
+    feed(figures, data, [range(10, 12)])
+    assert len(figures.values()["mAP"]) == 2
+
+
+def test_what_is_missing_is_an_error():
+    hits, one = torch.tensor([[True, False]]), torch.tensor([1])
+    with pytest.raises(ConfigError, match="there is no metric"):
+        RetrievalFigures(())
+    with pytest.raises(ConfigError, match="unknown metric 'recall'"):
+        RetrievalFigures(("recall",))
+    with pytest.raises(DataError, match="no subset rankings"):
+        RetrievalFigures(("Rs@1",)).update(hits, one, one)
+    with pytest.raises(DataError, match="no labels"):
+        RetrievalFigures(("R@1",), averaging="macro").update(hits, one, one)
+    with pytest.raises(DataError, match="no query to average"):
+        RetrievalFigures(("R@1",)).values()
+
+
+def test_two_processes_equal_one(tmp_path):
+    data = world()
+    shares = {
+        # Position 0 fills up the second share, as a distributed sampler does.
+        "padded": [[list(range(0, 12, 2)), list(range(12, 23, 2))], [list(range(1, 23, 2)), [0]]],
+        "lopsided": [[list(range(23))], []],
+    }
+    torch.save({**data, **shares, "names": list(NAMES)}, tmp_path / "data.pt")
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for child in children:
+            output, _ = child.communicate(timeout=90)
+            assert child.returncode == 0, output
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+    expected = expected_values(data)
+    for rank in range(2):
+        results = json.loads((tmp_path / f"{rank}.json").read_text())
+        for averaging in ("micro", "macro"):
+            means = {name: average(x, data["labels"], averaging).item() for name, x in expected.items()}
+            for share in shares:
+                given = results[f"{averaging} {share}"]
+                assert given["means"] == pytest.approx(means, abs=1e-6)
+                assert_same({n: torch.tensor(x, dtype=torch.float64) for n, x in given["values"].items()}, expected)
