@@ -191,7 +191,8 @@ def join_features(parts: Sequence[Features]) -> Features:
     longest = max(part.tokens.shape[1] for part in parts if part.tokens is not None)
     tokens, masks, places = [], [], []
     for part in parts:
-        assert part.tokens is not None and part.mask is not None and part.pooled_at is not None
+        if part.tokens is None or part.mask is None or part.pooled_at is None:
+            raise ValueError("token features come with a mask and the place of the pooled token")
         more = longest - part.tokens.shape[1]
         tokens.append(torch.nn.functional.pad(part.tokens, (0, 0, 0, more)))
         masks.append(torch.nn.functional.pad(part.mask, (0, more), value=False))

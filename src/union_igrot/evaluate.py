@@ -225,9 +225,7 @@ def evaluate(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: in
         scores[name] = score(benchmark, queries, gallery)
         spent[name]["rank"] = time.perf_counter() - start
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
-    rows = [
-        result_row(benchmark, name, scores[name], described[name], spent[name], seed) for name in scores
-    ]
+    rows = [result_row(benchmark, name, scores[name], described[name], spent[name], seed) for name in scores]
     rows[-1]["gain95"] = _gains(benchmark, scores, seed)
     return Evaluation(benchmark, scores, rows)
 

@@ -6,6 +6,7 @@ where triplets come from, configurations or reports.
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,12 @@ def fit(
     """
     machine = machine or Machine()
     keep = ModelCheckpoint(
-        folder, filename="best", monitor=learner.recipe.monitor, mode="max", save_last=True, enable_version_counter=False
+        folder,
+        filename="best",
+        monitor=learner.recipe.monitor,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
     )
     bars: list[Callback] = [RichProgressBar()] if progress else []
     trainer = lightning.Trainer(
@@ -223,6 +229,9 @@ def fit(
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    # A frozen backbone in evaluation mode is what is meant.
+    warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
+    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
     last = folder / "last.ckpt"
     if last.is_file():
         _log.warning("going on from %s", last)

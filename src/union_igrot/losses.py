@@ -67,11 +67,11 @@ class InfoNCE(nn.Module):
         all_targets, start = _gather(targets)
         all_groups, _ = _gather(groups)
         answers = torch.arange(start, start + len(queries), device=queries.device)
-        pair = (groups, all_groups) if self.skip_duplicates else (None, None)
-        loss = info_nce(queries, all_targets, answers, *pair, scale=self.scale)
+        mine, every = (groups, all_groups) if self.skip_duplicates else (None, None)
+        loss = info_nce(queries, all_targets, answers, mine, every, self.scale)
         if self.symmetric:
             all_queries, _ = _gather(queries)
-            loss = (loss + info_nce(targets, all_queries, answers, *pair, scale=self.scale)) / 2
+            loss = (loss + info_nce(targets, all_queries, answers, mine, every, self.scale)) / 2
         return loss
 
 

@@ -32,8 +32,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from union_igrot.backbones.base import weights_hash
 from union_igrot.backbones.tiny import TinyVLM, tokenize
 from union_igrot.data.rendering import render_photo, render_sketch
-from union_igrot.data.scenes import HELD_OUT_SHAPES, SEEN_SHAPES, SHAPES, caption, edit_scene, pick, random_scene
-from union_igrot.data.scenes import with_article
+from union_igrot.data.scenes import (
+    HELD_OUT_SHAPES,
+    SEEN_SHAPES,
+    SHAPES,
+    caption,
+    edit_scene,
+    pick,
+    random_scene,
+    with_article,
+)
 
 SKETCHES = 96
 """Sketches in each batch, beside the captioned photos."""
@@ -153,7 +161,9 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
     network = TinyVLM().to(memory_format=torch.channels_last)
     decay = [p for p in network.parameters() if p.ndim > 1]
     rest = [p for p in network.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], rate)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], rate
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=min(0.1, 100 / steps), cycle_momentum=False
     )
@@ -171,17 +181,21 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
             schedule.step()
             progress.update(task, advance=1, description=f"loss {match.item():.3f} + {prompt.item():.3f}")
             if step % every == 0:
-                console.print(step, f"{match.item():.3f} {prompt.item():.3f}", held_out_figures(network, "look", batches=1))
+                console.print(
+                    step, f"{match.item():.3f} {prompt.item():.3f}", held_out_figures(network, "look", batches=1)
+                )
     return network
 
 
 def main() -> None:
     """Pretrain and write `backbone.safetensors` (fp16) and `backbone.json` beside it."""
     parser = argparse.ArgumentParser(prog="python -m union_igrot.pretrain_tiny", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1200, help="batches of 256 photos and 96 sketches")
+    parser.add_argument("--steps", type=int, default=1400, help="batches of 256 photos and 96 sketches")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights" / "tiny", help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "weights" / "tiny", help="folder to write to"
+    )
     args = parser.parse_args()
     start = time.monotonic()
     network = pretrain(args.steps, args.seed, args.rate)

@@ -263,8 +263,10 @@ class Features:
         return self._each(lambda x: x.expand(batch, *x.shape[1:]))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Features(**{name: None if x is None else change(x) for name, x in parts.items()})
+        def each(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        return Features(change(self.pooled), each(self.tokens), each(self.mask), each(self.pooled_at))
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,7 @@ def new_model(config: DictConfig, card: dict[str, Any]) -> IGROTModel:
     if target["kind"] == "union":
         target |= {"feedforward": config.model.feedforward, "heads": config.model.union_heads}
     width = backbone.dim
-    return IGROTModel(
-        backbone, build_fusion(width=width, **fusion), build_target(width=width, **target), card
-    )
+    return IGROTModel(backbone, build_fusion(width=width, **fusion), build_target(width=width, **target), card)
 
 
 def encoder(config: DictConfig, backbone: Backbone) -> Encoder:
@@ -62,6 +60,4 @@ def encoder(config: DictConfig, backbone: Backbone) -> Encoder:
     root = default_root() if config.cache_dir is None else Path(config.cache_dir).expanduser()
     options = config.features
     store = FeatureStore(root, f"{backbone.fingerprint()}-{options.dtype}", dtype=options.dtype)
-    return Encoder(
-        backbone, store, batch_size=options.batch_size, workers=options.workers, progress=config.progress
-    )
+    return Encoder(backbone, store, batch_size=options.batch_size, workers=options.workers, progress=config.progress)

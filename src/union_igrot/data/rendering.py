@@ -7,6 +7,7 @@ one seed gives the same pixels on any machine. Does not know words, splits or mo
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +41,17 @@ CENTRE = {
 
 def _around(count: int, radius: list[float], turn: float = -0.25) -> list[Point]:
     angles = [_TAU * (i / count + turn) for i in range(count)]
-    return [(radius[i % len(radius)] * math.cos(a), radius[i % len(radius)] * math.sin(a)) for i, a in enumerate(angles)]
+    return [
+        (radius[i % len(radius)] * math.cos(a), radius[i % len(radius)] * math.sin(a)) for i, a in enumerate(angles)
+    ]
 
 
 def _flower() -> list[Point]:
     return [
-        ((0.72 + 0.28 * math.cos(5 * a)) * math.cos(a - _TAU / 4), (0.72 + 0.28 * math.cos(5 * a)) * math.sin(a - _TAU / 4))
+        (
+            (0.72 + 0.28 * math.cos(5 * a)) * math.cos(a - _TAU / 4),
+            (0.72 + 0.28 * math.cos(5 * a)) * math.sin(a - _TAU / 4),
+        )
         for a in (_TAU * i / 40 for i in range(40))
     ]
 
@@ -152,12 +158,15 @@ def _ground_bank() -> dict[str, Array]:
     return {
         "grass": smooth(bits.noise(size, size), 4, (0,)),
         "sand": smooth(bits.noise(size, size), 1),
-        "sea": smooth(bits.noise(size, size), 24, (1,)) * np.float32(0.5) + ((y // 3) % 2).astype(np.float32) * np.float32(0.35),
+        "sea": smooth(bits.noise(size, size), 24, (1,)) * np.float32(0.5)
+        + ((y // 3) % 2).astype(np.float32) * np.float32(0.35),
         "sky": smooth(bits.noise(size, size), 60),
         "bricks": bricks,
-        "wood": smooth(bits.noise(size, size), 30, (0,)) * np.float32(0.6) + (x % 12 < 2).astype(np.float32) * np.float32(0.4),
+        "wood": smooth(bits.noise(size, size), 30, (0,)) * np.float32(0.6)
+        + (x % 12 < 2).astype(np.float32) * np.float32(0.4),
         "snow": smooth(bits.noise(size, size), 10),
-        "night": (speckle > np.float32(2.35)).astype(np.float32) * np.float32(2.5) + smooth(bits.noise(size, size), 40) * np.float32(0.6),
+        "night": (speckle > np.float32(2.35)).astype(np.float32) * np.float32(2.5)
+        + smooth(bits.noise(size, size), 40) * np.float32(0.6),
     }
 
 
@@ -249,7 +258,7 @@ def _wobbled(points: list[Point], bits: BitStream, amount: float) -> list[tuple[
     """Resample a closed outline and bend it along two slow waves."""
     closed = [*points, points[0]]
     path: list[Point] = []
-    for (ax, ay), (bx, by) in zip(closed, closed[1:], strict=False):
+    for (ax, ay), (bx, by) in pairwise(closed):
         steps = max(1, int(math.hypot(bx - ax, by - ay) / 6))
         path.extend((ax + (bx - ax) * s / steps, ay + (by - ay) * s / steps) for s in range(steps))
     waves = [(bits.uniform(1.5, 4), bits.uniform(0, _TAU), bits.uniform(0, _TAU)) for _ in range(2)]

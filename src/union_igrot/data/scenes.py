@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Literal
 
 SEEN_SHAPES = (
     "circle", "square", "triangle", "star", "heart", "cross", "arrow",
@@ -167,8 +166,9 @@ def _edit_size(rng: random.Random, scene: Scene) -> Edit:
     thing = scene.things[int(rng.random() * len(scene.things))]
     at = SIZES.index(thing.size)
     value = pick(rng, SIZES, but=thing.size)
+    sizes: tuple[str, ...] = (value,)
     if rng.random() < 0.5:
-        text, sizes = f"make the {thing.shape} {value}", (value,)
+        text = f"make the {thing.shape} {value}"
     elif SIZES.index(value) > at:
         text, sizes = f"make the {thing.shape} bigger", SIZES[at + 1 :]
     else:
@@ -189,9 +189,7 @@ def _edit_add(rng: random.Random, scene: Scene) -> Edit | None:
     new = random_thing(rng, pick(rng, SHAPES, but=first.shape), OPPOSITE[first.place])
     sizes, size = ((new.size,), f"{new.size} ") if rng.random() < 0.5 else (SIZES, "")
     # The fill is never named, so each fill answers.
-    answers = tuple(
-        replace(scene, things=(first, replace(new, size=s, fill=f))) for s, f in product(sizes, FILLS)
-    )
+    answers = tuple(replace(scene, things=(first, replace(new, size=s, fill=f))) for s, f in product(sizes, FILLS))
     return Edit(("add",), f"add {with_article(f'{size}{new.colour} {new.shape}')} {_PLACE_WORDS[new.place]}", answers)
 
 

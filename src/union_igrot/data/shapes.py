@@ -36,7 +36,7 @@ CIR_PROTOCOL = Protocol(
 SBIR_PROTOCOL = Protocol(
     metrics=("mAP", "mAP@200", "P@100", "P@200", "R@1", "R@10"),
     primary="mAP",
-    note="generated world; a photo of the sketch's shape is a target; gallery of all twenty shapes, six never sketched in training",
+    note="generated world; photos of the sketch's shape are targets; six of twenty shapes never sketched in training",
 )
 
 
@@ -116,7 +116,9 @@ class _Draft:
     picture: ShapesPicture
 
 
-def shapes_cir(split: str = "test", queries: int = 2000, seed: int = 0, edits: int = 2, distractors: int = 500) -> Benchmark:
+def shapes_cir(
+    split: str = "test", queries: int = 2000, seed: int = 0, edits: int = 2, distractors: int = 500
+) -> Benchmark:
     """Make a composed-retrieval benchmark of the generated world.
 
     Each reference scene gets `edits` queries. The gallery holds the references (excluded

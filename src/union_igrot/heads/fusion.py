@@ -99,8 +99,12 @@ class FusionLayer(nn.Module):
     def _attend(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
         attention = self.self_attn
         width, heads = attention.embed_dim, attention.num_heads
-        assert attention.in_proj_weight is not None and attention.in_proj_bias is not None
-        weights, biases = attention.in_proj_weight.split([width, 2 * width]), attention.in_proj_bias.split([width, 2 * width])
+        assert attention.in_proj_weight is not None
+        assert attention.in_proj_bias is not None
+        weights, biases = (
+            attention.in_proj_weight.split([width, 2 * width]),
+            attention.in_proj_bias.split([width, 2 * width]),
+        )
         q = F.linear(queries, weights[0], biases[0]).unflatten(-1, (heads, -1)).transpose(1, 2)
         k, v = F.linear(keys, weights[1], biases[1]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
         drop = attention.dropout if self.training else 0.0
@@ -151,9 +155,7 @@ class TransAggFusion(FusionHead):
         mask: MaskMode = "exclude",
         start: Literal["balanced", "reference"] = "balanced",
     ) -> None:
-        super().__init__(
-            layers=layers, heads=heads, feedforward=feedforward, dropout=dropout, mask=mask, start=start
-        )
+        super().__init__(layers=layers, heads=heads, feedforward=feedforward, dropout=dropout, mask=mask, start=start)
         self.mask: MaskMode = mask
         self.fusion = _Encoder([FusionLayer(width, heads, feedforward, dropout) for _ in range(layers)])
         self.sep_token = nn.Parameter(torch.randn(1, 1, width))

@@ -136,6 +136,7 @@ class UnionTarget(TargetHead):
         self.t5_layers = T5Stack(config)
         # Its tokens are embeddings already: no vocabulary, so no table of one.
         del self.t5_layers.embed_tokens
+        last = nn.Linear(width, 1)
         self.union_weighted_layer = nn.Sequential(
             nn.Linear(2 * width, 4 * width),
             nn.Dropout(dropout / 2),
@@ -143,11 +144,11 @@ class UnionTarget(TargetHead):
             nn.Linear(4 * width, width),
             nn.Dropout(dropout / 2),
             nn.Sigmoid(),
-            nn.Linear(width, 1),
+            last,
         )
         if start == "image":
-            nn.init.zeros_(self.union_weighted_layer[6].weight)
-            nn.init.ones_(self.union_weighted_layer[6].bias)
+            nn.init.zeros_(last.weight)
+            nn.init.ones_(last.bias)
 
     def weight(self, images: Float[Tensor, "batch dim"], null: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 1"]:
         """Give each picture's share `m` of its own embedding, not bounded."""

@@ -97,7 +97,10 @@ def _panel(sheet: Image.Image, box: tuple[int, int, int, int], name: str, curve:
     end = f"{last:.0f}"
     pen.text((right - pen.textlength(end, font=font), bottom - 16), end, fill=_INK, font=font)
     points = [
-        (left + (x - first) / ((last - first) or 1) * (right - left), bottom - 18 - (y - low) / span * (bottom - 18 - top))
+        (
+            left + (x - first) / ((last - first) or 1) * (right - left),
+            bottom - 18 - (y - low) / span * (bottom - 18 - top),
+        )
         for x, y in curve
         if math.isfinite(y)
     ]

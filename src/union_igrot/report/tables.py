@@ -44,7 +44,9 @@ def result_table(rows: Sequence[Row]) -> Table:
     """
     first = rows[0]
     primary = first["protocol"]["primary"]
-    title = f"{first['benchmark']} · {first['split']} · {first['n_queries']:,} queries x {first['n_gallery']:,} pictures"
+    title = (
+        f"{first['benchmark']} · {first['split']} · {first['n_queries']:,} queries x {first['n_gallery']:,} pictures"
+    )
     skipped = f"; {first['n_skipped']} items left out" if first["n_skipped"] else ""
     table = Table(
         title=title,
