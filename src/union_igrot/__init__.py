@@ -1,7 +1,7 @@
 """Search images with an image: one model for composed and sketch-based retrieval.
 
-Holds the version and the public names, imported when first used. Imports nothing
-heavy itself.
+Holds the version and the public names, imported when first used. Imports nothing heavy
+itself.
 """
 
 from importlib import import_module
@@ -9,20 +9,34 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC: dict[str, str] = {
-    "Benchmark": "union_igrot.types",
-    "Features": "union_igrot.types",
-    "GalleryItem": "union_igrot.types",
-    "Preprocess": "union_igrot.types",
-    "Protocol": "union_igrot.types",
-    "Query": "union_igrot.types",
-    "UnionError": "union_igrot.errors",
+_PUBLIC: dict[str, tuple[str, str]] = {
+    "Benchmark": ("types", "Benchmark"),
+    "Encoder": ("encode", "Encoder"),
+    "FeatureStore": ("store.features", "FeatureStore"),
+    "Features": ("types", "Features"),
+    "GalleryItem": ("types", "GalleryItem"),
+    "IGROTModel": ("model", "IGROTModel"),
+    "Preprocess": ("types", "Preprocess"),
+    "Protocol": ("types", "Protocol"),
+    "Query": ("types", "Query"),
+    "UnionError": ("errors", "UnionError"),
+    "compose": ("config", "compose"),
+    "evaluate_benchmark": ("evaluate", "evaluate"),
+    "folder_benchmark": ("data.folder", "folder_benchmark"),
+    "folder_training": ("data.folder", "folder_training"),
+    "load": ("model", "load_model"),
+    "picture_batch": ("data.transforms", "picture_batch"),
+    "rank": ("index.exact", "exact_topk"),
+    "shapes_cir": ("data.shapes", "shapes_cir"),
+    "shapes_sbir": ("data.shapes", "shapes_sbir"),
+    "shapes_training": ("data.shapes", "shapes_training"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        room, inner = _PUBLIC[name]
+        return getattr(import_module(f"union_igrot.{room}"), inner)
     raise AttributeError(f"module 'union_igrot' has no attribute {name!r}; it offers {', '.join(sorted(_PUBLIC))}")
 
 

@@ -1,4 +1,4 @@
-"""Configurations: where `conf/` is, composing, checking and explaining them.
+"""Configurations: where `conf/` is, composing and checking them.
 
 The only room beside `cli` that knows Hydra and OmegaConf. Does not import anything heavy,
 so that a mistake is reported before a model is thought of.
@@ -13,6 +13,8 @@ from typing import Any
 
 from hydra import compose as hydra_compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,12 +39,13 @@ def conf_dir() -> Path:
     raise ConfigError(f"no configurations at {places[0]} or {places[1]}; install the package again")
 
 
-def _whole(low: int, high: float = math.inf, *, null: bool = False) -> Check:
+def _whole(low: int, high: int | None = None, *, null: bool = False) -> Check:
     def check(value: Any) -> str | None:
         if null and value is None:
             return None
-        right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        top = "" if high == math.inf else f" and at most {high:.0f}"
+        right = isinstance(value, int) and not isinstance(value, bool) and low <= value
+        right = right and (high is None or value <= high)
+        top = "" if high is None else f" and at most {high}"
         return None if right else f"a whole number of at least {low}{top}" + (", or null" if null else "")
 
     return check
@@ -51,7 +54,7 @@ def _whole(low: int, high: float = math.inf, *, null: bool = False) -> Check:
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
     def check(value: Any) -> str | None:
         right = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if right and not (above and value == low):
+        if right and math.isfinite(value) and not (above and value == low):
             return None
         floor = f"above {low:g}" if above else f"of at least {low:g}"
         return f"a number {floor}" + ("" if high == math.inf else f" and at most {high:g}")
@@ -128,6 +131,13 @@ _RULES: dict[str, dict[str, Check]] = {
         "logger.name": _one_of("csv", "none"),
     },
     "eval": {**_COMMON, "checkpoint": _text},
+    "compare": {
+        "first": _folder,
+        "second": _folder,
+        "method": _one_of("trained", "image", "text", "sum", "chance"),
+        "rounds": _whole(1),
+        "seed": _whole(0, 2**32 - 1),
+    },
 }
 _VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
     "data.name": {
@@ -173,6 +183,9 @@ _VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
     },
 }
 
+_FIXED = {"image", "text", "sum", "frozen", "shared"}
+"""Heads without weights of their own."""
+
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
@@ -197,7 +210,7 @@ def check_config(name: str, config: DictConfig) -> None:
     values = _leaves(OmegaConf.to_container(config))  # type: ignore[arg-type]
     rules = dict(_RULES[name])
     for key, variants in _VARIANTS.items():
-        if name == "train" or key == "data.name":
+        if name == "train" or (name == "eval" and key == "data.name"):
             rules[key] = _one_of(*variants)
             rules |= variants.get(str(values.get(key)), {})
     problems = []
@@ -210,6 +223,9 @@ def check_config(name: str, config: DictConfig) -> None:
         elif allowed := rules[key](value):
             problems.append(f"{key}={value} is not allowed; give {allowed}")
     problems += [f"{key} is missing" for key in rules if key not in values]
+    heads = {values.get("fusion.kind"), values.get("target.kind")}
+    if name == "train" and heads <= _FIXED and values.get("model.projector", "none") == "none":
+        problems.append("nothing is left to train; choose fusion=transagg or target=union")
     if problems:
         raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
@@ -231,14 +247,52 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
     known = sorted(path.stem for path in conf_dir().glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"configuration {name!r} does not exist; choose one of {', '.join(known)}")
-    GlobalHydra.instance().clear()
+    # A program that runs under Hydra itself gets its own state back.
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=name):
             config = hydra_compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error)) from None
+    finally:
+        GlobalHydra.instance().hydra = outer
     check_config(name, config)
     return config
+
+
+def check_sweep(name: str, overrides: Sequence[str]) -> None:
+    """Compose and check what a sweep (`-m`) will run: every value that is swept over, once.
+
+    Args:
+        name: `train` or `eval`.
+        overrides: As on the command line; one may name several values, `seed=0,1` or `seed=range(3)`.
+
+    Raises:
+        ConfigError: As `compose`, or where several runs would share one folder.
+    """
+    for override in overrides:
+        if "glob(" in override:
+            raise ConfigError(f"{override} is not given value by value; list the values, or give a range")
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        choices = [_swept(override) for override in parsed]
+    except HydraException as error:
+        raise ConfigError(_explain(error)) from None
+    first = [values[0] for values in choices]
+    several = any(len(values) > 1 for values in choices)
+    if several and any(override.startswith("output_dir=") for override in first):
+        raise ConfigError("output_dir is the folder of one run; leave it out, or give hydra.sweep.dir=FOLDER for all")
+    compose(name, first)
+    for place, values in enumerate(choices):
+        for value in values[1:]:
+            compose(name, [*first[:place], value, *first[place + 1 :]])
+
+
+def _swept(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def options_of(group: str) -> list[str]:
@@ -256,43 +310,3 @@ def _explain(error: Exception) -> str:
     if unknown:
         return f"{unknown.group(1)} is not a setting; --help lists the settings"
     return text
-
-
-def help_text(name: str) -> str:
-    """Say what a command takes: its groups with their options, and its settings.
-
-    Read from the comments of the YAML files themselves.
-    """
-    lines = (conf_dir() / f"{name}.yaml").read_text().splitlines()
-    groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+)\s+# (.+)", line))]
-    out = [lines[0].removeprefix("# "), "", f"usage: union-{name} [GROUP=OPTION ...] [KEY=VALUE ...] [-m]", ""]
-    out.append("groups:")
-    for group, default, meaning in groups:
-        options = [f"{option} (default)" if option == default else option for option in options_of(group)]
-        out.append(f"  {group:<11}{meaning}: {', '.join(options)}")
-    out += ["", "settings:"]
-    for section, body in _sections(lines):
-        out += [f"  {section}{key}={value}".ljust(34) + meaning for key, value, meaning in body]
-    for group, _, _ in groups:
-        out += ["", f"{group}=..."]
-        for option in options_of(group):
-            text = (conf_dir() / group / f"{option}.yaml").read_text().splitlines()
-            out.append(f"  {option:<15}{text[0].removeprefix('# ')}")
-            keys = [f"{group}.{line.split('#')[0].strip().replace(': ', '=')}" for line in text[1:] if ":" in line]
-            keys = [key for key in keys if not re.match(rf"{group}\.(name|kind)=", key)]
-            out += [f"{'':<17}{key}" for key in keys]
-    out += ["", "-m sweeps over comma-separated values; --cfg job prints the composed configuration"]
-    return "\n".join(out)
-
-
-def _sections(lines: Sequence[str]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    sections: list[tuple[str, list[tuple[str, str, str]]]] = [("", [])]
-    for line in lines:
-        if re.match(r"hydra:", line):
-            break
-        if head := re.match(r"(\w+):\s*$", line):
-            sections.append((f"{head.group(1)}.", []))
-        elif setting := re.match(r"(\s*)(\w+): (\S+)\s+# (.+)", line):
-            indent, key, value, meaning = setting.groups()
-            sections[-1 if indent else 0][1].append((key, value, meaning))
-    return [section for section in sections if section[0] != "defaults."]

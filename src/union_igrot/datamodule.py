@@ -4,7 +4,7 @@ Knows triplets, benchmarks and the encoder. Does not know heads, losses or the o
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import lightning
@@ -15,6 +15,8 @@ from union_igrot.encode import Encoder
 from union_igrot.errors import DataError
 from union_igrot.types import Batch, Benchmark, EvalBatch, TrainingSet, Triplet
 
+_SIDES = ("gallery", "queries")
+
 
 @final
 class TaskBatches(Sampler[list[int]]):
@@ -24,6 +26,8 @@ class TaskBatches(Sampler[list[int]]):
         tasks: The task of each sample.
         batch_size: Samples a process takes at once.
         seed: Seed of the order.
+        epoch: Says which epoch is beginning. Asked at each start, since Lightning's `set_epoch`
+            names the wrong one after a resume.
         rank: This process.
         world: Number of processes; together they take `batch_size * world` samples a step.
 
@@ -31,18 +35,22 @@ class TaskBatches(Sampler[list[int]]):
     has no full batch at all.
     """
 
-    def __init__(self, tasks: Sequence[str], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self._rows: dict[str, list[int]] = {}
         for row, task in enumerate(tasks):
             self._rows.setdefault(task, []).append(row)
-        self._size, self._seed, self._rank, self._world, self._epoch = batch_size, seed, rank, world, 0
+        self._size, self._seed, self._epoch, self._rank, self._world = batch_size, seed, epoch, rank, world
         for task, rows in self._rows.items():
             if len(rows) < world:
                 raise DataError(f"{len(rows)} {task} samples cannot be shared by {world} processes; use fewer devices")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given next; Lightning calls it."""
-        self._epoch = epoch
 
     def _cut(self, count: int) -> list[int]:
         together = self._size * self._world
@@ -54,7 +62,7 @@ class TaskBatches(Sampler[list[int]]):
         return sum(len(self._cut(len(rows))) for rows in self._rows.values())
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = random.Random(f"batches {self._seed} {self._epoch}")
+        order = random.Random(f"batches {self._seed} {self._epoch()}")
         batches = []
         for rows in self._rows.values():
             shuffled = order.sample(rows, len(rows))
@@ -100,40 +108,45 @@ class IGROTDataModule(lightning.LightningDataModule):
         groups = sorted({triplet.group for triplet in self._triplets})
         number = {group: place for place, group in enumerate(groups)}
         self._groups = torch.tensor([number[triplet.group] for triplet in self._triplets])
-        self._blocks: list[tuple[int, str, range]] = []
+        self._ready = False
+
+    def prepare_data(self) -> None:
+        """Encode what is not in the store; Lightning calls it in one process a machine, while the others wait."""
+        self._encode()
 
     def setup(self, stage: str) -> None:
-        """Encode every picture and text of training and validation that is not in the store."""
-        if stage != "fit" or self._blocks:
-            return
+        """Look up every picture and text of training and validation; encode what is not in the store."""
+        if stage == "fit" and not self._ready:
+            self._encode()
+            self._ready = True
+
+    def _encode(self) -> None:
+        if self.trainer is not None:  # Lightning moves the model only after this
+            self._encoder.backbone.to(self.trainer.strategy.root_device)
         fill, read = self._encoder.fill_pictures, self._encoder.fill_texts
         self._images = fill([t.image for t in self._triplets], tokens=self._query_tokens, what="training queries")
         self._texts = read([t.text for t in self._triplets], what="training texts")
         self._targets = fill([t.target for t in self._triplets], tokens=self._target_tokens, what="training targets")
         self._sides: list[dict[str, list[str]]] = []
-        step = self._encoder.batch_size
-        for number, benchmark in enumerate(self._benchmarks):
+        for benchmark in self._benchmarks:
             name = f"{benchmark.name} {benchmark.split}"
             queries = fill([q.image for q in benchmark.queries], tokens=self._query_tokens, what=f"{name} queries")
             texts = read([q.text for q in benchmark.queries], what=f"{name} texts")
             gallery = fill([i.image for i in benchmark.gallery], tokens=self._target_tokens, what=f"{name} gallery")
             self._sides.append({"queries": queries, "texts": texts, "gallery": gallery})
-            for side in ("gallery", "queries"):
-                count = len(self._sides[-1][side])
-                self._blocks += [(number, side, range(at, min(at + step, count))) for at in range(0, count, step)]
 
     def train_dataloader(self) -> DataLoader[int]:
         """Give batches of one task each as `types.Batch`."""
         rank, world = self._place()
         tasks = [triplet.task for triplet in self._triplets]
-        batches = TaskBatches(tasks, self._batch_size, self._seed, rank, world)
+        batches = TaskBatches(tasks, self._batch_size, self._seed, self._epoch, rank, world)
         rows: Sequence[int] = range(len(tasks))
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[tuple[int, str, range]]:
         """Give this process's share of the validation queries and galleries as `types.EvalBatch`."""
         rank, world = self._place()
-        mine = self._blocks[rank::world]
+        mine = self._blocks(world)[rank::world]
         return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(
@@ -142,6 +155,24 @@ class IGROTDataModule(lightning.LightningDataModule):
         """Leave a batch where the encoder put it: on the backbone's device."""
         del device, dataloader_idx
         return batch
+
+    def _epoch(self) -> int:
+        return 0 if self.trainer is None else self.trainer.current_epoch
+
+    def _blocks(self, world: int) -> list[tuple[int, str, range]]:
+        """Cut all sides into blocks, at least one a process: Lightning lets a process without any skip validation."""
+        counts = [(number, side, len(keys[side])) for number, keys in enumerate(self._sides) for side in _SIDES]
+        total = sum(count for _, _, count in counts)
+        if total < world:
+            raise DataError(
+                f"{total} validation queries and pictures cannot be shared by {world} processes; use fewer devices"
+            )
+        step = min(self._encoder.batch_size, total // world)
+        return [
+            (number, side, range(at, min(at + step, count)))
+            for number, side, count in counts
+            for at in range(0, count, step)
+        ]
 
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -60,9 +60,13 @@ def load_pictures(
     Raises:
         PictureError: For the first picture that cannot be read.
     """
-    # The batch that shows an error is the last one used, so workers need no clean end.
+    # A generator of its own: what is already encoded must not shift the random numbers of a training.
     loader = DataLoader(
-        _Pictures(sources, preprocess), batch_size=batch_size, num_workers=workers, collate_fn=_together
+        _Pictures(sources, preprocess),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_together,
+        generator=torch.Generator(),
     )
     for batch in loader:
         if isinstance(batch, PictureError):
@@ -184,9 +188,12 @@ def join_features(parts: Sequence[Features]) -> Features:
 
     Args:
         parts: At least one batch; all with tokens, or all without.
+
+    Raises:
+        ValueError: Where only some have tokens, or tokens come without mask and place.
     """
     pooled = torch.cat([part.pooled for part in parts])
-    if any(part.tokens is None for part in parts):
+    if all(part.tokens is None for part in parts):
         return Features(pooled)
     longest = max(part.tokens.shape[1] for part in parts if part.tokens is not None)
     tokens, masks, places = [], [], []

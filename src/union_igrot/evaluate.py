@@ -21,7 +21,7 @@ import union_igrot
 from union_igrot.backbones.base import Backbone
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
-from union_igrot.index.exact import RankedChunk, rank_chunks
+from union_igrot.index.exact import RankedChunk, exact_topk, rank_chunks
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
 from union_igrot.metrics.retrieval import RetrievalFigures
@@ -45,7 +45,7 @@ class Relevance:
         labels: A number for each query's class, or None where a query has none.
     """
 
-    targets: list[Int[Tensor, " targets"]]
+    targets: list[Int[Tensor, " _"]]
     exclude: list[list[int]]
     subset: Int[Tensor, "queries subset"] | None
     labels: Int[Tensor, " queries"] | None
@@ -54,12 +54,14 @@ class Relevance:
     def of(cls, benchmark: Benchmark) -> "Relevance":
         """Look up every id of a benchmark once; ids that queries share are looked up once."""
         at = {item.id: position for position, item in enumerate(benchmark.gallery)}
-        known: dict[int, Tensor] = {}
+        # The ids stand beside their positions so that they live on: no other tuple gets their `id`.
+        known: dict[int, tuple[Sequence[str], Tensor]] = {}
         targets, exclude, subsets = [], [], []
         for query in benchmark.queries:
             if id(query.targets) not in known:
-                known[id(query.targets)] = torch.tensor([at[name] for name in query.targets], dtype=torch.long)
-            targets.append(known[id(query.targets)])
+                places = torch.tensor([at[name] for name in query.targets], dtype=torch.long)
+                known[id(query.targets)] = (query.targets, places)
+            targets.append(known[id(query.targets)][1])
             gone = {at[name] for name in query.exclude} if benchmark.protocol.exclude_reference else set()
             exclude.append(sorted(gone))
             subsets.append([at[name] for name in query.subset or () if at[name] not in gone])
@@ -90,25 +92,35 @@ def score(
 
     Returns:
         One value a query and figure, in the order of the queries, and the first answers of
-        the given rows.
+        the given rows: `KEPT`, or as many as every query has candidates.
+
+    Raises:
+        DataError: Where an embedding is not finite, or the protocol asks for subsets or classes
+            that the benchmark does not have.
     """
     relevance = Relevance.of(benchmark)
     rows = torch.arange(len(queries)) if positions is None else positions.cpu()
     protocol = benchmark.protocol
     figures = RetrievalFigures(protocol.metrics, protocol.ap_norm, protocol.ap_rule, sync_on_compute=True)
     figures = figures.to(queries.device)
-    best: list[Tensor] = []
-    for chunk in rank_chunks(queries, gallery, [relevance.exclude[row] for row in rows.tolist()]):
+    exclude = [relevance.exclude[row] for row in rows.tolist()]
+    for chunk in rank_chunks(queries, gallery, exclude):
         part = rows[chunk.queries]
         hits, relevant = _hits(chunk, [relevance.targets[row] for row in part.tolist()], len(gallery))
         subset_hits = None if relevance.subset is None else _subset_hits(chunk, relevant, relevance.subset[part])
         labels = None if relevance.labels is None else relevance.labels[part].to(hits.device)
         figures.update(hits, hits.sum(1), part.to(hits.device), subset_hits, labels)
-        best.append(chunk.positions[:, :KEPT])
-    first = torch.cat(best)
-    cosines = torch.einsum("qd,qkd->qk", queries.float(), gallery[first].float())
     values = {name: column.double().cpu() for name, column in figures.values().items()}
-    return Scores(values, Ranking(first.cpu(), cosines.cpu()))
+    # Of all queries, so that every process keeps equally many.
+    fewest = len(gallery) - max(map(len, relevance.exclude))
+    first = exact_topk(queries, gallery, min(KEPT, fewest), exclude)
+    return Scores(values, Ranking(first.positions.cpu(), first.scores.cpu()))
+
+
+def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
+    """Average each figure as the protocol says, in percent; nan where no query has a value."""
+    labels, how = _labels(benchmark), benchmark.protocol.average
+    return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
 
 
 def _hits(
@@ -264,7 +276,6 @@ def result_row(
         the primary figure by tag, the model's description, seconds, versions and seed.
     """
     labels = _labels(benchmark)
-    how = benchmark.protocol.average
     intervals = bootstrap_intervals(scores.values, seed=seed, labels=labels)
     return {
         "benchmark": benchmark.name,
@@ -274,7 +285,7 @@ def result_row(
         "n_gallery": len(benchmark.gallery),
         "n_skipped": benchmark.skipped,
         "protocol": asdict(benchmark.protocol),
-        "metrics": {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()},
+        "metrics": means(benchmark, scores),
         "ci95": {name: [100 * span.low, 100 * span.high] for name, span in intervals.items()},
         "by_tag": _by_tag(benchmark, scores),
         "model": model,
@@ -284,7 +295,7 @@ def result_row(
     }
 
 
-def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, float]]:
+def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, int | float]]:
     """Give count and mean of the primary figure over the queries of each tag, in percent."""
     rows: dict[str, list[int]] = defaultdict(list)
     for place, query in enumerate(benchmark.queries):

@@ -6,6 +6,7 @@ where triplets come from, configurations or reports.
 
 import logging
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from union_igrot.errors import ConfigError
-from union_igrot.evaluate import score
+from union_igrot.evaluate import means, score
 from union_igrot.losses import InfoNCE
-from union_igrot.metrics.functional import average
 from union_igrot.model import IGROTModel
 from union_igrot.types import Batch, Benchmark, EvalBatch
 
@@ -64,6 +64,9 @@ class Learner(lightning.LightningModule):
         loss: The contrastive loss.
         recipe: Optimiser, schedule and the figure to choose by.
         validation: The benchmarks that the data module's validation batches belong to.
+
+    Raises:
+        ConfigError: Where the model has nothing to train, or the monitor is not measured.
     """
 
     def __init__(self, model: IGROTModel, loss: InfoNCE, recipe: Recipe, validation: Sequence[Benchmark]) -> None:
@@ -71,6 +74,9 @@ class Learner(lightning.LightningModule):
         self.model, self.loss, self.recipe, self.benchmarks = model, loss, recipe, validation
         self.strict_loading = False  # checkpoints lack the backbone on purpose
         self._embedded: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
+        self._seed: int | None = None
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError("this model has nothing to train; choose fusion=transagg or target=union")
         known = self.figures()
         if recipe.monitor not in known:
             raise ConfigError(f"monitor {recipe.monitor!r} is not measured here; choose one of {', '.join(known)}")
@@ -79,6 +85,20 @@ class Learner(lightning.LightningModule):
         """Name the validation figures that are logged."""
         single = [f"val/{b.name}/{metric}" for b in self.benchmarks for metric in b.protocol.metrics]
         return ["val/score", *single]
+
+    def on_fit_start(self) -> None:
+        """Keep the seed that torch was given; a resumed training has its first run's already."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start each epoch's dropout from its own seed, so that a resumed epoch is like an uninterrupted one."""
+        del batch
+        if batch_idx:
+            return
+        # Not in `on_train_epoch_start`, which Lightning leaves out at the first epoch after a resume.
+        place = f"dropout {self._seed} {self.current_epoch} {self.global_rank}"
+        torch.manual_seed(random.Random(place).getrandbits(63))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Give the loss of one batch."""
@@ -104,8 +124,8 @@ class Learner(lightning.LightningModule):
         for number, benchmark in enumerate(self.benchmarks):
             queries = self._whole(number, "queries", len(benchmark.queries))
             gallery = self._whole(number, "gallery", len(benchmark.gallery))
-            scores = score(benchmark, queries, gallery)
-            figures = {name: 100 * average(values).item() for name, values in scores.values.items()}
+            mine = torch.arange(self.trainer.global_rank, len(queries), self.trainer.world_size)
+            figures = means(benchmark, score(benchmark, queries[mine.to(queries.device)], gallery, mine))
             primary.append(figures[benchmark.protocol.primary])
             self.log_dict({f"val/{benchmark.name}/{name}": figure for name, figure in figures.items()})
         self.log("val/score", sum(primary) / len(primary), prog_bar=True)
@@ -128,8 +148,6 @@ class Learner(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up and a cosine; matrices decay, vectors do not."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not trained:
-            raise ConfigError("this model has nothing to train; choose fusion=transagg or target=union")
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -142,9 +160,14 @@ class Learner(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the backbone out."""
+        """Leave the backbone out, and keep the seed."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {n: x for n, x in state.items() if not n.startswith("model.backbone.")}
+        checkpoint["seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the first run."""
+        self._seed = checkpoint["seed"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
@@ -185,10 +208,11 @@ def fit(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> dict[str, float]:
-    """Train the heads and leave the best epoch's in the model.
+    """Train the heads and leave the best epoch's in the model, on the device it was trained on.
 
     Goes on from `folder/last.ckpt` where an earlier run of the same training was
-    interrupted.
+    interrupted, and then ends with the same weights as an uninterrupted run: batches and
+    dropout follow from the seed that torch had at the first start, and the epoch.
 
     Args:
         learner: What is trained.
@@ -204,13 +228,10 @@ def fit(
     """
     machine = machine or Machine()
     keep = ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor=learner.recipe.monitor,
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
+        folder, filename="best", monitor=learner.recipe.monitor, mode="max", enable_version_counter=False
     )
+    # Of its own: `save_last` writes only where the best is written too. It comes second, so that it knows the best.
+    resume = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     bars: list[Callback] = [RichProgressBar()] if progress else []
     trainer = lightning.Trainer(
         accelerator=machine.accelerator,
@@ -220,7 +241,7 @@ def fit(
         precision=machine.precision,
         max_epochs=learner.recipe.epochs,
         gradient_clip_val=learner.recipe.clip,
-        callbacks=[keep, *bars, *callbacks],
+        callbacks=[keep, resume, *bars, *callbacks],
         logger=logger,
         log_every_n_steps=5,
         num_sanity_val_steps=0,
@@ -229,13 +250,17 @@ def fit(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    # A frozen backbone in evaluation mode is what is meant.
-    warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
-    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
     last = folder / "last.ckpt"
     if last.is_file():
         _log.warning("going on from %s", last)
-    trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # A frozen backbone in evaluation mode is what is meant.
+        warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
+        # So is a folder that holds an interrupted training.
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
+        trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    learner.model.to(trainer.strategy.root_device)  # Lightning puts it on the CPU at its end
     best = torch.load(keep.best_model_path, map_location="cpu", weights_only=True)
     learner.load_state_dict(best["state_dict"], strict=False)
     learner.model.eval()

@@ -29,12 +29,17 @@ def info_nce(
         answers: Position of each query's own target among `targets`.
         query_groups: Group of each query's target; a target of the same group that is not
             the answer is left out of the query's negatives. None leaves nothing out.
-        target_groups: Group of each target; given together with `query_groups`.
+        target_groups: Group of each target; given together with `query_groups` or not at all.
         scale: What cosines are multiplied with.
 
     Returns:
         The mean over queries, in nats, at least 0.
+
+    Raises:
+        ValueError: Where the groups of one side alone are given.
     """
+    if (query_groups is None) != (target_groups is None):
+        raise ValueError("groups of one side alone cannot be compared; give both query_groups and target_groups")
     logits = scale * queries @ targets.T
     if query_groups is not None and target_groups is not None:
         same = query_groups[:, None] == target_groups[None, :]

@@ -1,4 +1,4 @@
-"""The model: a frozen backbone, a query head and a target head.
+"""The model: a frozen backbone, a vision projector where wanted, a query head and a target head.
 
 `embed_queries` and `embed_gallery` are written here once and used by training, evaluation,
 command lines and demo alike. Saves and loads the heads. Does not know benchmarks, losses,
@@ -22,6 +22,7 @@ from union_igrot.backbones.build import build_backbone
 from union_igrot.errors import CheckpointError
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.heads.fusion import FusionHead
+from union_igrot.heads.projector import VisionProjector, build_projector
 from union_igrot.heads.target import TargetHead
 from union_igrot.types import Features, Preprocess
 
@@ -37,13 +38,19 @@ class IGROTModel(nn.Module):
         fusion: The query head.
         target: The target head.
         card: What a reader has to know of the training: data, classes, recipe.
+        projector: Changes image features on the query and the target side, or None.
     """
 
     def __init__(
-        self, backbone: Backbone, fusion: FusionHead, target: TargetHead, card: dict[str, Any] | None = None
+        self,
+        backbone: Backbone,
+        fusion: FusionHead,
+        target: TargetHead,
+        card: dict[str, Any] | None = None,
+        projector: VisionProjector | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.fusion, self.target = backbone, fusion, target
+        self.backbone, self.fusion, self.target, self.projector = backbone, fusion, target, projector
         self.card: dict[str, Any] = card or {}
         self._null: Features | None = None
 
@@ -84,7 +91,7 @@ class IGROTModel(nn.Module):
         """
         if images is None:
             return self._embed_texts_alone(texts)
-        encoded = images if isinstance(images, Features) else self.backbone.encode_image(images.to(self.device))
+        encoded = self._encode_images(images)
         spoken = self._encode_texts(texts, len(encoded))
         if len(spoken) != len(encoded):
             raise ValueError(f"{len(encoded)} images and {len(spoken)} texts; give one text an image, or none at all")
@@ -99,13 +106,20 @@ class IGROTModel(nn.Module):
         Returns:
             Embeddings, of unit length but for the reference's training sum.
         """
-        encoded = images if isinstance(images, Features) else self.backbone.encode_image(images.to(self.device))
+        encoded = self._encode_images(images)
         embedded: Tensor = self.target(encoded, self.null_text().expand(len(encoded)), self._fuse)
         return embedded
 
     def _fuse(self, images: Features, texts: Features) -> Tensor:
         fused: Tensor = self.fusion(images, texts)
         return fused
+
+    def _encode_images(self, images: Float[Tensor, "batch 3 height width"] | Features) -> Features:
+        encoded = images if isinstance(images, Features) else self.backbone.encode_image(images.to(self.device))
+        if self.projector is None:
+            return encoded
+        projected: Features = self.projector(encoded)
+        return projected
 
     def _encode_texts(self, texts: Sequence[str | None] | Features | None, batch: int) -> Features:
         if isinstance(texts, Features):
@@ -137,6 +151,7 @@ class IGROTModel(nn.Module):
             "heads": weights_hash(self.heads_state()),
             "fusion": {"kind": self.fusion.kind, **self.fusion.options},
             "target": {"kind": self.target.kind, **self.target.options},
+            "projector": None if self.projector is None else {"kind": self.projector.kind, **self.projector.options},
         }
 
     def save(self, folder: str | Path, *, half: bool = False) -> Path:
@@ -180,6 +195,7 @@ class IGROTModel(nn.Module):
             saved = json.loads((folder / "model.json").read_text())
             state = {name: x.float() for name, x in load_file(folder / "heads.safetensors").items()}
             kinds = {side: dict(saved[side]) for side in ("fusion", "target")}
+            kinds["projector"] = dict(saved.get("projector") or {"kind": "none"})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} is not a saved model ({error}); give a folder with model.json and heads.safetensors"
@@ -194,7 +210,8 @@ class IGROTModel(nn.Module):
             raise CheckpointError(f"{folder}: heads.safetensors does not belong to model.json; copy both again")
         fusion = build_fusion(kinds["fusion"].pop("kind"), backbone.dim, **kinds["fusion"])
         target = build_target(kinds["target"].pop("kind"), backbone.dim, **kinds["target"])
-        model = cls(backbone, fusion, target, saved.get("card"))
+        projector = build_projector(kinds["projector"].pop("kind"), backbone.dim, **kinds["projector"])
+        model = cls(backbone, fusion, target, saved.get("card"), projector)
         missing, unexpected = model.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:

@@ -42,6 +42,7 @@ from union_igrot.data.scenes import (
     random_scene,
     with_article,
 )
+from union_igrot.errors import ConfigError
 
 SKETCHES = 96
 """Sketches in each batch, beside the captioned photos."""
@@ -152,11 +153,16 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
     """Train the network from a seed and show its held-out figures now and then.
 
     Args:
-        steps: Number of batches of 256 photos and `SKETCHES` sketches.
+        steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 2.
         seed: Seed of weights and pictures.
-        rate: Highest learning rate; warmed up over 100 steps, then a cosine to zero.
+        rate: Highest learning rate; warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
         every: Steps between two looks at the validation scenes.
+
+    Raises:
+        ConfigError: Where the steps are fewer than two, of which one warms up.
     """
+    if steps < 2:
+        raise ConfigError(f"steps is {steps}; give at least 2")
     torch.manual_seed(seed)
     network = TinyVLM().to(memory_format=torch.channels_last)
     decay = [p for p in network.parameters() if p.ndim > 1]
@@ -165,7 +171,7 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
         [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], rate
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=min(0.1, 100 / steps), cycle_momentum=False
+        optimizer, rate, total_steps=steps, pct_start=min(100, max(2, steps / 10)) / steps, cycle_momentum=False
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
@@ -198,7 +204,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     start = time.monotonic()
-    network = pretrain(args.steps, args.seed, args.rate)
+    try:
+        network = pretrain(args.steps, args.seed, args.rate)
+    except ConfigError as error:
+        parser.error(str(error))
     minutes = (time.monotonic() - start) / 60
     state = {n: t.contiguous().half() if t.is_floating_point() else t for n, t in network.state_dict().items()}
     network.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
@@ -211,9 +220,16 @@ def main() -> None:
         "shapes_without_sketches": list(HELD_OUT_SHAPES),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file(state, args.out / "backbone.partial")
-    (args.out / "backbone.partial").rename(args.out / "backbone.safetensors")
-    (args.out / "backbone.json").write_text(json.dumps(note, indent=2) + "\n")
+    # Both files are whole under other names before either takes the place of an older one.
+    whole = {name: args.out / f"{name}.partial" for name in ("backbone.safetensors", "backbone.json")}
+    try:
+        save_file(state, whole["backbone.safetensors"])
+        whole["backbone.json"].write_text(json.dumps(note, indent=2) + "\n")
+        for name, partial in whole.items():
+            partial.replace(args.out / name)
+    finally:
+        for partial in whole.values():
+            partial.unlink(missing_ok=True)
     Console().print(note)
 
 

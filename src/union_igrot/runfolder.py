@@ -77,6 +77,12 @@ class RunFolder:
         """Let another run in."""
         os.close(self._lock)
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def _state(path: Path) -> dict[str, str]:
     try:

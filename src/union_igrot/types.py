@@ -22,6 +22,8 @@ Domain = Literal["photo", "sketch"]
 ApNorm = Literal["min", "hits", "all"]
 ApRule = Literal["step", "trapezoid", "voc"]
 Average = Literal["micro", "macro"]
+RecallMode = Literal["any", "fraction"]
+PrecisionCut = Literal["k", "relevant", "attainable"]
 
 
 @runtime_checkable
@@ -102,6 +104,13 @@ class Protocol:
         average: Mean over queries (`micro`) or mean of the classes' means (`macro`).
         ties: How equal scores are ordered.
         note: Anything else a reader of the figure has to know.
+        recall: `R@k` is 1 where any target is found, or the `fraction` of the targets found.
+        recall_targets: Whether `R@k` looks for `all` targets, or the `first` of each query alone (CIRCO).
+        precision_cut: What `P@k` divides by: `k`, see `metrics.functional.precision_at_k`.
+        candidates: What is ranked: the whole `gallery`, or each query's own `subset` (GeneCIS).
+        unanswered: Whether a query without any target is left out (`omit`) or counts as 0 (`zero`).
+        means: Further figures, each the mean of the named ones, such as `("R@5", "Rs@1")` for CIRR.
+        prompt: The template of the queries' texts, by name or written out.
     """
 
     name: str = "official"
@@ -113,6 +122,13 @@ class Protocol:
     average: Average = "micro"
     ties: Literal["gallery order", "pessimistic"] = "gallery order"
     note: str = ""
+    recall: RecallMode = "any"
+    recall_targets: Literal["all", "first"] = "all"
+    precision_cut: PrecisionCut = "k"
+    candidates: Literal["gallery", "subset"] = "gallery"
+    unanswered: Literal["omit", "zero"] = "omit"
+    means: tuple[tuple[str, ...], ...] = ()
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.primary not in self.metrics:
@@ -165,6 +181,17 @@ class Benchmark:
                 for name in ids:
                     if name not in known:
                         raise DataError(f"{where}: query {query.id!r} names {name!r}, which the gallery does not hold")
+
+
+    def queries_hash(self) -> str:
+        """Hash the queries' ids, texts and targets: equal where two runs were asked the same."""
+        digest = hashlib.sha256()
+        targets: dict[int, bytes] = {}
+        for query in self.queries:
+            if id(query.targets) not in targets:
+                targets[id(query.targets)] = hashlib.sha256("|".join(query.targets).encode()).digest()
+            digest.update(f"{query.id}|{query.text}|".encode() + targets[id(query.targets)])
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from union_igrot.backbones.base import Backbone
-from union_igrot.errors import CheckpointError
+from union_igrot.backbones.weights import fill, read_state
 from union_igrot.types import Features, Preprocess
 
 CONTEXT = 32
@@ -68,7 +67,9 @@ class _Block(nn.Module):
         self, x: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length width"]:
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # The width is said outright: an empty batch leaves nothing to infer it from.
+        split = (batch, length, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(self.norm1(x)).view(split).permute(2, 0, 3, 1, 4)
         keys = None if mask is None else mask[:, None, None, :]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).reshape(batch, length, width)
         x = x + self.out(mixed)
@@ -114,7 +115,7 @@ class TinyVLM(nn.Module):
         x = torch.cat([self.image_class.expand(len(images), -1, -1), patches], 1) + self.image_places
         for block in self.image_blocks:
             x = block(x)
-        grid = x[:, 1:].reshape(len(images), 3, 2, 3, 2, -1).mean((2, 4)).flatten(1, 2)
+        grid = x[:, 1:].reshape(len(images), 3, 2, 3, 2, x.shape[-1]).mean((2, 4)).flatten(1, 2)
         projected: Tensor = self.image_projection(self.image_norm(torch.cat([x[:, :1], grid], 1)))
         return projected
 
@@ -141,18 +142,13 @@ class TinyBackbone(Backbone):
         super().__init__()
         self.name, self.dim, self.preprocess = "tiny", 128, _PREPROCESS
         self.network = TinyVLM(self.dim)
-        try:
-            if weights is None:
-                with as_file(files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as shipped:
-                    state = load_file(shipped)
-            else:
-                state = load_file(weights)
-            self.network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the tiny backbone's weights {weights or '(shipped)'} cannot be loaded: {error}; "
-                "give a file written by `python -m union_igrot.backbones.pretrain_tiny`"
-            ) from None
+        if weights is None:
+            with as_file(files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as shipped:
+                state = read_state(shipped)
+        else:
+            state = read_state(weights)
+        hint = "give a file written by `python -m union_igrot.pretrain_tiny`"
+        fill(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:

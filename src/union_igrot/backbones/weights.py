@@ -180,7 +180,7 @@ class _ScriptReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Know modules, tensors and storages, and nothing that could run."""
-        if module.split(".")[0] == "__torch__":
+        if module.partition(".")[0] == "__torch__":
             return _Part
         if module == "torch" and name in _STORAGES:
             return name

@@ -14,11 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from union_igrot import __version__
-from union_igrot.config import check_config, compose, conf_dir, help_text
+from union_igrot.cli.help import help_text
+from union_igrot.config import check_config, check_sweep, compose, conf_dir
 from union_igrot.errors import UnionError
 
 EXIT_MISTAKE = 2
 """Exit code for a mistake the user can mend."""
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 @contextmanager
@@ -28,6 +31,9 @@ def _one_line(command: str) -> Iterator[None]:
     except UnionError as error:
         print(f"{command}: {error}", file=sys.stderr)  # noqa: T201 - the command's voice
         raise SystemExit(EXIT_MISTAKE) from None
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201 - its voice
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Sequence[str] | None = None) -> None:
@@ -39,7 +45,8 @@ def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Seque
         argv: Arguments; the process's own where None.
 
     Raises:
-        SystemExit: With code 2 and one line on standard error for a user's mistake.
+        SystemExit: With code 2 and one line on standard error for a user's mistake, with
+            code 130 and one line after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = f"union-{name}"
@@ -50,8 +57,12 @@ def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Seque
         print(__version__)  # noqa: T201 - the command's voice
         return
     with _one_line(command):
-        if not any(argument.startswith("-") for argument in arguments):
-            compose(name, arguments)
+        flags = {argument for argument in arguments if argument.startswith("-")}
+        plain = [argument for argument in arguments if argument not in flags]
+        if not flags:
+            compose(name, plain)
+        elif flags <= {"-m", "--multirun"}:
+            check_sweep(name, plain)
         folder = str(conf_dir())
 
     def guarded(config: DictConfig) -> None:

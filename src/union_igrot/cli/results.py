@@ -12,7 +12,7 @@ from union_igrot.data.transforms import open_picture
 from union_igrot.encode import Encoder
 from union_igrot.evaluate import evaluate
 from union_igrot.model import IGROTModel
-from union_igrot.report.files import write_results
+from union_igrot.report.files import write_query_values, write_results
 from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
 from union_igrot.report.tables import print_results
 from union_igrot.types import Benchmark
@@ -23,20 +23,24 @@ def evaluate_and_report(
 ) -> None:
     """Evaluate on each benchmark, write what was found after each, print the tables.
 
-    Writes `results.json`, `results.csv`, `contact-<benchmark>.png`, and `curve.png` where
-    the folder holds a training's log.
+    Writes `results.json`, `results.csv`, `queries-<benchmark>-<split>.safetensors` (every
+    query's figures), `contact-<benchmark>.png`, and `curve.png` where the folder holds a
+    training's log.
     """
     rows = []
     for benchmark in benchmarks:
         found = evaluate(model, benchmark, encoder, seed)
         rows += found.rows
         write_results(folder, rows)
+        values = {method: scores.values for method, scores in found.scores.items()}
+        write_query_values(folder, benchmark.name, benchmark.split, values, benchmark.queries_hash())
         contact_sheet(
             folder / f"contact-{benchmark.name}.png", benchmark, found.scores["trained"].ranking, open_picture
         )
-    curves = read_curves(sorted(folder.glob("logs/version_*/metrics.csv")))
+    logs = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1]))
+    curves = read_curves(logs)
     shown = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
     if shown:
         curve_picture(folder / "curve.png", shown)
     print_results(rows)
-    Console().print(f"written to {folder}", highlight=False, soft_wrap=True)
+    Console().print(f"written to {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -27,27 +27,28 @@ def train(config: DictConfig, fresh: Path) -> None:
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from rich.console import Console
 
+    from union_igrot.backbones.build import build_backbone
     from union_igrot.cli import assemble
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.model import IGROTModel
+    from union_igrot.report.files import write_text
     from union_igrot.runfolder import identity_of, open_run
 
     settings = assemble.plain(config)
     deciding = {key: value for key, value in settings.items() if key not in {"output_dir", "cache_dir", "progress"}}
     chosen = None if config.output_dir is None else Path(config.output_dir).expanduser()
-    run = open_run(chosen, fresh, identity_of(deciding))
-    console = Console(stderr=True)
-    console.print(f"{'going on in' if run.resumed else 'run folder'} {run.path}", highlight=False)
-    (run.path / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    if run.stage == "trained":
-        model = IGROTModel.load(run.path / "model")
-        encoder = assemble.encoder(config, model.backbone)
-    else:
-        model, encoder = _fit(config, run)
-    test = assemble.benchmarks(config.data, config.data.split)
-    evaluate_and_report(model, test, encoder, run.path, config.seed)
-    run.reach("done")
-    run.close()
+    with open_run(chosen, fresh, identity_of(deciding)) as run:
+        where = f"{'going on in' if run.resumed else 'run folder'} {run.path}"
+        Console(stderr=True).print(where, highlight=False, markup=False, soft_wrap=True)
+        write_text(run.path / "config.yaml", OmegaConf.to_yaml(config))
+        if run.stage == "trained":
+            model = IGROTModel.load(run.path / "model", build_backbone(config.model.name, config.model.weights))
+            encoder = assemble.encoder(config, model.backbone)
+        else:
+            model, encoder = _fit(config, run)
+        test = assemble.benchmarks(config.data, config.data.split)
+        evaluate_and_report(model, test, encoder, run.path, config.seed)
+        run.reach("done")
 
 
 def _fit(config: DictConfig, run: "RunFolder") -> "tuple[IGROTModel, Encoder]":

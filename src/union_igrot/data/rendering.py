@@ -129,7 +129,7 @@ class BitStream:
 
     def below(self, bound: int) -> int:
         """Draw a whole number of 0..bound-1."""
-        return int(self.uniform(0, bound))
+        return int(self.uniform(0.0, float(bound)))
 
     def noise(self, *shape: int) -> Array:
         """Draw bell-shaped noise of mean 0 and deviation about 1: the sum of four bytes."""
@@ -221,7 +221,7 @@ def _paint(canvas: Array, thing: Thing, bits: BitStream, crowd: float) -> None:
     rim = body - np.minimum(body, _coverage(_shrunk(points, 0.84)))
     shade = np.float32(1) - np.float32(0.35) * np.roll(body, (2, 2), (0, 1)) * (1 - body)
     canvas *= shade[..., None]
-    colour = _tint(COLOUR_RGB[thing.colour], bits, 14)
+    colour = _tint(COLOUR_RGB[thing.colour], bits, 14.0)
     second = colour * np.float32(0.42) + np.float32(120 if thing.colour == "black" else 8)
     dy, dx = bits.below(PIXELS), bits.below(PIXELS)
     tone = _fill_bank()[thing.fill][dy : dy + PIXELS, dx : dx + PIXELS]
@@ -237,7 +237,7 @@ def render_photo(scene: Scene, seed: int) -> Image.Image:
     texture, light, blur and noise.
     """
     bits = BitStream(seed)
-    base, other = (_tint(rgb, bits, 12) for rgb in GROUND_RGB[scene.background])
+    base, other = (_tint(rgb, bits, 12.0) for rgb in GROUND_RGB[scene.background])
     dy, dx = bits.below(128 - PIXELS), bits.below(128 - PIXELS)
     field = _ground_bank()[scene.background][dy : dy + PIXELS, dx : dx + PIXELS]
     canvas: Array = base + field[..., None] * (other - base)
@@ -247,10 +247,10 @@ def render_photo(scene: Scene, seed: int) -> Image.Image:
     ramp = np.arange(PIXELS, dtype=np.float32) * np.float32(1 / PIXELS) - np.float32(0.5)
     light = np.float32(bits.uniform(0.88, 1.1)) + np.float32(bits.uniform(-0.2, 0.2)) * ramp[:, None]
     canvas *= (light + np.float32(bits.uniform(-0.2, 0.2)) * ramp[None, :])[..., None]
-    if bits.uniform(0, 1) < 0.5:
+    if bits.uniform(0.0, 1.0) < 0.5:
         for axis in (0, 1):
             canvas = (np.roll(canvas, 1, axis) + canvas + canvas + np.roll(canvas, -1, axis)) * np.float32(0.25)
-    canvas += np.float32(bits.uniform(1, 7)) * bits.noise(PIXELS, PIXELS, 1)
+    canvas += np.float32(bits.uniform(1.0, 7.0)) * bits.noise(PIXELS, PIXELS, 1)
     return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
 
@@ -261,7 +261,7 @@ def _wobbled(points: list[Point], bits: BitStream, amount: float) -> list[tuple[
     for (ax, ay), (bx, by) in pairwise(closed):
         steps = max(1, int(math.hypot(bx - ax, by - ay) / 6))
         path.extend((ax + (bx - ax) * s / steps, ay + (by - ay) * s / steps) for s in range(steps))
-    waves = [(bits.uniform(1.5, 4), bits.uniform(0, _TAU), bits.uniform(0, _TAU)) for _ in range(2)]
+    waves = [(bits.uniform(1.5, 4.0), bits.uniform(0.0, _TAU), bits.uniform(0.0, _TAU)) for _ in range(2)]
     bent = []
     for i, (x, y) in enumerate(path):
         at = _TAU * i / len(path)
@@ -280,7 +280,7 @@ def render_sketch(scene: Scene, seed: int) -> Image.Image:
     crowd = 1.0 if len(scene.things) == 1 else 0.88
     for thing in scene.things:
         points, radius = _place(thing, bits, crowd)
-        for _ in range(1 + (bits.uniform(0, 1) < 0.3)):
+        for _ in range(1 + (bits.uniform(0.0, 1.0) < 0.3)):
             stroke = _wobbled(points, bits, 0.05 * radius * _FINE * bits.uniform(0.4, 1.2))
             pen.line(stroke, fill=bits.below(70), width=4 + bits.below(4), joint="curve")
     return page.reduce(_FINE).convert("RGB")

@@ -56,8 +56,8 @@ class ShapesPicture:
 
     @property
     def key(self) -> str:
-        """Identity: the version of the drawing code, style, seed and content."""
-        return f"shapes-1/{self.style}/{self.seed}/{self.scene.code}"
+        """Identity: the version of the drawing code, style, seed, content and which thing is drawn first."""
+        return f"shapes-1/{self.style}/{self.seed}/{self.scene.code}/{self.scene.things[0].shape}"
 
     def open(self) -> Image.Image:
         """Draw it, 48 x 48, RGB."""
@@ -116,6 +116,22 @@ class _Draft:
     picture: ShapesPicture
 
 
+def _subset(rng: random.Random, draft: _Draft, targets: tuple[str, ...], everything: list[str]) -> tuple[str, ...]:
+    """Give six pictures: the reference, one target, the rivals, and others that are no targets."""
+    subset = [draft.reference, targets[0], *draft.rivals]
+    taken = {*subset, *targets}
+    if len(everything) - len(taken) < 6 - len(subset):
+        raise DataError(
+            f"shapes: a gallery of {len(everything)} is too small for subsets of six; give at least 4 more distractors"
+        )
+    while len(subset) < 6:
+        name = pick(rng, everything)
+        if name not in taken:
+            subset.append(name)
+            taken.add(name)
+    return tuple(subset)
+
+
 def shapes_cir(
     split: str = "test", queries: int = 2000, seed: int = 0, edits: int = 2, distractors: int = 500
 ) -> Benchmark:
@@ -137,9 +153,12 @@ def shapes_cir(
         CIRR, the reference and a target among them.
 
     Raises:
-        DataError: Where the split does not exist or a number is below 1.
+        DataError: Where the split does not exist, a number of queries or edits is below 1, one
+            of distractors below 0, or the gallery too small for subsets of six.
     """
     _check(split, queries=queries, edits=edits)
+    if distractors < 0:
+        raise DataError(f"shapes: distractors is {distractors}; give a number of at least 0")
     rng = random.Random(f"shapes_cir {split} {seed}")
     album = _Album(rng)
     drafts: list[_Draft] = []
@@ -164,13 +183,6 @@ def shapes_cir(
     done = []
     for number, draft in enumerate(drafts):
         targets = tuple(album.showing(draft.edit.answers))
-        taken = {draft.reference, *draft.rivals, *targets}
-        subset = [draft.reference, targets[0], *draft.rivals]
-        while len(subset) < 6:
-            name = pick(rng, everything)
-            if name not in taken:
-                subset.append(name)
-                taken.add(name)
         kinds = draft.edit.kinds
         done.append(
             Query(
@@ -179,7 +191,7 @@ def shapes_cir(
                 text=draft.edit.text,
                 targets=targets,
                 exclude=(draft.reference,),
-                subset=tuple(subset),
+                subset=_subset(rng, draft, targets, everything),
                 tags=kinds if len(kinds) == 1 else ("two changes",),
             )
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar, final
 
 import numpy as np
+import torch
 import torchvision.transforms.functional as F
 from jaxtyping import Float
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -185,6 +186,31 @@ class PictureToTensor:
         image = F.resize(image, size, resample, antialias=True)
         cut: Image.Image = F.center_crop(image, [size, size])
         return cut
+
+
+def picture_batch(
+    pictures: Iterable[Source | str | Image.Image], preprocess: Preprocess
+) -> Float[Tensor, "batch 3 size size"]:
+    """Turn pictures into one batch for a model.
+
+    Args:
+        pictures: Paths, `Picture`s or PIL images; at least one.
+        preprocess: The model's.
+
+    Returns:
+        The batch, in the order given.
+
+    Raises:
+        PictureError: Where a picture cannot be read.
+    """
+    to_tensor = PictureToTensor(preprocess)
+
+    def opened(picture: Source | str | Image.Image) -> Image.Image:
+        if isinstance(picture, Image.Image):
+            return picture
+        return open_picture(Path(picture) if isinstance(picture, str) else picture, at_least=preprocess.size)
+
+    return torch.stack([to_tensor(opened(picture)) for picture in pictures])
 
 
 def _pad(image: Image.Image, ratio: float) -> Image.Image:

@@ -4,7 +4,7 @@ Knows the names and what each head takes. Does not know a configuration's layout
 """
 
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from union_igrot.errors import ConfigError
 from union_igrot.heads.fusion import FusionHead, ImageFusion, SumFusion, TextFusion, TransAggFusion
@@ -46,13 +46,28 @@ def build_target(kind: str, width: int, **options: Any) -> TargetHead:
 def _build(what: str, known: dict[str, type[Head]], kind: str, width: int, options: dict[str, Any]) -> Head:
     if kind not in known:
         raise ConfigError(f"{what} {kind!r} does not exist; choose one of {', '.join(known)}")
-    takes = [name for name in signature(known[kind]).parameters if name != "options"]
+    parameters = signature(known[kind]).parameters
+    takes = [name for name in parameters if name != "options"]
     unknown = sorted(set(options) - set(takes))
     if unknown:
         allowed = ", ".join(name for name in takes if name != "width") or "no option"
         raise ConfigError(f"{what} {kind!r} does not take {', '.join(unknown)}; it takes {allowed}")
     given = {"width": width, **options} if "width" in takes else options
+    for name, value in given.items():
+        if wanted := _unlike(parameters[name].annotation, value):
+            raise ConfigError(f"{what} {kind!r}: {name} is {value!r}; give {wanted}")
     try:
         return known[kind](**given)
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"{what} {kind!r} at width {width} cannot be built: {error}") from None
+
+
+def _unlike(annotation: Any, value: object) -> str | None:
+    """Say what a value should have been; None where it is. Heads take names, counts and rates."""
+    if get_origin(annotation) is Literal:
+        return None if value in get_args(annotation) else f"one of {', '.join(get_args(annotation))}"
+    if annotation is int:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        return None if fits else "a whole number of at least 1"
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+    return None if fits else "a rate of at least 0 and below 1"

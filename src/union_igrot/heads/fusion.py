@@ -135,7 +135,7 @@ class TransAggFusion(FusionHead):
         layers: Encoder layers.
         heads: Attention heads; must divide `width`.
         feedforward: Inner width of the layers (2048 in the reference at every `width`).
-        dropout: Dropout rate, 0..1.
+        dropout: Dropout rate, at least 0 and below 1.
         mask: What padding does. `exclude` keeps it out of attention; `legacy` adds 1 to its
             logits, as the reference does while it trains, in training and evaluation alike.
         start: Weights at the start. `balanced` gives `w = (1, 1, 1)` for every query,

@@ -1,4 +1,4 @@
-"""Result rows as JSON and CSV, and files that are never left half-written.
+"""Result rows as JSON and CSV, figures query by query, and files that are never left half-written.
 
 Knows the layout of a result row. Does not know how a figure came about.
 """
@@ -10,6 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from union_igrot.errors import DataError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,3 +44,43 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             low, high = row["ci95"][name]
             writer.writerow([*head, name, f"{value:.4f}", f"{low:.4f}", f"{high:.4f}", row["seed"]])
     write_text(folder / "results.csv", table.getvalue())
+
+
+def _scores_path(folder: Path, benchmark: str, split: str) -> Path:
+    return folder / f"queries-{benchmark}-{split}.safetensors"
+
+
+def write_query_values(
+    folder: Path, benchmark: str, split: str, values: Mapping[str, Mapping[str, Tensor]], identity: str
+) -> None:
+    """Write every query's figures under every method, so that two runs can be compared query by query.
+
+    Args:
+        folder: An existing folder.
+        benchmark: Name of the benchmark.
+        split: Name of the split.
+        values: By method and metric, one value a query.
+        identity: Hash of the queries, so that only the same ones are ever compared.
+    """
+    flat = {f"{method}/{metric}": x.contiguous() for method, part in values.items() for metric, x in part.items()}
+    path = _scores_path(folder, benchmark, split)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file(flat, partial, metadata={"queries": identity})
+    partial.replace(path)
+
+
+def read_query_values(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Read what `write_query_values` wrote.
+
+    Returns:
+        The hash of the queries, and values by `method/metric`.
+
+    Raises:
+        DataError: Where the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as held:
+            identity = (held.metadata() or {}).get("queries", "")
+            return identity, {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}); evaluate the run again") from None

@@ -6,14 +6,16 @@ Knows the layout of a result row. Does not know how a figure came about.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _METHOD_NAMES = {
     "chance": "chance",
-    "image": "image, untrained",
-    "text": "text, untrained",
-    "sum": "image + text, untrained",
+    "image": "image alone",
+    "text": "text alone",
+    "sum": "image + text",
     "trained": "trained",
 }
 Row = Mapping[str, Any]
@@ -40,7 +42,8 @@ def result_table(rows: Sequence[Row]) -> Table:
         rows: Result rows of one benchmark, in the order to show.
 
     Returns:
-        A table with a line a method; figures in percent, the primary one with its 95 % interval.
+        A table with a line a method; figures in percent, beside the primary one its 95 % interval.
+        It is at most 80 columns wide for eight figures.
     """
     first = rows[0]
     primary = first["protocol"]["primary"]
@@ -49,25 +52,36 @@ def result_table(rows: Sequence[Row]) -> Table:
     )
     skipped = f"; {first['n_skipped']} items left out" if first["n_skipped"] else ""
     table = Table(
-        title=title,
-        caption=f"percent; {describe_protocol(first['protocol'])}; 95 % bootstrap interval over queries{skipped}",
+        title=Text(title),
+        caption=Text(
+            f"percent; {describe_protocol(first['protocol'])}; [low, high]: 95 % bootstrap interval of {primary} "
+            f"over queries; image alone, text alone and image + text are without training{skipped}"
+        ),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,  # eight figures and the interval have to fit into 80 columns
     )
     table.add_column("method", no_wrap=True)
     for name in first["metrics"]:
-        table.add_column(name, justify="right", style="bold" if name == primary else None)
+        table.add_column(name, justify="right", style="bold" if name == primary else None, no_wrap=True)
+        if name == primary:
+            table.add_column(Text("[low, high]"), no_wrap=True)
     best = max(row["metrics"][primary] for row in rows)
     for row in rows:
         cells = []
         for name, value in row["metrics"].items():
-            cell = f"{value:.1f}"
+            cells.append(_percent(value))
             if name == primary:
                 low, high = row["ci95"][name]
-                cell += f" [{low:.1f}, {high:.1f}]"
-            cells.append(cell)
+                cells.append(f"[{_percent(low)}, {_percent(high)}]")
         style = "green" if row["metrics"][primary] == best else None
         table.add_row(_METHOD_NAMES.get(row["method"], row["method"]), *cells, style=style)
     return table
+
+
+def _percent(value: float) -> str:
+    return "100" if value > 99.95 else f"{value:.1f}"
 
 
 def gain_lines(row: Row) -> list[str]:
@@ -90,5 +104,5 @@ def print_results(rows: Sequence[Row], console: Console | None = None) -> None:
         group = [row for row in rows if (row["benchmark"], row["split"]) == name]
         console.print(result_table(group))
         for line in gain_lines(group[-1]):
-            console.print(f"  {line}", highlight=False)
+            console.print(f"  {line}", highlight=False, markup=False)
         console.print()

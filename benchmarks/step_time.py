@@ -1,0 +1,156 @@
+"""Time a training step and a gallery batch against the bare forward of the backbone.
+
+    python benchmarks/step_time.py                                   # CLIP ViT-B/32, random weights, CPU, fp32
+    python benchmarks/step_time.py --arch ViT-L-14 --device cuda --precision bf16 --batch 32
+
+Rows: the backbone's bare forward (images and texts of a batch), a training step that encodes
+everything, one on features encoded before, a gallery batch. Weights are random and pictures
+are noise: time does not depend on them. Knows neither data nor files; says nothing of quality.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from union_igrot.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
+from union_igrot.heads.build import build_fusion, build_target
+from union_igrot.losses import InfoNCE
+from union_igrot.model import IGROTModel
+from union_igrot.types import Features, Preprocess
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT = "is a small dog with a hat, and it sits on the left of the sofa"
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Time a training step and a gallery batch.")
+    parser.add_argument("--arch", default="ViT-B-32", choices=open_clip.list_models(), metavar="NAME")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--precision", default="fp32", choices=DTYPES)
+    parser.add_argument("--batch", default=16, type=int, help="samples of a step, pictures of a gallery batch")
+    parser.add_argument("--steps", default=5, type=int, help="timed repeats; the fastest counts")
+    parser.add_argument("--warmup", default=2, type=int, help="repeats before the clock runs")
+    parser.add_argument("--json", default=None, help="also write the figures to this file")
+    return parser.parse_args()
+
+
+def build_model(arch: str) -> IGROTModel:
+    """Build the paper's model (TransAgg and UNION) on a CLIP with random weights."""
+    torch.manual_seed(0)
+    config = configuration(f"open_clip:{arch}/openai")
+    size = config["vision_cfg"]["image_size"]
+    backbone = OpenClipBackbone(config, Preprocess(size, OPENAI_MEAN, OPENAI_STD, fit="pad"), f"open_clip:{arch}")
+    heads = 12 if backbone.dim == 768 else 8
+    fusion, target = build_fusion("transagg", backbone.dim), build_target("union", backbone.dim, heads=heads)
+    return IGROTModel(backbone, fusion, target)
+
+
+def measure(planned: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Time each piece of work in milliseconds, all in turn, so that a busy machine slows them alike."""
+    on_gpu = arguments.device.startswith("cuda")
+    times: dict[str, list[float]] = {name: [] for name in planned}
+    for repeat in range(arguments.warmup + arguments.steps):
+        for name, work in planned.items():
+            start = time.perf_counter()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if repeat >= arguments.warmup:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[Callable[[], object], int, int]]:
+    """Give the pieces of work, each with the images and the texts that it encodes."""
+    batch, device = arguments.batch, arguments.device
+    size = model.preprocess.size
+    images, targets = torch.randn(2, batch, 3, size, size, device=device)
+    texts, groups = [TEXT] * batch, torch.arange(batch, device=device)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    optimiser, loss = torch.optim.AdamW(trained, lr=1e-4), InfoNCE()
+    cast = torch.autocast(device.split(":")[0], DTYPES[arguments.precision], enabled=arguments.precision != "fp32")
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=arguments.precision == "fp16")
+
+    def encode() -> tuple[Features, Features, Features]:
+        with torch.no_grad(), cast:
+            seen = model.backbone.encode_image(images), model.backbone.encode_image(targets)
+            return seen[0], model.backbone.encode_text(texts), seen[1]
+
+    def encode_gallery() -> None:
+        with torch.no_grad(), cast:
+            model.backbone.encode_image(targets)
+
+    def step(reference: torch.Tensor | Features, text: list[str] | Features, target: torch.Tensor | Features) -> None:
+        optimiser.zero_grad()
+        with cast:
+            value = loss(model.embed_queries(reference, text), model.embed_gallery(target), groups)
+        scaler.scale(value).backward()
+        scaler.step(optimiser)
+        scaler.update()
+
+    def gallery() -> None:
+        with torch.no_grad(), cast:
+            model.embed_gallery(targets)
+
+    kept = encode()
+    return {
+        "backbone forward of a step": (encode, 2 * batch, batch),
+        "training step, uncached": (lambda: step(images, texts, targets), 2 * batch, batch),
+        "training step, cached": (lambda: step(*kept), 0, 0),
+        "backbone forward of a gallery batch": (encode_gallery, batch, 0),
+        "gallery batch": (gallery, batch, 0),
+    }
+
+
+def main() -> None:
+    """Time everything and print a table and JSON."""
+    arguments = read_arguments()
+    model = build_model(arguments.arch).to(arguments.device).train()
+    planned = works(model, arguments)
+    measured = measure({name: work for name, (work, _, _) in planned.items()}, arguments)
+    # The fastest repeat is the least disturbed one; the median beside it tells how disturbed the rest was.
+    times = {name: min(repeats) for name, repeats in measured.items()}
+    bare = {
+        name: times["backbone forward of a " + ("gallery batch" if "gallery" in name else "step")] for name in times
+    }
+    where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
+    table = Table(title=f"{arguments.arch}, {arguments.precision}, batch {arguments.batch}, {where}")
+    for column in ("work", "images / texts encoded", "ms", "median ms", "of bare forward", "samples / s"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    rows = []
+    for name, milliseconds in times.items():
+        share, rate = milliseconds / bare[name], 1000 * arguments.batch / milliseconds
+        _, images, texts = planned[name]
+        median = statistics.median(measured[name])
+        table.add_row(
+            name, f"{images} / {texts}", f"{milliseconds:.1f}", f"{median:.1f}", f"{share:.2f}", f"{rate:.1f}"
+        )
+        rows.append(
+            {
+                "work": name,
+                "ms": milliseconds,
+                "median_ms": median,
+                "of_bare_forward": share,
+                "samples_per_second": rate,
+            }
+        )
+    Console().print(table)
+    settings = vars(arguments) | {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": where}
+    text = json.dumps({"settings": settings, "rows": rows}, indent=2)
+    print(text)
+    if arguments.json:
+        Path(arguments.json).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

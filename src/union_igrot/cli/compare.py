@@ -1,0 +1,47 @@
+"""`union-compare`: whether one run beats another by more than chance, query by query.
+
+Knows where a run keeps its queries' figures. Does not know how they were computed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from union_igrot.cli.command import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-compare`."""
+    run_command("compare", compare, argv)
+
+
+def compare(config: DictConfig, fresh: Path) -> None:
+    """Print a table of paired differences, first - second, for each benchmark both runs hold."""
+    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from rich.console import Console
+    from rich.table import Table
+
+    from union_igrot.errors import DataError
+    from union_igrot.metrics.intervals import paired_interval
+    from union_igrot.metrics.significance import randomisation_test
+    from union_igrot.report.files import read_query_values
+
+    del fresh
+    folders = [Path(config[side]).expanduser() for side in ("first", "second")]
+    held = [{path.name for path in folder.glob("queries-*.safetensors")} for folder in folders]
+    if not held[0] & held[1]:
+        raise DataError(f"{folders[0]} and {folders[1]} hold no benchmark in common; evaluate both on one")
+    for name in sorted(held[0] & held[1]):
+        (one, first), (other, second) = (read_query_values(folder / name) for folder in folders)
+        if one != other:
+            raise DataError(f"{name}: the two runs were asked different queries; evaluate both with the same data")
+        title = name.removeprefix("queries-").removesuffix(".safetensors")
+        table = Table("metric", "first", "second", "difference, 95 %", "p", title=f"{title} · {config.method}")
+        for key in (key for key in first if key.startswith(f"{config.method}/") and key in second):
+            gap = paired_interval(first[key], second[key], seed=config.seed)
+            chance = randomisation_test(first[key], second[key], config.rounds, config.seed)
+            means = [f"{100 * side[key].nanmean().item():.2f}" for side in (first, second)]
+            spread = f"{100 * gap.mean:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
+            table.add_row(key.removeprefix(f"{config.method}/"), *means, spread, f"{chance:.4f}")
+        Console().print(table)

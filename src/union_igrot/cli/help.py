@@ -1,0 +1,51 @@
+"""What a command takes, read from the comments of the YAML files themselves.
+
+Knows how those files are laid out. Does not compose or check anything.
+"""
+
+import re
+from collections.abc import Sequence
+
+from union_igrot.config import conf_dir, options_of
+
+
+def help_text(name: str) -> str:
+    """Say what a command takes: its groups with their options, and its settings.
+
+    Read from the comments of the YAML files themselves.
+    """
+    lines = (conf_dir() / f"{name}.yaml").read_text().splitlines()
+    groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+)\s+# (.+)", line))]
+    out = [lines[0].removeprefix("# "), "", f"usage: union-{name} [GROUP=OPTION ...] [KEY=VALUE ...] [-m]", ""]
+    out.append("groups:")
+    for group, default, meaning in groups:
+        options = [f"{option} (default)" if option == default else option for option in options_of(group)]
+        out.append(f"  {group:<11}{meaning}: {', '.join(options)}")
+    out += ["", "settings:"]
+    for section, body in _sections(lines):
+        out += [f"  {section}{key}={value}".ljust(34) + meaning for key, value, meaning in body]
+    for group, _, _ in groups:
+        out += ["", f"{group}=..."]
+        for option in options_of(group):
+            text = (conf_dir() / group / f"{option}.yaml").read_text().splitlines()
+            out.append(f"  {option:<15}{text[0].removeprefix('# ')}")
+            for line in text[1:]:
+                setting = re.match(r"(\w+): (\S+)(?:\s+# (.+))?", line)
+                # `name` and `kind` that repeat the option are no settings to a reader.
+                if setting and not (setting[1] in {"name", "kind"} and setting[2] == option):
+                    out.append((f"{'':<17}{group}.{setting[1]}={setting[2]}".ljust(48) + (setting[3] or "")).rstrip())
+    out += ["", "-m sweeps over comma-separated values; --cfg job prints the composed configuration"]
+    return "\n".join(out)
+
+
+def _sections(lines: Sequence[str]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    sections: list[tuple[str, list[tuple[str, str, str]]]] = [("", [])]
+    for line in lines:
+        if re.match(r"hydra:", line):
+            break
+        if head := re.match(r"(\w+):\s*$", line):
+            sections.append((f"{head.group(1)}.", []))
+        elif setting := re.match(r"(\s*)(\w+): (\S+)\s+# (.+)", line):
+            indent, key, value, meaning = setting.groups()
+            sections[-1 if indent else 0][1].append((key, value, meaning))
+    return [section for section in sections if section[0] != "defaults."]
