@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, triplets
 
+from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, triplets
 from union_igrot.data.transforms import PictureToTensor
 from union_igrot.datamodule import IGROTDataModule, TaskBatches
 from union_igrot.errors import DataError

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from small_world import DIM, LinearBackbone, Noise, encoder
 
+from small_world import DIM, LinearBackbone, Noise, encoder
 from union_igrot.backbones.base import Backbone
 from union_igrot.backbones.tiny import TinyBackbone
 from union_igrot.data.transforms import PictureToTensor, open_picture

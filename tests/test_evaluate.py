@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 
+from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot import evaluate as room
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluate import KEPT, Relevance, baseline, embed, evaluate, means, result_row, score
@@ -244,7 +244,7 @@ def test_queries_made_on_the_fly_keep_their_own_targets():
         def __getitem__(self, i):
             if i >= 200:
                 raise IndexError
-            return Query(f"q{i}", Noise(i), None, tuple([self.items[i % 30].id]))
+            return Query(f"q{i}", Noise(i), None, tuple(item.id for item in self.items[i % 30 : i % 30 + 1]))
 
     items = tuple(GalleryItem(f"g{i}", Noise(i)) for i in range(30))
     benchmark = Benchmark("b", "val", "sbir", Lazy(items), items, Protocol())

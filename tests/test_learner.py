@@ -1,13 +1,14 @@
 """Training changes the heads alone, chooses by the monitor and resumes to the same weights."""
 
 import math
-from dataclasses import replace
+import warnings
+from itertools import pairwise
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
 
+from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
 from union_igrot.backbones.base import weights_hash
 from union_igrot.datamodule import IGROTDataModule
 from union_igrot.encode import Encoder
@@ -26,7 +27,7 @@ pytestmark = [
 CPU = Machine("cpu", 1)
 
 
-class Stop(Exception):
+class KilledError(Exception):
     """Stands for a process that was killed."""
 
 
@@ -36,9 +37,9 @@ class StopAfter(Callback):
     def __init__(self, epoch, step=2):
         self.epoch, self.step = epoch, step
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # noqa: ARG002
         if trainer.current_epoch == self.epoch and batch_idx == self.step:
-            raise Stop
+            raise KilledError
 
 
 class Log(Callback):
@@ -47,10 +48,10 @@ class Log(Callback):
     def __init__(self):
         self.losses, self.figures = [], []
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
         self.losses.append(outputs["loss"].item())
 
-    def on_validation_end(self, trainer, pl_module):
+    def on_validation_end(self, trainer, pl_module):  # noqa: ARG002
         figures = {name: x.item() for name, x in trainer.callback_metrics.items() if name.startswith("val/")}
         self.figures.append(figures)
 
@@ -114,7 +115,7 @@ def test_checkpoints_hold_the_heads_alone_and_open_without_pickle(trained):
 
 
 def test_validation_figures_are_those_of_the_evaluation(trained):
-    folder, model, _, learner, filled, log, best = trained
+    _, model, _, learner, filled, log, best = trained
     logged = log.figures[int(best["epoch"])]
     primary = []
     for benchmark in learner.benchmarks:
@@ -190,7 +191,7 @@ def test_the_rate_rises_and_falls():
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[55] == pytest.approx(0.01 + 0.99 / 2)
     assert rates[100] == pytest.approx(0.01)
-    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
     assert warmup_cosine(33, 90, 0.0, 0.2) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 32 / 89)))
     assert warmup_cosine(0, 1, 0.05, 0.01) == 1.0
     assert warmup_cosine(500, 100, 0.1, 0.01) == pytest.approx(0.01)
@@ -201,7 +202,7 @@ def test_the_schedule_ends_at_its_floor_and_vectors_do_not_decay(tmp_path):
         def __init__(self):
             self.rates, self.groups = [], []
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
             self.groups = trainer.optimizers[0].param_groups
             self.rates.append(self.groups[0]["lr"])
 
@@ -231,7 +232,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, dropout, ep
         return model, best, log.losses
 
     whole, best, losses = run(tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         run(tmp_path / "cut", [StopAfter(epoch)])
     resumed, best_resumed, losses_resumed = run(tmp_path / "cut", seed=99)  # the first run's seed counts
     assert losses_resumed == losses[6 * epoch :]
@@ -277,7 +278,7 @@ def test_each_epoch_has_its_own_order(tmp_path):
         def __init__(self):
             self.epochs = {}
 
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # noqa: ARG002
             self.epochs.setdefault(trainer.current_epoch, []).append(batch.groups.tolist())
 
     model = trainable("transagg", "frozen")
@@ -297,8 +298,6 @@ def test_a_shared_target_trains_the_fusion_on_both_sides(tmp_path):
 
 
 def test_warnings_outside_are_as_before(trained, recwarn):
-    import warnings
-
     warnings.simplefilter("always")
     warnings.warn("Found 3 modules in eval mode", UserWarning, stacklevel=1)
     assert len(recwarn) == 1
@@ -311,4 +310,3 @@ def test_an_encoder_with_a_bar_trains_the_same(tmp_path, capfd):
     data = IGROTDataModule(triplets(), [cir_benchmark(6)], shown, query_tokens=True, target_tokens=False, batch_size=10)
     fit(learner, data, tmp_path / "run", machine=CPU, progress=True)
     assert "encoding training queries" in capfd.readouterr().err
-    assert replace(learner.recipe) == Recipe(epochs=1)

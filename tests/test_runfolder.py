@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,14 @@ from union_igrot.runfolder import RunFolder, identity_of, open_run
 HOLD = (
     "import sys; from pathlib import Path; from union_igrot.runfolder import RunFolder\n"
     "run = RunFolder(Path(sys.argv[1]), 'a'); print('held', flush=True); sys.stdin.read()"
+)
+
+HOLD_WITH_A_CHILD = (
+    "import os, sys, time; from pathlib import Path; from union_igrot.runfolder import RunFolder\n"
+    "run = RunFolder(Path(sys.argv[1]), 'a')\n"
+    "child = os.fork()\n"
+    "if child == 0: time.sleep(30); os._exit(0)\n"
+    "print(child, flush=True); sys.stdin.read()"
 )
 
 
@@ -70,6 +80,27 @@ def test_a_folder_at_work_is_refused_until_its_process_ends_however_it_ends(tmp_
             RunFolder(tmp_path, "a")
         other.kill()
     again = RunFolder(tmp_path, "a")
+    assert again.resumed
+    again.close()
+
+
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_WITH_A_CHILD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        orphan = int(other.stdout.readline())
+        try:
+            with pytest.raises(UnionError, match="at work"):  # its own child does not let others in either
+                RunFolder(tmp_path, "a")
+            other.kill()
+            other.wait()
+            again = RunFolder(tmp_path, "a")
+        finally:
+            os.kill(orphan, signal.SIGKILL)
     assert again.resumed
     again.close()
 

@@ -25,6 +25,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "folder_benchmark": ("data.folder", "folder_benchmark"),
     "folder_training": ("data.folder", "folder_training"),
     "load": ("model", "load_model"),
+    "load_reference_checkpoint": ("reference", "load_reference_checkpoint"),
     "picture_batch": ("data.transforms", "picture_batch"),
     "rank": ("index.exact", "exact_topk"),
     "shapes_cir": ("data.shapes", "shapes_cir"),

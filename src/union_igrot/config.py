@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from union_igrot.errors import ConfigError
 
+_BACKBONES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
 Check = Callable[[Any], str | None]
 """Gives what is allowed where a value is not, else None."""
 
@@ -90,6 +91,12 @@ def _file_or_null(value: Any) -> str | None:
     return "an existing file, or null"
 
 
+def _backbone(value: Any) -> str | None:
+    if value in _BACKBONES or (isinstance(value, str) and re.match(r"(open_clip|hf):\S+$", value)):
+        return None
+    return f"one of {', '.join(_BACKBONES)}, open_clip:<architecture>/<tag> or hf:<repository>"
+
+
 def _devices(value: Any) -> str | None:
     return None if value == "auto" or _whole(1)(value) is None else "auto or a whole number of at least 1"
 
@@ -107,7 +114,8 @@ _COMMON: dict[str, Check] = {
 _RULES: dict[str, dict[str, Check]] = {
     "train": {
         **_COMMON,
-        "model.name": _one_of("tiny"),
+        "model.name": _backbone,
+        "model.projector": _one_of("none", "mlp"),
         "model.weights": _file_or_null,
         "model.feedforward": _whole(1),
         "model.union_heads": _whole(1),
@@ -130,7 +138,7 @@ _RULES: dict[str, dict[str, Check]] = {
         "strategy.name": _text,
         "logger.name": _one_of("csv", "none"),
     },
-    "eval": {**_COMMON, "checkpoint": _text},
+    "eval": {**_COMMON, "checkpoint": _text, "weights": _file_or_null},
     "compare": {
         "first": _folder,
         "second": _folder,

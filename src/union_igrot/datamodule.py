@@ -26,8 +26,8 @@ class TaskBatches(Sampler[list[int]]):
         tasks: The task of each sample.
         batch_size: Samples a process takes at once.
         seed: Seed of the order.
-        epoch: Says which epoch is beginning. Asked at each start, since Lightning's `set_epoch`
-            names the wrong one after a resume.
+        epoch: Says which epoch is running; asked when an epoch's first batch is taken, since
+            Lightning makes the iterator before it knows where a resumed training stands.
         rank: This process.
         world: Number of processes; together they take `batch_size * world` samples a step.
 
@@ -72,7 +72,7 @@ class TaskBatches(Sampler[list[int]]):
                 batches.append(shuffled[mine : mine + size])
                 begin += size * self._world
         order.shuffle(batches)
-        return iter(batches)
+        yield from batches
 
 
 @final
@@ -141,13 +141,16 @@ class IGROTDataModule(lightning.LightningDataModule):
         tasks = [triplet.task for triplet in self._triplets]
         batches = TaskBatches(tasks, self._batch_size, self._seed, self._epoch, rank, world)
         rows: Sequence[int] = range(len(tasks))
-        return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch)  # type: ignore[arg-type]
+        # A generator of its own: a loader draws one number, and that must not shift those of dropout.
+        own = torch.Generator()
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch, generator=own)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[tuple[int, str, range]]:
         """Give this process's share of the validation queries and galleries as `types.EvalBatch`."""
         rank, world = self._place()
         mine = self._blocks(world)[rank::world]
-        return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch)  # type: ignore[arg-type]
+        own = torch.Generator()
+        return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch, generator=own)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(
         self, batch: Batch | EvalBatch, device: torch.device, dataloader_idx: int

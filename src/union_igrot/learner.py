@@ -91,12 +91,8 @@ class Learner(lightning.LightningModule):
         if self._seed is None:
             self._seed = torch.initial_seed()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_epoch_start(self) -> None:
         """Start each epoch's dropout from its own seed, so that a resumed epoch is like an uninterrupted one."""
-        del batch
-        if batch_idx:
-            return
-        # Not in `on_train_epoch_start`, which Lightning leaves out at the first epoch after a resume.
         place = f"dropout {self._seed} {self.current_epoch} {self.global_rank}"
         torch.manual_seed(random.Random(place).getrandbits(63))
 

@@ -176,12 +176,15 @@ class IGROTModel(nn.Module):
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, backbone: Backbone | None = None) -> "IGROTModel":
+    def load(
+        cls, folder: str | Path, backbone: Backbone | None = None, weights: str | Path | None = None
+    ) -> "IGROTModel":
         """Read a saved model.
 
         Args:
             folder: What `save` wrote.
             backbone: The backbone to put the heads on; built by its saved name where None.
+            weights: Weights of the backbone that is built; its default ones where None.
 
         Returns:
             The model in evaluation mode.
@@ -200,7 +203,7 @@ class IGROTModel(nn.Module):
             raise CheckpointError(
                 f"{folder} is not a saved model ({error}); give a folder with model.json and heads.safetensors"
             ) from None
-        backbone = backbone or build_backbone(saved["backbone"])
+        backbone = backbone or build_backbone(saved["backbone"], weights)
         if backbone.fingerprint() != saved["backbone_fingerprint"]:
             raise CheckpointError(
                 f"{folder} was trained on backbone {saved['backbone']} {saved['backbone_fingerprint']}, "
@@ -219,11 +222,12 @@ class IGROTModel(nn.Module):
         return model.eval()
 
 
-def load_model(name: str | Path = "tiny") -> IGROTModel:
+def load_model(name: str | Path = "tiny", weights: str | Path | None = None) -> IGROTModel:
     """Load a model with trained heads.
 
     Args:
         name: `tiny` for the embedded default, or a folder written by `IGROTModel.save`.
+        weights: Weights of the backbone; its default ones where None.
 
     Returns:
         The model in evaluation mode, ready to embed.
@@ -232,5 +236,5 @@ def load_model(name: str | Path = "tiny") -> IGROTModel:
         CheckpointError: Where there is no such model.
     """
     if str(name) == "tiny":
-        return IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"))
-    return IGROTModel.load(name)
+        return IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
+    return IGROTModel.load(name, weights=weights)

@@ -153,16 +153,16 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
     """Train the network from a seed and show its held-out figures now and then.
 
     Args:
-        steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 2.
+        steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 3.
         seed: Seed of weights and pictures.
         rate: Highest learning rate; warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
         every: Steps between two looks at the validation scenes.
 
     Raises:
-        ConfigError: Where the steps are fewer than two, of which one warms up.
+        ConfigError: Where the steps are fewer than three: the warm-up alone takes two.
     """
-    if steps < 2:
-        raise ConfigError(f"steps is {steps}; give at least 2")
+    if steps < 3:
+        raise ConfigError(f"steps is {steps}; give at least 3")
     torch.manual_seed(seed)
     network = TinyVLM().to(memory_format=torch.channels_last)
     decay = [p for p in network.parameters() if p.ndim > 1]

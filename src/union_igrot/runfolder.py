@@ -18,6 +18,17 @@ from union_igrot.report.files import write_text
 
 _STATE = "run.json"
 _LOCK = ".lock"
+_HELD: set[int] = set()
+
+
+def _leave_to_the_parent() -> None:
+    """Drop the locks in a forked child: a decoding worker outlives a killed run by seconds and must not hold them."""
+    for lock in _HELD:
+        os.close(lock)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def identity_of(settings: Mapping[str, Any]) -> str:
@@ -59,6 +70,7 @@ class RunFolder:
         if state and state["identity"] != identity:
             os.close(self._lock)
             raise UnionError(f"{path} holds a run of other settings; give another output_dir, or remove it")
+        _HELD.add(self._lock)
         self.resumed = bool(state) and state["stage"] != "done"
         self._identity = identity
         self.stage = state["stage"] if self.resumed else "started"
@@ -75,7 +87,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another run in."""
-        os.close(self._lock)
+        if self._lock in _HELD:
+            _HELD.remove(self._lock)
+            os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -225,6 +225,26 @@ def test_llavasco_shapes_stride_and_limit(tmp_path):
     assert len(load_training("llavasco", tmp_path, stride=2).triplets) == 5
     with pytest.raises(ConfigError, match="numbers >= 1"):
         read("llavasco", tmp_path, stride=-1)
+    with pytest.raises(ConfigError, match="numbers >= 1"):
+        read("llavasco", tmp_path, limit=0, preset="union_reference")
+    theirs = read("llavasco", tmp_path, preset="union_reference")
+    assert [query.id for query in theirs.queries] == ["0"]
+    assert "stride=70, limit=350000" in theirs.protocol.note
+
+
+def test_llavasco_in_the_corpus_of_lasco(tmp_path):
+    official.llavasco(tmp_path, pictures=False)
+    official.lasco(tmp_path, pictures=False)
+    with pytest.raises(DataError, match=r"val_llavasco\.json, row 0: target 11 is not in the corpus"):
+        read("llavasco", tmp_path, gallery="corpus", check_images=False)
+    rows = json.loads((tmp_path / "val_llavasco.json").read_text())
+    rows = [row | {"target_image_id": 40 + at} for at, row in enumerate(rows)]
+    (tmp_path / "val_llavasco.json").write_text(json.dumps(rows))
+    benchmark = read("llavasco", tmp_path, gallery="corpus", check_images=False)
+    assert len(benchmark.gallery) == 10
+    assert benchmark.queries[3].targets == ("43",)
+    with pytest.raises(ConfigError, match="take gallery=named for split=train"):
+        read("llavasco", tmp_path, split="train", gallery="corpus", check_images=False)
 
 
 def test_llavasco_never_gives_the_target_away(tmp_path):
@@ -255,6 +275,8 @@ def test_dtin(tmp_path):
     theirs = read("dtin", tmp_path, domain="toy", preset="union_reference").protocol
     assert (theirs.recall, theirs.ap_norm, theirs.ap_rule) == ("any", "hits", "trapezoid")
     assert read("dtin", tmp_path, domain="toy", recall_mode="any").protocol.recall == "any"
+    with pytest.raises(ConfigError, match="domain is None; choose one of cartoon, origami, toy, sculpture"):
+        read("dtin", tmp_path)
     assert [part["domain"] for part in parts("dtin")] == ["cartoon", "origami", "toy", "sculpture"]
 
 

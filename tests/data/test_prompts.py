@@ -73,7 +73,7 @@ def test_the_authors_wording_is_the_default():
 
 
 @pytest.mark.parametrize(
-    "prompt", ["nope", "{nope}", "{caption.upper}", "{caption!r}", "{caption:>99}", "{", "{}", "{0}"]
+    "prompt", ["", "nope", "{nope}", "{caption.upper}", "{caption!r}", "{caption:>99}", "{", "{}", "{0}"]
 )
 def test_an_unknown_prompt_names_what_is_allowed(prompt):
     with pytest.raises(ConfigError, match=r"give one of union, clip4cir, .*\{caption\}"):

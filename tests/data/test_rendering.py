@@ -5,8 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from union_igrot.data.rendering import (
     CENTRE,
@@ -77,7 +76,8 @@ def test_outlines_fill_about_the_unit_circle(shape):
     assert len(reach) >= 3
     assert 0.9 < max(reach) < 1.3
     area = sum(
-        x * v - u * y for (x, y), (u, v) in zip(OUTLINES[shape], [*OUTLINES[shape][1:], OUTLINES[shape][0]], strict=True)
+        x * v - u * y
+        for (x, y), (u, v) in zip(OUTLINES[shape], [*OUTLINES[shape][1:], OUTLINES[shape][0]], strict=True)
     )
     assert abs(area) / 2 > 0.6
 
@@ -100,7 +100,9 @@ def test_sketch_knows_nothing_of_colour_fill_or_background():
 
 
 def test_sketch_of_two_things_shows_both():
-    scene = Scene("sea", (Thing("star", "red", "small", "plain", "left"), Thing("boat", "red", "large", "plain", "right")))
+    scene = Scene(
+        "sea", (Thing("star", "red", "small", "plain", "left"), Thing("boat", "red", "large", "plain", "right"))
+    )
     strokes = ink(scene, 0)
     assert strokes[:, : PIXELS // 2].sum() > 10
     assert strokes[:, PIXELS // 2 :].sum() > 10
@@ -129,7 +131,8 @@ def test_a_thing_has_its_colour(colour):
 def test_a_background_has_its_colours(background):
     """The corners' mean over seeds is nearest to a mixture of the named background's two colours."""
     corners = [
-        pixels(render_photo(one(size="small", background=background), seed))[:8].reshape(-1, 3).mean(0) for seed in range(24)
+        pixels(render_photo(one(size="small", background=background), seed))[:8].reshape(-1, 3).mean(0)
+        for seed in range(24)
     ]
     shown = np.mean(corners, axis=0)
 

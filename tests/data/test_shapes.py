@@ -6,11 +6,10 @@ import sys
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from test_scenes import obey, plain
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from union_igrot.data.scenes import HELD_OUT_SHAPES, SEEN_SHAPES, SHAPES, EDIT_KINDS, Scene, Thing
+from union_igrot.data.scenes import EDIT_KINDS, HELD_OUT_SHAPES, SEEN_SHAPES, SHAPES, Scene, Thing
 from union_igrot.data.shapes import ShapesPicture, shapes_cir, shapes_sbir, shapes_training
 from union_igrot.errors import DataError
 
@@ -159,7 +158,11 @@ def test_training_samples():
 
 def test_scenes_never_cross_splits(cir, sbir):
     train = {s.code for t in shapes_training(300, 200).triplets for s in (t.image.scene, t.target.scene)}
-    val = {s.code for b in (shapes_cir("val", 60, distractors=60), shapes_sbir("val", 40, gallery=40)) for s in scenes_of(b)}
+    val = {
+        s.code
+        for b in (shapes_cir("val", 60, distractors=60), shapes_sbir("val", 40, gallery=40))
+        for s in scenes_of(b)
+    }
     test = {s.code for b in (cir, sbir) for s in scenes_of(b)}
     assert not train & val
     assert not train & test

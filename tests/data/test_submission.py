@@ -99,16 +99,28 @@ def set_to(key, change):
     [
         ("recall", set_to("103", lambda v: v[:49]), "key '103': has 49 entries; it must have exactly 50"),
         ("recall", set_to("103", lambda v: [*v[:49], v[0]]), "key '103': holds 'test1-3-0-img0' twice"),
-        ("recall", set_to("103", lambda v: ["test1-3-0-img0", *v[1:]]), "key '103': holds the reference 'test1-3-0-img0'"),
-        ("recall", set_to("103", lambda v: ["test1-3-0-img0.png", *v[1:]]), "key '103': holds 'test1-3-0-img0.png', which is not in the gallery (names have no folder"),
+        (
+            "recall",
+            set_to("103", lambda v: ["test1-3-0-img0", *v[1:]]),
+            "key '103': holds the reference 'test1-3-0-img0'",
+        ),
+        (
+            "recall",
+            set_to("103", lambda v: ["test1-3-0-img0.png", *v[1:]]),
+            "key '103': holds 'test1-3-0-img0.png', which is not in the gallery (names have no folder",
+        ),
         ("recall", set_to("103", lambda v: [7, *v[1:]]), "key '103': holds 7, which is not a text"),
-        ("recall", set_to("103", lambda v: "abc"), "key '103': is 'abc'; it must be a list of 50 ids"),
+        ("recall", lambda v: v.update({"103": "abc"}), "key '103': is 'abc'; it must be a list of 50 ids"),
         ("recall", lambda v: v.pop("103"), "key '103': is missing"),
         ("recall", lambda v: v.update({"9": []}), "key '9': is no query of cirr (test1)"),
-        ("recall", set_to("version", lambda v: "rc1"), "key 'version': is 'rc1'; it must be 'rc2'"),
+        ("recall", lambda v: v.update(version="rc1"), "key 'version': is 'rc1'; it must be 'rc2'"),
         ("recall", lambda v: v.pop("metric"), "key 'metric': is None; it must be one of recall, recall_subset"),
         ("subset", set_to("103", lambda v: v[:2]), "key '103': has 2 entries; it must have exactly 3"),
-        ("subset", set_to("103", lambda v: [*v[:2], "test1-40-0-img0"]), "key '103': holds 'test1-40-0-img0', which is not in the query's subset"),
+        (
+            "subset",
+            set_to("103", lambda v: [*v[:2], "test1-40-0-img0"]),
+            "key '103': holds 'test1-40-0-img0', which is not in the query's subset",
+        ),
         ("subset", set_to("103", lambda v: [*v[:2], "test1-3-0-img0"]), "key '103': holds the reference"),
         ("circo", set_to("2", lambda v: v[:49]), "key '2': has 49 entries"),
         ("circo", set_to("2", lambda v: [*v[:49], v[0]]), "key '2': holds '1014' twice"),
@@ -118,7 +130,7 @@ def set_to(key, change):
         ("circo", lambda v: v.pop("2"), "key '2': is missing; every query needs a list, without gaps"),
         ("circo", lambda v: v.update({"05": []}), "key '05': is no query"),
     ],
-)  # fmt: skip
+)
 def test_each_problem_is_named(written, kind, mutate, problem):
     path, benchmark = written[kind]
     content = json.loads(path.read_text())

@@ -14,6 +14,7 @@ from union_igrot.data.folder import folder_benchmark, folder_training
 from union_igrot.data.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
+from union_igrot.heads.projector import build_projector
 from union_igrot.model import IGROTModel
 from union_igrot.store.features import FeatureStore
 from union_igrot.store.space import default_root
@@ -52,7 +53,13 @@ def new_model(config: DictConfig, card: dict[str, Any]) -> IGROTModel:
     if target["kind"] == "union":
         target |= {"feedforward": config.model.feedforward, "heads": config.model.union_heads}
     width = backbone.dim
-    return IGROTModel(backbone, build_fusion(width=width, **fusion), build_target(width=width, **target), card)
+    return IGROTModel(
+        backbone,
+        build_fusion(width=width, **fusion),
+        build_target(width=width, **target),
+        card,
+        build_projector(config.model.projector, width),
+    )
 
 
 def encoder(config: DictConfig, backbone: Backbone) -> Encoder:

@@ -26,7 +26,8 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> None:
 
     checkpoint = Path(config.checkpoint).expanduser()
     inner = checkpoint / "model"
-    model = load_model(config.checkpoint if config.checkpoint == "tiny" else inner if inner.is_dir() else checkpoint)
+    where = config.checkpoint if config.checkpoint == "tiny" else inner if inner.is_dir() else checkpoint
+    model = load_model(where, config.weights)
     test = assemble.benchmarks(config.data, config.data.split)
     folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def cirr(files: Files, split: str = "val", *, prompt: str | None = None, preset:
     Returns:
         The benchmark. Query ids are the pairids; a subset holds the five members beside the reference.
     """
-    prompt = prompt or default_prompt("cirr")
+    prompt = default_prompt("cirr") if prompt is None else prompt
     word = template("cirr", prompt)
     records = read_records(files.annotation(f"cirr/captions/cap.rc2.{split}.json"))
     listing = files.annotation(f"cirr/image_splits/split.rc2.{split}.json")

@@ -10,7 +10,7 @@ from collections import defaultdict
 from union_igrot.data.annotations import Labelled, choose, read_labelled
 from union_igrot.data.places import Files
 from union_igrot.data.prompts import default_prompt, template
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import DataError
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 DOMAINS = ("cartoon", "origami", "toy", "sculpture")
@@ -44,12 +44,11 @@ def dtin(
     Returns:
         The benchmark. Its gallery is the same for every domain and holds the queries' own photos as distractors.
     """
-    if domain is None:
-        raise ConfigError(f"domain is not given; choose one of {', '.join(DOMAINS)}, and average over them")
-    number = DOMAINS.index(choose("domain", domain, DOMAINS))
+    domain = choose("domain", domain, DOMAINS)
+    number = DOMAINS.index(domain)
     reference = preset == "union_reference"
     mode = choose("recall_mode", recall_mode or ("any" if reference else "fraction"), ("fraction", "any"))
-    prompt = prompt or default_prompt("dtin")
+    prompt = default_prompt("dtin") if prompt is None else prompt
     text = template("dtin", prompt)({"domain": domain})
     asking = read_labelled(files.annotation("imgnet/imgnet_real_query.txt", "imgnet_real_query.txt"))
     listed = read_labelled(files.annotation("imgnet/imgnet_targets.txt", "imgnet_targets.txt"))

@@ -61,7 +61,7 @@ def fashioniq(
     each = choose("captions", captions or ("each" if own else "joined"), ("joined", "each")) == "each"
     if each and prompt is not None:
         raise ConfigError("prompt joins two captions, but captions=each asks with one; leave prompt out")
-    prompt = prompt or default_prompt("fashioniq")
+    prompt = default_prompt("fashioniq") if prompt is None else prompt
     rows, names = _read(files, split, category)
     if own:
         if split == "test":

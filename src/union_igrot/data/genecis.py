@@ -99,7 +99,7 @@ def genecis(
     if task is None:
         raise ConfigError(f"task is not given; choose one of {', '.join(TASKS)}, and average over them")
     choose("task", task, TASKS)
-    prompt = prompt or default_prompt("genecis")
+    prompt = default_prompt("genecis") if prompt is None else prompt
     word = template("genecis", prompt)
     gallery: dict[str, GalleryItem] = {}
     queries = []

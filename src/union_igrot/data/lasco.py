@@ -29,7 +29,7 @@ def lasco(files: Files, split: str = "val", *, prompt: str | None = None, preset
     Returns:
         The benchmark. Query ids are the qids.
     """
-    prompt = prompt or default_prompt("lasco")
+    prompt = default_prompt("lasco") if prompt is None else prompt
     word = template("lasco", prompt)
     records = read_records(files.annotation(f"lasco_{split}.json"))
     gallery = _corpus(files) if split == "val" else {}
@@ -78,12 +78,8 @@ def llavasco(
         The benchmark. Query ids are the row's numbers in the file, before the stride.
     """
     reference = preset == "union_reference"
-    prompt = prompt or (LEAKING_PROMPT if reference and split == "val" else default_prompt("llavasco"))
-    if prompt == LEAKING_PROMPT and split == "val" and not reference:
-        raise ConfigError(f"prompt {prompt!r} gives the target's caption away; choose another, or train with it")
-    stride, limit = stride or (70 if reference else 1), limit or (350_000 if reference else None)
-    if stride < 1 or (limit is not None and limit < 1):
-        raise ConfigError(f"stride is {stride} and limit is {limit}; give numbers >= 1")
+    prompt = _prompt(prompt, reference, split)
+    stride, limit = _slice(stride, limit, reference)
     if choose("gallery", gallery, ("named", "corpus")) == "corpus" and split != "val":
         raise ConfigError("gallery=corpus holds validation pictures; take gallery=named for split=train")
     word = template("llavasco", prompt)
@@ -92,7 +88,7 @@ def llavasco(
     queries = []
     for record in records:
         _check_row(record)
-    for at in range(0, min(len(records), limit or len(records)), stride):
+    for at in range(len(records))[:limit:stride]:
         record = records[at]
         asked, answer = record.number("reference_image_id"), record.number("target_image_id")
         if gallery == "named":
@@ -106,6 +102,25 @@ def llavasco(
     if prompt == LEAKING_PROMPT:
         note += "; LEAK: the text holds the target's own caption, as the authors' loader adds it"
     return Benchmark("llavasco", split, "cir", queries, list(items.values()), _protocol(preset, prompt, note))
+
+
+def _prompt(prompt: str | None, reference: bool, split: str) -> str:
+    """Keep the target's caption out of validation, but for the authors' own protocol."""
+    if prompt is None:
+        return LEAKING_PROMPT if reference and split == "val" else default_prompt("llavasco")
+    if prompt == LEAKING_PROMPT and split == "val" and not reference:
+        raise ConfigError(f"prompt {prompt!r} gives the target's caption away; choose another, or train with it")
+    return prompt
+
+
+def _slice(stride: int | None, limit: int | None, reference: bool) -> tuple[int, int | None]:
+    """Fill in what is not given; the authors' loader takes `[:350000:70]`."""
+    if reference:
+        stride, limit = 70 if stride is None else stride, 350_000 if limit is None else limit
+    stride = 1 if stride is None else stride
+    if stride < 1 or (limit is not None and limit < 1):
+        raise ConfigError(f"stride is {stride} and limit is {limit}; give numbers >= 1")
+    return stride, limit
 
 
 def _check_row(record: Record) -> None:

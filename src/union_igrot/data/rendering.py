@@ -136,7 +136,8 @@ class BitStream:
         count = math.prod(shape)
         raw = self._source.random_raw((count + 1) // 2).view(np.uint8).reshape(-1, 4)[:count]
         total = raw.astype(np.int32).sum(axis=1) - 510
-        return (total.astype(np.float32) / np.float32(147.8)).reshape(shape)
+        noise: Array = (total.astype(np.float32) / np.float32(147.8)).reshape(shape)
+        return noise
 
 
 @cache
@@ -150,7 +151,8 @@ def _ground_bank() -> dict[str, Array]:
             for axis in axes:
                 field = (np.roll(field, 1, axis) + field + field + np.roll(field, -1, axis)) * np.float32(0.25)
         span = np.float32(2.2) * np.float32(np.sqrt(np.mean(field.astype(np.float64) ** 2)))
-        return np.clip(field / span * np.float32(0.5) + np.float32(0.5), 0, 1).astype(np.float32)
+        texture: Array = np.clip(field / span * np.float32(0.5) + np.float32(0.5), 0, 1).astype(np.float32)
+        return texture
 
     y, x = np.mgrid[0:size, 0:size]
     bricks = ((y % 8 == 0) | ((x + 8 * ((y // 8) % 2)) % 16 == 0)).astype(np.float32)

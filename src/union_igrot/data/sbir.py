@@ -79,7 +79,7 @@ def _unseen(
     preset: str,
     remark: str = "",
 ) -> Benchmark:
-    prompt = prompt or default_prompt(name)
+    prompt = default_prompt(name) if prompt is None else prompt
     word = template(name, prompt)
     classes, sketches, photos = _read(files, lists, "zero")
     targets = {label: tuple(row.path for row in rows) for label, rows in _by_class(photos).items()}
@@ -134,7 +134,7 @@ def training_sketchy(
         raise ConfigError(f"lists is {lists!r}; choose one of {', '.join(SKETCHY_SPLITS)}")
     if build is not None and build < 1:
         raise ConfigError(f"build is {build}; give a number of pairs >= 1, or leave it out to read the authors' file")
-    prompt = prompt or default_prompt("training_sketchy")
+    prompt = default_prompt("training_sketchy") if prompt is None else prompt
     word = template("training_sketchy", prompt)
     pairs = _given_pairs(files, lists) if build is None else _drawn_pairs(files, lists, build, seed)
     gallery: dict[str, GalleryItem] = {}
