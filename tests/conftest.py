@@ -1,38 +1,23 @@
-"""What all tests share: a cache of their own, settings of a run that ends in seconds, and one such run."""
+"""What all tests share: a cache of their own, and one small training."""
 
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from small_runs import SMALL, Run
 from union_igrot.cli.train import main as train
 
 # Set before anything imports a hub: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-SMALL_DATA = ("data.val_queries=24", "data.queries=24", "progress=false")
-SMALL = ("data.triplets=64", "data.pairs=64", "recipe.epochs=1", "strategy=cpu", *SMALL_DATA)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished training: the settings it was started with, and its folder."""
-
-    settings: tuple[str, ...]
-    folder: Path
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads((self.folder / "results.json").read_text())
-        return rows
-
-
-def figures(rows: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Everything in result rows that two equal runs have in common: all but the times."""
-    return [(row["benchmark"], row["method"], row["metrics"], row["ci95"], row["by_tag"]) for row in rows]
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, let one of them take all that need the small training."""
+    for item in items:
+        if "small_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("small_run"))
 
 
 @pytest.fixture(autouse=True)

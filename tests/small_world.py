@@ -104,7 +104,7 @@ def cir_benchmark(queries: int = 23, gallery: int = 31, seed: int = 0, name: str
         names = [item.id for item in items]
         reference, *rest = rng.sample(names, 7)
         targets = () if i == 3 else tuple(rest[: rng.randint(1, 3)])
-        subset = None if i == 5 else (reference, *rest[:5])
+        subset = None if i == 5 else (reference, *rest[: rng.randint(3, 6)])
         image = items[int(reference[1:])].image
         done.append(Query(f"q{i}", image, sentence(rng), targets, (reference,), subset, tags=(f"tag{i % 2}",)))
     metrics = ("R@1", "R@5", "P@3", "mAP", "mAP@5", "Rs@1", "Rs@2")

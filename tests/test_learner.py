@@ -13,7 +13,8 @@ from union_igrot.backbones.base import weights_hash
 from union_igrot.datamodule import IGROTDataModule
 from union_igrot.encode import Encoder
 from union_igrot.errors import ConfigError
-from union_igrot.evaluate import embed, means, score
+from union_igrot.evaluate import embed, means
+from union_igrot.scoring import score
 from union_igrot.learner import Learner, Machine, Recipe, fit, warmup_cosine
 from union_igrot.losses import InfoNCE
 

@@ -64,7 +64,11 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check
 
 
 def _one_of(*options: Any) -> Check:
-    return lambda value: None if value in options else "one of " + ", ".join(map(str, options))
+    return lambda value: (
+        None
+        if value in options
+        else "one of " + ", ".join("null" if option is None else str(option) for option in options)
+    )
 
 
 def _flag(value: Any) -> str | None:
@@ -83,6 +87,10 @@ def _folder(value: Any) -> str | None:
     if isinstance(value, str) and Path(value).expanduser().is_dir():
         return None
     return "an existing folder"
+
+
+def _folder_or_null(value: Any) -> str | None:
+    return None if value is None or _folder(value) is None else "an existing folder, or null"
 
 
 def _file_or_null(value: Any) -> str | None:
@@ -111,6 +119,21 @@ _COMMON: dict[str, Check] = {
     "features.workers": _whole(0, null=True),
     "features.dtype": _one_of("float32", "float16"),
 }
+
+
+def _public(*splits: str, preset: bool = True, **more: Check) -> dict[str, Check]:
+    """Give the rules of a public benchmark's settings."""
+    rules: dict[str, Check] = {
+        "root": _folder_or_null,
+        "split": _one_of(*splits),
+        "prompt": _text_or_null,
+        "check_images": _flag,
+        **({"preset": _one_of("official", "union_reference")} if preset else {}),
+        **more,
+    }
+    return {f"data.{name}": check for name, check in rules.items()}
+
+
 _RULES: dict[str, dict[str, Check]] = {
     "train": {
         **_COMMON,
@@ -165,6 +188,36 @@ _VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
             "data.text": _text_or_null,
             "data.on_missing": _one_of("error", "skip"),
         },
+        "fashioniq": _public(
+            "val",
+            "test",
+            category=_one_of("dress", "shirt", "toptee", "all"),
+            gallery=_one_of("original", "val"),
+        ),
+        "cirr": _public("val", "test1"),
+        "circo": _public("val", "test"),
+        "genecis": _public(
+            "val",
+            preset=False,
+            task=_one_of("focus_attribute", "change_attribute", "focus_object", "change_object", "all"),
+        ),
+        "lasco": _public("val"),
+        "llavasco": _public("val", stride=_whole(1, null=True), limit=_whole(1, null=True)),
+        "dtin": _public(
+            "val",
+            domain=_one_of("cartoon", "origami", "toy", "sculpture", "all"),
+            recall_mode=_one_of("fraction", "any", None),
+            only_with_gt=_flag,
+        ),
+        "sketchy": _public("zeroshot1", "zeroshot0"),
+        "tuberlin": _public("test"),
+        "quickdraw": _public("test"),
+        "training_sketchy": _public(
+            "train",
+            lists=_one_of("zeroshot1", "zeroshot0"),
+            build=_whole(1, null=True),
+            seed=_whole(0),
+        ),
     },
     "fusion.kind": {
         "image": {},

@@ -14,141 +14,25 @@ from platform import python_version
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import union_igrot
 from union_igrot.backbones.base import Backbone
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
-from union_igrot.index.exact import RankedChunk, exact_topk, rank_chunks
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
-from union_igrot.metrics.retrieval import RetrievalFigures
 from union_igrot.model import IGROTModel
-from union_igrot.types import Benchmark, Ranking, Scores
+from union_igrot.scoring import Relevance, score
+from union_igrot.types import Benchmark, Scores
 
 BASELINES = ("image", "text", "sum")
-KEPT = 50
-"""Answers of each query that are kept for pictures and submission files."""
-
-
-@dataclass(frozen=True)
-class Relevance:
-    """A benchmark's ids as gallery positions.
-
-    Attributes:
-        targets: For each query the positions that answer it.
-        exclude: For each query the positions that are not ranked.
-        subset: For each query its subset without excluded ones, filled up with -1; or None
-            where no query has one.
-        labels: A number for each query's class, or None where a query has none.
-    """
-
-    targets: list[Int[Tensor, " _"]]
-    exclude: list[list[int]]
-    subset: Int[Tensor, "queries subset"] | None
-    labels: Int[Tensor, " queries"] | None
-
-    @classmethod
-    def of(cls, benchmark: Benchmark) -> "Relevance":
-        """Look up every id of a benchmark once; ids that queries share are looked up once."""
-        at = {item.id: position for position, item in enumerate(benchmark.gallery)}
-        # The ids stand beside their positions so that they live on: no other tuple gets their `id`.
-        known: dict[int, tuple[Sequence[str], Tensor]] = {}
-        targets, exclude, subsets = [], [], []
-        for query in benchmark.queries:
-            if id(query.targets) not in known:
-                places = torch.tensor([at[name] for name in query.targets], dtype=torch.long)
-                known[id(query.targets)] = (query.targets, places)
-            targets.append(known[id(query.targets)][1])
-            gone = {at[name] for name in query.exclude} if benchmark.protocol.exclude_reference else set()
-            exclude.append(sorted(gone))
-            subsets.append([at[name] for name in query.subset or () if at[name] not in gone])
-        widest = max(map(len, subsets))
-        subset = torch.tensor([row + [-1] * (widest - len(row)) for row in subsets]) if widest else None
-        classes = sorted({query.label for query in benchmark.queries if query.label is not None})
-        number = {label: place for place, label in enumerate(classes)}
-        numbers = [number.get(query.label, -1) if query.label is not None else -1 for query in benchmark.queries]
-        return cls(targets, exclude, subset, None if -1 in numbers else torch.tensor(numbers))
-
-
-def score(
-    benchmark: Benchmark,
-    queries: Float[Tensor, "queries dim"],
-    gallery: Float[Tensor, "gallery dim"],
-    positions: Int[Tensor, " queries"] | None = None,
-) -> Scores:
-    """Rank the gallery for each query and compute the protocol's figures.
-
-    Scores are dot products in float32, computed in chunks; ties are broken by gallery order.
-
-    Args:
-        benchmark: Whose queries and gallery were embedded.
-        queries: Query embeddings.
-        gallery: Gallery embeddings, in the gallery's order.
-        positions: Which queries of the benchmark the rows are; all, in order, where None.
-            Under distributed training each process gives its own, and figures of all come back.
-
-    Returns:
-        One value a query and figure, in the order of the queries, and the first answers of
-        the given rows: `KEPT`, or as many as every query has candidates.
-
-    Raises:
-        DataError: Where an embedding is not finite, or the protocol asks for subsets or classes
-            that the benchmark does not have.
-    """
-    relevance = Relevance.of(benchmark)
-    rows = torch.arange(len(queries)) if positions is None else positions.cpu()
-    protocol = benchmark.protocol
-    figures = RetrievalFigures(protocol.metrics, protocol.ap_norm, protocol.ap_rule, sync_on_compute=True)
-    figures = figures.to(queries.device)
-    exclude = [relevance.exclude[row] for row in rows.tolist()]
-    for chunk in rank_chunks(queries, gallery, exclude):
-        part = rows[chunk.queries]
-        hits, relevant = _hits(chunk, [relevance.targets[row] for row in part.tolist()], len(gallery))
-        subset_hits = None if relevance.subset is None else _subset_hits(chunk, relevant, relevance.subset[part])
-        labels = None if relevance.labels is None else relevance.labels[part].to(hits.device)
-        figures.update(hits, hits.sum(1), part.to(hits.device), subset_hits, labels)
-    values = {name: column.double().cpu() for name, column in figures.values().items()}
-    # Of all queries, so that every process keeps equally many.
-    fewest = len(gallery) - max(map(len, relevance.exclude))
-    first = exact_topk(queries, gallery, min(KEPT, fewest), exclude)
-    return Scores(values, Ranking(first.positions.cpu(), first.scores.cpu()))
 
 
 def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
     """Average each figure as the protocol says, in percent; nan where no query has a value."""
     labels, how = _labels(benchmark), benchmark.protocol.average
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
-
-
-def _hits(
-    chunk: RankedChunk, targets: Sequence[Tensor], gallery: int
-) -> tuple[Bool[Tensor, "chunk gallery"], Bool[Tensor, "chunk gallery"]]:
-    """Give relevance down each ranking (excluded answers never count), and in gallery order."""
-    device = chunk.positions.device
-    relevant = torch.zeros(len(targets), gallery, dtype=torch.bool)
-    for row, answers in enumerate(targets):
-        relevant[row, answers] = True
-    relevant = relevant.to(device)
-    hits = relevant.gather(1, chunk.positions)
-    hits &= torch.arange(gallery, device=device) < chunk.candidates[:, None]
-    return hits, relevant
-
-
-def _subset_hits(
-    chunk: RankedChunk, relevant: Bool[Tensor, "chunk gallery"], subset: Int[Tensor, "chunk subset"]
-) -> Bool[Tensor, "chunk subset"]:
-    """Rank each query's subset as the whole gallery is ranked."""
-    subset = subset.to(chunk.positions.device)
-    ranks = torch.empty_like(chunk.positions)
-    places = torch.arange(chunk.positions.shape[1], device=ranks.device).expand_as(chunk.positions)
-    ranks.scatter_(1, chunk.positions, places)
-    real = subset >= 0
-    inside = subset.clamp(min=0)
-    rank = ranks.gather(1, inside).masked_fill(~real, chunk.positions.shape[1])
-    return (relevant.gather(1, inside) & real).gather(1, rank.argsort(dim=1))
 
 
 def embed(model: IGROTModel, benchmark: Benchmark, encoder: Encoder) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -239,6 +123,7 @@ def evaluate(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: in
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
     rows = [result_row(benchmark, name, scores[name], described[name], spent[name], seed) for name in scores]
     rows[-1]["gain95"] = _gains(benchmark, scores, seed)
+    rows[-1]["seen_classes"] = seen_classes(model, benchmark)
     return Evaluation(benchmark, scores, rows)
 
 
@@ -288,11 +173,68 @@ def result_row(
         "metrics": means(benchmark, scores),
         "ci95": {name: [100 * span.low, 100 * span.high] for name, span in intervals.items()},
         "by_tag": _by_tag(benchmark, scores),
+        "seen_classes": [],
         "model": model,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "versions": versions(),
         "seed": seed,
     }
+
+
+def seen_classes(model: IGROTModel, benchmark: Benchmark) -> list[str]:
+    """Name the classes of a benchmark that the model's card says it was trained on.
+
+    A zero-shot figure is one only where this is empty. Names are compared in lower case,
+    blanks, hyphens and underscores alike.
+    """
+
+    def plainly(name: str) -> str:
+        return name.lower().replace(" ", "_").replace("-", "_")
+
+    trained = {plainly(name) for name in model.card.get("classes", [])}
+    asked = {query.label for query in benchmark.queries if query.label is not None}
+    return sorted(name for name in asked if plainly(name) in trained)
+
+
+def combine(evaluations: Sequence[Evaluation], name: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Average the parts of a benchmark (FashionIQ's categories), each part counting the same.
+
+    Args:
+        evaluations: The parts, of one protocol.
+        name: What the whole is called.
+        seed: Seed of the bootstrap, which draws queries within each part.
+
+    Returns:
+        A row a method; intervals are of the mean over parts.
+    """
+    first = evaluations[0]
+    sizes = [len(one.benchmark.queries) for one in evaluations]
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    rows = []
+    for place, method in enumerate(first.scores):
+        values = {
+            metric: torch.cat([one.scores[method].values[metric] for one in evaluations])
+            for metric in first.scores[method].values
+        }
+        intervals = bootstrap_intervals(values, seed=seed, labels=labels)
+        parts = ", ".join(one.benchmark.name for one in evaluations)
+        protocol = {**first.rows[place]["protocol"], "note": f"unweighted mean over {parts}"}
+        rows.append(
+            {
+                **first.rows[place],
+                "benchmark": name,
+                "n_queries": sum(sizes),
+                "n_gallery": sum(len(one.benchmark.gallery) for one in evaluations),
+                "n_skipped": sum(one.benchmark.skipped for one in evaluations),
+                "protocol": protocol,
+                "metrics": {metric: 100 * average(x, labels, "macro").item() for metric, x in values.items()},
+                "ci95": {metric: [100 * span.low, 100 * span.high] for metric, span in intervals.items()},
+                "by_tag": {},
+                "seen_classes": sorted({seen for one in evaluations for seen in one.rows[place]["seen_classes"]}),
+            }
+        )
+        rows[-1].pop("gain95", None)
+    return rows
 
 
 def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, int | float]]:

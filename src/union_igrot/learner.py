@@ -21,9 +21,10 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from union_igrot.errors import ConfigError
-from union_igrot.evaluate import means, score
+from union_igrot.evaluate import means
 from union_igrot.losses import InfoNCE
 from union_igrot.model import IGROTModel
+from union_igrot.scoring import score
 from union_igrot.types import Batch, Benchmark, EvalBatch
 
 _log = logging.getLogger(__name__)

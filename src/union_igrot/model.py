@@ -67,7 +67,8 @@ class IGROTModel(nn.Module):
     def null_text(self) -> Features:
         """Give the features of the empty text, encoded once and kept."""
         if self._null is None or self._null.pooled.device != self.device:
-            with torch.no_grad():
+            # Not in inference mode, even where the caller is: nothing could be trained with it later.
+            with torch.inference_mode(mode=False), torch.no_grad():
                 self._null = self.backbone.encode_text([""])
         return self._null
 
@@ -170,6 +171,7 @@ class IGROTModel(nn.Module):
         saved = {"format": _FORMAT, **self.describe(), "card": self.card}
         saved["heads"] = weights_hash({name: x.float() for name, x in state.items()})
         save_file(state, folder / "heads.partial")
+        (folder / "heads.partial").chmod(0o644)  # safetensors writes for the owner alone
         (folder / "model.partial").write_text(json.dumps(saved, indent=2) + "\n")
         (folder / "heads.partial").replace(folder / "heads.safetensors")
         (folder / "model.partial").replace(folder / "model.json")
@@ -199,22 +201,28 @@ class IGROTModel(nn.Module):
             state = {name: x.float() for name, x in load_file(folder / "heads.safetensors").items()}
             kinds = {side: dict(saved[side]) for side in ("fusion", "target")}
             kinds["projector"] = dict(saved.get("projector") or {"kind": "none"})
+            named = {side: options.pop("kind") for side, options in kinds.items()}
+            name, trained_on, heads = (saved[key] for key in ("backbone", "backbone_fingerprint", "heads"))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} is not a saved model ({error}); give a folder with model.json and heads.safetensors"
             ) from None
-        backbone = backbone or build_backbone(saved["backbone"], weights)
-        if backbone.fingerprint() != saved["backbone_fingerprint"]:
+        backbone = backbone or build_backbone(name, weights)
+        if backbone.fingerprint() != trained_on:
             raise CheckpointError(
-                f"{folder} was trained on backbone {saved['backbone']} {saved['backbone_fingerprint']}, "
+                f"{folder} was trained on backbone {name} {trained_on}, "
                 f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"
             )
-        if weights_hash(state) != saved["heads"]:
+        if weights_hash(state) != heads:
             raise CheckpointError(f"{folder}: heads.safetensors does not belong to model.json; copy both again")
-        fusion = build_fusion(kinds["fusion"].pop("kind"), backbone.dim, **kinds["fusion"])
-        target = build_target(kinds["target"].pop("kind"), backbone.dim, **kinds["target"])
-        projector = build_projector(kinds["projector"].pop("kind"), backbone.dim, **kinds["projector"])
+        fusion = build_fusion(named["fusion"], backbone.dim, **kinds["fusion"])
+        target = build_target(named["target"], backbone.dim, **kinds["target"])
+        projector = build_projector(named["projector"], backbone.dim, **kinds["projector"])
         model = cls(backbone, fusion, target, saved.get("card"), projector)
+        known = model.heads_state()
+        wrong = [key for key in state.keys() & known.keys() if state[key].shape != known[key].shape]
+        if wrong:
+            raise CheckpointError(f"{folder}: weights of another shape than model.json describes: {sorted(wrong)[:3]}")
         missing, unexpected = model.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:

@@ -182,7 +182,6 @@ class Benchmark:
                     if name not in known:
                         raise DataError(f"{where}: query {query.id!r} names {name!r}, which the gallery does not hold")
 
-
     def queries_hash(self) -> str:
         """Hash the queries' ids, texts and targets: equal where two runs were asked the same."""
         digest = hashlib.sha256()
@@ -334,10 +333,13 @@ class Scores:
         values: For each metric's name one value a query, 0..1; nan where the metric is
             not defined for the query (no target, no subset).
         ranking: The first answers to each query.
+        subsets: Gallery positions of each query's subset, best first and -1 behind; None
+            where the benchmark has no subsets.
     """
 
     values: Mapping[str, Float[Tensor, " queries"]]
     ranking: Ranking
+    subsets: Int[Tensor, "queries subset"] | None = None
 
 
 @dataclass(frozen=True)

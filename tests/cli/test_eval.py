@@ -3,16 +3,12 @@ import shutil
 
 import pytest
 
-from conftest import SMALL_DATA, Run, figures
+from small_runs import SMALL_DATA, Run, figures, rows_of
 from union_igrot.cli.eval import main as evaluate
 
 
 def cache_of(run: Run) -> str:
     return next(setting for setting in run.settings if setting.startswith("cache_dir="))
-
-
-def rows_of(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("inner", ["", "model"])

@@ -7,17 +7,13 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from conftest import SMALL, Run, figures
+from small_runs import SMALL, Run, figures, rows_of
 from union_igrot.backbones.build import build_backbone
 from union_igrot.cli.train import main as train
 from union_igrot.config import compose
 from union_igrot.model import IGROTModel
 
 METHODS = ["chance", "image", "text", "sum", "trained"]
-
-
-def rows_of(folder: Path):
-    return json.loads((folder / "results.json").read_text())
 
 
 def test_everything_a_reader_needs_is_written(small_run: Run):
@@ -73,10 +69,10 @@ def test_the_backbone_is_what_it_was(small_run: Run):
 
 @pytest.mark.parametrize("cache", ["kept", "emptied"])
 def test_the_same_command_gives_the_same_figures_to_the_last_digit(small_run: Run, tmp_path, cache, capsys):
-    settings = [s for s in small_run.settings if not s.startswith("output_dir=")]
+    settings = small_run.settings_for(tmp_path / "again")
     if cache == "emptied":
         settings = [s for s in settings if not s.startswith("cache_dir=")] + [f"cache_dir={tmp_path / 'cache'}"]
-    train([*settings, f"output_dir={tmp_path / 'again'}"])
+    train(settings)
     assert figures(rows_of(tmp_path / "again")) == figures(small_run.rows)
     out = capsys.readouterr().out
     for words in ("shapes_cir · test · 24 queries", "chance", "image alone", "text alone", "image + text", "trained"):
@@ -88,11 +84,10 @@ def interrupted_before_evaluation(run: Run, folder: Path, monkeypatch: pytest.Mo
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    settings = [s for s in run.settings if not s.startswith("output_dir=")]
     with monkeypatch.context() as patch:
         patch.setattr("union_igrot.cli.results.evaluate", stop)
         with pytest.raises(SystemExit) as stopped:
-            train([*settings, f"output_dir={folder}"])
+            train(run.settings_for(folder))
     assert stopped.value.code == 130
 
 
@@ -106,10 +101,9 @@ def test_a_run_interrupted_at_its_evaluation_goes_on_without_training(small_run:
     def again(*_: object, **__: object) -> None:
         raise AssertionError("trained twice")
 
-    settings = [s for s in small_run.settings if not s.startswith("output_dir=")]
     with monkeypatch.context() as patch:
         patch.setattr("union_igrot.learner.fit", again)
-        train([*settings, f"output_dir={folder}"])
+        train(small_run.settings_for(folder))
     assert "going on in" in capsys.readouterr().err
     assert (folder / "model" / "heads.safetensors").stat().st_mtime_ns == heads.st_mtime_ns
     assert figures(rows_of(folder)) == figures(small_run.rows)
@@ -129,7 +123,7 @@ def test_a_folder_of_other_settings_is_refused_untouched(small_run: Run, capsys)
 
 def test_a_sweep_runs_each_value_in_a_folder_of_its_own(small_run: Run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = [s for s in small_run.settings if not s.startswith("output_dir=")]
+    settings = small_run.settings_for(tmp_path)[:-1]
     train(["-m", "target=frozen,union", *settings])
     folders = sorted((tmp_path / "multirun" / "train").glob("*/*/[0-9]"))
     assert [folder.name for folder in folders] == ["0", "1"]

@@ -1,4 +1,4 @@
-"""From a checked configuration to built parts: data, backbone, model, encoder.
+"""From a checked configuration to built parts: backbone, model, encoder.
 
 Fills numbers into constructors and nothing else. Does not know training or evaluation.
 """
@@ -10,38 +10,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.backbones.base import Backbone
 from union_igrot.backbones.build import build_backbone
-from union_igrot.data.folder import folder_benchmark, folder_training
-from union_igrot.data.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.heads.projector import build_projector
 from union_igrot.model import IGROTModel
 from union_igrot.store.features import FeatureStore
 from union_igrot.store.space import default_root
-from union_igrot.types import Benchmark, TrainingSet
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Give a configuration as plain values."""
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return values
-
-
-def benchmarks(data: DictConfig, split: str) -> list[Benchmark]:
-    """Read the benchmarks of a data configuration."""
-    if data.name == "shapes":
-        count = data.queries if split == "test" else data.val_queries
-        return [shapes_cir(split, count, data.seed), shapes_sbir(split, count, data.seed, gallery=max(count, 20))]
-    options = {"text": data.text, "on_missing": data.on_missing, "verify": data.on_missing == "skip"}
-    return [folder_benchmark(Path(data.root).expanduser(), split, **options)]
-
-
-def training(data: DictConfig) -> TrainingSet:
-    """Read or draw the training samples of a data configuration."""
-    if data.name == "shapes":
-        return shapes_training(data.triplets, data.pairs, data.seed)
-    options = {"text": data.text, "on_missing": data.on_missing, "verify": data.on_missing == "skip"}
-    return folder_training(Path(data.root).expanduser(), pairs=data.pairs, seed=data.seed, **options)
 
 
 def new_model(config: DictConfig, card: dict[str, Any]) -> IGROTModel:

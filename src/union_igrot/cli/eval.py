@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_checkpoint(config: DictConfig, fresh: Path) -> None:
     """Evaluate as configured; `fresh` is used where no folder is named."""
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from union_igrot.cli import assemble
+    from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.model import load_model
     from union_igrot.report.files import write_text
@@ -28,8 +28,10 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> None:
     inner = checkpoint / "model"
     where = config.checkpoint if config.checkpoint == "tiny" else inner if inner.is_dir() else checkpoint
     model = load_model(where, config.weights)
-    test = assemble.benchmarks(config.data, config.data.split)
+    test = data.tested(config.data)
     folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-    evaluate_and_report(model, test, assemble.encoder(config, model.backbone), folder, config.seed)
+    evaluate_and_report(
+        model, test, assemble.encoder(config, model.backbone), folder, config.seed, data.whole(config.data)
+    )

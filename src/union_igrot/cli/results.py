@@ -8,39 +8,68 @@ from pathlib import Path
 
 from rich.console import Console
 
+from union_igrot.data.submission import write_circo, write_cirr
 from union_igrot.data.transforms import open_picture
 from union_igrot.encode import Encoder
-from union_igrot.evaluate import evaluate
+from union_igrot.evaluate import combine, embed, evaluate
 from union_igrot.model import IGROTModel
 from union_igrot.report.files import write_query_values, write_results
 from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
 from union_igrot.report.tables import print_results
+from union_igrot.scoring import score
 from union_igrot.types import Benchmark
 
 
 def evaluate_and_report(
-    model: IGROTModel, benchmarks: Sequence[Benchmark], encoder: Encoder, folder: Path, seed: int
+    model: IGROTModel, benchmarks: Sequence[Benchmark], encoder: Encoder, folder: Path, seed: int, whole: str = ""
 ) -> None:
     """Evaluate on each benchmark, write what was found after each, print the tables.
 
     Writes `results.json`, `results.csv`, `queries-<benchmark>-<split>.safetensors` (every
     query's figures), `contact-<benchmark>.png`, and `curve.png` where the folder holds a
-    training's log.
+    training's log. A split without published targets gives submission files instead.
+
+    Args:
+        model: The model with trained heads.
+        benchmarks: What to ask.
+        encoder: Of the model's backbone.
+        folder: Where to write.
+        seed: Seed of chance and bootstrap.
+        whole: Name of the mean over the benchmarks, where they are parts of one; empty for none.
     """
-    rows = []
+    found, rows = [], []
     for benchmark in benchmarks:
-        found = evaluate(model, benchmark, encoder, seed)
-        rows += found.rows
+        if not any(query.targets for query in benchmark.queries):
+            submit(model, benchmark, encoder, folder)
+            continue
+        found.append(evaluate(model, benchmark, encoder, seed))
+        rows += found[-1].rows
         write_results(folder, rows)
-        values = {method: scores.values for method, scores in found.scores.items()}
+        scores = found[-1].scores
+        values = {method: part.values for method, part in scores.items()}
         write_query_values(folder, benchmark.name, benchmark.split, values, benchmark.queries_hash())
-        contact_sheet(
-            folder / f"contact-{benchmark.name}.png", benchmark, found.scores["trained"].ranking, open_picture
-        )
-    logs = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1]))
-    curves = read_curves(logs)
+        contact_sheet(folder / f"contact-{benchmark.name}.png", benchmark, scores["trained"].ranking, open_picture)
+    if whole and len(found) > 1:
+        rows += combine(found, whole, seed)
+        write_results(folder, rows)
+    curves = read_curves(sorted(folder.glob("logs/version_*/metrics.csv")))
     shown = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
     if shown:
         curve_picture(folder / "curve.png", shown)
     print_results(rows)
     Console().print(f"written to {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Path) -> None:
+    """Write the submission files of a split whose targets are not published (CIRR, CIRCO)."""
+    queries, gallery, _ = embed(model, benchmark, encoder)
+    scores = score(benchmark, queries, gallery)
+    names = [item.id for item in benchmark.gallery]
+    rankings = [[names[at] for at in row] for row in scores.ranking.positions.tolist()]
+    if benchmark.name == "circo":
+        written: tuple[Path, ...] = (write_circo(folder / "submission_circo.json", benchmark, rankings),)
+    else:
+        subsets = [] if scores.subsets is None else scores.subsets.tolist()
+        written = write_cirr(folder, benchmark, rankings, [[names[at] for at in row if at >= 0] for row in subsets])
+    for path in written:
+        Console().print(f"submission file {path}", highlight=False, markup=False, soft_wrap=True)

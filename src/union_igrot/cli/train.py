@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from union_igrot.runfolder import RunFolder
 
 
+_PLACES = {"output_dir", "cache_dir", "progress"}
+"""Settings that say where things lie, not what comes out."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-train`."""
     run_command("train", train, argv)
@@ -28,14 +32,14 @@ def train(config: DictConfig, fresh: Path) -> None:
     from rich.console import Console
 
     from union_igrot.backbones.build import build_backbone
-    from union_igrot.cli import assemble
+    from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.model import IGROTModel
     from union_igrot.report.files import write_text
     from union_igrot.runfolder import identity_of, open_run
 
     settings = assemble.plain(config)
-    deciding = {key: value for key, value in settings.items() if key not in {"output_dir", "cache_dir", "progress"}}
+    deciding = {key: value for key, value in settings.items() if key not in _PLACES}
     chosen = None if config.output_dir is None else Path(config.output_dir).expanduser()
     with open_run(chosen, fresh, identity_of(deciding)) as run:
         where = f"{'going on in' if run.resumed else 'run folder'} {run.path}"
@@ -46,8 +50,8 @@ def train(config: DictConfig, fresh: Path) -> None:
             encoder = assemble.encoder(config, model.backbone)
         else:
             model, encoder = _fit(config, run)
-        test = assemble.benchmarks(config.data, config.data.split)
-        evaluate_and_report(model, test, encoder, run.path, config.seed)
+        whole = data.whole(config.data)
+        evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, whole)
         run.reach("done")
 
 
@@ -55,15 +59,16 @@ def _fit(config: DictConfig, run: "RunFolder") -> "tuple[IGROTModel, Encoder]":
     import lightning
     from lightning.pytorch.loggers import CSVLogger
 
-    from union_igrot.cli import assemble
+    from union_igrot.cli import assemble, data
     from union_igrot.datamodule import IGROTDataModule
     from union_igrot.learner import Learner, Machine, Recipe, fit
     from union_igrot.losses import InfoNCE
 
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    samples, validation = assemble.training(config.data), assemble.benchmarks(config.data, "val")
+    samples, validation = data.training(config.data)
+    settings = {key: value for key, value in assemble.plain(config).items() if key not in _PLACES}
     card = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
-    model = assemble.new_model(config, {**card, "config": assemble.plain(config)})
+    model = assemble.new_model(config, {**card, "config": settings})
     encoder = assemble.encoder(config, model.backbone)
     recipe = assemble.plain(config.recipe)
     batch_size = recipe.pop("batch_size")

@@ -6,6 +6,7 @@ Knows the layout of a result row. Does not know how a figure came about.
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         folder: An existing folder.
         rows: Result rows of any benchmarks and methods.
     """
-    write_text(folder / "results.json", json.dumps(list(rows), indent=2) + "\n")
+    write_text(folder / "results.json", json.dumps(_without_nan(list(rows)), indent=2, allow_nan=False) + "\n")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(
@@ -44,6 +45,15 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             low, high = row["ci95"][name]
             writer.writerow([*head, name, f"{value:.4f}", f"{low:.4f}", f"{high:.4f}", row["seed"]])
     write_text(folder / "results.csv", table.getvalue())
+
+
+def _without_nan(value: Any) -> Any:
+    """Put None for what has no value: JSON knows no nan."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _scores_path(folder: Path, benchmark: str, split: str) -> Path:
@@ -66,6 +76,7 @@ def write_query_values(
     path = _scores_path(folder, benchmark, split)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     save_file(flat, partial, metadata={"queries": identity})
+    partial.chmod(0o644)  # safetensors writes for the owner alone
     partial.replace(path)
 
 

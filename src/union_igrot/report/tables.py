@@ -51,6 +51,9 @@ def result_table(rows: Sequence[Row]) -> Table:
         f"{first['benchmark']} · {first['split']} · {first['n_queries']:,} queries x {first['n_gallery']:,} pictures"
     )
     skipped = f"; {first['n_skipped']} items left out" if first["n_skipped"] else ""
+    seen = {name for row in rows for name in row["seen_classes"]}
+    if seen:
+        skipped += f"; {len(seen)} of the classes were trained on: for them this is not zero-shot"
     table = Table(
         title=Text(title),
         caption=Text(

@@ -1,0 +1,123 @@
+"""Tests, checks and the build, each in one command: `nox -s tests`, `nox -s lint types build`.
+
+The sessions `tests`, `types` and `build` share one environment, because torch alone takes
+gigabytes; it is made by whichever runs first. `lint` has a small one of its own.
+"""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.sessions = ["tests", "lint", "types", "build"]
+nox.options.default_venv_backend = "virtualenv"
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml("pyproject.toml")
+SHARED = ROOT / ".nox" / "shared"
+SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
+
+
+def environment(session: nox.Session, *groups: str) -> Path:
+    """Bring the shared environment up to date and give its folder of commands."""
+    python = SHARED / SCRIPTS / "python"
+    if not python.exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", SHARED, external=True)
+    needed = nox.project.dependency_groups(PROJECT, *groups)
+    session.run(python, "-m", "pip", "install", "--quiet", ".", *needed, external=True)
+    return python.parent
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run the tests with coverage; further arguments go to pytest."""
+    commands = environment(session, "test")
+    # Two workers of one thread each: the budget is two cores.
+    chosen = session.posargs or ["--numprocesses=2", "--dist=loadgroup", "--cov", "--cov-report=term:skip-covered"]
+    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Check format, names, annotations, docstrings and complexity."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Check the types of the package, strictly."""
+    commands = environment(session, "types")
+    session.run(commands / "python", "-m", "mypy", external=True)
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """Build sdist, and from it the wheel; look into both; install the wheel into a clean environment and use it."""
+    commands = environment(session, "build")
+    place = Path(session.create_tmp()).resolve()
+    for old in [*place.glob("*.tar.gz"), *place.glob("*.whl")]:
+        old.unlink()
+    # Without --wheel or --sdist the wheel is built from the sdist.
+    session.run(commands / "python", "-m", "build", "--outdir", place, external=True, silent=True)
+    (sdist,), (wheel,) = place.glob("*.tar.gz"), place.glob("*.whl")
+    look_into(session, sdist, wheel)
+
+    clean = place / "clean"
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", clean, external=True)
+    own = clean / SCRIPTS
+    session.run(own / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel, external=True)
+    # The dependencies, torch above all, are looked up in the shared environment; what is installed here goes first.
+    (here,), (there,) = clean.glob("**/site-packages"), SHARED.glob("**/site-packages")
+    (here / "dependencies.pth").write_text(f"{there}\n")
+    installed = here / "union_igrot" / "conf"
+    yamls = {path.relative_to(ROOT / "conf"): path.read_bytes() for path in (ROOT / "conf").rglob("*.yaml")}
+    if yamls != {path.relative_to(installed): path.read_bytes() for path in installed.rglob("*.yaml")}:
+        session.error("the installed configurations are not those of conf/")
+    found = session.run(
+        own / "python",
+        "-c",
+        "import union_igrot.config as c; print(c.conf_dir())",
+        external=True,
+        silent=True,
+        env={"PYTHONPATH": ""},
+    )
+    if not isinstance(found, str) or Path(found.strip()).resolve() != installed.resolve():
+        session.error(f"the installed package reads {found}, not {installed}")
+    with session.chdir(place):
+        session.run(own / "union-train", "--help", external=True)
+        session.run(own / "union-eval", "--help", external=True, silent=True)
+        session.run(own / "python", "-c", "import union_igrot; union_igrot.load('tiny')", external=True)
+
+
+def look_into(session: nox.Session, sdist: Path, wheel: Path) -> None:
+    """Check that sdist and wheel hold all of the package, its weights and its configurations."""
+    source = ROOT / "src" / "union_igrot"
+    package = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    conf = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "conf").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = set(archive.namelist())
+    missing = {f"union_igrot/{name}" for name in package | conf} - shipped
+    missing |= {
+        f"union_igrot/{name}" for name in ("py.typed", "weights/tiny/backbone.safetensors", "conf/__init__.py")
+    } - shipped
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    missing |= {f"src/union_igrot/{name}" for name in package} - packed
+    missing |= ({"pyproject.toml", "README.md", "LICENSE", "noxfile.py", "tests/conftest.py"} | conf) - packed
+    if missing:
+        session.error(f"missing from the built archives: {', '.join(sorted(missing))}")
+    if foreign := {name for name in shipped if not name.startswith(("union_igrot/", "union_igrot-"))}:
+        session.error(f"the wheel holds what is not the package: {', '.join(sorted(foreign))}")

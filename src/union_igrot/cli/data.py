@@ -1,0 +1,87 @@
+"""From a checked data configuration to benchmarks and triplets.
+
+Knows which settings go to which reader. Does not know models.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from union_igrot.data.folder import folder_benchmark, folder_training
+from union_igrot.data.holdout import hold_out
+from union_igrot.data.registry import load_benchmark, load_training, parts
+from union_igrot.data.shapes import shapes_cir, shapes_sbir, shapes_training
+from union_igrot.errors import ConfigError
+from union_igrot.types import Benchmark, TrainingSet
+
+TRAINED_ON = ("shapes", "folder", "llavasco", "lasco", "training_sketchy", "fashioniq", "cirr")
+
+
+def benchmarks(data: DictConfig, split: str | None = None) -> list[Benchmark]:
+    """Read the benchmarks of a data configuration, one a part where a benchmark has parts.
+
+    Args:
+        data: The checked settings.
+        split: Another split than the configured one.
+    """
+    split = split or data.split
+    if data.name == "shapes":
+        count = data.queries if split == "test" else data.val_queries
+        return [shapes_cir(split, count, data.seed), shapes_sbir(split, count, data.seed, gallery=max(count, 20))]
+    if data.name == "folder":
+        return [folder_benchmark(Path(data.root).expanduser(), split, **_folder_options(data))]
+    options = _public_options(data)
+    divided = parts(data.name)
+    if len(divided) == 1 or not set(divided[0]) - {"split"} or set(divided[0]) <= set(options):
+        divided = [{}]
+    return [load_benchmark(data.name, data.root, split, data.check_images, **options, **part) for part in divided]
+
+
+def training(data: DictConfig) -> tuple[TrainingSet, list[Benchmark]]:
+    """Read or draw training triplets and the validation by which the best epoch is chosen.
+
+    Raises:
+        ConfigError: Where there is nothing to train on.
+    """
+    if data.name == "shapes":
+        return shapes_training(data.triplets, data.pairs, data.seed), benchmarks(data, "val")
+    if data.name == "folder":
+        root, options = Path(data.root).expanduser(), _folder_options(data)
+        return folder_training(root, pairs=data.pairs, seed=data.seed, **options), benchmarks(data, "val")
+    if data.name not in TRAINED_ON:
+        raise ConfigError(f"data={data.name} is for evaluation only; train on one of {', '.join(TRAINED_ON)}")
+    options = _public_options(data)
+    if data.name == "llavasco":
+        samples = load_training("llavasco", data.root, data.check_images, **options)
+        return samples, benchmarks(data, "val")
+    divided = [{}] if data.name != "fashioniq" or "category" in options else parts("fashioniq")
+    options.pop("gallery", None)
+    read = [load_training(data.name, data.root, data.check_images, **options, **part) for part in divided]
+    whole = TrainingSet(
+        data.name, tuple(t for one in read for t in one.triplets), tuple(c for one in read for c in one.classes)
+    )
+    samples, validation = hold_out(whole)
+    return samples, [validation]
+
+
+def tested(data: DictConfig) -> list[Benchmark]:
+    """Give what is evaluated: the configured split, or what training holds out where there is none."""
+    return training(data)[1] if data.split == "train" else benchmarks(data)
+
+
+def whole(data: DictConfig) -> str:
+    """Name the mean over a benchmark's parts; empty where the benchmarks are not parts of one."""
+    return "" if data.name in ("shapes", "folder") else f"{data.name}_mean"
+
+
+def _folder_options(data: DictConfig) -> dict[str, Any]:
+    return {"text": data.text, "on_missing": data.on_missing, "verify": data.on_missing == "skip"}
+
+
+def _public_options(data: DictConfig) -> dict[str, Any]:
+    """Give the reader's own options: what is set, and is not `all`."""
+    settings: dict[str, Any] = OmegaConf.to_container(data)  # type: ignore[assignment]
+    for name in ("name", "root", "split", "check_images"):
+        del settings[name]
+    return {name: value for name, value in settings.items() if value is not None and value != "all"}
