@@ -35,8 +35,8 @@ def environment(session: nox.Session, *groups: str) -> Path:
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; further arguments go to pytest."""
     commands = environment(session, "test")
-    # Two workers of one thread each: the budget is two cores.
-    chosen = session.posargs or ["--numprocesses=2", "--dist=loadgroup", "--cov", "--cov-report=term:skip-covered"]
+    # Two workers of one thread each: the budget is two cores. A file stays together, for its fixtures are dear.
+    chosen = session.posargs or ["--numprocesses=2", "--dist=loadfile", "--cov", "--cov-report=term:skip-covered"]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 

@@ -20,7 +20,6 @@ def row(method, value, benchmark="shapes_cir", skipped=0, **more):
         "n_gallery": 12345,
         "n_skipped": skipped,
         "seen_classes": [],
-        "seen_classes": [],
         "protocol": asdict(PROTOCOL),
         "metrics": dict.fromkeys(METRICS, value),
         "ci95": {name: [value, value] for name in METRICS},
