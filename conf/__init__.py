@@ -1,0 +1,1 @@
+"""The configurations, as data; read by `union_igrot.config`."""

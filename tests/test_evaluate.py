@@ -14,8 +14,8 @@ from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir
 from union_igrot import scoring as room
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluate import baseline, embed, evaluate, means, result_row
-from union_igrot.scoring import KEPT, Relevance, score
 from union_igrot.index.exact import rank_chunks
+from union_igrot.scoring import KEPT, Relevance, score
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 ROW = {

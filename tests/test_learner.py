@@ -14,9 +14,9 @@ from union_igrot.datamodule import IGROTDataModule
 from union_igrot.encode import Encoder
 from union_igrot.errors import ConfigError
 from union_igrot.evaluate import embed, means
-from union_igrot.scoring import score
 from union_igrot.learner import Learner, Machine, Recipe, fit, warmup_cosine
 from union_igrot.losses import InfoNCE
+from union_igrot.scoring import score
 
 pytestmark = [
     # Lightning steps a resumed schedule before its optimiser has stepped; nothing is skipped.

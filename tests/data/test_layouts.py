@@ -6,8 +6,7 @@ import sys
 from itertools import chain
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from union_igrot.data.layouts import SPLITS, Rows, Samples, read_folder
 from union_igrot.errors import DataError, UnionError

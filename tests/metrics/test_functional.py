@@ -6,8 +6,7 @@ import re
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.metrics.functional import (

@@ -14,7 +14,7 @@ _AT_ONCE = 2**24
 
 
 def randomisation_test(
-    first: Float[Tensor, " queries"], second: Float[Tensor, " queries"], rounds: int = 10_000, seed: int = 0
+    first: Float[Tensor, " queries"], second: Float[Tensor, " others"], rounds: int = 10_000, seed: int = 0
 ) -> float:
     """Give the two-sided p-value of the mean difference of two methods over the same queries.
 

@@ -1,0 +1,77 @@
+"""The public benchmarks through the commands, on small files in their official layouts."""
+
+import json
+
+import pytest
+
+from official import WRITERS
+from union_igrot.cli.eval import main as evaluate
+from union_igrot.cli.train import main as train
+
+EVALUATED = ["cirr", "circo", "genecis", "lasco", "llavasco", "dtin", "sketchy", "tuberlin", "quickdraw", "fashioniq"]
+
+
+def rows(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_each_is_evaluated(name, tmp_path, capsys):
+    WRITERS[name](tmp_path / "data")
+    out = tmp_path / "out"
+    evaluate([f"data={name}", f"data.root={tmp_path / 'data'}", f"output_dir={out}", "progress=false"])
+    found = rows(out)
+    assert {row["method"] for row in found} == {"chance", "image", "text", "sum", "trained"}
+    parts = {row["benchmark"] for row in found}
+    if name in ("fashioniq", "genecis", "dtin"):
+        assert f"{name}_mean" in parts
+        assert len(parts) == {"fashioniq": 4, "genecis": 5, "dtin": 5}[name]
+    for row in found:
+        assert row["n_queries"] > 0
+        for metric, value in row["metrics"].items():
+            assert value is None or 0 <= value <= 100, metric
+    assert "protocol official" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_mean_over_categories_is_unweighted(tmp_path):
+    WRITERS["fashioniq"](tmp_path / "data")
+    out = tmp_path / "out"
+    evaluate(["data=fashioniq", f"data.root={tmp_path / 'data'}", f"output_dir={out}", "progress=false"])
+    trained = {row["benchmark"]: row["metrics"] for row in rows(out) if row["method"] == "trained"}
+    whole = trained.pop("fashioniq_mean")
+    for metric, value in whole.items():
+        assert value == pytest.approx(sum(part[metric] for part in trained.values()) / 3)
+
+
+def test_the_environment_names_the_folder_where_no_root_is_given(tmp_path, monkeypatch):
+    WRITERS["tuberlin"](tmp_path / "data" / "tuberlin")
+    monkeypatch.setenv("UNION_DATA", str(tmp_path / "data"))
+    evaluate(["data=tuberlin", f"output_dir={tmp_path / 'out'}", "progress=false"])
+    assert rows(tmp_path / "out")
+
+
+def test_a_mistake_in_the_data_is_one_line(tmp_path, capsys):
+    WRITERS["tuberlin"](tmp_path / "data")
+    next((tmp_path / "data" / "png_ready").rglob("zero0.png")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        evaluate(["data=tuberlin", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}"])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert said.startswith("union-eval: ")
+    assert "zero0.png" in said
+
+
+@pytest.mark.parametrize("name", ["training_sketchy", "llavasco"])
+def test_training_data_of_the_paper_are_trained_on(name, tmp_path):
+    options = {"training_sketchy": ["data.build=12"], "llavasco": []}[name]
+    WRITERS[name](tmp_path / "data")
+    small = ["recipe.epochs=1", "recipe.batch_size=4", "strategy=cpu", "progress=false", "logger=none"]
+    train([f"data={name}", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}", *options, *small])
+    assert (tmp_path / "out" / "model" / "heads.safetensors").is_file()
+    assert rows(tmp_path / "out")
+
+
+def test_what_is_for_evaluation_only_is_not_trained_on(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(["data=circo", f"data.root={tmp_path}", f"output_dir={tmp_path / 'out'}"])
+    assert "evaluation only" in capsys.readouterr().err
