@@ -1,6 +1,6 @@
 """Tests, checks and the build, each in one command: `nox -s tests`, `nox -s lint types build`.
 
-The sessions `tests`, `types` and `build` share one environment, because torch alone takes
+The sessions `tests`, `slow`, `types` and `build` share one environment, because torch alone takes
 gigabytes; it is made by whichever runs first. `lint` has a small one of its own.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.10"
-nox.options.sessions = ["tests", "lint", "types", "build"]
+nox.options.sessions = ["tests", "slow", "lint", "types", "build"]
 nox.options.default_venv_backend = "virtualenv"
 
 ROOT = Path(__file__).parent
@@ -36,7 +36,15 @@ def tests(session: nox.Session) -> None:
     """Run the tests with coverage; further arguments go to pytest."""
     commands = environment(session, "test")
     # Two workers of one thread each: the budget is two cores. A file stays together, for its fixtures are dear.
-    chosen = session.posargs or ["--numprocesses=2", "--dist=loadfile", "--cov", "--cov-report=term:skip-covered"]
+    chosen = session.posargs or ["--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered"]
+    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def slow(session: nox.Session) -> None:
+    """Run the tests that are left out by default, without coverage."""
+    commands = environment(session, "test")
+    chosen = ["-m", "slow", "--numprocesses=2", "--dist=worksteal", *session.posargs]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 

@@ -20,6 +20,8 @@ from union_igrot.learner import Learner, Machine, Recipe, fit
 from union_igrot.losses import InfoNCE
 from union_igrot.scoring import score
 
+pytestmark = pytest.mark.slow
+
 CHILD = """
 import sys
 from datetime import timedelta

@@ -29,7 +29,7 @@ ROWS = [
     {"types", "errors"},
     {"data", "backbones", "heads", "losses", "metrics", "index", "store", "report", "progress"},
     {"model", "encode", "runfolder", "scoring"},
-    {"evaluate", "reference"},
+    {"evaluate", "predictions", "reference"},
     {"datamodule", "learner", "pretrain_tiny"},
     {"config", "cli", "__init__"},
 ]

@@ -189,6 +189,7 @@ def test_the_mini_reference_is_matched_array_by_array(mini):
         compare(mini, golden, golden_pictures("mini"), "mini")
 
 
+@pytest.mark.slow
 def test_the_reference_on_vit_b_32_is_matched_array_by_array():
     path = SHARED / "clip_base.npz"
     if not path.is_file():

@@ -161,7 +161,7 @@ _RULES: dict[str, dict[str, Check]] = {
         "strategy.name": _text,
         "logger.name": _one_of("csv", "none"),
     },
-    "eval": {**_COMMON, "checkpoint": _text, "weights": _file_or_null},
+    "eval": {**_COMMON, "checkpoint": _text, "weights": _file_or_null, "predictions": _file_or_null},
     "compare": {
         "first": _folder,
         "second": _folder,

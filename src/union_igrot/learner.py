@@ -254,7 +254,9 @@ def fit(
         # A frozen backbone in evaluation mode is what is meant.
         warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
         warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
-        # So is a folder that holds an interrupted training.
+        # Lightning calls a deprecated part of torch.
+        warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+        # A folder that holds an interrupted training is what is resumed.
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
         trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     learner.model.to(trainer.strategy.root_device)  # Lightning puts it on the CPU at its end

@@ -100,7 +100,7 @@ def _score_gallery(
 ) -> Scores:
     if protocol.ties != "gallery order":
         raise DataError("pessimistic ties are for subsets; choose candidates=subset or ties by gallery order")
-    figures = _Figures(protocol, queries.device)
+    figures = FigureTable(protocol, queries.device)
     # Of all queries, so that every process keeps equally many.
     keep = min(KEPT, len(gallery) - max(map(len, relevance.exclude)))
     first = torch.empty(len(queries), keep, dtype=torch.long)
@@ -132,7 +132,7 @@ def _score_subsets(
     """Rank each query's own candidates alone (GeneCIS)."""
     if relevance.subset is None:
         raise DataError("each query ranks its own subset, but no query has one; give Query.subset")
-    figures = _Figures(protocol, queries.device)
+    figures = FigureTable(protocol, queries.device)
     ordered = torch.empty(len(queries), relevance.subset.shape[1], dtype=torch.long)
     cosines = torch.empty(ordered.shape)
     for begin in range(0, len(queries), _SUBSET_ROWS):
@@ -155,7 +155,7 @@ def _score_subsets(
     return Scores(figures.values(), Ranking(ordered, cosines), ordered)
 
 
-class _Figures:
+class FigureTable:
     """The protocol's figures over any number of chunks and processes."""
 
     def __init__(self, protocol: Protocol, device: torch.device) -> None:
@@ -184,14 +184,16 @@ class _Figures:
         labels: Int[Tensor, " queries"] | None,
         subset_hits: Bool[Tensor, "chunk subset"] | None,
         first_hits: Bool[Tensor, "chunk depth"] | None,
+        n_relevant: Int[Tensor, " chunk"] | None = None,
     ) -> None:
-        """Take the rankings of some queries."""
+        """Take the rankings of some queries; `n_relevant` is needed where they are cut."""
         at = part.to(hits.device)
         classes = None if labels is None else labels[part].to(hits.device)
         if self._all is not None:
-            self._all.update(hits, hits.sum(1), at, subset_hits, classes)
+            self._all.update(hits, hits.sum(1) if n_relevant is None else n_relevant, at, subset_hits, classes)
         if self._first is not None and first_hits is not None:
-            self._first.update(first_hits, first_hits.sum(1), at, None, classes)
+            single = first_hits.sum(1) if n_relevant is None else n_relevant.clamp(max=1)
+            self._first.update(first_hits, single, at, None, classes)
 
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
         """Give every query's values, of all processes, in the protocol's order, with its means."""

@@ -67,7 +67,7 @@ def test_the_backbone_is_what_it_was(small_run: Run):
     assert rows_of(small_run.folder)[-1]["model"]["backbone_fingerprint"] == build_backbone("tiny").fingerprint()
 
 
-@pytest.mark.parametrize("cache", ["kept", "emptied"])
+@pytest.mark.parametrize("cache", [pytest.param("kept", marks=pytest.mark.slow), "emptied"])
 def test_the_same_command_gives_the_same_figures_to_the_last_digit(small_run: Run, tmp_path, cache, capsys):
     settings = small_run.settings_for(tmp_path / "again")
     if cache == "emptied":
@@ -121,6 +121,7 @@ def test_a_folder_of_other_settings_is_refused_untouched(small_run: Run, capsys)
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_value_in_a_folder_of_its_own(small_run: Run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = small_run.settings_for(tmp_path)[:-1]

@@ -3,16 +3,19 @@
 Knows the names of the files in a run's folder. Does not know how figures are computed.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from union_igrot.data.submission import write_circo, write_cirr
+from union_igrot.data.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.data.transforms import open_picture
 from union_igrot.encode import Encoder
-from union_igrot.evaluate import combine, embed, evaluate
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.evaluate import combine, embed, evaluate, result_row
 from union_igrot.model import IGROTModel
+from union_igrot.predictions import score_predictions
 from union_igrot.report.files import write_query_values, write_results
 from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
 from union_igrot.report.tables import print_results
@@ -58,6 +61,28 @@ def evaluate_and_report(
         curve_picture(folder / "curve.png", shown)
     print_results(rows)
     Console().print(f"written to {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path, seed: int) -> None:
+    """Score a file of rankings, made by any method, and print and write its figures.
+
+    Raises:
+        ConfigError: Where the data are more than one benchmark, or have no such files.
+        DataError: Where the file is not one of the benchmark's, or its targets are not published.
+    """
+    if len(benchmarks) != 1:
+        raise ConfigError(f"one file answers one benchmark, not {len(benchmarks)}; choose data=cirr or data=circo")
+    rankings = read_predictions(path, benchmarks[0])
+    if not any(query.targets for query in benchmarks[0].queries):
+        problems = check_submission(path, benchmarks[0])
+        raise DataError(
+            f"{path}: this split's targets are not published; " + ("; ".join(problems[:5]) or "it is valid")
+        )
+    benchmark, scores = score_predictions(benchmarks[0], rankings)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    row = result_row(benchmark, "predictions", scores, {"file": path.name, "sha256": digest}, {}, seed)
+    write_results(folder, [row])
+    print_results([row])
 
 
 def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Path) -> None:

@@ -3,6 +3,7 @@
 Knows the order of the steps. Does not know how any of them is done.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,8 @@ def _fit(config: DictConfig, run: "RunFolder") -> "tuple[IGROTModel, Encoder]":
     from union_igrot.learner import Learner, Machine, Recipe, fit
     from union_igrot.losses import InfoNCE
 
+    # Its notes on hardware and other products; the command says itself what it does.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     samples, validation = data.training(config.data)
     settings = {key: value for key, value in assemble.plain(config).items() if key not in _PLACES}
