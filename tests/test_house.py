@@ -268,3 +268,10 @@ def test_every_evaluation_of_the_readme_runs(small_run: Run, step, tmp_path, mon
     cache = next(setting for setting in small_run.settings if setting.startswith("cache_dir="))
     evaluate([*arguments, *SMALL_DATA, cache])
     assert "trained" in capsys.readouterr().out
+
+
+def test_the_notebook_lines_of_the_readme_run(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.count("'a") >= 5 or said.count('"a') >= 5, said

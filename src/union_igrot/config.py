@@ -99,6 +99,12 @@ def _file_or_null(value: Any) -> str | None:
     return "an existing file, or null"
 
 
+def _figure(value: Any) -> str | None:
+    if isinstance(value, str) and re.fullmatch(r"val/score|val/\w+/(R@\d+|Rs@\d+|P@\d+|mAP|mAP@\d+)", value):
+        return None
+    return "val/score, or val/<benchmark>/<figure> such as val/shapes_cir/mAP@10"
+
+
 def _backbone(value: Any) -> str | None:
     if value in _BACKBONES or (isinstance(value, str) and re.match(r"(open_clip|hf):\S+$", value)):
         return None
@@ -153,7 +159,7 @@ _RULES: dict[str, dict[str, Check]] = {
         "recipe.warmup": _number(0.0, 1.0),
         "recipe.floor": _number(0.0, 1.0),
         "recipe.clip": _number(0.0, above=True),
-        "recipe.monitor": _text,
+        "recipe.monitor": _figure,
         "precision.trainer": _one_of("32-true", "bf16-mixed", "16-mixed"),
         "strategy.accelerator": _text,
         "strategy.devices": _devices,
