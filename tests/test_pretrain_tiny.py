@@ -71,6 +71,7 @@ def test_pictures_are_scaled_as_the_backbone_asks(drawn):
     assert 0 <= pixels.min() < pixels.max() <= 1
 
 
+@pytest.mark.slow
 def test_scenes_are_of_the_split_and_sketches_of_seen_shapes(drawn):
     codes = {}
     for split in ("train", "val", "test"):
@@ -164,6 +165,7 @@ def test_too_few_steps_are_refused(monkeypatch, capsys):
     assert "steps is 0; give at least 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_figures_of_an_untrained_network_are_near_chance():
     torch.manual_seed(0)
     network = TinyVLM()

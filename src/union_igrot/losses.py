@@ -4,6 +4,8 @@ Knows embeddings, groups and, where training is distributed, the other ranks' ta
 Does not know heads, backbones or the optimiser.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -80,16 +82,29 @@ class InfoNCE(nn.Module):
         return loss
 
 
+class _EveryRank(torch.autograd.Function):
+    """Every rank's rows, one behind the other; a row's gradient is the sum of what all ranks say of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """Gather; ranks hold equal counts."""
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Sum over ranks and keep this rank's rows."""
+        whole = gradients[0].contiguous()
+        torch.distributed.all_reduce(whole)
+        begin = torch.distributed.get_rank() * ctx.count
+        return whole[begin : begin + ctx.count]
+
+
 def _gather(rows: Tensor) -> tuple[Tensor, int]:
     """Give every rank's rows, with gradient, and where this rank's begin. Ranks hold equal counts."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows, 0
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    if rows.is_floating_point():
-        from torch.distributed.nn.functional import all_gather  # noqa: PLC0415 - absent from some builds of torch
-
-        parts = list(all_gather(rows))
-    else:
-        parts = [torch.empty_like(rows) for _ in range(world)]
-        torch.distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts), rank * len(rows)
+    gathered: Tensor = _EveryRank.apply(rows)
+    return gathered, torch.distributed.get_rank() * len(rows)

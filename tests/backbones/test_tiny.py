@@ -111,7 +111,7 @@ def grammar_words():
     """Every word that a caption, an edit or a prompt can hold, by drawing many."""
     rng = random.Random(0)
     texts = []
-    for _ in range(2500):
+    for _ in range(800):
         scene = scenes.random_scene(rng, "train")
         texts += [scenes.caption(rng, scene), scenes.edit_scene(rng, scene).text]
     texts += [f"a sketch of {scenes.with_article(shape)}" for shape in scenes.SHAPES]

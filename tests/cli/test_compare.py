@@ -22,6 +22,7 @@ def test_a_run_against_another(small_run, tmp_path, capsys):
     assert "1.0000" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_queries_are_refused(small_run, tmp_path, capsys):
     other = tmp_path / "other"
     evaluate(["data.queries=30", "data.seed=3", "progress=false", f"output_dir={other}"])

@@ -22,6 +22,7 @@ def test_a_run_folder_or_its_model_gives_the_figures_of_its_training(small_run: 
     assert "trained" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_folder_results_go_below_where_the_user_stands(small_run: Run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluate([f"checkpoint={small_run.folder}", *SMALL_DATA, cache_of(small_run), "data.split=val"])

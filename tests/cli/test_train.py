@@ -91,6 +91,7 @@ def interrupted_before_evaluation(run: Run, folder: Path, monkeypatch: pytest.Mo
     assert stopped.value.code == 130
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_at_its_evaluation_goes_on_without_training(small_run: Run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     interrupted_before_evaluation(small_run, folder, monkeypatch)

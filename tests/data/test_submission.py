@@ -197,6 +197,7 @@ def test_any_content_is_judged(circo, cirr, tmp_path_factory, data):
             assert "\n" not in str(error)  # noqa: PT017
 
 
+@pytest.mark.slow
 def test_the_official_figures_of_circo(tmp_path):
     predictions = SHARED / "golden/circo_val_predictions.json"
     annotations = SHARED / "data/annotations/circo"
