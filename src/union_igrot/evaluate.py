@@ -35,8 +35,17 @@ def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
 
 
-def embed(model: IGROTModel, benchmark: Benchmark, encoder: Encoder) -> tuple[Tensor, Tensor, dict[str, float]]:
+def embed(
+    model: IGROTModel, benchmark: Benchmark, encoder: Encoder, *, keep_tokens: bool = False
+) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Embed a benchmark's queries and gallery, each picture and text encoded at most once.
+
+    Args:
+        model: The model.
+        benchmark: Whose queries and gallery.
+        encoder: Of the model's backbone.
+        keep_tokens: Whether the queries' tokens are kept even if this model does not read them,
+            because another one will.
 
     Returns:
         Query embeddings, gallery embeddings, and the seconds spent on encoding (0 where
@@ -45,7 +54,8 @@ def embed(model: IGROTModel, benchmark: Benchmark, encoder: Encoder) -> tuple[Te
     start = time.perf_counter()
     fusion_tokens, target_tokens = model.fusion.needs_tokens, model.target.needs_tokens
     name = benchmark.name
-    images = encoder.fill_pictures([q.image for q in benchmark.queries], tokens=True, what=f"{name} queries")
+    kept = fusion_tokens or keep_tokens
+    images = encoder.fill_pictures([q.image for q in benchmark.queries], tokens=kept, what=f"{name} queries")
     texts = encoder.fill_texts([q.text for q in benchmark.queries], what=f"{name} texts")
     items = encoder.fill_pictures(
         [item.image for item in benchmark.gallery], tokens=target_tokens, what=f"{name} gallery"
@@ -116,7 +126,7 @@ def evaluate(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: in
     scores["chance"] = score(benchmark, *dice)
     spent["chance"] = {"rank": time.perf_counter() - start}
     for name, method in models.items():
-        queries, gallery, spent[name] = embed(method, benchmark, encoder)
+        queries, gallery, spent[name] = embed(method, benchmark, encoder, keep_tokens=model.fusion.needs_tokens)
         start = time.perf_counter()
         scores[name] = score(benchmark, queries, gallery)
         spent[name]["rank"] = time.perf_counter() - start

@@ -70,7 +70,12 @@ def _fit(config: DictConfig, run: "RunFolder") -> "tuple[IGROTModel, Encoder]":
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     samples, validation = data.training(config.data)
     settings = {key: value for key, value in assemble.plain(config).items() if key not in _PLACES}
-    card = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets), "skipped": samples.skipped}
+    card = {
+        "data": samples.name,
+        "classes": list(samples.classes),
+        "samples": len(samples.triplets),
+        "skipped": samples.skipped,
+    }
     model = assemble.new_model(config, {**card, "config": settings})
     encoder = assemble.encoder(config, model.backbone)
     recipe = assemble.plain(config.recipe)
