@@ -168,6 +168,7 @@ _RULES: dict[str, dict[str, Check]] = {
         "logger.name": _one_of("csv", "none"),
     },
     "eval": {**_COMMON, "checkpoint": _text, "weights": _file_or_null, "predictions": _file_or_null},
+    "check": {},
     "compare": {
         "first": _folder,
         "second": _folder,
@@ -277,7 +278,7 @@ def check_config(name: str, config: DictConfig) -> None:
     values = _leaves(OmegaConf.to_container(config))  # type: ignore[arg-type]
     rules = dict(_RULES[name])
     for key, variants in _VARIANTS.items():
-        if name == "train" or (name == "eval" and key == "data.name"):
+        if name == "train" or (name in ("eval", "check") and key == "data.name"):
             rules[key] = _one_of(*variants)
             rules |= variants.get(str(values.get(key)), {})
     problems = []
