@@ -31,10 +31,16 @@ ROWS = [
     {"model", "encode", "runfolder", "scoring"},
     {"evaluate", "predictions", "reference"},
     {"datamodule", "learner", "pretrain_tiny"},
-    {"config", "cli", "__init__"},
+    {"config", "rules", "cli", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROWS) for room in rooms}
-NEIGHBOURS = {("types", "errors"), ("cli", "config"), ("cli", "__init__"), ("evaluate", "__init__")}  # the version
+NEIGHBOURS = {
+    ("types", "errors"),
+    ("cli", "config"),
+    ("config", "rules"),
+    ("cli", "__init__"),
+    ("evaluate", "__init__"),
+}  # the version
 LINES, FUNCTION_LINES = 400, 60
 
 
