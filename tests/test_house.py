@@ -27,7 +27,7 @@ SRC = ROOT / "src" / "union_igrot"
 FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"types", "errors"},
-    {"data", "backbones", "heads", "losses", "metrics", "index", "store", "report", "progress"},
+    {"data", "backbones", "heads", "losses", "metrics", "index", "store", "report", "progress", "processes"},
     {"model", "encode", "runfolder", "scoring"},
     {"evaluate", "predictions", "reference"},
     {"datamodule", "learner", "pretrain_tiny"},
@@ -145,7 +145,8 @@ def test_an_unknown_name_is_answered_with_the_public_ones():
         union_igrot.nonsense  # noqa: B018 - the access is what is tested
 
 
-OPTIONS = sorted(path for path in conf_dir().glob("*/*.yaml"))
+EXPERIMENTS = sorted((conf_dir() / "experiment").glob("*.yaml"))
+OPTIONS = sorted(path for path in conf_dir().glob("*/*.yaml") if path not in EXPERIMENTS)
 COMMANDS = sorted(path.stem for path in conf_dir().glob("*.yaml"))
 PARTNER = {"fusion": "target=union", "target": "fusion=transagg"}
 
@@ -168,6 +169,7 @@ def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
         if command == "train" and (group != "model" or path.stem == "tiny"):
             recipe = assemble.plain(config.recipe)
             assert recipe.pop("batch_size") >= 2
+            assert recipe.pop("checkpointing") is False
             Recipe(**recipe)
             InfoNCE(**assemble.plain(config.loss))
             where = config.strategy
@@ -177,14 +179,33 @@ def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
             assert any(weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_composed_and_its_heads_are_built(path):
+    name = path.stem.split("_")
+    config = compose("train", [f"experiment={path.stem}"])
+    assert config.data.name == {"llavasco": "llavasco", "sketchy": "training_sketchy"}[name[0]]
+    assert config.model.name == name[1]
+    assert config.target.kind == {"original": "frozen", "sum": "sum", "union": "union"}[name[2]]
+    assert config.model.projector == ("mlp" if name[3:] else "none")
+    assert (config.loss.scale, config.recipe.batch_size, config.recipe.schedule) == (100.0, 32, "restarts")
+    # What a row is trained with is fixed; the backbone is exchanged, for its weights are not here.
+    small = compose("train", [f"experiment={path.stem}", "model=tiny"])
+    assert small.model.projector == config.model.projector
+    model = assemble.new_model(small, {})
+    assert (model.fusion.kind, model.target.kind) == ("transagg", config.target.kind)
+    assert "Published" in path.read_text() or "No published figure" in path.read_text()
+
+
 def test_every_head_that_can_be_built_is_an_option():
-    assert {path.stem for path in OPTIONS if path.parent.name == "fusion"} == set(FUSIONS)
-    assert {path.stem for path in OPTIONS if path.parent.name == "target"} == set(TARGETS)
+    kinds = {
+        group: {yaml.safe_load(p.read_text())["kind"] for p in OPTIONS if p.parent.name == group} for group in PARTNER
+    }
+    assert kinds == {"fusion": set(FUSIONS), "target": set(TARGETS)}
 
 
 def test_every_yaml_opens_with_a_line_for_the_help():
-    for path in [*OPTIONS, *conf_dir().glob("*.yaml")]:
-        first = path.read_text().splitlines()[0]
+    for path in [*OPTIONS, *EXPERIMENTS, *conf_dir().glob("*.yaml")]:
+        first = path.read_text().removeprefix("# @package _global_\n").splitlines()[0]
         assert re.match(r"# \S.*\.$", first), f"{path}: {first}"
 
 

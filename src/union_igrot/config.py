@@ -73,8 +73,11 @@ def check_config(name: str, config: DictConfig) -> None:
             problems.append(f"{key}={value} is not allowed; give {allowed}")
     problems += [f"{key} is missing" for key in rules if key not in values]
     heads = {values.get("fusion.kind"), values.get("target.kind")}
-    if name == "train" and heads <= FIXED and values.get("model.projector", "none") == "none":
+    tuned = values.get("model.finetune", "none") != "none"
+    if name == "train" and heads <= FIXED and values.get("model.projector", "none") == "none" and not tuned:
         problems.append("nothing is left to train; choose fusion=transagg or target=union")
+    if values.get("recipe.checkpointing") is True and not tuned:
+        problems.append("recipe.checkpointing=true is for tuned encoders; give model.finetune=both, or leave it false")
     if problems:
         raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 

@@ -1,19 +1,24 @@
-"""The LightningDataModule: batches for training and validation, from features encoded once.
+"""The LightningDataModule: batches for training and validation.
 
-Knows triplets, benchmarks and the encoder. Does not know heads, losses or the optimiser.
+What a frozen encoder says is encoded once; for an encoder that is being tuned, batches
+hold pictures and texts themselves. Knows triplets, benchmarks and the encoder. Does not
+know heads, losses or the optimiser.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, final
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from union_igrot.backbones.base import Side
+from union_igrot.data.transforms import PictureToTensor, open_picture
 from union_igrot.encode import Encoder
-from union_igrot.errors import DataError
-from union_igrot.types import Batch, Benchmark, EvalBatch, TrainingSet, Triplet
+from union_igrot.errors import DataError, PictureError
+from union_igrot.types import Batch, Benchmark, EvalBatch, Features, Preprocess, Source, TrainingSet, Triplet
 
 _SIDES = ("gallery", "queries")
 
@@ -75,9 +80,53 @@ class TaskBatches(Sampler[list[int]]):
         yield from batches
 
 
+class _Block(NamedTuple):
+    """Some items of one side of a validation benchmark."""
+
+    benchmark: int
+    side: str
+    span: range
+
+
+class _Decoded(NamedTuple):
+    """A batch on its way from a decoding process: which samples, and their pictures side by side."""
+
+    of: Any
+    pictures: list[Tensor] | PictureError
+
+
+class _Decoder(Dataset[_Decoded]):
+    """Decodes the pictures of batches; an error is handed over, to be raised where the user sees it.
+
+    Args:
+        preprocess: How pictures become tensors.
+        sides: Lists of pictures, of which rows are asked: of training one, of validation one a side and benchmark.
+        together: Which of the lists belong to an item's kind.
+    """
+
+    def __init__(
+        self, preprocess: Preprocess, sides: Sequence[Sequence[Source]], together: dict[Any, list[int]]
+    ) -> None:
+        self._to_tensor, self._size = PictureToTensor(preprocess), preprocess.size
+        self._sides, self._together = sides, together
+
+    def __getitem__(self, item: Any) -> _Decoded:
+        kind, rows = (None, item) if isinstance(item, list) else ((item.benchmark, item.side), item.span)
+        try:
+            pictures = [
+                torch.stack(
+                    [self._to_tensor(open_picture(self._sides[side][row], at_least=self._size)) for row in rows]
+                )
+                for side in self._together[kind]
+            ]
+        except PictureError as error:
+            return _Decoded(item, error)
+        return _Decoded(item, pictures)
+
+
 @final
 class IGROTDataModule(lightning.LightningDataModule):
-    """Training triplets and validation benchmarks through a frozen backbone.
+    """Training triplets and validation benchmarks for a backbone.
 
     Args:
         training: The triplets.
@@ -87,6 +136,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         target_tokens: Whether the target head reads tokens.
         batch_size: Triplets a process takes at once.
         seed: Seed of the order.
+        live: The sides that are encoded in each step, by the model itself, since their encoder is tuned.
     """
 
     def __init__(
@@ -99,8 +149,10 @@ class IGROTDataModule(lightning.LightningDataModule):
         target_tokens: bool,
         batch_size: int = 128,
         seed: int = 0,
+        live: Collection[Side] = (),
     ) -> None:
         super().__init__()
+        self._live = frozenset(live)
         self._triplets: Sequence[Triplet] = training.triplets
         self._benchmarks, self._encoder = validation, encoder
         self._query_tokens, self._target_tokens = query_tokens, target_tokens
@@ -123,48 +175,79 @@ class IGROTDataModule(lightning.LightningDataModule):
     def _encode(self) -> None:
         if self.trainer is not None:  # Lightning moves the model only after this
             self._encoder.backbone.to(self.trainer.strategy.root_device)
-        fill, read = self._encoder.fill_pictures, self._encoder.fill_texts
-        self._images = fill([t.image for t in self._triplets], tokens=self._query_tokens, what="training queries")
-        self._texts = read([t.text for t in self._triplets], what="training texts")
-        self._targets = fill([t.target for t in self._triplets], tokens=self._target_tokens, what="training targets")
+        self._images = self._pictures([t.image for t in self._triplets], "training queries", tokens=self._query_tokens)
+        self._texts = self._sentences([t.text for t in self._triplets], "training texts")
+        self._targets = self._pictures(
+            [t.target for t in self._triplets], "training targets", tokens=self._target_tokens
+        )
         self._sides: list[dict[str, list[str]]] = []
         for benchmark in self._benchmarks:
             name = f"{benchmark.name} {benchmark.split}"
-            queries = fill([q.image for q in benchmark.queries], tokens=self._query_tokens, what=f"{name} queries")
-            texts = read([q.text for q in benchmark.queries], what=f"{name} texts")
-            gallery = fill([i.image for i in benchmark.gallery], tokens=self._target_tokens, what=f"{name} gallery")
+            asked, items = [q.image for q in benchmark.queries], [i.image for i in benchmark.gallery]
+            queries = self._pictures(asked, f"{name} queries", tokens=self._query_tokens)
+            texts = self._sentences([q.text for q in benchmark.queries], f"{name} texts")
+            gallery = self._pictures(items, f"{name} gallery", tokens=self._target_tokens)
             self._sides.append({"queries": queries, "texts": texts, "gallery": gallery})
 
-    def train_dataloader(self) -> DataLoader[int]:
-        """Give batches of one task each as `types.Batch`."""
+    def _pictures(self, sources: Sequence[Source], what: str, *, tokens: bool) -> list[str]:
+        """Encode pictures and give their keys; none are needed where each step encodes them."""
+        return [] if "image" in self._live else self._encoder.fill_pictures(sources, tokens=tokens, what=what)
+
+    def _sentences(self, texts: Sequence[str | None], what: str) -> list[str]:
+        """Encode texts and give their keys; where each step encodes them, the texts themselves."""
+        return [text or "" for text in texts] if "text" in self._live else self._encoder.fill_texts(texts, what=what)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Give batches of one task each as `types.Batch`, whole once they passed `transfer_batch_to_device`."""
         rank, world = self._place()
         tasks = [triplet.task for triplet in self._triplets]
         batches = TaskBatches(tasks, self._batch_size, self._seed, self._epoch, rank, world)
-        rows: Sequence[int] = range(len(tasks))
         # A generator of its own: a loader draws one number, and that must not shift those of dropout.
         own = torch.Generator()
+        if "image" in self._live:
+            sides = [[t.image for t in self._triplets], [t.target for t in self._triplets]]
+            decoder = _Decoder(self._encoder.backbone.preprocess, sides, {None: [0, 1]})
+            return DataLoader(decoder, batch_size=None, sampler=batches, generator=own, **self._processes())
+        rows: Sequence[int] = range(len(tasks))
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch, generator=own)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[tuple[int, str, range]]:
-        """Give this process's share of the validation queries and galleries as `types.EvalBatch`."""
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Give this process's share of the validation queries and galleries as `types.EvalBatch`, as above."""
         rank, world = self._place()
         mine = self._blocks(world)[rank::world]
         own = torch.Generator()
+        if "image" in self._live:
+            sides = [[one.image for one in getattr(b, side)] for b in self._benchmarks for side in _SIDES]
+            places = [(number, side) for number in range(len(self._benchmarks)) for side in _SIDES]
+            together = {place: [at] for at, place in enumerate(places)}
+            decoder = _Decoder(self._encoder.backbone.preprocess, sides, together)
+            return DataLoader(decoder, batch_size=None, sampler=mine, generator=own, **self._processes())
         return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch, generator=own)  # type: ignore[arg-type]
 
+    def _processes(self) -> dict[str, Any]:
+        workers = self._encoder.workers
+        return {"num_workers": workers, "persistent_workers": workers > 0}
+
     def transfer_batch_to_device(
-        self, batch: Batch | EvalBatch, device: torch.device, dataloader_idx: int
+        self, batch: Batch | EvalBatch | _Decoded, device: torch.device, dataloader_idx: int
     ) -> Batch | EvalBatch:
-        """Leave a batch where the encoder put it: on the backbone's device."""
-        del device, dataloader_idx
-        return batch
+        """Join what was decoded with what is in the store; features stay on the backbone's device."""
+        del dataloader_idx
+        if not isinstance(batch, _Decoded):
+            return batch
+        if isinstance(batch.pictures, PictureError):
+            raise batch.pictures
+        pictures = [side.to(device, non_blocking=True) for side in batch.pictures]
+        if isinstance(batch.of, _Block):
+            return self._eval_batch(batch.of, pictures[0])
+        return self._train_batch(batch.of, *pictures)
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else self.trainer.current_epoch
 
-    def _blocks(self, world: int) -> list[tuple[int, str, range]]:
+    def _blocks(self, world: int) -> list[_Block]:
         """Cut all sides into blocks, at least one a process: Lightning lets a process without any skip validation."""
-        counts = [(number, side, len(keys[side])) for number, keys in enumerate(self._sides) for side in _SIDES]
+        counts = [(number, side, len(getattr(b, side))) for number, b in enumerate(self._benchmarks) for side in _SIDES]
         total = sum(count for _, _, count in counts)
         if total < world:
             raise DataError(
@@ -172,7 +255,7 @@ class IGROTDataModule(lightning.LightningDataModule):
             )
         step = min(self._encoder.batch_size, total // world)
         return [
-            (number, side, range(at, min(at + step, count)))
+            _Block(number, side, range(at, min(at + step, count)))
             for number, side, count in counts
             for at in range(0, count, step)
         ]
@@ -180,26 +263,28 @@ class IGROTDataModule(lightning.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _train_batch(self, rows: list[int]) -> Batch:
-        def keys(of: list[str]) -> list[str]:
-            return [of[row] for row in rows]
-
-        look = self._encoder.lookup
+    def _train_batch(self, rows: list[int], images: Tensor | None = None, targets: Tensor | None = None) -> Batch:
         return Batch(
-            images=look(keys(self._images), tokens=self._query_tokens),
-            texts=look(keys(self._texts), tokens=self._query_tokens),
-            targets=look(keys(self._targets), tokens=self._target_tokens),
+            images=self._look(self._images, rows, tokens=self._query_tokens) if images is None else images,
+            texts=self._spoken(self._texts, rows),
+            targets=self._look(self._targets, rows, tokens=self._target_tokens) if targets is None else targets,
             groups=self._groups[rows].to(self._encoder.backbone.device),
         )
 
-    def _eval_batch(self, block: tuple[int, str, range]) -> EvalBatch:
-        number, side, span = block
-        keys = self._sides[number]
-        positions = torch.tensor(list(span))
-        part = slice(span.start, span.stop)
-        if side == "gallery":
-            images = self._encoder.lookup(keys["gallery"][part], tokens=self._target_tokens)
-            return EvalBatch(number, "gallery", positions, images)
-        images = self._encoder.lookup(keys["queries"][part], tokens=self._query_tokens)
-        texts = self._encoder.lookup(keys["texts"][part], tokens=self._query_tokens)
-        return EvalBatch(number, "queries", positions, images, texts)
+    def _eval_batch(self, block: _Block, pictures: Tensor | None = None) -> EvalBatch:
+        keys, positions = self._sides[block.benchmark], torch.tensor(list(block.span))
+        if block.side == "gallery":
+            images = (
+                self._look(keys["gallery"], block.span, tokens=self._target_tokens) if pictures is None else pictures
+            )
+            return EvalBatch(block.benchmark, "gallery", positions, images)
+        images = self._look(keys["queries"], block.span, tokens=self._query_tokens) if pictures is None else pictures
+        return EvalBatch(block.benchmark, "queries", positions, images, self._spoken(keys["texts"], block.span))
+
+    def _look(self, keys: Sequence[str], rows: Iterable[int], *, tokens: bool) -> Features:
+        return self._encoder.lookup([keys[row] for row in rows], tokens=tokens)
+
+    def _spoken(self, texts: Sequence[str], rows: Iterable[int]) -> Features | list[str]:
+        if "text" in self._live:
+            return [texts[row] for row in rows]
+        return self._look(texts, rows, tokens=self._query_tokens)

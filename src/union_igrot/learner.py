@@ -1,23 +1,25 @@
 """The LightningModule around the model, and the run of a training.
 
-Knows loss, optimiser, schedule, validation and checkpoints of the heads. Does not know
+Knows loss, optimiser, schedule, validation and checkpoints of what is trained. Does not know
 where triplets come from, configurations or reports.
 """
 
+import functools
 import logging
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import lightning
 import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from union_igrot.errors import ConfigError
@@ -37,22 +39,35 @@ class Recipe:
     Attributes:
         epochs: Passes over the triplets.
         rate: Highest learning rate of the heads.
-        weight_decay: Of matrices; vectors are not decayed.
+        backbone_rate: Highest learning rate of an encoder that is tuned.
+        weight_decay: AdamW's weight decay.
+        decay: What is decayed: `matrices`, or `all` weights as the reference does.
         eps: AdamW's epsilon.
-        warmup: Share of all steps in which the rate rises to its highest.
-        floor: Share of the highest rate at which the cosine ends.
+        schedule: `cosine` rises and then falls along half a cosine; `restarts` is the
+            reference's: no rise, and the fall starts anew every `cycle` epochs.
+        cycle: Epochs of one fall under `restarts`; all epochs where None.
+        warmup: Share of all steps in which the rate rises to its highest, under `cosine`.
+        floor: Share of the highest rate at which a fall ends. Under `restarts` every rate
+            falls to this share of the heads' rate, as in the reference.
         clip: Largest norm of the gradient.
+        accumulate: Batches whose gradients are added up before a step. Negatives come from
+            one batch alone.
         monitor: Validation figure by which the best epoch is chosen, such as `val/score`
             (the mean of the benchmarks' primary figures) or `val/shapes_cir/mAP@10`.
     """
 
     epochs: int = 4
     rate: float = 1e-3
+    backbone_rate: float = 1e-6
     weight_decay: float = 0.05
+    decay: Literal["matrices", "all"] = "matrices"
     eps: float = 1e-8
+    schedule: Literal["cosine", "restarts"] = "cosine"
+    cycle: int | None = None
     warmup: float = 0.05
     floor: float = 0.01
     clip: float = 5.0
+    accumulate: int = 1
     monitor: str = "val/score"
 
 
@@ -77,7 +92,9 @@ class Learner(lightning.LightningModule):
         self._embedded: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
         self._seed: int | None = None
         if not any(p.requires_grad for p in model.parameters()):
-            raise ConfigError("this model has nothing to train; choose fusion=transagg or target=union")
+            raise ConfigError(
+                "this model has nothing to train; choose fusion=transagg or target=union, or model.finetune=both"
+            )
         known = self.figures()
         if recipe.monitor not in known:
             raise ConfigError(f"monitor {recipe.monitor!r} is not measured here; choose one of {', '.join(known)}")
@@ -143,28 +160,62 @@ class Learner(lightning.LightningModule):
         return whole.to(self.model.device)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up and a cosine; matrices decay, vectors do not."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.recipe.rate, eps=self.recipe.eps)
+        """AdamW over the heads and what is tuned of the backbone, each at its own rate."""
+        recipe = self.recipe
+        groups: list[dict[str, Any]] = []
+        for rate, part in ((recipe.rate, self.model.heads()), (recipe.backbone_rate, self.model.backbone.parameters())):
+            trained = [weight for weight in part if weight.requires_grad]
+            plain = [weight for weight in trained if weight.ndim <= 1 and recipe.decay == "matrices"]
+            decayed = [weight for weight in trained if weight.ndim > 1 or recipe.decay == "all"]
+            for weights, decay in ((decayed, recipe.weight_decay), (plain, 0.0)):
+                if weights:
+                    groups.append({"params": weights, "weight_decay": decay, "lr": rate})
+        optimizer = torch.optim.AdamW(groups, lr=recipe.rate, eps=recipe.eps)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, steps, self.recipe.warmup, self.recipe.floor)
-        )
+        shares: list[Callable[[int], float]] = [
+            functools.partial(rate_share, recipe, group["lr"], steps=steps) for group in groups
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Bound the gradient's norm; where FSDP cut the weights into pieces, it alone knows the whole norm."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[operator, union-attr]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the backbone out, and keep the seed."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {n: x for n, x in state.items() if not n.startswith("model.backbone.")}
+        """Leave out what is frozen of the backbone, and keep the seed."""
+        frozen = {f"model.backbone.{n}" for n in self.model.backbone.state_dict()}
+        frozen -= {f"model.backbone.{n}" for n, x in self.model.backbone.named_parameters() if x.requires_grad}
+        checkpoint["state_dict"] = {n: x for n, x in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the seed of the first run."""
         self._seed = checkpoint["seed"]
+
+
+def rate_share(recipe: Recipe, rate: float, step: int, *, steps: int) -> float:
+    """Give the share of a group's highest rate that a step takes.
+
+    Args:
+        recipe: The schedule.
+        rate: The group's highest rate.
+        step: Which step, from 0.
+        steps: All steps of the training.
+    """
+    if recipe.schedule == "cosine":
+        return warmup_cosine(step, steps, recipe.warmup, recipe.floor)
+    # The published loop moves its schedule after each step by the step's number, so the second takes the first's rate.
+    per_epoch = steps / recipe.epochs
+    cycle = recipe.cycle or recipe.epochs
+    done = (max(0, step - 1) / per_epoch) % cycle / cycle
+    lowest = recipe.floor * recipe.rate
+    return (lowest + (rate - lowest) * 0.5 * (1 + math.cos(math.pi * done))) / rate
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
@@ -207,6 +258,8 @@ def fit(
 ) -> dict[str, float]:
     """Train the heads and leave the best epoch's in the model, on the device it was trained on.
 
+    Under FSDP the model lies in pieces; build another and give it to `load_best`.
+
     Goes on from `folder/last.ckpt` where an earlier run of the same training was
     interrupted, and then ends with the same weights as an uninterrupted run: batches and
     dropout follow from the seed that torch had at the first start, and the epoch.
@@ -238,6 +291,7 @@ def fit(
         precision=machine.precision,
         max_epochs=learner.recipe.epochs,
         gradient_clip_val=learner.recipe.clip,
+        accumulate_grad_batches=learner.recipe.accumulate,
         callbacks=[keep, resume, *bars, *callbacks],
         logger=logger,
         log_every_n_steps=5,
@@ -254,14 +308,29 @@ def fit(
         # A frozen backbone in evaluation mode is what is meant.
         warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
         warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
+        warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
+        # Figures are the same on every process already.
+        warnings.filterwarnings("ignore", ".*sync_dist=True", UserWarning)
         # Lightning calls a deprecated part of torch.
         warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
         # A folder that holds an interrupted training is what is resumed.
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
         trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    learner.model.to(trainer.strategy.root_device)  # Lightning puts it on the CPU at its end
+    if not isinstance(trainer.strategy, FSDPStrategy):
+        learner.model.to(trainer.strategy.root_device)  # Lightning puts it on the CPU at its end
+        load_best(learner.model, folder)
     best = torch.load(keep.best_model_path, map_location="cpu", weights_only=True)
-    learner.load_state_dict(best["state_dict"], strict=False)
-    learner.model.eval()
     assert keep.best_model_score is not None
     return {"epoch": float(best["epoch"]), learner.recipe.monitor: float(keep.best_model_score)}
+
+
+def load_best(model: IGROTModel, folder: Path) -> None:
+    """Put the best epoch's weights into a model, and end its training.
+
+    Args:
+        model: As it was built for the training.
+        folder: Where `fit` kept its checkpoints.
+    """
+    best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): x for name, x in best.items()}, strict=False)
+    model.settle()

@@ -6,7 +6,7 @@ caches or devices' strategies.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, final
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from union_igrot.backbones.base import Backbone, weights_hash
+from union_igrot.backbones.base import Backbone, Side, weights_hash
 from union_igrot.backbones.build import build_backbone
 from union_igrot.errors import CheckpointError
 from union_igrot.heads.build import build_fusion, build_target
@@ -27,6 +27,7 @@ from union_igrot.heads.target import TargetHead
 from union_igrot.types import Features, Preprocess
 
 _FORMAT = 1
+_PICTURES = "training_images.txt"
 
 
 @final
@@ -39,6 +40,10 @@ class IGROTModel(nn.Module):
         target: The target head.
         card: What a reader has to know of the training: data, classes, recipe.
         projector: Changes image features on the query and the target side, or None.
+
+    Attributes:
+        training_images: Identities (`data.identity`) of the pictures the heads were trained on; None where
+            they are not recorded.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class IGROTModel(nn.Module):
         super().__init__()
         self.backbone, self.fusion, self.target, self.projector = backbone, fusion, target, projector
         self.card: dict[str, Any] = card or {}
+        self.training_images: frozenset[str] | None = None
         self._null: Features | None = None
 
     @property
@@ -64,8 +70,21 @@ class IGROTModel(nn.Module):
         """Where the model lies."""
         return self.backbone.device
 
+    def tune(self, sides: Collection[Side]) -> None:
+        """Let encoders of the backbone be trained with the heads, until `settle`."""
+        self.backbone.tune(sides)
+        self._null = None
+
+    def settle(self) -> None:
+        """End a training: evaluation mode, the backbone frozen as it now is."""
+        self.backbone.freeze()
+        self.eval()
+        self._null = None
+
     def null_text(self) -> Features:
-        """Give the features of the empty text, encoded once and kept."""
+        """Give the features of the empty text, encoded once and kept; while texts are tuned, encoded each time."""
+        if "text" in self.backbone.tuned_sides:
+            return self.backbone.encode_text([""])
         if self._null is None or self._null.pooled.device != self.device:
             # Not in inference mode, even where the caller is: nothing could be trained with it later.
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -136,6 +155,10 @@ class IGROTModel(nn.Module):
         # Without an image the text's own embedding is the query: no head was trained for it.
         return nn.functional.normalize(spoken.pooled, dim=-1)
 
+    def heads(self) -> Iterator[nn.Parameter]:
+        """Give every weight that is not the backbone's."""
+        return (weight for name, weight in self.named_parameters() if not name.startswith("backbone."))
+
     def heads_state(self) -> dict[str, Tensor]:
         """Give the heads' weights by name; the backbone is never among them."""
         return {name: x for name, x in self.state_dict().items() if not name.startswith("backbone.")}
@@ -159,7 +182,8 @@ class IGROTModel(nn.Module):
         """Write the heads and their description; nothing half-written is ever left under the final names.
 
         Args:
-            folder: Where to write `heads.safetensors` and `model.json`; made if absent.
+            folder: Where to write `heads.safetensors`, `model.json` and, where they are recorded, the identities
+                of the pictures trained on, `training_images.txt`; made if absent.
             half: Whether to write 16-bit weights.
 
         Returns:
@@ -169,10 +193,15 @@ class IGROTModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: (x.half() if half else x).cpu().contiguous() for name, x in self.heads_state().items()}
         saved = {"format": _FORMAT, **self.describe(), "card": self.card}
+        pictures = self.training_images
+        saved["training_images"] = None if pictures is None else len(pictures)
         saved["heads"] = weights_hash({name: x.float() for name, x in state.items()})
         save_file(state, folder / "heads.partial")
         (folder / "heads.partial").chmod(0o644)  # safetensors writes for the owner alone
         (folder / "model.partial").write_text(json.dumps(saved, indent=2) + "\n")
+        if pictures is not None:
+            (folder / "pictures.partial").write_text("".join(f"{name}\n" for name in sorted(pictures)))
+            (folder / "pictures.partial").replace(folder / _PICTURES)
         (folder / "heads.partial").replace(folder / "heads.safetensors")
         (folder / "model.partial").replace(folder / "model.json")
         return folder
@@ -227,7 +256,21 @@ class IGROTModel(nn.Module):
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:
             raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
+        model.training_images = _read_pictures(folder, saved.get("training_images"))
         return model.eval()
+
+
+def _read_pictures(folder: Path, count: int | None) -> frozenset[str] | None:
+    """Read the identities of the pictures trained on; None where they were not recorded or not copied along."""
+    if count is None or not (folder / _PICTURES).is_file():
+        return None
+    try:
+        found = frozenset((folder / _PICTURES).read_text().split())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / _PICTURES} cannot be read ({error}); copy the model again") from None
+    if len(found) != count:
+        raise CheckpointError(f"{folder}: {_PICTURES} names {len(found)} pictures, model.json {count}; copy both again")
+    return found
 
 
 def load_model(name: str | Path = "tiny", weights: str | Path | None = None) -> IGROTModel:

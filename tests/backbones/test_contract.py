@@ -112,3 +112,74 @@ def test_two_builds_are_equal(case, request):
     assert again.fingerprint() == backbone.fingerprint()
     assert again.name == backbone.name == name
     assert again.device == torch.device("cpu")
+
+
+@pytest.fixture(params=KINDS)
+def backbone(request):
+    """One of its own for each test: these change it."""
+    name, fixture, *_ = KINDS[request.param]
+    return build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
+
+
+def features(backbone, side):
+    return backbone.encode_image(pictures(backbone)) if side == "image" else backbone.encode_text(TEXTS)
+
+
+def gradients(backbone, side):
+    backbone.zero_grad()
+    seen = features(backbone, side)
+    (seen.pooled.square().sum() + seen.tokens.square().mean()).backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+def asking(backbone):
+    return {name for name, p in backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_every_weight_of_a_tuned_encoder_learns_and_no_other_does(backbone, side):
+    other = {"image": "text", "text": "image"}[side]
+    assert backbone.tune([side]) is backbone
+    assert backbone.tuned_sides == {side}
+    assert len(asking(backbone)) > 4
+    assert set(gradients(backbone, side)) == asking(backbone)
+    mine = asking(backbone)
+    assert not features(backbone, other).pooled.requires_grad
+    backbone.tune([other])
+    # No weight serves both sides in these models.
+    assert not mine & asking(backbone)
+    backbone.tune(["image", "text"])
+    assert mine < asking(backbone)
+
+
+def test_a_tuned_encoder_stays_in_evaluation_mode_and_is_frozen_again(backbone):
+    before = features(backbone, "image").pooled
+    backbone.tune(["image"]).train()
+    assert not any(part.training for part in backbone.modules())
+    torch.testing.assert_close(features(backbone, "image").pooled.detach(), before)
+    backbone.freeze()
+    assert (asking(backbone), backbone.tuned_sides) == (set(), frozenset())
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_saving_memory_changes_no_gradient(backbone, side):
+    wanted = gradients(backbone.tune([side]), side)
+    names = set(backbone.state_dict())
+    held = [0]
+
+    def count(x):
+        held[0] += x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        features(backbone, side)
+    kept, held[0] = held[0], 0
+    backbone.save_memory()
+    assert set(backbone.state_dict()) == names
+    found = gradients(backbone, side)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        features(backbone, side)
+    assert 0 < held[0] < 0.8 * kept

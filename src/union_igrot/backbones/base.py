@@ -1,18 +1,25 @@
 """The contract of a vision-language model: pictures and texts to features in one space.
 
 Frozen by construction: evaluation mode survives `train()`, no parameter asks for a
-gradient. Does not know heads, losses, files of annotations or caches.
+gradient, unless an encoder is named to be tuned. Does not know heads, losses, files of
+annotations or caches.
 """
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from union_igrot.types import Features, Preprocess
+
+Side = Literal["image", "text"]
+"""The two encoders of a backbone."""
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -39,11 +46,13 @@ class Backbone(nn.Module, ABC):
         name: What the model is called in configurations and saved models.
         dim: Width of the joint space.
         preprocess: How a picture becomes this model's input.
+        tuned_sides: The encoders whose weights are being trained; none but after `tune`.
     """
 
     name: str
     dim: int
     preprocess: Preprocess
+    tuned_sides: frozenset[Side] = frozenset()
 
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
@@ -65,10 +74,50 @@ class Backbone(nn.Module, ABC):
     def freeze(self) -> "Backbone":
         """Fix every weight and stay in evaluation mode. Call at the end of a constructor."""
         self.requires_grad_(requires_grad=False)
+        self.tuned_sides = frozenset()
         return self.train(mode=False)
 
+    def tune(self, sides: Collection[Side]) -> "Backbone":
+        """Let the weights of encoders be trained, until `freeze`.
+
+        The weights of an encoder are those that its features depend on; what a pretraining
+        alone needed (a logit scale, layers of cross-attention) stays fixed.
+
+        Args:
+            sides: `image`, `text`, or both.
+        """
+        self.freeze()
+        named = list(self.parameters())
+        chosen: set[int] = set()
+        self.requires_grad_(requires_grad=True)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            for side in sides:
+                seen = self._glance(side)
+                outputs = [out.sum() for out in (seen.pooled, seen.tokens) if out is not None]
+                told: Sequence[Tensor | None] = torch.autograd.grad(outputs, named, allow_unused=True)
+                chosen |= {id(weight) for weight, gradient in zip(named, told, strict=True) if gradient is not None}
+        self.freeze()
+        for weight in named:
+            weight.requires_grad_(id(weight) in chosen)
+        self.tuned_sides = frozenset(sides)
+        return self
+
+    def _glance(self, side: Side) -> Features:
+        size = self.preprocess.size
+        if side == "image":
+            return self.encode_image(torch.zeros(1, 3, size, size, device=self.device))
+        return self.encode_text(["a"])
+
+    def save_memory(self) -> "Backbone":
+        """Compute each layer anew in the backward pass instead of keeping what it saw: less memory, more time."""
+        for layers in [part for part in self.modules() if isinstance(part, nn.ModuleList)]:
+            if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
+                for layer in layers:
+                    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        return self
+
     def train(self, mode: bool = True) -> "Backbone":  # noqa: ARG002 - the mode is refused on purpose
-        """Stay in evaluation mode whatever is asked: dropout and statistics stay off."""
+        """Stay in evaluation mode whatever is asked, also while tuned: dropout and statistics stay off."""
         return super().train(mode=False)
 
     def fingerprint(self) -> str:

@@ -13,7 +13,9 @@ from union_igrot.backbones.build import build_backbone
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.heads.projector import build_projector
+from union_igrot.learner import Machine
 from union_igrot.model import IGROTModel
+from union_igrot.processes import Processes
 from union_igrot.store.features import FeatureStore
 from union_igrot.store.space import default_root
 
@@ -42,9 +44,20 @@ def new_model(config: DictConfig, card: dict[str, Any]) -> IGROTModel:
     )
 
 
-def encoder(config: DictConfig, backbone: Backbone) -> Encoder:
-    """Open the feature store of a backbone."""
+def machine(config: DictConfig, processes: Processes) -> Machine:
+    """Say where a training runs: as configured, or over the processes that were started for it."""
+    where = config.strategy
+    devices, nodes = where.devices, where.nodes
+    if processes.world > 1:
+        devices, nodes = processes.here, processes.world // processes.here
+    return Machine(where.accelerator, devices, nodes, where.name, config.precision.trainer)
+
+
+def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> Encoder:
+    """Open the feature store of a backbone; progress is shown where the configuration and `shown` say so."""
     root = default_root() if config.cache_dir is None else Path(config.cache_dir).expanduser()
     options = config.features
     store = FeatureStore(root, f"{backbone.fingerprint()}-{options.dtype}", dtype=options.dtype)
-    return Encoder(backbone, store, batch_size=options.batch_size, workers=options.workers, progress=config.progress)
+    return Encoder(
+        backbone, store, batch_size=options.batch_size, workers=options.workers, progress=config.progress and shown
+    )

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from union_igrot.config import conf_dir, options_of
 
+_WHOLE = "# @package _global_\n"
+"""Stands before the line for the help in a file that sets several groups."""
+
 
 def help_text(name: str) -> str:
     """Say what a command takes: its groups with their options, and its settings.
@@ -26,9 +29,10 @@ def help_text(name: str) -> str:
         out += [f"  {section}{key}={value}".ljust(34) + meaning for key, value, meaning in body]
     for group, _, _ in groups:
         out += ["", f"{group}=..."]
+        wide = max(15, 2 + max(map(len, options_of(group))))
         for option in options_of(group):
-            text = (conf_dir() / group / f"{option}.yaml").read_text().splitlines()
-            out.append(f"  {option:<15}{text[0].removeprefix('# ')}")
+            text = (conf_dir() / group / f"{option}.yaml").read_text().removeprefix(_WHOLE).splitlines()
+            out.append(f"  {option:<{wide}}{text[0].removeprefix('# ')}")
             for line in text[1:]:
                 setting = re.match(r"(\w+): (\S+)(?:\s+# (.+))?", line)
                 # `name` and `kind` that repeat the option are no settings to a reader.

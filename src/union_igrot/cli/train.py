@@ -3,23 +3,19 @@
 Knows the order of the steps. Does not know how any of them is done.
 """
 
-import logging
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from union_igrot.cli.command import run_command
+from union_igrot.cli.command import EXIT_MISTAKE, run_command
 
 if TYPE_CHECKING:
-    from union_igrot.encode import Encoder
-    from union_igrot.model import IGROTModel
-    from union_igrot.runfolder import RunFolder
-
-
-_PLACES = {"output_dir", "cache_dir", "progress"}
-"""Settings that say where things lie, not what comes out."""
+    from union_igrot.processes import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,71 +26,78 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(config: DictConfig, fresh: Path) -> None:
     """Train as configured; `fresh` is used where no folder is named and nothing is resumed."""
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from union_igrot.processes import found_processes, start_processes, wanted_processes
+
+    processes, where = found_processes(), config.strategy
+    if processes.world == 1:
+        count = wanted_processes(where.accelerator, where.devices, where.nodes)
+        if count > 1:
+            place = str(fresh).replace("\\", "\\\\").replace("'", "\\'")
+            said = [*HydraConfig.get().overrides.task, f"hydra.run.dir='{place}'"]
+            start_processes("union_igrot.cli.train", said, count)
+            return
+    if processes.leads:
+        _lead(config, fresh, processes)
+    else:
+        _follow(config, fresh, processes)
+
+
+def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> None:
+    """Train, evaluate and write: what one process does, or the first of several."""
     from rich.console import Console
 
-    from union_igrot.backbones.build import build_backbone
     from union_igrot.cli import assemble, data
+    from union_igrot.cli.fit import PLACES, fit_heads
     from union_igrot.cli.results import evaluate_and_report
+    from union_igrot.errors import UnionError
     from union_igrot.model import IGROTModel
     from union_igrot.report.files import write_text
     from union_igrot.runfolder import identity_of, open_run
 
-    settings = assemble.plain(config)
-    deciding = {key: value for key, value in settings.items() if key not in _PLACES}
+    deciding = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
     chosen = None if config.output_dir is None else Path(config.output_dir).expanduser()
-    with open_run(chosen, fresh, identity_of(deciding)) as run:
+    try:
+        run = open_run(chosen, fresh, identity_of(deciding))
+    except UnionError:
+        processes.share("run", json.dumps(None))
+        raise
+    with run:
+        processes.share("run", json.dumps([str(run.path), run.stage]))
         where = f"{'going on in' if run.resumed else 'run folder'} {run.path}"
         Console(stderr=True).print(where, highlight=False, markup=False, soft_wrap=True)
         write_text(run.path / "config.yaml", OmegaConf.to_yaml(config))
         if run.stage == "trained":
-            model = IGROTModel.load(run.path / "model", build_backbone(config.model.name, config.model.weights))
-            encoder = assemble.encoder(config, model.backbone)
+            model = IGROTModel.load(run.path / "model", weights=config.model.weights)
         else:
-            model, encoder = _fit(config, run)
-        whole = data.whole(config.data)
-        evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, whole)
+            model = fit_heads(config, run.path, processes)
+            model.save(run.path / "model")
+            run.reach("trained")
+        # Of its own: the weights of a tuned backbone are others now.
+        encoder = assemble.encoder(config, model.backbone)
+        evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, data.whole(config.data))
         run.reach("done")
 
 
-def _fit(config: DictConfig, run: "RunFolder") -> "tuple[IGROTModel, Encoder]":
-    import lightning
-    from lightning.pytorch.loggers import CSVLogger
+def _follow(config: DictConfig, fresh: Path, processes: "Processes") -> None:
+    """Train with the first process, in its folder, and say nothing."""
+    from union_igrot.cli.fit import fit_heads
+    from union_igrot.errors import UnionError
 
-    from union_igrot.cli import assemble, data
-    from union_igrot.datamodule import IGROTDataModule
-    from union_igrot.learner import Learner, Machine, Recipe, fit
-    from union_igrot.losses import InfoNCE
+    told = json.loads(processes.share("run"))
+    if told is None:
+        raise SystemExit(EXIT_MISTAKE)
+    folder, stage = Path(told[0]), told[1]
+    if fresh != folder and fresh.is_dir() and not any(fresh.iterdir()):
+        fresh.rmdir()
+    if stage == "trained":
+        return
+    try:
+        fit_heads(config, folder, processes)
+    except UnionError:
+        # The first process meets the same mistake and says so; then this one is ended before it repeats it.
+        time.sleep(5)
+        raise
 
-    # Its notes on hardware and other products; the command says itself what it does.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
-    samples, validation = data.training(config.data)
-    settings = {key: value for key, value in assemble.plain(config).items() if key not in _PLACES}
-    card = {
-        "data": samples.name,
-        "classes": list(samples.classes),
-        "samples": len(samples.triplets),
-        "skipped": samples.skipped,
-    }
-    model = assemble.new_model(config, {**card, "config": settings})
-    encoder = assemble.encoder(config, model.backbone)
-    recipe = assemble.plain(config.recipe)
-    batch_size = recipe.pop("batch_size")
-    learner = Learner(model, InfoNCE(**assemble.plain(config.loss)), Recipe(**recipe), validation)
-    batches = IGROTDataModule(
-        samples,
-        validation,
-        encoder,
-        query_tokens=model.fusion.needs_tokens,
-        target_tokens=model.target.needs_tokens,
-        batch_size=batch_size,
-        seed=config.seed,
-    )
-    where = config.strategy
-    machine = Machine(where.accelerator, where.devices, where.nodes, where.name, config.precision.trainer)
-    logger = CSVLogger(run.path, name="logs") if config.logger.name == "csv" else False
-    best = fit(learner, batches, run.path / "checkpoints", machine=machine, logger=logger, progress=config.progress)
-    model.card["best"] = best
-    model.save(run.path / "model")
-    run.reach("trained")
-    return model, encoder
+
+if __name__ == "__main__":
+    main()

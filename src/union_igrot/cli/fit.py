@@ -1,0 +1,76 @@
+"""From a checked configuration to a model with trained heads.
+
+Knows which settings go to which part. Does not know where a run's folder is, or what
+becomes of the model.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+
+from union_igrot.cli import assemble, data
+from union_igrot.datamodule import IGROTDataModule
+from union_igrot.learner import Learner, Recipe, fit, load_best
+from union_igrot.losses import InfoNCE
+from union_igrot.model import IGROTModel
+from union_igrot.processes import Processes, part
+
+PLACES = {"output_dir", "cache_dir", "progress"}
+"""Settings that say where things lie, not what comes out."""
+_SIDES: dict[str, tuple[Any, ...]] = {"none": (), "text": ("text",), "image": ("image",), "both": ("image", "text")}
+
+
+def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTModel:
+    """Train as configured, alone or with the other processes of the run.
+
+    Args:
+        config: The checked settings.
+        folder: The run's folder; checkpoints and logs go there.
+        processes: This process among those of the run.
+
+    Returns:
+        The model with the best epoch's weights, in evaluation mode; whole in the first process.
+    """
+    # Its notes on hardware and other products; the command says itself what it does.
+    for part_of_it in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(part_of_it).setLevel(logging.WARNING)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    samples, validation = data.training(config.data)
+    settings = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
+    card = {
+        "data": samples.name,
+        "classes": list(samples.classes),
+        "samples": len(samples.triplets),
+        "skipped": samples.skipped,
+    }
+    model = assemble.new_model(config, {**card, "config": settings})
+    encoder = assemble.encoder(config, model.backbone, shown=processes.leads)
+    recipe = assemble.plain(config.recipe)
+    batch_size, checkpointing = recipe.pop("batch_size"), recipe.pop("checkpointing")
+    model.tune(_SIDES[config.model.finetune])
+    if checkpointing:
+        model.backbone.save_memory()
+    learner = Learner(model, InfoNCE(**assemble.plain(config.loss)), Recipe(**recipe), validation)
+    batches = IGROTDataModule(
+        samples,
+        validation,
+        encoder,
+        query_tokens=model.fusion.needs_tokens,
+        target_tokens=model.target.needs_tokens,
+        batch_size=batch_size,
+        seed=config.seed,
+        live=_SIDES[config.model.finetune],
+    )
+    machine = assemble.machine(config, processes)
+    logger = CSVLogger(folder, name="logs") if config.logger.name == "csv" else False
+    best = fit(learner, batches, folder / "checkpoints", machine=machine, logger=logger, progress=config.progress)
+    part()
+    if config.strategy.name.startswith("fsdp") and processes.leads:
+        model = assemble.new_model(config, model.card)
+        load_best(model, folder / "checkpoints")
+    model.card["best"] = best
+    return model
