@@ -206,3 +206,19 @@ def test_features_with_and_without_tokens_are_not_joined():
     assert join_features([bare, bare]).tokens is None
     with pytest.raises(ValueError, match="mask and the place"):
         join_features([whole, bare])
+
+
+def test_features_of_half_arithmetic_are_near_and_kept_apart(tmp_path):
+    backbone = LinearBackbone()
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        store = FeatureStore(tmp_path, precision)
+        filled = Encoder(backbone, store, workers=0, precision=precision, progress=False)
+        keys = filled.fill_pictures([Noise(i) for i in range(9)], tokens=True)
+        texts = filled.fill_texts(["red square", "the night"])
+        seen, said = filled.lookup(keys, tokens=True), filled.lookup(texts, tokens=True)
+        assert {x.dtype for x in (seen.pooled, seen.tokens, said.pooled)} == {torch.float32}
+        found[precision] = seen
+    near, exact = found["bfloat16"].pooled, found["float32"].pooled
+    assert not near.equal(exact)
+    torch.testing.assert_close(near, exact, atol=0.05, rtol=0.05)

@@ -6,7 +6,8 @@ an interrupted run stopped. Does not know heads, benchmarks or training.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from dataclasses import replace
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from union_igrot.store.features import FeatureStore
 from union_igrot.types import Features, Preprocess, Source
 
 Loaded = Tensor | PictureError
+Arithmetic = Literal["float32", "bfloat16", "float16"]
 
 
 class _Pictures(Dataset[Loaded]):
@@ -84,6 +86,8 @@ class Encoder:
         batch_size: Pictures or texts a forward pass.
         workers: Processes that decode; None takes all cores but one, eight at most.
         shard: Items written at once; what an interruption can lose at most.
+        precision: Arithmetic of the backbone: `float32`, or `bfloat16` and `float16` where
+            autocast finds them safe. Faster on an accelerator; features differ by a percent.
         progress: Whether a bar is shown.
     """
 
@@ -95,9 +99,10 @@ class Encoder:
         batch_size: int = 256,
         workers: int | None = None,
         shard: int = 2048,
+        precision: Arithmetic = "float32",
         progress: bool = True,
     ) -> None:
-        self.backbone, self.store = backbone, store
+        self.backbone, self.store, self.precision = backbone, store, precision
         self.batch_size, self.shard, self.progress = batch_size, shard, progress
         self.workers = min(max((os.cpu_count() or 1) - 1, 0), 8) if workers is None else workers
 
@@ -121,7 +126,7 @@ class Encoder:
         def forward(rows: list[int]) -> Iterator[Features]:
             chosen = [sources[row] for row in rows]
             for batch in load_pictures(chosen, self.backbone.preprocess, self.batch_size, self.workers):
-                yield self.backbone.encode_image(batch.to(self.backbone.device))
+                yield self._forward(self.backbone.encode_image, batch.to(self.backbone.device))
 
         self._fill(keys, todo, forward, tokens=tokens, what=what)
         return keys
@@ -137,7 +142,7 @@ class Encoder:
 
         def forward(rows: list[int]) -> Iterator[Features]:
             for at in range(0, len(rows), self.batch_size):
-                yield self.backbone.encode_text([spoken[row] for row in rows[at : at + self.batch_size]])
+                yield self._forward(self.backbone.encode_text, [spoken[row] for row in rows[at : at + self.batch_size]])
 
         self._fill(keys, self._todo(keys, tokens=True), forward, tokens=True, what=what)
         return keys
@@ -145,6 +150,14 @@ class Encoder:
     def lookup(self, keys: Sequence[str], *, tokens: bool) -> Features:
         """Read features by key, on the backbone's device, in the order of the keys."""
         return self.store.get(keys, tokens=tokens).to(self.backbone.device)
+
+    def _forward(self, encode: Callable[[Any], Features], batch: Any) -> Features:
+        """Run the backbone in the chosen arithmetic; features come back in float32."""
+        if self.precision == "float32":
+            return encode(batch)
+        with torch.autocast(self.backbone.device.type, getattr(torch, self.precision)):
+            seen = encode(batch)
+        return replace(seen, pooled=seen.pooled.float(), tokens=None if seen.tokens is None else seen.tokens.float())
 
     def _todo(self, keys: Sequence[str], *, tokens: bool) -> list[int]:
         return self.store.missing(keys, tokens=tokens)

@@ -87,6 +87,10 @@ def _backbone(value: Any) -> str | None:
     return f"one of {', '.join(_BACKBONES)}, open_clip:<architecture>/<tag> or hf:<repository>"
 
 
+def _untrained(value: Any) -> str | None:
+    return None if value == "none" else "none, since nothing is trained here"
+
+
 def _devices(value: Any) -> str | None:
     return None if value == "auto" or _whole(1)(value) is None else "auto or a whole number of at least 1"
 
@@ -100,6 +104,7 @@ _COMMON: dict[str, Check] = {
     "features.batch_size": _whole(1),
     "features.workers": _whole(0, null=True),
     "features.dtype": one_of("float32", "float16"),
+    "features.precision": one_of("float32", "bfloat16", "float16"),
 }
 
 
@@ -150,7 +155,7 @@ RULES: dict[str, dict[str, Check]] = {
         "strategy.name": _text,
         "logger.name": one_of("csv", "none"),
     },
-    "eval": {**_COMMON, "checkpoint": _text, "weights": _file_or_null, "predictions": _file_or_null},
+    "eval": {**_COMMON, "checkpoint": _text_or_null, "weights": _file_or_null, "predictions": _file_or_null},
     "check": {},
     "compare": {
         "first": _folder,
@@ -160,6 +165,15 @@ RULES: dict[str, dict[str, Check]] = {
         "seed": _whole(0, 2**32 - 1),
     },
 }
+BACKBONE: dict[str, Check] = {
+    "model.name": _backbone,
+    "model.weights": _file_or_null,
+    "model.feedforward": _whole(1),
+    "model.union_heads": _whole(1),
+    "model.projector": _untrained,
+    "model.finetune": _untrained,
+}
+"""Settings of a backbone that is evaluated without trained heads."""
 VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
     "data.name": {
         "shapes": {

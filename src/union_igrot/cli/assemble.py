@@ -57,7 +57,13 @@ def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> En
     """Open the feature store of a backbone; progress is shown where the configuration and `shown` say so."""
     root = default_root() if config.cache_dir is None else Path(config.cache_dir).expanduser()
     options = config.features
-    store = FeatureStore(root, f"{backbone.fingerprint()}-{options.dtype}", dtype=options.dtype)
+    kind = options.dtype if options.precision == "float32" else f"{options.dtype}-{options.precision}"
+    store = FeatureStore(root, f"{backbone.fingerprint()}-{kind}", dtype=options.dtype)
     return Encoder(
-        backbone, store, batch_size=options.batch_size, workers=options.workers, progress=config.progress and shown
+        backbone,
+        store,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        precision=options.precision,
+        progress=config.progress and shown,
     )

@@ -1,0 +1,71 @@
+"""The paper's smaller model from the command line: ViT-B/32 with seeded weights on a folder of pictures."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from union_igrot.cli.compare import main as compare
+from union_igrot.cli.eval import main as evaluate
+from union_igrot.cli.train import main as train
+
+pytestmark = pytest.mark.slow
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights as OpenAI's file holds them: half precision, 151 M of them."""
+    torch.manual_seed(0)
+    network = open_clip.create_model("ViT-B-32-quickgelu")
+    path = tmp_path_factory.mktemp("weights") / "ViT-B-32.safetensors"
+    save_file({name: x.half().contiguous() for name, x in network.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for number in range(24):
+        colour = COLOURS[number % 4]
+        Image.new("RGB", (60, 40 + number), colour).save(root / f"{number}.png")
+        split = ("train", "train", "val", "test")[number // 4 % 4]
+        target = number - 1 if number % 4 else number + 1
+        row = {"reference": f"{number}.png", "text": f"in {colour}", "targets": [f"{target}.png"], "split": split}
+        rows.append(json.dumps(row))
+    (root / "triplets.jsonl").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("finetune", ["none", "both"])
+def test_base_is_trained_evaluated_and_loaded_again(tmp_path, weights, pictures, finetune):
+    settings = [
+        "model=base",
+        f"model.weights={weights}",
+        f"model.finetune={finetune}",
+        "data=folder",
+        f"data.root={pictures}",
+        "recipe=reference",
+        "recipe.epochs=1",
+        "recipe.batch_size=4",
+        f"recipe.checkpointing={str(finetune == 'both').lower()}",
+        "features.batch_size=8",
+        "strategy=cpu",
+        "progress=false",
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
+    train([*settings, f"output_dir={tmp_path / 'run'}"])
+    saved = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
+    assert saved["backbone"] == "base"
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {row["method"] for row in rows} == {"chance", "image", "text", "sum", "trained"}
+    assert (tmp_path / "run" / "model" / "backbone.safetensors").exists() == (finetune == "both")
+    again = [f"checkpoint={tmp_path / 'run'}", "data=folder", f"data.root={pictures}", f"weights={weights}"]
+    evaluate([*again, "progress=false", f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'again'}"])
+    second = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert [row["metrics"] for row in second] == [row["metrics"] for row in rows]
+    compare([f"first={tmp_path / 'run'}", f"second={tmp_path / 'again'}", "rounds=20"])
