@@ -1,6 +1,6 @@
 """Tests, checks and the build, each in one command: `nox -s tests`, `nox -s lint types build`.
 
-The sessions `tests`, `slow`, `types` and `build` share one environment, because torch alone takes
+The sessions but `lint` share one environment, because torch alone takes
 gigabytes; it is made by whichever runs first. `lint` has a small one of its own.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.10"
-nox.options.sessions = ["tests", "slow", "lint", "types", "build"]
+nox.options.sessions = ["tests", "slow", "lint", "types", "build", "docs"]
 nox.options.default_venv_backend = "virtualenv"
 
 ROOT = Path(__file__).parent
@@ -100,6 +100,15 @@ def build(session: nox.Session) -> None:
         session.run(own / "union-train", "--help", external=True)
         session.run(own / "union-eval", "--help", external=True, silent=True)
         session.run(own / "python", "-c", "import union_igrot; union_igrot.load('tiny')", external=True)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build; a broken link or a missing page is an error."""
+    commands = environment(session, "docs")
+    place = ROOT / "docs"
+    chosen = ["--fail-on-warning", "--keep-going", "--quiet", place, place / "_build"]
+    session.run(commands / "python", "-m", "sphinx", *chosen, external=True)
 
 
 def look_into(session: nox.Session, sdist: Path, wheel: Path) -> None:

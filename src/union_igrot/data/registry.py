@@ -123,7 +123,7 @@ def parts(name: str) -> list[dict[str, str]]:
     """Give the options that select each part of a benchmark, over which its headline is averaged or listed.
 
     Returns:
-        Keyword arguments of `load_benchmark`, such as `{"category": "dress"}`; a single empty one where a benchmark
+        Keyword arguments of `load_benchmark`, such as a category; a single empty set where a benchmark
         is not divided. Parts of `sketchy` are its two cuts, which are never averaged.
 
     Raises:

@@ -194,7 +194,7 @@ def picture_batch(
     """Turn pictures into one batch for a model.
 
     Args:
-        pictures: Paths, `Picture`s or PIL images; at least one.
+        pictures: Paths, PIL images or any `Picture`; at least one.
         preprocess: The model's.
 
     Returns:
