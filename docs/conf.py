@@ -25,7 +25,10 @@ html_static_path: list[str] = []
 templates_path: list[str] = []
 default_role = "literal"
 napoleon_use_ivar = True  # attributes as a list; else each would be described twice
-nb_execution_mode = "off"  # the tests run the tutorials; their pages show what such a run left
+nb_execution_mode = "auto"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 autodoc_typehints = "signature"
@@ -35,9 +38,24 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 ROOMS = {
     "Vocabulary and errors": ["types", "errors"],
-    "Models": ["model", "reference", "backbones.base", "backbones.build", "heads.fusion", "heads.target", "heads.projector"],
+    "Models": [
+        "model",
+        "reference",
+        "backbones.base",
+        "backbones.build",
+        "heads.fusion",
+        "heads.target",
+        "heads.projector",
+    ],
     "Benchmarks and data": ["data.registry", "data.folder", "data.shapes", "data.transforms", "data.submission"],
-    "Evaluation": ["evaluate", "scoring", "predictions", "metrics.functional", "metrics.intervals", "metrics.significance"],
+    "Evaluation": [
+        "evaluate",
+        "scoring",
+        "predictions",
+        "metrics.functional",
+        "metrics.intervals",
+        "metrics.significance",
+    ],
     "Training": ["losses", "datamodule", "learner", "processes"],
     "Galleries": ["gallery", "indexing", "index.base", "index.where", "index.exact", "index.open"],
     "Features": ["encode", "store.features", "store.space"],
