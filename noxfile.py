@@ -4,15 +4,19 @@ The sessions but `lint` share one environment, because torch alone takes
 gigabytes; it is made by whichever runs first. `lint` has a small one of its own.
 """
 
+import os
+import shutil
+import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.10"
-nox.options.sessions = ["tests", "slow", "lint", "types", "build", "docs"]
+nox.options.sessions = ["tests", "slow", "browser", "lint", "types", "build", "docs"]
 nox.options.default_venv_backend = "virtualenv"
 
 ROOT = Path(__file__).parent
@@ -21,13 +25,13 @@ SHARED = ROOT / ".nox" / "shared"
 SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
 
 
-def environment(session: nox.Session, *groups: str) -> Path:
-    """Bring the shared environment up to date and give its folder of commands."""
+def environment(session: nox.Session, *groups: str, package: str = ".") -> Path:
+    """Bring the shared environment up to date, the package with extras where named, and give its folder of commands."""
     python = SHARED / SCRIPTS / "python"
     if not python.exists():
         session.run(sys.executable, "-m", "virtualenv", "--quiet", SHARED, external=True)
     needed = nox.project.dependency_groups(PROJECT, *groups)
-    session.run(python, "-m", "pip", "install", "--quiet", ".", *needed, external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", package, *needed, external=True)
     return python.parent
 
 
@@ -46,6 +50,49 @@ def slow(session: nox.Session) -> None:
     commands = environment(session, "test")
     chosen = ["-m", "slow", "--numprocesses=2", "--dist=worksteal", *session.posargs]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def browser(session: nox.Session) -> None:
+    """Use the demo's page in headless Chromium; where there is none, it is Debian's package that is installed."""
+    commands = environment(session, "test", "browser", package=".[demo]")
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        if shutil.which("apt-get") is None or os.geteuid() != 0:
+            session.error("there is no Chromium; install it (on Debian: apt-get install chromium) and run this again")
+        session.run("apt-get", "update", external=True, silent=True)
+        session.run("apt-get", "install", "--yes", "--no-install-recommends", "chromium", external=True, silent=True)
+    chosen = ["-m", "browser", "tests/browser", *session.posargs]
+    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+MILVUS = """
+import sys
+from milvus import MilvusServer
+server = MilvusServer(data_dir=sys.argv[1])
+server.start()
+print(server.listen_port, flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@nox.session(reuse_venv=True)
+def milvus(session: nox.Session) -> None:
+    """Run the engines' tests on a real Milvus server, started for them on a free port and stopped afterwards."""
+    session.install("milvus==2.3.5")  # the last that brings the server itself; for x86-64 Linux and for macOS
+    commands = environment(session, "test", package=".[gallery,milvus]")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        started = [Path(session.bin) / "python", "-c", MILVUS, folder]
+        with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            port = server.stdout.readline().strip()
+            if not port:
+                session.error(f"the Milvus server did not start; its own words are above and in {folder}/logs")
+            chosen = session.posargs or ["tests/index/test_engines.py", "-k", "milvus"]
+            where = {"UNION_MILVUS": f"milvus://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
+            try:
+                session.run(commands / "python", "-m", "pytest", *chosen, env=where, external=True)
+            finally:
+                server.stdin.close()  # which it waits for
 
 
 @nox.session(reuse_venv=True)

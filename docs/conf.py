@@ -57,7 +57,16 @@ ROOMS = {
         "metrics.significance",
     ],
     "Training": ["losses", "datamodule", "learner", "processes"],
-    "Galleries": ["gallery", "indexing", "index.base", "index.where", "index.exact", "index.open"],
+    "Galleries": [
+        "gallery.gallery",
+        "gallery.answers",
+        "indexing.run",
+        "indexing.work",
+        "index.base",
+        "index.where",
+        "index.exact",
+        "index.open",
+    ],
     "Features": ["encode", "store.features", "store.space"],
 }
 """What stands in the reference, in this order; what another program builds on."""

@@ -1,5 +1,6 @@
 """Batches of one task, each sample at most once, the right features in each, nothing encoded twice."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, triplets
 from union_igrot.data.transforms import PictureToTensor
 from union_igrot.datamodule import IGROTDataModule, TaskBatches
-from union_igrot.errors import DataError
+from union_igrot.errors import ConfigError, DataError
 from union_igrot.types import TrainingSet
 
 
@@ -178,6 +179,13 @@ def test_more_processes_than_validation_items_are_an_error(tmp_path):
     data.setup("fit")
     with pytest.raises(DataError, match="6 validation queries and pictures cannot be shared by 7"):
         data.val_dataloader()
+
+
+def test_averaged_wordings_are_not_validated_with(tmp_path):
+    benchmark = cir_benchmark()
+    asked = (replace(benchmark.queries[0], text=("red", "blue")), *benchmark.queries[1:])
+    with pytest.raises(ConfigError, match=r"query 'q0' has 2 wordings.*to validate with"):
+        module(tmp_path, validation=[replace(benchmark, queries=asked)]).setup("fit")
 
 
 def test_a_small_task_still_gives_a_batch(tmp_path):

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 
 from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
 from union_igrot.datamodule import IGROTDataModule
-from union_igrot.evaluate import embed, means
+from union_igrot.embedding import embed
+from union_igrot.evaluate import means
 from union_igrot.learner import Learner, Machine, Recipe, fit
 from union_igrot.losses import InfoNCE
 from union_igrot.scoring import score

@@ -8,7 +8,7 @@ import torch
 from small_world import DIM, LinearBackbone, Noise, encoder
 from union_igrot.backbones.base import Backbone
 from union_igrot.backbones.tiny import TinyBackbone
-from union_igrot.data.transforms import PictureToTensor, open_picture
+from union_igrot.data.transforms import PictureToTensor, open_picture, picture_key
 from union_igrot.encode import Encoder, join_features, load_pictures
 from union_igrot.errors import PictureError
 from union_igrot.store.features import FeatureStore
@@ -113,6 +113,64 @@ def test_a_broken_picture_is_named_and_what_came_before_is_kept(tmp_path, worker
     assert sum(backbone.image_batches) == 8
     expected = directly(backbone, paths).pooled
     torch.testing.assert_close(filled.lookup(keys, tokens=False).pooled, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("room", [0, 2**40])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, room, workers):
+    backbone = LinearBackbone()
+    sources = [Noise(i) for i in range(11)]
+    store = FeatureStore(tmp_path, backbone.fingerprint())
+    filled = Encoder(backbone, store, batch_size=4, workers=workers, shard=6, progress=False)
+    filled.fill_pictures([sources[i] for i in (0, 1, 2, 3, 5, 9)], tokens=True)
+    filled.fill_pictures([sources[6]], tokens=False)
+    passed = sum(backbone.image_batches)
+    blocks = list(filled.stream(sources, room=room))
+    assert sum(backbone.image_batches) - passed == 5  # what stands there with tokens is not encoded again
+    assert [block.rows for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert {block.kept for block in blocks} == {bool(room)}
+    expected, found = directly(LinearBackbone(), sources), join_features([block.features for block in blocks])
+    torch.testing.assert_close(found.pooled, expected.pooled, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-5, rtol=0)
+    assert found.mask.equal(expected.mask)
+    assert found.pooled_at.equal(expected.pooled_at)
+    keys = filled.fill_pictures(sources, tokens=False)
+    assert len(store.missing(keys, tokens=True)) == (0 if room else 5)
+    assert sum(backbone.image_batches) - passed == 5
+    torch.testing.assert_close(filled.lookup(keys, tokens=False).pooled, expected.pooled, atol=1e-5, rtol=0)
+
+
+def test_the_room_is_that_of_all_tokens_on_disk(tmp_path):
+    backbone, sources = LinearBackbone(), [Noise(i) for i in range(6)]
+    needed = 6 * (5 * DIM * 4 + 5)  # five tokens a picture, and a byte of mask each
+    for room in (needed - 1, needed):
+        filled = encoder(tmp_path / str(room), backbone, batch_size=2)
+        assert [block.kept for block in filled.stream(sources, room=room)] == [room == needed] * 3
+
+
+def test_a_broken_picture_ends_a_stream_and_what_came_before_is_kept(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    paths = written(tmp_path / "pictures", 8)
+    paths[5].write_bytes(b"broken")
+    backbone = LinearBackbone()
+    store = FeatureStore(tmp_path / "cache", backbone.fingerprint())
+    filled = Encoder(backbone, store, batch_size=2, workers=0, shard=100, progress=False)
+    with pytest.raises(PictureError, match=r"5\.png"):
+        list(filled.stream(paths, room=0))
+    assert len(store.missing([f"image/{picture_key(path)}" for path in paths])) == 4
+
+
+def test_a_text_that_is_known_is_not_encoded(tmp_path):
+    backbone = LinearBackbone()
+    filled = encoder(tmp_path, backbone)
+    seen = backbone.encode_text(["red square"])
+    filled.know_text("red square", seen)
+    filled.know_text("red square", backbone.encode_text(["blue"]))
+    passed = len(backbone.text_batches)
+    found = filled.lookup(filled.fill_texts(["red square"]), tokens=True)
+    assert len(backbone.text_batches) == passed
+    assert found.tokens.equal(seen.tokens)
+    assert found.pooled.equal(seen.pooled)
 
 
 def test_a_missing_picture_is_named_before_anything_is_encoded(tmp_path):

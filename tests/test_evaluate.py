@@ -12,9 +12,10 @@ from hypothesis import given, settings, strategies as st
 
 from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot import scoring as room
+from union_igrot.embedding import embed
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluate import baseline, embed, evaluate, means, result_row
-from union_igrot.index.exact import rank_chunks
+from union_igrot.evaluate import baseline, evaluate, means, result_row
+from union_igrot.index.ranks import rank_chunks
 from union_igrot.scoring import KEPT, Relevance, score
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
@@ -22,7 +23,7 @@ ROW = {
     *("benchmark", "split", "method", "n_queries", "n_gallery", "protocol", "metrics", "ci95"),
     *("model", "seconds", "versions", "seed"),
 }
-ADDED = {"n_skipped", "by_tag", "seen_classes"}
+ADDED = {"n_skipped", "by_tag", "seen_classes", "seen_images"}
 
 
 def small_integers(benchmark, seed=0, dim=4):

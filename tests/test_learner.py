@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
 from union_igrot.backbones.base import weights_hash
 from union_igrot.datamodule import IGROTDataModule
+from union_igrot.embedding import embed
 from union_igrot.encode import Encoder
 from union_igrot.errors import ConfigError
-from union_igrot.evaluate import embed, means
+from union_igrot.evaluate import means
 from union_igrot.learner import Learner, Machine, Recipe, fit, warmup_cosine
 from union_igrot.losses import InfoNCE
 from union_igrot.scoring import score

@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from small_world import DIM, TRANSAGG, UNION, LinearBackbone, trainable
+from union_igrot.backbones.build import build_backbone
+from union_igrot.cli import assemble
+from union_igrot.config import compose
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.losses import InfoNCE
@@ -282,3 +285,104 @@ def test_unknown_heads_are_errors_that_name_the_known():
         build_fusion("magic", DIM, **TRANSAGG)
     with pytest.raises(ConfigError, match="frozen, sum, union, shared"):
         build_target("magic", DIM, **UNION)
+
+
+def tuned_tiny():
+    """A model on the embedded backbone whose text encoder was tuned."""
+    torch.manual_seed(0)
+    fusion = build_fusion("transagg", 128, layers=1, heads=2, feedforward=32)
+    model = IGROTModel(build_backbone("tiny"), fusion, build_target("frozen", 128))
+    assert not model.tuned
+    model.tune(["text"])
+    with torch.no_grad():
+        model.backbone.network.text_projection.weight.mul_(1.5)
+    model.settle()
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])
+def test_a_tuned_backbone_is_saved_along_and_found_by_itself(tmp_path, half):
+    model = tuned_tiny()
+    assert model.tuned
+    model.save(tmp_path, half=half)
+    assert {path.name for path in tmp_path.iterdir()} == {"heads.safetensors", "model.json", "backbone.safetensors"}
+    # Weights of its name's are not looked at: the model brings its own.
+    again = IGROTModel.load(tmp_path, weights=tmp_path / "absent.safetensors")
+    assert again.tuned
+    assert again.backbone.fingerprint() != build_backbone("tiny").fingerprint()
+    if not half:
+        assert again.fingerprint() == model.fingerprint()
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(
+        again.embed_queries(images, ["red circle", None]),
+        model.embed_queries(images, ["red circle", None]),
+        atol=2e-3 if half else 0,
+        rtol=0,
+    )
+    # Once more, from what was loaded.
+    again.save(tmp_path / "twice", half=half)
+    assert IGROTModel.load(tmp_path / "twice").fingerprint() == again.fingerprint()
+
+
+def test_a_tuned_backbone_of_ones_own_kind_is_filled_from_the_folder(tmp_path, pictures):
+    model = stirred()
+    with torch.no_grad():
+        model.backbone.words.mul_(2.0)
+    model.tuned = True
+    model.save(tmp_path)
+    given = LinearBackbone(seed=5)
+    again = IGROTModel.load(tmp_path, given)
+    assert again.backbone is given
+    assert again.fingerprint() == model.fingerprint()
+    with torch.no_grad():
+        assert again.embed_queries(pictures, TEXTS).equal(model.embed_queries(pictures, TEXTS))
+
+
+def test_tuned_weights_of_another_save_are_refused(tmp_path):
+    tuned_tiny().save(tmp_path)
+    state = load_file(tmp_path / "backbone.safetensors")
+    state["text_norm.weight"] = state["text_norm.weight"] + 1
+    save_file(state, tmp_path / "backbone.safetensors")
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors is not what model\.json describes") as caught:
+        IGROTModel.load(tmp_path)
+    one_line(caught)
+    (tmp_path / "backbone.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors is not a file"):
+        IGROTModel.load(tmp_path)
+
+
+def test_a_frozen_model_saved_over_a_tuned_one_leaves_no_weights_of_it(tmp_path):
+    model = tuned_tiny()
+    model.training_images = frozenset({"a" * 16})
+    model.save(tmp_path)
+    stirred().save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"heads.safetensors", "model.json"}
+    assert IGROTModel.load(tmp_path, LinearBackbone()).tuned is False
+
+
+def test_tuning_nothing_leaves_the_backbone_its_names():
+    model = stirred()
+    model.tune([])
+    assert not model.tuned
+
+
+def test_a_later_format_and_a_folder_that_cannot_be_written_are_named(tmp_path):
+    stirred().save(tmp_path / "model")
+    edited(tmp_path / "model", lambda saved: saved.update(format=99))
+    with pytest.raises(CheckpointError, match=r"is in format 99, .*install a later union-igrot") as caught:
+        IGROTModel.load(tmp_path / "model", LinearBackbone())
+    one_line(caught)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file cannot be written .*give another folder") as caught:
+        stirred().save(tmp_path / "file")
+    one_line(caught)
+
+
+@pytest.mark.parametrize("heads", [3, 7, 256])
+def test_heads_that_do_not_divide_the_width_are_named_before_anything_is_encoded(heads):
+    fits = "1, 2, 4, 8, 16, 32, 64, 128"
+    with pytest.raises(
+        ConfigError, match=rf"{heads} heads do not divide .* width 128; give fusion\.heads one of {fits}$"
+    ):
+        assemble.new_model(compose("train", [f"fusion.heads={heads}"]), {})

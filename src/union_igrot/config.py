@@ -19,7 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from union_igrot.errors import ConfigError
-from union_igrot.rules import FIXED, RULES, VARIANTS, one_of
+from union_igrot.rules import BACKBONE, FIXED, RULES, VARIANTS, one_of
+
+_ONE_MODEL = (
+    "model=... evaluates a backbone without trained heads and checkpoint=... trained ones, which bring their backbone "
+    "along; give one of the two"
+)
 
 
 def conf_dir() -> Path:
@@ -59,9 +64,12 @@ def check_config(name: str, config: DictConfig) -> None:
     values = _leaves(OmegaConf.to_container(config))  # type: ignore[arg-type]
     rules = dict(RULES[name])
     for key, variants in VARIANTS.items():
-        if name == "train" or (name in ("eval", "check") and key == "data.name"):
+        read = {"eval": "data.name", "check": "data.name", "convert": "target.kind"}.get(name)
+        if name == "train" or key == read:
             rules[key] = one_of(*variants)
             rules |= variants.get(str(values.get(key)), {})
+    if name == "eval" and "model.name" in values:
+        rules |= BACKBONE
     problems = []
     for key, value in values.items():
         if key not in rules:
@@ -72,14 +80,30 @@ def check_config(name: str, config: DictConfig) -> None:
         elif allowed := rules[key](value):
             problems.append(f"{key}={value} is not allowed; give {allowed}")
     problems += [f"{key} is missing" for key in rules if key not in values]
+    problems += _contradictions(name, values)
+    if problems:
+        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def _contradictions(name: str, values: Mapping[str, Any]) -> list[str]:
+    """Name settings that are each allowed, but not together."""
+    if name == "eval" and "model.name" in values:
+        problems = [_ONE_MODEL] if values.get("checkpoint") not in (None, "tiny") else []
+        if values.get("weights") is not None:
+            problems.append("weights belong to a checkpoint's backbone; beside model=... give model.weights")
+        if values.get("predictions") is not None:
+            problems.append("predictions are scored without a model; leave model=... out")
+        return problems
+    problems = []
+    if name == "convert" and values.get("target.kind") == "shared":
+        problems.append("target=shared is not the published code's; choose target=frozen, sum or union")
     heads = {values.get("fusion.kind"), values.get("target.kind")}
     tuned = values.get("model.finetune", "none") != "none"
     if name == "train" and heads <= FIXED and values.get("model.projector", "none") == "none" and not tuned:
         problems.append("nothing is left to train; choose fusion=transagg or target=union")
     if values.get("recipe.checkpointing") is True and not tuned:
         problems.append("recipe.checkpointing=true is for tuned encoders; give model.finetune=both, or leave it false")
-    if problems:
-        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+    return problems
 
 
 def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
@@ -106,10 +130,12 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=name):
             config = hydra_compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(_explain(error, name)) from None
     finally:
         GlobalHydra.instance().hydra = outer
     check_config(name, config)
+    if name == "eval" and "model" in config and any(override.startswith("checkpoint=") for override in overrides):
+        raise ConfigError(_ONE_MODEL)
     return config
 
 
@@ -130,7 +156,7 @@ def check_sweep(name: str, overrides: Sequence[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         choices = [_swept(override) for override in parsed]
     except HydraException as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(_explain(error, name)) from None
     first = [values[0] for values in choices]
     several = any(len(values) > 1 for values in choices)
     if several and any(override.startswith("output_dir=") for override in first):
@@ -152,12 +178,13 @@ def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, name: str) -> str:
     text = " ".join(str(error).split())
     missing = isinstance(error, MissingConfigException) and re.search(r"'(\w+)/([^']+)'", text)
     if missing:
         group, option = missing.groups()
-        return f"{group}={option} does not exist; choose one of {', '.join(options_of(group))}"
+        trained = "; for trained heads give checkpoint=FOLDER" if (name, group) == ("eval", "model") else ""
+        return f"{group}={option} does not exist; choose one of {', '.join(options_of(group))}{trained}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         return f"{unknown.group(1)} is not a setting; --help lists the settings"

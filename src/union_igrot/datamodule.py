@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from union_igrot.backbones.base import Side
 from union_igrot.data.transforms import PictureToTensor, open_picture
 from union_igrot.encode import Encoder
-from union_igrot.errors import DataError, PictureError
-from union_igrot.types import Batch, Benchmark, EvalBatch, Features, Preprocess, Source, TrainingSet, Triplet
+from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.types import Batch, Benchmark, EvalBatch, Features, Preprocess, Query, Source, TrainingSet, Triplet
 
 _SIDES = ("gallery", "queries")
 
@@ -124,6 +124,15 @@ class _Decoder(Dataset[_Decoded]):
         return _Decoded(item, pictures)
 
 
+def _only_wording(query: Query) -> str | None:
+    if len(query.wordings) > 1:
+        raise ConfigError(
+            f"query {query.id!r} has {len(query.wordings)} wordings, whose embeddings only an evaluation averages; "
+            "choose another prompt to validate with"
+        )
+    return query.wordings[0]
+
+
 @final
 class IGROTDataModule(lightning.LightningDataModule):
     """Training triplets and validation benchmarks for a backbone.
@@ -185,7 +194,7 @@ class IGROTDataModule(lightning.LightningDataModule):
             name = f"{benchmark.name} {benchmark.split}"
             asked, items = [q.image for q in benchmark.queries], [i.image for i in benchmark.gallery]
             queries = self._pictures(asked, f"{name} queries", tokens=self._query_tokens)
-            texts = self._sentences([q.text for q in benchmark.queries], f"{name} texts")
+            texts = self._sentences([_only_wording(q) for q in benchmark.queries], f"{name} texts")
             gallery = self._pictures(items, f"{name} gallery", tokens=self._target_tokens)
             self._sides.append({"queries": queries, "texts": texts, "gallery": gallery})
 

@@ -26,3 +26,9 @@ class PictureError(UnionError):
 
 class CheckpointError(UnionError):
     """A saved model cannot be read, or does not belong to the given backbone."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what another library said."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -18,13 +18,15 @@ from torch import Tensor
 
 import union_igrot
 from union_igrot.backbones.base import Backbone
+from union_igrot.data.identity import picture_identity
+from union_igrot.embedding import embed_each
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
 from union_igrot.model import IGROTModel
 from union_igrot.scoring import Relevance, score
-from union_igrot.types import Benchmark, Scores
+from union_igrot.types import Benchmark, Features, Scores
 
 BASELINES = ("image", "text", "sum")
 
@@ -35,55 +37,16 @@ def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
 
 
-def embed(
-    model: IGROTModel, benchmark: Benchmark, encoder: Encoder, *, keep_tokens: bool = False
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Embed a benchmark's queries and gallery, each picture and text encoded at most once.
+def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGROTModel:
+    """Give a method without training: the image, the text or their sum against plain image embeddings.
 
     Args:
-        model: The model.
-        benchmark: Whose queries and gallery.
-        encoder: Of the model's backbone.
-        keep_tokens: Whether the queries' tokens are kept even if this model does not read them,
-            because another one will.
-
-    Returns:
-        Query embeddings, gallery embeddings, and the seconds spent on encoding (0 where
-        everything was in the store) and on the heads.
+        backbone: The frozen model.
+        kind: `image`, `text` or `sum`.
+        null: The null text's features, where they are known.
     """
-    start = time.perf_counter()
-    fusion_tokens, target_tokens = model.fusion.needs_tokens, model.target.needs_tokens
-    name = benchmark.name
-    kept = fusion_tokens or keep_tokens
-    images = encoder.fill_pictures([q.image for q in benchmark.queries], tokens=kept, what=f"{name} queries")
-    texts = encoder.fill_texts([q.text for q in benchmark.queries], what=f"{name} texts")
-    items = encoder.fill_pictures(
-        [item.image for item in benchmark.gallery], tokens=target_tokens, what=f"{name} gallery"
-    )
-    encoded = time.perf_counter()
-    step = encoder.batch_size
-    with torch.inference_mode():
-        queries = torch.cat(
-            [
-                model.embed_queries(
-                    encoder.lookup(images[at : at + step], tokens=fusion_tokens),
-                    encoder.lookup(texts[at : at + step], tokens=fusion_tokens),
-                )
-                for at in range(0, len(images), step)
-            ]
-        )
-        gallery = torch.cat(
-            [
-                model.embed_gallery(encoder.lookup(items[at : at + step], tokens=target_tokens))
-                for at in range(0, len(items), step)
-            ]
-        )
-    return queries, gallery, {"encode": encoded - start, "embed": time.perf_counter() - encoded}
-
-
-def baseline(backbone: Backbone, kind: str) -> IGROTModel:
-    """Give a method without training: the image, the text or their sum against plain image embeddings."""
-    return IGROTModel(backbone, build_fusion(kind, backbone.dim), build_target("frozen", backbone.dim)).eval()
+    heads = build_fusion(kind, backbone.dim), build_target("frozen", backbone.dim)
+    return IGROTModel(backbone, *heads, null=null).eval()
 
 
 @dataclass(frozen=True)
@@ -92,7 +55,7 @@ class Evaluation:
 
     Attributes:
         benchmark: What was asked.
-        scores: Figures of each method, `chance` first, `trained` last.
+        scores: Figures of each method, `chance` first, `trained` (where there is one) last.
         rows: What `results.json` holds of it.
     """
 
@@ -101,7 +64,9 @@ class Evaluation:
     rows: list[dict[str, Any]]
 
 
-def evaluate(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: int = 0) -> Evaluation:
+def evaluate(
+    model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: int = 0, *, trained: bool = True
+) -> Evaluation:
     """Evaluate a model beside chance and the training-free baselines.
 
     Args:
@@ -109,31 +74,37 @@ def evaluate(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: in
         benchmark: What to ask.
         encoder: Of the model's backbone.
         seed: Seed of chance and of the bootstrap.
+        trained: Whether the model's own heads are asked; else its backbone's baselines alone.
 
     Returns:
         Per-query figures and result rows; figures in percent, 95 % bootstrap intervals
         over queries. The row of `trained` also holds its paired differences to every
-        other method.
+        other method, and what of the test its heads were trained on.
     """
     model.eval()
     scores: dict[str, Scores] = {}
     spent: dict[str, dict[str, float]] = {}
-    models = {kind: baseline(model.backbone, kind) for kind in BASELINES} | {"trained": model}
+    null = model.null_text()
+    models = {kind: baseline(model.backbone, kind, null) for kind in BASELINES} | (
+        {"trained": model} if trained else {}
+    )
     noise = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     # Rankings by random vectors are uniform: chance goes through the same scoring.
-    dice = [torch.randn(len(side), 64, generator=noise) for side in (benchmark.queries, benchmark.gallery)]
+    sides = (benchmark.queries, benchmark.gallery)
+    dice = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores["chance"] = score(benchmark, *dice)
     spent["chance"] = {"rank": time.perf_counter() - start}
-    for name, method in models.items():
-        queries, gallery, spent[name] = embed(method, benchmark, encoder, keep_tokens=model.fusion.needs_tokens)
+    for name, embedded in embed_each(models, benchmark, encoder):
         start = time.perf_counter()
-        scores[name] = score(benchmark, queries, gallery)
-        spent[name]["rank"] = time.perf_counter() - start
+        scores[name] = score(benchmark, embedded.queries, embedded.gallery)
+        spent[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
     rows = [result_row(benchmark, name, scores[name], described[name], spent[name], seed) for name in scores]
-    rows[-1]["gain95"] = _gains(benchmark, scores, seed)
-    rows[-1]["seen_classes"] = seen_classes(model, benchmark)
+    if trained:
+        rows[-1]["gain95"] = _gains({name: part.values for name, part in scores.items()}, _labels(benchmark), seed)
+        rows[-1]["seen_classes"] = seen_classes(model, benchmark)
+        rows[-1]["seen_images"] = seen_images(model, benchmark)
     return Evaluation(benchmark, scores, rows)
 
 
@@ -141,16 +112,17 @@ def _labels(benchmark: Benchmark) -> Tensor | None:
     return Relevance.of(benchmark).labels if benchmark.protocol.average == "macro" else None
 
 
-def _gains(benchmark: Benchmark, scores: Mapping[str, Scores], seed: int) -> dict[str, dict[str, list[float]]]:
+def _gains(
+    values: Mapping[str, Mapping[str, Tensor]], labels: Tensor | None, seed: int
+) -> dict[str, dict[str, list[float]]]:
     """Give the paired differences trained - other in percent points: mean, low, high."""
-    labels = _labels(benchmark)
     gains: dict[str, dict[str, list[float]]] = {}
-    for other in scores:
+    for other in values:
         if other == "trained":
             continue
         pairs = {
-            name: paired_interval(values, scores[other].values[name], seed=seed, labels=labels)
-            for name, values in scores["trained"].values.items()
+            name: paired_interval(column, values[other][name], seed=seed, labels=labels)
+            for name, column in values["trained"].items()
         }
         gains[other] = {name: [100 * pair.mean, 100 * pair.low, 100 * pair.high] for name, pair in pairs.items()}
     return gains
@@ -168,7 +140,8 @@ def result_row(
 
     Returns:
         Benchmark, split, method, counts, protocol, figures and 95 % intervals in percent,
-        the primary figure by tag, the model's description, seconds, versions and seed.
+        the primary figure by tag, the model's description, seconds, versions and seed;
+        `seen_classes` is empty and `seen_images` None, as of a method without training.
     """
     labels = _labels(benchmark)
     intervals = bootstrap_intervals(scores.values, seed=seed, labels=labels)
@@ -184,6 +157,7 @@ def result_row(
         "ci95": {name: [100 * span.low, 100 * span.high] for name, span in intervals.items()},
         "by_tag": _by_tag(benchmark, scores),
         "seen_classes": [],
+        "seen_images": None,
         "model": model,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "versions": versions(),
@@ -206,6 +180,25 @@ def seen_classes(model: IGROTModel, benchmark: Benchmark) -> list[str]:
     return sorted(name for name in asked if plainly(name) in trained)
 
 
+def seen_images(model: IGROTModel, benchmark: Benchmark) -> dict[str, int] | None:
+    """Count the pictures of a benchmark that the model's heads were trained on.
+
+    What counts as the same picture, and what is not found, is told in `data.identity`. What the
+    backbone saw before is not known.
+
+    Returns:
+        How many `queries` have such a picture and how many pictures of the `gallery` are such;
+        None where the model does not say what it was trained on.
+    """
+    known = model.training_images
+    if known is None:
+        return None
+    return {
+        "queries": sum(picture_identity(query.image) in known for query in benchmark.queries),
+        "gallery": sum(picture_identity(item.image) in known for item in benchmark.gallery),
+    }
+
+
 def combine(evaluations: Sequence[Evaluation], name: str, seed: int = 0) -> list[dict[str, Any]]:
     """Average the parts of a benchmark (FashionIQ's categories), each part counting the same.
 
@@ -215,35 +208,53 @@ def combine(evaluations: Sequence[Evaluation], name: str, seed: int = 0) -> list
         seed: Seed of the bootstrap, which draws queries within each part.
 
     Returns:
-        A row a method; intervals are of the mean over parts.
+        A row a method; intervals are of the mean over parts, whose names stand in `parts`.
     """
     first = evaluations[0]
     sizes = [len(one.benchmark.queries) for one in evaluations]
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    rows = []
-    for place, method in enumerate(first.scores):
-        values = {
+    names = [one.benchmark.name for one in evaluations]
+    galleries = [tuple(item.id for item in one.benchmark.gallery) for one in evaluations]
+    # DTIN's domains share one gallery; FashionIQ's categories have one each.
+    distinct = [galleries.index(gallery) == place for place, gallery in enumerate(galleries)]
+    values = {
+        method: {
             metric: torch.cat([one.scores[method].values[metric] for one in evaluations])
             for metric in first.scores[method].values
         }
-        intervals = bootstrap_intervals(values, seed=seed, labels=labels)
-        parts = ", ".join(one.benchmark.name for one in evaluations)
-        protocol = {**first.rows[place]["protocol"], "note": f"unweighted mean over {parts}"}
+        for method in first.scores
+    }
+    rows = []
+    for place, columns in enumerate(values.values()):
+        intervals = bootstrap_intervals(columns, seed=seed, labels=labels)
+        inner = [one.rows[place] for one in evaluations]
+        counted = [row["seen_images"] for row in inner]
+        clauses = [row["protocol"]["note"].split("; ") for row in inner]
+        common = [clause for clause in clauses[0] if all(clause in others for others in clauses)]
+        note = "; ".join([f"unweighted mean over {', '.join(names)}", *common])
         rows.append(
             {
-                **first.rows[place],
+                **inner[0],
                 "benchmark": name,
+                "parts": names,
                 "n_queries": sum(sizes),
-                "n_gallery": sum(len(one.benchmark.gallery) for one in evaluations),
+                "n_gallery": sum(len(gallery) for gallery, new in zip(galleries, distinct, strict=True) if new),
                 "n_skipped": sum(one.benchmark.skipped for one in evaluations),
-                "protocol": protocol,
-                "metrics": {metric: 100 * average(x, labels, "macro").item() for metric, x in values.items()},
+                "protocol": {**inner[0]["protocol"], "note": note},
+                "metrics": {metric: 100 * average(x, labels, "macro").item() for metric, x in columns.items()},
                 "ci95": {metric: [100 * span.low, 100 * span.high] for metric, span in intervals.items()},
                 "by_tag": {},
-                "seen_classes": sorted({seen for one in evaluations for seen in one.rows[place]["seen_classes"]}),
+                "seen_classes": sorted({seen for row in inner for seen in row["seen_classes"]}),
+                "seen_images": None
+                if None in counted
+                else {
+                    "queries": sum(count["queries"] for count in counted),
+                    "gallery": sum(count["gallery"] for count, new in zip(counted, distinct, strict=True) if new),
+                },
             }
         )
-        rows[-1].pop("gain95", None)
+    if "trained" in values:
+        rows[-1]["gain95"] = _gains(values, labels, seed)
     return rows
 
 

@@ -26,6 +26,7 @@ from union_igrot.errors import ConfigError
 from union_igrot.evaluate import means
 from union_igrot.losses import InfoNCE
 from union_igrot.model import IGROTModel
+from union_igrot.processes import Machine
 from union_igrot.scoring import score
 from union_igrot.types import Batch, Benchmark, EvalBatch
 
@@ -227,32 +228,13 @@ def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where and how a training runs, as Lightning's Trainer takes it.
-
-    Attributes:
-        accelerator: `auto`, `cpu`, `gpu`, ...
-        devices: Number of devices, or `auto`.
-        nodes: Number of machines.
-        strategy: `auto`, `ddp`, ...
-        precision: `32-true`, `bf16-mixed`, `16-mixed`.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    nodes: int = 1
-    strategy: str = "auto"
-    precision: Any = "32-true"
-
-
 def fit(
     learner: Learner,
     datamodule: lightning.LightningDataModule,
     folder: Path,
     *,
     machine: Machine | None = None,
-    logger: Logger | bool = False,
+    logger: Logger | Sequence[Logger] | bool = False,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> dict[str, float]:

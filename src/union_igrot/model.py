@@ -5,7 +5,6 @@ command lines and demo alike. Saves and loads the heads. Does not know benchmark
 caches or devices' strategies.
 """
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,24 +13,23 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from union_igrot.backbones.base import Backbone, Side, weights_hash
 from union_igrot.backbones.build import build_backbone
-from union_igrot.errors import CheckpointError
+from union_igrot.backbones.portable import build_again, put_weights, remove_weights, write_weights
+from union_igrot.errors import CheckpointError, first_line
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.heads.fusion import FusionHead
 from union_igrot.heads.projector import VisionProjector, build_projector
 from union_igrot.heads.target import TargetHead
+from union_igrot.hub import HubModel
+from union_igrot.saved import read_saved, write_saved
 from union_igrot.types import Features, Preprocess
-
-_FORMAT = 1
-_PICTURES = "training_images.txt"
 
 
 @final
-class IGROTModel(nn.Module):
+class IGROTModel(nn.Module, HubModel):
     """Embeds queries (image, text or both) and gallery pictures into one space.
 
     Args:
@@ -40,10 +38,13 @@ class IGROTModel(nn.Module):
         target: The target head.
         card: What a reader has to know of the training: data, classes, recipe.
         projector: Changes image features on the query and the target side, or None.
+        null: Features of the empty text, where another model of this backbone has encoded it.
 
     Attributes:
         training_images: Identities (`data.identity`) of the pictures the heads were trained on; None where
             they are not recorded.
+        tuned: Whether the backbone's weights are not those its name stands for: an encoder was tuned, or
+            came inside another's file. `save` then writes them beside the heads.
     """
 
     def __init__(
@@ -53,12 +54,15 @@ class IGROTModel(nn.Module):
         target: TargetHead,
         card: dict[str, Any] | None = None,
         projector: VisionProjector | None = None,
+        null: Features | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.fusion, self.target, self.projector = backbone, fusion, target, projector
         self.card: dict[str, Any] = card or {}
         self.training_images: frozenset[str] | None = None
-        self._null: Features | None = None
+        self.tuned = False
+        self._hub_mixin_config = None  # model.json says all; the mixin writes no file of its own then
+        self._null = null
 
     @property
     def preprocess(self) -> Preprocess:
@@ -73,6 +77,7 @@ class IGROTModel(nn.Module):
     def tune(self, sides: Collection[Side]) -> None:
         """Let encoders of the backbone be trained with the heads, until `settle`."""
         self.backbone.tune(sides)
+        self.tuned = self.tuned or bool(sides)
         self._null = None
 
     def settle(self) -> None:
@@ -172,6 +177,7 @@ class IGROTModel(nn.Module):
         return {
             "backbone": self.backbone.name,
             "backbone_fingerprint": self.backbone.fingerprint(),
+            "tuned": self.tuned,
             "heads": weights_hash(self.heads_state()),
             "fusion": {"kind": self.fusion.kind, **self.fusion.options},
             "target": {"kind": self.target.kind, **self.target.options},
@@ -182,28 +188,31 @@ class IGROTModel(nn.Module):
         """Write the heads and their description; nothing half-written is ever left under the final names.
 
         Args:
-            folder: Where to write `heads.safetensors`, `model.json` and, where they are recorded, the identities
-                of the pictures trained on, `training_images.txt`; made if absent.
+            folder: Where to write `heads.safetensors`, `model.json`, where they are recorded the identities of
+                the pictures trained on (`training_images.txt`), and where `tuned` is set the backbone's weights
+                (`backbone.safetensors`) and tokenizer; made if absent.
             half: Whether to write 16-bit weights.
 
         Returns:
             The folder.
+
+        Raises:
+            CheckpointError: Where the folder cannot be written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: (x.half() if half else x).cpu().contiguous() for name, x in self.heads_state().items()}
-        saved = {"format": _FORMAT, **self.describe(), "card": self.card}
-        pictures = self.training_images
-        saved["training_images"] = None if pictures is None else len(pictures)
-        saved["heads"] = weights_hash({name: x.float() for name, x in state.items()})
-        save_file(state, folder / "heads.partial")
-        (folder / "heads.partial").chmod(0o644)  # safetensors writes for the owner alone
-        (folder / "model.partial").write_text(json.dumps(saved, indent=2) + "\n")
-        if pictures is not None:
-            (folder / "pictures.partial").write_text("".join(f"{name}\n" for name in sorted(pictures)))
-            (folder / "pictures.partial").replace(folder / _PICTURES)
-        (folder / "heads.partial").replace(folder / "heads.safetensors")
-        (folder / "model.partial").replace(folder / "model.json")
+        state = {name: (x.half() if half else x).cpu() for name, x in self.heads_state().items()}
+        notes = {**self.describe(), "card": self.card}
+        notes["heads"] = weights_hash({name: x.float() for name, x in state.items()})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.tuned:
+                own = write_weights(self.backbone, folder, half=half)
+                notes["backbone_fingerprint"], notes["backbone_weights"] = own
+            write_saved(folder, notes, state, self.training_images)
+            if not self.tuned:
+                remove_weights(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} cannot be written ({first_line(error)}); give another folder") from None
         return folder
 
     @classmethod
@@ -214,8 +223,10 @@ class IGROTModel(nn.Module):
 
         Args:
             folder: What `save` wrote.
-            backbone: The backbone to put the heads on; built by its saved name where None.
-            weights: Weights of the backbone that is built; its default ones where None.
+            backbone: The backbone to put the heads on; built by its saved name where None. Where the folder
+                holds the backbone's own weights, they are put into it.
+            weights: Weights of the backbone that is built; its default ones where None. Not looked at where
+                the folder holds the backbone's own.
 
         Returns:
             The model in evaluation mode.
@@ -225,67 +236,56 @@ class IGROTModel(nn.Module):
                 one the heads were trained on.
         """
         folder = Path(folder)
-        try:
-            saved = json.loads((folder / "model.json").read_text())
-            state = {name: x.float() for name, x in load_file(folder / "heads.safetensors").items()}
-            kinds = {side: dict(saved[side]) for side in ("fusion", "target")}
-            kinds["projector"] = dict(saved.get("projector") or {"kind": "none"})
-            named = {side: options.pop("kind") for side, options in kinds.items()}
-            name, trained_on, heads = (saved[key] for key in ("backbone", "backbone_fingerprint", "heads"))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        saved = read_saved(folder)
+        if saved.own is not None:
+            backbone = put_weights(backbone, folder) if backbone else build_again(saved.backbone, saved.own, folder)
+        else:
+            backbone = backbone or build_backbone(saved.backbone, weights)
+        if backbone.fingerprint() != saved.fingerprint:
+            given = "is not what model.json describes; copy both again"
             raise CheckpointError(
-                f"{folder} is not a saved model ({error}); give a folder with model.json and heads.safetensors"
-            ) from None
-        backbone = backbone or build_backbone(name, weights)
-        if backbone.fingerprint() != trained_on:
-            raise CheckpointError(
-                f"{folder} was trained on backbone {name} {trained_on}, "
+                f"{folder} was trained on backbone {saved.backbone} {saved.fingerprint}, "
                 f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"
+                if saved.own is None
+                else f"{folder}: backbone.safetensors {given}"
             )
-        if weights_hash(state) != heads:
+        if weights_hash(saved.state) != saved.heads:
             raise CheckpointError(f"{folder}: heads.safetensors does not belong to model.json; copy both again")
-        fusion = build_fusion(named["fusion"], backbone.dim, **kinds["fusion"])
-        target = build_target(named["target"], backbone.dim, **kinds["target"])
-        projector = build_projector(named["projector"], backbone.dim, **kinds["projector"])
-        model = cls(backbone, fusion, target, saved.get("card"), projector)
-        known = model.heads_state()
+        fusion = build_fusion(saved.kinds["fusion"], backbone.dim, **saved.options["fusion"])
+        target = build_target(saved.kinds["target"], backbone.dim, **saved.options["target"])
+        projector = build_projector(saved.kinds["projector"], backbone.dim, **saved.options["projector"])
+        model = cls(backbone, fusion, target, saved.card, projector)
+        model.tuned, model.training_images = saved.own is not None, saved.pictures
+        model.readme, model.readme_for = saved.readme, saved.heads
+        model._take_heads(saved.state, folder)
+        return model.eval()
+
+    def _take_heads(self, state: dict[str, Tensor], folder: Path) -> None:
+        known = self.heads_state()
         wrong = [key for key in state.keys() & known.keys() if state[key].shape != known[key].shape]
         if wrong:
             raise CheckpointError(f"{folder}: weights of another shape than model.json describes: {sorted(wrong)[:3]}")
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = self.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:
             raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
-        model.training_images = _read_pictures(folder, saved.get("training_images"))
-        return model.eval()
 
 
-def _read_pictures(folder: Path, count: int | None) -> frozenset[str] | None:
-    """Read the identities of the pictures trained on; None where they were not recorded or not copied along."""
-    if count is None or not (folder / _PICTURES).is_file():
-        return None
-    try:
-        found = frozenset((folder / _PICTURES).read_text().split())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / _PICTURES} cannot be read ({error}); copy the model again") from None
-    if len(found) != count:
-        raise CheckpointError(f"{folder}: {_PICTURES} names {len(found)} pictures, model.json {count}; copy both again")
-    return found
-
-
-def load_model(name: str | Path = "tiny", weights: str | Path | None = None) -> IGROTModel:
+def load_model(name: str | Path = "tiny", weights: str | Path | None = None, revision: str | None = None) -> IGROTModel:
     """Load a model with trained heads.
 
     Args:
-        name: `tiny` for the embedded default, or a folder written by `IGROTModel.save`.
+        name: `tiny` for the embedded default, a folder written by `IGROTModel.save`, or `owner/name` of a
+            model on the Hugging Face hub, also `owner/name@revision`.
         weights: Weights of the backbone; its default ones where None.
+        revision: A branch, tag or commit on the hub; the latest of `main` where None.
 
     Returns:
         The model in evaluation mode, ready to embed.
 
     Raises:
-        CheckpointError: Where there is no such model.
+        CheckpointError: Where there is no such model; the line says where it was looked for.
     """
     if str(name) == "tiny":
         return IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
-    return IGROTModel.load(name, weights=weights)
+    return IGROTModel.from_pretrained(name, weights=weights, revision=revision)

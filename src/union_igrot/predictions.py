@@ -10,7 +10,7 @@ import torch
 
 from union_igrot.errors import DataError
 from union_igrot.metrics.functional import parse_metric
-from union_igrot.scoring import FigureTable, Relevance
+from union_igrot.scoring import FigureTable, Found, Relevance
 from union_igrot.types import Benchmark, Ranking, Scores
 
 
@@ -47,7 +47,7 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
     relevance = Relevance.of(benchmark)
     at = {item.id: place for place, item in enumerate(benchmark.gallery)}
     positions = torch.tensor([[at[name] for name in names[:depth]] for names in rankings])
-    figures = FigureTable(protocol, positions.device)
+    figures = FigureTable(protocol, positions.device, len(pairs))
     for row, (query, _) in enumerate(pairs):
         gone = torch.tensor(
             [at[name] for name in query.exclude] if protocol.exclude_reference else [], dtype=torch.long
@@ -57,6 +57,8 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
         hits = torch.isin(ranked, answers)[None]
         part = torch.tensor([row])
         first = (ranked == answers[0])[None] if len(answers) else torch.zeros_like(hits)
-        figures.add(hits, part, relevance.labels, hits if subsets else None, first, torch.tensor([len(answers)]))
+        counts = torch.tensor([len(answers)])
+        single = Found(first, counts.clamp(max=1))
+        figures.add(Found(hits, counts), part, relevance.labels, hits if subsets else None, single)
     scores = Scores(figures.values(), Ranking(positions, torch.zeros(positions.shape)))
     return replace(benchmark, protocol=protocol), scores

@@ -65,6 +65,26 @@ class Processes:
         return str(self.store.get(f"union/{name}").decode())
 
 
+@final
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a Trainer of Lightning works.
+
+    Attributes:
+        accelerator: `auto`, `cpu`, `gpu`, ...
+        devices: Number of devices, the devices themselves, or `auto`.
+        nodes: Number of machines.
+        strategy: `auto`, `ddp`, ...
+        precision: `32-true`, `bf16-mixed`, `16-mixed`.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str | list[int] = "auto"
+    nodes: int = 1
+    strategy: str = "auto"
+    precision: Any = "32-true"
+
+
 def found_processes() -> Processes:
     """Look whether this process was started as one of several, by torchrun or SLURM."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # noqa: PLC0415 - slow
@@ -81,13 +101,16 @@ def found_processes() -> Processes:
     return Processes(rank, world, here, store)
 
 
-def wanted_processes(accelerator: str, devices: int | str, nodes: int) -> int:
+def wanted_processes(
+    accelerator: str, devices: int | str, nodes: int, module: str = "union_igrot.cli.train"
+) -> int:
     """Count the processes that a choice of devices means on this machine.
 
     Args:
         accelerator: `auto`, `cpu`, `gpu`, ...
         devices: Their number, or `auto`: all accelerators, one process on a CPU.
         nodes: Machines.
+        module: The command's module, for the advice.
 
     Raises:
         ConfigError: Where several machines are asked for: one process cannot start others elsewhere.
@@ -95,7 +118,7 @@ def wanted_processes(accelerator: str, devices: int | str, nodes: int) -> int:
     if nodes > 1:
         raise ConfigError(
             f"strategy.nodes={nodes} needs a process started on each machine; use torchrun --nnodes={nodes} "
-            "--nproc-per-node=DEVICES -m union_igrot.cli.train ..., or srun under SLURM"
+            f"--nproc-per-node=DEVICES -m {module} ..., or srun under SLURM"
         )
     if devices != "auto":
         return int(devices)

@@ -82,7 +82,7 @@ def load_reference_checkpoint(
             128 this is a guess (right for the small published golden values), so give it there.
 
     Returns:
-        The model in evaluation mode, in 32 bits.
+        The model in evaluation mode, in 32 bits; `save` writes its backbone's weights along.
 
     Raises:
         ConfigError: Where the backbone or target is not one of the reference's.
@@ -99,7 +99,9 @@ def load_reference_checkpoint(
     backbone = _backbone(encoder, model, tokenizer, text_heads, where)
     fusion = _fusion(heads, backbone.dim, mask, where)
     head = _target(heads, backbone.dim, target, sum_form, where)
-    return IGROTModel(backbone, fusion, head, {"source": where, "reference_target": _KINDS[target]}).eval()
+    loaded = IGROTModel(backbone, fusion, head, {"source": Path(where).name, "reference_target": _KINDS[target]})
+    loaded.tuned = True  # the published code trains both encoders, and the file may hold any weights
+    return loaded.eval()
 
 
 def _split(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

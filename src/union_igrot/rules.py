@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from union_igrot.errors import UnionError
+from union_igrot.store.amounts import SIZES, SPANS, parse_size, parse_span
+
 _BACKBONES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
 Check = Callable[[Any], str | None]
 """Gives what is allowed where a value is not, else None."""
@@ -59,6 +62,11 @@ def _text_or_null(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else "a text or null"
 
 
+def _texts(value: Any) -> str | None:
+    right = isinstance(value, list) and all(isinstance(one, str) and one not in ("", "???") for one in value)
+    return None if right else "a text, several times for several, or [A,B]"
+
+
 def _folder(value: Any) -> str | None:
     if isinstance(value, str) and Path(value).expanduser().is_dir():
         return None
@@ -73,6 +81,32 @@ def _file_or_null(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and Path(value).expanduser().exists()):
         return None
     return "an existing file, or null"
+
+
+def _reads(parse: Callable[[Any], Any], allowed: str, *words: Any) -> Check:
+    """Allow what a function can read, and some words."""
+
+    def check(value: Any) -> str | None:
+        if value in words:
+            return None
+        try:
+            parse(value)
+        except UnionError:
+            return ", ".join(str("null" if word is None else word) for word in words) + f" or {allowed}"
+        return None
+
+    return check
+
+
+_size_or_null = _reads(parse_size, SIZES, None)
+
+
+def _file(value: Any) -> str | None:
+    return "an existing file" if value is None or _file_or_null(value) else None
+
+
+def _null(value: Any) -> str | None:
+    return None if value is None else "null, since the file brings its weights"
 
 
 def _figure(value: Any) -> str | None:
@@ -100,6 +134,7 @@ _COMMON: dict[str, Check] = {
     "seed": _whole(0, 2**32 - 1),
     "output_dir": _text_or_null,
     "cache_dir": _text_or_null,
+    "cache_limit": _size_or_null,
     "progress": _flag,
     "features.batch_size": _whole(1),
     "features.workers": _whole(0, null=True),
@@ -121,6 +156,13 @@ def _public(*splits: str, preset: bool = True, **more: Check) -> dict[str, Check
     return {f"data.{name}": check for name, check in rules.items()}
 
 
+_MACHINE: dict[str, Check] = {
+    "precision.trainer": one_of("32-true", "bf16-mixed", "16-mixed"),
+    "strategy.accelerator": _text,
+    "strategy.devices": _devices,
+    "strategy.nodes": _whole(1),
+    "strategy.name": _text,
+}
 RULES: dict[str, dict[str, Check]] = {
     "train": {
         **_COMMON,
@@ -148,15 +190,69 @@ RULES: dict[str, dict[str, Check]] = {
         "recipe.floor": _number(0.0, 1.0),
         "recipe.clip": _number(0.0, above=True),
         "recipe.monitor": _figure,
-        "precision.trainer": one_of("32-true", "bf16-mixed", "16-mixed"),
-        "strategy.accelerator": _text,
-        "strategy.devices": _devices,
-        "strategy.nodes": _whole(1),
-        "strategy.name": _text,
-        "logger.name": one_of("csv", "none"),
+        **_MACHINE,
     },
     "eval": {**_COMMON, "checkpoint": _text_or_null, "weights": _file_or_null, "predictions": _file_or_null},
     "check": {},
+    "cache": {
+        "cache_dir": _text_or_null,
+        "prune": _reads(parse_size, SIZES, None, "all"),
+        "older_than": _reads(parse_span, SPANS, None),
+    },
+    "index": {
+        **_MACHINE,
+        **dict.fromkeys(("images", "index", "checkpoint"), _text),
+        "weights": _file_or_null,
+        "on_broken": one_of("skip", "fail"),
+        "prune": _flag,
+        "batch_size": _whole(1),
+        "workers": _whole(0, null=True),
+        "cache_dir": _text_or_null,
+        "progress": _flag,
+    },
+    "search": {
+        "index": _text,
+        **dict.fromkeys(("image", "liked", "disliked", "exclude"), _texts),
+        **dict.fromkeys(("text", "where", "queries", "contact", "checkpoint"), _text_or_null),
+        "k": _whole(1),
+        "search": one_of("auto", "exact", "ann"),
+        "weights": _file_or_null,
+        "format": one_of("auto", "table", "jsonl"),
+        "thumbnails": one_of("auto", "on", "off"),
+        "progress": _flag,
+    },
+    "demo": {
+        **{name: check for name, check in _COMMON.items() if name not in {"seed", "output_dir"}},
+        **dict.fromkeys(("index", "checkpoint", "second_index", "second_checkpoint", "user"), _text_or_null),
+        "host": _text,
+        "port": _whole(0, 65_535),
+        "page": _whole(2, 200),
+        "megabytes": _number(0.0, 1000.0, above=True),
+        "megapixels": _number(0.0, 1000.0, above=True),
+        "waiting": _whole(1, 10_000),
+    },
+    "convert": {
+        "checkpoint": _file,
+        "output_dir": _text,
+        "model.name": _backbone,
+        "model.weights": _null,
+        "model.feedforward": _whole(1),
+        "model.union_heads": _whole(1),
+        "model.projector": _untrained,
+        "model.finetune": _untrained,
+        "mask": one_of("exclude", "legacy"),
+        "tokenizer": _file_or_null,
+        "text_heads": _whole(1, null=True),
+        "half": _flag,
+    },
+    "push": {
+        "checkpoint": _folder,
+        "repo": _text,
+        "private": one_of(True, False, None),
+        "branch": _text_or_null,
+        "results": _file_or_null,
+        "license": _text_or_null,
+    },
     "compare": {
         "first": _folder,
         "second": _folder,
@@ -245,6 +341,12 @@ VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
             "target.encoder_dropout": _PROBABILITY,
             "target.start": one_of("image", "reference"),
         },
+    },
+    "logger.name": {
+        "csv": {},
+        "none": {},
+        "tensorboard": {},
+        "wandb": {"logger.mode": one_of("offline", "online"), "logger.project": _text},
     },
 }
 

@@ -6,13 +6,16 @@ are shown.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from union_igrot.errors import DataError
-from union_igrot.index.exact import RankedChunk, rank_chunks
+from union_igrot.index.ranks import RankedChunk, rank_chunks
+from union_igrot.metrics.functional import parse_metric
 from union_igrot.metrics.retrieval import RetrievalFigures
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 
@@ -27,10 +30,10 @@ class Relevance:
     """A benchmark's ids as gallery positions.
 
     Attributes:
-        targets: For each query the positions that answer it.
+        targets: For each query the positions that answer it, each once, in the benchmark's order.
         exclude: For each query the positions that are not ranked.
-        subset: For each query its subset without excluded ones, filled up with -1; or None
-            where no query has one.
+        subset: For each query its subset without excluded ones, in gallery order, filled up
+            with -1; or None where no query has one.
         labels: A number for each query's class, or None where a query has none.
     """
 
@@ -48,12 +51,12 @@ class Relevance:
         targets, exclude, subsets = [], [], []
         for query in benchmark.queries:
             if id(query.targets) not in known:
-                places = torch.tensor([at[name] for name in query.targets], dtype=torch.long)
+                places = torch.tensor([at[name] for name in dict.fromkeys(query.targets)], dtype=torch.long)
                 known[id(query.targets)] = (query.targets, places)
             targets.append(known[id(query.targets)][1])
             gone = {at[name] for name in query.exclude} if benchmark.protocol.exclude_reference else set()
             exclude.append(sorted(gone))
-            subsets.append([at[name] for name in query.subset or () if at[name] not in gone])
+            subsets.append(sorted({at[name] for name in query.subset} - gone) if query.subset else [])
         widest = max(map(len, subsets))
         subset = torch.tensor([row + [-1] * (widest - len(row)) for row in subsets]) if widest else None
         classes = sorted({query.label for query in benchmark.queries if query.label is not None})
@@ -100,29 +103,29 @@ def _score_gallery(
 ) -> Scores:
     if protocol.ties != "gallery order":
         raise DataError("pessimistic ties are for subsets; choose candidates=subset or ties by gallery order")
-    figures = FigureTable(protocol, queries.device)
+    figures = FigureTable(protocol, queries.device, len(queries))
     # Of all queries, so that every process keeps equally many.
     keep = min(KEPT, len(gallery) - max(map(len, relevance.exclude)))
     first = torch.empty(len(queries), keep, dtype=torch.long)
     cosines = torch.empty(len(queries), keep)
     wide = 0 if relevance.subset is None else relevance.subset.shape[1]
     subsets = torch.empty(len(queries), wide, dtype=torch.long)
-    answers = _Answers(relevance.targets, len(gallery), queries.device)
+    answers = _Answers(relevance.targets, queries.device)
+    depth = _depth(protocol, len(gallery))
     for chunk in rank_chunks(queries, gallery, [relevance.exclude[row] for row in rows.tolist()]):
         part = rows[chunk.queries]
-        relevant = answers.of(part)
-        hits = relevant.gather(1, chunk.positions)
-        hits &= torch.arange(len(gallery), device=hits.device) < chunk.candidates[:, None]
+        places = answers.of(part)
+        found = _look_for(places, chunk, depth)
+        single = None if protocol.recall_targets == "all" else _look_for(places[:, :1], chunk, depth)
+        best = chunk.first(keep)
         subset_hits = None
         if relevance.subset is not None:
             ordered = _ordered_subset(chunk, relevance.subset[part])
             subsets[chunk.queries] = ordered.cpu()
-            subset_hits = relevant.gather(1, ordered.clamp(min=0)) & (ordered >= 0)
-        one = None if protocol.recall_targets == "all" else _first_hits(chunk, relevance.targets, part)
-        figures.add(hits, part, relevance.labels, subset_hits, one)
-        best = chunk.positions[:, :keep]
-        first[chunk.queries] = best.cpu()
-        cosines[chunk.queries] = torch.einsum("qd,qkd->qk", queries[chunk.queries].float(), gallery[best].float()).cpu()
+            subset_hits = _within(ordered, places) & (ordered >= 0)
+        figures.add(found, part, relevance.labels, subset_hits, single)
+        first[chunk.queries] = best[:, :keep].cpu()
+        cosines[chunk.queries] = chunk.scores.gather(1, best[:, :keep]).cpu()
     return Scores(figures.values(), Ranking(first, cosines), subsets if wide else None)
 
 
@@ -132,7 +135,7 @@ def _score_subsets(
     """Rank each query's own candidates alone (GeneCIS)."""
     if relevance.subset is None:
         raise DataError("each query ranks its own subset, but no query has one; give Query.subset")
-    figures = FigureTable(protocol, queries.device)
+    figures = FigureTable(protocol, queries.device, len(queries))
     ordered = torch.empty(len(queries), relevance.subset.shape[1], dtype=torch.long)
     cosines = torch.empty(ordered.shape)
     for begin in range(0, len(queries), _SUBSET_ROWS):
@@ -150,15 +153,27 @@ def _score_subsets(
         ties = hits.long() if protocol.ties == "pessimistic" else subset
         by_tie = ties.argsort(dim=1, stable=True)
         order = by_tie.gather(1, scores.gather(1, by_tie).argsort(dim=1, descending=True, stable=True))
-        figures.add(hits.gather(1, order), part, relevance.labels, None, None)
+        figures.add(Found(hits.gather(1, order), hits.sum(1)), part, relevance.labels)
         ordered[span], cosines[span] = subset.gather(1, order).cpu(), scores.gather(1, order).cpu()
     return Scores(figures.values(), Ranking(ordered, cosines), ordered)
+
+
+class Found(NamedTuple):
+    """What rankings hold of what was looked for.
+
+    Attributes:
+        hits: True where an answer is, whole rankings or as deep as the figures look.
+        n_relevant: How many candidates answer each query, wherever they are ranked.
+    """
+
+    hits: Bool[Tensor, "chunk depth"]
+    n_relevant: Int[Tensor, " chunk"]
 
 
 class FigureTable:
     """The protocol's figures over any number of chunks and processes."""
 
-    def __init__(self, protocol: Protocol, device: torch.device) -> None:
+    def __init__(self, protocol: Protocol, device: torch.device, queries: int) -> None:
         self._protocol = protocol
         alone = protocol.recall_targets == "first"
         single = tuple(name for name in protocol.metrics if alone and name.startswith("R@"))
@@ -170,6 +185,7 @@ class FigureTable:
                 protocol.ap_rule,
                 recall=protocol.recall,
                 precision_cut=protocol.precision_cut,
+                expected=queries,
                 sync_on_compute=True,
             ).to(device)
             if names
@@ -179,21 +195,19 @@ class FigureTable:
 
     def add(
         self,
-        hits: Bool[Tensor, "chunk depth"],
+        found: Found,
         part: Int[Tensor, " chunk"],
         labels: Int[Tensor, " queries"] | None,
-        subset_hits: Bool[Tensor, "chunk subset"] | None,
-        first_hits: Bool[Tensor, "chunk depth"] | None,
-        n_relevant: Int[Tensor, " chunk"] | None = None,
+        subset_hits: Bool[Tensor, "chunk subset"] | None = None,
+        first: Found | None = None,
     ) -> None:
-        """Take the rankings of some queries; `n_relevant` is needed where they are cut."""
-        at = part.to(hits.device)
-        classes = None if labels is None else labels[part].to(hits.device)
+        """Take the rankings of some queries: of all their targets, in their subsets, of each one's first target."""
+        at = part.to(found.hits.device)
+        classes = None if labels is None else labels[part].to(at.device)
         if self._all is not None:
-            self._all.update(hits, hits.sum(1) if n_relevant is None else n_relevant, at, subset_hits, classes)
-        if self._first is not None and first_hits is not None:
-            single = first_hits.sum(1) if n_relevant is None else n_relevant.clamp(max=1)
-            self._first.update(first_hits, single, at, None, classes)
+            self._all.update(found.hits, found.n_relevant, at, subset_hits, classes)
+        if self._first is not None and first is not None:
+            self._first.update(first.hits, first.n_relevant, at, None, classes)
 
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
         """Give every query's values, of all processes, in the protocol's order, with its means."""
@@ -210,45 +224,60 @@ class FigureTable:
 
 
 class _Answers:
-    """Which gallery items answer a query, as masks; one mask serves all queries that share their targets."""
+    """Which gallery items answer a query, side by side; one row serves all queries that share their targets."""
 
-    def __init__(self, targets: Sequence[Int[Tensor, " _"]], gallery: int, device: torch.device) -> None:
-        self._targets, self._gallery, self._device = targets, gallery, device
-        kinds = {id(places): number for number, places in reversed(list(enumerate(targets)))}
+    def __init__(self, targets: Sequence[Int[Tensor, " _"]], device: torch.device) -> None:
+        self._targets, self._device = targets, device
+        kinds = {id(places): places for places in targets}
         self._table: Tensor | None = None
-        if len(kinds) < len(targets) and len(kinds) * gallery <= _TABLE_BYTES:
+        if 8 * len(kinds) * max(map(len, kinds.values())) <= _TABLE_BYTES:
             number = {key: place for place, key in enumerate(kinds)}
-            self._table = torch.zeros(len(kinds), gallery, dtype=torch.bool)
-            for key, example in kinds.items():
-                self._table[number[key], targets[example]] = True
-            self._table = self._table.to(device)
+            self._table = _side_by_side(list(kinds.values())).to(device)
             self._kind = torch.tensor([number[id(places)] for places in targets], device=device)
 
-    def of(self, part: Int[Tensor, " chunk"]) -> Bool[Tensor, "chunk gallery"]:
-        """Give the masks of some queries."""
+    def of(self, part: Int[Tensor, " chunk"]) -> Int[Tensor, "chunk most"]:
+        """Give the positions that answer some queries, -1 behind."""
         if self._table is not None:
             return self._table[self._kind[part.to(self._device)]]
-        masks = torch.zeros(len(part), self._gallery, dtype=torch.bool)
-        for row, query in enumerate(part.tolist()):
-            masks[row, self._targets[query]] = True
-        return masks.to(self._device)
+        return _side_by_side([self._targets[query] for query in part.tolist()]).to(self._device)
 
 
-def _first_hits(
-    chunk: RankedChunk, targets: Sequence[Int[Tensor, " _"]], part: Int[Tensor, " chunk"]
-) -> Bool[Tensor, "chunk gallery"]:
-    """Mark the one target that recall looks for; no mark where a query has none."""
-    device = chunk.positions.device
-    single = torch.tensor([int(targets[query][0]) if len(targets[query]) else -1 for query in part.tolist()])
-    hits = chunk.positions == single.to(device)[:, None]
-    return hits & (torch.arange(hits.shape[1], device=device) < chunk.candidates[:, None])
+def _side_by_side(rows: list[Int[Tensor, " _"]]) -> Int[Tensor, "rows most"]:
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def _depth(protocol: Protocol, gallery: int) -> int | None:
+    """Give how many first answers the figures look at; None where they look at the whole ranking."""
+    cuts = [k for kind, k in map(parse_metric, protocol.metrics) if kind != "Rs"]
+    return None if None in cuts else min(gallery, max((k for k in cuts if k is not None), default=1))
+
+
+def _look_for(places: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | None) -> Found:
+    """Find items in each ranking.
+
+    Args:
+        places: Positions of the items, -1 behind.
+        chunk: The rankings.
+        depth: How far to look; the whole rankings where None.
+    """
+    n, width = chunk.scores.shape
+    inside = places.clamp(min=0)
+    counted = (places >= 0) & (chunk.scores.gather(1, inside) > -torch.inf)  # neither filled up nor excluded
+    # What does not count is marked in one column more, which is cut off.
+    marks = torch.zeros(n, width + 1, dtype=torch.bool, device=places.device)
+    where = inside if depth is not None else chunk.ranks(inside) - 1
+    marks.scatter_(1, torch.where(counted, where, width), value=True)
+    return Found(marks[:, :width] if depth is None else marks.gather(1, chunk.first(depth)), counted.sum(1))
+
+
+def _within(ordered: Int[Tensor, "chunk subset"], places: Int[Tensor, "chunk most"]) -> Bool[Tensor, "chunk subset"]:
+    """Say which positions of a row are among its places."""
+    found: Tensor = (ordered[:, :, None] == places[:, None, :]).any(2)
+    return found
 
 
 def _ordered_subset(chunk: RankedChunk, subset: Int[Tensor, "chunk subset"]) -> Int[Tensor, "chunk subset"]:
     """Order each query's subset as its whole ranking; -1 behind, where it is smaller than others."""
-    subset = subset.to(chunk.positions.device)
-    ranks = torch.empty_like(chunk.positions)
-    places = torch.arange(chunk.positions.shape[1], device=ranks.device).expand_as(chunk.positions)
-    ranks.scatter_(1, chunk.positions, places)
-    rank = ranks.gather(1, subset.clamp(min=0)).masked_fill(subset < 0, chunk.positions.shape[1])
-    return subset.gather(1, rank.argsort(dim=1, stable=True))
+    subset = subset.to(chunk.scores.device)
+    scores = chunk.scores.gather(1, subset.clamp(min=0)).masked_fill(subset < 0, -torch.inf)
+    return subset.gather(1, scores.argsort(dim=1, descending=True, stable=True))

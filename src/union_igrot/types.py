@@ -55,7 +55,8 @@ class Query:
     Attributes:
         id: Unique within its benchmark.
         image: The reference photo or the sketch.
-        text: What to change, or None.
+        text: What to change, or None. Several wordings of it are embedded one by one, and
+            their embeddings averaged.
         targets: Gallery ids that answer the query. Empty on hidden test splits.
         exclude: Gallery ids that are never ranked for this query (its own reference).
         subset: Gallery ids of the query's subset ranking (CIRR), or None.
@@ -65,12 +66,17 @@ class Query:
 
     id: str
     image: Source
-    text: str | None = None
+    text: str | tuple[str, ...] | None = None
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     subset: tuple[str, ...] | None = None
     label: str | None = None
     tags: tuple[str, ...] = ()
+
+    @property
+    def wordings(self) -> tuple[str | None, ...]:
+        """The text's wordings; a single one, or None, where it has not several."""
+        return self.text if isinstance(self.text, tuple) else (self.text,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,79 +1,54 @@
 """Backbones of every kind at tiny sizes, from seeded weights and words made here."""
 
-import json
-
-import open_clip
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertTokenizer,
     BlipConfig,
     BlipForImageTextRetrieval,
     CLIPConfig,
     CLIPModel,
-    PreTrainedTokenizerFast,
+    RobertaConfig,
     SiglipConfig,
     SiglipModel,
 )
 
-WORDS = ("make", "it", "red", "a", "small", "dog", "!", "two", "cats")
-CLIP_CONFIG = {
-    "embed_dim": 32,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
-    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
-NOTES = {
-    "size": {"height": 32, "width": 32},
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.3, 0.4],
-    "resample": 3,
-    "do_center_crop": False,
-}
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**SMALL, "image_size": 32, "patch_size": 16}
-
-
-def draw(network, seed):
-    """Draw weights under which every part of a model matters; the libraries' own start is nearly constant."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, x in sorted(network.named_parameters()):
-        noise = torch.randn(x.shape, generator=generator)
-        one = 1.0 if name.endswith("weight") else 0.0
-        x.data = noise / x[0].numel() ** 0.5 if x.ndim > 1 else one + 0.1 * noise
-    return network
-
-
-def write_notes(folder, **changes):
-    (folder / "preprocessor_config.json").write_text(json.dumps(NOTES | changes))
-
-
-def word_tokenizer(start, end, pad):
-    """A tokenizer of whole words whose texts stand between two marks."""
-    specials = [mark for mark in dict.fromkeys((pad, start, end, "<unk>")) if mark]
-    vocabulary = {word: number for number, word in enumerate((*specials, *WORDS))}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    marks = [(mark, vocabulary[mark]) for mark in (start, end) if mark]
-    pattern = f"{start} $A {end}" if start else f"$A {end}"
-    made.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=marks)
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token=end, pad_token=pad)
+from small_backbones import (
+    CLIP_CONFIG,
+    RESNET_CONFIG,
+    SIGLIP_CONFIG,
+    SMALL,
+    VISION,
+    WORDS,
+    draw,
+    word_tokenizer,
+    write_notes,
+    write_open_clip,
+)
 
 
 @pytest.fixture(scope="session")
 def open_clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("open_clip")
-    network = draw(open_clip.CLIP(**CLIP_CONFIG), 1)
-    save_file(
-        {name: x.contiguous() for name, x in network.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
-    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash", "size": [32, 32]}
-    notes = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(notes))
-    return folder
+    return write_open_clip(tmp_path_factory.mktemp("open_clip"), CLIP_CONFIG, 1)
+
+
+@pytest.fixture(scope="session")
+def open_clip_siglip_folder(tmp_path_factory):
+    """An image tower of timm that pools by attention, texts pooled at the last place, padding that is the end mark."""
+    folder = tmp_path_factory.mktemp("open_clip_siglip")
+    word_tokenizer("", "</s>", "</s>").save_pretrained(folder)
+    return write_open_clip(folder, SIGLIP_CONFIG, 5)
+
+
+@pytest.fixture(scope="session")
+def open_clip_resnet_folder(tmp_path_factory):
+    """A ResNet with attention pooling, and a text tower of Hugging Face that is averaged."""
+    folder = tmp_path_factory.mktemp("open_clip_resnet")
+    tokenizer = word_tokenizer("<s>", "</s>", "<pad>")
+    tokenizer.save_pretrained(folder)
+    text = {**SMALL, "vocab_size": 20, "max_position_embeddings": 40, "type_vocab_size": 1}
+    marks = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2}
+    RobertaConfig(**text, **marks).save_pretrained(folder)
+    return write_open_clip(folder, RESNET_CONFIG, 6)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,34 @@ def test_each_is_evaluated(name, tmp_path, capsys):
     assert "protocol official" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ["cirr", "sketchy", *EVALUATED] if name != "genecis"])
+def test_each_is_evaluated_with_the_published_code_s_conventions(name, tmp_path, capsys):
+    WRITERS[name](tmp_path / "data")
+    out = tmp_path / "out"
+    settings = [f"data={name}", "data.preset=union_reference", f"data.root={tmp_path / 'data'}", "progress=false"]
+    evaluate([*settings, f"output_dir={out}"])
+    for row in rows(out):
+        assert row["protocol"]["name"] == "union_reference"
+        if name in ("sketchy", "tuberlin", "quickdraw", "dtin"):
+            assert (row["protocol"]["ap_norm"], row["protocol"]["ap_rule"]) == ("hits", "trapezoid")
+        for metric, value in row["metrics"].items():
+            assert value is None or 0 <= value <= 100, metric
+    assert "protocol union_reference" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_averaged_wordings_are_told_beside_the_figures(tmp_path, capsys):
+    WRITERS["fashioniq"](tmp_path / "data")
+    settings = ["data=fashioniq", "data.prompt=searle", f"data.root={tmp_path / 'data'}", "progress=false"]
+    evaluate([*settings, f"output_dir={tmp_path / 'out'}"])
+    told = "unit embeddings of both orders averaged"
+    assert all(told in row["protocol"]["prompt"] for row in rows(tmp_path / "out"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert told in said
+    assert "gallery=original" in said
+
+
 def test_the_mean_over_categories_is_unweighted(tmp_path):
     WRITERS["fashioniq"](tmp_path / "data")
     out = tmp_path / "out"

@@ -136,6 +136,13 @@ def test_fashioniq(tmp_path):
     assert dress.gallery[2].image == tmp_path / "images/BDv002.png"
     assert dress.queries[1].targets == ("BDv002",)
     assert read("fashioniq", tmp_path, category="dress", prompt="clip4cir").queries[1].text == "Is blue 1 and more of 1"
+    both = read("fashioniq", tmp_path, category="dress", prompt="searle")
+    assert both.queries[1].text == (
+        "a photo of $ that Is blue 1. and more of 1?",
+        "a photo of $ that more of 1? and Is blue 1.",
+    )
+    assert both.protocol.prompt == "searle, unit embeddings of both orders averaged"
+    assert read("fashioniq", tmp_path, category="dress", prompt="searle_swapped").protocol.prompt == "searle_swapped"
     own = read("fashioniq", tmp_path, category="dress", gallery="val")
     assert [query.text for query in own.queries[:2]] == ["Is blue 0.", "more of 0?"]
     assert own.queries[0].exclude == ("BDv000",)

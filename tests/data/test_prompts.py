@@ -16,7 +16,13 @@ TWO = {"c1": "is Shiny, and silver.", "c2": "fit & flare?"}
         ("magiclens", "is Shiny, and silver. and fit & flare?"),
         ("clip4cir", "Is shiny, and silver and fit & flare"),
         ("sprc", "is shiny, and silver and fit & flare"),
-        ("searle", "a photo of $ that is Shiny, and silver. and fit & flare?"),
+        (
+            "searle",
+            (
+                "a photo of $ that is Shiny, and silver. and fit & flare?",
+                "a photo of $ that fit & flare? and is Shiny, and silver.",
+            ),
+        ),
         ("searle_swapped", "a photo of $ that fit & flare? and is Shiny, and silver."),
         ("pic2word", "a photo of * , fit & flare? and is Shiny, and silver."),
         ("covr", "is shiny, and silver and fit & flare?"),

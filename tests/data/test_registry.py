@@ -64,3 +64,9 @@ def test_training_sets(tmp_path, name):
     assert training.triplets
     assert all(triplet.image.is_file() and triplet.target.is_file() for triplet in training.triplets)
     assert {triplet.task for triplet in training.triplets} == {"sbir" if name == "training_sketchy" else "cir"}
+
+
+def test_averaged_wordings_are_not_trained_on(tmp_path):
+    official.WRITERS["fashioniq"](tmp_path, splits=("train",))
+    with pytest.raises(ConfigError, match=r"'searle.* averages the embeddings of several wordings.*to train with"):
+        load_training("fashioniq", tmp_path, category="dress", prompt="searle")

@@ -41,7 +41,7 @@ def test_options_are_kept_and_build_the_same_again(build, kind, options):
         (build_target, "original", 16, {}, ["'original'", "frozen, sum, union, shared"]),
         (build_fusion, "image", 16, {"layers": 2}, ["does not take layers", "no option"]),
         (build_target, "union", 16, {"mask": "x", "depth": 1}, ["depth, mask", "layers, heads, feedforward"]),
-        (build_fusion, "transagg", 16, {"heads": 5}, ["'transagg'", "width 16", "divisible"]),
+        (build_fusion, "transagg", 16, {"heads": 5}, ["'transagg'", "width 16", "fusion.heads one of 1, 2, 4, 8, 16"]),
         (build_fusion, "transagg", 16, {"heads": 0}, ["heads is 0", "at least 1"]),
         (build_fusion, "transagg", 16, {"heads": "2"}, ["heads is '2'", "whole number"]),
         (build_fusion, "transagg", 16, {"layers": 0}, ["layers is 0", "at least 1"]),

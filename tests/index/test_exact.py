@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.index import exact
-from union_igrot.index.exact import exact_topk, rank_chunks
+from union_igrot.index.exact import exact_topk
+from union_igrot.index.ranks import rank_chunks
 
 
 def slow_ranking(queries, gallery, exclude=None):
@@ -22,10 +23,7 @@ def slow_ranking(queries, gallery, exclude=None):
 
 def whole(queries, gallery, **options):
     """Put the chunks of `rank_chunks` together."""
-    chunks = list(rank_chunks(queries, gallery, **options))
-    covered = [row for chunk in chunks for row in range(chunk.queries.start, chunk.queries.stop)]
-    assert covered == list(range(len(queries)))
-    return torch.cat([chunk.positions for chunk in chunks]), torch.cat([chunk.candidates for chunk in chunks])
+    return torch.cat([chunk.first(len(gallery)) for chunk in rank_chunks(queries, gallery, **options)])
 
 
 @st.composite
@@ -51,14 +49,9 @@ def test_chunked_equals_the_full_stable_sort(search, k, dtype):
         expected = slow_ranking(queries, gallery, exclude)
         k = min(k, *(len(row) for row in expected))
         found = exact_topk(queries.to(dtype), gallery.to(dtype), k, exclude, budget)
-        positions, candidates = whole(queries.to(dtype), gallery.to(dtype), exclude=exclude, chunk_bytes=budget)
     assert found.positions.tolist() == [[p for _, p in row[:k]] for row in expected]
     assert found.scores.tolist() == [[-s for s, _ in row[:k]] for row in expected]
     assert found.scores.dtype == torch.float32
-    assert candidates.tolist() == [len(row) for row in expected]
-    for row, one in enumerate(expected):
-        out = sorted(set(exclude[row])) if exclude else []
-        assert positions[row].tolist() == [p for _, p in one] + out
 
 
 def unit(n, dim, seed):
@@ -71,14 +64,14 @@ def test_neither_budget_nor_k_changes_a_bit():
     queries, gallery = unit(150, 24, 0), unit(9000, 24, 1)
     gallery[2::3] = gallery[0::3]
     largest = exact_topk(queries, gallery, 300, chunk_bytes=2**30)
-    positions, _ = whole(queries, gallery, chunk_bytes=2**30)
+    positions = whole(queries, gallery, chunk_bytes=2**30)
     assert torch.equal(positions[:, :300], largest.positions)
     for budget in (1, 300_000, 3_000_000, 2**25):
         found = exact_topk(queries[:70], gallery, 20, chunk_bytes=budget)
         assert torch.equal(found.positions, largest.positions[:70, :20])
         assert torch.equal(found.scores, largest.scores[:70, :20])
     for budget in (100_000, 2**25):
-        assert torch.equal(whole(queries, gallery, chunk_bytes=budget)[0], positions)
+        assert torch.equal(whole(queries, gallery, chunk_bytes=budget), positions)
 
 
 def test_scores_are_those_of_a_product_in_double():
@@ -143,7 +136,6 @@ def test_embeddings_with_gradients_give_rankings_without():
     found = exact_topk(queries, unit(9, 8, 1), 3)
     assert not found.scores.requires_grad
     assert exact_topk(queries[:0], unit(9, 8, 1), 3).positions.shape == (0, 3)
-    assert list(rank_chunks(queries[:0], unit(9, 8, 1))) == []
 
 
 def test_no_score_matrix_above_the_budget(monkeypatch):
@@ -161,9 +153,6 @@ def test_no_score_matrix_above_the_budget(monkeypatch):
     exact_topk(queries, gallery, 5, chunk_bytes=budget)
     assert max(sizes) <= budget
     assert np.sum(sizes) == 200 * 20_000 * 8
-    sizes.clear()
-    list(rank_chunks(queries, gallery, chunk_bytes=budget))
-    assert max(sizes) <= budget
 
 
 @pytest.mark.parametrize("k", [0, -1, 9])
@@ -179,19 +168,15 @@ def test_wrong_exclusions_are_errors():
         exact_topk(queries, gallery, 1, exclude=[[]])
     for wrong in (-1, 10):
         with pytest.raises(DataError, match=f"query 1 excludes position {wrong} of a gallery of 10"):
-            rank_chunks(queries, gallery, exclude=[[], [3, wrong]])
+            exact_topk(queries, gallery, 1, exclude=[[], [3, wrong]])
 
 
 def test_other_wrong_arguments_are_errors():
     queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
     with pytest.raises(DataError, match="the gallery holds no embedding"):
         exact_topk(queries, gallery[:0], 1)
-    for search in (
-        lambda: exact_topk(queries, gallery, 1, chunk_bytes=0),
-        lambda: rank_chunks(queries, gallery, None, 0),
-    ):
-        with pytest.raises(ConfigError, match="chunk_bytes is 0"):
-            search()
+    with pytest.raises(ConfigError, match="chunk_bytes is 0"):
+        exact_topk(queries, gallery, 1, chunk_bytes=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -201,6 +186,6 @@ def test_embeddings_that_are_not_finite_are_errors(value):
     with pytest.raises(DataError, match=r"1 of the gallery \(first at position 7\) hold nan or infinity"):
         exact_topk(queries, gallery, 1)
     with pytest.raises(DataError, match=r"1 of the queries \(first at position 0\)"):
-        list(rank_chunks(gallery[7:], unit(10, 4, 1)))
+        exact_topk(gallery[7:], unit(10, 4, 1), 1)
     with pytest.raises(DataError, match="too large for float32"):
         exact_topk(torch.full((1, 2), 1e30), torch.full((1, 2), 1e30), 1)

@@ -124,6 +124,39 @@ def test_conventions_reach_the_figures():
     assert_same(feed(figures, data, [range(23)]).values(), expected)
 
 
+def test_states_lie_in_few_blocks_that_are_made_in_advance():
+    """One small tensor a batch, living on between large ones, would tear the heap to pieces."""
+    data = world(queries=200)
+    batches = [range(at, at + 10) for at in range(0, 200, 10)]
+    expecting, growing = RetrievalFigures(NAMES, expected=200), RetrievalFigures(NAMES)
+    feed(expecting, data, batches[:1])
+    places = [states[0].data_ptr() for states in (expecting.rows, expecting.positions, expecting.labels)]
+    feed(expecting, data, batches[1:])
+    assert [states[0].data_ptr() for states in (expecting.rows, expecting.positions, expecting.labels)] == places
+    assert len(expecting.rows) == 1
+    feed(growing, data, batches)
+    assert len(growing.rows) <= 6
+    assert_same(expecting.values(), growing.values())
+    assert len(expecting.values()["mAP"]) == 200
+
+
+def test_more_and_fewer_queries_than_expected_are_taken():
+    data = world()
+    for expected in (1, 7, 100):
+        figures = feed(RetrievalFigures(NAMES, expected=expected), data, [range(9), range(9, 23)])
+        assert_same(figures.values(), expected_values(data))
+
+
+def test_a_batch_s_own_figures_do_not_disturb_those_of_all():
+    data = world()
+    figures, own = RetrievalFigures(NAMES, expected=23), []
+    for at in (0, 8, 16):
+        some = torch.arange(at, min(at + 8, 23))
+        own.append(figures(data["hits"][some], data["n_relevant"][some], some, data["subset"][some]))
+    assert_same(figures.values(), expected_values(data))
+    assert_same(own[1], {name: average(x[8:16]) for name, x in expected_values(data).items()})
+
+
 def test_reset_forgets():
     data = world()
     figures = feed(RetrievalFigures(NAMES), data, [range(23)])

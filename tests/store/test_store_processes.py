@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 COMMON = """
 import os, random, resource, signal, sys, time
 from pathlib import Path
@@ -92,6 +94,71 @@ assert len(prune(root, 0)) == 1  # the dead hold no lock
 print("kills", kills, "acknowledged", len(acknowledged), "swept", swept)
 """
 
+MANY_KILLS = """
+from union_igrot.store.space import usage
+from union_igrot.store.shards import map_shard
+
+random.seed(1)
+KILLS = 100
+acknowledged, pipes = set(), {}
+
+def start(side):
+    ours, theirs = os.pipe()
+
+    def work():
+        # As an encoder does: what is missing is added, whatever an earlier process left.
+        with FeatureStore(root, "f", limit=10**9) as store:
+            for number in range(side, 10**6, 2):
+                if store.missing(keys(number), tokens=True):
+                    store.add(keys(number), make(number))
+                os.write(theirs, b"%d\\n" % number)
+
+    child = fork(work)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    pipes[child] = (side, ours)
+
+def listen(child):
+    side, pipe = pipes[child]
+    try:
+        while heard := os.read(pipe, 2**16):
+            acknowledged.update(int(line) for line in heard.split())
+    except BlockingIOError:
+        pass
+
+start(0), start(1)
+for kill in range(KILLS):
+    time.sleep(random.uniform(0.0, 0.05))
+    victim = random.choice(list(pipes))
+    os.kill(victim, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(victim, 0)[1])
+    for child in list(pipes):
+        listen(child)  # whole lines: each is one write
+    side, pipe = pipes.pop(victim)
+    os.close(pipe)
+    if kill % 10 == 9:
+        assert prune(root, 0) == []  # the other writer has it open
+        known = set(acknowledged)
+        with FeatureStore(root, "f") as store:
+            assert not list(store.folder.glob("*.broken")), "a half-written shard was visible"
+            for number in random.sample(sorted(known), min(20, len(known))):
+                assert same(store, number), number
+            assert not store.missing([key for number in known for key in keys(number)], tokens=True)
+    start(side)
+for child in list(pipes):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    listen(child)
+store = FeatureStore(root, "f")
+assert not list(store.folder.glob("*.tmp")) + list(store.folder.glob("*.broken"))
+assert all(same(store, number) for number in acknowledged)
+held = [bytes(row) for path in store.folder.glob("*.safetensors") for row in map_shard(path)["digests"].numpy()]
+assert len(held) == len(set(held)), "something is there twice"
+assert len(acknowledged) * 16 <= len(held) <= (len(acknowledged) + KILLS + 2) * 16
+assert usage(root)[0].entries == len(held)
+print("kills", KILLS, "acknowledged", len(acknowledged), "rows", len(held))
+"""
+
 AT_ONCE = """
 def work(first):
     store = FeatureStore(root, "f")
@@ -141,6 +208,13 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost(tmp_path):
     words = run(KILLED, tmp_path).split()
     assert int(words[1]) >= 30
     assert int(words[3]) >= 20
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_lose_nothing_double_nothing_and_break_nothing(tmp_path):
+    words = run(MANY_KILLS, tmp_path).split()
+    assert int(words[1]) == 100
+    assert int(words[3]) > 100
 
 
 def test_three_processes_add_at_once(tmp_path):

@@ -8,8 +8,9 @@ annotations or caches.
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,13 @@ class Backbone(nn.Module, ABC):
             False after the end of each text, by position.
         """
 
+    def layout(self) -> dict[str, Any]:
+        """Say in plain values how the model is built, weights and words aside; empty where its name says it."""
+        return {}
+
+    def save_words(self, folder: Path) -> None:
+        """Write what texts are cut by into a folder; nothing where it is part of the code."""
+
     def freeze(self) -> "Backbone":
         """Fix every weight and stay in evaluation mode. Call at the end of a constructor."""
         self.requires_grad_(requires_grad=False)
@@ -110,10 +118,8 @@ class Backbone(nn.Module, ABC):
 
     def save_memory(self) -> "Backbone":
         """Compute each layer anew in the backward pass instead of keeping what it saw: less memory, more time."""
-        for layers in [part for part in self.modules() if isinstance(part, nn.ModuleList)]:
-            if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
-                for layer in layers:
-                    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        for layer in list(_layers(self)):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         return self
 
     def train(self, mode: bool = True) -> "Backbone":  # noqa: ARG002 - the mode is refused on purpose
@@ -128,3 +134,27 @@ class Backbone(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.parameters()).device
+
+
+def _layers(part: nn.Module) -> Iterator[nn.Module]:
+    """Give the layers of each stack; of a stack of stages that are mostly stacks themselves, the inner ones."""
+    for child in part.children():
+        if _is_stack(child) and not any(map(_is_stage, child.children())):
+            yield from child.children()
+        else:
+            yield from _layers(child)
+
+
+def _is_stack(part: nn.Module) -> bool:
+    """Tell whether a module lists layers of one kind."""
+    listed = isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1
+    return listed and len({type(layer) for layer in part.children()}) == 1
+
+
+def _is_stage(layer: nn.Module) -> bool:
+    inner = max((_size(part) for part in layer.modules() if _is_stack(part)), default=0)
+    return 2 * inner > _size(layer)
+
+
+def _size(part: nn.Module) -> int:
+    return sum(weight.numel() for weight in part.parameters())

@@ -4,6 +4,7 @@ Knows where each model keeps its tokens and how they reach the joint space. Does
 heads, pictures' files or configurations. A model's class is imported when it is used.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from union_igrot.backbones.base import Backbone
-from union_igrot.backbones.weights import first_line, name_some
-from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.backbones.weights import LIBRARY_ERRORS, name_some
+from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.types import Features, Preprocess
 
 NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-base-patch16-224"}
@@ -25,8 +26,28 @@ BLIP_CONTEXT = 35
 _BILINEAR, _BICUBIC = 2, 3
 
 
+class _Transformers(Backbone):
+    """What the models of transformers have in common: how they are built again.
+
+    Attributes:
+        kind: Name of the architecture, as configurations of transformers have it.
+    """
+
+    kind: str
+    network: Any
+    tokenizer: Any
+
+    def layout(self) -> dict[str, Any]:
+        """Give the network's configuration."""
+        return {"kind": self.kind, "config": json.loads(self.network.config.to_json_string(use_diff=False))}
+
+    def save_words(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
 @final
-class BlipBackbone(Backbone):
+class BlipBackbone(_Transformers):
     """BLIP's two towers for retrieval, frozen, without cross-attention and matching head.
 
     All image tokens pass `vision_proj`, all 35 text positions `text_proj`; `pooled` is
@@ -38,6 +59,8 @@ class BlipBackbone(Backbone):
         preprocess: How a picture becomes this model's input.
         name: What the model is called in configurations and saved models.
     """
+
+    kind = "blip"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         super().__init__()
@@ -63,7 +86,7 @@ class BlipBackbone(Backbone):
 
 
 @final
-class SiglipBackbone(Backbone):
+class SiglipBackbone(_Transformers):
     """SigLIP or SigLIP 2 of a fixed picture size, frozen.
 
     Its pooled embeddings are no tokens, so they stand in front of the tokens on both
@@ -77,6 +100,8 @@ class SiglipBackbone(Backbone):
         preprocess: How a picture becomes this model's input.
         name: What the model is called in configurations and saved models.
     """
+
+    kind = "siglip"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         super().__init__()
@@ -110,7 +135,7 @@ class SiglipBackbone(Backbone):
 
 
 @final
-class HFClipBackbone(Backbone):
+class HFClipBackbone(_Transformers):
     """A CLIP of transformers, frozen; tokens as in `open_clip.OpenClipBackbone`.
 
     Args:
@@ -119,6 +144,8 @@ class HFClipBackbone(Backbone):
         preprocess: How a picture becomes this model's input.
         name: What the model is called in configurations and saved models.
     """
+
+    kind = "clip"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         super().__init__()
@@ -146,9 +173,9 @@ class HFClipBackbone(Backbone):
 
 HFBackbone = BlipBackbone | SiglipBackbone | HFClipBackbone
 _KINDS: dict[str, tuple[str, type[HFBackbone]]] = {
-    "blip": ("BlipForImageTextRetrieval", BlipBackbone),
-    "siglip": ("SiglipModel", SiglipBackbone),
-    "clip": ("CLIPModel", HFClipBackbone),
+    BlipBackbone.kind: ("BlipForImageTextRetrieval", BlipBackbone),
+    SiglipBackbone.kind: ("SiglipModel", SiglipBackbone),
+    HFClipBackbone.kind: ("CLIPModel", HFClipBackbone),
 }
 
 
@@ -184,6 +211,28 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     return kind(network, load_tokenizer(source, name), preprocess, name)
 
 
+def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Preprocess, words: Path) -> HFBackbone:
+    """Build a model of transformers from its configuration, with weights drawn at random.
+
+    Args:
+        name: What the model is called.
+        kind: Its architecture, as `layout` gave it.
+        config: Its configuration, as `layout` gave it.
+        preprocess: How a picture becomes its input.
+        words: A folder with its tokenizer's files.
+
+    Raises:
+        KeyError: Where the architecture is not known.
+        CheckpointError: Where the tokenizer cannot be read.
+    """
+    import transformers  # noqa: PLC0415 - heavy, only what is used
+
+    class_name, backbone = _KINDS[kind]
+    model_class = getattr(transformers, class_name)
+    network = model_class(model_class.config_class.from_dict(dict(config)))
+    return backbone(network, load_tokenizer(words, name), preprocess, name)
+
+
 def load_tokenizer(source: str | Path, name: str) -> Any:
     """Load a tokenizer from a repository, a folder or a BERT `vocab.txt`.
 
@@ -196,7 +245,10 @@ def load_tokenizer(source: str | Path, name: str) -> Any:
         if Path(source).is_file():
             return BertTokenizer(vocab=str(source))
         return AutoTokenizer.from_pretrained(str(source))
-    except Exception as error:  # whatever a hub, a network or a file may say
+    except Exception as error:
+        # The tokenizers library raises the plain base class where a file is damaged.
+        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
+            raise
         raise _unavailable(name, str(source), "tokenizer files", error) from None
 
 
@@ -205,7 +257,7 @@ def _kind(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
 
     try:
         model_type = transformers.AutoConfig.from_pretrained(source).model_type
-    except Exception as error:  # whatever a hub, a network or a file may say
+    except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "config.json", error) from None
     if model_type not in _KINDS:
         hint = " (its pictures vary in size; take a repository of a fixed one)" if model_type == "siglip2" else ""
@@ -217,7 +269,7 @@ def _kind(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
 def _network(name: str, source: str, model_class: Any) -> Any:
     try:
         network, told = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # whatever a hub, a network or a file may say
+    except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "model.safetensors", error) from None
     # transformers draws what a file lacks at random; that is never what is meant here.
     missing = [*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])]
@@ -233,8 +285,12 @@ def _preprocess(name: str, source: str, size: int) -> Preprocess:
 
     try:
         notes, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    except Exception as error:  # whatever a hub, a network or a file may say
+    except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "preprocessor_config.json", error) from None
+    if not isinstance(notes, Mapping):
+        raise CheckpointError(
+            f"backbone {name!r}: preprocessor_config.json in {source} holds no settings; copy it again"
+        )
     return _read_notes(notes, size, "pad" if name == "blip" else None, name)
 
 

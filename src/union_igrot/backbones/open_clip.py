@@ -1,28 +1,29 @@
 """CLIP models through OpenCLIP: OpenAI's, OpenCLIP's own and those in a local folder.
 
-Knows OpenCLIP's architectures, tags and files. All tokens are projected into the joint
-space as the reference does: images by the final norm and the projection, texts by the
-final norm and the text projection, at every position. Does not know heads, pictures' files
-or configurations.
+Knows OpenCLIP's architectures, tags, words and files; how a tower's tokens reach the joint
+space is in `towers`. Does not know heads, pictures' files or configurations.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, final
 
 import open_clip
 import torch
 from jaxtyping import Float, Int
+from open_clip.convert import convert_state_dict
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from union_igrot.backbones.base import Backbone
-from union_igrot.backbones.weights import fill, first_line, name_some, read_state
-from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.backbones.towers import NotSupportedError, image_tower, text_tower
+from union_igrot.backbones.weights import LIBRARY_ERRORS, fill, name_some, read_state
+from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.types import Features, Preprocess
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "batch length"]]
@@ -36,19 +37,24 @@ NAMES = {
 }
 """Short names: architecture and tag."""
 _FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
-_SIZES = ("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask")
+_SIZES = (
+    *("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask"),
+    "text.transformer.embeddings.position_ids",
+)
+_CONTEXT = 77
 
 
 @final
 class OpenClipBackbone(Backbone):
     """A frozen CLIP built by OpenCLIP from a configuration.
 
-    Image tokens: the class token and all patches after the final norm, times the
-    projection; `pooled` is the class token's. Where a model averages its patches instead,
-    the average stands in front of the tokens. Text tokens: every position of the context
-    (77 in CLIP) after the final norm, times the text projection; `pooled` is read at the
-    end mark. The mask is True up to and with the end mark, by position: CLIP's padding
-    shares its number 0 with "!", so numbers cannot tell.
+    Pooled embeddings are OpenCLIP's own. A token is what the tower's own head says of it
+    alone. OpenAI's image tokens are the class token and all patches after the final norm,
+    times the projection, `pooled` the class token's; text tokens likewise at every
+    position, `pooled` read at the end mark, and the mask True up to and with it, by
+    position: CLIP's padding shares its number 0 with "!", so numbers cannot tell. Where a
+    head averages or attends (ResNets, SigLIP, CoCa, texts of Hugging Face), its answer is
+    no token and stands in front of them.
 
     Args:
         config: An OpenCLIP configuration: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
@@ -59,8 +65,8 @@ class OpenClipBackbone(Backbone):
         where: What to call `state` in an error.
 
     Raises:
-        ConfigError: Where the configuration is not one, or its towers are not transformers
-            with a projection (ResNets, timm and Hugging Face towers, attentional pooling).
+        ConfigError: Where the configuration is not one, or a tower has no head that could
+            be asked of one token.
         CheckpointError: Where `state` does not fit.
     """
 
@@ -75,47 +81,44 @@ class OpenClipBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.network = _build(config, name)
+        self.config = deepcopy(dict(config))
         self.name, self.dim, self.preprocess = name, int(config["embed_dim"]), preprocess
-        self._text: Any = getattr(self.network, "text", self.network)
-        self.context: int = self.network.context_length
-        self.tokenize: Tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=self.context)
         text = config["text_cfg"]
-        self._end: int | None = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
+        self.context: int = text.get("context_length", _CONTEXT)
+        self.tokenize: Tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=self.context)
+        words = getattr(self.tokenize, "tokenizer", None)  # that of transformers, where there is one
+        padding = int(getattr(words, "pad_token_id", None) or 0)
+        end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
+        try:
+            self._see = image_tower(self.network.visual)
+            same = words is not None and padding == words.eos_token_id
+            self._read = text_tower(self.network, end, padding, padding_ends=same)
+        except NotSupportedError as error:
+            raise ConfigError(f"backbone {name!r} {error}; choose another architecture") from None
         if state is not None:
             fill(self.network, _own_names(self.network, state), where, f"{name!r} may be another architecture")
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode preprocessed pictures."""
-        visual = self.network.visual
-        seen = self.network.forward_intermediates(
-            image=images,
-            image_indices=1,
-            normalize=False,
-            normalize_intermediates=True,
-            image_output_fmt="NLC",
-            image_output_extra_tokens=True,
-        )
-        last = torch.cat([seen["image_intermediates_prefix"][-1], seen["image_intermediates"][-1]], dim=1)
-        tokens = last @ visual.proj
-        if visual.pool_type != "tok":
-            tokens = torch.cat([seen["image_features"][:, None], tokens], dim=1)
+        tokens = self._see(images)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
 
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts; what is longer than the context is cut, its end mark kept."""
-        ids = self.tokenize(list(texts)).to(self.device)
-        said = self.network.forward_intermediates(
-            text=ids, text_indices=1, normalize=False, normalize_intermediates=True, intermediates_only=True
-        )
-        tokens, projection = said["text_intermediates"][-1], self._text.text_projection
-        if projection is not None:
-            tokens = projection(tokens) if isinstance(projection, nn.Linear) else tokens @ projection
-        # The first of the largest numbers is the end mark: OpenAI's rule.
-        end = ids.argmax(1) if self._end is None else (ids == self._end).int().argmax(1)
-        mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
-        return Features(tokens[torch.arange(len(ids), device=ids.device), end], tokens, mask, end)
+        return self._read(self.tokenize(list(texts)).to(self.device))
+
+    def layout(self) -> dict[str, Any]:
+        """Give the network's configuration."""
+        return {"kind": "open_clip", "config": self.config}
+
+    def save_words(self, folder: Path) -> None:
+        """Write the files of a tokenizer and a text tower of transformers; CLIP's byte pairs are part of OpenCLIP."""
+        if isinstance(self.tokenize, HFTokenizer):
+            self.tokenize.save_pretrained(folder)
+        if self.config["text_cfg"].get("hf_model_name"):
+            self.network.text.config.save_pretrained(folder)
 
 
 def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBackbone:
@@ -145,9 +148,44 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
         tags = name_some(list_pretrained_tags_by_model(arch))
         raise ConfigError(f"backbone {name!r}: {arch} has no tag {tag!r}; choose one of {tags} or give model.weights")
     path = Path(weights) if weights is not None else _download(name, known)
-    return OpenClipBackbone(
-        config, _preprocess(config, known, tag), name, read_state(path), _tokens(arch, config), str(path)
-    )
+    preprocess = _preprocess(config, known or _agreed(arch), tag)
+    return OpenClipBackbone(config, preprocess, name, read_state(path), _tokens(config), str(path))
+
+
+def restore_open_clip(name: str, config: Mapping[str, Any], preprocess: Preprocess, words: Path) -> OpenClipBackbone:
+    """Build an OpenCLIP model from its configuration, with weights drawn at random.
+
+    Args:
+        name: What the model is called.
+        config: Its configuration, as `layout` gave it.
+        preprocess: How a picture becomes its input.
+        words: A folder with what `save_words` wrote.
+
+    Raises:
+        ConfigError: Where the configuration is not one.
+        CheckpointError: Where the words cannot be read.
+    """
+    return _in_folder(name, config, preprocess, words)
+
+
+def _in_folder(
+    name: str,
+    config: Mapping[str, Any],
+    preprocess: Preprocess,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    where: str = "",
+) -> OpenClipBackbone:
+    """Build a model whose words, and whose text tower's configuration where it lies there, are in a folder."""
+    placed = {**config, "text_cfg": dict(config["text_cfg"])}
+    text = placed["text_cfg"]
+    if text.get("hf_model_name") and (folder / "config.json").is_file():
+        text["hf_model_name"] = str(folder)
+    if text.get("hf_tokenizer_name"):
+        text["hf_tokenizer_name"] = str(folder)
+    backbone = OpenClipBackbone(placed, preprocess, name, state, _tokens(placed), where)
+    backbone.config = deepcopy(dict(config))  # without the folder's place
+    return backbone
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -185,44 +223,37 @@ def configuration(name: str) -> dict[str, Any]:
 
 def _build(config: Mapping[str, Any], name: str) -> Any:
     """Build the network of a configuration with random weights."""
-    options = {key: deepcopy(value) for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
-    problem = _unsupported(config)
-    if problem:
-        raise ConfigError(f"backbone {name!r} {problem}; choose a CLIP whose towers are OpenCLIP's own transformers")
-    try:
-        network = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**options)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"backbone {name!r} is not a CLIP configuration: {first_line(error)}") from None
-    text = getattr(network, "text", network)
-    pool = getattr(text, "pool_type", None) or getattr(network, "text_pool_type", None)
-    if not isinstance(network.visual, VisionTransformer) or pool not in ("argmax", "eos"):
-        raise ConfigError(f"backbone {name!r} pools its texts by {pool!r}; only an end mark's token is supported")
-    if network is not text and not isinstance(text, TextTransformer):
-        raise ConfigError(f"backbone {name!r} has a text tower of {type(text).__name__}, which is not supported")
-    return network
-
-
-def _unsupported(config: Mapping[str, Any]) -> str:
     vision, text = config.get("vision_cfg"), config.get("text_cfg")
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping) or "embed_dim" not in config:
-        return "has no embed_dim, vision_cfg or text_cfg"
-    if config.get("multimodal_cfg") or vision.get("attentional_pool") or text.get("embed_cls"):
-        return "pools by attention (CoCa), so that its tokens are not in the joint space"
-    if vision.get("timm_model_name") or isinstance(vision.get("layers"), list | tuple):
-        return "has an image tower of timm or a ResNet, whose tokens are not projected"
-    return "has a text tower of Hugging Face" if text.get("hf_model_name") else ""
+        raise ConfigError(f"backbone {name!r} has no embed_dim, vision_cfg or text_cfg; give an OpenCLIP configuration")
+    options = {key: deepcopy(value) for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
+    # What OpenCLIP would fetch or give beside an embedding is not asked for; CoCa's decoder is left out.
+    options["vision_cfg"] = {**options["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
+    options["text_cfg"] = {**options["text_cfg"], "hf_model_pretrained": False, "output_tokens": False}
+    apart = config.get("custom_text") or config.get("multimodal_cfg") or text.get("hf_model_name")
+    try:
+        return (open_clip.CustomTextCLIP if apart else open_clip.CLIP)(**options)
+    except (OSError, HTTPException) as error:
+        raise CheckpointError(
+            f"backbone {name!r}: the configuration of its text tower {text.get('hf_model_name')} cannot be had "
+            f"({first_line(error)}); connect once, or give model.weights=FOLDER with its config.json"
+        ) from None
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"backbone {name!r} is not a CLIP configuration: {first_line(error)}") from None
 
 
 def _own_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring older layouts to the network's: sizes dropped, the text tower's prefix, scalars' shape."""
-    named = {name: x for name, x in state.items() if name not in _SIZES}
+    named = {name: x for name, x in state.items() if name not in _SIZES and not name.startswith("text_decoder.")}
+    named = convert_state_dict(network, named)  # Apple's own names
     own = network.state_dict()
     if "text.positional_embedding" in own and "positional_embedding" in named:
         named = {(name if name.startswith(("visual.", "logit_")) else f"text.{name}"): x for name, x in named.items()}
     for name in ("logit_scale", "logit_bias"):
         if name in named and name in own and named[name].numel() == 1:
             named[name] = named[name].reshape(own[name].shape)
-    return named
+    # Counts of batches, which older files lack and frozen statistics do not read.
+    return {name: x for name, x in own.items() if name.endswith(".num_batches_tracked")} | named
 
 
 def _preprocess(config: Mapping[str, Any], known: Mapping[str, Any], tag: str) -> Preprocess:
@@ -246,16 +277,30 @@ def _preprocess(config: Mapping[str, Any], known: Mapping[str, Any], tag: str) -
     )
 
 
-def _tokens(source: str, config: Mapping[str, Any]) -> Tokenizer | None:
+def _agreed(arch: str) -> dict[str, Any]:
+    """Give the preprocessing that all tags of an architecture agree on, for weights without a tag."""
+    tags = [dict(get_pretrained_cfg(arch, tag)) for tag in list_pretrained_tags_by_model(arch)]
+    keys = ("mean", "std", "interpolation", "resize_mode", "size")
+    return {key: tags[0].get(key) for key in keys if tags and all(tag.get(key) == tags[0].get(key) for tag in tags)}
+
+
+def _tokens(config: Mapping[str, Any]) -> Tokenizer | None:
     """Give the tokenizer a configuration asks for; None for CLIP's own."""
     text = config["text_cfg"]
-    if not text.get("hf_tokenizer_name") and not text.get("tokenizer_kwargs"):
-        return None
+    source, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
+    length = text.get("context_length", _CONTEXT)
+    if not source:
+        return open_clip.SimpleTokenizer(context_length=length, **options) if options else None
     try:
-        found: Tokenizer = open_clip.get_tokenizer(source)
-    except Exception as error:  # whatever a hub, a network or a file may say
+        found: Tokenizer = HFTokenizer(
+            source, context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
+        )
+    except Exception as error:
+        # The tokenizers library raises the plain base class where a file is damaged.
+        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
+            raise
         raise CheckpointError(
-            f"the tokenizer {text.get('hf_tokenizer_name')} cannot be had ({first_line(error)}); connect once, "
+            f"the tokenizer {source} cannot be had ({first_line(error)}); connect once, "
             "or give model.weights=FOLDER with its tokenizer files"
         ) from None
     return found
@@ -266,7 +311,7 @@ def _download(name: str, known: Mapping[str, Any]) -> Path:
     wanted = known.get("hf_hub") or known.get("url")
     try:
         return Path(download_pretrained(dict(known)))
-    except Exception as error:  # whatever a hub or a network may say
+    except (OSError, RuntimeError, HTTPException) as error:
         raise CheckpointError(
             f"the weights of {name!r} ({wanted}) are not on this machine and cannot be fetched "
             f"({first_line(error)}); connect once, or put {_FILES[0]} anywhere and set model.weights=PATH to it"
@@ -286,5 +331,4 @@ def _load_folder(name: str, tag: str, folder: Path) -> OpenClipBackbone:
             f"model_cfg there, or set model.weights to {path} itself"
         ) from None
     config["quick_gelu"] = bool(config.get("quick_gelu") or tag == "openai")
-    tokenizer = _tokens(f"local-dir:{folder}", config)
-    return OpenClipBackbone(config, _preprocess(config, known, tag), name, read_state(path), tokenizer, str(path))
+    return _in_folder(name, config, _preprocess(config, known, tag), folder, read_state(path), str(path))

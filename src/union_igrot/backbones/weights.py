@@ -11,15 +11,35 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError
+from union_igrot.errors import CheckpointError, first_line
 
+LIBRARY_ERRORS: tuple[type[Exception], ...] = (
+    OSError,  # no such file or repository, no network: most of what the hub's libraries raise is one
+    cast(
+        type[Exception], HfHubHTTPError.__mro__[1]
+    ),  # the HTTP client's own errors, whichever client the hub's library speaks with
+    StrictDataclassError,  # a configuration of other types
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    AssertionError,
+    EOFError,
+    ImportError,  # a tokenizer that needs a package which is not there
+    RuntimeError,  # torch about archives, a checksum that does not fit
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+"""What transformers, OpenCLIP and timm raise where a file is missing, damaged or odd, or cannot be fetched."""
 _LISTED = 6
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _STORAGES = {
@@ -127,12 +147,6 @@ def name_some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"[{', '.join(names[:_LISTED])}{more}]"
-
-
-def first_line(error: BaseException) -> str:
-    """Give the first line of what another library said."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def _is_script(path: Path) -> bool:

@@ -13,11 +13,10 @@ from union_igrot.backbones.build import build_backbone
 from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.heads.projector import build_projector
-from union_igrot.learner import Machine
 from union_igrot.model import IGROTModel
-from union_igrot.processes import Processes
+from union_igrot.processes import Machine, Processes
 from union_igrot.store.features import FeatureStore
-from union_igrot.store.space import default_root
+from union_igrot.store.space import chosen_limit, default_root
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -58,7 +57,9 @@ def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> En
     root = default_root() if config.cache_dir is None else Path(config.cache_dir).expanduser()
     options = config.features
     kind = options.dtype if options.precision == "float32" else f"{options.dtype}-{options.precision}"
-    store = FeatureStore(root, f"{backbone.fingerprint()}-{kind}", dtype=options.dtype)
+    limit = chosen_limit(config.cache_limit)
+    name = f"{backbone.fingerprint()}-{kind}"
+    store = FeatureStore(root, name, dtype=options.dtype, backbone=backbone.name, limit=limit)
     return Encoder(
         backbone,
         store,

@@ -5,7 +5,7 @@ Knows Hydra and the errors. Does not know what a command does.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 
 from union_igrot import __version__
 from union_igrot.cli.help import help_text
+from union_igrot.cli.sweep import Sweep, in_sweep
+from union_igrot.cli.typed import as_typed
 from union_igrot.config import check_config, check_sweep, compose, conf_dir
 from union_igrot.errors import UnionError
 
@@ -36,17 +38,27 @@ def _one_line(command: str) -> Iterator[None]:
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
-def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Sequence[str] | None = None) -> None:
+def run_command(
+    name: str,
+    task: Callable[[DictConfig, Path], Path | None],
+    argv: Sequence[str] | None = None,
+    *,
+    literal: Collection[str] = (),
+    several: Collection[str] = (),
+) -> None:
     """Run a command under Hydra.
 
     Args:
         name: Name of the configuration, `train` or `eval`.
-        task: Takes the checked configuration and Hydra's run folder.
+        task: Takes the checked configuration and Hydra's run folder; gives the folder of its results, or None
+            where that is Hydra's.
         argv: Arguments; the process's own where None.
+        literal: Settings whose text is taken as it was typed; see `cli.typed`.
+        several: Settings of a list of such texts.
 
     Raises:
         SystemExit: With code 2 and one line on standard error for a user's mistake, with
-            code 130 and one line after Ctrl-C.
+            code 130 and one line after Ctrl-C. A sweep goes on after a job's mistake and ends with its code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = f"union-{name}"
@@ -57,6 +69,7 @@ def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Seque
         print(__version__)  # noqa: T201 - the command's voice
         return
     with _one_line(command):
+        arguments = as_typed(arguments, literal, several)
         flags = {argument for argument in arguments if argument.startswith("-")}
         plain = [argument for argument in arguments if argument not in flags]
         if not flags:
@@ -65,10 +78,20 @@ def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Seque
             check_sweep(name, plain)
         folder = str(conf_dir())
 
+    sweep = Sweep(name, EXIT_MISTAKE)
+
     def guarded(config: DictConfig) -> None:
-        with _one_line(command):
+        fresh = Path(HydraConfig.get().runtime.output_dir)
+
+        def work() -> Path | None:
             check_config(name, config)
-            task(config, Path(HydraConfig.get().runtime.output_dir))
+            return task(config, fresh)
+
+        with _one_line(command):
+            if in_sweep():
+                sweep.job(work, fresh)
+            else:
+                work()
 
     before = sys.argv
     sys.argv = [command, *arguments]
@@ -79,3 +102,6 @@ def run_command(name: str, task: Callable[[DictConfig, Path], None], argv: Seque
     finally:
         sys.argv = before
         os.chdir(here)
+        sweep.show()
+    if sweep.code:
+        raise SystemExit(sweep.code)

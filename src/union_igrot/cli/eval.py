@@ -1,14 +1,18 @@
-"""`union-eval`: a trained model on benchmarks, beside chance and untrained baselines.
+"""`union-eval`: a trained model, or a backbone alone, on benchmarks beside chance and untrained baselines.
 
 Knows the order of the steps. Does not know how any of them is done.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import run_command
+
+if TYPE_CHECKING:
+    from union_igrot.model import IGROTModel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,24 +20,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("eval", evaluate_checkpoint, argv)
 
 
-def evaluate_checkpoint(config: DictConfig, fresh: Path) -> None:
-    """Evaluate as configured; `fresh` is used where no folder is named."""
+def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
+    """Evaluate as configured; `fresh` is used where no folder is named.
+
+    Returns:
+        The folder of the results.
+    """
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report, report_predictions
-    from union_igrot.model import load_model
     from union_igrot.report.files import write_text
 
     folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    if "model" in config:
+        config.checkpoint = None  # the default, which is not asked
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
     if config.predictions is not None:
         report_predictions(Path(config.predictions).expanduser(), data.tested(config.data), folder, config.seed)
-        return
-    checkpoint = Path(config.checkpoint).expanduser()
-    inner = checkpoint / "model"
-    where = config.checkpoint if config.checkpoint == "tiny" else inner if inner.is_dir() else checkpoint
-    model = load_model(where, config.weights)
+        return folder
+    model, checkpoint = _model(config)
     test = data.tested(config.data)
     encoder = assemble.encoder(config, model.backbone)
-    evaluate_and_report(model, test, encoder, folder, config.seed, data.whole(config.data))
+    whole = data.whole(config.data)
+    evaluate_and_report(model, test, encoder, folder, config.seed, whole, checkpoint=checkpoint)
+    return folder
+
+
+def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
+    """Load what is evaluated: trained heads and where they are from, or a backbone without any."""
+    from union_igrot.backbones.build import build_backbone
+    from union_igrot.evaluate import baseline
+    from union_igrot.model import load_model
+
+    if "model" in config:
+        return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
+    if config.checkpoint in (None, "tiny"):
+        return load_model("tiny", config.weights), "tiny"
+    checkpoint = Path(config.checkpoint).expanduser()
+    inner = checkpoint / "model"
+    return load_model(inner if inner.is_dir() else checkpoint, config.weights), str(config.checkpoint)

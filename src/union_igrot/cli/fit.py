@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from union_igrot.cli import assemble, data
+from union_igrot.cli.loggers import open_loggers
+from union_igrot.data.identity import picture_identities
 from union_igrot.datamodule import IGROTDataModule
 from union_igrot.learner import Learner, Recipe, fit, load_best
 from union_igrot.losses import InfoNCE
 from union_igrot.model import IGROTModel
 from union_igrot.processes import Processes, part
 
-PLACES = {"output_dir", "cache_dir", "progress"}
+PLACES = {"output_dir", "cache_dir", "cache_limit", "progress"}
 """Settings that say where things lie, not what comes out."""
 _SIDES: dict[str, tuple[Any, ...]] = {"none": (), "text": ("text",), "image": ("image",), "both": ("image", "text")}
 
@@ -66,11 +67,13 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         live=_SIDES[config.model.finetune],
     )
     machine = assemble.machine(config, processes)
-    logger = CSVLogger(folder, name="logs") if config.logger.name == "csv" else False
-    best = fit(learner, batches, folder / "checkpoints", machine=machine, logger=logger, progress=config.progress)
+    with open_loggers(assemble.plain(config.logger), folder, settings, leads=processes.leads) as logger:
+        best = fit(learner, batches, folder / "checkpoints", machine=machine, logger=logger, progress=config.progress)
     part()
     if config.strategy.name.startswith("fsdp") and processes.leads:
         model = assemble.new_model(config, model.card)
         load_best(model, folder / "checkpoints")
+        model.tuned = config.model.finetune != "none"
     model.card["best"] = best
+    model.training_images = picture_identities(side for one in samples.triplets for side in (one.image, one.target))
     return model

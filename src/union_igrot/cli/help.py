@@ -5,6 +5,7 @@ Knows how those files are laid out. Does not compose or check anything.
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 
 from union_igrot.config import conf_dir, options_of
 
@@ -15,7 +16,7 @@ _WHOLE = "# @package _global_\n"
 def help_text(name: str) -> str:
     """Say what a command takes: its groups with their options, and its settings.
 
-    Read from the comments of the YAML files themselves.
+    Read from the comments of the YAML files themselves; comments below the first line stand at the end.
     """
     lines = (conf_dir() / f"{name}.yaml").read_text().splitlines()
     groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+)\s+# (.+)", line))]
@@ -38,6 +39,8 @@ def help_text(name: str) -> str:
                 # `name` and `kind` that repeat the option are no settings to a reader.
                 if setting and not (setting[1] in {"name", "kind"} and setting[2] == option):
                     out.append((f"{'':<17}{group}.{setting[1]}={setting[2]}".ljust(48) + (setting[3] or "")).rstrip())
+    notes = [line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines[1:])]
+    out += ["", *notes] if notes else []
     out += ["", "-m sweeps over comma-separated values; --cfg job prints the composed configuration"]
     return "\n".join(out)
 

@@ -9,49 +9,67 @@ from pathlib import Path
 
 from rich.console import Console
 
+from union_igrot.cli.page import write_run_page
 from union_igrot.data.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.data.transforms import open_picture
+from union_igrot.embedding import embed
 from union_igrot.encode import Encoder
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluate import combine, embed, evaluate, result_row
+from union_igrot.evaluate import combine, evaluate, result_row
 from union_igrot.model import IGROTModel
 from union_igrot.predictions import score_predictions
 from union_igrot.report.files import write_query_values, write_results
+from union_igrot.report.page_tables import Asked
 from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
 from union_igrot.report.tables import print_results
 from union_igrot.scoring import score
-from union_igrot.types import Benchmark
+from union_igrot.types import Benchmark, Scores
 
 
 def evaluate_and_report(
-    model: IGROTModel, benchmarks: Sequence[Benchmark], encoder: Encoder, folder: Path, seed: int, whole: str = ""
+    model: IGROTModel,
+    benchmarks: Sequence[Benchmark],
+    encoder: Encoder,
+    folder: Path,
+    seed: int,
+    whole: str = "",
+    *,
+    checkpoint: str | None,
 ) -> None:
     """Evaluate on each benchmark, write what was found after each, print the tables.
 
     Writes `results.json`, `results.csv`, `queries-<benchmark>-<split>.safetensors` (every
-    query's figures), `contact-<benchmark>.png`, and `curve.png` where the folder holds a
-    training's log. A split without published targets gives submission files instead.
+    query's figures), `contact-<benchmark>.png`, `curve.png` where the folder holds a
+    training's log, and `report.html` at the end. A split without published targets gives
+    submission files instead of figures.
 
     Args:
-        model: The model with trained heads.
+        model: The model.
         benchmarks: What to ask.
         encoder: Of the model's backbone.
         folder: Where to write.
         seed: Seed of chance and bootstrap.
         whole: Name of the mean over the benchmarks, where they are parts of one; empty for none.
+        checkpoint: Where the model's trained heads are from; None where it has none, and its backbone's
+            baselines are all there is to ask.
     """
     found, rows = [], []
+    asked: list[Asked] = []
     for benchmark in benchmarks:
         if not any(query.targets for query in benchmark.queries):
-            submit(model, benchmark, encoder, folder)
+            asked.append((benchmark, submit(model, benchmark, encoder, folder)))
             continue
-        found.append(evaluate(model, benchmark, encoder, seed))
+        found.append(evaluate(model, benchmark, encoder, seed, trained=checkpoint is not None))
+        if checkpoint is not None:
+            found[-1].rows[-1]["model"]["checkpoint"] = checkpoint
         rows += found[-1].rows
         write_results(folder, rows)
         scores = found[-1].scores
+        asked.append((benchmark, scores))
         values = {method: part.values for method, part in scores.items()}
         write_query_values(folder, benchmark.name, benchmark.split, values, benchmark.queries_hash())
-        contact_sheet(folder / f"contact-{benchmark.name}.png", benchmark, scores["trained"].ranking, open_picture)
+        last = found[-1].rows[-1]["method"]
+        contact_sheet(folder / f"contact-{benchmark.name}.png", benchmark, scores[last].ranking, open_picture)
     if whole and len(found) > 1:
         rows += combine(found, whole, seed)
         write_results(folder, rows)
@@ -59,8 +77,9 @@ def evaluate_and_report(
     shown = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
     if shown:
         curve_picture(folder / "curve.png", shown)
+    page = write_run_page(folder, rows, asked, shown, model.card, seed)
     print_results(rows)
-    Console().print(f"written to {folder}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(f"written to {folder}; to look at: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path, seed: int) -> None:
@@ -82,11 +101,17 @@ def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     row = result_row(benchmark, "predictions", scores, {"file": path.name, "sha256": digest}, {}, seed)
     write_results(folder, [row])
+    page = write_run_page(folder, [row], [(benchmark, {"predictions": scores})], {}, {}, seed)
     print_results([row])
+    Console().print(f"written to {folder}; to look at: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
-def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Path) -> None:
-    """Write the submission files of a split whose targets are not published (CIRR, CIRCO)."""
+def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Path) -> dict[str, Scores]:
+    """Write the submission files of a split whose targets are not published (CIRR, CIRCO).
+
+    Returns:
+        The answers, under the name of their method.
+    """
     queries, gallery, _ = embed(model, benchmark, encoder)
     scores = score(benchmark, queries, gallery)
     names = [item.id for item in benchmark.gallery]
@@ -98,3 +123,4 @@ def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Pa
         written = write_cirr(folder, benchmark, rankings, [[names[at] for at in row if at >= 0] for row in subsets])
     for path in written:
         Console().print(f"submission file {path}", highlight=False, markup=False, soft_wrap=True)
+    return {"submitted": scores}

@@ -23,11 +23,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("train", train, argv)
 
 
-def train(config: DictConfig, fresh: Path) -> None:
-    """Train as configured; `fresh` is used where no folder is named and nothing is resumed."""
+def train(config: DictConfig, fresh: Path) -> Path | None:
+    """Train as configured; `fresh` is used where no folder is named and nothing is resumed.
+
+    Returns:
+        The run's folder, where this process knows it.
+    """
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from union_igrot.cli.loggers import require_logger
     from union_igrot.processes import found_processes, start_processes, wanted_processes
 
+    require_logger(config.logger.name)
     processes, where = found_processes(), config.strategy
     if processes.world == 1:
         count = wanted_processes(where.accelerator, where.devices, where.nodes)
@@ -35,14 +41,14 @@ def train(config: DictConfig, fresh: Path) -> None:
             place = str(fresh).replace("\\", "\\\\").replace("'", "\\'")
             said = [*HydraConfig.get().overrides.task, f"hydra.run.dir='{place}'"]
             start_processes("union_igrot.cli.train", said, count)
-            return
+            return None
     if processes.leads:
-        _lead(config, fresh, processes)
-    else:
-        _follow(config, fresh, processes)
+        return _lead(config, fresh, processes)
+    _follow(config, fresh, processes)
+    return None
 
 
-def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> None:
+def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     """Train, evaluate and write: what one process does, or the first of several."""
     from rich.console import Console
 
@@ -51,6 +57,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> None:
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.errors import UnionError
     from union_igrot.model import IGROTModel
+    from union_igrot.report.card import write_card
     from union_igrot.report.files import write_text
     from union_igrot.runfolder import identity_of, open_run
 
@@ -74,8 +81,11 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> None:
             run.reach("trained")
         # Of its own: the weights of a tuned backbone are others now.
         encoder = assemble.encoder(config, model.backbone)
-        evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, data.whole(config.data))
+        whole, saved = data.whole(config.data), str(run.path / "model")
+        evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, whole, checkpoint=saved)
+        write_card(run.path / "model", run.path / "results.json")
         run.reach("done")
+        return run.path
 
 
 def _follow(config: DictConfig, fresh: Path, processes: "Processes") -> None:

@@ -11,7 +11,7 @@ from typing import final
 
 from union_igrot.data.annotations import Record, as_name, as_text, choose, once, read_list, read_records
 from union_igrot.data.places import Files
-from union_igrot.data.prompts import Template, default_prompt, template
+from union_igrot.data.prompts import Template, Wording, default_prompt, template
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
@@ -71,7 +71,9 @@ def fashioniq(
     _check_named(rows, names)
     items = [GalleryItem(name, _picture(files, name, where)) for name, where in names.items()]
     queries = _queries(rows, files, f"{category}-{split}", template("fashioniq", prompt), each, own)
-    note = f"FashionIQ {category}, gallery={gallery}; {'each caption asks' if each else 'both captions joined'}"
+    if any(len(query.wordings) > 1 for query in queries):
+        prompt = f"{prompt}, unit embeddings of both orders averaged"
+    note = f"gallery={gallery}; {'each caption asks' if each else 'both captions joined'}; FashionIQ {category}"
     protocol = Protocol(
         name=preset,
         metrics=("R@10", "R@50"),
@@ -129,7 +131,9 @@ def _queries(rows: list[_Row], files: Files, prefix: str, word: Template, each: 
     for number, row in enumerate(rows):
         name = f"{prefix}-{number}"
         first, second = row.captions
-        asked = {f"{name}-0": first, f"{name}-1": second} if each else {name: word({"c1": first, "c2": second})}
+        asked: dict[str, Wording] = {f"{name}-0": first, f"{name}-1": second}
+        if not each:
+            asked = {name: word({"c1": first, "c2": second})}
         image = _picture(files, row.candidate, row.where)
         targets = () if row.target is None else (row.target,)
         gone = (row.candidate,) if exclude else ()

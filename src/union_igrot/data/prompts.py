@@ -3,6 +3,9 @@
 A prompt is one of the names in `PROMPTS`, of which the first of each benchmark, the UNION authors' wording, is the
 default; or a template written out, such as `find {condition}`, with the benchmark's own fields in braces. Templates
 of repositories that learn a word for the reference image keep its mark, `$` or `*`. Does not read files.
+
+Where a repository averages the embeddings of several wordings (SEARLE and LinCIR on FashionIQ), the prompt gives all of
+them; `types.Query.text` says what becomes of them.
 """
 
 import re
@@ -12,7 +15,9 @@ from string import Formatter
 from union_igrot.errors import ConfigError
 
 Fields = Mapping[str, str]
-Template = Callable[[Fields], str]
+Wording = str | tuple[str, ...]
+"""A text, or several wordings of it."""
+Template = Callable[[Fields], Wording]
 
 
 def _pre_caption(text: str, words: int) -> str:
@@ -26,8 +31,14 @@ def _clip4cir(fields: Fields) -> str:
     return f"{fields['c1'].strip('.?, ').capitalize()} and {fields['c2'].strip('.?, ')}"
 
 
-def _form(template: str) -> Template:
+def _form(template: str) -> Callable[[Fields], str]:
     return template.format_map
+
+
+def _both_orders(fields: Fields) -> tuple[str, ...]:
+    """Word two captions in both orders (miccunifi/SEARLE, src/validate.py; navervision/lincir, validate.py)."""
+    first, second = fields["c1"], fields["c2"]
+    return f"a photo of $ that {first} and {second}", f"a photo of $ that {second} and {first}"
 
 
 _FASHIONIQ: Mapping[str, Template] = {
@@ -35,8 +46,8 @@ _FASHIONIQ: Mapping[str, Template] = {
     "magiclens": _form("{c1} and {c2}"),
     "clip4cir": _clip4cir,
     "sprc": lambda fields: _pre_caption(_clip4cir(fields), 50),
-    "searle": _form("a photo of $ that {c1} and {c2}"),
-    "searle_swapped": _form("a photo of $ that {c2} and {c1}"),  # SEARLE averages both orders' embeddings
+    "searle": _both_orders,
+    "searle_swapped": _form("a photo of $ that {c2} and {c1}"),
     "pic2word": _form("a photo of * , {c2} and {c1}"),
     "covr": lambda fields: _pre_caption("{c1} and {c2}".format_map(fields), 30),
 }

@@ -103,15 +103,21 @@ def load_training(name: str, root: str | Path | None = None, check_images: bool 
         One triplet a query and target. `group` is the class of a sketch, else the target's id.
 
     Raises:
-        ConfigError: As for `load_benchmark`, and where the benchmark has no training split.
+        ConfigError: As for `load_benchmark`, where the benchmark has no training split, and where the prompt gives
+            several wordings.
         DataError: As for `load_benchmark`.
         PictureError: As for `load_benchmark`.
     """
     choose("training data", name, tuple(known for known, reader in _READERS.items() if reader.trains))
     benchmark = load_benchmark(name, root, "train", check_images, **options)
+    if any(len(query.wordings) > 1 for query in benchmark.queries):
+        raise ConfigError(
+            f"prompt {benchmark.protocol.prompt!r} averages the embeddings of several wordings, which training does "
+            "not; choose another prompt to train with"
+        )
     pictures = {item.id: item.image for item in benchmark.gallery}
     triplets = [
-        Triplet(query.image, query.text, pictures[target], query.label or target, benchmark.task)
+        Triplet(query.image, query.wordings[0], pictures[target], query.label or target, benchmark.task)
         for query in benchmark.queries
         for target in query.targets
     ]

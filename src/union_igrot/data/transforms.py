@@ -4,6 +4,7 @@ Opens files and in-memory pictures as upright RGB, names a picture for caches an
 a `Preprocess`. Does not know which backbone asked, nor what the picture is used for.
 """
 
+import io
 import os
 import stat
 import threading
@@ -22,8 +23,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from union_igrot.data.arrays import picture_of_array, picture_of_tensor
 from union_igrot.errors import ConfigError, PictureError
-from union_igrot.types import Preprocess, Source
+from union_igrot.types import Picture, Preprocess, Source
 
 # How each EXIF orientation is undone (CIPA DC-008, tag 0x0112); 1 is upright.
 _UPRIGHT = {
@@ -35,6 +37,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 # Beyond this side ratio only the middle is resized: a strip of 1 x 60,000 pixels would else need gigabytes.
 _STRIP = 16
 _Source = TypeVar("_Source", bound=Source)
@@ -67,19 +70,92 @@ def open_picture(source: Source, at_least: int | None = None) -> Image.Image:
     if not isinstance(source, Path):
         return _rgb(source.open())
     check_picture(source)
+    return _decode(source, str(source), at_least)
+
+
+def as_picture(picture: object, at_least: int | None = None) -> Image.Image:
+    """Take a picture in any of the forms that people have it in, as upright RGB.
+
+    Args:
+        picture: A path or its text, a `Picture`, a PIL image (its EXIF orientation is applied), the bytes of an image
+            file, an open binary file, which is read to its end, an array of HxW, HxWx1, HxWx3 or HxWx4, or a tensor of
+            HxW, 1xHxW, 3xHxW or 4xHxW. Arrays and tensors hold uint8, uint16, bool or floats of 0..1. Transparency
+            is laid over white.
+        at_least: As for `open_picture`.
+
+    Raises:
+        PictureError: Where it is none of these, or cannot be read.
+        ConfigError: Where `at_least` is below 1.
+    """
+    if isinstance(picture, str | Path):
+        return open_picture(Path(picture), at_least)
+    if isinstance(picture, Image.Image):
+        return _upright(picture)
+    if isinstance(picture, np.ndarray | Tensor):
+        return _rgb(picture_of_tensor(picture) if isinstance(picture, Tensor) else picture_of_array(picture))
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(picture), f"{len(picture):,} bytes", at_least)
+    if hasattr(picture, "read"):
+        named = str(getattr(picture, "name", "an open file"))
+        found = picture.read()
+        if not isinstance(found, bytes):
+            raise PictureError(f"{named} is open as text; open it with mode 'rb'")
+        return _decode(io.BytesIO(found), named, at_least)
+    if isinstance(picture, Picture):
+        return open_picture(picture)
+    raise PictureError(
+        f"{type(picture).__name__} is no picture; give a path, a PIL image, bytes, an open file, an array or a tensor"
+    )
+
+
+def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Image.Image:
     try:
-        with _quiet_pillow(), Image.open(source) as image:
-            if at_least is not None and image.format in ("JPEG", "MPO"):
-                image.draft(None, (at_least, at_least))  # a square bounds the short side, however the picture is turned
-            image.load()
-            turn = _UPRIGHT.get(_orientation(image))
-            colours = _rgb(image)
-            if turn is not None:
-                return colours.transpose(turn)
-            return colours.copy() if colours is image else colours  # a plain image, without the closed file
+        return decode_picture(source, at_least)[0]
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-        line = f"{source}: cannot be read as a picture ({_reason(error)}); replace the file or leave it out"
+        line = f"{named}: cannot be read as a picture ({picture_fault(error)}); replace the file or leave it out"
         raise PictureError(line) from error
+
+
+def decode_picture(
+    source: Path | io.BytesIO | io.BufferedReader, at_least: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode a picture as `open_picture` does, and tell its true size.
+
+    Args:
+        source: A file, or its bytes as a stream.
+        at_least: As for `open_picture`.
+
+    Returns:
+        The upright picture in mode RGB; the width and height that it has upright when nothing is left out.
+
+    Raises:
+        Exception: Nearly any, where the file is broken; `picture_fault` puts it into words.
+    """
+    with _quiet_pillow(), Image.open(source) as image:
+        size = image.size
+        if at_least is not None and image.format in ("JPEG", "MPO"):
+            image.draft(None, (at_least, at_least))  # a square bounds the short side, however the picture is turned
+        turned = _turned(image)
+        if _orientation(image) in _ON_ITS_SIDE:
+            size = size[::-1]
+        return turned.copy() if turned is image else turned, size  # a plain image, without the closed file
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Take an image that a caller opened or made; its file may not have been read yet."""
+    try:
+        with _quiet_pillow():
+            return _turned(image)
+    except Exception as error:
+        named = getattr(image, "filename", "") or "the PIL image"
+        raise PictureError(f"{named}: cannot be read as a picture ({picture_fault(error)}); replace it") from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    colours = _rgb(image)
+    return colours if turn is None else colours.transpose(turn)
 
 
 def check_picture(path: Path) -> os.stat_result:
@@ -96,7 +172,7 @@ def check_picture(path: Path) -> os.stat_result:
     except (FileNotFoundError, NotADirectoryError):
         raise PictureError(f"{path}: the picture is missing; check the path") from None
     except (OSError, ValueError) as error:
-        raise PictureError(f"{path}: the picture cannot be reached ({_reason(error)}); check the path") from None
+        raise PictureError(f"{path}: the picture cannot be reached ({picture_fault(error)}); check the path") from None
     if not stat.S_ISREG(found.st_mode):
         raise PictureError(f"{path}: is not a regular file; name a picture file")
     if found.st_size == 0:
@@ -188,13 +264,11 @@ class PictureToTensor:
         return cut
 
 
-def picture_batch(
-    pictures: Iterable[Source | str | Image.Image], preprocess: Preprocess
-) -> Float[Tensor, "batch 3 size size"]:
+def picture_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
     """Turn pictures into one batch for a model.
 
     Args:
-        pictures: Paths, PIL images or any `Picture`; at least one.
+        pictures: Paths, PIL images, bytes, arrays, ... as `as_picture` takes them; at least one.
         preprocess: The model's.
 
     Returns:
@@ -204,13 +278,7 @@ def picture_batch(
         PictureError: Where a picture cannot be read.
     """
     to_tensor = PictureToTensor(preprocess)
-
-    def opened(picture: Source | str | Image.Image) -> Image.Image:
-        if isinstance(picture, Image.Image):
-            return picture
-        return open_picture(Path(picture) if isinstance(picture, str) else picture, at_least=preprocess.size)
-
-    return torch.stack([to_tensor(opened(picture)) for picture in pictures])
+    return torch.stack([to_tensor(as_picture(picture, at_least=preprocess.size)) for picture in pictures])
 
 
 def _pad(image: Image.Image, ratio: float) -> Image.Image:
@@ -246,7 +314,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _reason(error: Exception) -> str:
+def picture_fault(error: Exception) -> str:
+    """Say in a few words why a picture could not be decoded."""
     if isinstance(error, UnidentifiedImageError):
         return "no known picture format"
     if isinstance(error, OSError) and error.strerror:

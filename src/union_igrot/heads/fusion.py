@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from union_igrot.errors import ConfigError
 from union_igrot.types import Features
 
 MaskMode = Literal["exclude", "legacy"]
@@ -140,6 +141,9 @@ class TransAggFusion(FusionHead):
             logits, as the reference does while it trains, in training and evaluation alike.
         start: Weights at the start. `balanced` gives `w = (1, 1, 1)` for every query,
             `reference` torch's random defaults.
+
+    Raises:
+        ConfigError: Where `heads` does not divide `width`.
     """
 
     kind = "transagg"
@@ -155,6 +159,12 @@ class TransAggFusion(FusionHead):
         mask: MaskMode = "exclude",
         start: Literal["balanced", "reference"] = "balanced",
     ) -> None:
+        if width % heads:
+            fitting = [count for count in range(1, width + 1) if width % count == 0]
+            raise ConfigError(
+                f"fusion 'transagg': {heads} heads do not divide the backbone's width {width}; "
+                f"give fusion.heads one of {', '.join(map(str, fitting))}"
+            )
         super().__init__(layers=layers, heads=heads, feedforward=feedforward, dropout=dropout, mask=mask, start=start)
         self.mask: MaskMode = mask
         self.fusion = _Encoder([FusionLayer(width, heads, feedforward, dropout) for _ in range(layers)])

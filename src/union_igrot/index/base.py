@@ -8,10 +8,13 @@ embedding stands for.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
+
+from union_igrot.index.where import Kind
 
 Value = str | int | float | bool | bytes | None
 """What a column may hold."""
@@ -19,6 +22,8 @@ How = Literal["exact", "ann", "auto"]
 """Exact search, approximate search, or what fits the size: exact below `AUTO_EXACT` rows."""
 AUTO_EXACT = 200_000
 """Rows up to which `auto` searches exactly where the engine has the choice: tens of milliseconds a query."""
+
+Own = TypeVar("Own", bound="VectorIndex")
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Rows:
     Attributes:
         ids: What each row is called; unique in an index.
         vectors: Their embeddings, float32.
-        columns: Further values by column name, one a row. An index has the columns of all
-            rows it ever took; a row without one holds None there.
+        columns: Further values by column name, one a row. An index has every column in which
+            it ever took a value; a row without one holds None there.
     """
 
     ids: Sequence[str]
@@ -56,7 +61,10 @@ class VectorIndex(ABC):
     """A gallery's embeddings on some engine.
 
     A write that returned is there for every later reader, also after the process was killed
-    (but for the in-memory engine), and one that did not return is there whole or not at all.
+    (but for the in-memory engine), and one that did not return is there whole or not at all
+    (on Milvus, whole requests of it may be there). Writers in several processes do not wait
+    for each other; of two that write one id at once, one is the later. What an engine cannot
+    do in time or at all, as when a disk is full or a server away, is a DataError.
 
     Attributes:
         uri: Where the index lies, as the user gave it.
@@ -73,18 +81,23 @@ class VectorIndex(ABC):
     def __len__(self) -> int:
         """Give the number of rows."""
 
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, Kind]:
+        """Name the columns, `id` aside, and what each holds besides None."""
+
     @abstractmethod
     def upsert(self, rows: Rows) -> None:
-        """Write rows; one whose id is there is replaced and keeps its place in the order.
+        """Write rows; one whose id is there is replaced whole and keeps its place in the order.
 
         Raises:
-            DataError: Where ids repeat, widths differ, a vector is not finite, or a column
-                holds values of another type than before.
+            DataError: Where ids repeat, widths differ, a number is not finite, a column holds
+                values of another type than before, or has a name that an engine cannot keep.
         """
 
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove rows; give how many of them there were."""
+        """Remove rows; give how many of them were there."""
 
     @abstractmethod
     def fetch(self, ids: Sequence[str]) -> Rows:
@@ -98,9 +111,14 @@ class VectorIndex(ABC):
     def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[Value]]]:
         """Read columns of all rows in batches, in the order the rows were first written.
 
+        What is written after the call is not seen (but on Milvus, which may show it).
+
         Args:
             columns: Their names; `id` gives the ids. One that no row has is all None.
             where: A filter; see `index.where`.
+
+        Raises:
+            ConfigError: Where the filter is not valid.
         """
 
     @abstractmethod
@@ -122,7 +140,10 @@ class VectorIndex(ABC):
             k: How many answers, at least 1.
             where: A filter that rows must pass, applied before ranking; see `index.where`.
             how: Exact, approximate, or as fits the size.
-            columns: Which columns to read of the rows found.
+            columns: Which columns to read of the rows found, as in `scan`.
+
+        Returns:
+            One answer a query; empty ones where no row passes.
 
         Raises:
             ConfigError: Where k or the filter is not valid, or `ann` is asked for and there
@@ -136,3 +157,9 @@ class VectorIndex(ABC):
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing open
         """Let go of files and connections."""
+
+    def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()

@@ -1,7 +1,7 @@
 """Exact search: every query against every item, in chunks; the truth for other indexes.
 
 Knows embeddings, exclusions and a memory budget. Does not know what was embedded, nor
-which answers are right.
+which answers are right. Whole rankings are in `index.ranks`.
 
 What is guaranteed of the order, with `TILE` the fixed shape of the products below:
 
@@ -19,17 +19,16 @@ What is guaranteed of the order, with `TILE` the fixed shape of the products bel
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.types import Ranking
 
-TILE = (64, 4096)
-"""Queries and items in one product."""
+TILE = (128, 2048)
+"""Queries and items in one product, whose result stays in a core's cache until it is used."""
 CHUNK_BYTES = 128 * 2**20
 """Default bound of the scores held at once."""
 
@@ -37,20 +36,6 @@ _KEY_BYTES = 8
 _LOW = 0xFFFFFFFF
 _LAST = 0x7FFFFFFF
 """Upper half of an excluded item's key: behind every score."""
-
-
-class RankedChunk(NamedTuple):
-    """Whole rankings of a few queries.
-
-    Attributes:
-        queries: Which queries these are.
-        positions: All gallery positions, best first; excluded ones at the end.
-        candidates: How many of a row's positions are candidates, that is not excluded.
-    """
-
-    queries: slice
-    positions: Int[Tensor, "chunk gallery"]
-    candidates: Int[Tensor, " chunk"]
 
 
 def exact_topk(
@@ -83,13 +68,13 @@ def exact_topk(
         DataError: Where the gallery is empty, an exclusion is not a gallery position, or
             an embedding holds nan or infinity.
     """
-    excluded = _checked_exclusions(len(queries), len(gallery), exclude)
+    excluded = checked_exclusions(len(queries), len(gallery), exclude)
     _check_k(k, len(gallery), excluded)
     # Strips as wide as a block of queries allows: fewer, larger partial selections.
     span = _whole_tiles(_budget(chunk_bytes) // TILE[0], TILE[1], len(gallery))
     positions = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
-    for rows in _blocks(len(queries), span, chunk_bytes):
+    for rows in blocks(len(queries), span, chunk_bytes):
         best = torch.empty(rows.stop - rows.start, 0, dtype=torch.int64, device=queries.device)
         for begin in range(0, len(gallery), span):
             keys = _keys(queries, gallery, rows, slice(begin, min(begin + span, len(gallery))), excluded)
@@ -100,54 +85,7 @@ def exact_topk(
     return Ranking(positions=positions, scores=scores)
 
 
-def rank_chunks(
-    queries: Float[Tensor, "queries dim"],
-    gallery: Float[Tensor, "gallery dim"],
-    exclude: Sequence[Sequence[int]] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> Iterator[RankedChunk]:
-    """Rank the whole gallery for each query, a few queries at a time.
-
-    Args:
-        queries: Embeddings of the queries, of any float type.
-        gallery: Embeddings of the gallery, of any float type.
-        exclude: For each query the gallery positions that are no candidates; they stand
-            behind all candidates, in gallery order.
-        chunk_bytes: Bound of the positions held at once, 8 bytes each; sorting on an
-            accelerator takes about four times that for a while. At least one query's
-            ranking is held.
-
-    Returns:
-        An iterator over chunks that cover the queries in order. Arguments are checked
-        at once, not at the first chunk.
-
-    Raises:
-        ConfigError: Where the budget is out of range.
-        DataError: Where the gallery is empty, an exclusion is not a gallery position, or
-            (while iterating) an embedding holds nan or infinity.
-    """
-    excluded = _checked_exclusions(len(queries), len(gallery), exclude)
-    return _rank(queries, gallery, excluded, _blocks(len(queries), len(gallery), chunk_bytes))
-
-
-def _rank(
-    queries: Float[Tensor, "queries dim"],
-    gallery: Float[Tensor, "gallery dim"],
-    excluded: list[list[int]] | None,
-    blocks: Sequence[slice],
-) -> Iterator[RankedChunk]:
-    for rows in blocks:
-        keys = _keys(queries, gallery, rows, slice(0, len(gallery)), excluded)
-        if keys.device.type == "cpu":
-            keys.numpy().sort(axis=1)  # in place, and some ten times faster than torch's on a thread
-        else:
-            keys = keys.sort(dim=1).values
-        out = [0] * len(keys) if excluded is None else [len(one) for one in excluded[rows]]
-        candidates = len(gallery) - torch.tensor(out, dtype=torch.int64, device=keys.device)
-        yield RankedChunk(rows, keys.bitwise_and_(_LOW), candidates)
-
-
-def _checked_exclusions(
+def checked_exclusions(
     n_queries: int, n_gallery: int, exclude: Sequence[Sequence[int]] | None
 ) -> list[list[int]] | None:
     """Refuse what cannot be ranked, and give each query's exclusions sorted, each once."""
@@ -186,7 +124,7 @@ def _whole_tiles(wanted: int, tile: int, most: int) -> int:
     return min(most, max(tile, wanted // tile * tile))
 
 
-def _blocks(n_queries: int, width: int, chunk_bytes: int) -> list[slice]:
+def blocks(n_queries: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
     """Cut the queries into blocks whose scores with `width` items fit the budget."""
     step = max(1, _budget(chunk_bytes) // width)
     if step > TILE[0]:
@@ -195,7 +133,7 @@ def _blocks(n_queries: int, width: int, chunk_bytes: int) -> list[slice]:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Compute float32 matmuls in float32: neither autocast nor TF32 or bfloat16 passes."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -228,21 +166,38 @@ def _keys(
     keys = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.int64, device=queries.device)
     positions = torch.arange(columns.start, columns.stop, device=queries.device)
     total = torch.zeros((), device=queries.device)
-    with _full_precision(queries.device):
-        for i, q in _tiles(rows, len(queries), TILE[0]):
-            some = queries[q].float()
-            for j, g in _tiles(columns, len(gallery), TILE[1]):
-                tile = (some @ gallery[g].float().T)[i.start - q.start : i.stop - q.start, j.start - g.start :]
-                tile = tile[:, : j.stop - j.start]
-                total += tile.sum()
-                inside = slice(j.start - columns.start, j.stop - columns.start)
-                part = keys[i.start - rows.start : i.stop - rows.start, inside]
-                torch.add(positions[inside], _rising(tile), alpha=1 << 32, out=part)
+    with full_precision(queries.device):
+        for i, j, tile in products(queries, gallery, rows, columns):
+            total += tile.sum()
+            torch.add(positions[j], _rising(tile), alpha=1 << 32, out=keys[i, j])
     if not total.isfinite():
-        raise DataError(_not_finite(queries, gallery))
+        raise DataError(not_finite(queries, gallery))
     if excluded is not None:
         _put_last(keys, positions, excluded[rows])
     return keys
+
+
+def products(
+    queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"], rows: slice, columns: slice
+) -> Iterator[tuple[slice, slice, Float32[Tensor, "_ _"]]]:
+    """Give the scores of some queries with some items, tile by tile; to be used under `full_precision`.
+
+    Yields:
+        Which rows and columns these are, counted from the first wanted ones, and their
+        scores, which are overwritten by the next.
+    """
+    # One place for all tiles: each is computed in the same memory, and nothing is allocated between.
+    room = torch.empty(min(TILE[0], len(queries)), min(TILE[1], len(gallery)), device=queries.device)
+    for i, q in _tiles(rows, len(queries), TILE[0]):
+        some = queries[q].float()
+        for j, g in _tiles(columns, len(gallery), TILE[1]):
+            torch.mm(some, gallery[g].float().T, out=room)
+            tile = room[i.start - q.start : i.stop - q.start, j.start - g.start : j.stop - g.start]
+            yield (
+                slice(i.start - rows.start, i.stop - rows.start),
+                slice(j.start - columns.start, j.stop - columns.start),
+                tile,
+            )
 
 
 def _tiles(wanted: slice, length: int, size: int) -> Iterator[tuple[slice, slice]]:
@@ -286,7 +241,7 @@ def _put_last(
         keys[i, j] = (_LAST << 32) + positions[j]
 
 
-def _not_finite(queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"]) -> str:
+def not_finite(queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"]) -> str:
     """Say which embeddings cannot be ranked."""
     found = []
     for name, part in (("queries", queries), ("gallery", gallery)):

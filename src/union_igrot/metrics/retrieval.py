@@ -35,7 +35,9 @@ class RetrievalFigures(Metric):
     candidate with a score of 0 or less as irrelevant, which cosines often are.
 
     The states are the queries' values and positions, so that a query which a distributed
-    sampler hands out twice to fill the last batch is found and counted once.
+    sampler hands out twice to fill the last batch is found and counted once. They are
+    written into blocks made in advance: many small tensors that live on between the large
+    ones of each batch would leave the heap in pieces that nothing fits in again.
 
     Args:
         metrics: Names of the figures: `R@k`, `Rs@k`, `P@k`, `mAP`, `mAP@k`.
@@ -44,6 +46,7 @@ class RetrievalFigures(Metric):
         averaging: Mean over queries (`micro`) or mean of the classes' means (`macro`).
         recall: Whether R@k is 1 with `any` hit or the `fraction` found.
         precision_cut: Convention of P@k.
+        expected: How many queries are expected; more are taken too.
         **options: Passed to `torchmetrics.Metric`.
 
     Raises:
@@ -67,6 +70,7 @@ class RetrievalFigures(Metric):
         averaging: Average = "micro",
         recall: RecallMode = "any",
         precision_cut: PrecisionCut = "k",
+        expected: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -78,6 +82,7 @@ class RetrievalFigures(Metric):
         self.averaging: Average = averaging
         self.recall: RecallMode = recall
         self.precision_cut: PrecisionCut = precision_cut
+        self.expected = expected
         for state in ("rows", "positions", "labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -108,9 +113,12 @@ class RetrievalFigures(Metric):
         if labels is None and self.averaging == "macro":
             raise DataError("a macro average is asked for and no labels were given; give labels or choose micro")
         columns = [self._values_of(metric, hits, n_relevant, subset_hits) for metric in self.metrics.values()]
-        self.rows.append(torch.stack(columns, dim=1))
-        self.positions.append(positions.to(torch.int64))
-        self.labels.append((torch.zeros_like(positions) if labels is None else labels).to(torch.int64))
+        begin = self._room_for(len(positions))
+        places = slice(begin, begin + len(positions))
+        for i, column in enumerate(columns):
+            self.rows[-1][places, i] = column
+        self.positions[-1][places] = positions
+        self.labels[-1][places] = 0 if labels is None else labels
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Give the mean of each figure over the queries seen by all processes.
@@ -156,6 +164,21 @@ class RetrievalFigures(Metric):
     def _real(self) -> torch.dtype:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
+    def _room_for(self, more: int) -> int:
+        """Give the first free place of the last block, which is a new one where `more` do not fit.
+
+        A free place is one whose position is -1. Blocks grow, so that they stay few.
+        """
+        if self.positions:
+            free = int((self.positions[-1] < 0).sum())
+            if free >= more:
+                return len(self.positions[-1]) - free
+        size = max(more, self.expected, sum(map(len, self.positions)))
+        self.rows.append(torch.full((size, len(self.metrics)), torch.nan, dtype=self._real, device=self.device))
+        self.positions.append(torch.full((size,), -1, dtype=torch.int64, device=self.device))
+        self.labels.append(torch.zeros(size, dtype=torch.int64, device=self.device))
+        return 0
+
     def _values_of(
         self,
         metric: ParsedMetric,
@@ -172,10 +195,12 @@ class RetrievalFigures(Metric):
         return recall_at_k(hits, n_relevant, metric[1], self.recall)
 
     def _by_position(self) -> tuple[Float[Tensor, "queries metrics"], Int[Tensor, " queries"]]:
-        """Put the queries in order and drop those that came twice."""
+        """Put the queries in order and drop free places and those that came twice."""
         if isinstance(self.positions, list) and not self.positions:
             raise DataError("there is no query to average over; call update with some rankings first")
         positions, order = dim_zero_cat(self.positions).sort(stable=True)
+        taken = int((positions < 0).sum())
+        positions, order = positions[taken:], order[taken:]
         if not len(positions):
             raise DataError("there is no query to average over; call update with some rankings first")
         new = torch.ones_like(positions, dtype=torch.bool)

@@ -7,6 +7,7 @@ or how a figure came about.
 import csv
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -56,7 +57,7 @@ def contact_sheet(
     for line, place in enumerate(chosen):
         query = benchmark.queries[place]
         top = line * (_TILE + _TEXT) + _GAP
-        words = query.text or query.label or "(no text)"
+        words = " / ".join(filter(None, query.wordings)) or query.label or "(no text)"
         pen.text((_GAP, top), words[: width // 8], fill=_INK, font=font)
         top += 20
         sheet.paste(_tile(open_picture(query.image), _INK), (_GAP, top))
@@ -65,6 +66,50 @@ def contact_sheet(
             item = benchmark.gallery[position]
             frame = _FAINT if not targets else _RIGHT if item.id in targets else _WRONG
             sheet.paste(_tile(open_picture(item.image), frame), (2 * _GAP + (at + 1) * (_TILE + _GAP), top))
+    _save(sheet, path)
+
+
+@dataclass(frozen=True)
+class SheetLine:
+    """One query on a sheet of answers.
+
+    Attributes:
+        words: Its text; may be empty.
+        pictures: Its pictures.
+        answers: Score and thumbnail of each answer, best first; None where there is no thumbnail.
+    """
+
+    words: str
+    pictures: Sequence[Image.Image]
+    answers: Sequence[tuple[float, Image.Image | None]]
+
+
+def answer_sheet(path: Path, lines: Sequence[SheetLine], across: int = 8) -> None:
+    """Draw queries, framed dark, with their answers, each with rank and score.
+
+    Args:
+        path: The PNG to write.
+        lines: The queries; at least one.
+        across: Answers side by side; more go on below.
+    """
+    caption, head = 16, 22
+    cell = _TILE + caption + _GAP
+    side = max(len(line.pictures) for line in lines)
+    width = (side + across) * (_TILE + _GAP) + 3 * _GAP
+    rows = [max(1, math.ceil(len(line.answers) / across)) for line in lines]
+    sheet = Image.new("RGB", (width, sum(head + count * cell for count in rows) + _GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    top = _GAP
+    for line, count in zip(lines, rows, strict=True):
+        pen.text((_GAP, top), " ".join(line.words.split())[: width // 8] or "(no text)", fill=_INK, font=font)
+        for place, picture in enumerate(line.pictures):
+            sheet.paste(_tile(picture, _INK), (_GAP + place * (_TILE + _GAP), top + head))
+        for place, (score, thumbnail) in enumerate(line.answers):
+            left = 2 * _GAP + (side + place % across) * (_TILE + _GAP)
+            upper = top + head + place // across * cell
+            sheet.paste(_tile(thumbnail or Image.new("RGB", (1, 1), _FAINT), _FAINT), (left, upper))
+            pen.text((left, upper + _TILE), f"{place + 1} · {score:.3f}", fill=_INK, font=ImageFont.load_default(12))
+        top += head + count * cell
     _save(sheet, path)
 
 

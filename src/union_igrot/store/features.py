@@ -8,6 +8,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, final
@@ -18,10 +19,11 @@ from jaxtyping import Bool, Int, Int64, UInt64
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.store.files import ADVICE, agree, hold, let_go, lock_of, sweep, touch, write_whole
+from union_igrot.store.amounts import show_size
+from union_igrot.store.files import ADVICE, agree, hold, let_go, lock_of, log, sweep, touch, write_whole
 from union_igrot.store.keys import Index, digests_of
 from union_igrot.store.shards import Shard, map_shard, serialise
-from union_igrot.store.space import folder_of
+from union_igrot.store.space import folder_of, make_room
 from union_igrot.types import Features
 
 Dtype = Literal["float32", "float16"]
@@ -42,6 +44,10 @@ class FeatureStore:
         root: The cache folder; see `default_root`.
         fingerprint: Names backbone weights, preprocessing and precision; letters, digits, `_` and `-`.
         dtype: How numbers are kept. Part of the folder: one fingerprint has one dtype.
+        backbone: Name of the backbone, shown to people; noted when the folder is made.
+        limit: What the whole cache may take, in bytes; None for no limit. Before an addition would exceed it, the least
+            recently used fingerprints that nobody has open are removed. Where all that is left is in use it may
+            still be exceeded, and the log says so once.
 
     Raises:
         ConfigError: Where the folder cannot be made or the fingerprint cannot name one, and where the folder keeps
@@ -49,11 +55,14 @@ class FeatureStore:
         DataError: Where the folder cannot be read or written.
     """
 
-    def __init__(self, root: Path, fingerprint: str, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self, root: Path, fingerprint: str, dtype: Dtype = "float32", *, backbone: str = "", limit: int | None = None
+    ) -> None:
         if dtype not in _DTYPES:
             raise ConfigError(f"the store's dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
         self.root, self.fingerprint, self.dtype = root, fingerprint, dtype
         self.folder = folder_of(root, fingerprint)
+        self.backbone, self.limit, self._told = backbone, limit, False
         self._lock = lock_of(self.folder)
         self._width: int | None = None
         self._shards: list[str] = []
@@ -67,7 +76,7 @@ class FeatureStore:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the cache folder {self.folder} ({error.strerror}); {ADVICE}") from error
-        agree(self.folder / "manifest.json", {"format": 1, "dtype": dtype})
+        agree(self.folder / "manifest.json", {"format": 1, "dtype": dtype}, {"backbone": backbone} if backbone else {})
         sweep(self.folder)
         self.refresh()
 
@@ -81,8 +90,10 @@ class FeatureStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, str, Dtype]]:
-        return FeatureStore, (self.root, self.fingerprint, self.dtype)  # a worker process opens its own lock and maps
+    def __reduce__(self) -> tuple[partial["FeatureStore"], tuple[Path, str, Dtype]]:
+        # A worker process opens its own lock and maps.
+        opened = partial(FeatureStore, backbone=self.backbone, limit=self.limit)
+        return opened, (self.root, self.fingerprint, self.dtype)
 
     def missing(self, keys: Sequence[str], tokens: bool = False) -> list[int]:
         """Find what has still to be encoded.
@@ -116,7 +127,10 @@ class FeatureStore:
             return
         parts = self._pack(features) | {"digests": torch.from_numpy(digests_of(keys).view(np.uint8))}
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"  # sorts by time: the oldest answers
-        write_whole(self.folder / name, serialise(parts))
+        pieces = serialise(parts)
+        if self.limit is not None:
+            self._keep_below(self.limit, sum(map(len, pieces)))
+        write_whole(self.folder / name, pieces)
         self._admit([name])
         touch(self._lock)
 
@@ -149,6 +163,15 @@ class FeatureStore:
             pooled[at] = shard["pooled"][rows].float()
         return self._with_tokens(pooled, groups) if tokens else Features(pooled)
 
+    def rounded(self, features: Features) -> Features:
+        """Give features as `get` would after `add`, but for trailing padding; on the device they are on.
+
+        Raises:
+            DataError: Where a number is beyond float16's range.
+        """
+        tokens = None if features.tokens is None else self._round(features.tokens).float()
+        return Features(self._round(features.pooled).float(), tokens, features.mask, features.pooled_at)
+
     def refresh(self) -> None:
         """See what other processes have added; `missing` and `get` do so when they do not find a key."""
         try:
@@ -156,6 +179,17 @@ class FeatureStore:
         except OSError as error:
             raise DataError(f"cannot read {self.folder} ({error.strerror}); run again to make it anew") from error
         self._admit(sorted(names - self._known))
+
+    def _keep_below(self, limit: int, needed: int) -> None:
+        taken = make_room(self.root, needed, limit)
+        if taken > limit and not self._told:
+            self._told = True
+            log.warning(
+                "the cache %s takes %s, more than its limit of %s: all of it is in use",
+                self.root,
+                show_size(taken),
+                show_size(limit),
+            )
 
     def _find(self, digests: UInt64[np.ndarray, "keys 2"], tokens: bool) -> Int64[np.ndarray, " keys"]:
         index = self._full if tokens else self._all
@@ -245,19 +279,19 @@ class FeatureStore:
             raise DataError(f"pooled_at reaches from {at.min()} to {at.max()}, but there are {tokens.shape[1]} tokens")
 
     def _pack(self, features: Features) -> dict[str, Tensor]:
-        parts = {"pooled": self._round(features.pooled)}
+        parts = {"pooled": self._round(features.pooled).cpu()}
         if features.tokens is not None and features.mask is not None:
             mask = features.mask.detach().cpu()
             if features.pooled_at is not None:
                 parts["pooled_at"] = features.pooled_at.detach().to("cpu", torch.int64)
             length = _used(mask, parts.get("pooled_at"))
-            parts["tokens"] = self._round(features.tokens[:, :length])
+            parts["tokens"] = self._round(features.tokens[:, :length]).cpu()
             parts["mask"] = mask[:, :length]
         return parts
 
     def _round(self, values: Tensor) -> Tensor:
-        rounded = values.detach().to("cpu", _DTYPES[self.dtype])
-        if self.dtype == "float16" and bool((rounded.isinf() & ~values.detach().cpu().isinf()).any()):
+        rounded = values.detach().to(_DTYPES[self.dtype])
+        if self.dtype == "float16" and bool((rounded.isinf() & ~values.detach().isinf()).any()):
             raise DataError("a feature is beyond float16's range (65504); keep this backbone with dtype=float32")
         return rounded
 

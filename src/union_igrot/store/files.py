@@ -79,8 +79,13 @@ def set_aside(path: Path, reason: Exception) -> None:
     log.error("%s is damaged (%s): moved aside to %s; what it held will be made anew", path, reason, aside.name)
 
 
-def agree(path: Path, wanted: Mapping[str, str | int]) -> None:
+def agree(path: Path, wanted: Mapping[str, str | int], also: Mapping[str, str] | None = None) -> None:
     """Compare a folder's manifest with what is wanted; write it where there is none or it is damaged.
+
+    Args:
+        path: The manifest.
+        wanted: What it has to say.
+        also: What it says besides, for people; not compared.
 
     Raises:
         ConfigError: Where it says something else.
@@ -98,7 +103,7 @@ def agree(path: Path, wanted: Mapping[str, str | int]) -> None:
         set_aside(path, error)
         kept = None
     if kept is None:
-        write_whole(path, [json.dumps(dict(wanted)).encode()])
+        write_whole(path, [json.dumps({**wanted, **(also or {})}).encode()])
     elif any(kept[name] != value for name, value in wanted.items()):
         given = {name: kept[name] for name in wanted}
         raise ConfigError(
@@ -150,6 +155,21 @@ def hold_alone(lock: Path) -> int | None:
         os.close(held)
         return None
     return held
+
+
+def in_use(lock: Path) -> bool:
+    """Say whether a living process shares a lock; False where there is none or locks do not work."""
+    try:
+        held = os.open(lock, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(held)
+    return False
 
 
 def let_go(held: int, lock: Path) -> None:

@@ -1,0 +1,52 @@
+"""`union-convert`: a checkpoint of the published code becomes a model of this package.
+
+Knows the order of the steps. Does not know how a checkpoint is read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from union_igrot.cli.command import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-convert`."""
+    run_command("convert", convert, argv, literal=("checkpoint", "output_dir", "tokenizer"))
+
+
+def convert(config: DictConfig, fresh: Path) -> None:
+    """Read the authors' file and write heads, the backbone's weights, a description and a card."""
+    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from rich.console import Console
+
+    from union_igrot.errors import ConfigError
+    from union_igrot.reference import load_reference_checkpoint
+    from union_igrot.report.card import write_card
+
+    del fresh
+    folder = Path(config.output_dir).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"output_dir {folder} is not an empty folder; give a new one")
+    tokenizer = None if config.tokenizer is None else Path(config.tokenizer).expanduser()
+    model = load_reference_checkpoint(
+        Path(config.checkpoint).expanduser(),
+        config.model.name,
+        config.target.kind,
+        config.mask,
+        sum_form=config.target.get("form", "training"),
+        tokenizer=tokenizer,
+        text_heads=config.text_heads,
+    )
+    model.save(folder, half=config.half)
+    write_card(folder, folder / "results.json")
+    heads, backbone = sum(x.numel() for x in model.heads()), sum(x.numel() for x in model.backbone.parameters())
+    described = model.describe()
+    console = Console()
+    for line in (
+        f"backbone {described['backbone']}, {backbone:,} weights of the file, pictures of {model.preprocess.size}",
+        f"heads {described['fusion']['kind']} and {described['target']['kind']}, {heads:,} weights",
+        f'written to {folder}; union_igrot.load("{folder}"), or union-eval checkpoint={folder}',
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,127 @@
+"""`union-demo`: a web page over a gallery, or over the generated world.
+
+Knows the order of the steps and where the password comes from. Does not know the page.
+"""
+
+import getpass
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from union_igrot.cli.command import run_command
+from union_igrot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from union_igrot.demo.engines import Engine
+    from union_igrot.demo.server import Login
+    from union_igrot.demo.world import World
+    from union_igrot.model import IGROTModel
+
+LITERAL = ("index", "checkpoint", "second_index", "second_checkpoint", "user")
+PASSWORD = "UNION_DEMO_PASSWORD"
+"""The environment variable that holds the password."""
+LOOPBACK = ("127.0.0.1", "localhost")
+"""Addresses that are reached from this machine alone."""
+UNTRAINED = {"image + text": "sum", "image alone": "image"}
+"""What a trained model is compared with on the generated world, and the baseline that it is."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-demo`."""
+    run_command("demo", demo, argv, literal=LITERAL)
+
+
+def demo(config: DictConfig, fresh: Path) -> None:
+    """Serve the page as configured, until it is stopped."""
+    del fresh
+    missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'the demo needs {", ".join(missing)}; pip install "union-igrot[demo]"')
+    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from rich.console import Console
+
+    from union_igrot.demo.desk import Desk
+    from union_igrot.demo.pictures import Limits
+    from union_igrot.demo.serve import listen, serve
+    from union_igrot.demo.server import make_app
+
+    _check(config)
+    said = Console(stderr=True)
+    login = _login(config.user)
+    held = listen(config.host, config.port)  # before the long work: a port in use is told at once
+    engines = _world(config) if config.index is None else _galleries(config)
+    desk = Desk(engines, page=config.page, limits=Limits(float(config.megabytes), float(config.megapixels)))
+    # A name that another site points at this machine is no way in; on an open address any name may be this machine's.
+    app = make_app(desk, bound=config.waiting, hosts=LOOPBACK if config.host in LOOPBACK else ("*",), login=login)
+
+    def ready(address: str) -> None:
+        said.print(f"open {address} in a browser; Ctrl-C ends", highlight=False, soft_wrap=True)
+
+    serve(app, held, ready)
+
+
+def _check(config: DictConfig) -> None:
+    """Refuse what contradicts itself, or is open to others without a password."""
+    if config.index is None and config.second_index is not None:
+        raise ConfigError("second_index is compared with index; give index=PATH too")
+    if config.index is not None and config.second_index is None and config.second_checkpoint is not None:
+        raise ConfigError(
+            "an index belongs to one model; index the pictures with the other one, give second_index=PATH"
+        )
+    if config.user is not None and (":" in config.user or not config.user.strip()):
+        raise ConfigError(f"user={config.user} is not allowed; give a name without a colon")
+    if config.host not in LOOPBACK and config.user is None:
+        raise ConfigError(f"host={config.host} lets in whoever reaches this machine; give user=NAME too, who logs in")
+
+
+def _login(user: str | None) -> "Login | None":
+    """Give who may log in; the password never stands on a command line, where others could read it."""
+    from union_igrot.demo.server import Login
+
+    if user is None:
+        return None
+    password = os.environ.get(PASSWORD, "")
+    if not password and sys.stdin.isatty():
+        password = getpass.getpass(f"password for {user}: ")
+    if not password:
+        raise ConfigError(f"user={user} needs a password; set {PASSWORD}, or start in a terminal and type it")
+    return Login(user, password)
+
+
+def _galleries(config: DictConfig) -> "list[Engine]":
+    from union_igrot.demo.indexed import open_engine
+
+    engines: list[Engine] = [open_engine(config.index, config.checkpoint)]
+    if config.second_index is not None:
+        engines.append(open_engine(config.second_index, config.second_checkpoint))
+    return engines
+
+
+def _world(config: DictConfig) -> "list[Engine]":
+    """Give the generated world under the model, under a second one where wanted, and under its untrained baselines."""
+    from union_igrot.demo.engines import method
+    from union_igrot.demo.world import World
+    from union_igrot.evaluate import baseline
+    from union_igrot.gallery.card import load_checkpoint
+
+    world = World()
+    first, _ = load_checkpoint(config.checkpoint or "tiny")
+    models = {f"trained: {method(first)}": first}
+    if config.second_checkpoint is not None:
+        second, _ = load_checkpoint(config.second_checkpoint)
+        models[f"second: {method(second)}"] = second
+    models |= {f"{name}, untrained": baseline(first.backbone, kind) for name, kind in UNTRAINED.items()}
+    return [_engine(config, world, name, model) for name, model in models.items()]
+
+
+def _engine(config: DictConfig, world: "World", name: str, model: "IGROTModel") -> "Engine":
+    from union_igrot.cli.assemble import encoder
+
+    filling = encoder(config, model.backbone)
+    with filling.store:
+        return world.engine(name, model, filling)

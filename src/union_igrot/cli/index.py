@@ -1,0 +1,140 @@
+"""`union-index`: pictures into an index, alone or in several processes.
+
+Knows the order of the steps and the words. Does not know how a picture becomes a row.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from union_igrot.cli.command import run_command
+from union_igrot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from union_igrot.data.entries import Listing
+    from union_igrot.indexing.work import Report, Work
+    from union_igrot.processes import Processes
+
+_MODULE = "union_igrot.cli.index"
+LITERAL = ("images", "index", "checkpoint", "weights", "cache_dir")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-index`."""
+    run_command("index", index_images, argv, literal=LITERAL)
+
+
+def index_images(config: DictConfig, fresh: Path) -> None:
+    """Put pictures into an index as configured."""
+    del fresh
+    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    from union_igrot.cli import assemble
+    from union_igrot.indexing.work import Work
+    from union_igrot.processes import found_processes, start_processes, wanted_processes
+
+    processes, where = found_processes(), config.strategy
+    if where.name.startswith("fsdp"):
+        raise ConfigError("strategy=fsdp cuts a model that is trained; to embed, each device takes it whole: give ddp")
+    if config.index == "memory:":
+        raise ConfigError("index=memory: ends with the process; use union_igrot.Gallery for that, or name a folder")
+    if processes.world == 1:
+        count = wanted_processes(where.accelerator, where.devices, where.nodes, _MODULE)
+        if count > 1:
+            start_processes(_MODULE, _said(config), count)
+            return
+    work = Work(
+        config.batch_size,
+        config.workers,
+        config.on_broken,
+        config.prune,
+        None if config.cache_dir is None else Path(config.cache_dir).expanduser(),
+        config.progress,
+        assemble.machine(config, processes),
+    )
+    if processes.leads:
+        _lead(config, work, processes)
+    else:
+        _follow(config, work, processes)
+
+
+def _said(config: DictConfig) -> list[str]:
+    """Give what was said, as it was typed: what is taken literally was quoted for Hydra."""
+    task = [(override.partition("=")[0], override) for override in HydraConfig.get().overrides.task]
+    return [f"{key}={config[key]}" if key in LITERAL else override for key, override in task]
+
+
+def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
+    """List the pictures, open the index and fill it: what one process does, or the first of several."""
+    from union_igrot.gallery.card import card_of, check_card, load_checkpoint
+    from union_igrot.index.open import open_index
+    from union_igrot.indexing.run import index_pictures
+    from union_igrot.indexing.share import Words
+
+    try:
+        listing = _listed(config.images, shown=config.progress)
+        model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
+        card = card_of(model, checkpoint)
+        index = open_index(
+            str(Path(config.index).expanduser()) if ":" not in config.index else config.index,
+            dim=model.backbone.dim,
+            card=card,
+            create=True,
+        )
+    except BaseException:
+        Words(processes).say(None)
+        raise
+    with index:
+        try:
+            check_card(index.card, model, config.index)
+        except BaseException:
+            Words(processes).say(None)
+            raise
+        report = index_pictures(index, model, listing, work, processes)
+        _tell(report, config.index, len(index))
+
+
+def _follow(config: DictConfig, work: "Work", processes: "Processes") -> None:
+    """Embed what the first process deals to this one, and say nothing."""
+    from union_igrot.gallery.card import load_checkpoint
+    from union_igrot.indexing.share import follow
+
+    follow(load_checkpoint(config.checkpoint, config.weights)[0], work, processes)
+
+
+def _listed(images: str, *, shown: bool) -> "Listing":
+    from union_igrot.data.sources import list_pictures
+    from union_igrot.progress import progress_bar
+
+    with progress_bar(shown=shown) as bar:
+        task = bar.add_task("listing pictures", total=None)
+        return list_pictures(images, lambda count: bar.update(task, completed=count))
+
+
+def _tell(report: "Report", name: str, rows: int) -> None:
+    """Say what became of it."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    counts = ("added", "updated", "unchanged", "removed", "skipped")
+    console.print(f"{name}: {rows:,} rows; " + ", ".join(f"{getattr(report, what):,} {what}" for what in counts))
+    if report.opened:
+        reused = report.added + report.updated - report.embedded
+        console.print(
+            f"{report.embedded:,} embedded, {reused:,} took a vector that was there; "
+            f"{report.rate:,.0f} pictures/s for {report.working:,.1f} s: the model waited {report.model_waited:,.1f} s "
+            f"for decoding and {report.writing_waited:,.1f} s for writing, decoding {report.decoding_waited:,.1f} s "
+            "for the model"
+        )
+    for path, reason in report.reasons:
+        console.print(f"  skipped {path}: {reason}")
+    if report.skipped > len(report.reasons):
+        console.print(f"  and {report.skipped - len(report.reasons):,} more")
+    if report.skipped_file is not None:
+        console.print(f"  all of them in {report.skipped_file}")
+
+
+if __name__ == "__main__":
+    main()

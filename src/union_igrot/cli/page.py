@@ -1,0 +1,74 @@
+"""The last step of a command that found figures: its `report.html`.
+
+Knows how the command was started and where its configuration lies. Does not know what stands on the page.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from union_igrot.data.transforms import open_picture
+from union_igrot.evaluate import versions
+from union_igrot.report.examples import SIDE
+from union_igrot.report.page import Making, write_page
+from union_igrot.report.page_tables import Asked
+from union_igrot.report.pictures import Curve
+
+PAGE = "report.html"
+"""Name of the page in a run's folder."""
+
+
+def write_run_page(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    asked: Sequence[Asked],
+    curves: Mapping[str, Curve],
+    card: Mapping[str, Any],
+    seed: int,
+) -> Path:
+    """Write the page of the running command.
+
+    Args:
+        folder: The run's folder, which holds its `config.yaml`.
+        rows: Result rows of all benchmarks and methods.
+        asked: The benchmarks and each method's answers.
+        curves: Of the training.
+        card: What the model says of its training.
+        seed: Seed of chance and of the bootstrap.
+
+    Returns:
+        The page.
+    """
+    config = folder / "config.yaml"
+    command = _command(config)
+    names = dict.fromkeys(benchmark.name for benchmark, _ in asked)
+    making = Making(
+        title=f"union-{HydraConfig.get().job.config_name}: {', '.join(names)}",
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        command=command,
+        folder=str(Path.cwd()),
+        config=config.read_text(encoding="utf-8"),
+        card=card,
+        versions=versions(),
+        seed=seed,
+    )
+    page = folder / PAGE
+    # A photo is decoded at a fraction of its size: small pictures are all that is shown.
+    write_page(page, rows, asked, curves, making, partial(open_picture, at_least=SIDE))
+    return page
+
+
+def _command(config: Path) -> str:
+    """Give the running command as a shell takes it, with the place of public data where they were found by it."""
+    hydra = HydraConfig.get()
+    said = shlex.join([f"union-{hydra.job.config_name}", *hydra.overrides.task])
+    root = OmegaConf.select(OmegaConf.load(config), "data.root", default="")
+    place = os.environ.get("UNION_DATA")
+    return f"UNION_DATA={shlex.quote(place)} {said}" if root is None and place else said

@@ -1,0 +1,271 @@
+"""What happens when a user acts: the session's next step, the answers to show, the sentence to say.
+
+Keeps the sessions, each under a secret name, and the engines. One thread uses it. Does not know
+HTML or HTTP, nor how an engine finds its answers.
+"""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+from PIL import Image
+
+from union_igrot.demo.engines import Answer, Engine
+from union_igrot.demo.pictures import KEPT_SIDE, VIEW_SIDE, Limits, decoded, drawn, encoded, photo, reduced, sketch
+from union_igrot.demo.session import Reference, Session, Stroke
+from union_igrot.errors import ConfigError, DataError
+
+MAX_SESSIONS: Final = 256
+"""Users that are remembered; whoever has not acted for longest is forgotten first."""
+MAX_TEXT: Final = 300
+"""Letters of a sentence."""
+MAX_RANK: Final = 2400
+"""How far down a ranking the pages go."""
+LOST: Final = "The history of this page is gone: the server was started anew, or has since served many others."
+
+
+@dataclass(frozen=True)
+class Column:
+    """Some answers of one engine.
+
+    Attributes:
+        engine: Its number.
+        name: What its method is called.
+        answers: The pictures of this page.
+        first: Rank of the first of them, from 1.
+    """
+
+    engine: int
+    name: str
+    answers: Sequence[Answer]
+    first: int = 1
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What the page shows after a step; None stays as it was.
+
+    Attributes:
+        token: The session's secret name.
+        session: The session.
+        say: A sentence on what was done.
+        columns: The answers: one column, or two where two engines are compared.
+        last: Whether there is no further page.
+        shared: Ids of the pictures that stand in both columns, where there are two.
+        strokes: What the pad is to show.
+        text: What the sentence's field is to hold.
+        large: A picture to show large.
+    """
+
+    token: str
+    session: Session
+    say: str = ""
+    columns: Sequence[Column] | None = None
+    last: bool = True
+    shared: frozenset[str] = frozenset()
+    strokes: Sequence[Stroke] | None = None
+    text: str | None = None
+    large: "Large | None" = None
+
+
+@dataclass(frozen=True)
+class Large:
+    """A picture of the gallery in full, reduced to 1,024 pixels."""
+
+    engine: int
+    answer: Answer
+    picture: bytes
+    width: int
+    height: int
+
+
+Given = Mapping[str, Any]
+
+
+@final
+class Desk:
+    """All users' sessions over some engines.
+
+    Args:
+        engines: At least one; the first answers, and the others can be compared with it.
+        page: Pictures a page.
+        limits: What a photo may be at most.
+    """
+
+    def __init__(self, engines: Sequence[Engine], *, page: int = 24, limits: Limits | None = None) -> None:
+        if not engines:
+            raise ConfigError("a demo needs at least one engine")
+        self.engines, self.page, self.limits = tuple(engines), page, limits or Limits()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._shown: dict[str, frozenset[tuple[int, str]]] = {}
+        """The pictures on each session's page: no others can be asked for."""
+        self._actions: dict[str, Callable[[str, Session, Given], Screen]] = {
+            "show": self._show,
+            "search": self._search,
+            "pick": self._pick,
+            "drop": self._drop,
+            "undo": lambda token, session, _: self._moved(token, session.undo(), "Taken back."),
+            "redo": lambda token, session, _: self._moved(token, session.redo(), "Done again."),
+            "back": lambda token, session, given: self._moved(token, session.go(_whole(given, "turn")), ""),
+            "page": self._turn_page,
+            "compare": self._compare,
+            "deal": lambda token, session, _: self._answered(token, session.deal_again(), "Other pictures."),
+            "restart": self._restart,
+            "large": self._large,
+        }
+
+    def act(self, token: str, action: str, given: Given) -> Screen:
+        """Take one step for one user.
+
+        Args:
+            token: The session's name; where it is not known, a new session begins under another name.
+            action: `show` (all anew), `search`, `pick`, `drop`, `undo`, `redo`, `back`, `page`, `compare`, `deal`,
+                `restart` or `large`.
+            given: What the action needs: `text` and `strokes`; `engine` and `id`; `turn`; `page`; `rival`.
+
+        Returns:
+            What to show. A step that fails leaves the session as it was.
+
+        Raises:
+            UnionError: A sentence for the page.
+        """
+        if action not in self._actions:
+            raise DataError("The page asked for something unknown; reload it.")
+        known, session = self._session(token)
+        screen = self._actions[action](known, session, given)
+        if token not in ("new", known):
+            screen = replace(screen, say=f"{LOST} {screen.say}".strip())
+        return self._keep(screen)
+
+    def give_photo(self, token: str, name: str, data: bytes) -> Screen:
+        """Take a photo as what the next question starts from.
+
+        Raises:
+            PictureError: Where it cannot be used; a sentence for the page.
+        """
+        held = photo(data, name, self.limits)
+        token, session = self._session(token)
+        return self._keep(Screen(token, session.hold(held), f"{held.name} is what the next search starts from."))
+
+    def _session(self, token: str) -> tuple[str, Session]:
+        if token in self._sessions:
+            self._sessions.move_to_end(token)
+            return token, self._sessions[token]
+        return secrets.token_urlsafe(24), Session()
+
+    def _keep(self, screen: Screen) -> Screen:
+        token = screen.token
+        self._sessions[token] = screen.session
+        self._sessions.move_to_end(token)
+        if screen.columns is not None:
+            shown = {(column.engine, one.id) for column in screen.columns for one in column.answers}
+            self._shown[token] = frozenset(shown)
+        while len(self._sessions) > MAX_SESSIONS:
+            gone, _ = self._sessions.popitem(last=False)
+            self._shown.pop(gone, None)
+        return screen
+
+    def _show(self, token: str, session: Session, given: Given) -> Screen:
+        del given
+        return self._moved(token, session, "")
+
+    def _search(self, token: str, session: Session, given: Given) -> Screen:
+        text = given.get("text", "")
+        if not isinstance(text, str) or len(text) > MAX_TEXT:
+            raise DataError(f"A sentence has at most {MAX_TEXT} letters; shorten it.")
+        reference = session.reference if session.reference is not None else sketch(given.get("strokes"))
+        return self._answered(token, session.ask(reference, text), "")
+
+    def _pick(self, token: str, session: Session, given: Given) -> Screen:
+        number, one = self._on_page(token, given)
+        view = encoded(reduced(self.engines[number].picture(one.id), VIEW_SIDE))
+        held = Reference(
+            "result", one.title, one.thumbnail, view, id=one.id, engine=number, path=one.path, details=one.details
+        )
+        say = "Picked. Say what should be different, or search for more like it."
+        return Screen(token, session.hold(held), say, text="")
+
+    def _drop(self, token: str, session: Session, given: Given) -> Screen:
+        del given
+        return Screen(token, session.hold(None), "The pad is back.")
+
+    def _turn_page(self, token: str, session: Session, given: Given) -> Screen:
+        page = _whole(given, "page")
+        if page * self._per_page(session) >= min(MAX_RANK, len(self.engines[0])):
+            raise DataError("There is no such page.")
+        return self._answered(token, session.turn_page(page), "")
+
+    def _compare(self, token: str, session: Session, given: Given) -> Screen:
+        rival = None if given.get("rival") is None else _whole(given, "rival")
+        if rival is not None and rival >= len(self.engines):
+            raise DataError("There is no such method to compare with.")
+        return self._answered(token, session.compare(rival), "")
+
+    def _large(self, token: str, session: Session, given: Given) -> Screen:
+        number, answer = self._on_page(token, given)
+        image = self.engines[number].picture(answer.id)
+        data = encoded(reduced(image, KEPT_SIDE))
+        return Screen(token, session, large=Large(number, answer, data, *image.size))
+
+    def _on_page(self, token: str, given: Given) -> tuple[int, Answer]:
+        """Find a picture that stands on the user's page; any other name is refused before it is looked up."""
+        number, name = given.get("engine"), given.get("id")
+        held = self._sessions[token].reference if token in self._sessions else None
+        known = self._shown.get(token, frozenset()) | ({(held.engine, held.id)} if held and held.id else set())
+        if not isinstance(number, int) or not isinstance(name, str) or (number, name) not in known:
+            raise DataError("This picture is not on the page any more; search again.")
+        return number, self.engines[number].answer(name)
+
+    def _moved(self, token: str, session: Session, say: str) -> Screen:
+        """Show a turn as it was asked: its answers, its sketch on the pad, its sentence in the field."""
+        present = session.present
+        if present is None:  # what was drawn and typed before the first question is not taken away
+            return self._answered(token, session, say)
+        asked = present.reference
+        strokes = None if asked is None or asked.kind != "sketch" else asked.strokes
+        return self._answered(token, session, say, strokes=strokes, text=present.text)
+
+    def _restart(self, token: str, session: Session, given: Given) -> Screen:
+        del given
+        return self._answered(token, session.restart(), "Started over.", strokes=(), text="")
+
+    def _answered(self, token: str, session: Session, say: str, **more: Any) -> Screen:
+        """Find what the session's page shows."""
+        turn, per_page = session.present, self._per_page(session)
+        if turn is None:
+            first = self.engines[0]
+            column = Column(0, first.name, first.some(self.page, session.deal))
+            return Screen(token, session, say, [column], **more)
+        skip = turn.page * per_page
+        columns, further = [], False
+        for number in [0] if session.rival is None else [0, session.rival]:
+            engine = self.engines[number]
+            picture = None if turn.reference is None else self._pixels(turn.reference, engine)
+            exclude = None if turn.reference is None else turn.reference.id
+            found = engine.search(picture, turn.text or None, skip, per_page + 1, exclude)
+            columns.append(Column(number, engine.name, found[:per_page], skip + 1))
+            further |= len(found) > per_page
+        found_by = [frozenset(one.id for one in column.answers) for column in columns]
+        shared = found_by[0] & found_by[1] if len(found_by) == 2 else frozenset()
+        last = not further or skip + per_page >= MAX_RANK
+        return Screen(token, session, say, columns, last, shared, **more)
+
+    def _per_page(self, session: Session) -> int:
+        return self.page if session.rival is None or session.present is None else max(1, self.page // 2)
+
+    def _pixels(self, reference: Reference, engine: Engine) -> Image.Image:
+        if reference.kind == "sketch":
+            return drawn(reference.strokes, engine.sketch_room)
+        if reference.kind == "photo":
+            return decoded(reference.picture)
+        assert reference.id is not None
+        return self.engines[reference.engine].picture(reference.id)
+
+
+def _whole(given: Given, name: str) -> int:
+    value = given.get(name)
+    if type(value) is not int or abs(value) > 10**6:
+        raise DataError("The page sent something unexpected; reload it.")
+    return value

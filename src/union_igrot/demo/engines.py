@@ -1,0 +1,104 @@
+"""What the page searches: a gallery with a model behind one small interface.
+
+Does not know how an engine finds its answers, nor pages, turns or users.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from PIL import Image
+
+from union_igrot.model import IGROTModel
+
+_SKETCHES: Final = {"tiny": 0.55}
+"""How large drawings were in the sketches that a backbone was made with, as a share of the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One picture on the page.
+
+    Attributes:
+        id: Unique in its gallery.
+        title: What it is called on the page.
+        thumbnail: A small PNG or JPEG of it.
+        score: Cosine similarity to the query, -1..1; None where nothing was asked.
+        path: Its file, or None where it has none.
+        details: Whatever else is known of it, by name.
+    """
+
+    id: str
+    title: str
+    thumbnail: bytes
+    score: float | None = None
+    path: str | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """A gallery and a model that searches it. Used by one thread at a time.
+
+    Attributes:
+        name: What its method is called on the page.
+        gallery: What its gallery is called on the page.
+        hint: A sentence on what can be asked, or an empty one.
+        sketch_room: Share of the page that a sketch's drawing may take; see `pictures.drawn`.
+        pixelated: Whether its pictures are so small that they are shown with their pixels' edges.
+    """
+
+    name: str
+    gallery: str
+    hint: str = ""
+    sketch_room: float = 1.0
+    pixelated: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Give the number of pictures."""
+
+    @abstractmethod
+    def search(
+        self, picture: Image.Image | None, text: str | None, skip: int, count: int, exclude: str | None
+    ) -> list[Answer]:
+        """Find the best answers, best first.
+
+        Args:
+            picture: The reference photo or the sketch, or None.
+            text: What to change, or what to look for where there is no picture.
+            skip: How many of the best are left out, because other pages show them.
+            count: How many are wanted, at least 1; fewer are given where there are no more.
+            exclude: Id of a picture that is never an answer, or None.
+        """
+
+    @abstractmethod
+    def some(self, count: int, deal: int) -> list[Answer]:
+        """Give some pictures to start from; the same ones for the same `deal`."""
+
+    @abstractmethod
+    def answer(self, name: str) -> Answer:
+        """Give one picture by its id.
+
+        Raises:
+            DataError: Where the gallery does not hold it.
+        """
+
+    @abstractmethod
+    def picture(self, name: str) -> Image.Image:
+        """Open one picture by its id, in full.
+
+        Raises:
+            DataError: Where the gallery does not hold it.
+            PictureError: Where it cannot be opened any more.
+        """
+
+
+def sketch_room(model: IGROTModel) -> float:
+    """Give the share of the page that a drawing may take for a model: it is lost with larger ones than it knows."""
+    return _SKETCHES.get(model.backbone.name, 1.0)
+
+
+def method(model: IGROTModel) -> str:
+    """Name a model by its heads, such as `transagg + union`."""
+    return f"{model.fusion.kind} + {model.target.kind}"

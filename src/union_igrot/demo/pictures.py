@@ -1,0 +1,183 @@
+"""What users hand in, made safe: files up to a size and a number of pixels, and strokes of a pen.
+
+Knows Pillow. Does not know who handed it in or what is searched with it.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from PIL import Image, ImageDraw
+
+from union_igrot.data.transforms import as_picture
+from union_igrot.demo.session import Reference, Stroke
+from union_igrot.errors import DataError, PictureError
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats that are opened (MPO, of some cameras, is JPEG): none that starts another program, as PostScript does."""
+KEPT_SIDE: Final = 1024
+"""Longest side in pixels of a photo that is kept; a larger one is reduced first."""
+THUMBNAIL_SIDE, VIEW_SIDE = 160, 480
+"""Longest sides of a thumbnail, and of the picture at hand, in pixels."""
+GRID: Final = 1000
+"""Strokes are given on a grid of so many steps a side."""
+MAX_STROKES, MAX_POINTS = 500, 20_000
+MAX_NAME: Final = 60
+
+_CANVAS: Final = 512
+_PEN: Final = 0.028
+"""Width of a stroke as a share of the pad's side."""
+_INK, _PAPER = (24, 24, 24), "white"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a photo may be at most.
+
+    Attributes:
+        megabytes: Size of its file in 10^6 bytes.
+        megapixels: Number of its pixels in 10^6.
+    """
+
+    megabytes: float = 10.0
+    megapixels: float = 50.0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the largest file."""
+        return round(self.megabytes * 1e6)
+
+
+def photo(data: bytes, name: str, limits: Limits) -> Reference:
+    """Read a photo that a user gave.
+
+    Its pixels are counted before any is decoded. It is turned upright, transparency is laid over white, and one
+    above 1,024 pixels is reduced to them.
+
+    Raises:
+        PictureError: Where it is too large, or no picture of a known format; a sentence for the page.
+    """
+    name = short_name(name)
+    if len(data) > limits.bytes:
+        raise PictureError(f"{name} is larger than {limits.megabytes:g} MB; give a smaller file.")
+    if _pixels(data, name) > limits.megapixels * 1e6:
+        raise PictureError(f"{name} has more than {limits.megapixels:g} million pixels; give a smaller picture.")
+    try:
+        image = as_picture(data, at_least=KEPT_SIDE)
+    except PictureError:
+        raise PictureError(_unreadable(name)) from None
+    image = reduced(image, KEPT_SIDE)
+    small, view = (encoded(reduced(image, side)) for side in (THUMBNAIL_SIDE, VIEW_SIDE))
+    return Reference("photo", name, small, view, picture=encoded(image))
+
+
+def sketch(given: Any) -> Reference | None:
+    """Read strokes as the page sends them.
+
+    Args:
+        given: Strokes, each a list of points, each two whole numbers of 0..1000; None is an empty pad.
+
+    Returns:
+        The sketch; None where the pad is empty.
+
+    Raises:
+        DataError: Where they are something else, or more than a pen can draw; a sentence for the page.
+    """
+    if given is None or given == []:
+        return None
+    try:
+        strokes = tuple(tuple(_point(point) for point in stroke) for stroke in given)
+    except (TypeError, ValueError):
+        raise DataError("The sketch did not arrive as strokes; reload the page and draw again.") from None
+    if len(strokes) > MAX_STROKES or sum(map(len, strokes)) > MAX_POINTS:
+        raise DataError("This sketch has more strokes than can be searched with; clear the pad and draw fewer.")
+    strokes = tuple(stroke for stroke in strokes if stroke)
+    if not strokes:
+        return None
+    return Reference("sketch", "your sketch", encoded(reduced(drawn(strokes), THUMBNAIL_SIDE)), strokes=strokes)
+
+
+def drawn(strokes: Sequence[Stroke], room: float = 1.0) -> Image.Image:
+    """Draw strokes with a round pen on white, 512 x 512, RGB.
+
+    Args:
+        strokes: At least one, each of at least one point.
+        room: Share of the page's side that the drawing may take, above 0 and at most 1. One that takes more is
+            drawn smaller, in the middle, with the same pen.
+    """
+    page = Image.new("RGB", (_CANVAS, _CANVAS), _PAPER)
+    pen = ImageDraw.Draw(page)
+    width = round(_PEN * _CANVAS)
+    for stroke in _fitted(strokes, room):
+        points = [(x * _CANVAS / GRID, y * _CANVAS / GRID) for x, y in stroke]
+        pen.line(points, fill=_INK, width=width, joint="curve")
+        for x, y in (points[0], points[-1]):
+            pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=_INK)
+    return page
+
+
+def _fitted(strokes: Sequence[Stroke], room: float) -> list[list[tuple[float, float]]]:
+    xs, ys = ([point[axis] for stroke in strokes for point in stroke] for axis in (0, 1))
+    side = max(max(xs) - min(xs), max(ys) - min(ys))
+    if side <= room * GRID:
+        return [[(float(x), float(y)) for x, y in stroke] for stroke in strokes]
+    by, middle = room * GRID / side, ((max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2)
+    return [[(GRID / 2 + by * (x - middle[0]), GRID / 2 + by * (y - middle[1])) for x, y in s] for s in strokes]
+
+
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """Reduce a picture until its longest side is at most `side` pixels; a smaller one stays as it is."""
+    if max(image.size) <= side:
+        return image
+    smaller = image.copy()
+    smaller.thumbnail((side, side))
+    return smaller
+
+
+def encoded(image: Image.Image) -> bytes:
+    """Give a picture as a file: PNG where it is small, else JPEG."""
+    file = io.BytesIO()
+    if max(image.size) <= THUMBNAIL_SIDE // 2:
+        image.save(file, "PNG")
+    else:
+        image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def decoded(data: bytes) -> Image.Image:
+    """Undo `encoded`."""
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        return image.convert("RGB")
+
+
+def short_name(name: str) -> str:
+    """Give a file's name without folders and control characters, cut to 60 characters."""
+    plain = "".join(letter for letter in name.replace("\\", "/").rsplit("/", 1)[-1] if letter.isprintable()).strip()
+    return (plain if len(plain) <= MAX_NAME else f"{plain[: MAX_NAME - 1]}…") or "The photo"
+
+
+def _pixels(data: bytes, name: str) -> float:
+    """Count a picture's pixels by its header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's advice on large pictures
+            with Image.open(io.BytesIO(data), formats=FORMATS) as found:
+                return float(found.width * found.height)
+    except Image.DecompressionBombError:
+        return math.inf  # more than Pillow even considers
+    except Exception:  # a broken file makes Pillow's readers raise nearly anything
+        raise PictureError(_unreadable(name)) from None
+
+
+def _unreadable(name: str) -> str:
+    return f"{name} cannot be read as a picture; give a JPEG, PNG, WebP, GIF, BMP or TIFF file that is whole."
+
+
+def _point(given: Any) -> tuple[int, int]:
+    x, y = given
+    if not all(type(value) is int and 0 <= value <= GRID for value in (x, y)):
+        raise ValueError(given)
+    return x, y

@@ -1,0 +1,251 @@
+"""The page over HTTP: a few fixed addresses, bounds on everything that comes in, and one line of work.
+
+Knows Starlette and uvicorn. Does not know what a step does.
+
+There is no address for a file: the page's own files are read when the server starts, and
+pictures travel inside the page. Steps run one after another in a thread of their own, which
+alone touches sessions, models and galleries. A user's mistake is answered with status 200 and
+a sentence, because a browser logs any other status as an error of the page.
+"""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, final
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from union_igrot.demo.desk import Desk, Screen
+from union_igrot.demo.view import STATIC, View, static_file
+from union_igrot.errors import UnionError
+
+STEP_BYTES: Final = 2**20
+"""Largest request for a step; strokes are the most of it."""
+PATIENCE: Final = 60.0
+"""Seconds within which a request has to arrive."""
+DELAY: Final = 1.0
+"""Seconds before a wrong password is refused."""
+
+HEADERS: Final = {
+    # The browser itself refuses anything from another host, and any script that is not the page's own file.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+log: Final = logging.getLogger("union_igrot.demo")
+
+T = TypeVar("T")
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Who may use the page.
+
+    Attributes:
+        user: The name.
+        password: The password.
+    """
+
+    user: str
+    password: str
+
+    def __repr__(self) -> str:
+        return f"Login({self.user!r})"
+
+    def opens(self, header: str) -> bool:
+        """Whether a request's Authorization header (RFC 7617) gives name and password."""
+        kind, _, given = header.partition(" ")
+        try:
+            told = base64.b64decode(given, validate=True)
+        except (binascii.Error, ValueError):
+            return False
+        return kind.lower() == "basic" and hmac.compare_digest(told, f"{self.user}:{self.password}".encode())
+
+
+@final
+class Line:
+    """Does steps one after another in one thread; only so many may wait.
+
+    Args:
+        bound: Steps that may wait or run.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self._bound, self._waiting = bound, 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="demo")
+
+    async def do(self, step: Callable[[], T]) -> T:
+        """Wait for one's turn and take the step.
+
+        Raises:
+            UnionError: Where too many wait already; a sentence for the page.
+        """
+        if self._waiting >= self._bound:
+            raise UnionError("Too many others are searching just now; try again in a moment.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, step)
+        finally:
+            self._waiting -= 1
+
+
+@final
+class Doors:
+    """Answers the page's addresses.
+
+    Args:
+        desk: Takes the steps.
+        bound: Steps that may wait or run.
+    """
+
+    def __init__(self, desk: Desk, bound: int) -> None:
+        self._desk, self._view, self._line = desk, View(desk), Line(bound)
+        self._page = self._view.page()
+        self._files = {name: static_file(name) for name in STATIC}
+
+    def routes(self) -> list[Route]:
+        """Give the addresses; there are no others."""
+        return [
+            Route("/", self.page),
+            Route("/static/{name}", self.file),
+            Route("/act", self.act, methods=["POST"]),
+            Route("/photo", self.photo, methods=["POST"]),
+        ]
+
+    async def page(self, request: Request) -> Response:
+        """Give the page."""
+        del request
+        return HTMLResponse(self._page)
+
+    async def file(self, request: Request) -> Response:
+        """Give one of the page's own files, by its name alone."""
+        name = request.path_params["name"]
+        if name not in self._files:
+            return Response("not found", 404)
+        return Response(self._files[name], media_type=STATIC[name])
+
+    async def act(self, request: Request) -> Response:
+        """Take a step."""
+        body = await _body(request, STEP_BYTES)
+        if isinstance(body, Response):
+            return body
+        try:
+            told = json.loads(body)
+            action, given = told["action"], told["given"]
+        except (ValueError, RecursionError, TypeError, KeyError):
+            return _problem("The page and the server do not understand each other; reload the page.")
+        if not isinstance(action, str) or not isinstance(given, Mapping):
+            return _problem("The page and the server do not understand each other; reload the page.")
+        token = request.headers.get("x-session", "")
+        return await self._step(lambda: self._desk.act(token, action, given))
+
+    async def photo(self, request: Request) -> Response:
+        """Take a photo."""
+        limits = self._desk.limits
+        body = await _body(request, limits.bytes)
+        if isinstance(body, Response):
+            return body
+        token, name = request.headers.get("x-session", ""), request.query_params.get("name", "")
+        return await self._step(lambda: self._desk.give_photo(token, name, body))
+
+    async def _step(self, step: Callable[[], Screen]) -> Response:
+        try:
+            return JSONResponse(await self._line.do(lambda: self._view.regions(step())))
+        except UnionError as error:
+            return _problem(str(error))
+        except Exception:  # whatever fails inside, the page goes on
+            log.exception("a step of the demo failed")
+            return _problem("Something went wrong on the server; its terminal says what. The page still works.")
+
+
+def make_app(
+    desk: Desk, *, bound: int = 64, hosts: Sequence[str] = ("127.0.0.1", "localhost"), login: Login | None = None
+) -> App:
+    """Make the server's application.
+
+    Args:
+        desk: Takes the steps.
+        bound: Steps that may wait or run; further ones are answered with a sentence.
+        hosts: Names under which the server may be addressed, against pages of other sites that
+            point a name of theirs at this machine; `("*",)` allows any.
+        login: Who may use the page; None lets in whoever reaches it.
+    """
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
+    app: App = Starlette(routes=Doors(desk, bound).routes(), middleware=guards)
+    return _Guard(app, login)
+
+
+@final
+class _Guard:
+    """Asks for the password and adds the headers to every answer."""
+
+    def __init__(self, inner: App, login: Login | None) -> None:
+        self._inner, self._login = inner, login
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+
+        async def with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *more]
+            await send(message)
+
+        if self._login is not None:
+            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            if not self._login.opens(given):
+                if given:
+                    await asyncio.sleep(DELAY)  # guessing takes time
+                ask = {"WWW-Authenticate": 'Basic realm="union-demo", charset="UTF-8"'}
+                await Response("user and password, please", 401, ask)(scope, receive, with_headers)
+                return
+        await self._inner(scope, receive, with_headers)
+
+
+async def _body(request: Request, most: int) -> bytes | Response:
+    """Read a request up to a size; an answer where it is larger, too slow or cut off.
+
+    Only the page's own script can set `X-Session`: a page of another site would first have to ask, and is not allowed.
+    """
+    if "x-session" not in request.headers:
+        return Response("not from this page", 403)
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told) > most:
+        return Response("too large", 413)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    return Response("too large", 413)
+                parts.append(part)
+    except (TimeoutError, ClientDisconnect):
+        return Response("the request did not arrive whole", 408)
+    return b"".join(parts)
+
+
+def _problem(sentence: str) -> Response:
+    return JSONResponse({"problem": sentence})

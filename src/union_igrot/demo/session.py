@@ -1,0 +1,176 @@
+"""What one user did: the questions asked, turn after turn, and where among them the user stands.
+
+Plain values; every step gives a new session and leaves the old one as it was. Does not know
+how a question is answered, what a page looks like or who the user is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+from union_igrot.errors import DataError
+
+MAX_TURNS: Final = 50
+"""Questions that are remembered; the oldest are forgotten first."""
+
+Stroke = tuple[tuple[int, int], ...]
+"""The places a pen went through, both coordinates 0..1000 from the upper left corner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a question starts from.
+
+    Attributes:
+        kind: A sketch drawn on the page, a photo given by the user, or a picture of the gallery.
+        name: What it is called on the page.
+        thumbnail: A small PNG or JPEG of it.
+        view: A larger one, to look at; empty of a sketch, which the pad shows.
+        strokes: Of a sketch, how it was drawn.
+        picture: Of a photo, the PNG or JPEG that is searched with.
+        id: Of a picture of the gallery, its id.
+        engine: Of a picture of the gallery, the number of the engine that found it.
+        path: Of a picture of the gallery, its file, where it has one.
+        details: What else is known of it, by name.
+    """
+
+    kind: Literal["sketch", "photo", "result"]
+    name: str
+    thumbnail: bytes
+    view: bytes = b""
+    strokes: tuple[Stroke, ...] = ()
+    picture: bytes = b""
+    id: str | None = None
+    engine: int = 0
+    path: str | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and how far its answers were turned.
+
+    Attributes:
+        reference: What it starts from, or None where the text stands alone.
+        text: The sentence; empty where there is none.
+        page: Which page of the answers is shown, from 0.
+    """
+
+    reference: Reference | None
+    text: str
+    page: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """All that is remembered of one user.
+
+    Attributes:
+        turns: The questions, oldest first.
+        at: Which of them is shown; -1 is the start, before the first.
+        reference: The photo or the picture that the next question starts from; None while the pad is used.
+        rival: Number of the engine whose answers are shown beside the first one's, or None.
+        deal: Which pictures are shown at the start: another number, others.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    at: int = -1
+    reference: Reference | None = None
+    rival: int | None = None
+    deal: int = 0
+
+    @property
+    def present(self) -> Turn | None:
+        """The question whose answers are shown; None at the start."""
+        return self.turns[self.at] if self.at >= 0 else None
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is a step before this one."""
+        return self.at >= 0
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether a step was taken back and none was asked since."""
+        return self.at + 1 < len(self.turns)
+
+    def ask(self, reference: Reference | None, text: str) -> "Session":
+        """Ask a question; what was taken back before is forgotten.
+
+        Raises:
+            DataError: Where there is neither a reference nor a text.
+        """
+        text = " ".join(text.split())
+        if reference is None and not text:
+            raise DataError(
+                "There is nothing to search with yet: draw, give a photo, click a picture or type a sentence."
+            )
+        turns = (*self.turns[: self.at + 1], Turn(reference, text))[-MAX_TURNS:]
+        return replace(self, turns=turns, at=len(turns) - 1)
+
+    def go(self, to: int) -> "Session":
+        """Show the answers of another turn, or the start (-1), with its question at hand again.
+
+        Raises:
+            DataError: Where there is no such turn.
+        """
+        if not -1 <= to < len(self.turns):
+            raise DataError("There is no such step in the history any more.")
+        moved = replace(self, at=to)
+        reference = None if moved.present is None else moved.present.reference
+        return moved.hold(None if reference is None or reference.kind == "sketch" else reference)
+
+    def undo(self) -> "Session":
+        """Take the last step back.
+
+        Raises:
+            DataError: At the start.
+        """
+        if not self.can_undo:
+            raise DataError("There is nothing to undo.")
+        return self.go(self.at - 1)
+
+    def redo(self) -> "Session":
+        """Take the step again that was taken back.
+
+        Raises:
+            DataError: Where there is none.
+        """
+        if not self.can_redo:
+            raise DataError("There is nothing to redo.")
+        return self.go(self.at + 1)
+
+    def hold(self, reference: Reference | None) -> "Session":
+        """Choose what the next question starts from; None lays it aside and gives the pad back."""
+        return replace(self, reference=reference)
+
+    def turn_page(self, page: int) -> "Session":
+        """Show another page of the answers.
+
+        Raises:
+            DataError: At the start, where nothing was asked, or before the first page.
+        """
+        if self.present is None or page < 0:
+            raise DataError("There is no such page.")
+        turns = list(self.turns)
+        turns[self.at] = replace(self.present, page=page)
+        return replace(self, turns=tuple(turns))
+
+    def compare(self, rival: int | None) -> "Session":
+        """Choose whose answers are shown beside the first engine's, from the first page; None shows those alone.
+
+        Raises:
+            DataError: Where the first engine would be compared with itself.
+        """
+        if rival is not None and rival < 1:
+            raise DataError("There is no such method to compare with.")
+        chosen = replace(self, rival=rival)
+        return chosen if self.present is None else chosen.turn_page(0)
+
+    def deal_again(self) -> "Session":
+        """Show other pictures at the start."""
+        return replace(self, deal=self.deal + 1)
+
+    def restart(self) -> "Session":
+        """Forget everything but what is compared."""
+        return Session(rival=self.rival, deal=self.deal + 1)

@@ -1,0 +1,240 @@
+// The page's hands: the sketch pad, photos that are dropped or pasted, and steps sent to the server.
+// What is found and shown is made by the server; this file puts it in its place.
+
+const $ = (id) => document.getElementById(id);
+const MISTAKE = "The page and the server do not understand each other; reload the page.";
+const SILENCE = "The server does not answer; is union-demo still running?";
+const GRID = 1000, PEN = 28, NEAR = 4;
+
+// ---- the sketch pad -------------------------------------------------------------------------
+
+const canvas = document.querySelector("#pad canvas");
+const paper = canvas.getContext("2d");
+let strokes = [];
+let pen = { x: GRID / 2, y: GRID / 2, down: false, keys: false };
+
+function paint() {
+  paper.clearRect(0, 0, GRID, GRID);
+  paper.lineWidth = PEN;
+  paper.lineCap = paper.lineJoin = "round";
+  paper.strokeStyle = "#181818";
+  for (const stroke of strokes) {
+    paper.beginPath();
+    paper.moveTo(...stroke[0]);
+    for (const point of stroke) paper.lineTo(...point);
+    paper.stroke();
+  }
+  if (pen.keys) {
+    paper.lineWidth = 4;
+    paper.strokeStyle = pen.down ? "#c2255c" : "#2f4fc4";
+    paper.beginPath();
+    paper.arc(pen.x, pen.y, PEN, 0, 2 * Math.PI);
+    paper.stroke();
+  }
+  $("pad-empty").hidden = strokes.length > 0;
+  $("unstroke").disabled = $("clear").disabled = strokes.length === 0;
+}
+
+function place(event) {
+  const box = canvas.getBoundingClientRect();
+  const at = (value, low, size) => Math.max(0, Math.min(GRID, Math.round(((value - low) / size) * GRID)));
+  return [at(event.clientX, box.left, box.width), at(event.clientY, box.top, box.height)];
+}
+
+function draw(point) {
+  const stroke = strokes.at(-1);
+  const [x, y] = stroke.at(-1);
+  if (Math.hypot(point[0] - x, point[1] - y) >= NEAR) stroke.push(point);
+}
+
+let drawing = null; // the pointer that draws
+canvas.addEventListener("pointerdown", (event) => {
+  if (drawing !== null || event.button !== 0) return;
+  drawing = event.pointerId;
+  canvas.setPointerCapture(drawing);
+  pen.keys = false;
+  strokes.push([place(event)]);
+  paint();
+});
+canvas.addEventListener("pointermove", (event) => {
+  if (event.pointerId !== drawing) return;
+  const between = event.getCoalescedEvents?.() ?? [];
+  for (const one of between.length ? between : [event]) draw(place(one));
+  paint();
+});
+for (const end of ["pointerup", "pointercancel"])
+  canvas.addEventListener(end, (event) => {
+    if (event.pointerId === drawing) drawing = null;
+  });
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+canvas.addEventListener("keydown", (event) => {
+  if (event.key === " ") {
+    pen.down = !pen.down;
+    if (pen.down) strokes.push([[pen.x, pen.y]]);
+  } else if (event.key in ARROWS) {
+    const step = event.shiftKey ? 5 : 25;
+    const [x, y] = ARROWS[event.key];
+    pen.x = Math.max(0, Math.min(GRID, pen.x + step * x));
+    pen.y = Math.max(0, Math.min(GRID, pen.y + step * y));
+    if (pen.down) draw([pen.x, pen.y]);
+  } else return;
+  event.preventDefault();
+  pen.keys = true;
+  paint();
+});
+canvas.addEventListener("blur", () => {
+  pen.keys = pen.down = false;
+  paint();
+});
+$("unstroke").addEventListener("click", () => {
+  strokes.pop();
+  pen.down = false;
+  paint();
+  if (!strokes.length) canvas.focus();
+});
+$("clear").addEventListener("click", () => {
+  strokes = [];
+  pen.down = false;
+  paint();
+  canvas.focus();
+});
+
+// ---- steps -----------------------------------------------------------------------------------
+
+let busy = false;
+
+function tell(problem) {
+  $("problem").textContent = problem;
+  $("problem").hidden = !problem;
+  if (problem) {
+    $("say").textContent = "";
+    $("problem").scrollIntoView({ block: "nearest" });
+  }
+}
+
+async function send(address, body) {
+  if (busy) return null;
+  busy = true;
+  document.body.setAttribute("aria-busy", "true");
+  try {
+    const token = sessionStorage.getItem("union-demo") ?? "new";
+    const type = body instanceof Blob ? "application/octet-stream" : "application/json";
+    const headers = { "X-Session": token, "Content-Type": type };
+    const answer = await fetch(address, { method: "POST", headers, body, signal: AbortSignal.timeout(60_000) });
+    const shown = await answer.json();
+    if (shown.problem) tell(shown.problem);
+    else show(shown);
+    return shown.problem ? null : shown;
+  } catch (error) {
+    tell(error instanceof SyntaxError ? MISTAKE : SILENCE);
+    return null;
+  } finally {
+    busy = false;
+    document.body.removeAttribute("aria-busy");
+  }
+}
+
+const act = (action, given = {}) => send("act", JSON.stringify({ action, given }));
+
+function replace(region, html) {
+  const focused = region.contains(document.activeElement) ? document.activeElement.dataset.key ?? "" : null;
+  region.innerHTML = html;
+  if (focused === null) return;
+  const again = focused && region.querySelector(`[data-key="${CSS.escape(focused)}"]:not(:disabled)`);
+  if (again) again.focus({ preventScroll: true });
+  else if (region.tabIndex === -1) region.focus({ preventScroll: true });
+}
+
+function show(shown) {
+  sessionStorage.setItem("union-demo", shown.token);
+  tell("");
+  $("say").textContent = shown.say;
+  replace($("history"), shown.history);
+  $("history").querySelector("[aria-current]")?.closest("li").scrollIntoView({ block: "nearest", inline: "nearest" });
+  if (shown.results !== null) replace($("results"), shown.results);
+  const held = shown.reference.trim() !== "";
+  $("reference").innerHTML = shown.reference;
+  $("reference").hidden = $("drop").hidden = !held;
+  $("pad").hidden = $("unstroke").hidden = $("clear").hidden = held;
+  if (shown.text !== null) $("text").value = shown.text;
+  if ($("rival")) $("rival").value = shown.rival ?? "";
+  if (shown.strokes !== null) {
+    strokes = shown.strokes;
+    paint();
+  }
+  if (shown.large !== null) {
+    $("large").innerHTML = shown.large;
+    if (!$("large").open) $("large").showModal();
+  }
+}
+
+const wide = matchMedia("(min-width: 60rem)");
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-act]");
+  if (!button || button.disabled) return;
+  const action = button.dataset.act;
+  const shown = await act(action, JSON.parse(button.dataset.given ?? "{}"));
+  if (!shown) return;
+  if (action === "pick") {
+    if ($("large").open) $("large").close();
+    $("query").scrollIntoView({ block: "start" });
+    if (wide.matches) $("text").focus({ preventScroll: true });
+    else $("from").focus({ preventScroll: true });
+  } else if (action === "drop") canvas.focus();
+  else if (action === "page") $("results").scrollIntoView({ block: "start" });
+});
+
+$("query").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const found = await act("search", { text: $("text").value, strokes: $("pad").hidden ? [] : strokes });
+  if (found && !wide.matches) $("history").scrollIntoView({ block: "start" });
+});
+
+$("rival")?.addEventListener("change", () => {
+  const chosen = $("rival").value;
+  act("compare", { rival: chosen === "" ? null : Number(chosen) });
+});
+
+// ---- photos ----------------------------------------------------------------------------------
+
+async function give(file) {
+  if (!file) return;
+  if (file.size > Number(document.body.dataset.bytes))
+    return tell(`${file.name || "The photo"} is larger than ${document.body.dataset.megabytes} MB; give a smaller file.`);
+  await send(`photo?name=${encodeURIComponent(file.name || "pasted photo")}`, file);
+}
+
+$("choose").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", async () => {
+  await give($("file").files[0]);
+  $("file").value = ""; // the same file can be chosen again
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData?.files.length) {
+    event.preventDefault();
+    give(event.clipboardData.files[0]);
+  }
+});
+for (const name of ["dragenter", "dragover"])
+  document.addEventListener(name, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+document.addEventListener("dragleave", (event) => {
+  if (event.relatedTarget === null) document.body.classList.remove("dropping");
+});
+document.addEventListener("drop", (event) => {
+  document.body.classList.remove("dropping");
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  give(event.dataTransfer.files[0]);
+});
+$("large").addEventListener("click", (event) => {
+  if (event.target === $("large")) $("large").close(); // beside the picture
+});
+
+paint();
+act("show");

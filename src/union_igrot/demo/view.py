@@ -1,0 +1,89 @@
+"""Screens as HTML: each region of the page from a template that escapes whatever it is given.
+
+Knows the templates. Does not know how a screen came about or how it is sent.
+"""
+
+import base64
+from importlib.resources import files
+from typing import Any, Final, final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from union_igrot.demo.desk import MAX_TEXT, Desk, Screen
+
+STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+"""The page's own files and their types."""
+
+
+def data_uri(picture: bytes) -> Markup:
+    """Give a PNG or JPEG as an address that holds it whole, so that no picture has an address on the server."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(picture).decode()}")
+
+
+def static_file(name: str) -> bytes:
+    """Read one of the page's own files."""
+    return (files("union_igrot.demo") / "static" / name).read_bytes()
+
+
+@final
+class View:
+    """Makes the page and its regions.
+
+    Args:
+        desk: Whose engines and limits the page tells.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._made = Environment(
+            loader=PackageLoader("union_igrot.demo"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._made.filters["uri"] = data_uri
+
+    def page(self) -> str:
+        """Give the whole page, before anybody did anything."""
+        first = self._desk.engines[0]
+        return self._render(
+            "page",
+            gallery=first.gallery,
+            hint=first.hint,
+            count=len(first),
+            rivals=[(number, engine.name) for number, engine in enumerate(self._desk.engines)][1:],
+            limits=self._desk.limits,
+            max_text=MAX_TEXT,
+            pixelated=first.pixelated,
+        )
+
+    def regions(self, screen: Screen) -> dict[str, Any]:
+        """Give what the page puts in its places after a step; None stays as it was."""
+        session = screen.session
+        results = None
+        if screen.columns is not None:
+            results = self._render(
+                "results",
+                session=session,
+                columns=screen.columns,
+                last=screen.last,
+                shared=screen.shared,
+                count=len(self._desk.engines[0]),
+            )
+        return {
+            "token": screen.token,
+            "say": screen.say,
+            "history": self._render("history", session=session),
+            "reference": self._render("reference", reference=session.reference),
+            "results": results,
+            "large": None if screen.large is None else self._render("large", large=screen.large),
+            "rival": session.rival,
+            "text": screen.text,
+            "strokes": screen.strokes,
+        }
+
+    def _render(self, name: str, **values: Any) -> str:
+        return self._made.get_template(f"{name}.html").render(values)

@@ -1,0 +1,296 @@
+"""`Gallery`: pictures of one's own, indexed with a model and searched with pictures, sketches and text.
+
+Joins model, index and indexing. Does not know how an engine keeps rows, how pictures are decoded
+ahead, nor how results are drawn.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, final
+
+from union_igrot.data.entries import Listing
+from union_igrot.data.sources import list_pictures
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.gallery.additions import listing_of
+from union_igrot.gallery.answers import THUMBNAIL, Answers, answers_of
+from union_igrot.gallery.card import card_of, check_card, load_checkpoint, load_named
+from union_igrot.gallery.queries import all_wanted, embed_wanted, ids_of, several
+from union_igrot.index.base import How, VectorIndex
+from union_igrot.index.open import open_index
+from union_igrot.indexing.work import Report, Work
+from union_igrot.model import IGROTModel
+
+_MEMORY = "memory:"
+
+
+@final
+class Gallery:
+    """Pictures that can be searched.
+
+    Made by `Gallery.open`. Belongs to one thread; several processes may have one index open at once.
+
+    Args:
+        index: Where the rows lie; None until the first picture is added.
+        model: The model that embeds pictures and queries.
+        uri: Where the index lies or will lie.
+        checkpoint: Where the model is loaded from, for the index's card.
+    """
+
+    def __init__(self, index: VectorIndex | None, model: IGROTModel, uri: str, checkpoint: str | None = None) -> None:
+        self.model, self.uri = model.eval(), uri
+        self._index, self._checkpoint = index, checkpoint
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | Path,
+        model: IGROTModel | str | Path | None = None,
+        *,
+        create: bool = True,
+        weights: str | Path | None = None,
+    ) -> "Gallery":
+        """Open a gallery.
+
+        Args:
+            uri: Where its index lies: a folder `photos.lance`, an object store `s3://bucket/photos.lance`, a cluster
+                `milvus://host:19530/collection`, or `memory:`, which ends with the process.
+            model: A model, or the name of one: `tiny`, a folder, a repository. Where None, the one that the index
+                says it was made with.
+            create: What to do where there is no index. True: one on this machine is made by the first `add` or
+                `update`, and until then nothing is written; one on a server or object store is made now. False: it
+                is an error. `memory:` is always made.
+            weights: Weights of the backbone, where a model is loaded by name.
+
+        Returns:
+            The gallery.
+
+        Raises:
+            CheckpointError: Where the index was made with another model; names both.
+            ConfigError: Where there is no index and none is to be made, or the URI's engine is not installed.
+            DataError: Where it cannot be read or reached.
+        """
+        uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is no path
+        checkpoint = None
+        if isinstance(model, str | Path):
+            model, checkpoint = load_checkpoint(model, weights)
+        absent = uri == _MEMORY or (create and ":" not in uri and not Path(uri).exists())
+        if absent and model is None:
+            raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
+        if model is not None and (absent or create):
+            gallery = cls(None, model, uri, checkpoint)
+            if not absent:
+                gallery._made()
+            return gallery
+        index = open_index(uri)
+        try:
+            if model is None:
+                model, checkpoint = load_named(index.card, uri, weights)
+            check_card(index.card, model, uri)
+        except BaseException:
+            index.close()
+            raise
+        return cls(index, model, uri, checkpoint)
+
+    def _made(self) -> VectorIndex:
+        """Give the index, made if it is not there yet."""
+        if self._index is None:
+            card = card_of(self.model, self._checkpoint)
+            index = open_index(self.uri, dim=self.model.backbone.dim, card=card, create=True)
+            try:
+                check_card(index.card, self.model, self.uri)  # another process may have made it
+            except BaseException:
+                index.close()
+                raise
+            self._index = index
+        return self._index
+
+    @property
+    def index(self) -> VectorIndex:
+        """Where the rows lie, for what a gallery does not do itself.
+
+        Raises:
+            DataError: Where there is none yet.
+        """
+        if self._index is None:
+            raise DataError(f"there is no gallery at {self.uri} yet; add pictures first, or look at its name")
+        return self._index
+
+    def add(
+        self,
+        pictures: object,
+        ids: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        on_broken: Literal["fail", "skip"] = "fail",
+        work: Work | None = None,
+    ) -> Report:
+        """Add pictures, or bring those of the same id up to date.
+
+        Args:
+            pictures: One or several, in any form that `as_picture` takes: paths, PIL images, bytes, open files,
+                arrays, tensors.
+            ids: What they are called; a file's absolute path, and `sha256:` with the hash of its content for a
+                picture that is no file, where None.
+            columns: Values to keep beside them by column name, one a picture.
+            on_broken: Whether a picture that cannot be read is an error, or listed and left out.
+            work: How the work is done; for large additions.
+
+        Returns:
+            How many were added, updated, unchanged and left out. What was embedded before is not embedded again.
+
+        Raises:
+            PictureError: Where a picture cannot be read, under `fail`.
+            DataError: Where ids repeat, or ids or columns are not as many as pictures.
+        """
+        listing = listing_of(several(pictures), ids, columns)
+        chosen = replace(work or Work(workers=0, progress=False), on_broken=on_broken, prune=False)
+        return self._indexed(listing, chosen)
+
+    def update(self, images: str | Path, work: Work | None = None) -> Report:
+        """Bring the gallery up to date with a folder: new and changed files are embedded, files that are gone leave.
+
+        Args:
+            images: A folder (with all below), a pattern, a list or tar shards, as `union-index images=` takes them.
+            work: How the work is done.
+
+        Returns:
+            How many were added, updated, unchanged, removed and left out since they cannot be read.
+        """
+        return self._indexed(list_pictures(str(images)), work)
+
+    def _indexed(self, listing: Listing, work: Work | None) -> Report:
+        from union_igrot.indexing.run import index_pictures  # noqa: PLC0415 - Lightning, which no search needs
+
+        return index_pictures(self._made(), self.model, listing, work)
+
+    def ids(self, where: str | None = None) -> list[str]:
+        """Name the pictures that pass a filter, in the order in which they were added.
+
+        Raises:
+            ConfigError: Where the filter is wrong.
+        """
+        return [str(name) for batch in self.index.scan(["id"], where) for name in batch["id"]]
+
+    def delete(self, ids: object) -> int:
+        """Remove pictures from the gallery; files stay.
+
+        Args:
+            ids: Ids, paths or hits, one or several.
+
+        Returns:
+            How many of them were there.
+        """
+        return self.index.delete(ids_of(ids))
+
+    def search(
+        self,
+        image: object = None,
+        text: str | None = None,
+        k: int = 10,
+        where: str | None = None,
+        *,
+        liked: object = (),
+        disliked: object = (),
+        exclude: object = (),
+        how: How = "auto",
+        thumbnails: bool = True,
+    ) -> Answers:
+        """Find pictures.
+
+        Args:
+            image: A photo or a sketch, or several, in any form that `as_picture` takes. Several are asked as the mean
+                of their embeddings.
+            text: With an image, what should be different; alone, what is looked for.
+            k: How many answers.
+            where: A filter on columns, `class = 'dog' and year > 2020`; see `index.where`.
+            liked: Results to come closer to: ids, paths or hits. They alone are a query too.
+            disliked: Results to go away from; they are not among the answers.
+            exclude: Rows that are not among the answers, such as the query itself.
+            how: `exact`, `ann` (approximate) or `auto`.
+            thumbnails: Whether small pictures are read along.
+
+        Returns:
+            The answers, best first; fewer than k where fewer pictures pass the filter.
+
+        Raises:
+            ConfigError: Where nothing is asked, or the filter is wrong.
+            PictureError: Where a picture cannot be read.
+            DataError: Where a liked or disliked picture is not in the gallery.
+        """
+        given = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
+        return self.search_many([given], k, where, how=how, thumbnails=thumbnails)[0]
+
+    def search_many(
+        self,
+        queries: Sequence[Mapping[str, Any]],
+        k: int = 10,
+        where: str | None = None,
+        *,
+        how: How = "auto",
+        thumbnails: bool = True,
+    ) -> list[Answers]:
+        """Find pictures for many queries at once.
+
+        Args:
+            queries: Each with some of `image`, `text`, `liked`, `disliked` and `exclude`, as `search` takes them.
+            k: How many answers to each.
+            where: A filter for all of them.
+            how: `exact`, `ann` or `auto`.
+            thumbnails: Whether small pictures are read along.
+
+        Returns:
+            The answers to each query, in order.
+
+        Raises:
+            ConfigError: As `search`; says which query.
+        """
+        if k < 1:
+            raise ConfigError(f"k is {k}; ask for at least 1 answer")
+        wanted = all_wanted(queries)
+        if not wanted:
+            return []
+        index = self.index
+        judged = list(dict.fromkeys(name for one in wanted for name in (*one.liked, *one.disliked)))
+        rows = index.fetch(judged) if judged else None
+        kept = {} if rows is None else dict(zip(rows.ids, rows.vectors, strict=True))
+        embedded = embed_wanted(self.model, wanted, kept)
+        columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
+        spare = max(len(one.without) for one in wanted)
+        found = index.search(embedded, k + spare, where=where, how=how, columns=columns)
+        return [answers_of(hits, k, one.without) for hits, one in zip(found, wanted, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """Say what the gallery is: where it lies, how many pictures and which columns it has, and its model."""
+        index = self._index
+        card = card_of(self.model, self._checkpoint) if index is None else index.card
+        return {
+            "uri": self.uri,
+            "pictures": len(self),
+            "dim": self.model.backbone.dim,
+            "columns": {} if index is None else dict(index.columns),
+            **{name: card.get(name) for name in ("model", "fingerprint", "checkpoint")},
+        }
+
+    def optimise(self) -> None:
+        """Build or renew the approximate index and tidy the storage."""
+        self.index.optimise()
+
+    def __len__(self) -> int:
+        return 0 if self._index is None else len(self._index)
+
+    def __repr__(self) -> str:
+        return f"Gallery({self.uri!r}: {len(self):,} pictures, {self.model.backbone.name})"
+
+    def close(self) -> None:
+        """Let go of the index."""
+        if self._index is not None:
+            self._index.close()
+
+    def __enter__(self) -> "Gallery":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,162 @@
+"""A Lance table's vectors as files that can be mapped: exact search reads them where they lie.
+
+Lance decodes a column anew at each reading, which takes far longer than to score it. So the
+vectors of each of its data files, which never change, are written once more, as they are in
+memory, to the cache folder; every process then maps them. A file gets its name when it is
+whole and on disk, any process may write it, and it is dropped once the table no longer uses
+what it was made of.
+
+Knows Lance's fragments and data files. Does not know queries, nor how rows are ranked.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, final
+
+import lance
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.index.scattered import OFFSET
+
+ADVICE: Final = "set UNION_CACHE to a folder on another disk"
+
+_STALE_SECONDS: Final = 3600.0
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@final
+class Layout:
+    """Where the rows of one version of a table lie, in the order in which they were first written.
+
+    Args:
+        table: The version.
+        dim: Width of the embeddings.
+        folder: Where the mapped files are.
+
+    Attributes:
+        offsets: For each row its number among the table's rows, as Lance's `take` counts.
+        places: For each row where its vector is; see `scattered_topk`.
+    """
+
+    def __init__(self, table: Any, dim: int, folder: Path) -> None:
+        self._table, self._dim, self._folder = table, dim, folder
+        found = table.scanner(columns=["row"], with_row_address=True, scan_in_order=True).to_table()
+        rows = found["row"].to_numpy()
+        self._addresses = found["_rowaddr"].to_numpy().astype(np.int64)
+        self.offsets: Int64[np.ndarray, " rows"] = np.argsort(rows, kind="stable")
+        if (np.diff(rows[self.offsets]) == 0).any():  # two writers began at one version
+            ids = table.scanner(columns=["id"], scan_in_order=True).to_table()["id"].to_pylist()
+            self.offsets = np.array(sorted(range(len(rows)), key=lambda i: (rows[i], ids[i])), dtype=np.int64)
+        self._fragments = {fragment.fragment_id: fragment for fragment in table.get_fragments()}
+        number = np.zeros(max(self._fragments, default=0) + 1, dtype=np.int64)
+        number[list(self._fragments)] = range(len(self._fragments))
+        addresses = self._addresses[self.offsets]
+        self.places: Int64[np.ndarray, " rows"] = (number[addresses >> 32] << 32) + (addresses & OFFSET)
+        self._by_address: Int64[np.ndarray, " rows"] | None = None
+        self._parts: list[Float32[Tensor, "... dim"]] | None = None
+
+    def parts(self) -> Sequence[Float32[Tensor, "... dim"]]:
+        """Map the vectors of each fragment, written to files first where they are not.
+
+        Raises:
+            DataError: Where a file cannot be written.
+        """
+        if self._parts is None:
+            field = next(field.id() for field in self._table.lance_schema.fields() if field.name() == "vector")
+            files = {}
+            for key, fragment in self._fragments.items():
+                (source,) = (file.path for file in fragment.data_files() if field in file.fields)
+                files[key] = self._folder / f"{Path(source).stem}.f32"
+            self._parts = [_mapped(path, self._table, self._fragments[key], self._dim) for key, path in files.items()]
+            if files:
+                _drop_others(self._folder, {path.name for path in files.values()})
+        return self._parts
+
+    def chosen(self, filter_text: str) -> Bool[np.ndarray, " rows"]:
+        """Say for each row whether it passes a filter, given in Lance's SQL."""
+        found = self._table.scanner(columns=[], filter=filter_text, with_row_address=True).to_table()
+        passed = np.zeros(len(self._addresses), dtype=bool)
+        passed[self._offset_of(found["_rowaddr"].to_numpy().astype(np.int64))] = True
+        return np.asarray(passed[self.offsets])
+
+    def _offset_of(self, addresses: Int64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
+        if self._by_address is None:
+            self._by_address = np.argsort(self._addresses, kind="stable")
+        return self._by_address[np.searchsorted(self._addresses, addresses, sorter=self._by_address)]
+
+
+def folder_of(uri: str) -> Path:
+    """Give the folder of a table's mapped files: under `$UNION_CACHE`, else `~/.cache/union-igrot`.
+
+    Raises:
+        ConfigError: Where it lies under a home folder that cannot be found.
+    """
+    chosen = Path(os.environ.get("UNION_CACHE") or "~/.cache/union-igrot")
+    try:
+        root = chosen.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"the cache folder {chosen} needs a home folder, and there is none; {ADVICE}") from None
+    where = uri if re.match(r"[a-z0-9]+://", uri) else str(Path(uri).resolve())
+    return root / "vectors" / hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+def _mapped(path: Path, table: Any, fragment: Any, dim: int) -> Float32[Tensor, "... dim"]:
+    rows = fragment.physical_rows
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.stat().st_size != 4 * rows * dim:
+            _write(path, table, fragment)
+        # Not shared: mapped for reading alone, and no write here could reach the file.
+        return torch.from_file(str(path), shared=False, size=rows * dim, dtype=torch.float32).view(rows, dim)
+    except OSError as error:
+        what = "has no room" if error.errno in _NO_ROOM else f"cannot be used ({error.strerror or error})"
+        size = 4 * rows * dim
+        raise DataError(
+            f"exact search keeps {size:,} bytes of vectors in {path.parent}, which {what}; {ADVICE}"
+        ) from error
+
+
+def _write(path: Path, table: Any, fragment: Any) -> None:
+    """Write a fragment's vectors, removed rows included: an older version may still have them."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    scanner = table.scanner(
+        columns=["vector"], fragments=[fragment], with_row_id=True, include_deleted_rows=True, scan_in_order=True
+    )
+    try:
+        with temporary.open("xb") as file:
+            for batch in scanner.to_batches():
+                vectors = batch.column("vector")
+                if vectors.null_count:
+                    raise DataError(
+                        f"this version of Lance (pylance {lance.__version__}) hides removed rows; take another"
+                    )
+                file.write(vectors.flatten().to_numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _drop_others(folder: Path, used: set[str]) -> None:
+    """Drop files that this version does not use, and what killed writers left.
+
+    A process that has one mapped keeps it, and one that needs it again writes it again.
+    """
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            if stale if path.suffix == ".tmp" else path.name not in used:
+                path.unlink()

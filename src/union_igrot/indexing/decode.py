@@ -1,0 +1,165 @@
+"""From a file to a model's input: bytes read once, hashed, decoded, made a thumbnail of. Runs in worker processes.
+
+Knows files and Pillow's pictures through `data.transforms`. Does not know a model or an index.
+"""
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from union_igrot.data.transforms import PictureToTensor, decode_picture, picture_fault
+from union_igrot.types import Preprocess
+
+THUMBNAIL: Final = 160
+"""Longest side of a thumbnail in pixels."""
+_QUALITY: Final = 80
+_LARGE: Final = 2**26
+"""Bytes from which a file is looked at before it is read: a film is not read to its end to be no picture."""
+
+
+class Wanted(NamedTuple):
+    """What a worker is told of a picture; see `Entry`.
+
+    Attributes:
+        number: Its place in the list of those to be read.
+        force: Whether it is decoded even if an equal picture is in the index.
+    """
+
+    number: int
+    path: str
+    size: int
+    offset: int | None = None
+    data: bytes | None = None
+    force: bool = False
+
+
+class Seen(NamedTuple):
+    """What a worker found out about a picture; see `Fact`.
+
+    Attributes:
+        number: Its place in the list of those to be read.
+        thumbnail: JPEG bytes; None where it was not decoded: it is broken, or an equal one is in the index.
+    """
+
+    number: int
+    digest: str = ""
+    width: int = 0
+    height: int = 0
+    thumbnail: bytes | None = None
+    reason: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A batch.
+
+    Attributes:
+        pictures: The decoded ones, preprocessed, in order.
+        seen: All of them, in order.
+        waited: Seconds for which the worker had nothing to do before.
+    """
+
+    pictures: Float[Tensor, "decoded 3 height width"]
+    seen: Sequence[Seen]
+    waited: float
+
+    def pin_memory(self) -> "Decoded":
+        """Lay the pictures where a GPU fetches them while it computes."""
+        return replace(self, pictures=self.pictures.pin_memory())
+
+
+@final
+class Decoder(Dataset[Decoded]):
+    """Decodes batches; its "indices" are what is wanted, so that a worker needs no list.
+
+    Args:
+        preprocess: The model's.
+        known: File of sorted 64-bit beginnings of the hashes of what is in the index, or None.
+    """
+
+    def __init__(self, preprocess: Preprocess, known: Path | None) -> None:
+        self._to_tensor, self._size = PictureToTensor(preprocess), preprocess.size
+        self._known_file, self._known = known, np.empty(0, dtype=np.uint64)
+        self._shard: tuple[str, int] | None = None
+        self._idle_since: float | None = None
+
+    def __getitems__(self, wanted: Sequence[Wanted]) -> Decoded:
+        """Decode a batch."""
+        waited = 0.0 if self._idle_since is None else time.perf_counter() - self._idle_since
+        if self._known_file is not None:
+            self._known, self._known_file = np.load(self._known_file, mmap_mode="r"), None
+        found = [self._look(one) for one in wanted]
+        pixels = [tensor for _, tensor in found if tensor is not None]
+        pictures = torch.stack(pixels) if pixels else self.no_pictures()
+        self._idle_since = time.perf_counter()
+        return Decoded(pictures, [seen for seen, _ in found], waited)
+
+    def no_pictures(self) -> Float[Tensor, "0 3 height width"]:
+        """Give a batch of none."""
+        return torch.empty(0, 3, self._size, self._size)
+
+    def _look(self, one: Wanted) -> tuple[Seen, Tensor | None]:
+        try:
+            if one.size > _LARGE and one.offset is None and one.data is None:
+                return self._look_at_large(one)
+            data = self._read(one)
+            digest = hashlib.sha256(data).hexdigest()[:32]
+            if not one.force and self._is_known(digest):
+                return Seen(one.number, digest), None
+            image, size = decode_picture(io.BytesIO(data), self._size)
+            wide = image
+            if max(image.size) < min(THUMBNAIL, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
+                wide, _ = decode_picture(io.BytesIO(data), THUMBNAIL)
+            return Seen(one.number, digest, *size, thumbnail_of(wide)), self._to_tensor(image)
+        except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+            return Seen(one.number, reason=picture_fault(error)), None
+
+    def _look_at_large(self, one: Wanted) -> tuple[Seen, Tensor | None]:
+        """Decode first, which ends at once where it is no picture; hash without holding all bytes."""
+        image, size = decode_picture(Path(one.path), self._size)
+        with open(one.path, "rb") as file:  # noqa: PTH123 - odd bytes in a name
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        return Seen(one.number, digest, *size, thumbnail_of(image)), self._to_tensor(image)
+
+    def _read(self, one: Wanted) -> bytes:
+        if one.data is not None:
+            return one.data
+        if one.offset is None:
+            with open(one.path, "rb") as file:  # noqa: PTH123
+                return file.read()
+        if self._shard is None or self._shard[0] != one.path:
+            if self._shard is not None:
+                os.close(self._shard[1])
+                self._shard = None
+            self._shard = (one.path, os.open(one.path, os.O_RDONLY))
+        data = os.pread(self._shard[1], one.size, one.offset)
+        if len(data) < one.size:
+            raise OSError("the shard ends before it")
+        return data
+
+    def _is_known(self, digest: str) -> bool:
+        beginning = np.uint64(int(digest[:16], 16))
+        at = int(np.searchsorted(self._known, beginning))
+        return at < len(self._known) and bool(self._known[at] == beginning)
+
+
+def thumbnail_of(image: Image.Image) -> bytes:
+    """Give a small JPEG of a picture; one that is small already is not enlarged."""
+    share = min(1.0, THUMBNAIL / max(image.size))
+    width, height = (max(1, round(side * share)) for side in image.size)
+    file = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0).save(file, "JPEG", quality=_QUALITY)
+    return file.getvalue()

@@ -1,0 +1,183 @@
+"""A round of reading and embedding, alone or shared with other processes.
+
+The first process deals the pictures and waits for the others; what they did comes back as chunks in the
+work folder, which all processes must see. Knows processes, rounds and the folder. Does not know an index.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from union_igrot.data.entries import Entry
+from union_igrot.errors import ConfigError, PictureError, UnionError
+from union_igrot.indexing.decode import Decoder, Seen
+from union_igrot.indexing.embed import Batches, Waits, embed, machine_of
+from union_igrot.indexing.keep import Keeper
+from union_igrot.indexing.plan import shares
+from union_igrot.indexing.work import Work
+from union_igrot.model import IGROTModel
+from union_igrot.processes import Processes
+from union_igrot.store.files import write_whole
+
+KNOWN: Final = "known.npy"
+"""File of the hashes of what is in the index, for `Decoder`."""
+_LOOK: Final = 0.2
+"""Seconds between two looks for what other processes have written."""
+_TRIES: Final = 24
+"""How often another process waits ten minutes for the first one's next word: listing may take long."""
+_MOST_WORKERS: Final = 8
+_FIELDS: Final = ("id", "path", "size", "mtime", "offset")
+
+
+@final
+class Words:
+    """What the first process says to the others: a round, that all is done, or that it failed."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self._number = processes, 0
+
+    def say(self, word: Any) -> None:
+        """Say the next word."""
+        self.processes.share(f"indexing-{self._number}", json.dumps(word))
+        self._number += 1
+
+    def hear(self) -> Any:
+        """Wait for the next word.
+
+        Raises:
+            UnionError: Where none comes for hours.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                word = self.processes.share(f"indexing-{self._number}")
+                break
+            except UnionError:
+                if not left:
+                    raise
+        self._number += 1
+        return json.loads(word)
+
+
+def lead_round(
+    model: IGROTModel,
+    entries: Sequence[Entry],
+    work: Work,
+    words: Words,
+    folder: Path,
+    merge: Callable[[], None],
+    seen: Callable[[int], None],
+    *,
+    force: bool = False,
+) -> Waits:
+    """Have pictures read and embedded; when it returns, all chunks are merged.
+
+    Args:
+        model: The model.
+        entries: The pictures.
+        work: How the work is done.
+        words: To the other processes.
+        folder: The work folder.
+        merge: Merges the chunks that lie in the folder.
+        seen: Told of pictures that this process has read.
+        force: Whether pictures are decoded even if equal ones are in the index.
+
+    Returns:
+        Who waited for whom, in this process.
+    """
+    token, world = f"{time.time_ns():x}", words.processes.world
+    dealt = shares(entries, world)
+    for rank, share in enumerate(dealt[1:], 1):
+        lines = [json.dumps([getattr(entry, name) for name in _FIELDS]) for entry in share]
+        write_whole(_file(folder, token, rank, "share"), ["\n".join(lines).encode()])
+    words.say([token, str(folder), force])
+    waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge, seen, force=force)
+    for rank in range(1, world):
+        while not _file(folder, token, rank, "done").exists():
+            time.sleep(_LOOK)
+            merge()
+    merge()
+    return waits
+
+
+def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
+    """Embed what the first process deals to this one, until it has no more.
+
+    Args:
+        model: The same model.
+        work: The same way of working.
+        processes: This process among those of the run.
+
+    Raises:
+        SystemExit: Where the first process failed; it has said why itself.
+        ConfigError: Where this process does not see the first one's cache folder.
+    """
+    words = Words(processes)
+    while (word := words.hear()) != "done":
+        if word is None:
+            raise SystemExit(2)
+        token, folder, force = word[0], Path(word[1]), word[2]
+        share = _file(folder, token, processes.rank, "share")
+        if not share.exists():
+            raise ConfigError(f"process {processes.rank} does not see {folder}; give a cache_dir that all machines see")
+        lines = share.read_text().splitlines()
+        entries = [Entry(**dict(zip(_FIELDS, json.loads(line), strict=True))) for line in lines]
+        _work_through(model, entries, work, folder, f"{token}-{processes.rank:05d}", None, lambda _: None, force=force)
+        write_whole(_file(folder, token, processes.rank, "done"), [b""])
+
+
+def _file(folder: Path, token: str, rank: int, what: str) -> Path:
+    return folder / f"{token}-{rank:05d}.{what}"
+
+
+def _work_through(
+    model: IGROTModel,
+    entries: Sequence[Entry],
+    work: Work,
+    folder: Path,
+    stem: str,
+    merge: Callable[[], None] | None,
+    seen: Callable[[int], None],
+    *,
+    force: bool,
+) -> Waits:
+    """Read and embed pictures; what was embedded is kept, also where it ends by an error."""
+    machine = work.machine or machine_of(model.device)
+    gpu = torch.cuda.is_available() and machine.accelerator in ("auto", "gpu", "cuda")
+    workers = min(max((os.cpu_count() or 1) - 1, 1), _MOST_WORKERS) if work.workers is None else work.workers
+    known = folder / KNOWN
+    batches = Batches(
+        Decoder(model.preprocess, known if known.exists() else None),
+        entries,
+        batch_size=work.batch_size,
+        workers=workers,
+        force=force,
+        pinned=gpu,
+    )
+    keeper = Keeper(entries, folder, stem, merge)
+
+    def take(found: Sequence[Seen], vectors: Float[Tensor, "embedded dim"]) -> None:
+        keeper.take(found, vectors)
+        seen(len(found))
+        broken = next((one for one in found if one.reason is not None), None)
+        if broken is not None and work.on_broken == "fail":
+            raise refused(entries[broken.number].id, str(broken.reason))
+
+    try:
+        if entries:
+            embed(model, batches, take, machine, folder)
+    finally:
+        keeper.close()
+    batches.waits.writing = keeper.waited
+    return batches.waits
+
+
+def refused(name: str, reason: str) -> PictureError:
+    """Give the error for a picture that cannot be read where none is left out."""
+    return PictureError(f"{name}: {reason}; replace it, take it away, or leave such out with on_broken=skip")

@@ -1,0 +1,78 @@
+"""How indexing is asked to work, and what it reports.
+
+Plain values. Does not do anything.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+from union_igrot.processes import Machine
+
+
+@final
+@dataclass(frozen=True)
+class Work:
+    """How the work is done.
+
+    Attributes:
+        batch_size: Pictures a forward pass.
+        workers: Processes that decode; None takes all cores but one, one at least and eight at most; 0 decodes in this
+            process, where a file that makes a decoder crash ends it.
+        on_broken: Whether a picture that cannot be read is listed and left out, or ends the work.
+        prune: Whether rows of this source whose picture is gone are removed.
+        cache: Cache folder, for work files and the lock; `$UNION_CACHE` or its default where None.
+        progress: Whether a bar is shown.
+        machine: Devices and precision; where the model lies, in float32, where None.
+    """
+
+    batch_size: int = 256
+    workers: int | None = None
+    on_broken: Literal["skip", "fail"] = "skip"
+    prune: bool = True
+    cache: Path | None = None
+    progress: bool = True
+    machine: Machine | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """What became of it: numbers of pictures, times in seconds.
+
+    Attributes:
+        added: Rows that are new.
+        updated: Rows that were written again: the picture or its columns changed, or it was touched.
+        unchanged: Rows that were right.
+        removed: Rows that were removed: the picture is gone, or broken now.
+        skipped: Pictures that cannot be read, now or at an earlier run.
+        embedded: Pictures that went through the model; other new rows took a vector that was there.
+        opened: Pictures that were read.
+        seconds: Of the whole work.
+        working: Of reading and embedding, in the first process as what follows.
+        model_waited: How long the model waited for decoded pictures.
+        decoding_waited: How long decoding waited for the model, mean of the workers.
+        writing_waited: How long the model waited for rows to be written.
+        skipped_file: Where those that cannot be read are listed with the reason; None for an index in memory.
+        reasons: Some of them, id and reason.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    skipped: int = 0
+    embedded: int = 0
+    opened: int = 0
+    seconds: float = 0.0
+    working: float = 0.0
+    model_waited: float = 0.0
+    decoding_waited: float = 0.0
+    writing_waited: float = 0.0
+    skipped_file: Path | None = None
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """Pictures read a second; 0 where none was read."""
+        return self.opened / self.working if self.working else 0.0

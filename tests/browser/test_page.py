@@ -1,0 +1,266 @@
+"""The demo's page as its users have it: in a browser, over HTTP, on the generated world."""
+
+import io
+import re
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.browser
+
+
+def png(*size: int, colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_draw_search_refine_undo(visit, star):
+    user = visit()
+    user.draw(star)
+    user.search()
+    found = user.titles()
+    assert len(found) == 24
+    assert sum("star" in title for title in found) >= 12, found
+    assert re.search(r"Answers 1.24 of [\d,]+", user.page.inner_text("#results h2"))
+    scores = [float(text) for text in user.page.locator(".score").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+
+    first = user.page.locator(".pick").first
+    title = first.get_attribute("title")
+    user.pick(1)
+    assert user.page.locator("#reference img").get_attribute("alt") == title
+    assert user.titles() == found  # the answers stay until the next question
+    colour = next(name for name in ("blue", "green", "purple") if name not in title)
+    user.search(f"make the star {colour}")
+    assert user.turns() == ["sketch", f"+ “make the star {colour}”"]
+    refined = user.titles()
+    assert refined != found
+    assert sum(colour in title for title in refined[:6]) >= 2, refined
+
+    user.press("Undo")
+    assert user.titles() == found
+    assert user.page.locator("#pad").is_visible()
+    user.press("Redo")
+    assert user.titles() == refined
+    assert user.page.get_by_label("Sentence").input_value() == f"make the star {colour}"
+    user.page.get_by_role("button", name="Start", exact=True).click()
+    user.settled()
+    assert user.page.inner_text("#results h2") == "Some pictures of the gallery"
+    user.press("Start over")
+    assert user.turns() == []
+    assert user.page.locator("#pad-empty").is_visible()
+
+
+def test_pages_of_answers(visit, star):
+    user = visit()
+    user.draw(star)
+    user.search()
+    first = user.titles()
+    user.press("Next page")
+    assert set(first).isdisjoint(user.titles()) or user.titles() != first
+    assert user.page.locator(".rank").first.inner_text() == "25"
+    user.press("Previous page")
+    assert user.titles() == first
+
+
+def test_the_picture_large(visit):
+    user = visit()
+    user.page.locator(".zoom").nth(3).click()
+    dialog = user.page.locator("dialog[open]")
+    dialog.wait_for()
+    title = user.titles()[3]
+    assert title in dialog.inner_text()
+    assert "48 \u00d7 48" in dialog.inner_text()
+    user.page.keyboard.press("Escape")
+    assert dialog.count() == 0
+    user.page.locator(".zoom").nth(3).click()
+    dialog.get_by_role("button", name="Start from this picture").click()
+    user.settled()
+    assert user.page.locator("#reference img").get_attribute("alt") == title
+    assert dialog.count() == 0
+
+
+def test_two_methods_side_by_side(visit, star):
+    user = visit()
+    user.draw(star)
+    user.search()
+    user.page.get_by_label("Compare with").select_option(label="image alone, untrained")
+    user.settled()
+    assert user.page.locator(".columns h3").all_inner_texts() == ["trained: transagg + union", "image alone, untrained"]
+    assert [column.locator("li").count() for column in user.page.locator(".columns section").all()] == [12, 12]
+    said = user.page.locator("#results > p").inner_text()
+    shared = int(re.match(r"(\d+) of these 12 pictures were found by both", said)[1])
+    assert user.page.locator(".both").count() == 2 * shared
+    user.page.get_by_label("Compare with").select_option(label="nothing")
+    user.settled()
+    assert user.page.locator(".columns h3").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("broken.jpg", png(60, 60)[:70], "broken.jpg cannot be read as a picture"),
+        ("words.png", b"these are words", "words.png cannot be read as a picture"),
+        ("huge.png", bytes(1_000_001), "huge.png is larger than 1 MB"),
+        ("bomb.png", png(9000, 6000), "bomb.png has more than 50 million pixels"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_answered_with_a_sentence(visit, name, data, said):
+    user = visit()
+    user.page.set_input_files("#file", files=[{"name": name, "mimeType": "image/png", "buffer": data}])
+    assert user.problem().startswith(said)
+    assert user.page.locator("#pad").is_visible()
+    user.search("a red star")  # and the page goes on
+    assert user.turns() == ["“a red star”"]
+    assert user.page.locator("#problem").is_hidden()
+
+
+def test_photos_are_chosen_dropped_and_pasted(visit):
+    user = visit()
+    photo = {"name": "mine.png", "mimeType": "image/png", "buffer": png(200, 100)}
+    user.page.set_input_files("#file", files=[photo])
+    user.page.wait_for_selector("#reference img[alt='mine.png']")
+    user.search("on sand")
+    assert user.turns() == ["+ “on sand”"]
+    for kind, made in (("drop", "DragEvent"), ("paste", "ClipboardEvent")):
+        user.page.evaluate(
+            """([kind, made, bytes]) => {
+                const given = new DataTransfer();
+                given.items.add(new File([new Uint8Array(bytes)], kind + ".png", { type: "image/png" }));
+                const more = kind === "drop" ? { dataTransfer: given } : { clipboardData: given };
+                document.body.dispatchEvent(new window[made](kind, { bubbles: true, cancelable: true, ...more }));
+            }""",
+            [kind, made, list(png(90, 90, colour="blue"))],
+        )
+        user.page.wait_for_selector(f"#reference img[alt='{kind}.png']")
+    user.press("Back to the pad")
+    assert user.page.locator("#pad").is_visible()
+
+
+def test_nothing_drawn_and_nothing_typed(visit):
+    user = visit()
+    user.search()
+    assert user.problem().startswith("There is nothing to search with yet")
+
+
+def test_the_pad_takes_strokes_back(visit):
+    user = visit()
+    assert user.page.get_by_role("button", name="Undo stroke").is_disabled()
+    user.draw([(0.2, 0.2), (0.8, 0.8)], [(0.2, 0.8), (0.8, 0.2)])
+    drawn = "document.querySelector('canvas').toDataURL()"
+    both = user.page.evaluate(drawn)
+    user.page.get_by_role("button", name="Undo stroke").click()
+    one = user.page.evaluate(drawn)
+    user.page.get_by_role("button", name="Clear").click()
+    none = user.page.evaluate(drawn)
+    assert len(both) > len(one) > len(none)
+    user.draw([(0.2, 0.2), (0.8, 0.8)])
+    assert user.page.evaluate(drawn) == one
+
+
+def test_all_of_it_by_keyboard(visit):
+    user = visit()
+    keys = user.page.keyboard
+    user.page.locator("#pad canvas").focus()
+    keys.press("Space")
+    for arrow in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+        for _ in range(6):
+            keys.press(arrow)
+    keys.press("Space")
+    for _ in range(4):  # undo stroke, clear, photo, sentence
+        keys.press("Tab")
+    assert user.page.evaluate("document.activeElement.id") == "text"
+    keys.press("Enter")
+    user.page.wait_for_selector(".score")
+    user.settled()
+    assert user.turns() == ["sketch"]
+    user.page.locator(".pick").nth(1).focus()
+    keys.press("Enter")
+    user.page.wait_for_selector("#reference img")
+    user.settled()
+    assert user.page.evaluate("document.activeElement.id") == "text"  # where the next sentence is typed
+    keys.type("put it on sand")
+    keys.press("Enter")
+    user.page.wait_for_selector("#history li:nth-child(3)")
+    user.settled()
+    user.page.get_by_role("button", name="Undo", exact=True).focus()
+    keys.press("Enter")
+    user.page.wait_for_selector(".undone")
+    user.settled()
+    assert user.page.evaluate("document.activeElement.dataset.key") == "undo"  # the focus is not lost
+
+
+def test_a_reload_keeps_the_history_and_two_users_have_two(visit):
+    one, two = visit(), visit()
+    one.search("a red star")
+    two.search("a blue house")
+    one.page.reload()
+    one.page.wait_for_selector(".score")
+    assert one.turns() == ["“a red star”"]
+    assert two.turns() == ["“a blue house”"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 860)])
+def test_it_fits_and_can_be_read(visit, star, scheme, width, height):
+    user = visit(viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=width < 400)
+    for step in ("start", "answers", "picked", "compared"):
+        if step == "answers":
+            user.draw(star)
+            user.search()
+        elif step == "picked":
+            user.pick(1)
+        elif step == "compared":
+            user.page.get_by_label("Compare with").select_option(index=1)
+            user.settled()
+        assert user.page.evaluate("document.documentElement.scrollWidth") <= width
+        faint = user.page.evaluate(CONTRAST)
+        assert faint == [], step
+        if width < 400:
+            small = user.page.evaluate(
+                "[...document.querySelectorAll('button, select, input[type=text]')].filter(e => e.checkVisibility())"
+                ".map(e => e.getBoundingClientRect()).filter(b => b.width < 24 || b.height < 24).length"
+            )
+            assert small == 0  # WCAG 2.2, 2.5.8
+
+
+CONTRAST = """() => {
+    // Every visible piece of text against the nearest background that is not clear: WCAG 2.2, 1.4.3, at least 4.5:1.
+    const parts = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+    const light = ([r, g, b]) => {
+        const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        const [x, y, z] = [r, g, b].map((v) => linear(v / 255));
+        return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+    };
+    const faint = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        const element = node.parentElement;
+        if (!node.data.trim() || !element.checkVisibility()) continue;
+        if (element.closest(":disabled, .sr, .skip, canvas")) continue;
+        let under = element;
+        while (under && (parts(getComputedStyle(under).backgroundColor)[3] ?? 1) === 0) under = under.parentElement;
+        if (element.closest("#pad")) under = document.querySelector("#pad");
+        const [a, b] = [getComputedStyle(element).color, getComputedStyle(under).backgroundColor].map(parts).map(light);
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) faint.push(`${node.data.trim()}: ${ratio.toFixed(2)}`);
+    }
+    return faint;
+}"""
+
+
+def test_no_file_of_the_server_is_reached_over_http(visit, address):
+    user = visit()
+    for path in (
+        "etc/passwd",
+        "static/../server.py",
+        "static/%2e%2e/server.py",
+        "gradio_api/file=/etc/passwd",
+        "file=/etc/passwd",
+    ):
+        answer = user.page.request.get(f"{address}/{path}")
+        assert answer.status == 404
+        assert "root:" not in answer.text()
+    assert user.page.request.get(address, headers={"Host": "evil.example"}).status == 400
+    assert user.page.request.post(f"{address}/act", data={"action": "show", "given": {}}).status == 403

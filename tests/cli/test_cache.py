@@ -1,0 +1,175 @@
+"""`union-cache` on caches of our own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from small_world import LinearBackbone
+from union_igrot.cli import assemble, cache as command
+from union_igrot.cli.cache import main as cache
+from union_igrot.config import compose
+from union_igrot.errors import ConfigError
+from union_igrot.store.features import FeatureStore
+from union_igrot.store.files import hold_alone
+from union_igrot.store.space import usage
+from union_igrot.types import Features
+
+
+def fill(root: Path, fingerprint: str, rows: int, age: float, **options) -> None:
+    with FeatureStore(root, fingerprint, **options) as store:
+        store.add([str(i) for i in range(rows)], Features(torch.zeros(rows, 2500)))
+    used = time.time() - age
+    os.utime(root / "features" / f"{fingerprint}.lock", (used, used))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three stores of 0.1, 0.2 and 0.3 MB, last used 40, 20 and 2 days ago."""
+    for number, days in ((1, 40), (2, 20), (3, 2)):
+        fill(tmp_path, f"print-{number}", 10 * number, days * 86_400 + 60, backbone=f"model-{number}")
+    return tmp_path
+
+
+def run(*arguments: str, code: int = 0) -> None:
+    """What the command does, without the time that Hydra takes to run it."""
+    config = compose("cache", list(arguments))
+    if code == 0:
+        command.cache(config, Path())
+        return
+    with pytest.raises(SystemExit) as stopped:
+        command.cache(config, Path())
+    assert stopped.value.code == code
+
+
+def left(root: Path) -> list[str]:
+    return sorted(entry.backbone for entry in usage(root))
+
+
+def test_the_list_says_what_it_is_how_much_and_when_it_was_used(root, capsys):
+    cache([f"cache_dir={root}"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "model-" in line]
+    assert [next(w for w in row.split() if w.startswith("model")) for row in rows] == ["model-3", "model-2", "model-1"]
+    assert "30" in rows[0]
+    assert "2 days ago" in rows[0]
+    assert "100.4 KB" in rows[2]
+    assert "40 days ago" in rows[2]
+    assert "features float32" in rows[1]
+    assert "in 3 folders" in lines[-1]
+    assert "free on the disk" in lines[-1]
+    assert left(root) == ["model-1", "model-2", "model-3"]
+
+
+def test_an_empty_cache_is_said_to_be_empty(tmp_path, capsys):
+    run(f"cache_dir={tmp_path / 'none'}")
+    assert capsys.readouterr().out.strip().endswith("0 B in 0 folders")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_environment_names_the_cache_and_its_limit(root, monkeypatch, capsys):
+    monkeypatch.setenv("UNION_CACHE", str(root))
+    monkeypatch.setenv("UNION_CACHE_LIMIT", "5GB")
+    run()
+    assert "limit 5.0 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["prune=all"], []),
+        (["prune=0"], []),
+        (["prune=350KB"], ["model-3"]),
+        (["prune=0.55 MB"], ["model-2", "model-3"]),
+        (["prune=1GB"], ["model-1", "model-2", "model-3"]),
+        (["older_than=30d"], ["model-2", "model-3"]),
+        (["older_than=1w"], ["model-3"]),
+        (["prune=0", "older_than=30d"], ["model-2", "model-3"]),
+        (["prune=350KB", "older_than=30d"], ["model-2", "model-3"]),
+    ],
+)
+def test_pruning(root, capsys, arguments, kept):
+    run(f"cache_dir={root}", *arguments)
+    assert f"removed {3 - len(kept)} folder" in capsys.readouterr().out
+    assert left(root) == kept
+
+
+@pytest.mark.parametrize("argument", ["prune=much", "prune=-1", "older_than=1y"])
+def test_a_mistake_is_one_line_with_code_2(argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cache([argument])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "is not allowed; give" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_what_another_process_uses_is_kept_and_said(root, capsys):
+    code = (
+        "import sys; from pathlib import Path; from union_igrot.store.files import hold, lock_of\n"
+        "held = hold(lock_of(Path(sys.argv[1], 'features', 'print-1'))); print('open', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "open\n"
+        run(f"cache_dir={root}", "prune=all", code=1)
+        said = capsys.readouterr().out
+        assert left(root) == ["model-1"]
+        assert "in use" in said
+        assert "1 folder in use and kept" in said
+    finally:
+        other.communicate()
+    run(f"cache_dir={root}", "prune=all")
+    assert left(root) == []
+
+
+def test_what_an_interrupted_indexing_left_is_listed_and_pruned(root, capsys):
+    left_over = root / "indexing" / "0123456789abcdef-fedcba9876543210"
+    left_over.mkdir(parents=True)
+    (left_over / "manifest.json").write_text('{"index": "photos.lance", "model": "m", "source": "s"}')
+    (left_over / "chunk").write_bytes(bytes(5000))
+    lock = root / "indexing" / "0123456789abcdef.lock"
+    held = hold_alone(lock)
+    run(f"cache_dir={root}", "prune=all", code=1)
+    said = capsys.readouterr().out
+    assert "indexing, interrupted" in said
+    assert "photos.lance" in said
+    assert "5.1 KB" in said
+    assert left_over.exists()
+    os.close(held)
+    run(f"cache_dir={root}", "prune=all")
+    assert not left_over.exists()
+    assert lock.exists()
+
+
+def test_a_command_hands_the_limit_and_the_name_on_to_its_store(tmp_path):
+    settings = ["cache_limit=1MB", f"cache_dir={tmp_path}", "progress=false"]
+    store = assemble.encoder(compose("eval", settings), LinearBackbone()).store
+    assert (store.limit, store.backbone, store.root) == (10**6, "linear", tmp_path)
+    with pytest.raises(ConfigError, match="cache_limit=much is not allowed; give null or a number of bytes"):
+        compose("train", ["cache_limit=much"])
+
+
+def test_nothing_heavy_is_imported_for_help_and_mistakes():
+    code = (
+        "import sys; from union_igrot.cli import cache, search\n"
+        "for tried in ('cache --help', 'search --help', 'cache prune=x', 'search k=0'):\n"
+        "    try: globals()[tried.split()[0]].main([tried.split()[1]])\n"
+        "    except SystemExit: pass\n"
+        "print('heavy:', *[m for m in ('torch', 'numpy', 'PIL', 'lightning', 'lance') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_help_names_the_exit_codes(capsys):
+    cache(["--help"])
+    said = capsys.readouterr().out
+    assert "exit code: 0 done, 1 more is left" in said
+    assert "usage: union-cache" in said

@@ -1,0 +1,137 @@
+"""`union-convert`: the authors' files become models that load by themselves and embed the same."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import union_igrot
+from test_reference import TEXTS, golden_pictures, golden_state
+from test_reference_blip import blip_state, tiny_blip, words_file
+from union_igrot.cli.convert import main as convert
+from union_igrot.reference import load_reference_checkpoint
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    path = tmp_path_factory.mktemp("authors") / "authors.pth"
+    torch.save(golden_state("mini"), path)
+    return path
+
+
+@torch.no_grad()
+def equal(one, other, texts=TEXTS):
+    images, targets = golden_pictures("mini")
+    assert one.embed_queries(images, list(texts)).equal(other.embed_queries(images, list(texts)))
+    assert one.embed_gallery(targets).equal(other.embed_gallery(targets))
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("target", ["union", pytest.param("sum_reference", marks=pytest.mark.slow)])
+def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, target, capsys):
+    folder = tmp_path / "converted"
+    convert([f"checkpoint={mini}", "model=base", f"target={target}", "mask=legacy", f"output_dir={folder}"])
+    said = capsys.readouterr().out
+    assert f'union_igrot.load("{folder}")' in said
+    assert "pictures of 32" in said
+    wanted = load_reference_checkpoint(mini, target=target.removesuffix("_reference"), mask="legacy")
+    found = union_igrot.load(folder)
+    assert found.describe() == wanted.describe()
+    assert found.tuned
+    equal(found, wanted)
+    assert files(folder) == {"README.md", "model.json", "heads.safetensors", "backbone.safetensors"}
+    notes = json.loads((folder / "model.json").read_text())
+    assert notes["backbone_weights"]["file"] == "backbone.safetensors"
+    assert notes["card"]["source"] == "authors.pth"
+    assert str(tmp_path) not in (folder / "model.json").read_text()
+    card = (folder / "README.md").read_text()
+    assert "- **converted from**: `authors.pth`" in card
+    assert notes["heads"] in card
+
+
+def test_transaggs_files_have_no_target(mini, tmp_path, capsys):
+    state = {key: x for key, x in golden_state("mini").items() if not key.startswith(("t5_layers", "union_weighted"))}
+    path = tmp_path / "transagg.pth"
+    torch.save({key.replace("model.", "pretrained_model.", 1): x for key, x in state.items()}, path)
+    with pytest.raises(SystemExit) as stopped:
+        convert([f"checkpoint={path}", f"output_dir={tmp_path / 'out'}"])
+    assert stopped.value.code == 2
+    assert "choose target=frozen" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    convert([f"checkpoint={path}", "target=frozen", "half=true", f"output_dir={tmp_path / 'out'}"])
+    assert union_igrot.load(tmp_path / "out").target.kind == "frozen"
+    assert load_file(tmp_path / "out" / "backbone.safetensors")["visual.proj"].dtype == torch.float16
+
+
+@torch.no_grad()
+def test_a_blip_brings_its_words_along(tmp_path):
+    torch.save(blip_state(tiny_blip()), tmp_path / "blip.pth")
+    words, folder = words_file(tmp_path), tmp_path / "out"
+    convert([f"checkpoint={tmp_path / 'blip.pth'}", "model=blip", f"tokenizer={words}", f"output_dir={folder}"])
+    wanted = load_reference_checkpoint(tmp_path / "blip.pth", model="blip", tokenizer=words)
+    words.unlink()
+    found = union_igrot.load(folder)
+    assert found.fingerprint() == wanted.fingerprint()
+    equal(found, wanted, ["make it", None, "", "redder"])
+    assert "tokenizer/tokenizer_config.json" in files(folder)
+
+
+@pytest.mark.slow
+def test_vit_b_32_is_converted_and_loaded(tmp_path):
+    torch.save({key: x.half() for key, x in golden_state("clip_base").items()}, tmp_path / "authors.pth")
+    convert([f"checkpoint={tmp_path / 'authors.pth'}", f"output_dir={tmp_path / 'out'}"])
+    found, wanted = union_igrot.load(tmp_path / "out"), load_reference_checkpoint(tmp_path / "authors.pth")
+    assert found.fingerprint() == wanted.fingerprint()
+    images, _ = golden_pictures("clip_base")
+    with torch.no_grad():
+        assert found.embed_queries(images, list(TEXTS)).equal(wanted.embed_queries(images, list(TEXTS)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["checkpoint=nowhere.pth"], "checkpoint=nowhere.pth is not allowed; give an existing file"),
+        (["model=blip"], "holds a CLIP, but model='blip'"),
+        (["model=tiny"], "not OpenCLIP's"),
+        (["target=shared"], "target=shared is not the published code's; choose target=frozen, sum or union"),
+        (["mask=none"], "mask=none is not allowed; give one of exclude, legacy"),
+        (["model.weights=x.pt"], "give null, since the file brings its weights"),
+        (["output_dir=taken"], "output_dir taken is not an empty folder; give a new one"),
+        (["text_heads=0"], "text_heads=0 is not allowed"),
+    ],
+)
+def test_a_mistake_is_one_line(mini, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    given = {argument.partition("=")[0] for argument in change}
+    usual = [f"checkpoint={mini}", "output_dir=out"]
+    with pytest.raises(SystemExit) as stopped:
+        convert([*(argument for argument in usual if argument.partition("=")[0] not in given), *change])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("union-convert: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_unknown_tensors_are_listed_in_one_line(tmp_path, capsys):
+    state = golden_state("mini")
+    del state["model.ln_final.bias"]
+    torch.save(state | {"model.visual.extra": torch.zeros(1)}, tmp_path / "odd.pth")
+    with pytest.raises(SystemExit):
+        convert([f"checkpoint={tmp_path / 'odd.pth'}", f"output_dir={tmp_path / 'out'}"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "missing [ln_final.bias]" in line
+    assert "not known [visual.extra]" in line
+
+
+def test_the_help_names_every_setting(capsys):
+    convert(["--help"])
+    said = capsys.readouterr().out
+    for setting in ("checkpoint=???", "output_dir=???", "mask=exclude", "tokenizer=null", "model=...", "target=..."):
+        assert setting in said

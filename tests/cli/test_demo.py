@@ -1,0 +1,143 @@
+"""`union-demo` up to the moment it serves: its settings, its password, its port."""
+
+import getpass
+import importlib.util
+import io
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+
+from demo_engines import Squares
+from union_igrot.cli import demo as command
+from union_igrot.cli.demo import PASSWORD, main as demo
+from union_igrot.demo import serve as serving
+from union_igrot.demo.desk import Desk
+from union_igrot.demo.serve import listen, serve
+from union_igrot.demo.server import make_app
+from union_igrot.errors import ConfigError
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is served, without a socket, a model or a gallery."""
+    found = SimpleNamespace(app=None, port=None, opened=[])
+
+    def serve(app, held, ready):
+        found.app = app
+        ready("http://127.0.0.1:1")
+
+    def world(config):
+        found.opened.append("world")
+        return [Squares()]
+
+    def galleries(config):
+        found.opened.append((config.index, config.second_index))
+        return [Squares()]
+
+    monkeypatch.setattr(serving, "serve", serve)
+    monkeypatch.setattr(serving, "listen", lambda host, port: setattr(found, "port", (host, port)))
+    monkeypatch.setattr(command, "_world", world)
+    monkeypatch.setattr(command, "_galleries", galleries)
+    return found
+
+
+def mistake(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_without_arguments_it_opens_the_world_on_this_machine_alone(told, capsys):
+    demo([])
+    assert (told.port, told.opened) == (("127.0.0.1", 7860), ["world"])
+    assert told.app._login is None
+    assert "open http://127.0.0.1:1 in a browser; Ctrl-C ends" in capsys.readouterr().err
+
+
+def test_an_index_is_taken_as_typed(told):
+    demo(["index=it's, (mine) ${x}.lance", "second_index=b.lance", "port=0"])
+    assert told.opened == [("it's, (mine) ${x}.lance", "b.lance")]
+    assert told.port == ("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["host=0.0.0.0"], "give user=NAME too"),
+        (["host=192.168.0.7"], "give user=NAME too"),
+        (["second_index=b"], "give index=PATH too"),
+        (["index=a", "second_checkpoint=b"], "give second_index=PATH"),
+        (["user=a:b"], "a name without a colon"),
+        (["port=70000"], "port=70000 is not allowed"),
+        (["page=0"], "page=0 is not allowed"),
+        (["megapixels=0"], "megapixels=0 is not allowed"),
+        (["wating=3"], "wating"),
+    ],
+)
+def test_a_mistake_is_one_line(told, arguments, said, capsys):
+    assert said in mistake(arguments, capsys)
+    assert told.app is None
+
+
+def test_the_password_comes_from_the_environment_or_a_prompt(told, capsys, monkeypatch):
+    monkeypatch.delenv(PASSWORD, raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert f"set {PASSWORD}" in mistake(["user=anna"], capsys)
+    monkeypatch.setenv(PASSWORD, "geheim")
+    demo(["user=anna", "host=0.0.0.0"])
+    assert (told.app._login.user, told.app._login.password) == ("anna", "geheim")
+    monkeypatch.delenv(PASSWORD)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: f"typed for {prompt}")
+    demo(["user=bo"])
+    assert told.app._login.password == "typed for password for bo: "
+
+
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(told, capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else real(name))
+    assert 'the demo needs uvicorn; pip install "union-igrot[demo]"' in mistake([], capsys)
+
+
+def test_the_help_is_light():
+    code = (
+        "import sys; from union_igrot.cli.demo import main; main(['--help'])\n"
+        "print('heavy:', *[m for m in ('torch', 'numpy', 'PIL', 'starlette', 'uvicorn', 'jinja2') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+    assert "index=null" in done.stdout
+
+
+@pytest.mark.enable_socket
+def test_a_port_in_use_is_told_at_once():
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} is in use; give another, such as port={port + 1}"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        listen("192.0.2.1", 0)  # an address of documentation, never this machine's
+
+
+@pytest.mark.enable_socket
+def test_the_port_is_free_again_after_serving(monkeypatch):
+    ran = []
+
+    def run(self, sockets):
+        ran.append(sockets)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    held = listen("127.0.0.1", 0)
+    port, addresses = held.getsockname()[1], []
+    serve(make_app(Desk([Squares()])), held, addresses.append)
+    assert (ran, addresses) == ([[held]], [f"http://127.0.0.1:{port}"])
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", port))

@@ -1,0 +1,82 @@
+"""What each kind of command writes as its page, on small files in official layouts."""
+
+import html
+import json
+import shlex
+
+import pytest
+from official import WRITERS
+
+from union_igrot.cli.eval import main as evaluate
+from union_igrot.data.registry import load_benchmark
+from union_igrot.report.page import MAX_BYTES
+
+
+def page_of(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert len(text.encode()) <= MAX_BYTES
+    return text
+
+
+def command_in(text):
+    return html.unescape(text.partition('<pre class="command"><code>')[2].partition("</code>")[0])
+
+
+def test_a_hidden_split_is_shown_without_a_verdict(tmp_path, capsys):
+    WRITERS["circo"](tmp_path / "data", size=60)
+    settings = ["data=circo", f"data.root={tmp_path / 'data'}", "data.split=test", "progress=false"]
+    evaluate([*settings, f"output_dir={tmp_path / 'out'}"])
+    text = page_of(tmp_path / "out")
+    assert "The targets of this split are not published" in text
+    assert "<img" in text
+    assert "✓ right" not in text
+    assert "✗ wrong" not in text
+    assert f"written to {tmp_path / 'out'}; to look at: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_rankings_of_another_method_are_shown_even_without_pictures(tmp_path):
+    WRITERS["circo"](tmp_path / "data", size=60)
+    for picture in (tmp_path / "data").rglob("*.jpg"):
+        picture.unlink()
+    benchmark = load_benchmark("circo", tmp_path / "data", check_images=False)
+    names = [int(item.id) for item in benchmark.gallery]
+    answers = {query.id: names[5:55] for query in benchmark.queries}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    settings = ["data=circo", f"data.root={tmp_path / 'data'}", "data.check_images=false", "progress=false"]
+    evaluate([*settings, f"predictions={tmp_path / 'answers.json'}", f"output_dir={tmp_path / 'out'}"])
+    text = page_of(tmp_path / "out")
+    assert "the picture cannot be opened" in text
+    assert "<img" not in text
+    assert "answers.json" in text
+
+
+def test_the_command_names_where_public_data_were_found(tmp_path, monkeypatch):
+    home = tmp_path / "it's data"
+    WRITERS["tuberlin"](home / "tuberlin")
+    monkeypatch.setenv("UNION_DATA", str(home))
+    monkeypatch.chdir(tmp_path)
+    evaluate(["data=tuberlin", "output_dir=out dir", "progress=false", "seed=3"])
+    text = page_of(tmp_path / "out dir")
+    words = shlex.split(command_in(text))
+    assert words == [
+        f"UNION_DATA={home}",
+        "union-eval",
+        "data=tuberlin",
+        "output_dir=out dir",
+        "progress=false",
+        "seed=3",
+    ]
+    assert f"<code>{tmp_path}</code>" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fashioniq", "genecis", "dtin", "cirr", "sketchy"])
+def test_each_kind_of_benchmark_has_a_section_and_its_pictures(name, tmp_path):
+    WRITERS[name](tmp_path / "data")
+    evaluate([f"data={name}", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}", "progress=false"])
+    text = page_of(tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    for benchmark in {row["benchmark"] for row in rows}:
+        assert f"{benchmark} · " in text
+    assert "the picture cannot be opened" not in text
+    assert text.count("<img") > 20

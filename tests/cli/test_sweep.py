@@ -1,0 +1,164 @@
+"""A sweep's table through the commands: every job's rows at once, none lost by another's failure."""
+
+import csv
+import json
+
+import pytest
+from official import WRITERS
+
+from small_runs import SMALL, SMALL_DATA, Run
+from union_igrot.cli.command import run_command
+from union_igrot.cli.eval import main as evaluate
+from union_igrot.cli.train import main as train
+from union_igrot.config import compose
+from union_igrot.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def swept(place, command="eval"):
+    (folder,) = (place / "multirun" / command).glob("*/*")
+    return folder
+
+
+def table(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def row_of(value):
+    return {
+        **{"benchmark": "b", "split": "val", "method": "trained", "n_queries": 1, "n_gallery": 2, "seed": 0},
+        **{"metrics": {"R@1": value}, "ci95": {"R@1": [0.0, 100.0]}, "by_tag": {}, "versions": {}},
+        **{"seen_classes": [], "seen_images": None, "model": {"backbone": "tiny"}},
+        "protocol": {
+            **{"name": "official", "prompt": "", "metrics": ["R@1"], "primary": "R@1", "ap_norm": "min"},
+            **{"ap_rule": "step", "recall": "any", "precision_cut": "k", "average": "micro", "note": ""},
+            **{"exclude_reference": False, "ties": "gallery order"},
+        },
+    }
+
+
+def job(config, fresh):
+    """Write one figure; job 1 fails, and what stood in the sweep's folder before is looked at."""
+    if config.seed == 1:
+        raise DataError("nothing there; add pictures")
+    fresh.mkdir(parents=True, exist_ok=True)
+    (fresh / "results.json").write_text(json.dumps([row_of(float(config.seed))]))
+    return fresh
+
+
+def test_a_failed_job_loses_no_other_and_the_table_grows_job_by_job(place, capsys):
+    seen = []
+
+    def watched(config, fresh):
+        file = fresh.parent / "results.csv"
+        seen.append(len(file.read_text().splitlines()) if file.is_file() else 0)
+        return job(config, fresh)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command("eval", watched, ["-m", "seed=range(4)"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.err == "union-eval: nothing there; add pictures\n"
+    assert "job 1 (seed=1) failed: nothing there; add pictures" in said.out
+    assert "3 of 4 jobs done" in said.out
+    assert seen == [0, 2, 2, 3]
+    folder = swept(place)
+    assert [(line["run"], line["percent"]) for line in table(folder)] == [
+        *(("0", "0.0000"), ("2", "2.0000"), ("3", "3.0000"))
+    ]
+    assert "failed: nothing there" in (folder / "results.md").read_text()
+    assert [path.name for path in folder.iterdir() if "partial" in path.name] == []
+
+
+def test_a_bug_in_a_job_is_noted_and_still_told(place, monkeypatch, capsys):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def buggy(config, fresh):
+        if config.seed == 0:
+            raise ZeroDivisionError("by zero")
+        return job(config, fresh)
+
+    with pytest.raises(ZeroDivisionError):
+        run_command("eval", buggy, ["-m", "seed=0,2"])
+    assert "failed: ZeroDivisionError: by zero" in capsys.readouterr().out
+    assert [line["percent"] for line in table(swept(place))] == ["2.0000"]
+
+
+def test_results_that_lie_elsewhere_are_found(place):
+    """As where an interrupted training is gone on with in the folder of an earlier sweep."""
+    other = place / "earlier" / "5"
+    run_command("eval", lambda config, _: job(config, other), ["-m", "seed=3"])
+    assert [(line["run"], line["percent"]) for line in table(swept(place))] == [(str(other), "3.0000")]
+
+
+def test_a_sweep_without_figures_writes_no_table(place):
+    run_command("eval", lambda *_: None, ["-m", "seed=0,1"])
+    assert {path.name for path in swept(place).iterdir()} == {".lock", "sweep.json", "multirun.yaml", "0", "1"}
+
+
+def test_checkpoints_and_benchmarks_in_one_table(small_run: Run, place, monkeypatch, capsys):
+    for name in ("sketchy", "circo"):
+        WRITERS[name](place / "data" / name)
+    monkeypatch.setenv("UNION_DATA", str(place / "data"))
+    with pytest.raises(SystemExit):
+        evaluate(["-m", f"checkpoint=tiny,{small_run.folder},lost", "data=sketchy,circo", "progress=false"])
+    folder = swept(place)
+    found = table(folder)
+    ours = [line for line in found if line["source"] == "this sweep"]
+    trained = {(line["checkpoint"], line["benchmark"]) for line in ours if line["method"] == "trained"}
+    assert trained == {(name, data) for name in ("tiny", str(small_run.folder)) for data in ("sketchy", "circo")}
+    for line in ours:
+        rows = json.loads((folder / line["run"] / "results.json").read_text())
+        (row,) = (row for row in rows if row["method"] == line["method"])
+        if "[" not in line["metric"]:
+            assert float(line["percent"]) == pytest.approx(row["metrics"][line["metric"]], abs=1e-4)
+    assert {line["benchmark"] for line in found if line["source"].startswith("published")} == {"circo"}
+    shown = capsys.readouterr().out
+    last = shown[shown.index("model ") :]
+    assert last.count("image alone") == last.count("chance") == 1
+    assert "trained: tiny" in last
+    assert "4 of 6 jobs done" in last
+
+
+def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
+    WRITERS["sketchy"](place / "data")
+    evaluate(["model=tiny", "data=sketchy", f"data.root={place / 'data'}", "progress=false", "output_dir=out"])
+    rows = json.loads((place / "out" / "results.json").read_text())
+    assert [row["method"] for row in rows] == ["chance", "image", "text", "sum"]
+    assert (place / "out" / "contact-sketchy.png").is_file()
+    assert "checkpoint: null" in (place / "out" / "config.yaml").read_text()
+    assert "trained - " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=base", "checkpoint=tiny"], "give one of the two"),
+        (["model=base", "checkpoint=runs/a"], "give one of the two"),
+        (["model=runs/a"], "for trained heads give checkpoint=FOLDER"),
+        (["model=tiny", "model.projector=mlp"], "nothing is trained here"),
+        (["model=tiny", "weights=conftest.py"], "give model.weights"),
+        (["model=tiny", "predictions=conftest.py"], "without a model"),
+    ],
+)
+def test_what_contradicts_a_backbone_alone_is_told(overrides, said, place):
+    (place / "conftest.py").touch()
+    with pytest.raises(ConfigError, match=said):
+        compose("eval", overrides)
+    assert "model" not in compose("eval", ["checkpoint=runs/a"])
+
+
+@pytest.mark.slow
+def test_trainings_of_a_sweep_are_averaged_over_their_seeds(place, capsys):
+    train(["-m", "target=frozen,union", "seed=0,1", *SMALL])
+    text = (swept(place, "train") / "results.md").read_text()
+    assert "| tiny | trained: target=union |" in text
+    assert text.count("(2)") > 4
+    assert "trained: target=frozen" in capsys.readouterr().out
+    assert SMALL_DATA[0] in text

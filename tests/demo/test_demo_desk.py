@@ -1,0 +1,171 @@
+import io
+
+import pytest
+from PIL import Image
+
+from demo_engines import Squares
+from union_igrot.demo.desk import LOST, MAX_SESSIONS, MAX_TEXT, Desk
+from union_igrot.demo.pictures import Limits
+from union_igrot.errors import ConfigError, DataError, PictureError
+
+STROKES = [[[0, 500], [1000, 500]]]
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk([Squares(), Squares("backward", step=-1)], page=10)
+
+
+def ids(screen, column=0):
+    return [one.id for one in screen.columns[column].answers]
+
+
+def test_the_start_shows_some_pictures_and_others_when_asked(desk):
+    first = desk.act("new", "show", {})
+    assert ids(first) == [f"s{n}" for n in range(10)]
+    assert first.columns[0].answers[0].score is None
+    assert (first.session.present, first.say, first.strokes, first.text) == (None, "", None, None)
+    again = desk.act(first.token, "deal", {})
+    assert ids(again) == [f"s{n}" for n in range(1, 11)]
+
+
+def test_a_walk_through_turns_pages_and_back(desk):
+    token = desk.act("new", "show", {}).token
+    found = desk.act(token, "search", {"text": "", "strokes": STROKES})
+    assert (ids(found), found.last) == ([f"s{n}" for n in range(10)], False)
+    assert desk.engines[0].asked == [((24, 24, 24), None, None)]
+
+    second = desk.act(token, "page", {"page": 1})
+    assert (ids(second), second.columns[0].first) == ([f"s{n}" for n in range(10, 20)], 11)
+
+    picked = desk.act(token, "pick", {"engine": 0, "id": "s12"})
+    assert (picked.columns, picked.text) == (None, "")  # the answers stay, the sentence was of the last question
+    held = picked.session.reference
+    assert (held.kind, held.id, held.path, held.details) == ("result", "s12", "/pictures/s12.png", {"class": "c&s12"})
+    assert Image.open(io.BytesIO(held.view)).size == (480, 360)
+
+    refined = desk.act(token, "search", {"text": " in  red "})
+    assert desk.engines[0].asked[-1] == ((48, 100, 200), "in red", "s12")
+    assert "s12" not in ids(refined)
+    assert [turn.text for turn in refined.session.turns] == ["", "in red"]
+
+    undone = desk.act(token, "undo", {})
+    assert (ids(undone), undone.session.at) == ([f"s{n}" for n in range(10, 20)], 0)  # on the page it was left on
+    assert (undone.strokes, undone.text, undone.session.reference) == ((((0, 500), (1000, 500)),), "", None)
+    redone = desk.act(token, "redo", {})
+    assert (ids(redone), redone.text, redone.strokes) == (ids(refined), "in red", None)
+    start = desk.act(token, "back", {"turn": -1})
+    assert (start.session.present, start.strokes, start.text) == (None, None, None)  # the pad is not emptied
+    over = desk.act(token, "restart", {})
+    assert (over.session.turns, over.strokes, over.text) == ((), (), "")
+
+
+def test_the_last_page_has_no_next_one():
+    desk = Desk([Squares(count=25)], page=10)
+    token = desk.act("new", "search", {"text": "a"}).token
+    shown = [desk.act(token, "page", {"page": page}) for page in (1, 2)]
+    assert [(len(ids(screen)), screen.last) for screen in shown] == [(10, False), (5, True)]
+    for page in (3, -1, "1", True, 10**9, None):
+        with pytest.raises(DataError):
+            desk.act(token, "page", {"page": page})
+
+
+def test_two_methods_side_by_side(desk):
+    token = desk.act("new", "search", {"text": "abc"}).token
+    desk.act(token, "page", {"page": 2})
+    both = desk.act(token, "compare", {"rival": 1})
+    assert ids(both) == ["s3", "s4", "s5", "s6", "s7"]
+    assert ids(both, 1) == ["s3", "s2", "s1", "s0", "s59"]
+    assert both.shared == {"s3"}
+    assert [column.name for column in both.columns] == ["forward", "backward"]
+    desk.act(token, "pick", {"engine": 1, "id": "s59"})
+    desk.act(token, "search", {"text": ""})
+    for engine in desk.engines:
+        assert engine.asked[-1] == ((236, 100, 200), None, "s59")
+    alone = desk.act(token, "compare", {"rival": None})
+    assert (len(alone.columns), alone.shared) == (1, frozenset())
+    for rival in (0, 2, -1, "1"):
+        with pytest.raises(DataError):
+            desk.act(token, "compare", {"rival": rival})
+
+
+def test_a_photo_is_held_until_it_is_laid_aside(desk):
+    file = io.BytesIO()
+    Image.new("RGB", (50, 50), (9, 200, 9)).save(file, "PNG")
+    given = desk.give_photo("new", "cat.png", file.getvalue())
+    assert given.session.reference.name == "cat.png"
+    assert "cat.png" in given.say
+    desk.act(given.token, "search", {"text": "", "strokes": STROKES})  # what is on the hidden pad does not count
+    assert desk.engines[0].asked[-1] == ((9, 200, 9), None, None)
+    assert desk.act(given.token, "drop", {}).session.reference is None
+    desk.act(given.token, "search", {"text": "", "strokes": STROKES})
+    assert desk.engines[0].asked[-1][0] == (24, 24, 24)
+
+
+def test_a_mistake_changes_nothing(desk):
+    token = desk.act("new", "search", {"text": "a"}).token
+    before = desk.act(token, "show", {}).session
+    for action, given in (
+        ("search", {"text": ""}),
+        ("search", {"text": 7}),
+        ("search", {"text": "x" * (MAX_TEXT + 1)}),
+        ("search", {"text": "a", "strokes": "scribble"}),
+        ("back", {"turn": 5}),
+        ("redo", {}),
+        ("explode", {}),
+    ):
+        with pytest.raises(DataError):
+            desk.act(token, action, given)
+    with pytest.raises(PictureError):
+        desk.give_photo(token, "x", b"broken")
+    with pytest.raises(PictureError):
+        Desk([Squares()], limits=Limits(megabytes=0.001)).give_photo(token, "x", bytes(2000))
+    assert desk.act(token, "show", {}).session == before
+
+
+@pytest.mark.parametrize("action", ["pick", "large"])
+@pytest.mark.parametrize(
+    "given", [{"engine": 0, "id": "s55"}, {"engine": 1, "id": "s1"}, {"engine": 0, "id": "/etc/x"}, {}]
+)
+def test_only_pictures_on_the_page_can_be_asked_for(desk, action, given):
+    token = desk.act("new", "show", {}).token
+    with pytest.raises(DataError, match="not on the page any more"):
+        desk.act(token, action, given)
+    with pytest.raises(DataError, match="not on the page any more"):
+        desk.act("new", action, {"engine": 0, "id": "s1"})  # somebody who was shown nothing yet
+
+
+def test_a_picture_is_shown_large_and_the_one_at_hand_stays_askable(desk):
+    token = desk.act("new", "show", {}).token
+    large = desk.act(token, "large", {"engine": 0, "id": "s3"}).large
+    assert (large.answer.id, large.width, large.height) == ("s3", 640, 480)
+    desk.act(token, "pick", {"engine": 0, "id": "s3"})
+    desk.act(token, "search", {"text": "x" * 20})
+    assert desk.act(token, "large", {"engine": 0, "id": "s3"}).large.answer.id == "s3"
+
+
+def test_users_are_kept_apart(desk):
+    tokens = [desk.act("new", "search", {"text": "x" * n}).token for n in range(1, 6)]
+    assert len(set(tokens)) == 5
+    for n, token in enumerate(tokens, 1):
+        assert [turn.text for turn in desk.act(token, "show", {}).session.turns] == ["x" * n]
+
+
+def test_whoever_was_quiet_for_longest_is_forgotten_and_told_so(desk):
+    first = desk.act("new", "search", {"text": "a"}).token
+    second = desk.act("new", "search", {"text": "b"}).token
+    desk.act(first, "show", {})
+    for _ in range(MAX_SESSIONS - 1):
+        desk.act("new", "show", {})
+    assert desk.act(first, "show", {}).token == first
+    gone = desk.act(second, "show", {})
+    assert (gone.token != second, gone.say, gone.session.turns) == (True, LOST, ())
+
+
+def test_a_made_up_name_opens_no_session(desk):
+    assert desk.act("guessed", "show", {}).token != "guessed"
+
+
+def test_a_desk_needs_an_engine():
+    with pytest.raises(ConfigError):
+        Desk([])

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from small_world import trainable
+from union_igrot.data.transforms import open_picture
+from union_igrot.demo.indexed import GalleryEngine, open_engine
+from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.gallery.gallery import Gallery
+from union_igrot.index.memory import MemoryIndex
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((240, 160), Image.Resampling.NEAREST).save(tmp_path / f"picture {number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def engine(folder) -> GalleryEngine:
+    model = trainable()
+    rows = MemoryIndex(model.backbone.dim)
+    gallery = Gallery(rows, model, "/somewhere/photos.lance")
+    paths = sorted(folder.glob("*.png"))
+    gallery.add(paths, columns={"artist": [f"artist {n}" for n in range(11)] + [None], "year": list(range(12))})
+    return GalleryEngine(gallery, rows)
+
+
+def test_answers_are_the_gallerys(engine, folder):
+    asked = open_picture(folder / "picture 3.png")
+    found = engine.search(asked, "in red", 0, 5, None)
+    straight = engine._gallery.search(asked, "in red", 5)
+    assert [(one.id, one.score) for one in found] == [(hit.id, hit.score) for hit in straight]
+    assert [one.thumbnail for one in found] == [hit.jpeg for hit in straight]
+    assert [one.id for one in engine.search(asked, "in red", 3, 2, None)] == straight.ids[3:]
+    assert straight.ids[0] not in {one.id for one in engine.search(asked, "in red", 0, 12, straight.ids[0])}
+    assert len(engine) == 12
+    assert (engine.name, engine.gallery) == ("photos.lance: transagg + union", "photos.lance")
+
+
+def test_a_picture_tells_its_path_and_the_users_columns(engine, folder):
+    name = str(folder / "picture 10.png")
+    one = engine.answer(name)
+    place = sorted(folder.glob("*.png")).index(Path(name))
+    assert (one.title, one.path) == ("picture 10.png", name)
+    assert one.details == {"artist": f"artist {place}", "year": str(place)}
+    assert engine.picture(name).tobytes() == open_picture(folder / "picture 10.png").tobytes()
+    last = engine.answer(str(sorted(folder.glob("*.png"))[-1]))
+    assert last.details == {"year": "11"}
+
+
+def test_a_thumbnail_stands_for_a_file_that_is_gone(engine, folder):
+    name = str(folder / "picture 4.png")
+    Path(name).write_bytes(b"broken")
+    assert max(engine.picture(name).size) == 160
+    Path(name).unlink()
+    assert max(engine.picture(name).size) == 160
+
+
+def test_no_file_is_opened_that_the_index_does_not_hold(engine, folder):
+    Image.new("RGB", (9, 9)).save(folder / "secret.png")
+    for ask in (engine.answer, engine.picture):
+        with pytest.raises(DataError):
+            ask(str(folder / "secret.png"))
+
+
+def test_rows_without_thumbnail(folder, engine):
+    rows = engine._rows.fetch([str(folder / "picture 0.png")])
+    columns = {name: values for name, values in rows.columns.items() if name != "thumbnail"}
+    engine._rows.upsert(type(rows)(["shard.tar/0.png"], rows.vectors, columns))
+    one = engine.answer("shard.tar/0.png")
+    assert (one.title, one.path) == ("0.png", "shard.tar/0.png")
+    assert one.thumbnail.startswith(b"\x89PNG")
+    with pytest.raises(PictureError, match=r"0\.png cannot be opened"):
+        engine.picture("shard.tar/0.png")
+
+
+def test_pictures_to_start_from(engine):
+    dealt = [[one.id for one in engine.some(5, deal)] for deal in (1, 1, 2)]
+    assert dealt[0] == dealt[1] != dealt[2]
+    assert len(engine.some(50, 0)) == 12
+
+
+def test_an_index_that_is_not_there_or_empty(monkeypatch):
+    with pytest.raises(ConfigError):
+        open_engine("nonsense")
+    monkeypatch.setattr(Gallery, "open", lambda uri, *_, **__: Gallery(None, trainable(), uri))
+    with pytest.raises(DataError, match="holds no picture; add some with union-index"):
+        open_engine("empty.lance")

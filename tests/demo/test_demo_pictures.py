@@ -1,0 +1,162 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from union_igrot.demo.pictures import (
+    GRID,
+    KEPT_SIDE,
+    MAX_STROKES,
+    THUMBNAIL_SIDE,
+    Limits,
+    decoded,
+    drawn,
+    encoded,
+    photo,
+    short_name,
+    sketch,
+)
+from union_igrot.errors import DataError, PictureError
+
+
+def as_file(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header promises many pixels and whose data would unpack to them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((width + 7) // 8 + 1) * min(height, 2000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_photo_of_any_usual_format_is_taken(kind):
+    given = Image.new("RGB", (300, 200), (200, 30, 40))
+    held = photo(as_file(given, kind), f"cat.{kind.lower()}", Limits())
+    assert (held.kind, held.name) == ("photo", f"cat.{kind.lower()}")
+    kept = decoded(held.picture)
+    assert kept.size == (300, 200)
+    assert np.abs(np.asarray(kept).mean((0, 1)) - (200, 30, 40)).max() < 4
+    assert max(decoded(held.thumbnail).size) == THUMBNAIL_SIDE
+
+
+def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    held = photo(as_file(Image.new("RGB", (3000, 1500), "blue"), "JPEG", exif=exif), "big.jpg", Limits())
+    assert decoded(held.picture).size == (KEPT_SIDE // 2, KEPT_SIDE)
+    clear = photo(as_file(Image.new("RGBA", (100, 100), (0, 0, 0, 0))), "clear.png", Limits())
+    assert np.asarray(decoded(clear.picture)).min() >= 254
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not a picture",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        as_file(Image.effect_noise((90, 90), 80), "JPEG")[:900],
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n",  # opening it would start another program
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+    ],
+    ids=["empty", "text", "no header", "truncated", "postscript", "svg"],
+)
+def test_a_broken_or_foreign_file_is_answered_with_a_sentence(data):
+    with pytest.raises(PictureError, match=r"^holiday\.jpg cannot be read as a picture; give a JPEG.*\.$"):
+        photo(data, "holiday.jpg", Limits())
+
+
+@pytest.mark.parametrize(("width", "height"), [(8000, 8000), (12_000, 9000), (60_000, 60_000)])
+def test_a_bomb_is_refused_by_its_header(width, height, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("its pixels were decoded"))
+    with pytest.raises(PictureError, match=r"^bomb\.png has more than 50 million pixels; give a smaller picture\.$"):
+        photo(bomb(width, height), "bomb.png", Limits())
+
+
+def test_a_large_file_is_refused_before_it_is_opened():
+    with pytest.raises(PictureError, match=r"x is larger than 0\.001 MB"):
+        photo(bytes(1001), "x", Limits(megabytes=0.001))
+    data = as_file(Image.new("RGB", (20, 10)))
+    assert photo(data, "x", Limits(megabytes=len(data) / 1e6)).kind == "photo"
+    assert photo(data, "x", Limits(megapixels=200 / 1e6)).kind == "photo"
+    with pytest.raises(PictureError, match="million pixels"):
+        photo(data, "x", Limits(megapixels=199 / 1e6))
+
+
+@pytest.mark.parametrize(
+    ("given_name", "shown"),
+    [
+        ("cat.jpg", "cat.jpg"),
+        ("C:\\pictures\\cat.jpg", "cat.jpg"),
+        ("../../etc/passwd", "passwd"),
+        ("a\x00\nb.jpg", "ab.jpg"),
+        ("", "The photo"),
+        ("x" * 80, "x" * 59 + "…"),
+    ],
+)
+def test_a_name_is_shown_without_folders(given_name, shown):
+    assert short_name(given_name) == shown
+
+
+def test_strokes_are_drawn_where_they_went():
+    page = np.asarray(drawn([((0, 500), (1000, 500)), ((500, 500),)]).convert("L"))
+    assert page.shape == (512, 512)
+    dark = page < 128
+    assert dark[256].all()
+    assert not dark[:240].any()
+    assert not dark[272:].any()
+    dot = np.asarray(drawn([((250, 750),)]).convert("L")) < 128
+    rows, columns = np.nonzero(dot)
+    assert np.abs(np.array([rows.mean(), columns.mean()]) - (384, 128)).max() < 1
+    assert 12 <= np.ptp(rows) <= 16
+
+
+POINTS = st.lists(st.tuples(*[st.integers(0, GRID)] * 2), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(POINTS.map(tuple), min_size=1, max_size=4))
+def test_a_large_drawing_is_made_to_fit_and_a_small_one_stays(strokes):
+    rows, columns = np.nonzero(np.asarray(drawn(strokes, 0.5).convert("L")) < 128)
+    assert max(np.ptp(rows), np.ptp(columns)) <= 0.5 * 512 + 18
+    side = max(max(p[a] for s in strokes for p in s) - min(p[a] for s in strokes for p in s) for a in (0, 1))
+    if side <= 500:
+        assert drawn(strokes, 0.5).tobytes() == drawn(strokes).tobytes()
+
+
+def test_a_sketch_is_read_from_strokes():
+    assert sketch(None) is sketch([]) is sketch([[]]) is None
+    held = sketch([[[1, 2], [3, 4]], [], [[5, 6]]])
+    assert (held.kind, held.strokes) == ("sketch", (((1, 2), (3, 4)), ((5, 6),)))
+    assert max(decoded(held.thumbnail).size) == THUMBNAIL_SIDE
+
+
+@pytest.mark.parametrize(
+    "given_strokes", [7, "ab", [7], [[7]], [[[1]]], [[[1, 2, 3]]], [[[1, 2.5]]], [[[-1, 0]]], {"a": 1}]
+)
+def test_what_is_no_strokes_is_answered_with_a_sentence(given_strokes):
+    with pytest.raises(DataError, match="did not arrive as strokes"):
+        sketch(given_strokes)
+
+
+def test_endless_strokes_are_refused():
+    with pytest.raises(DataError, match="more strokes than"):
+        sketch([[[1, 1]]] * (MAX_STROKES + 1))
+
+
+@pytest.mark.parametrize("side", [48, 80, 81, 500])
+def test_pictures_come_back_from_their_files(side):
+    image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
+    there = np.asarray(decoded(encoded(image)), dtype=int)
+    assert np.abs(there - np.asarray(image, dtype=int)).max() <= (0 if side <= 80 else 12)

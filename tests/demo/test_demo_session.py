@@ -1,0 +1,119 @@
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from union_igrot.demo.session import MAX_TURNS, Reference, Session
+from union_igrot.errors import DataError
+
+SKETCH = Reference("sketch", "your sketch", b"small", strokes=(((1, 2), (3, 4)),))
+PICKED = Reference("result", "a star", b"small", b"view", id="p1")
+PHOTO = Reference("photo", "cat.jpg", b"small", b"view", picture=b"pixels")
+
+
+def test_a_question_needs_a_reference_or_a_sentence():
+    with pytest.raises(DataError, match="nothing to search with"):
+        Session().ask(None, "  \n ")
+    assert Session().ask(None, " red \n star ").present.text == "red star"
+    assert Session().ask(SKETCH, "").present.reference is SKETCH
+
+
+def test_undo_redo_and_a_new_question_after_an_undo():
+    one = Session().ask(SKETCH, "")
+    two = one.hold(PICKED).ask(PICKED, "in red").turn_page(3)
+    back = two.undo()
+    assert (back.at, back.present, back.reference) == (0, one.present, None)  # a sketch stands on the pad
+    assert back.redo() == two
+    assert back.undo().present is None
+    assert back.undo().redo() == back
+    other = back.ask(PHOTO, "small")
+    assert [turn.reference for turn in other.turns] == [SKETCH, PHOTO]
+    assert not other.can_redo
+    with pytest.raises(DataError, match="nothing to redo"):
+        other.redo()
+    with pytest.raises(DataError, match="nothing to undo"):
+        Session().undo()
+    with pytest.raises(DataError, match="no such step"):
+        other.go(2)
+
+
+def test_going_back_gives_the_question_its_reference_again():
+    session = Session().ask(PHOTO, "a").ask(PICKED, "b").ask(None, "c")
+    assert session.go(0).reference is PHOTO
+    assert session.go(1).reference is PICKED
+    assert session.go(2).reference is None
+    assert session.hold(PHOTO).go(-1).reference is None
+
+
+def test_pages_belong_to_their_turn():
+    session = Session().ask(SKETCH, "").turn_page(2).ask(PICKED, "").turn_page(1)
+    assert [turn.page for turn in session.turns] == [2, 1]
+    assert session.undo().present.page == 2
+    for wrong in (lambda: Session().turn_page(0), lambda: session.turn_page(-1)):
+        with pytest.raises(DataError, match="no such page"):
+            wrong()
+
+
+def test_comparing_starts_at_the_first_page_and_outlives_a_new_start():
+    session = Session().ask(SKETCH, "").turn_page(4).compare(2)
+    assert (session.rival, session.present.page) == (2, 0)
+    assert Session().compare(1).rival == 1
+    fresh = session.restart()
+    assert (fresh.rival, fresh.turns, fresh.at, fresh.deal) == (2, (), -1, 1)
+    with pytest.raises(DataError):
+        session.compare(0)
+
+
+def test_the_oldest_questions_are_forgotten_first():
+    session = Session()
+    for number in range(MAX_TURNS + 7):
+        session = session.ask(None, f"question {number}")
+    assert len(session.turns) == MAX_TURNS
+    assert (session.turns[0].text, session.present.text) == ("question 7", f"question {MAX_TURNS + 6}")
+
+
+class Tape:
+    """The slow, literal oracle: a list of texts and a place in it."""
+
+    def __init__(self):
+        self.texts, self.at = [], 0
+
+    def do(self, step):
+        kind, value = step
+        if kind == "ask":
+            self.texts = [*self.texts[: self.at], value]
+            self.at = len(self.texts)
+        elif kind == "undo":
+            self.at = max(0, self.at - 1)
+        elif kind == "redo":
+            self.at = min(len(self.texts), self.at + 1)
+        elif value + 1 <= len(self.texts):
+            self.at = value + 1
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("ask"), st.sampled_from(["red", "blue", "on sand"])),
+    st.tuples(st.sampled_from(["undo", "redo"]), st.none()),
+    st.tuples(st.just("go"), st.integers(-1, 6)),
+)
+
+
+def taken(session, kind, value):
+    if kind == "ask":
+        return session.ask(None, value)
+    return session.go(value) if kind == "go" else getattr(session, kind)()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(STEPS, max_size=30))
+def test_any_steps_give_what_a_tape_gives(steps):
+    tape, session = Tape(), Session()
+    for step in steps:
+        tape.do(step)
+        before = session
+        try:
+            session = taken(session, *step)
+        except DataError:
+            assert session == before
+    assert [turn.text for turn in session.turns] == tape.texts
+    assert session.at == tape.at - 1
+    assert session.can_undo == (tape.at > 0)
+    assert session.can_redo == (tape.at < len(tape.texts))

@@ -1,0 +1,91 @@
+import base64
+import html
+import re
+
+import pytest
+
+from demo_engines import Squares
+from union_igrot.demo.desk import Desk
+from union_igrot.demo.view import STATIC, View, data_uri, static_file
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&"
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk([Squares(), Squares("other <b>", step=-1)], page=6)
+
+
+def test_nothing_given_becomes_markup(desk):
+    view = View(desk)
+    token = desk.act("new", "search", {"text": HOSTILE}).token
+    desk.act(token, "compare", {"rival": 1})
+    desk.act(token, "pick", {"engine": 0, "id": view_ids(view.regions(desk.act(token, "show", {})))[0]})
+    shown = view.regions(desk.act(token, "show", {}))
+    whole = view.page() + "".join(shown[name] for name in ("history", "reference", "results"))
+    assert "onerror=alert" in html.unescape(whole)
+    assert "<img src=x" not in whole
+    assert "<b>" not in whole
+    assert "Say &lt;anything&gt;." in whole
+    assert "square <s" not in whole
+    assert "square &lt;s" in whole
+
+
+def view_ids(regions) -> list[str]:
+    return re.findall(r'"id": "(\w+)"', regions["results"])
+
+
+def test_pictures_travel_inside_the_page(desk):
+    view = View(desk)
+    screen = desk.act("new", "search", {"text": "a"})
+    results = view.regions(screen)["results"]
+    sources = re.findall(r'src="([^"]*)"', results)
+    assert len(sources) == 6
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for source, answer in zip(sources, screen.columns[0].answers, strict=True):
+        assert base64.b64decode(source.partition(",")[2]) == answer.thumbnail
+    assert data_uri(b"\xff\xd8\xff").startswith("data:image/jpeg;base64,")
+
+
+def test_the_page_and_its_files_name_no_other_host(desk):
+    whole = View(desk).page() + "".join(static_file(name).decode() for name in STATIC)
+    whole = whole.replace("http://www.w3.org/2000/svg", "")  # a name, which is never asked for
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", whole)
+
+
+def test_regions_tell_what_changed(desk):
+    view = View(desk)
+    found = view.regions(desk.act("new", "search", {"text": "abc", "strokes": [[[1, 2], [3, 4]]]}))
+    assert "Answers 1\u20136 of 60" in found["results"]
+    assert (found["text"], found["strokes"], found["large"], found["rival"]) == (None, None, None, None)
+    assert found["history"].count('aria-current="step"') == 1
+    picked = view.regions(desk.act(found["token"], "pick", {"engine": 0, "id": "s4"}))
+    assert picked["results"] is None
+    assert "square &lt;s4&gt;" in picked["reference"]
+    assert "/pictures/s4.png" in picked["reference"]
+    undone = view.regions(desk.act(found["token"], "undo", {}))
+    assert 'class="undone"' in undone["history"]
+    redone = view.regions(desk.act(found["token"], "redo", {}))
+    assert redone["strokes"] == (((1, 2), (3, 4)),)
+    large = view.regions(desk.act(found["token"], "large", {"engine": 0, "id": "s4"}))
+    assert "640 \u00d7 480" in large["large"]
+    assert "c&amp;s4" in large["large"]
+
+
+def test_every_control_has_a_name(desk):
+    """Each input has a label, each button words or an aria-label, each picture an alt."""
+    view = View(desk)
+    token = desk.act("new", "search", {"text": "a"}).token
+    desk.act(token, "pick", {"engine": 0, "id": "s3"})
+    shown = view.regions(desk.act(token, "large", {"engine": 0, "id": "s3"}))
+    regions = view.regions(desk.act(token, "show", {}))
+    whole = view.page() + regions["history"] + regions["reference"] + regions["results"] + shown["large"]
+    labelled = set(re.findall(r'<label for="(\w+)"', whole))
+    for tag in re.findall(r"<(?:input|select)[^>]*>", whole):
+        assert "aria-label=" in tag or re.search(r'id="(\w+)"', tag)[1] in labelled, tag
+    for tag, inner in re.findall(r"(<button[^>]*>)(.*?)</button>", whole, re.DOTALL):
+        assert "aria-label=" in tag or re.sub(r"<[^>]*>", "", inner).strip(), tag
+    assert all(" alt=" in tag for tag in re.findall(r"<img[^>]*>", whole))
+    assert '<html lang="en">' in whole
+    identities = re.findall(r'\sid="([\w-]+)"', whole)
+    assert len(identities) == len(set(identities))
