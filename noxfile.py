@@ -87,7 +87,7 @@ def milvus(session: nox.Session) -> None:
             port = server.stdout.readline().strip()
             if not port:
                 session.error(f"the Milvus server did not start; its own words are above and in {folder}/logs")
-            chosen = session.posargs or ["tests/index/test_engines.py", "-k", "milvus"]
+            chosen = session.posargs or ["tests/index/test_engines.py", "tests/index/test_milvus.py", "-k", "milvus"]
             where = {"UNION_MILVUS": f"milvus://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
             try:
                 session.run(commands / "python", "-m", "pytest", *chosen, env=where, external=True)

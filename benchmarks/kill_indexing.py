@@ -32,9 +32,12 @@ from union_igrot.cli.index import main as union_index
 from union_igrot.errors import ConfigError
 from union_igrot.index.base import VectorIndex
 from union_igrot.index.open import open_index
+from union_igrot.indexing import keep
 
 KILLS = 100
 PICTURES = 300
+ROWS = 32
+"""Pictures of one write to the index, so that there are many moments between two."""
 EVERY = 5
 """Kills between two runs that are left to their end."""
 PATIENCE = 120.0
@@ -48,6 +51,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--workers", default=1, type=int)
     return parser.parse_args()
+
+
+def indexing(settings: list[str]) -> None:
+    """Run the command, with many small writes."""
+    keep.ROWS = ROWS  # type: ignore[misc]
+    union_index(settings)
 
 
 class Folder:
@@ -121,7 +130,7 @@ class Trial:
 
     def start(self) -> BaseProcess:
         """Start the command."""
-        process = self.forks.Process(target=union_index, args=(self.settings,))
+        process = self.forks.Process(target=indexing, args=(self.settings,))
         process.start()
         return process
 
@@ -184,7 +193,7 @@ class Trial:
             time.sleep(0.01)
 
     def _state(self) -> frozenset[str]:
-        return frozenset(os.listdir(f"{self.uri}/_versions")) if Path(self.uri).exists() else frozenset()
+        return frozenset(path.name for path in Path(self.uri).glob("_versions/*"))
 
     def _writes(self, before: frozenset[str]) -> int:
         return len(self._state() - before)

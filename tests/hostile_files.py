@@ -225,5 +225,9 @@ def is_upright(thumbnail: bytes) -> bool:
     with Image.open(io.BytesIO(thumbnail)) as image:
         grey = np.asarray(image.convert("L")).astype(int)
     high, wide = (side // 2 for side in grey.shape)
-    quarters = [grey[rows, columns].mean() for rows in (slice(high), slice(high, None)) for columns in (slice(wide), slice(wide, None))]
+    quarters = [
+        grey[rows, columns].mean()
+        for rows in (slice(high), slice(high, None))
+        for columns in (slice(wide), slice(wide, None))
+    ]
     return all(abs(seen - meant) < 30 for seen, meant in zip(quarters, QUARTERS.flatten(), strict=True))

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from small_runs import SMALL_DATA, Run
 from union_igrot.cli import assemble
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
+from union_igrot.cli.typed import as_typed
 from union_igrot.config import compose, conf_dir
 from union_igrot.heads.build import FUSIONS, TARGETS
 from union_igrot.learner import Machine, Recipe
@@ -288,7 +290,9 @@ def test_every_command_of_the_readme_is_composed(step, tmp_path, monkeypatch, ca
     for argument in arguments:
         if argument.startswith("data.root="):
             Path(argument.removeprefix("data.root=")).mkdir()
-    compose(command.removeprefix("union-"), arguments)
+    name = command.removeprefix("union-")
+    own = import_module(f"union_igrot.cli.{name}")
+    compose(name, as_typed(arguments, getattr(own, "LITERAL", ()), getattr(own, "SEVERAL", ())))
 
 
 @pytest.mark.parametrize("step", [step for step in UNION_STEPS if step.startswith("union-eval")])

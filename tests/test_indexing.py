@@ -24,6 +24,7 @@ from union_igrot.index.open import open_index
 from union_igrot.indexing import keep, place as places
 from union_igrot.indexing.embed import _quiet_fork
 from union_igrot.indexing.chunks import Chunk, Fact, read_chunk, write_chunk
+from union_igrot.indexing.decode import Decoder
 from union_igrot.indexing.plan import shares
 from union_igrot.indexing.run import Report, Work, index_pictures
 from union_igrot.indexing.skipped import Skip, SkippedFile
@@ -404,6 +405,51 @@ def test_two_at_once_are_refused_but_not_after_a_kill(lance_world):
 
 class Killed(BaseException):
     """What stands for a kill: nothing in the code handles it."""
+
+
+def test_a_picture_that_broke_before_an_interruption_loses_its_row(lance_world):
+    world = lance_world
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    broken = world.pictures / "1.png"
+    broken.write_bytes(b"broken now")
+    skip = Skip(str(broken), "no known picture format", 10, broken.stat().st_mtime_ns)
+    SkippedFile(Path(f"{world.uri}.skipped.jsonl"), str(world.pictures)).add([skip])  # and was killed
+    assert counts(world.run()) == (0, 0, 1, 1, 1, 0)
+    world.check(broken=("1.png",))
+
+
+def test_a_missing_picture_of_a_list_loses_its_row_but_not_one_that_cannot_be_reached(world):
+    fill(world.pictures, ["1.png", "2.png", "3.png"])
+    listed = world.pictures.parent / "list.txt"
+    listed.write_text("".join(f"pictures/{n}.png\n" for n in (1, 2, 3)))
+    world.run(listed)
+    (world.pictures / "1.png").unlink()
+    (world.pictures / "2.png").unlink()
+    (world.pictures / "2.png").symlink_to("2.png")
+    assert counts(world.run(listed, prune=False)) == (0, 0, 1, 0, 2, 0)
+    assert counts(world.run(listed)) == (0, 0, 1, 1, 2, 0)
+    assert {Path(name).name for name in world.rows()} == {"2.png", "3.png"}
+
+
+def test_a_disk_that_fails_costs_no_row_and_its_pictures_are_tried_again(lance_world, monkeypatch):
+    world = lance_world
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    (world.pictures / "1.png").write_bytes(picture(9))
+    real = Decoder._read
+
+    def failing(self, one):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Decoder, "_read", failing)
+    report = world.run()
+    assert (report.skipped, report.removed) == (1, 0)
+    assert report.reasons[0][1] == "the file cannot be reached (Input/output error)"
+    assert len(world.index) == 2
+    monkeypatch.setattr(Decoder, "_read", real)
+    assert counts(world.run()) == (0, 1, 1, 0, 0, 1)
+    world.check()
 
 
 @pytest.mark.parametrize("after", range(0, 7, 2))

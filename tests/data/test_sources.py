@@ -192,7 +192,9 @@ def test_json_lines_and_parquet_keep_their_columns(tmp_path):
         {"n": 2.5, "x": None, "mix": "text", "big": "3"},
     ]
     assert [entry.columns for entry in list_pictures(str(tmp_path / "list.jsonl")).entries] == expected
-    table = pa.table({"path": ["a.jpg", "b.jpg"], "n": [1, 2], "tags": [["a"], None], "when": pa.array([0, 1], "date32")})
+    table = pa.table(
+        {"path": ["a.jpg", "b.jpg"], "n": [1, 2], "tags": [["a"], None], "when": pa.array([0, 1], "date32")}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
     assert [entry.columns for entry in list_pictures(str(tmp_path / "list.parquet")).entries] == [
         {"n": 1, "tags": '["a"]', "when": "1970-01-01"},

@@ -22,15 +22,15 @@ from union_igrot.index.open import open_index
         ("http://host/photos.lance", "is not the name of an index"),
         ("memory:", "holds nothing that could be opened"),
         ("milvus://", r"milvus://\[user:password@\]host"),
+        ("milvus+tls://host", r"milvus\+tls:// with encryption"),
         ("milvus://host/photos.lance", "the collection of letters"),
         ("milvus://host:99999/photos", "milvus://"),
-        ("milvus+lite:photos", "names no Milvus Lite file"),
+        ("milvus+lite:photos.db", "is not the name of an index"),
     ],
 )
 def test_a_uri_of_no_known_form_is_one_line(uri, said):
     if uri.startswith("milvus"):
         pytest.importorskip("pymilvus")
-        pytest.importorskip("milvus_lite" if "lite" in uri else "pymilvus")
     with pytest.raises(ConfigError, match=said):
         open_index(uri)
 
@@ -41,19 +41,12 @@ def test_a_uri_of_no_known_form_is_one_line(uri, said):
         ("photos.lance", r'photos.lance needs a package that is not installed; pip install "union-igrot\[gallery\]"'),
         ("s3://bucket/photos.lance", r"union-igrot\[gallery\]"),
         ("milvus://host/photos", r"union-igrot\[milvus\]"),
-        ("milvus+lite:photos.db", r"union-igrot\[milvus\]"),
     ],
 )
 def test_a_missing_package_is_named_as_pip_takes_it(uri, said, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=said):
         open_index(uri)
-
-
-def test_milvus_lite_is_a_package_of_its_own(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "milvus_lite" else True)
-    with pytest.raises(ConfigError, match=r"pip install milvus-lite$"):
-        open_index("milvus+lite:photos.db")
 
 
 def test_an_index_in_memory_is_made_anew():

@@ -63,6 +63,15 @@ def test_the_sheet_is_as_large_as_what_it_shows(tmp_path, queries, k):
     assert (width, height) == ((k + 1) * 104 + 16, min(queries, 12) * 130 + 8)
 
 
+def test_a_subset_that_is_filled_up_leaves_its_place_white(tmp_path):
+    path = tmp_path / "sheet.png"
+    filled = Ranking(torch.tensor([[1, 2, -1, -1]]), torch.zeros(1, 4))
+    contact_sheet(path, benchmark(("g1",), queries=1), filled, lambda source: source.open())
+    _, _, sheet = colours(path)
+    frames = [sheet.getpixel((2 * 8 + (at + 1) * (96 + 8), 8 + 20)) for at in range(4)]
+    assert frames == [RIGHT, WRONG, (255, 255, 255), (255, 255, 255)]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_odd_pictures_are_shown_too(tmp_path, size):
     contact_sheet(tmp_path / "s.png", benchmark(("g1",), size=size), ranking(), lambda source: source.open())

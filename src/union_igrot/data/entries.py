@@ -18,6 +18,10 @@ Value = str | int | float | bool | None
 """What a user's column may hold."""
 OWN: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
 """Columns that indexing writes itself."""
+MISSING: Final = "the file is missing"
+"""The fault of what a list names and a disk lacks."""
+UNREACHED: Final = "the file cannot be reached"
+"""How the fault begins of what may be there and sound."""
 TAKEN: Final = OWN | {"id", "vector", "row", "score"}
 """Names that a user's column cannot have."""
 
@@ -76,9 +80,9 @@ def file_entry(path: str, columns: dict[str, Value] | None = None, found: os.sta
     try:
         found = found or os.stat(path)  # noqa: PTH116 - bytes that are no text, and speed
     except (FileNotFoundError, NotADirectoryError):
-        fault = "the file is missing"
+        fault = MISSING
     except (OSError, ValueError) as error:
-        fault = f"the file cannot be reached ({getattr(error, 'strerror', None) or error})"
+        fault = f"{UNREACHED} ({getattr(error, 'strerror', None) or error})"
     if found is None:
         return Entry(as_text(path), path, columns=columns or {}, fault=fault)
     if not stat.S_ISREG(found.st_mode):

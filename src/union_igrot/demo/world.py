@@ -6,6 +6,7 @@ Knows models, features and the world. Does not know pages, turns or users.
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Final, final
 
 import torch
@@ -21,7 +22,7 @@ from union_igrot.encode import Encoder
 from union_igrot.errors import DataError
 from union_igrot.index.exact import exact_topk
 from union_igrot.model import IGROTModel
-from union_igrot.types import GalleryItem
+from union_igrot.types import GalleryItem, Source
 
 QUERIES: Final = 1000
 """Queries whose galleries are shown: some 6,000 pictures, which two cores embed in a quarter of a minute."""
@@ -87,7 +88,7 @@ class WorldEngine(Engine):
     def _answer(self, place: int, score: float | None = None) -> Answer:
         item = self._items[place]
         details = {} if item.label is None else {"class": item.label}
-        return Answer(item.id, item.caption or item.id, encoded(open_picture(item.image)), score, None, details)
+        return Answer(item.id, item.caption or item.id, _small(item.image), score, None, details)
 
 
 @final
@@ -116,6 +117,12 @@ class World:
         sources = [item.image for item in self.items]
         keys = encoder.fill_pictures(sources, tokens=tokens, what="the generated world")
         return WorldEngine(name, model, self.items, _embedded(model, encoder, keys))
+
+
+@lru_cache(8192)
+def _small(source: Source) -> bytes:
+    """Draw a picture once, not in every answer: 5 kB each, 40 MB in all."""
+    return encoded(open_picture(source))
 
 
 @torch.inference_mode()

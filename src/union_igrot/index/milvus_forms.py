@@ -36,11 +36,6 @@ def address_of(uri: str) -> tuple[str, str, str, str]:
     Raises:
         ConfigError: Where it has another form.
     """
-    if uri.startswith("milvus+lite:"):
-        path = uri.removeprefix("milvus+lite:")
-        if not path.endswith(".db"):
-            raise ConfigError(f"{uri!r} names no Milvus Lite file; give milvus+lite:photos.db (for one process only)")
-        return path, "gallery", "", ""
     parts = urlsplit(uri)
     name = parts.path.removeprefix("/")
     try:
@@ -49,15 +44,16 @@ def address_of(uri: str) -> tuple[str, str, str, str]:
         port = 0
     if not parts.hostname or not port or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ConfigError(
-            "a Milvus index is called milvus://[user:password@]host[:19530]/collection, the collection of letters, "
-            "digits and '_'"
+            "a Milvus index is called milvus://[user:password@]host[:19530]/collection (milvus+tls:// with "
+            "encryption), the collection of letters, digits and '_'"
         )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"http://{host}:{port}", name, unquote(parts.username or ""), unquote(parts.password or "")
+    web = "https" if parts.scheme == "milvus+tls" else "http"
+    return f"{web}://{host}:{port}", name, unquote(parts.username or ""), unquote(parts.password or "")
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """Read a server's version; Milvus Lite calls its own so that it is later than all."""
+    """Read a server's version; one that cannot be read is earlier than all."""
     found = re.search(r"(\d+)\.(\d+)", text)
     return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
 

@@ -13,8 +13,7 @@ from union_igrot.errors import ConfigError
 from union_igrot.index.base import VectorIndex
 
 FORMS: Final = (
-    "photos.lance (a folder), s3://bucket/photos.lance (also gs://, az://), "
-    "milvus://host:19530/collection, milvus+lite:photos.db, or memory:"
+    "photos.lance (a folder), s3://bucket/photos.lance (also gs://, az://), milvus://host:19530/collection, or memory:"
 )
 """What an index can be called."""
 
@@ -44,10 +43,9 @@ def open_index(
         if not create:
             raise ConfigError("memory: holds nothing that could be opened; make one, with create=True")
         return MemoryIndex(_given(uri, dim), card)
-    if scheme in ("milvus", "milvus+lite"):
-        _installed("pymilvus", "milvus", uri)
-        if scheme == "milvus+lite":
-            _installed("milvus_lite", "milvus", uri, package="milvus-lite")
+    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password
+    if scheme in ("milvus", "milvus+tls"):
+        _installed("pymilvus", "milvus", shown)
         from union_igrot.index.milvus import MilvusIndex  # noqa: PLC0415
 
         opened: VectorIndex = MilvusIndex(uri, dim=dim, card=card, create=create)
@@ -57,11 +55,11 @@ def open_index(
 
         opened = LanceIndex(uri, dim=dim, card=card, create=create)
     else:
-        raise ConfigError(f"{uri!r} is not the name of an index; give {FORMS}")
+        raise ConfigError(f"{shown!r} is not the name of an index; give {FORMS}")
     if dim is not None and opened.dim != dim:
         opened.close()
         raise ConfigError(
-            f"{uri} holds embeddings of width {opened.dim}, not {dim}; open it with the model it was made with, "
+            f"{shown} holds embeddings of width {opened.dim}, not {dim}; open it with the model it was made with, "
             "or make another index"
         )
     return opened
@@ -73,7 +71,6 @@ def _given(uri: str, dim: int | None) -> int:
     return dim
 
 
-def _installed(module: str, extra: str, uri: str, package: str | None = None) -> None:
+def _installed(module: str, extra: str, uri: str) -> None:
     if importlib.util.find_spec(module) is None:
-        wanted = package or f'"union-igrot[{extra}]"'
-        raise ConfigError(f"{uri} needs a package that is not installed; pip install {wanted}")
+        raise ConfigError(f'{uri} needs a package that is not installed; pip install "union-igrot[{extra}]"')

@@ -17,6 +17,7 @@ Reading is sqlglot's. Knows columns' kinds; does not know rows, nor how an engin
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from union_igrot.errors import ConfigError
@@ -111,6 +112,7 @@ def read(text: str, kinds: Mapping[str, Kind]) -> Condition:
         raise ConfigError(f"where={shown}: too many brackets within each other; use fewer") from None
 
 
+@lru_cache(maxsize=256)  # one filter is asked with many queries
 def _parse(text: str) -> Condition:
     from sqlglot import exp, parse_one  # noqa: PLC0415 - only where a filter is given
     from sqlglot.errors import ParseError, TokenError  # noqa: PLC0415

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from union_igrot.data.entries import UNREACHED
 from union_igrot.data.transforms import PictureToTensor, decode_picture, picture_fault
 from union_igrot.types import Preprocess
 
@@ -125,7 +126,10 @@ class Decoder(Dataset[Decoded]):
                 wide, _ = decode_picture(io.BytesIO(data), THUMBNAIL)
             return Seen(one.number, digest, *size, thumbnail_of(wide)), self._to_tensor(image)
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-            return Seen(one.number, reason=picture_fault(error)), None
+            fault = picture_fault(error)
+            # With a number it is the system's: the disk's fault, not the picture's.
+            away = isinstance(error, OSError) and error.errno is not None
+            return Seen(one.number, reason=f"{UNREACHED} ({fault})" if away else fault), None
 
     def _look_at_large(self, one: Wanted) -> tuple[Seen, Tensor | None]:
         """Decode first, which ends at once where it is no picture; hash without holding all bytes."""

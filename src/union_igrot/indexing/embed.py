@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -233,6 +233,9 @@ class _Hand(lightning.Callback):
     ) -> None:
         del trainer, pl_module
         self.interrupted = isinstance(exception, KeyboardInterrupt)
+        held, self._held = self._held, None
+        with suppress(Exception):  # the first error is the one to tell
+            self._give(held)
 
     def _give(self, held: tuple[Sequence[Seen], Tensor] | None) -> None:
         if held is not None:

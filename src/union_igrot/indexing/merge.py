@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from union_igrot.data.entries import OWN, Entry, Value
+from union_igrot.data.entries import OWN, UNREACHED, Entry, Value
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.indexing.chunks import SUFFIX, Chunk, Fact, read_chunk, write_chunk
 from union_igrot.indexing.plan import Row
@@ -55,7 +55,7 @@ class Merger:
         added: Rows written that were not there.
         updated: Rows written that were there.
         embedded: Rows written with a vector of their own, of this run's.
-        broken: Ids of pictures that cannot be read.
+        broken: Pictures that cannot be read.
         left: Ids of pictures whose equal is not in the index, against expectation.
         done: Size and time of change, by id, of pictures found in the chunks of an interrupted run.
         digests: Hashes found there.
@@ -78,7 +78,7 @@ class Merger:
         self._taking_up = False
         self.added = self.updated = self.embedded = 0
         self.left: list[str] = []
-        self.broken: list[str] = []
+        self.broken: list[Skip] = []
         self.done: dict[str, tuple[int, int]] = {}
         self.digests: set[str] = set()
 
@@ -108,7 +108,7 @@ class Merger:
         """Write changed pictures, then remove rows.
 
         Args:
-            gone: Ids of rows to remove, beside those of pictures that are broken now.
+            gone: Ids of rows to remove.
 
         Returns:
             How many were removed.
@@ -118,16 +118,15 @@ class Merger:
             if chunk is not None:
                 self._upsert({fact.id: (fact, _content(chunk, fact)) for fact in chunk.facts if self._wanted(fact)})
                 path.unlink()
-        doomed = [*gone, *(name for name in self.broken if name in self._rows)]
-        chunks = (doomed[at : at + _REMOVED] for at in range(0, len(doomed), _REMOVED))
+        chunks = (gone[at : at + _REMOVED] for at in range(0, len(gone), _REMOVED))
         return sum(self._index.delete(chunk) for chunk in chunks)
 
     def _merge(self, chunks: Mapping[Path, Chunk]) -> None:
         """Write some chunks to the index at once; what has to wait goes to files of its own."""
         facts = [fact for chunk in chunks.values() for fact in chunk.facts if self._wanted(fact)]
-        broken = [fact for fact in facts if fact.reason is not None]
-        self._skipped.add(Skip(fact.id, str(fact.reason), fact.size, fact.mtime) for fact in broken)
-        self.broken += [fact.id for fact in broken]
+        broken = [_skip(fact, fact.reason) for fact in facts if fact.reason is not None]
+        self._skipped.add(broken)
+        self.broken += broken
         contents = {
             fact.digest: _content(chunk, fact)
             for chunk in chunks.values()
@@ -243,6 +242,11 @@ class Merger:
         self._index.upsert(
             Rows(list(written), torch.stack([content.vector for _, content in written.values()]), columns)
         )
+
+
+def _skip(fact: Fact, reason: str) -> Skip:
+    """Note what is broken; what could not be reached will be tried again."""
+    return Skip(fact.id, reason, 0, 0) if reason.startswith(UNREACHED) else Skip(fact.id, reason, fact.size, fact.mtime)
 
 
 def _content(chunk: Chunk, fact: Fact) -> Content:

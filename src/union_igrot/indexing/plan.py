@@ -6,14 +6,14 @@ Knows entries and an index. Opens no picture.
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, final
 
 import numpy as np
 import torch
 
-from union_igrot.data.entries import OWN, Entry, Listing, Value
+from union_igrot.data.entries import MISSING, OWN, Entry, Listing, Value
 from union_igrot.errors import DataError
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.index.rows import fitted
@@ -133,12 +133,12 @@ def make_plan(
 
 
 def gone(listing: Listing, rows: Mapping[str, Row]) -> list[str]:
-    """Name this source's rows whose picture is no longer there.
+    """Name this source's rows whose picture is no longer there; of one that cannot be reached this is not known.
 
     Raises:
         DataError: Where the source is empty: rather a disk that is not there than the end of all pictures.
     """
-    there = {entry.id for entry in listing.entries}
+    there = {entry.id for entry in listing.entries if entry.fault != MISSING}
     unseen = tuple(f"{folder}/" for folder in listing.unseen)
     own = [name for name, row in rows.items() if row.own]
     if own and not there:
@@ -147,6 +147,11 @@ def gone(listing: Listing, rows: Mapping[str, Row]) -> list[str]:
             "Rows are not removed on such a ground; delete the index, or give prune=false"
         )
     return [name for name in own if name not in there and not name.startswith(unseen)]
+
+
+def spoilt(skips: Iterable[Skip], rows: Mapping[str, Row]) -> list[str]:
+    """Name rows whose picture was replaced by what cannot be read."""
+    return [skip.path for skip in skips if skip.path in rows and (skip.size or skip.mtime)]
 
 
 def shares(entries: Sequence[Entry], count: int) -> list[list[Entry]]:

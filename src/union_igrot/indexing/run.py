@@ -20,7 +20,7 @@ from union_igrot.indexing.embed import Waits
 from union_igrot.indexing.keep import ROWS
 from union_igrot.indexing.merge import Merger
 from union_igrot.indexing.place import Place, work_place
-from union_igrot.indexing.plan import Plan, digests_of, gone, make_plan, read_rows
+from union_igrot.indexing.plan import Plan, digests_of, gone, make_plan, read_rows, spoilt
 from union_igrot.indexing.share import KNOWN, Words, lead_round, refused
 from union_igrot.indexing.skipped import SkippedFile
 from union_igrot.indexing.work import Report, Work
@@ -116,10 +116,11 @@ class _Run:
         merger.merge()
         waits = self._embed(plan.todo, merger, entries)
         self._bar.update(self._task, description="finishing")
-        removed = merger.finish(doomed)
+        skips = [*plan.skips, *merger.broken]
+        removed = merger.finish(list(dict.fromkeys([*doomed, *spoilt(skips, there.rows)])))
         if merger.added + merger.updated + removed:
             self._index.optimise()
-        broken = {skip.path for skip in plan.skips} | set(merger.broken)
+        broken = {skip.path for skip in skips}
         unseen = tuple(f"{folder}/" for folder in listing.unseen)
         skipped.settle({path for path in skipped.own if path in broken or self._stays(path, unseen, entries)})
         return Report(

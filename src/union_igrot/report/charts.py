@@ -14,6 +14,7 @@ MOST_POINTS = 300
 """Points of a drawn curve; where there are more, each is the mean of neighbours."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420.0, 230.0, 58.0, 408.0, 12.0, 202.0
 _DOTTED = 40
+_SMALLEST = 1e-300
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def nice_ticks(low: float, high: float, *, whole: bool = False, about: int = 4) 
     Returns:
         At least two numbers, evenly apart by 1, 2 or 5 times a power of ten.
     """
-    span = high - low or abs(high) or 1.0
+    largest = max(abs(low), abs(high))
+    # What differs by less than its own last digits is drawn as flat.
+    span = high - low if high - low > max(1e-6 * largest, _SMALLEST) else largest if largest > _SMALLEST else 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
     gap = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about + 1e-9)
     if whole:

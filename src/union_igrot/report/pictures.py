@@ -63,6 +63,8 @@ def contact_sheet(
         sheet.paste(_tile(open_picture(query.image), _INK), (_GAP, top))
         targets = set(query.targets)
         for at, position in enumerate(ranking.positions[place, :answers].tolist()):
+            if position < 0:  # a subset smaller than others is filled up
+                break
             item = benchmark.gallery[position]
             frame = _FAINT if not targets else _RIGHT if item.id in targets else _WRONG
             sheet.paste(_tile(open_picture(item.image), frame), (2 * _GAP + (at + 1) * (_TILE + _GAP), top))

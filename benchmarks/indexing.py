@@ -1,0 +1,170 @@
+"""Pictures a second from files to rows, beside the bare forward of the backbone on the same pictures.
+
+    python benchmarks/indexing.py                                     # CLIP ViT-B/32, random weights, CPU
+    python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --batch 256 --pictures 20000
+    python benchmarks/indexing.py --arch tiny --pictures 5000 --side 4000
+
+Rows: the backbone's bare forward on decoded batches, the whole model on them, decoding alone in as many worker
+processes, and indexing from the first file to the last row (Lance where it is installed, else in memory), new and
+unchanged. Pictures are generated JPEGs with detail at all scales, so that they decode as photos do. Weights are
+random: time does not depend on them.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from step_time import build_model
+
+from union_igrot.data.sources import list_pictures
+from union_igrot.index.open import open_index
+from union_igrot.indexing.decode import Decoder
+from union_igrot.indexing.embed import Batches, machine_of
+from union_igrot.indexing.run import Report, Work, index_pictures
+from union_igrot.model import IGROTModel, load_model
+
+CAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Time indexing against the bare forward.")
+    parser.add_argument("--arch", default="ViT-B-32", help="an open_clip architecture, or tiny")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--precision", default="32-true", choices=CAST)
+    parser.add_argument("--batch", default=32, type=int)
+    parser.add_argument("--pictures", default=256, type=int)
+    parser.add_argument("--side", default=1280, type=int, help="longer side of the pictures in pixels; 4:3")
+    parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 1), type=int)
+    parser.add_argument("--repeats", default=3, type=int, help="the fastest of these counts")
+    parser.add_argument("--json", default=None, help="also write the figures to this file")
+    return parser.parse_args()
+
+
+def write_pictures(folder: Path, count: int, side: int) -> int:
+    """Write JPEGs of noise at all scales; give their mean size in bytes."""
+    rng = np.random.default_rng(0)
+    high, wide = side * 3 // 4, side
+    layers = []
+    for scale in range(2, 9):
+        small = rng.integers(0, 256, (max(1, high >> scale), max(1, wide >> scale), 3), dtype=np.uint8)
+        layers.append(np.asarray(Image.fromarray(small).resize((wide, high), Image.Resampling.BICUBIC), np.float32))
+    texture = sum(layer * 2.0**at for at, layer in enumerate(layers)) / sum(2.0**at for at in range(len(layers)))
+    sizes = []
+    for number in range(count):
+        shifted = np.roll(texture, (37 * number % high, 53 * number % wide), axis=(0, 1)).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(shifted).save(file, "JPEG", quality=88)
+        (folder / f"{number:06d}.jpg").write_bytes(file.getvalue() + number.to_bytes(4, "big"))
+        sizes.append(len(file.getvalue()))
+    return sum(sizes) // count
+
+
+def fastest(repeats: int, work: Callable[[], object], device: str) -> float:
+    """Give the seconds of the fastest of some repeats."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def decoded(model: IGROTModel, folder: Path, arguments: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Decode all pictures as indexing does."""
+    entries = list_pictures(str(folder)).entries
+    batches = Batches(Decoder(model.preprocess, None), entries, batch_size=arguments.batch, workers=arguments.workers)
+    return (batch.pictures for batch in batches)
+
+
+def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace) -> Report:
+    """Index the pictures."""
+    machine = machine_of(model.device, arguments.precision)
+    work = Work(arguments.batch, arguments.workers, progress=False, cache=folder.parent / "cache", machine=machine)
+    with open_index(uri, dim=model.backbone.dim, create=True) as rows:
+        return index_pictures(rows, model, list_pictures(str(folder)), work)
+
+
+def main() -> None:
+    """Time everything and print a table and JSON."""
+    arguments = read_arguments()
+    model = load_model("tiny") if arguments.arch == "tiny" else build_model(arguments.arch)
+    model = model.to(arguments.device).eval()
+    cast = CAST[arguments.precision]
+    engine = "photos{}.lance" if importlib.util.find_spec("lance") else "memory:"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "pictures"
+        folder.mkdir()
+        size = write_pictures(folder, arguments.pictures, arguments.side)
+        batches = list(decoded(model, folder, arguments))
+
+        def forward(whole: bool) -> None:
+            kind = arguments.device.split(":")[0]
+            with torch.inference_mode(), nullcontext() if cast is None else torch.autocast(kind, cast):
+                for batch in batches:
+                    moved = batch.to(arguments.device)
+                    (model.embed_gallery if whole else model.backbone.encode_image)(moved)
+
+        forward(whole=True)
+        repeats, device = arguments.repeats, arguments.device
+        seconds = {"backbone forward, bare": fastest(repeats, lambda: forward(whole=False), device)}
+        seconds["whole model"] = fastest(repeats, lambda: forward(whole=True), device)
+        seconds["decoding alone"] = fastest(repeats, lambda: list(decoded(model, folder, arguments)), device)
+        uris = [
+            engine.format(number) if engine == "memory:" else f"{place}/{engine.format(number)}"
+            for number in range(repeats)
+        ]
+        reports = [index(model, folder, uri, arguments) for uri in uris]
+        best = min(reports, key=lambda report: report.working)
+        seconds["indexing, reading and embedding"] = best.working
+        seconds["indexing, all of it"] = min(report.seconds for report in reports)
+        again = None if engine == "memory:" else index(model, folder, uris[0], arguments)
+    tell(arguments, seconds, best, again, size)
+
+
+def tell(
+    arguments: argparse.Namespace, seconds: dict[str, float], best: Report, again: Report | None, size: int
+) -> None:
+    """Print the figures."""
+    where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
+    table = Table(
+        title=f"{arguments.arch}, {arguments.precision}, batch {arguments.batch}, {where}, {torch.get_num_threads()} "
+        f"threads, {arguments.workers} workers; {arguments.pictures:,} JPEGs of {arguments.side} pixels, {size // 1000} kB"
+    )
+    for column in ("work", "pictures/s", "of bare forward"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    bare = seconds["backbone forward, bare"]
+    rows = []
+    for name, spent in seconds.items():
+        rate = arguments.pictures / spent
+        table.add_row(name, f"{rate:,.1f}", f"{spent / bare:.2f}")
+        rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
+    Console().print(table)
+    print(
+        f"the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for writing, decoding "
+        f"{best.decoding_waited:.2f} s for the model"
+        + ("" if again is None else f"; run again, {again.unchanged:,} unchanged pictures took {again.seconds:.2f} s")
+    )
+    text = json.dumps({"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows}, indent=2)
+    print(text)
+    if arguments.json:
+        Path(arguments.json).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
