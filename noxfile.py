@@ -38,7 +38,7 @@ def environment(session: nox.Session, *groups: str, package: str = ".") -> Path:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; further arguments go to pytest."""
-    commands = environment(session, "test")
+    commands = environment(session, "test", package=".[gallery]")
     # Two workers of one thread each: the budget is two cores. A file stays together, for its fixtures are dear.
     chosen = session.posargs or ["--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered"]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
@@ -47,7 +47,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
     """Run the tests that are left out by default, without coverage."""
-    commands = environment(session, "test")
+    commands = environment(session, "test", package=".[gallery]")
     chosen = ["-m", "slow", "--numprocesses=2", "--dist=worksteal", *session.posargs]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
 
@@ -55,7 +55,7 @@ def slow(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def browser(session: nox.Session) -> None:
     """Use the demo's page in headless Chromium; where there is none, it is Debian's package that is installed."""
-    commands = environment(session, "test", "browser", package=".[demo]")
+    commands = environment(session, "test", "browser", package=".[gallery,demo]")
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         if shutil.which("apt-get") is None or os.geteuid() != 0:
             session.error("there is no Chromium; install it (on Debian: apt-get install chromium) and run this again")

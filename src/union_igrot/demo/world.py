@@ -88,7 +88,8 @@ class WorldEngine(Engine):
     def _answer(self, place: int, score: float | None = None) -> Answer:
         item = self._items[place]
         details = {} if item.label is None else {"class": item.label}
-        return Answer(item.id, item.caption or item.id, _small(item.image), score, None, details)
+        small = _small(item.image)  # type: ignore[arg-type]  # the world's pictures are frozen values
+        return Answer(item.id, item.caption or item.id, small, score, None, details)
 
 
 @final
