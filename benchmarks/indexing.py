@@ -144,7 +144,8 @@ def tell(
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
     table = Table(
         title=f"{arguments.arch}, {arguments.precision}, batch {arguments.batch}, {where}, {torch.get_num_threads()} "
-        f"threads, {arguments.workers} workers; {arguments.pictures:,} JPEGs of {arguments.side} pixels, {size // 1000} kB"
+        f"threads, {arguments.workers} workers; {arguments.pictures:,} JPEGs of {arguments.side} pixels, "
+        f"{size // 1000} kB"
     )
     for column in ("work", "pictures/s", "of bare forward"):
         table.add_column(column, justify="left" if column == "work" else "right")
@@ -156,8 +157,8 @@ def tell(
         rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
     Console().print(table)
     print(
-        f"the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for writing, decoding "
-        f"{best.decoding_waited:.2f} s for the model"
+        f"the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for writing, "
+        f"decoding {best.decoding_waited:.2f} s for the model"
         + ("" if again is None else f"; run again, {again.unchanged:,} unchanged pictures took {again.seconds:.2f} s")
     )
     text = json.dumps({"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows}, indent=2)

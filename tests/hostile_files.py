@@ -160,7 +160,7 @@ _MADE: tuple[tuple[str, Callable[[int], bytes], Fate], ...] = (
     (".png", half, "listed"),
     (".jpg", half, "listed"),
     (".png", flipped_bits, "listed"),
-    (".png", lambda n: b"", "listed"),
+    (".png", lambda _: b"", "listed"),
     (".png", bomb, "listed"),
     (".jpg", lambda n: b"\xff\xd8\xff\xe0" + bytes([n % 256]) * 50, "listed"),
     (".jpg", lambda n: np.random.default_rng(n).bytes(300), "listed"),

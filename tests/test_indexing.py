@@ -244,7 +244,7 @@ def test_columns_that_cannot_be_kept_are_refused_before_anything_is_embedded(wor
 
 
 def test_shards(world):
-    import tarfile
+    import tarfile  # noqa: PLC0415
 
     pictures = {f"{n}.png": picture(n) for n in range(5)} | {"broken.png": b"no picture"}
     tar = world.pictures.parent / "s-0.tar"
@@ -348,8 +348,9 @@ def test_worker_processes_give_the_same_rows(lance_world):
     world.check(broken=("bad.png",))
 
 
+@pytest.mark.slow
 def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatch):
-    import union_igrot.indexing.decode as decoding
+    import union_igrot.indexing.decode as decoding  # noqa: PLC0415
 
     world = lance_world
     fill(world.pictures, [f"{n}.png" for n in range(9)])
@@ -533,7 +534,7 @@ def test_a_row_that_vanishes_meanwhile_costs_a_second_round(world, monkeypatch):
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
     (world.pictures / "1.png").rename(world.pictures / "moved.png")
-    import union_igrot.indexing.run as running
+    import union_igrot.indexing.run as running  # noqa: PLC0415
 
     real = running.lead_round
 

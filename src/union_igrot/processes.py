@@ -101,9 +101,7 @@ def found_processes() -> Processes:
     return Processes(rank, world, here, store)
 
 
-def wanted_processes(
-    accelerator: str, devices: int | str, nodes: int, module: str = "union_igrot.cli.train"
-) -> int:
+def wanted_processes(accelerator: str, devices: int | str, nodes: int, module: str = "union_igrot.cli.train") -> int:
     """Count the processes that a choice of devices means on this machine.
 
     Args:

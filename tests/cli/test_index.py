@@ -31,8 +31,8 @@ def run(*arguments, **named):
     """The command in a process of its own."""
     here = {name: x for name, x in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
     command = [sys.executable, "-W", "ignore", "-m", "union_igrot.cli.index", *arguments]
-    options = {"capture_output": True, "text": True, "timeout": 300, "check": False, **named}
-    return subprocess.run(command, env={**here, "OMP_NUM_THREADS": "1"}, **options)
+    options = {"capture_output": True, "text": True, "timeout": 300, **named}
+    return subprocess.run(command, check=False, env={**here, "OMP_NUM_THREADS": "1"}, **options)
 
 
 def ids(uri):
