@@ -73,7 +73,8 @@ def steps(log: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(lines)]
 
 
-@pytest.mark.parametrize("folder", ["named", pytest.param("dated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["named", "dated"])
 def test_the_same_command_goes_on_after_each_kill(tmp_path, folder):
     cache = tmp_path / "cache"
     runs = tmp_path / "outputs"

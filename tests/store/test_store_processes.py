@@ -204,6 +204,7 @@ def run(script: str, root: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_nothing_acknowledged_is_lost(tmp_path):
     words = run(KILLED, tmp_path).split()
     assert int(words[1]) >= 30
