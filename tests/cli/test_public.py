@@ -1,15 +1,19 @@
 """The public benchmarks through the commands, on small files in their official layouts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from official import WRITERS
 
+from small_world import cir_benchmark, encoder, trainable
 from union_igrot.cli.eval import main as evaluate
+from union_igrot.cli.results import submit
 from union_igrot.cli.train import main as train
 from union_igrot.data.registry import load_benchmark
 from union_igrot.data.submission import check_submission
+from union_igrot.errors import ConfigError
 
 EVALUATED = ["circo", "genecis", "lasco", "llavasco", "dtin", "tuberlin", "quickdraw", "fashioniq"]
 
@@ -139,3 +143,11 @@ def test_hidden_splits_give_submission_files(name, split, tmp_path):
     assert len(files) == {"cirr": 2, "circo": 1}[name]
     for file in files:
         assert check_submission(file, benchmark) == []
+
+
+def test_a_hidden_split_without_a_server_is_refused_before_anything_is_encoded(tmp_path):
+    hidden = replace(cir_benchmark(), queries=tuple(replace(q, targets=()) for q in cir_benchmark().queries))
+    model = trainable()
+    with pytest.raises(ConfigError, match="noise_cir val are not published, and no server takes answers"):
+        submit(model, hidden, encoder(tmp_path, model.backbone), tmp_path)
+    assert model.backbone.image_batches == []

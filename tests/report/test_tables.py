@@ -4,7 +4,14 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from union_igrot.report.tables import describe_protocol, gain_lines, overlap_lines, percent, print_results
+from union_igrot.report.tables import (
+    describe_protocol,
+    gain_lines,
+    overlap_lines,
+    percent,
+    print_results,
+    untrained_words,
+)
 from union_igrot.types import Protocol
 
 METRICS = ("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP", "Rs@1", "Rs@2")
@@ -158,3 +165,8 @@ def test_what_holds_for_all_parts_stands_under_their_mean_alone():
 )
 def test_figures_have_one_place_and_a_dash_where_there_is_none(value, said):
     assert percent(value) == said
+
+
+def test_methods_of_tuned_encoders_are_not_called_untrained():
+    assert untrained_words([{"model": {"tuned": False}}, {"model": {"backbone": None}}]) == "without training"
+    assert "tuned encoders" in untrained_words([{"model": {"backbone": None}}, {"model": {"tuned": True}}])

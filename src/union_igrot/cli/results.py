@@ -25,6 +25,9 @@ from union_igrot.report.tables import print_results
 from union_igrot.scoring import score
 from union_igrot.types import Benchmark, Scores
 
+_SUBMITTED = ("circo", "cirr")
+"""Benchmarks whose servers score a file of answers."""
+
 
 def evaluate_and_report(
     model: IGROTModel,
@@ -111,7 +114,15 @@ def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Pa
 
     Returns:
         The answers, under the name of their method.
+
+    Raises:
+        ConfigError: Before anything is encoded, where nobody takes such files.
     """
+    if benchmark.name not in _SUBMITTED:
+        raise ConfigError(
+            f"the targets of {benchmark.name} {benchmark.split} are not published, and no server takes answers to it; "
+            f"choose a split with targets, or one of {', '.join(_SUBMITTED)}"
+        )
     queries, gallery, _ = embed(model, benchmark, encoder)
     scores = score(benchmark, queries, gallery)
     names = [item.id for item in benchmark.gallery]

@@ -28,7 +28,7 @@ from union_igrot.report.page_tables import (
     tag_groups,
 )
 from union_igrot.report.pictures import Curve, Opener
-from union_igrot.report.tables import Row, describe_protocol, method_name, overlap_lines
+from union_igrot.report.tables import Row, describe_protocol, method_name, overlap_lines, untrained_words
 from union_igrot.types import Benchmark
 
 MAX_BYTES = 5_000_000
@@ -226,7 +226,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [describe_protocol(first["protocol"], parts="parts" in first)]
     plain = [method_name(row["method"]) for row in rows if row["method"] in ("image", "text", "sum")]
     if plain:
-        notes.append(f"{', '.join(plain)}: without training; chance: random rankings")
+        notes.append(f"{', '.join(plain)}: {untrained_words(rows)}; chance: random rankings")
     if first["n_skipped"]:
         notes.append(f"{first['n_skipped']:,} items left out")
     return notes + (overlap_lines(last) if last["method"] == "trained" else [])

@@ -190,6 +190,12 @@ def _size(row: Row) -> str:
     return f"{row['n_queries']:,} queries x {row['n_gallery']:,} pictures"
 
 
+def untrained_words(rows: Sequence[Row]) -> str:
+    """Say what the methods without heads owe to a training: nothing, unless the encoders themselves were tuned."""
+    tuned = any(row["model"].get("tuned") for row in rows)
+    return "without heads, of the tuned encoders" if tuned else "without training"
+
+
 def _caption(rows: Sequence[Row]) -> str:
     first = rows[0]
     said = [
@@ -198,7 +204,7 @@ def _caption(rows: Sequence[Row]) -> str:
         f"[low, high]: 95 % bootstrap interval of {first['protocol']['primary']} over queries",
     ]
     if any(row["method"] in _UNTRAINED for row in rows):
-        said.append("image alone, text alone and image + text are without training")
+        said.append(f"image alone, text alone and image + text are {untrained_words(rows)}")
     if first["n_skipped"]:
         said.append(f"{first['n_skipped']} items left out")
     return "; ".join(said)
