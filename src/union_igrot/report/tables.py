@@ -192,7 +192,7 @@ def _size(row: Row) -> str:
 
 def untrained_words(rows: Sequence[Row]) -> str:
     """Say what the methods without heads owe to a training: nothing, unless the encoders themselves were tuned."""
-    tuned = any(row["model"].get("tuned") for row in rows)
+    tuned = any(row.get("model", {}).get("tuned") for row in rows)
     return "without heads, of the tuned encoders" if tuned else "without training"
 
 
