@@ -6,7 +6,7 @@
 For each size the full evaluation (exact ranking of the whole gallery in chunks, every
 figure of the protocol, mAP@all included) stands beside the bare score matrix product in
 the same chunks on the same machine, timed before and after it. Memory is the peak above
-what stands before the evaluation, features included, each size in a process of its own.
+what stands before the evaluation, features included, each size in a process of its own; on a GPU it is what lies there.
 Knows `scoring.score`; does not know real data.
 """
 
@@ -60,21 +60,32 @@ def bare_product(queries: torch.Tensor, gallery: torch.Tensor) -> float:
     start = time.perf_counter()
     for rows in blocks(len(queries), len(gallery)):
         torch.mm(queries[rows], gallery.T)
+    settle(queries.device)
     return time.perf_counter() - start
 
 
-def peak_mib() -> float:
-    """Give this process's largest memory so far."""
+def settle(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mib(device: torch.device) -> float:
+    """Give the largest memory so far, of this process or on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def now_mib() -> float:
-    """Give this process's memory now; Linux alone says."""
+def now_mib(device: torch.device) -> float:
+    """Give the memory now, of this process (Linux alone says) or on the device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
-def measure(name: str, width: int, most: int) -> dict[str, float | int | str]:
+def measure(name: str, width: int, most: int, device: torch.device) -> dict[str, float | int | str]:
     """Evaluate one size."""
     benchmark = random_benchmark(name, most)
     draw = torch.Generator().manual_seed(1)
@@ -83,14 +94,17 @@ def measure(name: str, width: int, most: int) -> dict[str, float | int | str]:
         torch.nn.functional.normalize(torch.randn(n, width, generator=draw), dim=-1, out=torch.empty(n, width))
         for n in counts
     )
+    queries, gallery = queries.to(device), gallery.to(device)
     # The evaluation comes first, so that the peak is its own; the product is timed on some chunks before, too.
     some = queries[: max(1, len(queries) // 8)]
-    before = now_mib()
+    before = now_mib(device)
+    bare_product(some[:1], gallery)  # a GPU loads its kernels
     warm = bare_product(some, gallery) * len(queries) / len(some)
     start = time.perf_counter()
     score(benchmark, queries, gallery)
+    settle(device)
     spent = time.perf_counter() - start
-    above = peak_mib() - before
+    above = peak_mib(device) - before
     product = (warm + bare_product(queries, gallery)) / 2
     return {
         "size": name,
@@ -100,7 +114,7 @@ def measure(name: str, width: int, most: int) -> dict[str, float | int | str]:
         "evaluation_s": round(spent, 2),
         "ratio": round(spent / product, 2),
         "mib_above_features": round(above),
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads",
     }
 
 
@@ -109,19 +123,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--queries", type=int, default=10**9, help="at most so many of each size, for a quick look")
     parser.add_argument(
         "--alone", action="store_true", help="print the JSON line of one size, measured in this process"
     )
     args = parser.parse_args()
     if args.alone:
-        print(json.dumps(measure(args.sizes[0], args.width, args.queries)), flush=True)
+        print(json.dumps(measure(args.sizes[0], args.width, args.queries, torch.device(args.device))), flush=True)
         return
-    table = Table(title=f"evaluation at full size, width {args.width}, {torch.get_num_threads()} threads")
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    table = Table(title=f"evaluation at full size, width {args.width}, {where}")
     for column in ("size", "queries x gallery", "product s", "evaluation s", "ratio", "MiB above features"):
         table.add_column(column, justify="right")
     for name in args.sizes:
         options = ["--alone", "--sizes", name, "--width", str(args.width), "--queries", str(args.queries)]
+        options += ["--device", args.device]
         done = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         row = json.loads(done.stdout)

@@ -4,13 +4,14 @@
     python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --batch 256 --pictures 20000
     python benchmarks/indexing.py --arch tiny --pictures 5000 --side 4000
 
-Rows: the backbone's bare forward on decoded batches, the whole model on them, decoding alone in as many worker
-processes, and indexing from the first file to the last row (Lance where it is installed, else in memory), new and
-unchanged. Pictures are generated JPEGs with detail at all scales, so that they decode as photos do. Weights are
-random: time does not depend on them.
+Rows: the backbone's bare forward on batches that lie on its device, the whole model on them, decoding alone in as
+many worker processes, and indexing from the first file to the last row (Lance where it is installed, else in memory),
+new and unchanged. A second table says where a decoder's time goes. Pictures are generated JPEGs with detail at all
+scales, so that they decode as photos do. Weights are random: time does not depend on them.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import io
 import json
@@ -29,9 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from step_time import build_model
 
+from union_igrot.data.pictures import decode_picture
 from union_igrot.data.sources import list_pictures
+from union_igrot.data.transforms import PictureToPixels, model_input
 from union_igrot.index.open import open_index
-from union_igrot.indexing.decode import Decoder
+from union_igrot.indexing.decode import Decoder, thumbnail_of
 from union_igrot.indexing.embed import Batches, machine_of
 from union_igrot.indexing.run import Report, Work, index_pictures
 from union_igrot.model import IGROTModel, load_model
@@ -92,6 +95,26 @@ def decoded(model: IGROTModel, folder: Path, arguments: argparse.Namespace) -> I
     return (batch.pictures for batch in batches)
 
 
+def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:
+    """Time the steps of decoding a picture, in this process, in milliseconds a picture."""
+    spent = dict.fromkeys(("read and hash", "decode", "bring to the model's size", "thumbnail"), 0.0)
+    to_pixels, files = PictureToPixels(model.preprocess), sorted(folder.iterdir())[:most]
+    for file in files:
+        marks = [time.perf_counter()]
+        data = file.read_bytes()
+        hashlib.sha256(data).hexdigest()
+        marks.append(time.perf_counter())
+        image, _ = decode_picture(io.BytesIO(data), model.preprocess.size)
+        marks.append(time.perf_counter())
+        to_pixels(image)
+        marks.append(time.perf_counter())
+        thumbnail_of(image)
+        marks.append(time.perf_counter())
+        for step, begin, end in zip(spent, marks, marks[1:], strict=False):
+            spent[step] += 1000 * (end - begin) / len(files)
+    return spent
+
+
 def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace) -> Report:
     """Index the pictures."""
     machine = machine_of(model.device, arguments.precision)
@@ -111,19 +134,21 @@ def main() -> None:
         folder = Path(place) / "pictures"
         folder.mkdir()
         size = write_pictures(folder, arguments.pictures, arguments.side)
-        batches = list(decoded(model, folder, arguments))
+        some = decoded(model, folder, arguments)
+        batches = [model_input(pixels.to(arguments.device), model.preprocess) for pixels in some]
 
         def forward(whole: bool) -> None:
             kind = arguments.device.split(":")[0]
             with torch.inference_mode(), nullcontext() if cast is None else torch.autocast(kind, cast):
                 for batch in batches:
-                    moved = batch.to(arguments.device)
-                    (model.embed_gallery if whole else model.backbone.encode_image)(moved)
+                    (model.embed_gallery if whole else model.backbone.encode_image)(batch)
 
         forward(whole=True)
         repeats, device = arguments.repeats, arguments.device
         seconds = {"backbone forward, bare": fastest(repeats, lambda: forward(whole=False), device)}
         seconds["whole model"] = fastest(repeats, lambda: forward(whole=True), device)
+        del batches[1:]
+        steps = decoder_steps(model, folder)
         seconds["decoding alone"] = fastest(repeats, lambda: list(decoded(model, folder, arguments)), device)
         uris = [
             engine.format(number) if engine == "memory:" else f"{place}/{engine.format(number)}"
@@ -134,11 +159,16 @@ def main() -> None:
         seconds["indexing, reading and embedding"] = best.working
         seconds["indexing, all of it"] = min(report.seconds for report in reports)
         again = None if engine == "memory:" else index(model, folder, uris[0], arguments)
-    tell(arguments, seconds, best, again, size)
+    tell(arguments, seconds, steps, best, again, size)
 
 
 def tell(
-    arguments: argparse.Namespace, seconds: dict[str, float], best: Report, again: Report | None, size: int
+    arguments: argparse.Namespace,
+    seconds: dict[str, float],
+    steps: dict[str, float],
+    best: Report,
+    again: Report | None,
+    size: int,
 ) -> None:
     """Print the figures."""
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
@@ -156,12 +186,15 @@ def tell(
         table.add_row(name, f"{rate:,.1f}", f"{spent / bare:.2f}")
         rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
     Console().print(table)
+    print("a decoder's time, ms a picture: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
     print(
         f"the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for writing, "
         f"decoding {best.decoding_waited:.2f} s for the model"
         + ("" if again is None else f"; run again, {again.unchanged:,} unchanged pictures took {again.seconds:.2f} s")
     )
-    text = json.dumps({"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows}, indent=2)
+    text = json.dumps(
+        {"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows, "decoder_ms": steps}, indent=2
+    )
     print(text)
     if arguments.json:
         Path(arguments.json).write_text(text + "\n")

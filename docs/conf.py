@@ -47,7 +47,14 @@ ROOMS = {
         "heads.target",
         "heads.projector",
     ],
-    "Benchmarks and data": ["data.registry", "data.folder", "data.shapes", "data.transforms", "data.submission"],
+    "Benchmarks and data": [
+        "data.registry",
+        "data.folder",
+        "data.shapes",
+        "data.pictures",
+        "data.transforms",
+        "data.submission",
+    ],
     "Evaluation": [
         "evaluate",
         "scoring",

@@ -4,7 +4,7 @@ from typing import final
 
 from PIL import Image
 
-from union_igrot.demo.engines import Answer, Engine
+from union_igrot.demo.engines import Answer, Engine, Question
 from union_igrot.demo.pictures import encoded
 from union_igrot.errors import DataError
 
@@ -17,19 +17,28 @@ class Squares(Engine):
         self.name, self.gallery, self.hint = name, "squares", "Say <anything>."
         self.count, self.step = count, step
         self.asked: list[tuple[tuple[int, int, int] | None, str | None, str | None]] = []
+        self.questions: list[Question] = []
 
     def __len__(self) -> int:
         return self.count
 
-    def search(
-        self, picture: Image.Image | None, text: str | None, skip: int, count: int, exclude: str | None
-    ) -> list[Answer]:
+    @property
+    def columns(self) -> list[str]:
+        return ["class", "taken <by>"]
+
+    def search(self, question: Question, skip: int, count: int) -> list[Answer]:
+        self.questions.append(question)
+        picture, text = question.picture, question.text
+        exclude = question.exclude[0] if question.exclude else None
         middle = None if picture is None else picture.convert("RGB").getpixel((picture.width // 2, picture.height // 2))
         self.asked.append((middle, text, exclude))
         if text == "break":
             raise RuntimeError("a defect inside")
         order = [f"s{(len(text or '') + self.step * place) % self.count}" for place in range(self.count)]
-        found = [name for name in order if name != exclude][skip : skip + count]
+        if question.where == "nothing":
+            return []
+        gone = {*question.exclude, *question.disliked}
+        found = [name for name in order if name not in gone][skip : skip + count]
         return [self._answer(name, 1 - (skip + place) / 100) for place, name in enumerate(found)]
 
     def some(self, count: int, deal: int) -> list[Answer]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from small_world import DIM, TRANSAGG, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot import evaluate as evaluation
 from union_igrot.backbones.base import Backbone
-from union_igrot.data.transforms import picture_key
+from union_igrot.data.pictures import picture_key
 from union_igrot.embedding import embed, embed_each
 from union_igrot.encode import Encoder, Shelf
 from union_igrot.evaluate import baseline, evaluate

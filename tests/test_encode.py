@@ -8,7 +8,8 @@ import torch
 from small_world import DIM, LinearBackbone, Noise, encoder
 from union_igrot.backbones.base import Backbone
 from union_igrot.backbones.tiny import TinyBackbone
-from union_igrot.data.transforms import PictureToTensor, open_picture, picture_key
+from union_igrot.data.pictures import open_picture, picture_key
+from union_igrot.data.transforms import PictureToTensor
 from union_igrot.encode import Encoder, join_features, load_pictures
 from union_igrot.errors import PictureError
 from union_igrot.store.features import FeatureStore

@@ -23,7 +23,7 @@ ROW = {
     *("benchmark", "split", "method", "n_queries", "n_gallery", "protocol", "metrics", "ci95"),
     *("model", "seconds", "versions", "seed"),
 }
-ADDED = {"n_skipped", "by_tag", "seen_classes", "seen_images"}
+ADDED = {"n_skipped", "by_tag", "seen_classes", "seen_images", "arithmetic"}
 
 
 def small_integers(benchmark, seed=0, dim=4):
@@ -301,6 +301,7 @@ def test_rows_hold_exactly_what_is_promised(found):
         assert list(evaluation.scores) == ["chance", "image", "text", "sum", "trained"]
         for row in evaluation.rows:
             assert set(row) == ROW | ADDED | ({"gain95"} if row["method"] == "trained" else set())
+            assert row["arithmetic"] == {"device": "cpu", "precision": "float32", "kept": "float32"}
             benchmark = evaluation.benchmark
             assert (row["n_queries"], row["n_gallery"]) == (len(benchmark.queries), len(benchmark.gallery))
             assert row["protocol"]["average"] == benchmark.protocol.average

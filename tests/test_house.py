@@ -30,7 +30,7 @@ FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"types", "errors"},
     {"data", "backbones", "heads", "losses", "metrics", "index", "store", "report", "progress", "processes", "saved"},
-    {"model", "hub", "encode", "runfolder", "scoring"},
+    {"model", "hub", "encode", "runfolder", "scoring", "trainer"},
     {"embedding"},
     {"evaluate", "predictions", "reference", "indexing"},
     {"datamodule", "learner", "pretrain_tiny", "gallery"},

@@ -1,7 +1,9 @@
 """Training changes the heads alone, chooses by the monitor and resumes to the same weights."""
 
 import math
+import signal
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -174,6 +176,24 @@ def test_the_best_epoch_is_kept_where_the_last_is_worse(tmp_path, monitor):
     assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state().items())
     last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
     assert any(not x.equal(saved[name]) for name, x in last.items())
+
+
+def test_an_interruption_goes_to_the_caller_who_can_go_on(tmp_path):
+    """Lightning would end the process with code 1 and leave Ctrl-C ignored."""
+
+    class CtrlC(StopAfter):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # noqa: ARG002
+            if trainer.current_epoch == self.epoch and batch_idx == self.step:
+                raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    for callbacks in ([CtrlC(1)], []):
+        model = trainable("transagg", "frozen")
+        learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=2), [cir_benchmark(6)])
+        with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
+            fit(learner, data, tmp_path / "run", machine=CPU, callbacks=callbacks, progress=False)
+        assert signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "run" / "last.ckpt").is_file()
 
 
 def test_an_unknown_monitor_is_an_error_that_names_the_known():

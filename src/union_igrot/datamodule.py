@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from union_igrot.backbones.base import Side
-from union_igrot.data.transforms import PictureToTensor, open_picture
+from union_igrot.data.pictures import open_picture
+from union_igrot.data.transforms import PictureToPixels, model_input
 from union_igrot.encode import Encoder
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.types import Batch, Benchmark, EvalBatch, Features, Preprocess, Query, Source, TrainingSet, Triplet
@@ -89,7 +90,7 @@ class _Block(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """A batch on its way from a decoding process: which samples, and their pictures side by side."""
+    """A batch on its way from a decoding process: which samples, and the pixels of their pictures side by side."""
 
     of: Any
     pictures: list[Tensor] | PictureError
@@ -99,7 +100,7 @@ class _Decoder(Dataset[_Decoded]):
     """Decodes the pictures of batches; an error is handed over, to be raised where the user sees it.
 
     Args:
-        preprocess: How pictures become tensors.
+        preprocess: The model's.
         sides: Lists of pictures, of which rows are asked: of training one, of validation one a side and benchmark.
         together: Which of the lists belong to an item's kind.
     """
@@ -107,7 +108,7 @@ class _Decoder(Dataset[_Decoded]):
     def __init__(
         self, preprocess: Preprocess, sides: Sequence[Sequence[Source]], together: dict[Any, list[int]]
     ) -> None:
-        self._to_tensor, self._size = PictureToTensor(preprocess), preprocess.size
+        self._to_pixels, self._size = PictureToPixels(preprocess), preprocess.size
         self._sides, self._together = sides, together
 
     def __getitem__(self, item: Any) -> _Decoded:
@@ -115,7 +116,7 @@ class _Decoder(Dataset[_Decoded]):
         try:
             pictures = [
                 torch.stack(
-                    [self._to_tensor(open_picture(self._sides[side][row], at_least=self._size)) for row in rows]
+                    [self._to_pixels(open_picture(self._sides[side][row], at_least=self._size)) for row in rows]
                 )
                 for side in self._together[kind]
             ]
@@ -246,7 +247,8 @@ class IGROTDataModule(lightning.LightningDataModule):
             return batch
         if isinstance(batch.pictures, PictureError):
             raise batch.pictures
-        pictures = [side.to(device, non_blocking=True) for side in batch.pictures]
+        wanted = self._encoder.backbone.preprocess
+        pictures = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.pictures]
         if isinstance(batch.of, _Block):
             return self._eval_batch(batch.of, pictures[0])
         return self._train_batch(batch.of, *pictures)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import union_igrot
-from union_igrot.data.transforms import picture_key
+from union_igrot.data.pictures import picture_key
 from union_igrot.encode import Encoder, Shelf
 from union_igrot.model import IGROTModel
 from union_igrot.store.features import FeatureStore

@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from union_igrot.backbones.base import Backbone
-from union_igrot.data.transforms import PictureToTensor, open_picture, picture_key
+from union_igrot.data.pictures import open_picture, picture_key
+from union_igrot.data.transforms import PictureToPixels, model_input
 from union_igrot.errors import PictureError
 from union_igrot.progress import progress_bar
 from union_igrot.store.features import Dtype, FeatureStore
@@ -30,17 +31,17 @@ Arithmetic = Literal["float32", "bfloat16", "float16"]
 
 
 class _Pictures(Dataset[Loaded]):
-    """Decoded, preprocessed pictures; an error is handed over instead of raised in a worker."""
+    """Decoded pictures of the model's size; an error is handed over instead of raised in a worker."""
 
     def __init__(self, sources: Sequence[Source], preprocess: Preprocess) -> None:
-        self._sources, self._to_tensor, self._size = sources, PictureToTensor(preprocess), preprocess.size
+        self._sources, self._to_pixels, self._size = sources, PictureToPixels(preprocess), preprocess.size
 
     def __len__(self) -> int:
         return len(self._sources)
 
     def __getitem__(self, at: int) -> Loaded:
         try:
-            return self._to_tensor(open_picture(self._sources[at], at_least=self._size))
+            return self._to_pixels(open_picture(self._sources[at], at_least=self._size))
         except PictureError as error:
             return error
 
@@ -54,14 +55,17 @@ def _together(loaded: list[Loaded]) -> Loaded:
 
 def load_pictures(
     sources: Sequence[Source], preprocess: Preprocess, batch_size: int, workers: int
-) -> Iterator[Float[Tensor, "batch 3 height width"]]:
-    """Decode and preprocess pictures in order, in worker processes.
+) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
+    """Decode pictures and bring them to a model's size, in order, in worker processes.
 
     Args:
         sources: The pictures.
-        preprocess: How they become tensors.
+        preprocess: The model's.
         batch_size: Pictures a batch.
         workers: Processes; 0 works in this one.
+
+    Yields:
+        Pixels, for `model_input`.
 
     Raises:
         PictureError: For the first picture that cannot be read.
@@ -72,7 +76,7 @@ def load_pictures(
 
 def _load_batches(
     sources: Sequence[Source], batches: Sequence[Sequence[int]], preprocess: Preprocess, workers: int
-) -> Iterator[Float[Tensor, "batch 3 height width"]]:
+) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
     # A generator of its own: what is already encoded must not shift the random numbers of a training.
     loader = DataLoader(
         _Pictures(sources, preprocess),
@@ -160,6 +164,11 @@ class Encoder:
         self.batch_size, self.shard, self.progress = batch_size, shard, progress
         self.workers = min(max((os.cpu_count() or 1) - 1, 0), 8) if workers is None else workers
 
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """How features come about and are kept, for whoever states figures made of them."""
+        return {"precision": self.precision, "kept": self.store.dtype}
+
     def fill_pictures(self, sources: Sequence[Source], *, tokens: bool, what: str = "pictures") -> list[str]:
         """Encode the pictures that the store does not hold yet.
 
@@ -180,7 +189,7 @@ class Encoder:
         def forward(rows: list[int]) -> Iterator[Features]:
             chosen = [sources[row] for row in rows]
             for batch in load_pictures(chosen, self.backbone.preprocess, self.batch_size, self.workers):
-                yield self._forward(self.backbone.encode_image, batch.to(self.backbone.device))
+                yield self._encode_pixels(batch)
 
         self._fill(keys, todo, forward, tokens=tokens, what=what)
         return keys
@@ -211,7 +220,7 @@ class Encoder:
             task = bar.add_task(f"encoding {what}", total=len(absent))
             try:
                 for span, rows in zip(spans, todo, strict=True):
-                    new = self._encode_images(next(decoded)) if rows else None
+                    new = self._rounded(self._encode_pixels(next(decoded))) if rows else None
                     features = self._with_stored(keys, span, rows, new)
                     kept = _token_bytes(features, self.store.dtype) * len(keys) <= room if kept is None else kept
                     if new is not None:
@@ -224,12 +233,14 @@ class Encoder:
                 shelf.flush()
 
     @torch.inference_mode()
-    def _encode_images(self, pictures: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode pictures and round their features as the store does."""
-        features = self._forward(self.backbone.encode_image, pictures.to(self.backbone.device))
-        if self.store.dtype == "float32":
-            return features
-        return self.store.rounded(features)
+    def _encode_pixels(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Features:
+        """Encode pictures; what is made of their pixels is made on the device."""
+        images = model_input(pixels.to(self.backbone.device), self.backbone.preprocess)
+        return self._forward(self.backbone.encode_image, images)
+
+    def _rounded(self, features: Features) -> Features:
+        """Round features as the store does."""
+        return features if self.store.dtype == "float32" else self.store.rounded(features)
 
     def _with_stored(self, keys: Sequence[str], span: range, todo: list[int], new: Features | None) -> Features:
         """Put what was just encoded and what was in the store in order."""

@@ -25,6 +25,7 @@ from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
 from union_igrot.model import IGROTModel
+from union_igrot.processes import device_name
 from union_igrot.scoring import Relevance, score
 from union_igrot.types import Benchmark, Features, Scores
 
@@ -101,6 +102,8 @@ def evaluate(
         spent[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
     rows = [result_row(benchmark, name, scores[name], described[name], spent[name], seed) for name in scores]
+    for row in rows:
+        row["arithmetic"] = {"device": device_name(model.device), **encoder.arithmetic}
     if trained:
         rows[-1]["gain95"] = _gains({name: part.values for name, part in scores.items()}, _labels(benchmark), seed)
         rows[-1]["seen_classes"] = seen_classes(model, benchmark)
@@ -136,7 +139,7 @@ def result_row(
     seconds: dict[str, float],
     seed: int,
 ) -> dict[str, Any]:
-    """Give one row of `results.json`.
+    """Give one row of `results.json`; `evaluate` adds on what device and in which arithmetic it was computed.
 
     Returns:
         Benchmark, split, method, counts, protocol, figures and 95 % intervals in percent,

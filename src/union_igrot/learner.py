@@ -8,7 +8,6 @@ import functools
 import logging
 import math
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from union_igrot.losses import InfoNCE
 from union_igrot.model import IGROTModel
 from union_igrot.processes import Machine
 from union_igrot.scoring import score
+from union_igrot.trainer import make_trainer, manners
 from union_igrot.types import Batch, Benchmark, EvalBatch
 
 _log = logging.getLogger(__name__)
@@ -257,6 +257,9 @@ def fit(
 
     Returns:
         The best epoch's number, from 0, and its monitored figure in percent.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C.
     """
     machine = machine or Machine()
     keep = ModelCheckpoint(
@@ -265,38 +268,22 @@ def fit(
     # Of its own: `save_last` writes only where the best is written too. It comes second, so that it knows the best.
     resume = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     bars: list[Callback] = [RichProgressBar()] if progress else []
-    trainer = lightning.Trainer(
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        num_nodes=machine.nodes,
-        strategy=machine.strategy,
-        precision=machine.precision,
-        max_epochs=learner.recipe.epochs,
-        gradient_clip_val=learner.recipe.clip,
-        accumulate_grad_batches=learner.recipe.accumulate,
-        callbacks=[keep, resume, *bars, *callbacks],
-        logger=logger,
-        log_every_n_steps=5,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
     last = folder / "last.ckpt"
     if last.is_file():
         _log.warning("going on from %s", last)
-    with warnings.catch_warnings():
-        # A frozen backbone in evaluation mode is what is meant.
-        warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
-        warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
-        warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
-        # Figures are the same on every process already.
-        warnings.filterwarnings("ignore", ".*sync_dist=True", UserWarning)
-        # Lightning calls a deprecated part of torch.
-        warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
-        # A folder that holds an interrupted training is what is resumed.
-        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
+    with manners():
+        trainer = make_trainer(
+            machine,
+            folder,
+            [keep, resume, *bars, *callbacks],
+            max_epochs=learner.recipe.epochs,
+            gradient_clip_val=learner.recipe.clip,
+            accumulate_grad_batches=learner.recipe.accumulate,
+            logger=logger,
+            log_every_n_steps=5,
+            num_sanity_val_steps=0,
+            enable_progress_bar=progress,
+        )
         trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     if not isinstance(trainer.strategy, FSDPStrategy):
         learner.model.to(trainer.strategy.root_device)  # Lightning puts it on the CPU at its end

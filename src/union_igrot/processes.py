@@ -1,7 +1,8 @@
-"""The processes that share one run: found where torchrun or SLURM started them, else started here.
+"""The machines of a run: the device that works alone, or the processes that share the work.
 
-Knows ranks, the launcher and how a word is passed before training has joined the
-processes. Does not know what they do.
+Processes are found where torchrun or SLURM started them, else started here. Knows devices, ranks,
+the launcher and how a word is passed before training has joined the processes. Does not know what
+they do.
 """
 
 import logging
@@ -83,6 +84,31 @@ class Machine:
     nodes: int = 1
     strategy: str = "auto"
     precision: Any = "32-true"
+
+
+def chosen_device(name: str = "auto") -> torch.device:
+    """Find the device that a name means.
+
+    Args:
+        name: `auto` (the first GPU of CUDA or ROCm, else Apple's, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+
+    Raises:
+        ConfigError: Where it is not there; names those that are.
+    """
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    found = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)
+    if found not in there:
+        raise ConfigError(f"device={name} is not on this machine; give auto, or one of {', '.join(there)}")
+    return torch.device(found)
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device for people: of a GPU its model."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def found_processes() -> Processes:

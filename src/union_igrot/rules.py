@@ -125,6 +125,11 @@ def _untrained(value: Any) -> str | None:
     return None if value == "none" else "none, since nothing is trained here"
 
 
+def _device(value: Any) -> str | None:
+    right = isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value)
+    return None if right else "auto, cpu, cuda, cuda:NUMBER or mps"
+
+
 def _devices(value: Any) -> str | None:
     return None if value == "auto" or _whole(1)(value) is None else "auto or a whole number of at least 1"
 
@@ -192,7 +197,13 @@ RULES: dict[str, dict[str, Check]] = {
         "recipe.monitor": _figure,
         **_MACHINE,
     },
-    "eval": {**_COMMON, "checkpoint": _text_or_null, "weights": _file_or_null, "predictions": _file_or_null},
+    "eval": {
+        **_COMMON,
+        "checkpoint": _text_or_null,
+        "weights": _file_or_null,
+        "device": _device,
+        "predictions": _file_or_null,
+    },
     "check": {},
     "cache": {
         "cache_dir": _text_or_null,
@@ -215,6 +226,7 @@ RULES: dict[str, dict[str, Check]] = {
         **dict.fromkeys(("image", "liked", "disliked", "exclude"), _texts),
         **dict.fromkeys(("text", "where", "queries", "contact", "checkpoint"), _text_or_null),
         "k": _whole(1),
+        "device": _device,
         "search": one_of("auto", "exact", "ann"),
         "weights": _file_or_null,
         "format": one_of("auto", "table", "jsonl"),
@@ -224,6 +236,7 @@ RULES: dict[str, dict[str, Check]] = {
     "demo": {
         **{name: check for name, check in _COMMON.items() if name not in {"seed", "output_dir"}},
         **dict.fromkeys(("index", "checkpoint", "second_index", "second_checkpoint", "user"), _text_or_null),
+        "device": _device,
         "host": _text,
         "port": _whole(0, 65_535),
         "page": _whole(2, 200),

@@ -1,6 +1,8 @@
 import csv
 import json
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -71,6 +73,23 @@ def shards(cache: Path) -> dict[str, list[bytes]]:
 def steps(log: Path) -> list[int]:
     with log.open(newline="") as lines:
         return [int(row["step"]) for row in csv.DictReader(lines)]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_training_has_the_shells_code(tmp_path):
+    command = [*SETTINGS, f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
+    process = start(command)
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
+        assert process.is_alive(), f"ended with code {process.exitcode} before it could be interrupted"
+        assert time.monotonic() < end, "never got as far as to be interrupted"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
+    assert process.exitcode == 130
+    assert not (tmp_path / "run" / "model").exists()
+    finish(command)
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import ExifTags, Image
 
 from small_world import Noise
-from union_igrot.data.transforms import as_picture, picture_batch
+from union_igrot.data.pictures import as_picture
+from union_igrot.data.transforms import picture_batch
 from union_igrot.errors import PictureError
 from union_igrot.types import Preprocess
 

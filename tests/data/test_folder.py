@@ -11,7 +11,7 @@ from PIL import Image
 
 from union_igrot.data.folder import folder_benchmark, folder_training
 from union_igrot.data.layouts import SPLITS
-from union_igrot.data.transforms import broken_pictures, open_picture
+from union_igrot.data.pictures import broken_pictures, open_picture
 from union_igrot.errors import ConfigError, DataError, PictureError, UnionError
 
 REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"

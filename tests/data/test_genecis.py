@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from union_igrot.data.genecis import Crop
+from union_igrot.data.pictures import open_picture, picture_key
 from union_igrot.data.registry import load_benchmark
-from union_igrot.data.transforms import open_picture, picture_key
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.types import Picture
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 from torchvision import transforms as tv
 
-from union_igrot.data.transforms import PictureToTensor, check_picture, open_picture, picture_key
+from union_igrot.data.pictures import check_picture, open_picture, picture_key
+from union_igrot.data.transforms import PictureToTensor
 from union_igrot.errors import ConfigError, PictureError
 from union_igrot.types import Preprocess
 

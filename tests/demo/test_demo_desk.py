@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from demo_engines import Squares
-from union_igrot.demo.desk import LOST, MAX_SESSIONS, MAX_TEXT, Desk
+from union_igrot.demo.desk import LOST, MAX_SESSIONS, MAX_TEXT, MAX_WHERE, UNMARKED, Desk
 from union_igrot.demo.pictures import Limits
 from union_igrot.errors import ConfigError, DataError, PictureError
 
@@ -110,6 +110,9 @@ def test_a_mistake_changes_nothing(desk):
         ("search", {"text": 7}),
         ("search", {"text": "x" * (MAX_TEXT + 1)}),
         ("search", {"text": "a", "strokes": "scribble"}),
+        ("search", {"text": "a", "where": 7}),
+        ("search", {"text": "a", "where": "x" * (MAX_WHERE + 1)}),
+        ("mark", {"engine": 0, "id": "s59", "liked": True}),
         ("back", {"turn": 5}),
         ("redo", {}),
         ("explode", {}),
@@ -123,7 +126,30 @@ def test_a_mistake_changes_nothing(desk):
     assert desk.act(token, "show", {}).session == before
 
 
-@pytest.mark.parametrize("action", ["pick", "large"])
+def test_marks_and_a_filter_go_with_the_question(desk):
+    token = desk.act("new", "search", {"text": "a"}).token
+    liked = desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
+    assert (liked.columns, liked.say) == (None, "Search again to come closer to it.")
+    assert [(mark.id, mark.title, mark.liked) for mark in liked.session.marks] == [("s2", "square <s2>", True)]
+    desk.act(token, "mark", {"engine": 0, "id": "s3", "liked": False})
+    found = desk.act(token, "search", {"text": "", "where": " class = 'c&s4' "})
+    asked = desk.engines[0].questions[-1]
+    assert (asked.liked, asked.disliked, asked.where, asked.picture) == (("s2",), ("s3",), "class = 'c&s4'", None)
+    assert "s3" not in ids(found)
+    undone = desk.act(token, "undo", {})
+    assert (undone.where, undone.session.marks) == ("", ())
+    redone = desk.act(token, "redo", {})
+    assert (redone.where, len(redone.session.marks)) == ("class = 'c&s4'", 2)
+    assert desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True}).say == UNMARKED
+    assert desk.act(token, "unmark", {"id": "s3"}).session.marks == ()
+    desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
+    assert desk.act(token, "unmark", {}).session.marks == ()
+    nothing = desk.act(token, "search", {"text": "a", "where": "nothing"})
+    assert (ids(nothing), nothing.last) == ([], True)
+    assert desk.act(token, "restart", {}).where == ""
+
+
+@pytest.mark.parametrize("action", ["pick", "large", "mark"])
 @pytest.mark.parametrize(
     "given", [{"engine": 0, "id": "s55"}, {"engine": 1, "id": "s1"}, {"engine": 0, "id": "/etc/x"}, {}]
 )

@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from small_world import trainable
-from union_igrot.data.transforms import open_picture
-from union_igrot.demo.indexed import GalleryEngine, open_engine
+from union_igrot.data.pictures import open_picture
+from union_igrot.demo.engines import Question
+from union_igrot.demo.indexed import Files, GalleryEngine, open_engine
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.index.memory import MemoryIndex
@@ -27,19 +28,36 @@ def engine(folder) -> GalleryEngine:
     gallery = Gallery(rows, model, "/somewhere/photos.lance")
     paths = sorted(folder.glob("*.png"))
     gallery.add(paths, columns={"artist": [f"artist {n}" for n in range(11)] + [None], "year": list(range(12))})
-    return GalleryEngine(gallery, rows)
+    return GalleryEngine(gallery, rows, Files("photos.lance"))
 
 
 def test_answers_are_the_gallerys(engine, folder):
     asked = open_picture(folder / "picture 3.png")
-    found = engine.search(asked, "in red", 0, 5, None)
+    found = engine.search(Question(asked, "in red"), 0, 5)
     straight = engine._gallery.search(asked, "in red", 5)
     assert [(one.id, one.score) for one in found] == [(hit.id, hit.score) for hit in straight]
     assert [one.thumbnail for one in found] == [hit.jpeg for hit in straight]
-    assert [one.id for one in engine.search(asked, "in red", 3, 2, None)] == straight.ids[3:]
-    assert straight.ids[0] not in {one.id for one in engine.search(asked, "in red", 0, 12, straight.ids[0])}
+    assert [one.id for one in engine.search(Question(asked, "in red"), 3, 2)] == straight.ids[3:]
+    without = engine.search(Question(asked, "in red", exclude=straight.ids[:1]), 0, 12)
+    assert [one.id for one in without][:4] == straight.ids[1:]
     assert len(engine) == 12
     assert (engine.name, engine.gallery) == ("photos.lance: transagg + union", "photos.lance")
+
+
+def test_marks_and_filters_are_the_gallerys(engine, folder):
+    names = engine._gallery.ids()
+    question = Question(None, "red", "year >= 4", liked=names[5:7], disliked=names[8:9])
+    straight = engine._gallery.search(None, "red", 12, "year >= 4", liked=names[5:7], disliked=names[8:9])
+    assert [one.id for one in engine.search(question, 0, 12)] == straight.ids
+    assert set(straight.ids) == set(names[4:]) - {names[8]}
+    liked_alone = engine.search(Question(liked=names[5:6]), 0, 1)
+    assert [one.id for one in liked_alone] == names[5:6]
+    with pytest.raises(ConfigError, match="there is no column 'yeer'"):
+        engine.search(Question(None, "red", "yeer = 1"), 0, 1)
+    with pytest.raises(DataError, match=r"photos\.lance does not hold every picture that is marked"):
+        engine.search(Question(None, "red", liked=["gone.jpg"]), 0, 1)
+    assert {"artist", "year", "width"} <= set(engine.columns)
+    assert "thumbnail" not in engine.columns
 
 
 def test_a_picture_tells_its_path_and_the_users_columns(engine, folder):

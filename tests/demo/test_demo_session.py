@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.demo.session import MAX_TURNS, Reference, Session
+from union_igrot.demo.session import MAX_MARKS, MAX_TURNS, Mark, Reference, Session
 from union_igrot.errors import DataError
 
 SKETCH = Reference("sketch", "your sketch", b"small", strokes=(((1, 2), (3, 4)),))
@@ -14,6 +14,35 @@ def test_a_question_needs_a_reference_or_a_sentence():
         Session().ask(None, "  \n ")
     assert Session().ask(None, " red \n star ").present.text == "red star"
     assert Session().ask(SKETCH, "").present.reference is SKETCH
+
+
+def test_marks_are_asked_with_and_come_back_with_their_turn():
+    more, less = Mark("a", "a star", b"small", liked=True), Mark("b", "a house", b"small", liked=False)
+    session = Session().mark(more).mark(less)
+    asked = session.ask(None, "")
+    assert (asked.present.liked, asked.present.disliked) == (("a",), ("b",))
+    assert asked.marks == session.marks  # they stay until they are taken away
+    other = asked.mark(Mark("a", "a star", b"small", liked=False))
+    assert [(mark.id, mark.liked) for mark in other.marks] == [("b", False), ("a", False)]
+    assert other.mark(other.marks[1]).marks == (less,)
+    assert other.unmark("b").marks == other.marks[1:]
+    assert other.unmark().ask(SKETCH, "").undo().marks == (more, less)
+    assert other.undo().marks == ()
+    assert asked.hold(PICKED).marks == asked.marks
+    assert asked.restart().marks == ()
+    with pytest.raises(DataError, match="nothing to search with"):
+        Session().mark(less).ask(None, "")  # less of something alone is no question
+    full = Session()
+    for number in range(MAX_MARKS):
+        full = full.mark(Mark(str(number), "", b"", liked=True))
+    with pytest.raises(DataError, match="take a mark away first"):
+        full.mark(more)
+    assert len(full.mark(Mark("7", "", b"", liked=False)).marks) == MAX_MARKS
+
+
+def test_a_filter_belongs_to_its_turn():
+    session = Session().ask(SKETCH, "", " class = 'dog'\n").ask(SKETCH, "red")
+    assert [turn.where for turn in session.turns] == ["class = 'dog'", ""]
 
 
 def test_undo_redo_and_a_new_question_after_an_undo():

@@ -72,14 +72,34 @@ def test_regions_tell_what_changed(desk):
     assert "c&amp;s4" in large["large"]
 
 
+def test_marks_and_filters_are_shown(desk):
+    view = View(desk)
+    assert "Columns: class, taken &lt;by&gt;" in view.page()
+    token = desk.act("new", "search", {"text": "a"}).token
+    desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
+    shown = view.regions(desk.act(token, "mark", {"engine": 0, "id": "s3", "liked": False}))
+    assert shown["marks"] == {"s2": True, "s3": False}
+    assert [shown["marked"].count(words) for words in ("<p>More like</p>", "<p>Less like</p>")] == [1, 1]
+    assert "Take the mark away: square &lt;s2&gt;" in shown["marked"]
+    found = view.regions(desk.act(token, "search", {"text": "red", "where": "class = '<b>'"}))
+    assert "+1 \u22121" in re.sub(r"<[^>]*>", "", found["history"])
+    assert "class = &#39;&lt;b&gt;&#39;" in found["history"]
+    assert "of 60" not in found["results"]  # how many pass the filter is not counted
+    none = view.regions(desk.act(token, "search", {"text": "red", "where": "nothing"}))
+    assert "No picture passes the filter" in none["results"]
+    assert view.regions(desk.act(token, "unmark", {}))["marked"].strip() == ""
+
+
 def test_every_control_has_a_name(desk):
     """Each input has a label, each button words or an aria-label, each picture an alt."""
     view = View(desk)
     token = desk.act("new", "search", {"text": "a"}).token
     desk.act(token, "pick", {"engine": 0, "id": "s3"})
+    desk.act(token, "mark", {"engine": 0, "id": "s4", "liked": True})
     shown = view.regions(desk.act(token, "large", {"engine": 0, "id": "s3"}))
     regions = view.regions(desk.act(token, "show", {}))
     whole = view.page() + regions["history"] + regions["reference"] + regions["results"] + shown["large"]
+    whole += regions["marked"]
     labelled = set(re.findall(r'<label for="(\w+)"', whole))
     for tag in re.findall(r"<(?:input|select)[^>]*>", whole):
         assert "aria-label=" in tag or re.search(r'id="(\w+)"', tag)[1] in labelled, tag

@@ -5,7 +5,7 @@ from PIL import Image
 from small_world import LinearBackbone, encoder, trainable
 from union_igrot import shapes_cir, shapes_sbir
 from union_igrot.data.transforms import picture_batch
-from union_igrot.demo.engines import method, sketch_room
+from union_igrot.demo.engines import Question, method, sketch_room
 from union_igrot.demo.pictures import decoded
 from union_igrot.demo.world import World
 from union_igrot.errors import DataError
@@ -31,11 +31,12 @@ def test_answers_are_the_literal_ranking(small, tmp_path, target):
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     gone = small.items[order[2]].id
     wanted = [small.items[place].id for place in order if small.items[place].id != gone]
-    found = engine.search(picture, query.text, 0, 30, gone)
+    asked = Question(picture, query.text, exclude=(gone,))
+    found = engine.search(asked, 0, 30)
     assert [one.id for one in found[:10]] == wanted[:10]
     assert [one.score for one in found[:2]] == pytest.approx([scores[place] for place in order[:2]], abs=1e-5)
-    assert [one.id for one in engine.search(picture, query.text, 12, 5, gone)] == [one.id for one in found[12:17]]
-    rest = engine.search(picture, query.text, len(engine) - 3, 10, None)
+    assert [one.id for one in engine.search(asked, 12, 5)] == [one.id for one in found[12:17]]
+    rest = engine.search(Question(picture, query.text), len(engine) - 3, 10)
     assert len(rest) == 3
 
 
@@ -65,12 +66,29 @@ def test_the_gallery_is_that_of_both_benchmarks(small, tmp_path):
             ask("photo-99999")
 
 
+def test_the_world_is_filtered_and_refined(small, tmp_path):
+    model = trainable("sum", "frozen")
+    engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
+    labels = {item.id: item.label for item in small.items}
+    captions = {item.id: item.caption for item in small.items}
+    label = next(label for label in labels.values() if label)
+    found = engine.search(Question(None, "red", f"class = '{label}'"), 0, 100)
+    assert {one.id for one in found} == {name for name, given in labels.items() if given == label}
+    found = engine.search(Question(None, "red", engine.example), 0, 1000)
+    assert {one.id for one in found} == {n for n in labels if labels[n] == "star" or "red" in captions[n]}
+    liked, disliked = small.items[3].id, small.items[4].id
+    found = engine.search(Question(liked=(liked,), disliked=(disliked,)), 0, len(engine))
+    assert found[0].id == liked
+    assert disliked not in {one.id for one in found}
+    assert len(found) == len(engine) - 1
+
+
 def test_text_alone_and_a_picture_alone(small, tmp_path):
     model = baseline(LinearBackbone(), "sum")
     engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
-    by_text = engine.search(None, "a red star", 0, 5, None)
+    by_text = engine.search(Question(None, "a red star"), 0, 5)
     assert len({one.id for one in by_text}) == 5
-    by_picture = engine.search(Image.new("RGB", (60, 60), "red"), None, 0, 5, "not in this gallery")
+    by_picture = engine.search(Question(Image.new("RGB", (60, 60), "red"), exclude=("not in this gallery",)), 0, 5)
     assert [one.score for one in by_picture] == sorted((one.score for one in by_picture), reverse=True)
 
 

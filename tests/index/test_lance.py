@@ -238,8 +238,8 @@ def test_mapped_files_that_are_broken_left_over_or_foreign_do_no_harm(uri):
     folder = mapped.folder_of(uri)
     (path,) = folder.iterdir()
     path.write_bytes(b"short")
-    old, young = folder / "x.f32.0123.tmp", folder / "y.f32.4567.tmp"
-    for left in (old, young, folder / "stale.f32"):
+    old, young = folder / "x.rows.0123.tmp", folder / "y.rows.4567.tmp"
+    for left in (old, young, folder / "stale.rows"):
         left.write_bytes(b"")
     os.utime(old, (time.time() - 7200,) * 2)
     found = open_index(uri).search(torch.ones(1, 4), 3)

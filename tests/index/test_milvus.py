@@ -105,6 +105,18 @@ def test_exact_search_is_exact_while_the_server_still_indexes(served, monkeypatc
     assert len(index.search(queries, 10)) == 40  # auto takes the approximation
 
 
+def test_a_small_gallery_is_tidied_without_waiting_for_an_index(served):
+    """Of a flat index the server never says that it is loaded; `union-index` ends with this call."""
+    index = served.make(8)
+    vectors = normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    index.upsert(Rows([str(i) for i in range(3000)], vectors, {}))
+    index.optimise()
+    assert index._index()["index_type"] == "FLAT"
+    expected = exact_topk(vectors[:5], vectors, 10)
+    found = index.search(vectors[:5], 10, how="exact")
+    assert [hits.ids for hits in found] == [[str(p) for p in row] for row in expected.positions.tolist()]
+
+
 def test_who_is_killed_between_two_indexes_leaves_what_can_be_opened(served):
     index = served.make(4)
     index.upsert(Rows(["a"], torch.ones(1, 4), {}))

@@ -24,13 +24,13 @@ COLUMNS = {"id": "str", **KINDS}
         ),
         (
             "NOT (year BETWEEN 1.5 AND 3 OR flag)",
-            "(((`year` < 2) OR (`year` > 3)) AND (`flag` != true))",
+            "(((`year` < 2) OR (`year` > 3)) AND (`flag` IS NOT NULL AND `flag` != true))",
             '((($meta["c_year"] < 2) or ($meta["c_year"] > 3)) and '
             '(($meta["c_flag"] in [true, false]) and ($meta["c_flag"] != true)))',
         ),
         (
             "\"taken by\" not in ('it''s', 'x\n')",
-            "(`taken by` NOT IN ('it''s', 'x\n'))",
+            "(`taken by` IS NOT NULL AND `taken by` NOT IN ('it''s', 'x\n'))",
             '(($meta["x_74616b656e206279"] >= "") and (not ($meta["x_74616b656e206279"] in ["it\'s", "x\\n"])))',
         ),
         ("id like 'a/50\\%%'", "(`id` LIKE 'a/50\\%%')", '(id >= "a/50%" and id < "a/50&")'),
@@ -38,7 +38,7 @@ COLUMNS = {"id": "str", **KINDS}
         ("class like '%'", "(`class` LIKE '%')", '($meta["c_class"] >= "")'),
         (
             "size <> 5",
-            "(`size` != 5.0)",
+            "(`size` IS NOT NULL AND `size` != 5.0)",
             '(($meta["c_size"] >= 0 or $meta["c_size"] < 0) and ($meta["c_size"] != 5.0))',
         ),
         ("year in (1, 2.5)", "(`year` IN (1))", '($meta["c_year"] in [1])'),

@@ -96,9 +96,9 @@ def _login(user: str | None) -> "Login | None":
 def _galleries(config: DictConfig) -> "list[Engine]":
     from union_igrot.demo.indexed import open_engine
 
-    engines: list[Engine] = [open_engine(config.index, config.checkpoint)]
+    engines: list[Engine] = [open_engine(config.index, config.checkpoint, config.device)]
     if config.second_index is not None:
-        engines.append(open_engine(config.second_index, config.second_checkpoint))
+        engines.append(open_engine(config.second_index, config.second_checkpoint, config.device))
     return engines
 
 
@@ -108,12 +108,14 @@ def _world(config: DictConfig) -> "list[Engine]":
     from union_igrot.demo.world import World
     from union_igrot.evaluate import baseline
     from union_igrot.gallery.card import load_checkpoint
+    from union_igrot.processes import chosen_device
 
+    device = chosen_device(config.device)
     world = World()
-    first, _ = load_checkpoint(config.checkpoint or "tiny")
+    first = load_checkpoint(config.checkpoint or "tiny")[0].to(device)
     models = {f"trained: {method(first)}": first}
     if config.second_checkpoint is not None:
-        second, _ = load_checkpoint(config.second_checkpoint)
+        second = load_checkpoint(config.second_checkpoint)[0].to(device)
         models[f"second: {method(second)}"] = second
     models |= {f"{name}, untrained": baseline(first.backbone, kind) for name, kind in UNTRAINED.items()}
     return [_engine(config, world, name, model) for name, model in models.items()]

@@ -29,6 +29,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report, report_predictions
+    from union_igrot.processes import chosen_device
     from union_igrot.report.files import write_text
 
     folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
@@ -40,6 +41,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
         report_predictions(Path(config.predictions).expanduser(), data.tested(config.data), folder, config.seed)
         return folder
     model, checkpoint = _model(config)
+    model.to(chosen_device(config.device))
     test = data.tested(config.data)
     encoder = assemble.encoder(config, model.backbone)
     whole = data.whole(config.data)

@@ -4,7 +4,6 @@ Knows which settings go to which part. Does not know where a run's folder is, or
 becomes of the model.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,6 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
     Returns:
         The model with the best epoch's weights, in evaluation mode; whole in the first process.
     """
-    # Its notes on hardware and other products; the command says itself what it does.
-    for part_of_it in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(part_of_it).setLevel(logging.WARNING)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     samples, validation = data.training(config.data)
     settings = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from union_igrot.data.transforms import open_picture
+from union_igrot.data.pictures import open_picture
 from union_igrot.evaluate import versions
 from union_igrot.report.examples import SIDE
 from union_igrot.report.page import Making, write_page

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from union_igrot.cli.page import write_run_page
+from union_igrot.data.pictures import open_picture
 from union_igrot.data.submission import check_submission, read_predictions, write_circo, write_cirr
-from union_igrot.data.transforms import open_picture
 from union_igrot.embedding import embed
 from union_igrot.encode import Encoder
 from union_igrot.errors import ConfigError, DataError

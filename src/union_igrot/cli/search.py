@@ -53,7 +53,8 @@ def search(config: DictConfig, fresh: Path) -> None:
     said = Console(stderr=True)
     count = 0
     sheet: list[SheetLine] = []
-    with Gallery.open(config.index, config.checkpoint, create=False, weights=config.weights) as gallery:
+    chosen = {"create": False, "weights": config.weights, "device": config.device}
+    with Gallery.open(config.index, config.checkpoint, **chosen) as gallery:
         shown = config.progress and len(lines) > _STEP
         with _output(), progress_bar(shown=shown) as bar:
             task = bar.add_task("searching", total=len(lines))
@@ -88,7 +89,7 @@ def _check(config: DictConfig) -> None:
 
 def _lines(config: DictConfig) -> "list[Line]":
     """Give what is asked, whether on the command line or in a file."""
-    from union_igrot.data.transforms import check_picture
+    from union_igrot.data.pictures import check_picture
     from union_igrot.gallery.batches import Line, read_queries
 
     if config.queries is not None:
@@ -160,7 +161,7 @@ def _words(asked: dict[str, Any]) -> str:
 
 
 def _sheet_line(line: "Line", found: "Answers") -> "SheetLine":
-    from union_igrot.data.transforms import as_picture
+    from union_igrot.data.pictures import as_picture
     from union_igrot.report.pictures import SheetLine
 
     pictures = [as_picture(image, at_least=256) for image in line.asked.get("image", ())]

@@ -57,6 +57,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.errors import UnionError
     from union_igrot.model import IGROTModel
+    from union_igrot.processes import chosen_device
     from union_igrot.report.card import write_card
     from union_igrot.report.files import write_text
     from union_igrot.runfolder import identity_of, open_run
@@ -79,6 +80,8 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
             model = fit_heads(config, run.path, processes)
             model.save(run.path / "model")
             run.reach("trained")
+        # Where the training was: what comes from disk, or was in pieces, lies on the CPU.
+        model.to(chosen_device("cpu" if config.strategy.accelerator == "cpu" else "auto"))
         # Of its own: the weights of a tuned backbone are others now.
         encoder = assemble.encoder(config, model.backbone)
         whole, saved = data.whole(config.data), str(run.path / "model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar, final
 
 from union_igrot.data.layouts import SPLITS, Entry, Row, Rows, Sample, Samples, read_folder
-from union_igrot.data.transforms import broken_pictures, check_picture
+from union_igrot.data.pictures import broken_pictures, check_picture
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, TrainingSet, Triplet
 

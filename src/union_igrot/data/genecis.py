@@ -11,9 +11,9 @@ from typing import final
 from PIL import Image
 
 from union_igrot.data.annotations import Box, Record, choose, read_records
+from union_igrot.data.pictures import open_picture, picture_key
 from union_igrot.data.places import Files
 from union_igrot.data.prompts import default_prompt, template
-from union_igrot.data.transforms import open_picture, picture_key
 from union_igrot.errors import ConfigError, PictureError
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Source
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import final
 
-from union_igrot.data.transforms import check_picture
+from union_igrot.data.pictures import check_picture
 from union_igrot.errors import DataError, PictureError
 
 

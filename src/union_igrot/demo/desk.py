@@ -12,17 +12,20 @@ from typing import Any, Final, final
 
 from PIL import Image
 
-from union_igrot.demo.engines import Answer, Engine
+from union_igrot.demo.engines import Answer, Engine, Question
 from union_igrot.demo.pictures import KEPT_SIDE, VIEW_SIDE, Limits, decoded, drawn, encoded, photo, reduced, sketch
-from union_igrot.demo.session import Reference, Session, Stroke
+from union_igrot.demo.session import Mark, Reference, Session, Stroke
 from union_igrot.errors import ConfigError, DataError
 
 MAX_SESSIONS: Final = 256
 """Users that are remembered; whoever has not acted for longest is forgotten first."""
 MAX_TEXT: Final = 300
 """Letters of a sentence."""
+MAX_WHERE: Final = 500
+"""Letters of a filter."""
 MAX_RANK: Final = 2400
 """How far down a ranking the pages go."""
+UNMARKED: Final = "No longer marked."
 LOST: Final = "The history of this page is gone: the server was started anew, or has since served many others."
 
 
@@ -56,6 +59,7 @@ class Screen:
         shared: Ids of the pictures that stand in both columns, where there are two.
         strokes: What the pad is to show.
         text: What the sentence's field is to hold.
+        where: What the filter's field is to hold.
         large: A picture to show large.
     """
 
@@ -67,6 +71,7 @@ class Screen:
     shared: frozenset[str] = frozenset()
     strokes: Sequence[Stroke] | None = None
     text: str | None = None
+    where: str | None = None
     large: "Large | None" = None
 
 
@@ -106,6 +111,8 @@ class Desk:
             "search": self._search,
             "pick": self._pick,
             "drop": self._drop,
+            "mark": self._mark,
+            "unmark": self._unmark,
             "undo": lambda token, session, _: self._moved(token, session.undo(), "Taken back."),
             "redo": lambda token, session, _: self._moved(token, session.redo(), "Done again."),
             "back": lambda token, session, given: self._moved(token, session.go(_whole(given, "turn")), ""),
@@ -121,9 +128,10 @@ class Desk:
 
         Args:
             token: The session's name; where it is not known, a new session begins under another name.
-            action: `show` (all anew), `search`, `pick`, `drop`, `undo`, `redo`, `back`, `page`, `compare`, `deal`,
-                `restart` or `large`.
-            given: What the action needs: `text` and `strokes`; `engine` and `id`; `turn`; `page`; `rival`.
+            action: `show` (all anew), `search`, `pick`, `drop`, `mark`, `unmark`, `undo`, `redo`, `back`, `page`,
+                `compare`, `deal`, `restart` or `large`.
+            given: What the action needs: `text`, `where` and `strokes`; `engine`, `id` and `liked`; `turn`; `page`;
+                `rival`.
 
         Returns:
             What to show. A step that fails leaves the session as it was.
@@ -175,8 +183,11 @@ class Desk:
         text = given.get("text", "")
         if not isinstance(text, str) or len(text) > MAX_TEXT:
             raise DataError(f"A sentence has at most {MAX_TEXT} letters; shorten it.")
+        where = given.get("where", "")
+        if not isinstance(where, str) or len(where) > MAX_WHERE:
+            raise DataError(f"A filter has at most {MAX_WHERE} letters; shorten it.")
         reference = session.reference if session.reference is not None else sketch(given.get("strokes"))
-        return self._answered(token, session.ask(reference, text), "")
+        return self._answered(token, session.ask(reference, text, where), "")
 
     def _pick(self, token: str, session: Session, given: Given) -> Screen:
         number, one = self._on_page(token, given)
@@ -190,6 +201,18 @@ class Desk:
     def _drop(self, token: str, session: Session, given: Given) -> Screen:
         del given
         return Screen(token, session.hold(None), "The pad is back.")
+
+    def _mark(self, token: str, session: Session, given: Given) -> Screen:
+        _, one = self._on_page(token, given)
+        marked = Mark(one.id, one.title, one.thumbnail, given.get("liked") is True)
+        changed = session.mark(marked)
+        if marked not in changed.marks:
+            return Screen(token, changed, UNMARKED)
+        return Screen(token, changed, f"Search again to {'come closer to' if marked.liked else 'go away from'} it.")
+
+    def _unmark(self, token: str, session: Session, given: Given) -> Screen:
+        name = given.get("id")
+        return Screen(token, session.unmark(name if isinstance(name, str) else None), UNMARKED)
 
     def _turn_page(self, token: str, session: Session, given: Given) -> Screen:
         page = _whole(given, "page")
@@ -225,11 +248,11 @@ class Desk:
             return self._answered(token, session, say)
         asked = present.reference
         strokes = None if asked is None or asked.kind != "sketch" else asked.strokes
-        return self._answered(token, session, say, strokes=strokes, text=present.text)
+        return self._answered(token, session, say, strokes=strokes, text=present.text, where=present.where)
 
     def _restart(self, token: str, session: Session, given: Given) -> Screen:
         del given
-        return self._answered(token, session.restart(), "Started over.", strokes=(), text="")
+        return self._answered(token, session.restart(), "Started over.", strokes=(), text="", where="")
 
     def _answered(self, token: str, session: Session, say: str, **more: Any) -> Screen:
         """Find what the session's page shows."""
@@ -243,8 +266,9 @@ class Desk:
         for number in [0] if session.rival is None else [0, session.rival]:
             engine = self.engines[number]
             picture = None if turn.reference is None else self._pixels(turn.reference, engine)
-            exclude = None if turn.reference is None else turn.reference.id
-            found = engine.search(picture, turn.text or None, skip, per_page + 1, exclude)
+            exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
+            asked = Question(picture, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
+            found = engine.search(asked, skip, per_page + 1)
             columns.append(Column(number, engine.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
         found_by = [frozenset(one.id for one in column.answers) for column in columns]

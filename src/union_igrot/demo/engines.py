@@ -4,7 +4,7 @@ Does not know how an engine finds its answers, nor pages, turns or users.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,6 +37,27 @@ class Answer:
     details: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of an engine.
+
+    Attributes:
+        picture: The reference photo or the sketch, or None.
+        text: What to change, or what to look for where there is no picture; None for none.
+        where: A filter on the gallery's columns, see `index.where`; None for none.
+        liked: Ids of pictures to come closer to.
+        disliked: Ids of pictures to go away from; never among the answers.
+        exclude: Ids that are never among the answers either.
+    """
+
+    picture: Image.Image | None = None
+    text: str | None = None
+    where: str | None = None
+    liked: Sequence[str] = ()
+    disliked: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+
 class Engine(ABC):
     """A gallery and a model that searches it. Used by one thread at a time.
 
@@ -44,6 +65,7 @@ class Engine(ABC):
         name: What its method is called on the page.
         gallery: What its gallery is called on the page.
         hint: A sentence on what can be asked, or an empty one.
+        example: A filter to show as an example.
         sketch_room: Share of the page that a sketch's drawing may take; see `pictures.drawn`.
         pixelated: Whether its pictures are so small that they are shown with their pixels' edges.
     """
@@ -51,6 +73,7 @@ class Engine(ABC):
     name: str
     gallery: str
     hint: str = ""
+    example: str = ""
     sketch_room: float = 1.0
     pixelated: bool = False
 
@@ -58,18 +81,23 @@ class Engine(ABC):
     def __len__(self) -> int:
         """Give the number of pictures."""
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of the columns that a filter may ask for; none where there is nothing to filter by."""
+        return ()
+
     @abstractmethod
-    def search(
-        self, picture: Image.Image | None, text: str | None, skip: int, count: int, exclude: str | None
-    ) -> list[Answer]:
+    def search(self, question: Question, skip: int, count: int) -> list[Answer]:
         """Find the best answers, best first.
 
         Args:
-            picture: The reference photo or the sketch, or None.
-            text: What to change, or what to look for where there is no picture.
+            question: What is asked.
             skip: How many of the best are left out, because other pages show them.
             count: How many are wanted, at least 1; fewer are given where there are no more.
-            exclude: Id of a picture that is never an answer, or None.
+
+        Raises:
+            ConfigError: Where the filter is wrong.
+            DataError: Where the gallery does not hold a liked or disliked picture.
         """
 
     @abstractmethod

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw
 
-from union_igrot.data.transforms import as_picture
+from union_igrot.data.pictures import as_picture
 from union_igrot.demo.session import Reference, Stroke
 from union_igrot.errors import DataError, PictureError
 

@@ -12,6 +12,8 @@ from union_igrot.errors import DataError
 
 MAX_TURNS: Final = 50
 """Questions that are remembered; the oldest are forgotten first."""
+MAX_MARKS: Final = 50
+"""Pictures that can be marked at once."""
 
 Stroke = tuple[tuple[int, int], ...]
 """The places a pen went through, both coordinates 0..1000 from the upper left corner."""
@@ -47,18 +49,49 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A picture of the gallery that answers are to be more, or less, like.
+
+    Attributes:
+        id: Its id.
+        title: What it is called on the page.
+        thumbnail: A small PNG or JPEG of it.
+        liked: Whether more like it is wanted, or less.
+    """
+
+    id: str
+    title: str
+    thumbnail: bytes
+    liked: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One question and how far its answers were turned.
 
     Attributes:
-        reference: What it starts from, or None where the text stands alone.
+        reference: What it starts from, or None where there is none.
         text: The sentence; empty where there is none.
+        where: The filter; empty where there is none.
+        marks: What answers are to be more or less like.
         page: Which page of the answers is shown, from 0.
     """
 
     reference: Reference | None
     text: str
+    where: str = ""
+    marks: tuple[Mark, ...] = ()
     page: int = 0
+
+    @property
+    def liked(self) -> tuple[str, ...]:
+        """Ids of what more is wanted of."""
+        return tuple(mark.id for mark in self.marks if mark.liked)
+
+    @property
+    def disliked(self) -> tuple[str, ...]:
+        """Ids of what less is wanted of."""
+        return tuple(mark.id for mark in self.marks if not mark.liked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +102,7 @@ class Session:
         turns: The questions, oldest first.
         at: Which of them is shown; -1 is the start, before the first.
         reference: The photo or the picture that the next question starts from; None while the pad is used.
+        marks: What the answers to the next question are to be more or less like.
         rival: Number of the engine whose answers are shown beside the first one's, or None.
         deal: Which pictures are shown at the start: another number, others.
     """
@@ -76,6 +110,7 @@ class Session:
     turns: tuple[Turn, ...] = ()
     at: int = -1
     reference: Reference | None = None
+    marks: tuple[Mark, ...] = ()
     rival: int | None = None
     deal: int = 0
 
@@ -94,18 +129,18 @@ class Session:
         """Whether a step was taken back and none was asked since."""
         return self.at + 1 < len(self.turns)
 
-    def ask(self, reference: Reference | None, text: str) -> "Session":
-        """Ask a question; what was taken back before is forgotten.
+    def ask(self, reference: Reference | None, text: str, where: str = "") -> "Session":
+        """Ask a question with the marks there are; what was taken back before is forgotten.
 
         Raises:
-            DataError: Where there is neither a reference nor a text.
+            DataError: Where there is neither a reference nor a text, nor a picture that more is wanted of.
         """
-        text = " ".join(text.split())
-        if reference is None and not text:
+        turn = Turn(reference, " ".join(text.split()), where.strip(), self.marks)
+        if reference is None and not turn.text and not turn.liked:
             raise DataError(
                 "There is nothing to search with yet: draw, give a photo, click a picture or type a sentence."
             )
-        turns = (*self.turns[: self.at + 1], Turn(reference, text))[-MAX_TURNS:]
+        turns = (*self.turns[: self.at + 1], turn)[-MAX_TURNS:]
         return replace(self, turns=turns, at=len(turns) - 1)
 
     def go(self, to: int) -> "Session":
@@ -117,8 +152,10 @@ class Session:
         if not -1 <= to < len(self.turns):
             raise DataError("There is no such step in the history any more.")
         moved = replace(self, at=to)
-        reference = None if moved.present is None else moved.present.reference
-        return moved.hold(None if reference is None or reference.kind == "sketch" else reference)
+        asked = moved.present or Turn(None, "")
+        reference = asked.reference
+        held = None if reference is None or reference.kind == "sketch" else reference
+        return replace(moved, reference=held, marks=asked.marks)
 
     def undo(self) -> "Session":
         """Take the last step back.
@@ -143,6 +180,23 @@ class Session:
     def hold(self, reference: Reference | None) -> "Session":
         """Choose what the next question starts from; None lays it aside and gives the pad back."""
         return replace(self, reference=reference)
+
+    def mark(self, marked: Mark) -> "Session":
+        """Mark a picture for the next question; the same mark once more takes it away.
+
+        Raises:
+            DataError: Where too many are marked.
+        """
+        others = tuple(mark for mark in self.marks if mark.id != marked.id)
+        if marked in self.marks:
+            return replace(self, marks=others)
+        if len(others) >= MAX_MARKS:
+            raise DataError(f"{MAX_MARKS} pictures are marked already; take a mark away first.")
+        return replace(self, marks=(*others, marked))
+
+    def unmark(self, name: str | None = None) -> "Session":
+        """Take the mark of a picture away, or all marks."""
+        return replace(self, marks=() if name is None else tuple(mark for mark in self.marks if mark.id != name))
 
     def turn_page(self, page: int) -> "Session":
         """Show another page of the answers.

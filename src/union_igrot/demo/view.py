@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from union_igrot.demo.desk import MAX_TEXT, Desk, Screen
+from union_igrot.demo.desk import MAX_TEXT, MAX_WHERE, Desk, Screen
 
 STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 """The page's own files and their types."""
@@ -57,6 +57,9 @@ class View:
             rivals=[(number, engine.name) for number, engine in enumerate(self._desk.engines)][1:],
             limits=self._desk.limits,
             max_text=MAX_TEXT,
+            columns=first.columns,
+            example=first.example,
+            max_where=MAX_WHERE,
             pixelated=first.pixelated,
         )
 
@@ -78,10 +81,13 @@ class View:
             "say": screen.say,
             "history": self._render("history", session=session),
             "reference": self._render("reference", reference=session.reference),
+            "marked": self._render("marks", marks=session.marks),
+            "marks": {mark.id: mark.liked for mark in session.marks},
             "results": results,
             "large": None if screen.large is None else self._render("large", large=screen.large),
             "rival": session.rival,
             "text": screen.text,
+            "where": screen.where,
             "strokes": screen.strokes,
         }
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from union_igrot.data.entries import Entry, Listing, data_entry, distinct, file_entry, plain_value, refuse_taken
-from union_igrot.data.transforms import as_picture
+from union_igrot.data.pictures import as_picture
 from union_igrot.errors import DataError
 
 SOURCE = "added"

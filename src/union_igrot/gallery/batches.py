@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from union_igrot.data.transforms import check_picture
+from union_igrot.data.pictures import check_picture
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery.queries import several, wanted_of
 

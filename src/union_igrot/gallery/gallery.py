@@ -22,6 +22,7 @@ from union_igrot.index.base import How, VectorIndex
 from union_igrot.index.open import open_index
 from union_igrot.indexing.work import Report, Work
 from union_igrot.model import IGROTModel
+from union_igrot.processes import chosen_device
 
 _MEMORY = "memory:"
 
@@ -51,6 +52,7 @@ class Gallery:
         *,
         create: bool = True,
         weights: str | Path | None = None,
+        device: str = "auto",
     ) -> "Gallery":
         """Open a gallery.
 
@@ -63,19 +65,23 @@ class Gallery:
                 `update`, and until then nothing is written; one on a server or object store is made now. False: it
                 is an error. `memory:` is always made.
             weights: Weights of the backbone, where a model is loaded by name.
+            device: Where such a model is put: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`. A
+                model that is given stays where it lies.
 
         Returns:
             The gallery.
 
         Raises:
             CheckpointError: Where the index was made with another model; names both.
-            ConfigError: Where there is no index and none is to be made, or the URI's engine is not installed.
+            ConfigError: Where there is no index and none is to be made, the URI's engine is not installed, or there
+                is no such device.
             DataError: Where it cannot be read or reached.
         """
         uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is no path
         checkpoint = None
         if isinstance(model, str | Path):
             model, checkpoint = load_checkpoint(model, weights)
+            model.to(chosen_device(device))
         absent = uri == _MEMORY or (create and ":" not in uri and not Path(uri).exists())
         if absent and model is None:
             raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
@@ -88,6 +94,7 @@ class Gallery:
         try:
             if model is None:
                 model, checkpoint = load_named(index.card, uri, weights)
+                model.to(chosen_device(device))
             check_card(index.card, model, uri)
         except BaseException:
             index.close()

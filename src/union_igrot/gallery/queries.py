@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from union_igrot.data.entries import as_text
-from union_igrot.data.transforms import PictureToTensor, as_picture
+from union_igrot.data.pictures import as_picture
+from union_igrot.data.transforms import PictureToTensor
 from union_igrot.errors import ConfigError, PictureError
 from union_igrot.gallery.answers import Hit
 from union_igrot.model import IGROTModel

@@ -77,10 +77,11 @@ def lance_text(condition: Condition) -> str:
     name = f"`{condition.column}`"
     if not condition.values:
         return "false" if condition.op == "in" else f"({name} {condition.op.upper()})"
-    if condition.op in ("in", "not in"):
-        inside = ", ".join(_lance_constant(value) for value in condition.values)
-        return f"({name} {condition.op.upper()} ({inside}))"
-    return f"({name} {condition.op.upper()} {_lance_constant(condition.values[0])})"
+    constants = [_lance_constant(value) for value in condition.values]
+    inside = f"({', '.join(constants)})" if condition.op in ("in", "not in") else constants[0]
+    text = f"{name} {condition.op.upper()} {inside}"
+    # Lance makes of "not in (a) or not in (b)" what is true of every row, those without a value too.
+    return f"({name} IS NOT NULL AND {text})" if condition.op in ("!=", "not in", "not like") else f"({text})"
 
 
 def _lance_constant(value: Constant) -> str:

@@ -1,10 +1,11 @@
 """A Lance table's vectors as files that can be mapped: exact search reads them where they lie.
 
-Lance decodes a column anew at each reading, which takes far longer than to score it. So the
-vectors of each of its data files, which never change, are written once more, as they are in
-memory, to the cache folder; every process then maps them. A file gets its name when it is
-whole and on disk, any process may write it, and it is dropped once the table no longer uses
-what it was made of.
+Lance decodes a column anew at each reading, which takes far longer than to score it, and keeps
+the rows of one write in no order. So the vectors of each of its data files, which never change,
+are written once more, as they are in memory and in the order in which rows were first written,
+to the cache folder; every process then maps them. A file gets its name when it is whole and on
+disk, any process may write it, and it is dropped once the table no longer uses what it was made
+of.
 
 Knows Lance's fragments and data files. Does not know queries, nor how rows are ranked.
 """
@@ -31,6 +32,7 @@ from union_igrot.index.scattered import OFFSET
 
 ADVICE: Final = "set UNION_CACHE to a folder on another disk"
 
+_NONE: Final = np.empty(0, dtype=np.int64)
 _STALE_SECONDS: Final = 3600.0
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -61,8 +63,13 @@ class Layout:
         self._fragments = {fragment.fragment_id: fragment for fragment in table.get_fragments()}
         number = np.zeros(max(self._fragments, default=0) + 1, dtype=np.int64)
         number[list(self._fragments)] = range(len(self._fragments))
-        addresses = self._addresses[self.offsets]
-        self.places: Int64[np.ndarray, " rows"] = (number[addresses >> 32] << 32) + (addresses & OFFSET)
+        places = np.empty(len(rows), dtype=np.int64)
+        self._ranks: dict[int, Int64[np.ndarray, " all"]] = {}
+        for part in _runs(self._addresses >> 32):
+            key, inside = int(self._addresses[part.start]) >> 32, self._addresses[part] & OFFSET
+            self._ranks[key] = _ranks(table, self._fragments[key], inside, rows[part])
+            places[part] = (number[key] << 32) + self._ranks[key][inside]
+        self.places: Int64[np.ndarray, " rows"] = places[self.offsets]
         self._by_address: Int64[np.ndarray, " rows"] | None = None
         self._parts: list[Float32[Tensor, "... dim"]] | None = None
 
@@ -74,13 +81,15 @@ class Layout:
         """
         if self._parts is None:
             field = next(field.id() for field in self._table.lance_schema.fields() if field.name() == "vector")
-            files = {}
+            files, self._parts = set(), []
             for key, fragment in self._fragments.items():
                 (source,) = (file.path for file in fragment.data_files() if field in file.fields)
-                files[key] = self._folder / f"{Path(source).stem}.f32"
-            self._parts = [_mapped(path, self._table, self._fragments[key], self._dim) for key, path in files.items()]
+                path = self._folder / f"{Path(source).stem}.rows"
+                ranks = self._ranks.get(key, _NONE)  # a fragment all of whose rows were removed is not read
+                self._parts.append(_mapped(path, self._table, fragment, ranks, self._dim))
+                files.add(path.name)
             if files:
-                _drop_others(self._folder, {path.name for path in files.values()})
+                _drop_others(self._folder, files)
         return self._parts
 
     def chosen(self, filter_text: str) -> Bool[np.ndarray, " rows"]:
@@ -111,12 +120,43 @@ def folder_of(uri: str) -> Path:
     return root / "vectors" / hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:24]
 
 
-def _mapped(path: Path, table: Any, fragment: Any, dim: int) -> Float32[Tensor, "... dim"]:
-    rows = fragment.physical_rows
+def _runs(values: Int64[np.ndarray, " rows"]) -> list[slice]:
+    """Cut where a value follows that differs."""
+    ends = [*(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)] if len(values) else []
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _ranks(
+    table: Any, fragment: Any, inside: Int64[np.ndarray, " rows"], rows: Int64[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " all"]:
+    """Give for each row of a fragment, removed ones included, its number when they stand as first written."""
+    if len(rows) == fragment.physical_rows:
+        values = np.empty_like(rows)
+        values[inside] = rows
+    else:
+        values = _all_rows(table, fragment, ["row"]).to_table()["row"].to_numpy()
+    ranks = np.empty(len(values), dtype=np.int64)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks
+
+
+def _all_rows(table: Any, fragment: Any, columns: list[str]) -> Any:
+    """Read a fragment with its removed rows, which an older version may still have."""
+    return table.scanner(
+        columns=columns, fragments=[fragment], with_row_id=True, include_deleted_rows=True, scan_in_order=True
+    )
+
+
+def _mapped(
+    path: Path, table: Any, fragment: Any, ranks: Int64[np.ndarray, " all"], dim: int
+) -> Float32[Tensor, "... dim"]:
+    rows = len(ranks)
+    if not rows:
+        return torch.empty(0, dim)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.stat().st_size != 4 * rows * dim:
-            _write(path, table, fragment)
+            _write(path, _all_rows(table, fragment, ["vector"]), ranks, dim)
         # Not shared: mapped for reading alone, and no write here could reach the file.
         return torch.from_file(str(path), shared=False, size=rows * dim, dtype=torch.float32).view(rows, dim)
     except OSError as error:
@@ -127,21 +167,25 @@ def _mapped(path: Path, table: Any, fragment: Any, dim: int) -> Float32[Tensor, 
         ) from error
 
 
-def _write(path: Path, table: Any, fragment: Any) -> None:
-    """Write a fragment's vectors, removed rows included: an older version may still have them."""
+def _write(path: Path, scanner: Any, ranks: Int64[np.ndarray, " all"], dim: int) -> None:
+    """Write a fragment's vectors, each at its rank."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    scanner = table.scanner(
-        columns=["vector"], fragments=[fragment], with_row_id=True, include_deleted_rows=True, scan_in_order=True
-    )
     try:
         with temporary.open("xb") as file:
+            at = 0
             for batch in scanner.to_batches():
                 vectors = batch.column("vector")
                 if vectors.null_count:
                     raise DataError(
                         f"this version of Lance (pylance {lance.__version__}) hides removed rows; take another"
                     )
-                file.write(vectors.flatten().to_numpy())
+                places = ranks[at : at + len(vectors)]
+                order = np.argsort(places)
+                places, rows = places[order], vectors.flatten().to_numpy().reshape(-1, dim)[order]
+                for run in _runs(places - np.arange(len(places))):  # of places that follow one another
+                    file.seek(4 * dim * int(places[run.start]))
+                    file.write(rows[run])
+                at += len(vectors)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -12,6 +12,8 @@ the other engines do:
 - Up to `AUTO_EXACT` rows the server compares a query with all of them, also under `ann`. When
   `optimise` finds more it gives the collection an inverted file instead, once; while that is
   built and loaded, nobody can search.
+- The server brings its segments together and drops removed rows by itself; `optimise` does not
+  ask for it, since what is indexed then would have to be indexed again.
 - Exact search takes a few more answers from the server than wanted and scores those again
   here, so that order and ties are those of `exact_topk`. With an inverted file it first has
   the server finish the index of what was written last, which takes seconds: until then Milvus
@@ -204,8 +206,8 @@ class MilvusIndex(VectorIndex):
                 self._client.drop_index(self._name, "vector")
                 self._build()
                 self._client.load_collection(self._name)
-            self._client.compact(self._name)
-            self._finish()
+            if self._index()["index_type"] != "FLAT":
+                self._finish()
 
     def close(self) -> None:
         """See `VectorIndex`."""
@@ -265,7 +267,10 @@ class MilvusIndex(VectorIndex):
         return "Strong"
 
     def _finish(self) -> None:
-        """Have the server write out what it took and index it, and wait until that is what it searches."""
+        """Have the server write out what it took and index it, and wait until that is what it searches.
+
+        For an inverted file alone: of a flat index the server never says that it is loaded.
+        """
         end = time.monotonic() + 10 * _SECONDS
         self._client.flush(self._name)
         while time.monotonic() < end:

@@ -1,6 +1,6 @@
 """From a file to a model's input: bytes read once, hashed, decoded, made a thumbnail of. Runs in worker processes.
 
-Knows files and Pillow's pictures through `data.transforms`. Does not know a model or an index.
+Knows files and Pillow's pictures through `data.pictures`. Does not know a model or an index.
 """
 
 import hashlib
@@ -14,13 +14,14 @@ from typing import Final, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from union_igrot.data.entries import UNREACHED
-from union_igrot.data.transforms import PictureToTensor, decode_picture, picture_fault
+from union_igrot.data.pictures import decode_picture, picture_fault
+from union_igrot.data.transforms import PictureToPixels
 from union_igrot.types import Preprocess
 
 THUMBNAIL: Final = 160
@@ -68,12 +69,12 @@ class Decoded:
     """A batch.
 
     Attributes:
-        pictures: The decoded ones, preprocessed, in order.
+        pictures: Pixels of the decoded ones, of the model's size, in order.
         seen: All of them, in order.
         waited: Seconds for which the worker had nothing to do before.
     """
 
-    pictures: Float[Tensor, "decoded 3 height width"]
+    pictures: UInt8[Tensor, "decoded 3 height width"]
     seen: Sequence[Seen]
     waited: float
 
@@ -92,7 +93,7 @@ class Decoder(Dataset[Decoded]):
     """
 
     def __init__(self, preprocess: Preprocess, known: Path | None) -> None:
-        self._to_tensor, self._size = PictureToTensor(preprocess), preprocess.size
+        self._to_pixels, self._size = PictureToPixels(preprocess), preprocess.size
         self._known_file, self._known = known, np.empty(0, dtype=np.uint64)
         self._shard: tuple[str, int] | None = None
         self._idle_since: float | None = None
@@ -108,9 +109,9 @@ class Decoder(Dataset[Decoded]):
         self._idle_since = time.perf_counter()
         return Decoded(pictures, [seen for seen, _ in found], waited)
 
-    def no_pictures(self) -> Float[Tensor, "0 3 height width"]:
+    def no_pictures(self) -> UInt8[Tensor, "0 3 height width"]:
         """Give a batch of none."""
-        return torch.empty(0, 3, self._size, self._size)
+        return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
 
     def _look(self, one: Wanted) -> tuple[Seen, Tensor | None]:
         try:
@@ -124,7 +125,7 @@ class Decoder(Dataset[Decoded]):
             wide = image
             if max(image.size) < min(THUMBNAIL, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
                 wide, _ = decode_picture(io.BytesIO(data), THUMBNAIL)
-            return Seen(one.number, digest, *size, thumbnail_of(wide)), self._to_tensor(image)
+            return Seen(one.number, digest, *size, thumbnail_of(wide)), self._to_pixels(image)
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
             fault = picture_fault(error)
             # With a number it is the system's: the disk's fault, not the picture's.
@@ -136,7 +137,7 @@ class Decoder(Dataset[Decoded]):
         image, size = decode_picture(Path(one.path), self._size)
         with open(one.path, "rb") as file:  # noqa: PTH123 - odd bytes in a name
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        return Seen(one.number, digest, *size, thumbnail_of(image)), self._to_tensor(image)
+        return Seen(one.number, digest, *size, thumbnail_of(image)), self._to_pixels(image)
 
     def _read(self, one: Wanted) -> bytes:
         if one.data is not None:

@@ -4,7 +4,6 @@ Each content goes through the model once. Knows a model, a Trainer and batches o
 know an index, nor what is done with the vectors.
 """
 
-import logging
 import math
 import signal
 import sys
@@ -24,9 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from union_igrot.data.entries import Entry
+from union_igrot.data.transforms import model_input
 from union_igrot.indexing.decode import Decoded, Decoder, Seen, Wanted
 from union_igrot.model import IGROTModel
 from union_igrot.processes import Machine
+from union_igrot.trainer import make_trainer, manners
 
 _AHEAD: Final = 2
 """Batches that each worker decodes ahead."""
@@ -194,7 +195,7 @@ class _Embedder(lightning.LightningModule):
         """Embed a batch, which may hold none that has to be."""
         if not len(batch.pictures):
             return torch.empty(0, self.model.backbone.dim)
-        features = self.model.backbone.encode_image(batch.pictures)
+        features = self.model.backbone.encode_image(model_input(batch.pictures, self.model.preprocess))
         # The heads are small, and what they give is kept in 32 bits: they work so too.
         with torch.autocast(batch.pictures.device.type, enabled=False):
             tokens = None if features.tokens is None else features.tokens.float()
@@ -208,7 +209,6 @@ class _Hand(lightning.Callback):
     def __init__(self, take: Take) -> None:
         self._take = take
         self._held: tuple[Sequence[Seen], Tensor] | None = None
-        self.interrupted = False
 
     def on_predict_batch_end(
         self,
@@ -231,8 +231,7 @@ class _Hand(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        del trainer, pl_module
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
+        del trainer, pl_module, exception
         held, self._held = self._held, None
         with suppress(Exception):  # the first error is the one to tell
             self._give(held)
@@ -255,34 +254,14 @@ def embed(model: IGROTModel, batches: Batches, take: Take, machine: Machine, fol
     Raises:
         KeyboardInterrupt: After Ctrl-C.
     """
-    device, hand = model.device, _Hand(take)
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with _quiet_lightning():
-        trainer = lightning.Trainer(
-            accelerator=machine.accelerator,
-            devices=machine.devices,
-            num_nodes=machine.nodes,
-            strategy=machine.strategy,
-            precision=machine.precision,
-            callbacks=[hand],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-        )
-        try:
+    device = model.device
+    try:
+        with manners():
+            options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            trainer = make_trainer(machine, folder, [_Hand(take)], **options)
             trainer.predict(_Embedder(model), batches, return_predictions=False)
-        except SystemExit:
-            if hand.interrupted:  # Lightning ends the process itself
-                raise KeyboardInterrupt from None
-            raise
-        finally:
-            model.to(device).eval()
-            if hand.interrupted:
-                for number, handler in signals.items():
-                    signal.signal(number, handler)
+    finally:
+        model.to(device).eval()
 
 
 def machine_of(device: torch.device, precision: Any = "32-true") -> Machine:
@@ -298,25 +277,6 @@ def _as_it_is(decoded: Decoded) -> Decoded:
 
 def _is_crash(error: RuntimeError) -> bool:
     return "DataLoader worker" in str(error)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Leave out Lightning's notes on hardware; the command says itself what it does."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            # A frozen backbone in evaluation mode is what is meant.
-            warnings.filterwarnings("ignore", "Found .* module.* in eval mode", UserWarning)
-            # Lightning calls a deprecated part of torch.
-            warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager

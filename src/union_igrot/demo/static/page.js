@@ -146,6 +146,13 @@ function replace(region, html) {
   else if (region.tabIndex === -1) region.focus({ preventScroll: true });
 }
 
+function press(marks) {
+  for (const button of document.querySelectorAll('[data-act="mark"]')) {
+    const { id, liked } = JSON.parse(button.dataset.given);
+    button.setAttribute("aria-pressed", String(marks[id] === liked));
+  }
+}
+
 function show(shown) {
   sessionStorage.setItem("union-demo", shown.token);
   tell("");
@@ -153,11 +160,15 @@ function show(shown) {
   replace($("history"), shown.history);
   $("history").querySelector("[aria-current]")?.closest("li").scrollIntoView({ block: "nearest", inline: "nearest" });
   if (shown.results !== null) replace($("results"), shown.results);
+  replace($("marks"), shown.marked);
+  $("marks").hidden = shown.marked.trim() === "";
+  press(shown.marks);
   const held = shown.reference.trim() !== "";
   $("reference").innerHTML = shown.reference;
   $("reference").hidden = $("drop").hidden = !held;
   $("pad").hidden = $("unstroke").hidden = $("clear").hidden = held;
   if (shown.text !== null) $("text").value = shown.text;
+  if (shown.where !== null && $("where")) $("where").value = shown.where;
   if ($("rival")) $("rival").value = shown.rival ?? "";
   if (shown.strokes !== null) {
     strokes = shown.strokes;
@@ -183,12 +194,13 @@ document.addEventListener("click", async (event) => {
     if (wide.matches) $("text").focus({ preventScroll: true });
     else $("from").focus({ preventScroll: true });
   } else if (action === "drop") canvas.focus();
+  else if (action === "unmark") ($("marks").querySelector("button") ?? $("search")).focus();
   else if (action === "page") $("results").scrollIntoView({ block: "start" });
 });
 
 $("query").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const found = await act("search", { text: $("text").value, strokes: $("pad").hidden ? [] : strokes });
+  const found = await act("search", { text: $("text").value, where: $("where")?.value ?? "", strokes: $("pad").hidden ? [] : strokes });
   if (found && !wide.matches) $("history").scrollIntoView({ block: "start" });
 });
 
