@@ -39,6 +39,8 @@ from union_igrot.indexing.embed import Batches, machine_of
 from union_igrot.indexing.run import Report, Work, index_pictures
 from union_igrot.model import IGROTModel, load_model
 
+DISTINCT = 128
+"""Pictures that are drawn; more are these again, with other bytes at the end."""
 CAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -62,18 +64,20 @@ def write_pictures(folder: Path, count: int, side: int) -> int:
     rng = np.random.default_rng(0)
     high, wide = side * 3 // 4, side
     layers = []
-    for scale in range(2, 9):
+    for scale in range(9):
         small = rng.integers(0, 256, (max(1, high >> scale), max(1, wide >> scale), 3), dtype=np.uint8)
         layers.append(np.asarray(Image.fromarray(small).resize((wide, high), Image.Resampling.BICUBIC), np.float32))
-    texture = sum(layer * 2.0**at for at, layer in enumerate(layers)) / sum(2.0**at for at in range(len(layers)))
-    sizes = []
-    for number in range(count):
+    weights = [1.2**at for at in range(len(layers))]  # about as many bytes a pixel as photos take
+    texture = sum(layer * weight for layer, weight in zip(layers, weights, strict=True)) / sum(weights)
+    made = []
+    for number in range(min(count, DISTINCT)):
         shifted = np.roll(texture, (37 * number % high, 53 * number % wide), axis=(0, 1)).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(shifted).save(file, "JPEG", quality=88)
-        (folder / f"{number:06d}.jpg").write_bytes(file.getvalue() + number.to_bytes(4, "big"))
-        sizes.append(len(file.getvalue()))
-    return sum(sizes) // count
+        made.append(file.getvalue())
+    for number in range(count):  # bytes behind the end of a JPEG make it another file, and decode to nothing
+        (folder / f"{number:06d}.jpg").write_bytes(made[number % len(made)] + number.to_bytes(4, "big"))
+    return sum(map(len, made)) // len(made)
 
 
 def fastest(repeats: int, work: Callable[[], object], device: str) -> float:

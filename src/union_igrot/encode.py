@@ -8,7 +8,6 @@ ViT-B/32 take 9 GB, from a ViT-L/14 at 257 tokens 73 GB. `stream` hands them out
 block and keeps them only where all of them fit a given room.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, final
@@ -22,6 +21,7 @@ from union_igrot.backbones.base import Backbone
 from union_igrot.data.pictures import open_picture, picture_key
 from union_igrot.data.transforms import PictureToPixels, model_input
 from union_igrot.errors import PictureError
+from union_igrot.processes import decoding_workers
 from union_igrot.progress import progress_bar
 from union_igrot.store.features import Dtype, FeatureStore
 from union_igrot.types import Features, Preprocess, Source
@@ -54,7 +54,7 @@ def _together(loaded: list[Loaded]) -> Loaded:
 
 
 def load_pictures(
-    sources: Sequence[Source], preprocess: Preprocess, batch_size: int, workers: int
+    sources: Sequence[Source], preprocess: Preprocess, batch_size: int, workers: int, *, pinned: bool = False
 ) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
     """Decode pictures and bring them to a model's size, in order, in worker processes.
 
@@ -63,6 +63,7 @@ def load_pictures(
         preprocess: The model's.
         batch_size: Pictures a batch.
         workers: Processes; 0 works in this one.
+        pinned: Whether a GPU will fetch the pictures.
 
     Yields:
         Pixels, for `model_input`.
@@ -71,11 +72,11 @@ def load_pictures(
         PictureError: For the first picture that cannot be read.
     """
     spans = [list(range(at, min(at + batch_size, len(sources)))) for at in range(0, len(sources), batch_size)]
-    return _load_batches(sources, spans, preprocess, workers)
+    return _load_batches(sources, spans, preprocess, workers, pinned=pinned)
 
 
 def _load_batches(
-    sources: Sequence[Source], batches: Sequence[Sequence[int]], preprocess: Preprocess, workers: int
+    sources: Sequence[Source], batches: Sequence[Sequence[int]], preprocess: Preprocess, workers: int, *, pinned: bool
 ) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
     # A generator of its own: what is already encoded must not shift the random numbers of a training.
     loader = DataLoader(
@@ -83,6 +84,7 @@ def _load_batches(
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
         num_workers=workers,
         collate_fn=_together,
+        pin_memory=pinned,
         generator=torch.Generator(),
     )
     for batch in loader:
@@ -142,7 +144,7 @@ class Encoder:
         backbone: The frozen model.
         store: Where features are kept; belongs to the backbone's fingerprint.
         batch_size: Pictures or texts a forward pass.
-        workers: Processes that decode; None takes all cores but one, eight at most.
+        workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`.
         shard: Items written at once; what an interruption can lose at most.
         precision: Arithmetic of the backbone: `float32`, or `bfloat16` and `float16` where
             autocast finds them safe. Faster on an accelerator; features differ by a percent.
@@ -162,7 +164,12 @@ class Encoder:
     ) -> None:
         self.backbone, self.store, self.precision = backbone, store, precision
         self.batch_size, self.shard, self.progress = batch_size, shard, progress
-        self.workers = min(max((os.cpu_count() or 1) - 1, 0), 8) if workers is None else workers
+        self._workers = workers
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode; without a choice it depends on where the backbone lies by now."""
+        return decoding_workers(self.backbone.device) if self._workers is None else self._workers
 
     @property
     def arithmetic(self) -> dict[str, str]:
@@ -188,7 +195,8 @@ class Encoder:
 
         def forward(rows: list[int]) -> Iterator[Features]:
             chosen = [sources[row] for row in rows]
-            for batch in load_pictures(chosen, self.backbone.preprocess, self.batch_size, self.workers):
+            options = {"pinned": self.backbone.device.type == "cuda"}
+            for batch in load_pictures(chosen, self.backbone.preprocess, self.batch_size, self.workers, **options):
                 yield self._encode_pixels(batch)
 
         self._fill(keys, todo, forward, tokens=tokens, what=what)
@@ -213,7 +221,8 @@ class Encoder:
         absent, unpooled = (set(self.store.missing(keys, tokens=tokens)) for tokens in (True, False))
         spans = [range(at, min(at + self.batch_size, len(keys))) for at in range(0, len(keys), self.batch_size)]
         todo = [[row for row in span if row in absent] for span in spans]
-        decoded = _load_batches(sources, [rows for rows in todo if rows], self.backbone.preprocess, self.workers)
+        wanted, pinned = [rows for rows in todo if rows], self.backbone.device.type == "cuda"
+        decoded = _load_batches(sources, wanted, self.backbone.preprocess, self.workers, pinned=pinned)
         shelf = Shelf(self.store, self.shard)
         kept: bool | None = None
         with progress_bar(shown=self.progress and bool(absent)) as bar:
@@ -235,7 +244,7 @@ class Encoder:
     @torch.inference_mode()
     def _encode_pixels(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Features:
         """Encode pictures; what is made of their pixels is made on the device."""
-        images = model_input(pixels.to(self.backbone.device), self.backbone.preprocess)
+        images = model_input(pixels.to(self.backbone.device, non_blocking=True), self.backbone.preprocess)
         return self._forward(self.backbone.encode_image, images)
 
     def _rounded(self, features: Features) -> Features:

@@ -20,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from union_igrot.errors import ConfigError, UnionError
 
 _PATIENCE = timedelta(minutes=10)
+_DECODING = {"cpu": 8}
+_MOST_DECODING = 32
 
 
 @final
@@ -104,6 +106,19 @@ def chosen_device(name: str = "auto") -> torch.device:
     if found not in there:
         raise ConfigError(f"device={name} is not on this machine; give auto, or one of {', '.join(there)}")
     return torch.device(found)
+
+
+def decoding_workers(device: torch.device, here: int = 1) -> int:
+    """Give how many processes decode pictures for a model, where nobody says: all cores but one.
+
+    Eight at most for a model on the CPU, which needs the cores itself, and 32 for one on an accelerator.
+
+    Args:
+        device: Where the model works.
+        here: Processes of this machine that each decode, and share the cores.
+    """
+    spare = ((os.cpu_count() or 1) - 1) // here
+    return min(max(spare, 0), _DECODING.get(device.type, _MOST_DECODING))
 
 
 def device_name(device: torch.device) -> str:

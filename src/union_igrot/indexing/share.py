@@ -5,7 +5,6 @@ work folder, which all processes must see. Knows processes, rounds and the folde
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from union_igrot.indexing.keep import Keeper
 from union_igrot.indexing.plan import shares
 from union_igrot.indexing.work import Work
 from union_igrot.model import IGROTModel
-from union_igrot.processes import Processes
+from union_igrot.processes import Processes, decoding_workers
 from union_igrot.store.files import write_whole
 
 KNOWN: Final = "known.npy"
@@ -32,7 +31,6 @@ _LOOK: Final = 0.2
 """Seconds between two looks for what other processes have written."""
 _TRIES: Final = 24
 """How often another process waits ten minutes for the first one's next word: listing may take long."""
-_MOST_WORKERS: Final = 8
 _FIELDS: Final = ("id", "path", "size", "mtime", "offset")
 
 
@@ -97,7 +95,8 @@ def lead_round(
         lines = [json.dumps([getattr(entry, name) for name in _FIELDS]) for entry in share]
         write_whole(_file(folder, token, rank, "share"), ["\n".join(lines).encode()])
     words.say([token, str(folder), force])
-    waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge, seen, force=force)
+    here = words.processes.here
+    waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge, seen, force=force, here=here)
     for rank in range(1, world):
         while not _file(folder, token, rank, "done").exists():
             time.sleep(_LOOK)
@@ -128,7 +127,8 @@ def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
             raise ConfigError(f"process {processes.rank} does not see {folder}; give a cache_dir that all machines see")
         lines = share.read_text().splitlines()
         entries = [Entry(**dict(zip(_FIELDS, json.loads(line), strict=True))) for line in lines]
-        _work_through(model, entries, work, folder, f"{token}-{processes.rank:05d}", None, lambda _: None, force=force)
+        stem, here = f"{token}-{processes.rank:05d}", processes.here
+        _work_through(model, entries, work, folder, stem, None, lambda _: None, force=force, here=here)
         write_whole(_file(folder, token, processes.rank, "done"), [b""])
 
 
@@ -146,11 +146,13 @@ def _work_through(
     seen: Callable[[int], None],
     *,
     force: bool,
+    here: int,
 ) -> Waits:
     """Read and embed pictures; what was embedded is kept, also where it ends by an error."""
     machine = work.machine or machine_of(model.device)
     gpu = torch.cuda.is_available() and machine.accelerator in ("auto", "gpu", "cuda")
-    workers = min(max((os.cpu_count() or 1) - 1, 1), _MOST_WORKERS) if work.workers is None else work.workers
+    device = torch.device("cuda" if gpu else "cpu")
+    workers = max(1, decoding_workers(device, here)) if work.workers is None else work.workers
     known = folder / KNOWN
     batches = Batches(
         Decoder(model.preprocess, known if known.exists() else None),

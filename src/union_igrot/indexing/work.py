@@ -17,8 +17,8 @@ class Work:
 
     Attributes:
         batch_size: Pictures a forward pass.
-        workers: Processes that decode; None takes all cores but one, one at least and eight at most; 0 decodes in this
-            process, where a file that makes a decoder crash ends it.
+        workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`, at least one; 0
+            decodes in this process, where a file that makes a decoder crash ends it.
         on_broken: Whether a picture that cannot be read is listed and left out, or ends the work.
         prune: Whether rows of this source whose picture is gone are removed.
         cache: Cache folder, for work files and the lock; `$UNION_CACHE` or its default where None.
