@@ -34,8 +34,9 @@ from union_igrot.data.pictures import decode_picture
 from union_igrot.data.sources import list_pictures
 from union_igrot.data.transforms import PictureToPixels, model_input
 from union_igrot.index.open import open_index
+from union_igrot.indexing.batches import Batches
 from union_igrot.indexing.decode import Decoder, thumbnail_of
-from union_igrot.indexing.embed import Batches, machine_of
+from union_igrot.indexing.embed import machine_of
 from union_igrot.indexing.run import Report, Work, index_pictures
 from union_igrot.model import IGROTModel, load_model
 

@@ -115,11 +115,12 @@ def test_scoring_gives_the_same_figures(make):
         torch.testing.assert_close(there.values[name].cpu(), values, equal_nan=True)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.enable_socket  # Lightning looks for a port that is free
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("auto", "32-true"), ("auto", "bf16-mixed"), ("auto", "16-mixed"), ("ddp", "bf16-mixed"), ("fsdp", "bf16-mixed")],
+)
 def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
-    if strategy != "auto" and precision == "16-mixed":
-        pytest.skip("one strategy is enough for it")
     best = {}
     for device in ("cpu", "cuda"):
         model = trainable("transagg", "union")
@@ -193,8 +194,11 @@ def test_the_commands_use_it_by_themselves(tmp_path):
     rows = {name: {(r["benchmark"], r["method"]): r for r in rows_of(tmp_path / name)} for name in ("gpu", "cpu")}
     assert rows["gpu"].keys() == rows["cpu"].keys()
     for key, row in rows["cpu"].items():
-        name = row["protocol"]["primary"]
-        assert rows["gpu"][key]["metrics"][name] == pytest.approx(row["metrics"][name], abs=0.05), key
+        name, found = row["protocol"]["primary"], rows["gpu"][key]
+        # Percent, of 24 queries: half precision may turn an answer or two.
+        assert found["metrics"][name] == pytest.approx(row["metrics"][name], abs=15 if key[1] == "trained" else 3), key
+        assert found["arithmetic"]["device"].startswith("cuda:0 (")
+        assert (found["arithmetic"]["precision"], row["arithmetic"]["device"]) == ("bfloat16", "cpu")
     evaluate(
         [f"checkpoint={tmp_path / 'gpu'}", f"output_dir={tmp_path / 'again'}", "progress=false", "data.queries=24"]
     )

@@ -22,9 +22,9 @@ from union_igrot.errors import DataError, PictureError, UnionError
 from union_igrot.index.memory import MemoryIndex
 from union_igrot.index.open import open_index
 from union_igrot.indexing import keep, place as places
+from union_igrot.indexing.batches import _quiet_fork
 from union_igrot.indexing.chunks import Chunk, Fact, read_chunk, write_chunk
 from union_igrot.indexing.decode import Decoder
-from union_igrot.indexing.embed import _quiet_fork
 from union_igrot.indexing.plan import shares
 from union_igrot.indexing.run import Report, Work, index_pictures
 from union_igrot.indexing.skipped import Skip, SkippedFile

@@ -35,28 +35,36 @@ def rows_of(index):
     }
 
 
-def test_some_hostile_files(tmp_path):
+@pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
+def test_some_hostile_files(tmp_path, decoder):
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
     fates = hostile_folder(tmp_path / "p", 60)
     model = trainable("sum", "frozen")
     index = MemoryIndex(model.backbone.dim)
     listing = list_pictures(str(tmp_path / "p"))
     # One by one, so that one reason a file is told.
-    report = index_pictures(index, model, listing, Work(batch_size=16, workers=0, progress=False))
+    work = Work(batch_size=16, workers=0, decoder=decoder, progress=False)
+    report = index_pictures(index, model, listing, work)
     listed = {entry.id: entry.fault for entry in listing.entries if entry.fault}
     assert report.skipped == sum(fate == "listed" for fate in fates.values())
-    again = index_pictures(index, model, listing, Work(batch_size=16, workers=0, progress=False))
+    again = index_pictures(index, model, listing, work)
     assert again.unchanged == report.added
     check({path: fate for path, fate in fates.items() if fate == "row"}, rows_of(index), {})
     assert set(listed) <= {as_text(path) for path, fate in fates.items() if fate == "listed"}
 
 
 @pytest.mark.slow
-def test_a_thousand_hostile_files(tmp_path, capsys):
+@pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
+def test_a_thousand_hostile_files(tmp_path, capsys, decoder):
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
     pytest.importorskip("lance", reason='the extra "gallery" is not installed')
     fates = hostile_folder(tmp_path / "p", 1000)
     assert len(fates) == 1000
     uri = str(tmp_path / "photos.lance")
     settings = [f"images={tmp_path / 'p'}", f"index={uri}", "progress=false", "batch_size=64", "strategy=cpu"]
+    settings.append(f"decoder={decoder}")
     index_images(settings)
     with open_index(uri) as index:
         rows = rows_of(index)

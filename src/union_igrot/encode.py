@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from union_igrot.arithmetic import full_precision
 from union_igrot.backbones.base import Backbone
 from union_igrot.data.pictures import open_picture, picture_key
 from union_igrot.data.transforms import PictureToPixels, model_input
@@ -295,7 +296,8 @@ class Encoder:
     def _forward(self, encode: Callable[[Any], Features], batch: Any) -> Features:
         """Run the backbone in the chosen arithmetic; features come back in float32."""
         if self.precision == "float32":
-            return encode(batch)
+            with full_precision(self.backbone.device):
+                return encode(batch)
         with torch.autocast(self.backbone.device.type, getattr(torch, self.precision)):
             seen = encode(batch)
         return replace(seen, pooled=seen.pooled.float(), tokens=None if seen.tokens is None else seen.tokens.float())

@@ -87,6 +87,11 @@ class Machine:
     strategy: str = "auto"
     precision: Any = "32-true"
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the work is done by CUDA (or ROCm) devices."""
+        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
 
 def chosen_device(name: str = "auto") -> torch.device:
     """Find the device that a name means.

@@ -34,6 +34,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
+_MARK, _SCAN = 0xFF, 0xDA
 _Source = TypeVar("_Source", bound=Source)
 
 
@@ -132,6 +133,34 @@ def decode_picture(
         if _orientation(image) in _ON_ITS_SIDE:
             size = size[::-1]
         return turned.copy() if turned is image else turned, size  # a plain image, without the closed file
+
+
+def plain_jpeg(data: bytes) -> int | None:
+    """Tell the JPEGs that every decoder reads alike: whole, of eight bits, grey or in three colours.
+
+    Args:
+        data: Bytes of a file.
+
+    Returns:
+        Number of pixels; None where it is no such JPEG, or no picture at all.
+    """
+    try:
+        with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _comes_to_its_end(data)
+            return image.width * image.height if plain else None
+    except Exception:  # a broken file makes Pillow's readers raise nearly anything
+        return None
+
+
+def _comes_to_its_end(jpeg: bytes) -> bool:
+    """Whether the mark of the end stands behind the first scan (ITU-T T.81, B.1): not in a picture within the EXIF."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == _MARK:
+        kind = jpeg[at + 1]
+        if kind == _SCAN:
+            return jpeg.rfind(b"\xff\xd9", at) >= 0
+        at += 1 if kind == _MARK else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

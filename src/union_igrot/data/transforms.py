@@ -4,7 +4,7 @@ Does not know which backbone asked, nor where a picture comes from.
 """
 
 from collections.abc import Iterable
-from typing import final
+from typing import TypeVar, final
 
 import torch
 import torchvision.transforms.functional as F
@@ -19,6 +19,8 @@ from union_igrot.types import Preprocess
 
 # Beyond this side ratio only the middle is resized: a strip of 1 x 60,000 pixels would else need gigabytes.
 _STRIP = 16
+Pixels = TypeVar("Pixels", Image.Image, Tensor)
+"""Torchvision's transforms take a picture or its pixels alike."""
 _FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
@@ -55,18 +57,27 @@ class PictureToPixels:
         pixels: Tensor = F.pil_to_tensor(image)
         return pixels
 
-    def _fit(self, image: Image.Image) -> Image.Image:
+    def of_decoded(self, pixels: UInt8[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 size size"]:
+        """Apply it to decoded pictures of one size, on the device where they lie.
+
+        Values differ from those of the same picture by a step or two, as it is resized in another arithmetic.
+        """
+        size = self.preprocess.size
+        return pixels if pixels.shape[-2:] == (size, size) else self._fit(pixels)
+
+    def _fit(self, image: Pixels) -> Pixels:
         size, resample = self.preprocess.size, _FILTERS[self.preprocess.interpolation]
         if self.preprocess.fit == "squash":
-            squashed: Image.Image = F.resize(image, [size, size], resample, antialias=True)
+            squashed: Pixels = F.resize(image, [size, size], resample, antialias=True)
             return squashed
         if self.preprocess.fit == "pad":
             image = _pad(image, self.preprocess.pad_ratio)
-        limit = _STRIP * min(image.size)
-        if max(image.size) > limit:
-            image = F.center_crop(image, [min(image.height, limit), min(image.width, limit)])
+        width, height = F.get_image_size(image)
+        limit = _STRIP * min(width, height)
+        if max(width, height) > limit:
+            image = F.center_crop(image, [min(height, limit), min(width, limit)])
         image = F.resize(image, size, resample, antialias=True)
-        cut: Image.Image = F.center_crop(image, [size, size])
+        cut: Pixels = F.center_crop(image, [size, size])
         return cut
 
 
@@ -125,11 +136,11 @@ def picture_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[T
     return model_input(torch.stack(pixels), preprocess)
 
 
-def _pad(image: Image.Image, ratio: float) -> Image.Image:
-    width, height = image.size
+def _pad(image: Pixels, ratio: float) -> Pixels:
+    width, height = F.get_image_size(image)
     if max(width, height) / min(width, height) < ratio:
         return image
     short = max(width, height) / ratio
     beside, above = max(int((short - width) / 2), 0), max(int((short - height) / 2), 0)
-    padded: Image.Image = F.pad(image, [beside, above, beside, above], 0, "constant")
+    padded: Pixels = F.pad(image, [beside, above, beside, above], 0, "constant")
     return padded

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from union_igrot.arithmetic import full_precision
 from union_igrot.data.entries import as_text
 from union_igrot.data.pictures import as_picture
 from union_igrot.data.transforms import PictureToTensor
@@ -165,7 +166,9 @@ def embed_wanted(
     for at in range(0, len(pairs), BATCH):
         some = pairs[at : at + BATCH]
         texts = [wanted[place].text for place, _ in some]
-        embedded = model.embed_queries(_pictures(some, model, len(wanted)), texts).float().cpu()
+        pictures = _pictures(some, model, len(wanted))
+        with full_precision(model.device):
+            embedded = model.embed_queries(pictures, texts).float().cpu()
         for (place, _), row in zip(some, embedded, strict=True):
             # A single picture's embedding stays as it is, to the last bit as in an evaluation.
             mean[place] += row if len(wanted[place].images) == 1 else normalize(row, dim=-1)

@@ -18,12 +18,12 @@ What is guaranteed of the order, with `TILE` the fixed shape of the products bel
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from union_igrot.arithmetic import full_precision
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.types import Ranking
 
@@ -132,24 +132,6 @@ def blocks(n_queries: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> list[s
     return [slice(begin, min(begin + step, n_queries)) for begin in range(0, n_queries, step)]
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 matmuls in float32: neither autocast nor TF32 or bfloat16 passes."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        cuda = torch.backends.cuda.matmul
-        if hasattr(cuda, "fp32_precision"):
-            cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # the stub sees a module, not its stand-in
-            for backend in (cuda, cpu):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        else:  # older torch has one switch for all
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield
-
-
 def _keys(
     queries: Float[Tensor, "queries dim"],
     gallery: Float[Tensor, "gallery dim"],
@@ -166,7 +148,7 @@ def _keys(
     keys = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.int64, device=queries.device)
     positions = torch.arange(columns.start, columns.stop, device=queries.device)
     total = torch.zeros((), device=queries.device)
-    with full_precision(queries.device):
+    with torch.no_grad(), full_precision(queries.device):
         for i, j, tile in products(queries, gallery, rows, columns):
             total += tile.sum()
             torch.add(positions[j], _rising(tile), alpha=1 << 32, out=keys[i, j])
@@ -180,7 +162,7 @@ def _keys(
 def products(
     queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"], rows: slice, columns: slice
 ) -> Iterator[tuple[slice, slice, Float32[Tensor, "_ _"]]]:
-    """Give the scores of some queries with some items, tile by tile; to be used under `full_precision`.
+    """Give the scores of some queries with some items, tile by tile; without gradients, under `full_precision`.
 
     Yields:
         Which rows and columns these are, counted from the first wanted ones, and their

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from union_igrot.arithmetic import full_precision
 from union_igrot.errors import DataError
-from union_igrot.index.exact import CHUNK_BYTES, blocks, checked_exclusions, full_precision, not_finite, products
+from union_igrot.index.exact import CHUNK_BYTES, blocks, checked_exclusions, not_finite, products
 
 _FEW_TIES = 64
 """Tied items asked for in one row up to which each is looked up alone; a stable sort costs about as much."""
@@ -174,7 +175,7 @@ def _fill(
     gallery: Float[Tensor, "gallery dim"],
     rows: slice,
 ) -> None:
-    with full_precision(queries.device):
+    with torch.no_grad(), full_precision(queries.device):
         for i, j, tile in products(queries, gallery, rows, slice(0, len(gallery))):
             torch.add(tile, 0.0, out=scores[i, j])  # copies, and makes -0.0 what it equals
 

@@ -1,5 +1,6 @@
 """From a file to a model's input: bytes read once, hashed, decoded, made a thumbnail of. Runs in worker processes.
 
+Where JPEGs are decoded later, together and on the model's device (`indexing.codec`), their bytes are handed over.
 Knows files and Pillow's pictures through `data.pictures`. Does not know a model or an index.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from union_igrot.data.entries import UNREACHED
-from union_igrot.data.pictures import decode_picture, picture_fault
+from union_igrot.data.pictures import decode_picture, picture_fault, plain_jpeg
 from union_igrot.data.transforms import PictureToPixels
 from union_igrot.types import Preprocess
 
@@ -63,6 +64,22 @@ class Seen(NamedTuple):
     reason: str | None = None
 
 
+class Handed(NamedTuple):
+    """A JPEG that is still to be decoded.
+
+    Attributes:
+        place: Which of a batch's it is.
+        start: Where its bytes begin among those of the batch.
+        length: Number of its bytes.
+        pixels: Number of its pixels.
+    """
+
+    place: int
+    start: int
+    length: int
+    pixels: int
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Decoded:
@@ -72,11 +89,15 @@ class Decoded:
         pictures: Pixels of the decoded ones, of the model's size, in order.
         seen: All of them, in order.
         waited: Seconds for which the worker had nothing to do before.
+        handed: Those that are still to be decoded; their `seen` holds the hash alone.
+        encoded: The bytes of those.
     """
 
     pictures: UInt8[Tensor, "decoded 3 height width"]
     seen: Sequence[Seen]
     waited: float
+    handed: Sequence[Handed] = ()
+    encoded: UInt8[Tensor, " bytes"] | None = None
 
     def pin_memory(self) -> "Decoded":
         """Lay the pictures where a GPU fetches them while it computes."""
@@ -90,30 +111,45 @@ class Decoder(Dataset[Decoded]):
     Args:
         preprocess: The model's.
         known: File of sorted 64-bit beginnings of the hashes of what is in the index, or None.
+        hands_over: Whether plain JPEGs are left to who decodes many at once.
     """
 
-    def __init__(self, preprocess: Preprocess, known: Path | None) -> None:
+    def __init__(self, preprocess: Preprocess, known: Path | None, *, hands_over: bool = False) -> None:
+        self.preprocess, self._hands_over = preprocess, hands_over
         self._to_pixels, self._size = PictureToPixels(preprocess), preprocess.size
-        self._known_file, self._known = known, np.empty(0, dtype=np.uint64)
+        self._known_at, self._known = known, np.empty(0, dtype=np.uint64)
+        self._known_read = known is None
         self._shard: tuple[str, int] | None = None
         self._idle_since: float | None = None
 
     def __getitems__(self, wanted: Sequence[Wanted]) -> Decoded:
         """Decode a batch."""
         waited = 0.0 if self._idle_since is None else time.perf_counter() - self._idle_since
-        if self._known_file is not None:
-            self._known, self._known_file = np.load(self._known_file, mmap_mode="r"), None
+        if self._known_at is not None and not self._known_read:
+            self._known, self._known_read = np.load(self._known_at, mmap_mode="r"), True
         found = [self._look(one) for one in wanted]
-        pixels = [tensor for _, tensor in found if tensor is not None]
+        pixels = [given for _, given in found if isinstance(given, Tensor)]
         pictures = torch.stack(pixels) if pixels else self.no_pictures()
+        left = {place: given for place, (_, given) in enumerate(found) if isinstance(given, _Jpeg)}
+        ends = np.cumsum([len(jpeg.data) for jpeg in left.values()]).tolist()
+        handed = [
+            Handed(place, e - len(j.data), len(j.data), j.pixels)
+            for (place, j), e in zip(left.items(), ends, strict=True)
+        ]
+        joined = bytearray(b"".join(jpeg.data for jpeg in left.values()))
+        encoded = torch.frombuffer(joined, dtype=torch.uint8) if joined else None
         self._idle_since = time.perf_counter()
-        return Decoded(pictures, [seen for seen, _ in found], waited)
+        return Decoded(pictures, [seen for seen, _ in found], waited, handed, encoded)
+
+    def alone(self) -> "Decoder":
+        """Give one that hands nothing over, for pictures tried one by one."""
+        return Decoder(self.preprocess, self._known_at)
 
     def no_pictures(self) -> UInt8[Tensor, "0 3 height width"]:
         """Give a batch of none."""
         return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
 
-    def _look(self, one: Wanted) -> tuple[Seen, Tensor | None]:
+    def _look(self, one: Wanted) -> "tuple[Seen, Tensor | _Jpeg | None]":
         try:
             if one.size > _LARGE and one.offset is None and one.data is None:
                 return self._look_at_large(one)
@@ -121,11 +157,10 @@ class Decoder(Dataset[Decoded]):
             digest = hashlib.sha256(data).hexdigest()[:32]
             if not one.force and self._is_known(digest):
                 return Seen(one.number, digest), None
-            image, size = decode_picture(io.BytesIO(data), self._size)
-            wide = image
-            if max(image.size) < min(THUMBNAIL, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
-                wide, _ = decode_picture(io.BytesIO(data), THUMBNAIL)
-            return Seen(one.number, digest, *size, thumbnail_of(wide)), self._to_pixels(image)
+            if self._hands_over and (count := plain_jpeg(data)) is not None:
+                return Seen(one.number, digest), _Jpeg(data, count)
+            size, thumbnail, pixels = look_at(data, self._to_pixels)
+            return Seen(one.number, digest, *size, thumbnail), pixels
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
             fault = picture_fault(error)
             # With a number it is the system's: the disk's fault, not the picture's.
@@ -161,10 +196,42 @@ class Decoder(Dataset[Decoded]):
         return at < len(self._known) and bool(self._known[at] == beginning)
 
 
+class _Jpeg(NamedTuple):
+    """A JPEG that is handed over."""
+
+    data: bytes
+    pixels: int
+
+
+def look_at(data: bytes, to_pixels: PictureToPixels) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
+    """Decode a picture with Pillow.
+
+    Args:
+        data: Bytes of a file.
+        to_pixels: The model's.
+
+    Returns:
+        Its width and height, a thumbnail, and its pixels for the model.
+
+    Raises:
+        Exception: Nearly any, where the file is broken.
+    """
+    image, size = decode_picture(io.BytesIO(data), to_pixels.preprocess.size)
+    wide = image
+    if max(image.size) < min(THUMBNAIL, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
+        wide, _ = decode_picture(io.BytesIO(data), THUMBNAIL)
+    return size, thumbnail_of(wide), to_pixels(image)
+
+
+def thumbnail_size(width: int, height: int) -> tuple[int, int]:
+    """Give width and height of a picture's thumbnail; one that is small already is not enlarged."""
+    share = min(1.0, THUMBNAIL / max(width, height))
+    return max(1, round(width * share)), max(1, round(height * share))
+
+
 def thumbnail_of(image: Image.Image) -> bytes:
-    """Give a small JPEG of a picture; one that is small already is not enlarged."""
-    share = min(1.0, THUMBNAIL / max(image.size))
-    width, height = (max(1, round(side * share)) for side in image.size)
+    """Give a small JPEG of a picture."""
+    width, height = thumbnail_size(*image.size)
     file = io.BytesIO()
     # As sharp as a bicubic filter and half its time; whole factors are left to averages, a tenth of it.
     image.resize((width, height), Image.Resampling.HAMMING, reducing_gap=1.0).save(file, "JPEG", quality=_QUALITY)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from union_igrot.data.entries import Entry
 from union_igrot.errors import ConfigError, PictureError, UnionError
+from union_igrot.indexing.batches import Batches, Waits
+from union_igrot.indexing.codec import BatchDecoder, chosen_decoder
 from union_igrot.indexing.decode import Decoder, Seen
-from union_igrot.indexing.embed import Batches, Waits, embed, machine_of
+from union_igrot.indexing.embed import embed, machine_of
 from union_igrot.indexing.keep import Keeper
 from union_igrot.indexing.plan import shares
 from union_igrot.indexing.work import Work
@@ -150,17 +152,23 @@ def _work_through(
 ) -> Waits:
     """Read and embed pictures; what was embedded is kept, also where it ends by an error."""
     machine = work.machine or machine_of(model.device)
-    gpu = torch.cuda.is_available() and machine.accelerator in ("auto", "gpu", "cuda")
-    device = torch.device("cuda" if gpu else "cpu")
+    codec = chosen_decoder(work.decoder, on_gpu=machine.on_gpu) == "torchcodec"
+    device = torch.device("cuda" if machine.on_gpu else "cpu")
     workers = max(1, decoding_workers(device, here)) if work.workers is None else work.workers
     known = folder / KNOWN
+
+    def unpack() -> BatchDecoder:
+        # Asked when the Trainer has given this process its device.
+        return BatchDecoder(model.preprocess, model.device if device.type == "cpu" else _current_gpu())
+
     batches = Batches(
-        Decoder(model.preprocess, known if known.exists() else None),
+        Decoder(model.preprocess, known if known.exists() else None, hands_over=codec),
         entries,
         batch_size=work.batch_size,
         workers=workers,
         force=force,
-        pinned=gpu,
+        pinned=machine.on_gpu,
+        unpack=unpack if codec else None,
     )
     keeper = Keeper(entries, folder, stem, merge)
 
@@ -178,6 +186,10 @@ def _work_through(
         keeper.close()
     batches.waits.writing = keeper.waited
     return batches.waits
+
+
+def _current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def refused(name: str, reason: str) -> PictureError:
