@@ -1,13 +1,13 @@
 """Pictures a second from files to rows, beside the bare forward of the backbone on the same pictures.
 
     python benchmarks/indexing.py                                     # CLIP ViT-B/32, random weights, CPU
-    python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --batch 256 --pictures 20000
+    python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --decoders pillow torchcodec
     python benchmarks/indexing.py --arch tiny --pictures 5000 --side 4000
 
-Rows: the backbone's bare forward on batches that lie on its device, the whole model on them, decoding alone in as
-many worker processes, and indexing from the first file to the last row (Lance where it is installed, else in memory),
-new and unchanged. A second table says where a decoder's time goes. Pictures are generated JPEGs with detail at all
-scales, so that they decode as photos do. Weights are random: time does not depend on them.
+Rows: the backbone's bare forward on batches that lie on its device, the whole model on them, and for each decoder
+decoding alone, in as many worker processes, and indexing from the first file to the last row (Lance where it is
+installed, else in memory), new and unchanged. A line says where Pillow's time goes. Pictures are generated JPEGs with
+detail at all scales, so that they decode as photos do. Weights are random: time does not depend on them.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from union_igrot.data.sources import list_pictures
 from union_igrot.data.transforms import PictureToPixels, model_input
 from union_igrot.index.open import open_index
 from union_igrot.indexing.batches import Batches
+from union_igrot.indexing.codec import BatchDecoder
 from union_igrot.indexing.decode import Decoder, thumbnail_of
 from union_igrot.indexing.embed import machine_of
 from union_igrot.indexing.run import Report, Work, index_pictures
@@ -55,6 +56,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", default=256, type=int)
     parser.add_argument("--side", default=1280, type=int, help="longer side of the pictures in pixels; 4:3")
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 1), type=int)
+    parser.add_argument("--decoders", default=["pillow"], nargs="+", choices=["pillow", "torchcodec"])
     parser.add_argument("--repeats", default=3, type=int, help="the fastest of these counts")
     parser.add_argument("--json", default=None, help="also write the figures to this file")
     return parser.parse_args()
@@ -93,11 +95,20 @@ def fastest(repeats: int, work: Callable[[], object], device: str) -> float:
     return min(times)
 
 
-def decoded(model: IGROTModel, folder: Path, arguments: argparse.Namespace) -> Iterator[torch.Tensor]:
+def decoded(
+    model: IGROTModel, folder: Path, arguments: argparse.Namespace, decoder: str = "pillow"
+) -> Iterator[torch.Tensor]:
     """Decode all pictures as indexing does."""
-    entries = list_pictures(str(folder)).entries
-    batches = Batches(Decoder(model.preprocess, None), entries, batch_size=arguments.batch, workers=arguments.workers)
-    return (batch.pictures for batch in batches)
+    codec = decoder == "torchcodec"
+    batches = Batches(
+        Decoder(model.preprocess, None, hands_over=codec),
+        list_pictures(str(folder)).entries,
+        batch_size=arguments.batch,
+        workers=arguments.workers,
+        pinned=arguments.device.startswith("cuda"),
+        unpack=(lambda: BatchDecoder(model.preprocess, model.device)) if codec else None,
+    )
+    return (torch.cat(list(batch.pictures)) for batch in batches)
 
 
 def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:
@@ -120,10 +131,11 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
     return spent
 
 
-def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace) -> Report:
+def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str) -> Report:
     """Index the pictures."""
     machine = machine_of(model.device, arguments.precision)
-    work = Work(arguments.batch, arguments.workers, progress=False, cache=folder.parent / "cache", machine=machine)
+    place = folder.parent / "cache"
+    work = Work(arguments.batch, arguments.workers, decoder, progress=False, cache=place, machine=machine)
     with open_index(uri, dim=model.backbone.dim, create=True) as rows:
         return index_pictures(rows, model, list_pictures(str(folder)), work)
 
@@ -134,7 +146,7 @@ def main() -> None:
     model = load_model("tiny") if arguments.arch == "tiny" else build_model(arguments.arch)
     model = model.to(arguments.device).eval()
     cast = CAST[arguments.precision]
-    engine = "photos{}.lance" if importlib.util.find_spec("lance") else "memory:"
+    engine = "lance" if importlib.util.find_spec("lance") else "memory:"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "pictures"
         folder.mkdir()
@@ -154,24 +166,24 @@ def main() -> None:
         seconds["whole model"] = fastest(repeats, lambda: forward(whole=True), device)
         del batches[1:]
         steps = decoder_steps(model, folder)
-        seconds["decoding alone"] = fastest(repeats, lambda: list(decoded(model, folder, arguments)), device)
-        uris = [
-            engine.format(number) if engine == "memory:" else f"{place}/{engine.format(number)}"
-            for number in range(repeats)
-        ]
-        reports = [index(model, folder, uri, arguments) for uri in uris]
-        best = min(reports, key=lambda report: report.working)
-        seconds["indexing, reading and embedding"] = best.working
-        seconds["indexing, all of it"] = min(report.seconds for report in reports)
-        again = None if engine == "memory:" else index(model, folder, uris[0], arguments)
-    tell(arguments, seconds, steps, best, again, size)
+        reports, again = {}, None
+        for name in arguments.decoders:
+            alone = fastest(repeats, lambda name=name: list(decoded(model, folder, arguments, name)), device)
+            seconds[f"decoding alone, {name}"] = alone
+            uris = [engine if engine == "memory:" else f"{place}/{name}{number}.lance" for number in range(repeats)]
+            made = [index(model, folder, uri, arguments, name) for uri in uris]
+            reports[name] = min(made, key=lambda report: report.working)
+            seconds[f"reading and embedding, {name}"] = reports[name].working
+            seconds[f"indexing, {name}"] = min(report.seconds for report in made)
+            again = None if engine == "memory:" else index(model, folder, uris[0], arguments, name)
+    tell(arguments, seconds, steps, reports, again, size)
 
 
 def tell(
     arguments: argparse.Namespace,
     seconds: dict[str, float],
     steps: dict[str, float],
-    best: Report,
+    reports: dict[str, Report],
     again: Report | None,
     size: int,
 ) -> None:
@@ -192,11 +204,13 @@ def tell(
         rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
     Console().print(table)
     print("a decoder's time, ms a picture: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
-    print(
-        f"the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for writing, "
-        f"decoding {best.decoding_waited:.2f} s for the model"
-        + ("" if again is None else f"; run again, {again.unchanged:,} unchanged pictures took {again.seconds:.2f} s")
-    )
+    for name, best in reports.items():
+        print(
+            f"{name}: the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for "
+            f"writing, decoding {best.decoding_waited:.2f} s for the model"
+        )
+    if again is not None:
+        print(f"run again, {again.unchanged:,} unchanged pictures took {again.seconds:.2f} s")
     text = json.dumps(
         {"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows, "decoder_ms": steps}, indent=2
     )

@@ -1,17 +1,22 @@
 """On a GPU everything comes out as on a CPU: rankings, features, figures, trainings, rows of an index."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from small_runs import SMALL, rows_of
 from small_world import cir_benchmark, encoder, sbir_benchmark, trainable, triplets
+from test_indexing_codec import PICTURES, entries_of, indexed
 from test_reference import HERE, TEXTS, golden_pictures, golden_state
+from union_igrot.arithmetic import full_precision
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
+from union_igrot.data.entries import data_entry
 from union_igrot.data.shapes import shapes_cir
 from union_igrot.data.sources import list_pictures
 from union_igrot.data.transforms import picture_batch
@@ -77,7 +82,7 @@ def test_the_embedded_model_embeds_the_same():
     here, there = load_model("tiny"), load_model("tiny").to("cuda")
     images = picture_batch([query.image for query in world.queries], here.preprocess)
     texts = [query.text for query in world.queries]
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision(torch.device("cuda")):
         for one in (images, images.cuda()):
             torch.testing.assert_close(there.embed_gallery(one).cpu(), here.embed_gallery(images), atol=1e-5, rtol=0)
             found = there.embed_queries(one, texts)
@@ -141,8 +146,18 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
     assert best["cuda"]["val/score"] == pytest.approx(best["cpu"]["val/score"], abs=0.02)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision):
+@pytest.mark.parametrize(
+    ("precision", "decoder", "near"),
+    [
+        ("32-true", "pillow", 1e-5),
+        ("bf16-mixed", "pillow", 0.03),
+        ("16-mixed", "pillow", 0.03),
+        ("32-true", "torchcodec", 0.01),  # a step in a pixel is 0.004
+    ],
+)
+def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, near):
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number, item in enumerate(shapes_cir("val", 10).gallery):
@@ -152,11 +167,30 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision):
         model = load_model("tiny")
         machine = Machine("cpu", 1) if device == "cpu" else Machine("gpu", 1, precision=precision)
         index = MemoryIndex(model.backbone.dim)
-        work = Work(batch_size=16, workers=2, progress=False, machine=machine)
+        chosen = decoder if device == "cuda" else "pillow"
+        work = Work(batch_size=16, workers=2, decoder=chosen, progress=False, machine=machine)
         report = index_pictures(index, model, list_pictures(str(pictures)), work)
         assert report.added == report.embedded == len(index) > 40
-        found[device] = index.fetch(sorted(str(path) for path in pictures.iterdir())).vectors
-    torch.testing.assert_close(found["cuda"], found["cpu"], atol=1e-5 if precision == "32-true" else 0.03, rtol=0)
+        rows = index.fetch(sorted(str(path) for path in pictures.iterdir()))
+        found[device] = rows.vectors
+        assert {Image.open(io.BytesIO(small)).size for small in rows.columns["thumbnail"]} == {(160, 120)}
+    torch.testing.assert_close(found["cuda"], found["cpu"], atol=near, rtol=0)
+
+
+def test_the_gpus_own_decoder_takes_what_the_cpus_takes():
+    """Turned, grey, progressive, cut off: the same sizes and nearly the same pixels, the same reasons."""
+    pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
+    entries = [*entries_of(**PICTURES), data_entry("cut", PICTURES["large"][:-500])]
+    found = {}
+    for device in ("cpu", "cuda"):
+        report, index = indexed(entries, "torchcodec", load_model("tiny").to(device))
+        assert (report.added, report.skipped) == (len(PICTURES), 1)
+        found[device] = index.fetch(list(PICTURES)), report.reasons
+    (here, said), (there, said_there) = found["cpu"], found["cuda"]
+    assert said == said_there
+    for name in ("width", "height", "hash"):
+        assert here.columns[name] == there.columns[name]
+    assert (here.vectors * there.vectors).sum(1).min() > 0.99
 
 
 def test_an_encoder_is_tuned_on_a_gpu():

@@ -21,14 +21,13 @@ from union_igrot.data.transforms import PictureToPixels
 from union_igrot.errors import ConfigError
 from union_igrot.index.memory import MemoryIndex
 from union_igrot.indexing import codec
-from union_igrot.indexing.codec import BatchDecoder, chosen_decoder
+from union_igrot.indexing.codec import BatchDecoder
 from union_igrot.indexing.decode import Handed
 from union_igrot.indexing.run import Work, index_pictures
 from union_igrot.model import load_model
 from union_igrot.types import Preprocess
 
 pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
-CPU = torch.device("cpu")
 QUIET = Work(batch_size=4, workers=0, progress=False)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -86,7 +85,7 @@ def test_rows_are_those_of_pillow(workers):
     found = {}
     for decoder in ("pillow", "torchcodec"):
         report, index = indexed(entries, decoder, workers=workers)
-        assert (report.added, report.embedded, report.skipped, report.decoder) == (18, 17, 0, decoder)
+        assert (report.added, report.embedded, report.skipped) == (18, 17, 0)
         found[decoder] = index.fetch([entry.id for entry in entries])
     for name in ("width", "height", "hash", "size", "source"):
         assert found["torchcodec"].columns[name] == found["pillow"].columns[name], name
@@ -140,9 +139,9 @@ def test_equal_files_are_decoded_once(monkeypatch):
     decoded = []
     plain = BatchDecoder._decoded
 
-    def counted(self, encoded, handed):
-        decoded.append(len(handed))
-        return plain(self, encoded, handed)
+    def counted(self, jpegs):
+        decoded.append(len(jpegs))
+        return plain(self, jpegs)
 
     monkeypatch.setattr(BatchDecoder, "_decoded", counted)
     entries = [data_entry(f"{n}", PICTURES[f"turned {1 + n % 3}"]) for n in range(11)]
@@ -164,9 +163,10 @@ def test_few_pixels_are_decoded_at_once(monkeypatch):
 
 @given(st.lists(st.integers(0, 3 * 2**27), min_size=1, max_size=40))
 def test_a_batch_is_cut_at_so_many_pixels(sizes):
-    handed = [Handed(place, 0, 1, pixels) for place, pixels in enumerate(sizes)]
+    nothing = torch.empty(0, dtype=torch.uint8)
+    handed = [Handed(place, pixels, nothing) for place, pixels in enumerate(sizes)]
     parts = list(codec._cut(handed))
-    assert [one for part in parts for one in part] == handed
+    assert [one.place for part in parts for one in part] == list(range(len(sizes)))
     for part in parts:
         assert len(part) == 1 or sum(one.pixels for one in part) <= codec.MOST_PIXELS
     for part, following in pairwise(parts):
@@ -189,21 +189,6 @@ def test_decoded_pixels_are_brought_to_a_size_as_pictures_are(width, height, siz
     assert many.dtype == torch.uint8
     assert many[0].equal(many[1])
     assert (many[0].int() - one.int()).abs().max() <= 2
-
-
-@pytest.mark.parametrize(
-    ("name", "on_gpu", "there", "expected"),
-    [
-        ("auto", True, True, "torchcodec"),
-        ("auto", True, False, "pillow"),
-        ("auto", False, True, "pillow"),
-        ("pillow", True, True, "pillow"),
-        ("torchcodec", False, True, "torchcodec"),
-    ],
-)
-def test_the_gpus_decoder_is_taken_where_it_is_there(monkeypatch, name, on_gpu, there, expected):
-    monkeypatch.setattr(codec.importlib.util, "find_spec", lambda _: object() if there else None)
-    assert chosen_decoder(name, on_gpu=on_gpu) == expected
 
 
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):

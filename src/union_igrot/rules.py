@@ -214,7 +214,7 @@ RULES: dict[str, dict[str, Check]] = {
         **_MACHINE,
         **dict.fromkeys(("images", "index", "checkpoint"), _text),
         "weights": _file_or_null,
-        "decoder": one_of("auto", "pillow", "torchcodec"),
+        "decoder": one_of("pillow", "torchcodec"),
         "on_broken": one_of("skip", "fail"),
         "prune": _flag,
         "batch_size": _whole(1),

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import FSDPPrecision
 
 from union_igrot.processes import Machine
 
@@ -32,6 +33,15 @@ _MEANT = (
 )
 
 
+@final
+class FSDPAsItIs(FSDPPrecision):
+    """FSDP's precision, that leaves batches as they are: nobody may change ours, and FSDP casts by itself."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Give the batch back."""
+        return data
+
+
 def make_trainer(machine: Machine, folder: Path, callbacks: Sequence[Callback], **options: Any) -> lightning.Trainer:
     """Make a Trainer that shares its work as the data say and shows nothing unasked.
 
@@ -41,12 +51,14 @@ def make_trainer(machine: Machine, folder: Path, callbacks: Sequence[Callback], 
         callbacks: What watches it.
         options: Further ones of `lightning.Trainer`.
     """
+    fsdp = machine.strategy.startswith("fsdp")
     return lightning.Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
         num_nodes=machine.nodes,
         strategy=machine.strategy,
-        precision=machine.precision,
+        precision=None if fsdp else machine.precision,
+        plugins=[FSDPAsItIs(machine.precision)] if fsdp else None,
         callbacks=list(callbacks),
         use_distributed_sampler=False,
         enable_model_summary=False,

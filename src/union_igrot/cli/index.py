@@ -125,9 +125,9 @@ def _tell(report: "Report", name: str, rows: int) -> None:
         reused = report.added + report.updated - report.embedded
         console.print(
             f"{report.embedded:,} embedded, {reused:,} took a vector that was there; "
-            f"{report.rate:,.0f} pictures/s for {report.working:,.1f} s, JPEGs decoded by {report.decoder}: "
-            f"the model waited {report.model_waited:,.1f} s for decoding and {report.writing_waited:,.1f} s for writing, "
-            f"decoding {report.decoding_waited:,.1f} s for the model"
+            f"{report.rate:,.0f} pictures/s for {report.working:,.1f} s: "
+            f"the model waited {report.model_waited:,.1f} s for decoding and {report.writing_waited:,.1f} s for "
+            f"writing, decoding {report.decoding_waited:,.1f} s for the model"
         )
     for path, reason in report.reasons:
         console.print(f"  skipped {path}: {reason}")

@@ -10,6 +10,7 @@ Knows Lance tables. Does not know what the vectors stand for.
 
 import json
 import logging
+import os
 import random
 import re
 import time
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
+
+os.environ.setdefault("LANCE_LOG", "error")  # read at the import: its advice on small indexes is not for our users
 
 import lance
 import numpy as np

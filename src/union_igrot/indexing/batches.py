@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final, final
 
 import torch
@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader
 
 from union_igrot.data.entries import Entry
 from union_igrot.indexing.codec import BatchDecoder
-from union_igrot.indexing.decode import Decoded, Decoder, Seen, Wanted
+from union_igrot.indexing.decode import Batch, Decoded, Decoder, Handed, Seen, Wanted
 
-_AHEAD: Final = 2
-"""Batches that each worker decodes ahead."""
+_PART: Final = 32
+"""Pictures that a worker decodes at once: many workers share a batch, and the first one is soon there."""
+_AHEAD: Final = 4
+"""Parts that each worker decodes ahead."""
 _CONTEXT: Final = "fork" if sys.platform == "linux" else None
 """How workers start: at once where that is safe, as they touch neither the index nor the model."""
 
@@ -37,7 +39,7 @@ class Waits:
         model: The model for decoded pictures.
         decoding: Decoding for the model, mean of the workers.
         writing: The model for rows to be written.
-        working: From the first batch asked for to the last one embedded.
+        working: From the beginning to the last batch embedded.
     """
 
     model: float = 0.0
@@ -76,19 +78,17 @@ class Batches:
     ) -> None:
         self._unpack = unpack
         self._decoder, self._entries, self._size = decoder, entries, batch_size
-        self._workers = min(workers, math.ceil(len(entries) / batch_size))
+        self._workers = min(workers, math.ceil(len(entries) / min(batch_size, _PART)))
         self._force, self._pinned = force, pinned
         self._met: set[str] = set()
         self.waits = Waits()
 
-    def __iter__(self) -> Iterator[Decoded]:
-        start = time.perf_counter()
+    def __iter__(self) -> Iterator[Batch]:
         yield from self._read() if self._unpack is None else self._unpacked(self._unpack())
-        self.waits.working += time.perf_counter() - start
 
-    def _unpacked(self, unpack: BatchDecoder) -> Iterator[Decoded]:
+    def _unpacked(self, unpack: BatchDecoder) -> Iterator[Batch]:
         """Decode what was handed over, one batch ahead of the model."""
-        waiting: Future[Decoded] | None = None
+        waiting: Future[Batch] | None = None
         with closing(unpack), ThreadPoolExecutor(1, thread_name_prefix="unpack") as thread:
             for batch in self._read():
                 following = thread.submit(unpack.whole, batch)
@@ -98,33 +98,40 @@ class Batches:
             if waiting is not None:
                 yield self._waited_for(waiting, unpack)
 
-    def _waited_for(self, waiting: "Future[Decoded]", unpack: BatchDecoder) -> Decoded:
+    def _waited_for(self, waiting: "Future[Batch]", unpack: BatchDecoder) -> Batch:
         start = time.perf_counter()
         batch = waiting.result()
         self.waits.model += time.perf_counter() - start
         unpack.used(batch)
         return batch
 
-    def _read(self) -> Iterator[Decoded]:
+    def _read(self) -> Iterator[Batch]:
         """Give the batches as the workers leave them."""
-        at, batches = 0, math.ceil(len(self._entries) / self._size)
-        while at < batches:
+        parts = self._read_parts()
+        for start in range(0, len(self._entries), self._size):
+            count = min(self._size, len(self._entries) - start)
+            yield _joined([next(parts) for _ in range(math.ceil(count / _PART))])
+
+    def _read_parts(self) -> Iterator[Batch]:
+        starts = range(0, len(self._entries), self._size)
+        ends = [min(start + self._size, len(self._entries)) for start in starts]
+        spans = zip(starts, ends, strict=True)
+        cuts = [(at, min(at + _PART, end)) for start, end in spans for at in range(start, end, _PART)]
+        done = 0
+        while done < len(cuts):
             try:
-                for decoded in self._timed(self._loader(range(at, batches), self._workers)):
-                    at += 1
+                wanted = (self._wanted(*cut) for cut in cuts[done:])
+                for decoded in self._timed(self._load(self._decoder, wanted, self._workers)):
+                    done += 1
                     yield self._first_ones(decoded)
             except RuntimeError as error:
                 if not _is_crash(error) or self._workers == 0:
                     raise
-                # The batch that is missing or one that was decoded ahead: each is tried, picture by picture.
-                yield self._first_ones(self._one_by_one(at))
-                at += 1
+                # The part that is missing or one that was decoded ahead: each is tried, picture by picture.
+                yield self._first_ones(self._one_by_one(self._wanted(*cuts[done])))
+                done += 1
 
-    def _loader(self, batches: range, workers: int, ahead: int = _AHEAD) -> DataLoader[Decoded]:
-        wanted = (self._wanted(range(at * self._size, (at + 1) * self._size)) for at in batches)
-        return self._load(self._decoder, wanted, workers, ahead)
-
-    def _load(self, decoder: Decoder, wanted: Any, workers: int, ahead: int) -> DataLoader[Decoded]:
+    def _load(self, decoder: Decoder, wanted: Any, workers: int, ahead: int = _AHEAD) -> DataLoader[Decoded]:
         return DataLoader(
             decoder,
             batch_sampler=wanted,
@@ -137,8 +144,8 @@ class Batches:
             generator=torch.Generator(),
         )
 
-    def _wanted(self, numbers: range) -> list[Wanted]:
-        entries = ((number, self._entries[number]) for number in numbers if number < len(self._entries))
+    def _wanted(self, start: int, end: int) -> list[Wanted]:
+        entries = ((number, self._entries[number]) for number in range(start, end))
         return [Wanted(number, one.path, one.size, one.offset, one.data, self._force) for number, one in entries]
 
     def _timed(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
@@ -153,9 +160,8 @@ class Batches:
                 yield decoded
                 start = time.perf_counter()
 
-    def _one_by_one(self, batch: int) -> Decoded:
-        """Decode a batch in a process that may die; a picture that kills it is broken."""
-        wanted = self._wanted(range(batch * self._size, (batch + 1) * self._size))
+    def _one_by_one(self, wanted: Sequence[Wanted]) -> Decoded:
+        """Decode a part in a process that may die; a picture that kills it is broken."""
         found: list[Decoded] = []
         while len(found) < len(wanted):
             rest = wanted[len(found) :]
@@ -167,15 +173,15 @@ class Batches:
             except RuntimeError as error:
                 if not _is_crash(error):
                     raise
-                # `+=` has kept what came before, and with one batch ahead the next is the one that was at work.
+                # `+=` has kept what came before, and with one part ahead the next is the one that was at work.
                 reason = "decoding it ended the process; it may be too large for the memory, or made to do harm"
                 dead = Seen(wanted[len(found)].number, reason=reason)
-                found.append(Decoded(self._decoder.no_pictures(), [dead], 0.0))
-        return Decoded(torch.cat([one.pictures for one in found]), [seen for one in found for seen in one.seen], 0.0)
+                found.append(Decoded(self._decoder.no_pictures(), [dead]))
+        return Decoded(torch.cat([one.pictures for one in found]), [seen for one in found for seen in one.seen])
 
-    def _first_ones(self, decoded: Decoded) -> Decoded:
+    def _first_ones(self, decoded: Decoded) -> Batch:
         """Leave out pictures whose content was met before in this run."""
-        handed = {one.place: one for one in decoded.handed}
+        handed = {one.place: one for one in decoded.handed()}
         seen, rows, row = list(decoded.seen), [], 0
         for place, one in enumerate(decoded.seen):
             if one.thumbnail is None and place not in handed:
@@ -188,7 +194,17 @@ class Batches:
             self._met.add(one.digest)
             row += one.thumbnail is not None
         pictures = decoded.pictures if len(rows) == row else decoded.pictures[rows]
-        return replace(decoded, pictures=pictures, seen=seen, handed=list(handed.values()))
+        return Batch([pictures], seen, list(handed.values()))
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    """Make one batch of parts; pixels stay where they are until the model fetches them."""
+    seen: list[Seen] = []
+    handed: list[Handed] = []
+    for part in parts:
+        handed += [one._replace(place=one.place + len(seen)) for one in part.handed]
+        seen += part.seen
+    return Batch([pictures for part in parts for pictures in part.pictures], seen, handed)
 
 
 def _as_it_is(decoded: Decoded) -> Decoded:

@@ -9,8 +9,8 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
-from typing import Any, Final, Literal, final
+from itertools import chain
+from typing import Any, Final, final
 
 import torch
 import torchvision.transforms.functional as F
@@ -22,10 +22,9 @@ from torchvision.transforms import InterpolationMode
 from union_igrot.data.pictures import picture_fault
 from union_igrot.data.transforms import PictureToPixels
 from union_igrot.errors import ConfigError
-from union_igrot.indexing.decode import Decoded, Handed, Seen, look_at, thumbnail_of, thumbnail_size
+from union_igrot.indexing.decode import Batch, Handed, Seen, look_at, thumbnail_of, thumbnail_size
 from union_igrot.types import Preprocess
 
-DecoderName = Literal["pillow", "torchcodec"]
 MOST_PIXELS: Final = 2**27
 """Pixels that are decoded at once: 400 MB, and four times that while they are resized."""
 _THREADS: Final = 4
@@ -35,20 +34,14 @@ Looked = tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]
 """Width and height, thumbnail and pixels of a picture."""
 
 
-def chosen_decoder(name: str, *, on_gpu: bool) -> DecoderName:
-    """Say what decodes plain JPEGs.
-
-    Args:
-        name: `pillow`, `torchcodec`, or `auto`: TorchCodec where the model works on a GPU and it is installed.
-        on_gpu: Whether the model works on a GPU.
+def require_codec() -> None:
+    """Look whether TorchCodec is installed.
 
     Raises:
-        ConfigError: Where TorchCodec is asked for and not installed.
+        ConfigError: Where it is not.
     """
-    there = importlib.util.find_spec("torchcodec") is not None
-    if name == "torchcodec" and not there:
+    if importlib.util.find_spec("torchcodec") is None:
         raise ConfigError('decoder=torchcodec needs a package that is not installed; pip install "union-igrot[codec]"')
-    return "torchcodec" if name == "torchcodec" or (name == "auto" and on_gpu and there) else "pillow"
 
 
 @final
@@ -69,19 +62,19 @@ class BatchDecoder:
         """End the threads."""
         self._threads.shutdown()
 
-    def whole(self, batch: Decoded) -> Decoded:
+    def whole(self, batch: Batch) -> Batch:
         """Decode what is still to be decoded; the pixels lie on the device.
 
         May be called in another thread than the model works in: a GPU decodes beside the model.
         """
-        if batch.encoded is None or not batch.handed:
+        if not batch.handed:
             return batch
         size = self._to_pixels.preprocess.size
         with self._beside():
             found: dict[int, Looked | str] = {}
             for some in _cut(batch.handed):
-                found |= zip([one.place for one in some], self._decoded(batch.encoded, some), strict=True)
-            seen, pixels, ready = list(batch.seen), [], iter(batch.pictures)
+                found |= zip([one.place for one in some], self._decoded([one.jpeg for one in some]), strict=True)
+            seen, pixels, ready = list(batch.seen), [], chain.from_iterable(batch.pictures)
             for place, one in enumerate(batch.seen):
                 looked = found.get(place)
                 if one.thumbnail is not None:
@@ -97,12 +90,13 @@ class BatchDecoder:
                 pictures[at] = one_of_them.to(self._device, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
-        return replace(batch, pictures=pictures, seen=seen, handed=(), encoded=None)
+        return Batch([pictures], seen)
 
-    def used(self, batch: Decoded) -> None:
+    def used(self, batch: Batch) -> None:
         """Tell the allocator that the model's work will read what was decoded beside it; in the model's thread."""
-        if self._stream is not None and batch.pictures.is_cuda:
-            batch.pictures.record_stream(torch.cuda.current_stream(self._device))
+        for pictures in batch.pictures if self._stream is not None else ():
+            if pictures.is_cuda:
+                pictures.record_stream(torch.cuda.current_stream(self._device))
 
     def _beside(self) -> AbstractContextManager[object]:
         if self._stream is None:
@@ -112,11 +106,10 @@ class BatchDecoder:
         stack.enter_context(torch.cuda.stream(self._stream))
         return stack
 
-    def _decoded(self, encoded: UInt8[Tensor, " bytes"], handed: Sequence[Handed]) -> list[Looked | str]:
+    def _decoded(self, jpegs: list[UInt8[Tensor, " _"]]) -> list[Looked | str]:
         """Decode some JPEGs; of one that cannot be read the reason."""
         from torchcodec.decoders import decode_jpeg  # noqa: PLC0415 - an extra
 
-        jpegs = [encoded[one.start : one.start + one.length] for one in handed]
         try:
             pictures: Any = decode_jpeg(jpegs, mode="RGB", device=self._device)
         except RuntimeError:  # of one of them at least, and it does not say of which

@@ -69,39 +69,60 @@ class Handed(NamedTuple):
 
     Attributes:
         place: Which of a batch's it is.
-        start: Where its bytes begin among those of the batch.
-        length: Number of its bytes.
         pixels: Number of its pixels.
+        jpeg: Its bytes.
     """
 
     place: int
-    start: int
-    length: int
     pixels: int
+    jpeg: UInt8[Tensor, " bytes"]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A batch.
+    """What a worker gives at once.
 
     Attributes:
         pictures: Pixels of the decoded ones, of the model's size, in order.
         seen: All of them, in order.
         waited: Seconds for which the worker had nothing to do before.
-        handed: Those that are still to be decoded; their `seen` holds the hash alone.
-        encoded: The bytes of those.
+        left: Place, number of pixels and of bytes of those that are still to be decoded; `seen` holds their hash alone.
+        encoded: The bytes of those, one behind the other.
     """
 
     pictures: UInt8[Tensor, "decoded 3 height width"]
     seen: Sequence[Seen]
-    waited: float
-    handed: Sequence[Handed] = ()
+    waited: float = 0.0
+    left: Sequence[tuple[int, int, int]] = ()
     encoded: UInt8[Tensor, " bytes"] | None = None
+
+    def handed(self) -> list[Handed]:
+        """Give those that are still to be decoded, each with its bytes."""
+        if self.encoded is None:
+            return []
+        jpegs = self.encoded.split([length for _, _, length in self.left])
+        return [Handed(place, pixels, jpeg) for (place, pixels, _), jpeg in zip(self.left, jpegs, strict=True)]
 
     def pin_memory(self) -> "Decoded":
         """Lay the pictures where a GPU fetches them while it computes."""
         return replace(self, pictures=self.pictures.pin_memory())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures that go through the model together.
+
+    Attributes:
+        pictures: Pixels of the decoded ones, of the model's size, in order; in one tensor or several.
+        seen: All of them, in order.
+        handed: Those that are still to be decoded, by the order of their places.
+    """
+
+    pictures: Sequence[UInt8[Tensor, "_ 3 height width"]]
+    seen: Sequence[Seen]
+    handed: Sequence[Handed] = ()
 
 
 @final
@@ -130,16 +151,12 @@ class Decoder(Dataset[Decoded]):
         found = [self._look(one) for one in wanted]
         pixels = [given for _, given in found if isinstance(given, Tensor)]
         pictures = torch.stack(pixels) if pixels else self.no_pictures()
-        left = {place: given for place, (_, given) in enumerate(found) if isinstance(given, _Jpeg)}
-        ends = np.cumsum([len(jpeg.data) for jpeg in left.values()]).tolist()
-        handed = [
-            Handed(place, e - len(j.data), len(j.data), j.pixels)
-            for (place, j), e in zip(left.items(), ends, strict=True)
-        ]
-        joined = bytearray(b"".join(jpeg.data for jpeg in left.values()))
+        jpegs = [(place, given) for place, (_, given) in enumerate(found) if isinstance(given, _Jpeg)]
+        left = [(place, jpeg.pixels, len(jpeg.data)) for place, jpeg in jpegs]
+        joined = bytearray().join(jpeg.data for _, jpeg in jpegs)
         encoded = torch.frombuffer(joined, dtype=torch.uint8) if joined else None
         self._idle_since = time.perf_counter()
-        return Decoded(pictures, [seen for seen, _ in found], waited, handed, encoded)
+        return Decoded(pictures, [seen for seen, _ in found], waited, left, encoded)
 
     def alone(self) -> "Decoder":
         """Give one that hands nothing over, for pictures tried one by one."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from union_igrot.arithmetic import full_precision
 from union_igrot.data.transforms import model_input
 from union_igrot.indexing.batches import Batches
-from union_igrot.indexing.decode import Decoded, Seen
+from union_igrot.indexing.decode import Batch, Seen
 from union_igrot.model import IGROTModel
 from union_igrot.processes import Machine
 from union_igrot.trainer import make_trainer, manners
@@ -34,22 +34,23 @@ class _Embedder(lightning.LightningModule):
         super().__init__()
         self.model = model
 
-    def transfer_batch_to_device(self, batch: Decoded, device: torch.device, dataloader_idx: int) -> Decoded:
-        """Move the pictures alone."""
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move the pictures, into one tensor."""
         del dataloader_idx
-        return replace(batch, pictures=batch.pictures.to(device, non_blocking=True))
+        return replace(batch, pictures=[torch.cat([part.to(device, non_blocking=True) for part in batch.pictures])])
 
     def on_predict_start(self) -> None:
         """Encode the empty text, outside the half precision that the pictures may be encoded in."""
         self.model.null_text()
 
-    def predict_step(self, batch: Decoded) -> Tensor:
+    def predict_step(self, batch: Batch) -> Tensor:
         """Embed a batch, which may hold none that has to be."""
-        if not len(batch.pictures):
+        (pixels,) = batch.pictures
+        if not len(pixels):
             return torch.empty(0, self.model.backbone.dim)
-        device, whole = batch.pictures.device, self.trainer.precision == "32-true"
+        device, whole = pixels.device, self.trainer.precision == "32-true"
         with full_precision(device) if whole else nullcontext():
-            features = self.model.backbone.encode_image(model_input(batch.pictures, self.model.preprocess))
+            features = self.model.backbone.encode_image(model_input(pixels, self.model.preprocess))
         # The heads are small, and what they give is kept in 32 bits: they work so too.
         with full_precision(device):
             tokens = None if features.tokens is None else features.tokens.float()
@@ -69,7 +70,7 @@ class _Hand(lightning.Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
-        batch: Decoded,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

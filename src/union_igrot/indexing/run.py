@@ -17,8 +17,7 @@ from union_igrot.errors import DataError
 from union_igrot.index.base import VectorIndex
 from union_igrot.indexing.batches import Waits
 from union_igrot.indexing.chunks import SUFFIX, Chunk, write_chunk
-from union_igrot.indexing.codec import chosen_decoder
-from union_igrot.indexing.embed import machine_of
+from union_igrot.indexing.codec import require_codec
 from union_igrot.indexing.keep import ROWS
 from union_igrot.indexing.merge import Merger
 from union_igrot.indexing.place import Place, work_place
@@ -68,8 +67,8 @@ def index_pictures(
     work, words = work or Work(), Words(processes or Processes())
     start = time.perf_counter()
     try:
-        on_gpu = (work.machine or machine_of(model.device)).on_gpu
-        work = replace(work, decoder=chosen_decoder(work.decoder, on_gpu=on_gpu))
+        if work.decoder == "torchcodec":
+            require_codec()
         place = work_place(index.uri, model.fingerprint(), listing.source, work.cache)
         with progress_bar(shown=work.progress) as bar, place as at:
             report = _Run(index, model, listing, work, words, at, bar).run()
@@ -140,7 +139,6 @@ class _Run:
             model_waited=waits.model,
             decoding_waited=waits.decoding,
             writing_waited=waits.writing,
-            decoder=work.decoder,
             skipped_file=self._place.skipped if broken else None,
             reasons=tuple((skip.path, skip.reason) for skip in list(skipped.own.values())[:EXAMPLES]),
         )

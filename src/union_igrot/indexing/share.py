@@ -17,7 +17,7 @@ from torch import Tensor
 from union_igrot.data.entries import Entry
 from union_igrot.errors import ConfigError, PictureError, UnionError
 from union_igrot.indexing.batches import Batches, Waits
-from union_igrot.indexing.codec import BatchDecoder, chosen_decoder
+from union_igrot.indexing.codec import BatchDecoder
 from union_igrot.indexing.decode import Decoder, Seen
 from union_igrot.indexing.embed import embed, machine_of
 from union_igrot.indexing.keep import Keeper
@@ -152,7 +152,7 @@ def _work_through(
 ) -> Waits:
     """Read and embed pictures; what was embedded is kept, also where it ends by an error."""
     machine = work.machine or machine_of(model.device)
-    codec = chosen_decoder(work.decoder, on_gpu=machine.on_gpu) == "torchcodec"
+    codec = work.decoder == "torchcodec"
     device = torch.device("cuda" if machine.on_gpu else "cpu")
     workers = max(1, decoding_workers(device, here)) if work.workers is None else work.workers
     known = folder / KNOWN
@@ -179,10 +179,12 @@ def _work_through(
         if broken is not None and work.on_broken == "fail":
             raise refused(entries[broken.number].id, str(broken.reason))
 
+    start = time.perf_counter()
     try:
         if entries:
             embed(model, batches, take, machine, folder)
     finally:
+        batches.waits.working = time.perf_counter() - start
         keeper.close()
     batches.waits.writing = keeper.waited
     return batches.waits

@@ -19,9 +19,9 @@ class Work:
         batch_size: Pictures a forward pass.
         workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`, at least one; 0
             decodes in this process, where a file that makes a decoder crash ends it.
-        decoder: What decodes plain JPEGs: `pillow`, in the worker processes; `torchcodec`, on the model's device, many
-            at once (a GPU has an engine for it); `auto` takes it where the model works on a GPU and it is installed.
-            All else is Pillow's. Pixels of the same picture differ by a few steps between the two.
+        decoder: What decodes plain JPEGs: `pillow`, in the worker processes, or `torchcodec`, many at once on the
+            model's device, for GPUs, which have an engine for it. All else is Pillow's. Pixels of one picture differ
+            by a few steps between the two.
         on_broken: Whether a picture that cannot be read is listed and left out, or ends the work.
         prune: Whether rows of this source whose picture is gone are removed.
         cache: Cache folder, for work files and the lock; `$UNION_CACHE` or its default where None.
@@ -31,7 +31,7 @@ class Work:
 
     batch_size: int = 256
     workers: int | None = None
-    decoder: Literal["auto", "pillow", "torchcodec"] = "auto"
+    decoder: Literal["pillow", "torchcodec"] = "pillow"
     on_broken: Literal["skip", "fail"] = "skip"
     prune: bool = True
     cache: Path | None = None
@@ -57,7 +57,6 @@ class Report:
         model_waited: How long the model waited for decoded pictures.
         decoding_waited: How long decoding waited for the model, mean of the workers.
         writing_waited: How long the model waited for rows to be written.
-        decoder: What decoded plain JPEGs.
         skipped_file: Where those that cannot be read are listed with the reason; None for an index in memory.
         reasons: Some of them, id and reason.
     """
@@ -74,7 +73,6 @@ class Report:
     model_waited: float = 0.0
     decoding_waited: float = 0.0
     writing_waited: float = 0.0
-    decoder: str = ""
     skipped_file: Path | None = None
     reasons: tuple[tuple[str, str], ...] = ()
 
