@@ -243,7 +243,7 @@ def test_the_schedule_ends_at_its_floor_and_vectors_do_not_decay(tmp_path):
     assert held == sum(p.numel() for p in model.fusion.parameters())
 
 
-@pytest.mark.parametrize(("dropout", "epoch"), [(0.0, 1), (0.3, 2)])
+@pytest.mark.parametrize(("dropout", "epoch"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.3, 2)])
 def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, dropout, epoch):
     def run(folder, callbacks=(), seed=7):
         model = trainable("transagg", "union", dropout=dropout)

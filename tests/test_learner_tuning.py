@@ -36,7 +36,7 @@ def parts(folder, sides, recipe=None, *, tuned=True, batch_size=10, benchmarks=B
     return model, Learner(model, InfoNCE(scale=20.0), recipe or Recipe(epochs=1, rate=0.0), benchmarks), data
 
 
-@pytest.mark.parametrize("live", ["text", "image", "both"])
+@pytest.mark.parametrize("live", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("text", "image")), "both"])
 def test_what_is_encoded_in_each_step_gives_the_losses_of_what_was_encoded_once(tmp_path, live):
     def run(sides, name):
         _, learner, data = parts(tmp_path / f"cache{name}", sides, Recipe(epochs=2, rate=3e-3), tuned=False)

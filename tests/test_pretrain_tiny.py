@@ -182,6 +182,7 @@ def run_main(folder, monkeypatch):
     main()
 
 
+@pytest.mark.slow
 def test_command_writes_weights_that_load_and_a_note_that_agrees(small, tmp_path, monkeypatch):
     folder = tmp_path / "new" / "tiny"
     run_main(folder, monkeypatch)

@@ -70,6 +70,7 @@ def test_a_run_of_other_settings_is_refused_and_left_alone(tmp_path, stage):
     RunFolder(tmp_path, "one").close()  # the refusal kept no lock
 
 
+@pytest.mark.slow
 def test_a_folder_at_work_is_refused_until_its_process_ends_however_it_ends(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -84,6 +85,7 @@ def test_a_folder_at_work_is_refused_until_its_process_ends_however_it_ends(tmp_
     again.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD_WITH_A_CHILD, str(tmp_path)],

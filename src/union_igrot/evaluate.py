@@ -5,6 +5,7 @@ training-free baselines and chance beside a model. Does not know how a model was
 how figures are shown or where benchmarks come from.
 """
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -278,5 +279,10 @@ def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, int | f
 def versions() -> dict[str, str]:
     """Give the versions a figure depends on."""
     packages = ("torch", "transformers", "lightning", "numpy", "pillow")
-    found = {package: version(package) for package in packages}
+    found = {package: _version(package) for package in packages}
     return {"union-igrot": union_igrot.__version__, "python": python_version(), **found}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return version(package)  # reads and parses files, for every row of figures

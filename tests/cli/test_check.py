@@ -47,6 +47,7 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     assert "cap.rc2.val.json" in said.replace(" ", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the official annotation files are not at ../shared/data")
 def test_official_annotations_without_pictures(capsys):
     code, said = run(["data=fashioniq", f"data.root={ANNOTATIONS / 'fashioniq'}"], capsys)

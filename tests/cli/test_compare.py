@@ -6,6 +6,7 @@ from union_igrot.cli.compare import main as compare
 from union_igrot.cli.eval import main as evaluate
 
 
+@pytest.mark.slow
 def test_a_run_against_another(small_run, tmp_path, capsys):
     again = tmp_path / "again"
     evaluate(

@@ -11,7 +11,7 @@ def cache_of(run: Run) -> str:
     return next(setting for setting in run.settings if setting.startswith("cache_dir="))
 
 
-@pytest.mark.parametrize("inner", ["", "model"])
+@pytest.mark.parametrize("inner", ["", pytest.param("model", marks=pytest.mark.slow)])
 def test_a_run_folder_or_its_model_gives_the_figures_of_its_training(small_run: Run, tmp_path, inner, capsys):
     checkpoint = small_run.folder / inner
     evaluate([f"checkpoint={checkpoint}", *SMALL_DATA, cache_of(small_run), f"output_dir={tmp_path / 'out'}"])
@@ -30,6 +30,7 @@ def test_without_a_folder_results_go_below_where_the_user_stands(small_run: Run,
     assert {row["split"] for row in json.loads(found.read_text())} == {"val"}
 
 
+@pytest.mark.slow
 def test_the_embedded_default_is_used_where_no_checkpoint_is_given(small_run: Run, tmp_path):
     evaluate([*SMALL_DATA, cache_of(small_run), f"output_dir={tmp_path / 'out'}"])
     trained = [row for row in rows_of(tmp_path / "out") if row["method"] == "trained"]

@@ -102,6 +102,7 @@ def test_a_sweep_without_figures_writes_no_table(place):
     assert {path.name for path in swept(place).iterdir()} == {".lock", "sweep.json", "multirun.yaml", "0", "1"}
 
 
+@pytest.mark.slow
 def test_checkpoints_and_benchmarks_in_one_table(small_run: Run, place, monkeypatch, capsys):
     for name in ("sketchy", "circo"):
         WRITERS[name](place / "data" / name)

@@ -45,6 +45,7 @@ def scenes_of(benchmark):
     return [x.image.scene for x in (*benchmark.queries, *benchmark.gallery)]
 
 
+@pytest.mark.slow
 def test_same_seed_same_world_whatever_the_hash_seed():
     environment = {**os.environ, "PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)

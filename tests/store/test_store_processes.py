@@ -218,10 +218,12 @@ def test_a_hundred_kills_lose_nothing_double_nothing_and_break_nothing(tmp_path)
     assert int(words[3]) > 100
 
 
+@pytest.mark.slow
 def test_three_processes_add_at_once(tmp_path):
     assert run(AT_ONCE, tmp_path) == "ok\n"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_is_a_clear_error(tmp_path):
     message = run(FULL, tmp_path)
     assert "no room in" in message
