@@ -9,7 +9,7 @@ from filter_cases import KINDS, ROWS, filters
 from hypothesis import given, settings
 from torch.nn.functional import normalize
 
-from conftest import ENGINES, clear, place_of
+from engine_places import ENGINES, clear, place_of
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.index.base import Rows
 from union_igrot.index.exact import exact_topk

@@ -79,6 +79,15 @@ def test_a_table_that_is_damaged_is_one_line(uri):
     assert ".rs:" not in str(caught.value)
 
 
+def test_an_object_store_that_is_wrongly_named_is_one_line(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setenv("AWS_ENDPOINT", "http://no port: here")
+    with pytest.raises(DataError, match=r"s3://photos/a\.lance: ") as caught:
+        open_index("s3://photos/a.lance", dim=4, create=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_write_that_clashes_is_done_again_on_what_the_other_left(uri, monkeypatch):
     one, other = made(uri), made(uri)
     one.upsert(some(["old"]))

@@ -1,13 +1,21 @@
 """What is particular to Milvus: forms of rows and addresses, and what only a server shows."""
 
 import multiprocessing
+import os
+import shutil
+import socket
+import ssl
+import subprocess
 import sys
+import threading
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from conftest import ENGINES, clear, place_of
+from engine_places import FAR, SERVER, clear, place_of
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.index.base import Rows
 from union_igrot.index.exact import exact_topk
@@ -16,7 +24,7 @@ from union_igrot.index.open import open_index
 pytest.importorskip("pymilvus", reason='the extra "milvus" is not installed')
 from union_igrot.index import milvus as engine, milvus_forms as forms
 
-(SERVED,) = (engine for engine in ENGINES if not isinstance(engine, str))
+(SERVED,) = (engine for engine in FAR if engine.values == ("milvus",))
 
 
 @pytest.fixture(params=[SERVED])
@@ -166,3 +174,65 @@ def test_a_server_that_went_away_is_one_line(served, monkeypatch):
         patch.setattr(index._client, "search", gone)
         with pytest.raises(DataError, match="server unavailable: connection refused; is the server there"):
             index.search(torch.ones(1, 4), 1)
+
+
+ENCRYPTED = """
+import sys
+import torch
+from union_igrot.index.base import Rows
+from union_igrot.index.open import open_index
+
+index = open_index(sys.argv[1], dim=4, card={"model": "tiny"}, create=True)
+index.upsert(Rows(["a"], torch.ones(1, 4), {}))
+print(open_index(sys.argv[1]).search(torch.ones(1, 4), 1)[0].ids, index.card)
+index._client.drop_collection(index._name)
+"""
+
+
+def _pass_on(source, sink):
+    with suppress(OSError):
+        while data := source.recv(65_536):
+            sink.sendall(data)
+    with suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+def _listen_encrypted(folder, host, port):
+    """Take encrypted connections and hand them on, as a cluster's gateway does; give the port."""
+    certificate = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2", "-nodes"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", *certificate, *files], check=True, capture_output=True
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    context.set_alpn_protocols(["h2"])
+    door = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                plain, _ = door.accept()
+                with suppress(ssl.SSLError):
+                    inside = context.wrap_socket(plain, server_side=True)
+                    behind = socket.create_connection((host, port))
+                    for pair in ((inside, behind), (behind, inside)):
+                        threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return door
+
+
+@pytest.mark.enable_socket
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl, which is not there")
+def test_an_encrypted_connection_and_one_that_is_not_trusted(served, tmp_path):
+    parts = urlsplit(SERVER)
+    name = served.uri.rsplit("/", 1)[1]
+    with _listen_encrypted(tmp_path, parts.hostname, parts.port) as door:
+        uri = f"milvus+tls://localhost:{door.getsockname()[1]}/{name}"
+        asked = [sys.executable, "-W", "ignore", "-c", ENCRYPTED, uri]
+        trusted = os.environ | {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "cert.pem")}
+        done = subprocess.run(asked, env=trusted, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout == "['a'] {'model': 'tiny'}\n", done.stderr
+        with pytest.raises(DataError, match=r"milvus\+tls://localhost:\d+/.*is the server there, and is it well\?"):
+            open_index(uri)

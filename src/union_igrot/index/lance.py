@@ -284,8 +284,11 @@ class LanceIndex(VectorIndex):
         """Say in one line what Lance could not do."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-            if isinstance(error, UnicodeError):
+        except BaseException as error:
+            # What Rust did not foresee, such as an AWS_ENDPOINT that is no address, is no Exception.
+            panicked = type(error).__name__ == "PanicException"
+            told = isinstance(error, OSError | ValueError | RuntimeError | pa.ArrowException) or panicked
+            if not told or isinstance(error, UnicodeError):
                 raise
             said = re.sub(r"(, )?\S*\.rs:\d+(:\d+)?|LanceError\(\w+\): ", "", " ".join(str(error).split()))
             raise DataError(f"{self.uri}: {said[:300]}") from error
