@@ -52,6 +52,65 @@ def test_draw_search_refine_undo(visit, star):
     assert user.page.locator("#pad-empty").is_visible()
 
 
+def test_marks_and_a_filter_refine_and_are_undone(visit):
+    user = visit()
+    user.search("a star")
+    plain = user.titles()
+    wanted = next(rank for rank, title in enumerate(plain, 1) if "star" in title and "red" not in title)
+    other = next(rank for rank, title in enumerate(plain, 1) if "red" in title)
+    more = user.page.locator(".cards .marks button:first-child").nth(wanted - 1)
+    less = user.page.locator(".cards .marks button:last-child").nth(other - 1)
+    more.click()
+    user.settled()
+    less.click()
+    user.settled()
+    assert [more.get_attribute("aria-pressed"), less.get_attribute("aria-pressed")] == ["true", "true"]
+    assert user.titles() == plain  # the answers stay until the next question
+    assert user.page.locator("#marks li").count() == 2
+    user.search()
+    assert user.turns() == ["“a star”", "“a star” +1 −1"]
+    marked = user.titles()
+    assert marked != plain
+    assert sum("red" in title for title in marked) < sum("red" in title for title in plain)
+
+    user.page.get_by_label("Filter").fill("class = 'house'")
+    user.search("on sand")
+    assert user.turns()[-1] == "“on sand” +1 −1 class = 'house'"
+    filtered = user.titles()
+    assert filtered
+    assert all("house" in title for title in filtered)
+    user.page.locator("#marks button").first.click()
+    user.settled()
+    assert user.page.locator("#marks li").count() == 1
+
+    user.press("Undo")
+    assert user.titles() == marked
+    assert user.page.get_by_label("Filter").input_value() == ""
+    assert user.page.locator("#marks li").count() == 2
+    user.press("Undo")
+    assert user.titles() == plain
+    assert user.page.locator("#marks").is_hidden()
+    user.press("Redo")
+    user.press("Redo")
+    assert user.titles() == filtered
+    assert user.page.get_by_label("Filter").input_value() == "class = 'house'"
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("colour = 'red'", "colour"), ("class = ", "class"), ("class > 3 or", "class")],
+)
+def test_a_filter_that_cannot_be_read_is_answered_with_a_sentence(visit, where, said):
+    user = visit()
+    user.page.get_by_label("Filter").fill(where)
+    user.search("a star")
+    assert said in user.problem()
+    assert user.page.get_by_label("Filter").input_value() == where
+    user.page.get_by_label("Filter").fill("class = 'no such thing'")
+    user.search()
+    assert user.page.inner_text("#results h2") == "No picture passes the filter"
+
+
 def test_pages_of_answers(visit, star):
     user = visit()
     user.draw(star)
