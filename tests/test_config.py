@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose as outer_compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from omegaconf import OmegaConf
 
 from union_igrot.cli.help import help_text
@@ -210,6 +210,7 @@ _VALUES = st.one_of(
     name=st.sampled_from(COMMANDS),
     overrides=st.lists(st.tuples(_KEYS, st.sampled_from(["=", "=", "=", ""]), _VALUES).map("".join), max_size=3),
 )
+@example("train", ["model=[1,2]"])
 def test_whatever_is_given_only_a_clear_error_comes_out(name, overrides):
     try:
         config = compose(name, overrides)

@@ -131,6 +131,9 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
             config = hydra_compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, name)) from None
+    except TypeError:  # Hydra looks for names in a list of options, whatever the list holds
+        given = " ".join(override for override in overrides if "=[" in override)
+        raise ConfigError(f"{given} is not allowed; a group takes one name, such as model=tiny") from None
     finally:
         GlobalHydra.instance().hydra = outer
     check_config(name, config)

@@ -236,7 +236,7 @@ RULES: dict[str, dict[str, Check]] = {
     },
     "demo": {
         **{name: check for name, check in _COMMON.items() if name not in {"seed", "output_dir"}},
-        **dict.fromkeys(("index", "checkpoint", "second_index", "second_checkpoint", "user"), _text_or_null),
+        **dict.fromkeys(("index", "checkpoint", "second_index", "second_checkpoint", "user", "name"), _text_or_null),
         "device": _device,
         "host": _text,
         "port": _whole(0, 65_535),

@@ -80,6 +80,11 @@ class Visitor:
         self.page.get_by_role("button", name="Search", exact=True).click()
         self.settled()
 
+    def filter(self, where: str) -> None:
+        if not self.page.locator("#where").is_visible():
+            self.page.locator("summary").click()
+        self.page.get_by_role("textbox", name="Filter").fill(where)
+
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).first.click()
         self.settled()

@@ -22,7 +22,7 @@ def test_draw_search_refine_undo(visit, star):
     found = user.titles()
     assert len(found) == 24
     assert sum("star" in title for title in found) >= 12, found
-    assert re.search(r"Answers 1.24 of [\d,]+", user.page.inner_text("#results h2"))
+    assert re.search(r"Answers 1 to 24 of [\d,]+", user.page.inner_text("#results h2"))
     scores = [float(text) for text in user.page.locator(".score").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
 
@@ -67,15 +67,18 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     assert [more.get_attribute("aria-pressed"), less.get_attribute("aria-pressed")] == ["true", "true"]
     assert user.titles() == plain  # the answers stay until the next question
     assert user.page.locator("#marks li").count() == 2
+    box = user.page.locator("#marks img").first.bounding_box()
+    middle = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
+    assert user.page.evaluate("([x, y]) => document.elementFromPoint(x, y).tagName", middle) == "IMG"
     user.search()
-    assert user.turns() == ["“a star”", "“a star” +1 −1"]
+    assert user.turns() == ["“a star”", "“a star” 1 liked, 1 disliked"]
     marked = user.titles()
     assert marked != plain
     assert sum("red" in title for title in marked) < sum("red" in title for title in plain)
 
-    user.page.get_by_label("Filter").fill("class = 'house'")
+    user.filter("class = 'house'")
     user.search("on sand")
-    assert user.turns()[-1] == "“on sand” +1 −1 class = 'house'"
+    assert user.turns()[-1] == "“on sand” 1 liked, 1 disliked class = 'house'"
     filtered = user.titles()
     assert filtered
     assert all("house" in title for title in filtered)
@@ -83,9 +86,11 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     user.settled()
     assert user.page.locator("#marks li").count() == 1
 
+    user.press("Undo")  # what was not asked yet
+    assert (user.titles(), user.page.locator("#marks li").count()) == (filtered, 2)
     user.press("Undo")
     assert user.titles() == marked
-    assert user.page.get_by_label("Filter").input_value() == ""
+    assert user.page.locator("#where").input_value() == ""
     assert user.page.locator("#marks li").count() == 2
     user.press("Undo")
     assert user.titles() == plain
@@ -93,7 +98,9 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     user.press("Redo")
     user.press("Redo")
     assert user.titles() == filtered
-    assert user.page.get_by_label("Filter").input_value() == "class = 'house'"
+    assert user.page.get_by_role("textbox", name="Filter").input_value() == "class = 'house'"
+    user.page.locator("summary").click()
+    assert user.page.locator("#filtered").inner_text() == "class = 'house'"  # folded away, it still holds
 
 
 @pytest.mark.parametrize(
@@ -102,13 +109,75 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
 )
 def test_a_filter_that_cannot_be_read_is_answered_with_a_sentence(visit, where, said):
     user = visit()
-    user.page.get_by_label("Filter").fill(where)
+    user.filter(where)
     user.search("a star")
     assert said in user.problem()
-    assert user.page.get_by_label("Filter").input_value() == where
-    user.page.get_by_label("Filter").fill("class = 'no such thing'")
+    assert user.page.locator("#where").input_value() == where
+    user.filter("class = 'no such thing'")
     user.search()
     assert user.page.inner_text("#results h2") == "No picture passes the filter"
+
+
+def test_steps_wait_for_one_another_and_none_is_lost(visit):
+    user = visit()
+    user.page.evaluate(
+        "document.querySelectorAll('.cards .marks button:first-child').forEach((b, at) => at < 5 && b.click())"
+    )
+    user.settled()
+    assert user.page.locator("#marks li").count() == 5
+    user.page.evaluate(
+        "for (let at = 0; at < 3; at++) document.getElementById('query').requestSubmit()"  # a triple click
+    )
+    user.settled()
+    assert user.turns() == ["more like these 5 liked"]
+    user.page.get_by_label("Sentence").fill("a star")
+    user.page.evaluate(
+        """document.getElementById('query').requestSubmit();
+        const rival = document.getElementById('rival');
+        rival.value = "1";
+        rival.dispatchEvent(new Event("change"));"""
+    )
+    user.settled()
+    assert user.page.locator(".columns h3").count() == 2
+    assert user.turns()[-1] == "“a star” 5 liked"
+
+
+def test_who_cannot_see_is_told_and_the_focus_stays(visit, star):
+    user = visit()
+    told = user.page.locator("#told")
+    user.draw(star)
+    user.search()
+    assert told.inner_text() == "Answers 1 to 24"
+    user.press("Next page")
+    assert told.inner_text() == "Answers 25 to 48"
+    user.page.get_by_role("button", name="Undo", exact=True).focus()
+    user.page.keyboard.press("Enter")
+    user.settled()
+    assert told.inner_text() == "Some pictures of the gallery"
+    focused = "document.activeElement.id || document.activeElement.dataset.act"
+    assert user.page.evaluate(focused) == "history"  # Undo is off now
+    user.pick(1)
+    user.page.locator("#reference .zoom").click()
+    user.page.locator("dialog[open]").wait_for()
+    user.page.keyboard.press("Escape")
+    assert user.page.evaluate("document.activeElement.className") == "zoom"
+
+
+def test_a_stroke_survives_a_new_start_and_other_keys_are_the_browsers(visit):
+    user = visit()
+    box = user.page.locator("#pad canvas").bounding_box()
+    user.page.mouse.move(box["x"] + 50, box["y"] + 50)
+    user.page.mouse.down()
+    user.page.evaluate("document.querySelector('[data-act=restart]').disabled = false")
+    user.page.evaluate("document.querySelector('[data-act=restart]').click()")
+    user.settled()
+    user.page.mouse.move(box["x"] + 90, box["y"] + 90, steps=4)
+    user.page.mouse.up()
+    user.page.locator("#pad canvas").focus()
+    user.page.keyboard.press("Space")
+    assert user.page.locator("#say").inner_text() == "Pen down."
+    user.page.keyboard.press("Control+ArrowRight")
+    assert user.page.locator("#pad-help").is_visible()
 
 
 def test_pages_of_answers(visit, star):
@@ -148,7 +217,7 @@ def test_two_methods_side_by_side(visit, star):
     user.settled()
     assert user.page.locator(".columns h3").all_inner_texts() == ["trained: transagg + union", "image alone, untrained"]
     assert [column.locator("li").count() for column in user.page.locator(".columns section").all()] == [12, 12]
-    said = user.page.locator("#results > p").inner_text()
+    said = user.page.locator("#results > p").last.inner_text()
     shared = int(re.match(r"(\d+) of these 12 pictures were found by both", said)[1])
     assert user.page.locator(".both").count() == 2 * shared
     user.page.get_by_label("Compare with").select_option(label="nothing")
@@ -247,7 +316,7 @@ def test_all_of_it_by_keyboard(visit):
     keys.press("Enter")
     user.page.wait_for_selector(".undone")
     user.settled()
-    assert user.page.evaluate("document.activeElement.dataset.key") == "undo"  # the focus is not lost
+    assert user.page.evaluate("document.activeElement.dataset.act") == "undo"  # the focus is not lost
 
 
 def test_a_reload_keeps_the_history_and_two_users_have_two(visit):

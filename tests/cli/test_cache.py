@@ -98,6 +98,15 @@ def test_pruning(root, capsys, arguments, kept):
     assert left(root) == kept
 
 
+def test_a_wrong_limit_is_told_before_anything_is_removed(root, monkeypatch, capsys):
+    monkeypatch.setenv("UNION_CACHE_LIMIT", "plenty")
+    before = left(root)
+    with pytest.raises(SystemExit):
+        cache([f"cache_dir={root}", "prune=all"])
+    assert "UNION_CACHE_LIMIT: 'plenty'" in capsys.readouterr().err
+    assert left(root) == before
+
+
 @pytest.mark.parametrize("argument", ["prune=much", "prune=-1", "older_than=1y"])
 def test_a_mistake_is_one_line_with_code_2(argument, capsys):
     with pytest.raises(SystemExit) as stopped:

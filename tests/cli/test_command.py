@@ -88,14 +88,38 @@ def test_a_mistake_found_late_is_one_line_too(elsewhere, capsys, sweep):
     assert capsys.readouterr().err == "union-eval: folder x: nothing there; add pictures\n"
 
 
-def test_a_bug_is_not_dressed_up_as_a_mistake(elsewhere, monkeypatch):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
+def test_a_bug_is_not_dressed_up_as_a_mistake(elsewhere, capsys):
     def task(*_: object) -> None:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as stopped:
         run_command("eval", task, ["seed=1"])
+    assert stopped.value.code == 70
+    said = capsys.readouterr().err
+    assert "raise ZeroDivisionError" in said
+    assert said.endswith("union-eval: this is a defect; please report it with the lines above\n")
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_only_what_can_be_gone_on_with_says_so(elsewhere, capsys, resumes):
+    def task(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command("eval", task, [], resumes=resumes)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == f"union-eval: interrupted{'; the same command goes on from here' * resumes}\n"
+
+
+def test_a_command_that_runs_once_is_not_swept(elsewhere, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command("demo", lambda *_: None, ["-m", "port=0,1"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "union-demo: it runs once; -m is for union-train and union-eval\n"
+    run_command("check", lambda *_: None, ["--help"])
+    said = capsys.readouterr().out
+    assert "[-m]" not in said
+    assert "circo" in said  # of a group without a default, the options
 
 
 def test_the_configuration_can_be_printed(elsewhere, capsys):

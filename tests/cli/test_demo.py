@@ -61,6 +61,14 @@ def test_without_arguments_it_opens_the_world_on_this_machine_alone(told, capsys
     assert "open http://127.0.0.1:1 in a browser; Ctrl-C ends" in capsys.readouterr().err
 
 
+def test_names_under_which_the_page_is_offered(told):
+    demo(["host=::1", "name=search.example"])
+    assert told.port == ("::1", 7860)
+    assert told.app._hosts == ["127.0.0.1", "localhost", "::1", "search.example"]
+    demo(["host=127.0.0.9"])
+    assert told.app._hosts == ["127.0.0.1", "localhost", "::1", "127.0.0.9"]
+
+
 def test_an_index_is_taken_as_typed(told):
     demo(["index=it's, (mine) ${x}.lance", "second_index=b.lance", "port=0"])
     assert told.opened == [("it's, (mine) ${x}.lance", "b.lance")]
@@ -92,7 +100,7 @@ def test_the_password_comes_from_the_environment_or_a_prompt(told, capsys, monke
     assert f"set {PASSWORD}" in mistake(["user=anna"], capsys)
     monkeypatch.setenv(PASSWORD, "geheim")
     demo(["user=anna", "host=0.0.0.0"])
-    assert (told.app._login.user, told.app._login.password) == ("anna", "geheim")
+    assert (told.app._login.user, told.app._login.password, told.app._hosts) == ("anna", "geheim", None)
     monkeypatch.delenv(PASSWORD)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(getpass, "getpass", lambda prompt: f"typed for {prompt}")

@@ -38,6 +38,15 @@ def test_the_embedded_default_is_used_where_no_checkpoint_is_given(small_run: Ru
     assert trained[0]["model"]["heads"] != small_run.rows[-1]["model"]["heads"]
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate([f"output_dir={tmp_path / place}"])
+    assert stopped.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["missing", "description", "weights"])
 def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(small_run: Run, tmp_path, damage, capsys):
     folder = tmp_path / "model"

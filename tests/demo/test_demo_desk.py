@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from demo_engines import Squares
+from union_igrot.demo import desk as module
 from union_igrot.demo.desk import LOST, MAX_SESSIONS, MAX_TEXT, MAX_WHERE, UNMARKED, Desk
 from union_igrot.demo.pictures import Limits
 from union_igrot.errors import ConfigError, DataError, PictureError
@@ -111,6 +112,8 @@ def test_a_mistake_changes_nothing(desk):
         ("search", {"text": "x" * (MAX_TEXT + 1)}),
         ("search", {"text": "a", "strokes": "scribble"}),
         ("search", {"text": "a", "where": 7}),
+        ("search", {"text": "half a letter \ud800"}),
+        ("search", {"text": "a", "where": "class = '\udfff'"}),
         ("search", {"text": "a", "where": "x" * (MAX_WHERE + 1)}),
         ("mark", {"engine": 0, "id": "s59", "liked": True}),
         ("back", {"turn": 5}),
@@ -186,6 +189,35 @@ def test_whoever_was_quiet_for_longest_is_forgotten_and_told_so(desk):
     assert desk.act(first, "show", {}).token == first
     gone = desk.act(second, "show", {})
     assert (gone.token != second, gone.say, gone.session.turns) == (True, LOST, ())
+
+
+def test_pictures_of_all_users_together_are_bounded(desk, monkeypatch):
+    file = io.BytesIO()
+    Image.effect_noise((300, 300), 90).save(file, "PNG")
+    first = desk.give_photo("new", "a.png", file.getvalue())
+    monkeypatch.setattr(module, "MAX_BYTES", 2 * first.session.size)
+    second = desk.give_photo("new", "b.png", file.getvalue())
+    assert desk.act(first.token, "show", {}).token == first.token
+    third = desk.give_photo("new", "c.png", file.getvalue())
+    assert [desk.act(one.token, "show", {}).token == one.token for one in (first, third)] == [True, True]
+    gone = desk.give_photo(second.token, "d.png", file.getvalue())
+    assert (gone.say.startswith(LOST), gone.moved, len(ids(gone))) == (True, True, 10)  # with pictures to click
+
+
+def test_two_windows_of_one_session_can_both_be_used(desk):
+    token = desk.act("new", "show", {}).token
+    one = ids(desk.act(token, "search", {"text": "a"}))
+    other = ids(desk.act(token, "search", {"text": "a" * 30}))
+    assert set(one) - set(other)
+    assert desk.act(token, "pick", {"engine": 0, "id": next(iter(set(one) - set(other)))}).session.reference
+
+
+def test_undo_lays_a_pick_aside_before_it_goes_back(desk):
+    token = desk.act("new", "search", {"text": "abc"}).token
+    desk.act(token, "pick", {"engine": 0, "id": "s4"})
+    laid = desk.act(token, "undo", {})
+    assert (laid.session.reference, laid.session.at, laid.text, laid.columns) == (None, 0, "abc", None)
+    assert desk.act(token, "undo", {}).session.at == -1
 
 
 def test_a_made_up_name_opens_no_session(desk):

@@ -52,7 +52,7 @@ def test_marks_and_filters_are_the_gallerys(engine, folder):
     assert set(straight.ids) == set(names[4:]) - {names[8]}
     liked_alone = engine.search(Question(liked=names[5:6]), 0, 1)
     assert [one.id for one in liked_alone] == names[5:6]
-    with pytest.raises(ConfigError, match="there is no column 'yeer'"):
+    with pytest.raises(ConfigError, match=r"^Filter 'yeer = 1': there is no column 'yeer'"):
         engine.search(Question(None, "red", "yeer = 1"), 0, 1)
     with pytest.raises(DataError, match=r"photos\.lance does not hold every picture that is marked"):
         engine.search(Question(None, "red", liked=["gone.jpg"]), 0, 1)
@@ -86,6 +86,16 @@ def test_no_file_is_opened_that_the_index_does_not_hold(engine, folder):
             ask(str(folder / "secret.png"))
 
 
+def test_a_name_that_is_no_files_path_opens_no_file(engine, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (500, 500), "red").save(folder / "p.png")
+    named = Image.new("RGB", (48, 48), "blue")
+    engine._gallery.add([named, named.rotate(9)], ids=["p.png", "n" * 400])
+    assert engine.picture("p.png").size == (48, 48)
+    assert engine.picture("n" * 400).size == (48, 48)  # longer than a file's name can be
+    assert all(hit.path is None for hit in engine._gallery.search(named, k=2))
+
+
 def test_rows_without_thumbnail(folder, engine):
     rows = engine._rows.fetch([str(folder / "picture 0.png")])
     columns = {name: values for name, values in rows.columns.items() if name != "thumbnail"}
@@ -101,6 +111,11 @@ def test_pictures_to_start_from(engine):
     dealt = [[one.id for one in engine.some(5, deal)] for deal in (1, 1, 2)]
     assert dealt[0] == dealt[1] != dealt[2]
     assert len(engine.some(50, 0)) == 12
+    engine._rows.delete(dealt[0][:2])  # by somebody else, while the page is served
+    left = [one.id for one in engine.some(50, 0)]
+    assert (len(left), set(left) & set(dealt[0][:2])) == (10, set())
+    engine._rows.delete(left)
+    assert engine.some(5, 0) == []
 
 
 def test_an_index_that_is_not_there_or_empty(monkeypatch):

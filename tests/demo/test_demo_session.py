@@ -27,7 +27,8 @@ def test_marks_are_asked_with_and_come_back_with_their_turn():
     assert other.mark(other.marks[1]).marks == (less,)
     assert other.unmark("b").marks == other.marks[1:]
     assert other.unmark().ask(SKETCH, "").undo().marks == (more, less)
-    assert other.undo().marks == ()
+    assert other.undo() == asked  # first what no question has asked yet
+    assert asked.undo().marks == ()
     assert asked.hold(PICKED).marks == asked.marks
     assert asked.restart().marks == ()
     with pytest.raises(DataError, match="nothing to search with"):
@@ -70,6 +71,26 @@ def test_going_back_gives_the_question_its_reference_again():
     assert session.go(1).reference is PICKED
     assert session.go(2).reference is None
     assert session.hold(PHOTO).go(-1).reference is None
+
+
+def test_undo_takes_first_back_what_was_not_asked_yet():
+    asked = Session().ask(SKETCH, "").ask(PICKED, "in red")
+    assert not asked.unasked
+    for changed in (asked.hold(PHOTO), asked.hold(None), asked.mark(Mark("a", "a", b"", liked=True))):
+        assert changed.unasked
+        assert changed.undo() == asked
+    drawn = asked.undo()
+    assert (drawn.unasked, drawn.present.reference) == (False, SKETCH)  # the pad is no pick
+    assert Session().hold(PHOTO).can_undo
+    assert Session().hold(PHOTO).undo() == Session()
+
+
+def test_the_size_is_that_of_the_pictures():
+    assert Session().size == 0
+    mark = Mark("a", "a star", b"12345", liked=True)
+    photo = Reference("photo", "cat", b"123", b"1234", picture=b"12")
+    assert Session().hold(photo).mark(mark).size == 14
+    assert Session().hold(photo).mark(mark).ask(photo, "").size == 28
 
 
 def test_pages_belong_to_their_turn():

@@ -56,15 +56,19 @@ def test_the_page_and_its_files_name_no_other_host(desk):
 def test_regions_tell_what_changed(desk):
     view = View(desk)
     found = view.regions(desk.act("new", "search", {"text": "abc", "strokes": [[[1, 2], [3, 4]]]}))
-    assert "Answers 1\u20136 of 60" in found["results"]
+    assert "Answers 1 to 6 of 60" in found["results"]
+    assert (found["told"], found["can"]) == ("Answers 1 to 6", {"undo": True, "redo": False, "restart": True})
     assert (found["text"], found["strokes"], found["large"], found["rival"]) == (None, None, None, None)
     assert found["history"].count('aria-current="step"') == 1
     picked = view.regions(desk.act(found["token"], "pick", {"engine": 0, "id": "s4"}))
-    assert picked["results"] is None
+    assert (picked["results"], picked["history"]) == (None, None)
     assert "square &lt;s4&gt;" in picked["reference"]
     assert "/pictures/s4.png" in picked["reference"]
+    laid = view.regions(desk.act(found["token"], "undo", {}))
+    assert (laid["results"], laid["history"], laid["reference"].strip()) == (None, None, "")
     undone = view.regions(desk.act(found["token"], "undo", {}))
     assert 'class="undone"' in undone["history"]
+    assert undone["can"] == {"undo": False, "redo": True, "restart": True}
     redone = view.regions(desk.act(found["token"], "redo", {}))
     assert redone["strokes"] == (((1, 2), (3, 4)),)
     large = view.regions(desk.act(found["token"], "large", {"engine": 0, "id": "s4"}))
@@ -74,7 +78,7 @@ def test_regions_tell_what_changed(desk):
 
 def test_marks_and_filters_are_shown(desk):
     view = View(desk)
-    assert "Columns: class, taken &lt;by&gt;" in view.page()
+    assert "Columns: class, &#34;taken &lt;by&gt;&#34;" in view.page()
     token = desk.act("new", "search", {"text": "a"}).token
     desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
     shown = view.regions(desk.act(token, "mark", {"engine": 0, "id": "s3", "liked": False}))
@@ -82,7 +86,7 @@ def test_marks_and_filters_are_shown(desk):
     assert [shown["marked"].count(words) for words in ("<p>More like</p>", "<p>Less like</p>")] == [1, 1]
     assert "Take the mark away: square &lt;s2&gt;" in shown["marked"]
     found = view.regions(desk.act(token, "search", {"text": "red", "where": "class = '<b>'"}))
-    assert "+1 \u22121" in re.sub(r"<[^>]*>", "", found["history"])
+    assert "1 liked, 1 disliked" in re.sub(r"<[^>]*>", "", found["history"])
     assert "class = &#39;&lt;b&gt;&#39;" in found["history"]
     assert "of 60" not in found["results"]  # how many pass the filter is not counted
     none = view.regions(desk.act(token, "search", {"text": "red", "where": "nothing"}))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from union_igrot.errors import PictureError
 from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking
 
@@ -45,6 +46,18 @@ def test_right_answers_are_framed_green_and_wrong_ones_red(tmp_path):
     assert {RIGHT, WRONG} <= seen
     frames = [sheet.getpixel((2 * 8 + (at + 1) * (96 + 8), 8 + 20)) for at in range(4)]
     assert frames == [WRONG, RIGHT, WRONG, WRONG]
+
+
+def test_a_picture_that_is_gone_by_now_leaves_its_place_empty(tmp_path):
+    def opened(source):
+        if source.key == "g2":
+            raise PictureError("gone")
+        return source.open()
+
+    contact_sheet(tmp_path / "sheet.png", benchmark(("g1",)), ranking(), opened)
+    _, _, sheet = colours(tmp_path / "sheet.png")
+    middles = [sheet.getpixel((2 * 8 + (at + 1) * (96 + 8) + 48, 8 + 20 + 48)) for at in range(4)]
+    assert middles == [(0, 0, 0), (40, 0, 0), UNKNOWN, (120, 0, 0)]
 
 
 def test_without_known_targets_no_answer_is_called_wrong(tmp_path):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.store import space
 from union_igrot.store.features import FeatureStore
 from union_igrot.store.space import chosen_limit, make_room, prune, usage
 from union_igrot.types import Features
@@ -54,6 +55,29 @@ def test_what_is_in_use_stays_and_the_log_says_so_once(tmp_path, caplog):
     assert len(said) == 1
     assert said[0].levelno == logging.WARNING
     assert "limit of 3.0 KB" in said[0].getMessage()
+
+
+def test_a_folder_of_somebody_else_ends_nobody_elses_work(tmp_path, caplog, monkeypatch):
+    """As where two users share one cache; root reads everything, so that the refusal is made here."""
+    fill(tmp_path, "closed", age=100)
+    fill(tmp_path, "mine", age=50)
+    measure = space._measure
+
+    def refused(folder, part):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return measure(folder, part)
+
+    monkeypatch.setattr(space, "_measure", refused)
+    assert there(tmp_path) == ["mine"]
+    assert "belongs to somebody else" in caplog.text
+
+    def kept(*_):
+        raise DataError("cannot remove")
+
+    monkeypatch.setattr(space, "prune", kept)
+    assert make_room(tmp_path, 10, 5) > 10
+    assert "cannot remove" in caplog.text
 
 
 def test_below_the_limit_nothing_is_removed(tmp_path, caplog):

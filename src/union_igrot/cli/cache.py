@@ -43,6 +43,7 @@ def cache(config: DictConfig, fresh: Path) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    limit = chosen_limit()  # a wrong one is told before anything is removed
     asked = config.prune is not None or config.older_than is not None
     wanted = 0 if config.prune in (None, "all") else parse_size(config.prune)
     if asked:
@@ -52,7 +53,6 @@ def cache(config: DictConfig, fresh: Path) -> None:
     total = sum(one.bytes for one in kept)
     if kept:
         console.print(_table(kept))
-    limit = chosen_limit()
     say(
         f"{root}: {show_size(total)} in {_stores(len(kept))}"
         + (f", {show_size(shutil.disk_usage(root).free)} free on the disk" if root.is_dir() else "")

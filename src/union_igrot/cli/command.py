@@ -5,6 +5,7 @@ Knows Hydra and the errors. Does not know what a command does.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,28 +15,43 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from union_igrot import __version__
-from union_igrot.cli.help import help_text
+from union_igrot.cli.help import SWEPT, help_text
 from union_igrot.cli.sweep import Sweep, in_sweep
 from union_igrot.cli.typed import as_typed
 from union_igrot.config import check_config, check_sweep, compose, conf_dir
-from union_igrot.errors import UnionError
+from union_igrot.errors import ConfigError, UnionError
 
 EXIT_MISTAKE = 2
 """Exit code for a mistake the user can mend."""
+EXIT_DEFECT = 70
+"""Exit code after what should not happen, as sysexits.h has it."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
 @contextmanager
-def _one_line(command: str) -> Iterator[None]:
+def _one_line(command: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except UnionError as error:
         print(f"{command}: {error}", file=sys.stderr)  # noqa: T201 - the command's voice
         raise SystemExit(EXIT_MISTAKE) from None
     except KeyboardInterrupt:
-        print(f"{command}: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201 - its voice
+        print(f"{command}: interrupted{advice}", file=sys.stderr)  # noqa: T201 - its voice
         raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+@contextmanager
+def _told(command: str) -> Iterator[None]:
+    """End with a code of its own after what should not happen: 1 may mean something to the command."""
+    try:
+        yield
+    except (UnionError, SystemExit):
+        raise
+    except Exception:
+        traceback.print_exc()
+        print(f"{command}: this is a defect; please report it with the lines above", file=sys.stderr)  # noqa: T201 - its voice
+        raise SystemExit(EXIT_DEFECT) from None
 
 
 def run_command(
@@ -45,6 +61,7 @@ def run_command(
     *,
     literal: Collection[str] = (),
     several: Collection[str] = (),
+    resumes: bool = False,
 ) -> None:
     """Run a command under Hydra.
 
@@ -55,6 +72,7 @@ def run_command(
         argv: Arguments; the process's own where None.
         literal: Settings whose text is taken as it was typed; see `cli.typed`.
         several: Settings of a list of such texts.
+        resumes: Whether the same command goes on after an interruption.
 
     Raises:
         SystemExit: With code 2 and one line on standard error for a user's mistake, with
@@ -74,6 +92,8 @@ def run_command(
         plain = [argument for argument in arguments if argument not in flags]
         if not flags:
             compose(name, plain)
+        elif name not in SWEPT and flags & {"-m", "--multirun"}:
+            raise ConfigError(f"it runs once; -m is for {' and '.join(f'union-{one}' for one in SWEPT)}")
         elif flags <= {"-m", "--multirun"}:
             check_sweep(name, plain)
         folder = str(conf_dir())
@@ -87,11 +107,12 @@ def run_command(
             check_config(name, config)
             return task(config, fresh)
 
-        with _one_line(command):
+        with _one_line(command, "; the same command goes on from here" if resumes else ""):
             if in_sweep():
                 sweep.job(work, fresh)
             else:
-                work()
+                with _told(command):
+                    work()
 
     before = sys.argv
     sys.argv = [command, *arguments]

@@ -5,6 +5,7 @@ Knows the order of the steps and where the password comes from. Does not know th
 
 import getpass
 import importlib.util
+import ipaddress
 import os
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
     from union_igrot.demo.world import World
     from union_igrot.model import IGROTModel
 
-LITERAL = ("index", "checkpoint", "second_index", "second_checkpoint", "user")
+LITERAL = ("index", "checkpoint", "second_index", "second_checkpoint", "user", "name")
 PASSWORD = "UNION_DEMO_PASSWORD"
 """The environment variable that holds the password."""
-LOOPBACK = ("127.0.0.1", "localhost")
-"""Addresses that are reached from this machine alone."""
 UNTRAINED = {"image + text": "sum", "image alone": "image"}
 """What a trained model is compared with on the generated world, and the baseline that it is."""
 
@@ -48,7 +47,7 @@ def demo(config: DictConfig, fresh: Path) -> None:
     from union_igrot.demo.desk import Desk
     from union_igrot.demo.pictures import Limits
     from union_igrot.demo.serve import listen, serve
-    from union_igrot.demo.server import make_app
+    from union_igrot.demo.server import LOOPBACK, make_app
 
     _check(config)
     said = Console(stderr=True)
@@ -57,7 +56,8 @@ def demo(config: DictConfig, fresh: Path) -> None:
     engines = _world(config) if config.index is None else _galleries(config)
     desk = Desk(engines, page=config.page, limits=Limits(float(config.megabytes), float(config.megapixels)))
     # A name that another site points at this machine is no way in; on an open address any name may be this machine's.
-    app = make_app(desk, bound=config.waiting, hosts=LOOPBACK if config.host in LOOPBACK else ("*",), login=login)
+    names = [*LOOPBACK, config.host, *([config.name] if config.name else [])] if _own(config.host) else None
+    app = make_app(desk, bound=config.waiting, hosts=names and list(dict.fromkeys(names)), login=login)
 
     def ready(address: str) -> None:
         said.print(f"open {address} in a browser; Ctrl-C ends", highlight=False, soft_wrap=True)
@@ -75,8 +75,16 @@ def _check(config: DictConfig) -> None:
         )
     if config.user is not None and (":" in config.user or not config.user.strip()):
         raise ConfigError(f"user={config.user} is not allowed; give a name without a colon")
-    if config.host not in LOOPBACK and config.user is None:
+    if not _own(config.host) and config.user is None:
         raise ConfigError(f"host={config.host} lets in whoever reaches this machine; give user=NAME too, who logs in")
+
+
+def _own(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _login(user: str | None) -> "Login | None":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import run_command
+from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
     from union_igrot.model import IGROTModel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-eval`."""
-    run_command("eval", evaluate_checkpoint, argv)
+    run_command("eval", evaluate_checkpoint, argv, resumes=True)
 
 
 def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
@@ -33,7 +34,10 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     from union_igrot.report.files import write_text
 
     folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be written ({error.strerror}); give another") from None
     if "model" in config:
         config.checkpoint = None  # the default, which is not asked
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))

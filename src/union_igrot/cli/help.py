@@ -9,6 +9,8 @@ from itertools import takewhile
 
 from union_igrot.config import conf_dir, options_of
 
+SWEPT = ("train", "eval")
+"""Commands that `-m` runs over comma-separated values."""
 _WHOLE = "# @package _global_\n"
 """Stands before the line for the help in a file that sets several groups."""
 
@@ -19,9 +21,14 @@ def help_text(name: str) -> str:
     Read from the comments of the YAML files themselves; comments below the first line stand at the end.
     """
     lines = (conf_dir() / f"{name}.yaml").read_text().splitlines()
-    groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+)\s+# (.+)", line))]
-    out = [lines[0].removeprefix("# "), "", f"usage: union-{name} [GROUP=OPTION ...] [KEY=VALUE ...] [-m]", ""]
-    out.append("groups:")
+    groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+|\?{3})\s+# (.+)", line))]
+    out = [
+        lines[0].removeprefix("# "),
+        "",
+        f"usage: union-{name} [GROUP=OPTION ...] [KEY=VALUE ...]{' [-m]' if name in SWEPT else ''}",
+        "",
+    ]
+    out += ["groups:"] if groups else []
     for group, default, meaning in groups:
         options = [f"{option} (default)" if option == default else option for option in options_of(group)]
         out.append(f"  {group:<11}{meaning}: {', '.join(options)}")
@@ -41,7 +48,8 @@ def help_text(name: str) -> str:
                     out.append((f"{'':<17}{group}.{setting[1]}={setting[2]}".ljust(48) + (setting[3] or "")).rstrip())
     notes = [line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines[1:])]
     out += ["", *notes] if notes else []
-    out += ["", "-m sweeps over comma-separated values; --cfg job prints the composed configuration"]
+    sweep = "-m sweeps over comma-separated values; " if name in SWEPT else ""
+    out += ["", f"{sweep}--cfg job prints the composed configuration"]
     return "\n".join(out)
 
 

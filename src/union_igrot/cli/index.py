@@ -24,7 +24,7 @@ LITERAL = ("images", "index", "checkpoint", "weights", "cache_dir")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-index`."""
-    run_command("index", index_images, argv, literal=LITERAL)
+    run_command("index", index_images, argv, literal=LITERAL, resumes=True)
 
 
 def index_images(config: DictConfig, fresh: Path) -> None:

@@ -5,6 +5,7 @@ Knows the names of the files in a run's folder. Does not know how figures are co
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from union_igrot.model import IGROTModel
 from union_igrot.predictions import score_predictions
 from union_igrot.report.files import write_query_values, write_results
 from union_igrot.report.page_tables import Asked
-from union_igrot.report.pictures import contact_sheet, curve_picture, read_curves
+from union_igrot.report.pictures import SIDE, contact_sheet, curve_picture, read_curves
 from union_igrot.report.tables import print_results
 from union_igrot.scoring import score
 from union_igrot.types import Benchmark, Scores
@@ -72,7 +73,8 @@ def evaluate_and_report(
         values = {method: part.values for method, part in scores.items()}
         write_query_values(folder, benchmark.name, benchmark.split, values, benchmark.queries_hash())
         last = found[-1].rows[-1]["method"]
-        contact_sheet(folder / f"contact-{benchmark.name}.png", benchmark, scores[last].ranking, open_picture)
+        opener = partial(open_picture, at_least=SIDE)
+        contact_sheet(folder / f"contact-{benchmark.name}.png", benchmark, scores[last].ranking, opener)
     if whole and len(found) > 1:
         rows += combine(found, whole, seed)
         write_results(folder, rows)

@@ -103,7 +103,8 @@ def _lines(config: DictConfig) -> "list[Line]":
 
 def _id_of(text: str) -> "str | Path":
     """Take what names a file as its path: rows of files are called by their absolute paths."""
-    return Path(text) if Path(text).is_file() else text
+    there = os.path.isfile(text)  # noqa: PTH113 - Path's raises where the folder is closed or the text is long
+    return Path(text) if there else text
 
 
 @contextmanager

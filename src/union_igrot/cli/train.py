@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-train`."""
-    run_command("train", train, argv)
+    run_command("train", train, argv, resumes=True)
 
 
 def train(config: DictConfig, fresh: Path) -> Path | None:

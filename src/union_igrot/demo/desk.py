@@ -5,7 +5,7 @@ HTML or HTTP, nor how an engine finds its answers.
 """
 
 import secrets
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
@@ -19,6 +19,10 @@ from union_igrot.errors import ConfigError, DataError
 
 MAX_SESSIONS: Final = 256
 """Users that are remembered; whoever has not acted for longest is forgotten first."""
+MAX_BYTES: Final = 2**30
+"""Bytes of pictures that are remembered for all users together."""
+MAX_PAGES: Final = 4
+"""Pages of one user whose pictures can be asked for: a second window on one session has another page."""
 MAX_TEXT: Final = 300
 """Letters of a sentence."""
 MAX_WHERE: Final = 500
@@ -61,6 +65,7 @@ class Screen:
         text: What the sentence's field is to hold.
         where: What the filter's field is to hold.
         large: A picture to show large.
+        moved: Whether the history may look different.
     """
 
     token: str
@@ -73,6 +78,19 @@ class Screen:
     text: str | None = None
     where: str | None = None
     large: "Large | None" = None
+    moved: bool = False
+
+    @property
+    def heading(self) -> str:
+        """What the answers are called: their ranks, or that there are none; empty where none are shown."""
+        if self.columns is None:
+            return ""
+        turn, first = self.session.present, self.columns[0]
+        if turn is None:
+            return "Some pictures of the gallery"
+        if first.answers:
+            return f"Answers {first.first:,} to {first.first + len(first.answers) - 1:,}"
+        return "No picture passes the filter" if turn.where and turn.page == 0 else "No further answers"
 
 
 @dataclass(frozen=True)
@@ -104,8 +122,9 @@ class Desk:
             raise ConfigError("a demo needs at least one engine")
         self.engines, self.page, self.limits = tuple(engines), page, limits or Limits()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._shown: dict[str, frozenset[tuple[int, str]]] = {}
-        """The pictures on each session's page: no others can be asked for."""
+        self._sizes: dict[str, int] = {}
+        self._shown: dict[str, deque[frozenset[tuple[int, str]]]] = {}
+        """The pictures on each session's last pages: no others can be asked for."""
         self._actions: dict[str, Callable[[str, Session, Given], Screen]] = {
             "show": self._show,
             "search": self._search,
@@ -113,7 +132,7 @@ class Desk:
             "drop": self._drop,
             "mark": self._mark,
             "unmark": self._unmark,
-            "undo": lambda token, session, _: self._moved(token, session.undo(), "Taken back."),
+            "undo": self._undo,
             "redo": lambda token, session, _: self._moved(token, session.redo(), "Done again."),
             "back": lambda token, session, given: self._moved(token, session.go(_whole(given, "turn")), ""),
             "page": self._turn_page,
@@ -143,9 +162,7 @@ class Desk:
             raise DataError("The page asked for something unknown; reload it.")
         known, session = self._session(token)
         screen = self._actions[action](known, session, given)
-        if token not in ("new", known):
-            screen = replace(screen, say=f"{LOST} {screen.say}".strip())
-        return self._keep(screen)
+        return self._keep(token, screen)
 
     def give_photo(self, token: str, name: str, data: bytes) -> Screen:
         """Take a photo as what the next question starts from.
@@ -154,8 +171,11 @@ class Desk:
             PictureError: Where it cannot be used; a sentence for the page.
         """
         held = photo(data, name, self.limits)
-        token, session = self._session(token)
-        return self._keep(Screen(token, session.hold(held), f"{held.name} is what the next search starts from."))
+        known, session = self._session(token)
+        say = f"{held.name} is what the next search starts from."
+        if known == token:
+            return self._keep(token, Screen(token, session.hold(held), say))
+        return self._keep(token, self._answered(known, session.hold(held), say))  # its pictures were another session's
 
     def _session(self, token: str) -> tuple[str, Session]:
         if token in self._sessions:
@@ -163,17 +183,22 @@ class Desk:
             return token, self._sessions[token]
         return secrets.token_urlsafe(24), Session()
 
-    def _keep(self, screen: Screen) -> Screen:
+    def _keep(self, told: str, screen: Screen) -> Screen:
+        """Remember where a step led; `told` is the name under which the page knows its session."""
         token = screen.token
         self._sessions[token] = screen.session
         self._sessions.move_to_end(token)
+        self._sizes[token] = screen.session.size
         if screen.columns is not None:
             shown = {(column.engine, one.id) for column in screen.columns for one in column.answers}
-            self._shown[token] = frozenset(shown)
-        while len(self._sessions) > MAX_SESSIONS:
+            self._shown.setdefault(token, deque(maxlen=MAX_PAGES)).append(frozenset(shown))
+        while len(self._sessions) > MAX_SESSIONS or (len(self._sessions) > 1 and sum(self._sizes.values()) > MAX_BYTES):
             gone, _ = self._sessions.popitem(last=False)
+            del self._sizes[gone]
             self._shown.pop(gone, None)
-        return screen
+        if told in ("new", token):
+            return screen
+        return replace(screen, say=f"{LOST} {screen.say}".strip(), moved=True)
 
     def _show(self, token: str, session: Session, given: Given) -> Screen:
         del given
@@ -186,6 +211,8 @@ class Desk:
         where = given.get("where", "")
         if not isinstance(where, str) or len(where) > MAX_WHERE:
             raise DataError(f"A filter has at most {MAX_WHERE} letters; shorten it.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text + where):
+            raise DataError("There is half a letter in the sentence or the filter; type it again.")
         reference = session.reference if session.reference is not None else sketch(given.get("strokes"))
         return self._answered(token, session.ask(reference, text, where), "")
 
@@ -206,7 +233,7 @@ class Desk:
         _, one = self._on_page(token, given)
         marked = Mark(one.id, one.title, one.thumbnail, given.get("liked") is True)
         changed = session.mark(marked)
-        if marked not in changed.marks:
+        if all(mark.id != marked.id for mark in changed.marks):
             return Screen(token, changed, UNMARKED)
         return Screen(token, changed, f"Search again to {'come closer to' if marked.liked else 'go away from'} it.")
 
@@ -214,17 +241,25 @@ class Desk:
         name = given.get("id")
         return Screen(token, session.unmark(name if isinstance(name, str) else None), UNMARKED)
 
+    def _undo(self, token: str, session: Session, given: Given) -> Screen:
+        del given
+        if not session.unasked:
+            return self._moved(token, session.undo(), "Taken back.")
+        text, where = (None, None) if session.present is None else (session.present.text, session.present.where)
+        say = "What was picked and marked since the last search is taken back."
+        return Screen(token, session.undo(), say, text=text, where=where)
+
     def _turn_page(self, token: str, session: Session, given: Given) -> Screen:
         page = _whole(given, "page")
         if page * self._per_page(session) >= min(MAX_RANK, len(self.engines[0])):
             raise DataError("There is no such page.")
-        return self._answered(token, session.turn_page(page), "")
+        return self._answered(token, session.turn_page(page), "", moved=False)
 
     def _compare(self, token: str, session: Session, given: Given) -> Screen:
         rival = None if given.get("rival") is None else _whole(given, "rival")
         if rival is not None and rival >= len(self.engines):
             raise DataError("There is no such method to compare with.")
-        return self._answered(token, session.compare(rival), "")
+        return self._answered(token, session.compare(rival), "", moved=False)
 
     def _large(self, token: str, session: Session, given: Given) -> Screen:
         number, answer = self._on_page(token, given)
@@ -236,7 +271,8 @@ class Desk:
         """Find a picture that stands on the user's page; any other name is refused before it is looked up."""
         number, name = given.get("engine"), given.get("id")
         held = self._sessions[token].reference if token in self._sessions else None
-        known = self._shown.get(token, frozenset()) | ({(held.engine, held.id)} if held and held.id else set())
+        known = {(held.engine, held.id)} if held and held.id else set()
+        known = known.union(*self._shown.get(token, ()))
         if not isinstance(number, int) or not isinstance(name, str) or (number, name) not in known:
             raise DataError("This picture is not on the page any more; search again.")
         return number, self.engines[number].answer(name)
@@ -254,13 +290,13 @@ class Desk:
         del given
         return self._answered(token, session.restart(), "Started over.", strokes=(), text="", where="")
 
-    def _answered(self, token: str, session: Session, say: str, **more: Any) -> Screen:
+    def _answered(self, token: str, session: Session, say: str, *, moved: bool = True, **more: Any) -> Screen:
         """Find what the session's page shows."""
         turn, per_page = session.present, self._per_page(session)
         if turn is None:
             first = self.engines[0]
             column = Column(0, first.name, first.some(self.page, session.deal))
-            return Screen(token, session, say, [column], **more)
+            return Screen(token, session, say, [column], moved=moved, **more)
         skip = turn.page * per_page
         columns, further = [], False
         for number in [0] if session.rival is None else [0, session.rival]:
@@ -274,7 +310,7 @@ class Desk:
         found_by = [frozenset(one.id for one in column.answers) for column in columns]
         shared = found_by[0] & found_by[1] if len(found_by) == 2 else frozenset()
         last = not further or skip + per_page >= MAX_RANK
-        return Screen(token, session, say, columns, last, shared, **more)
+        return Screen(token, session, say, columns, last, shared, moved=moved, **more)
 
     def _per_page(self, session: Session) -> int:
         return self.page if session.rival is None or session.present is None else max(1, self.page // 2)

@@ -15,8 +15,8 @@ from PIL import Image
 from union_igrot.data.pictures import open_picture
 from union_igrot.demo.engines import Answer, Engine, Question, method, sketch_room
 from union_igrot.demo.pictures import KEPT_SIDE, decoded, encoded
-from union_igrot.errors import DataError, PictureError
-from union_igrot.gallery.answers import THUMBNAIL
+from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.gallery.answers import THUMBNAIL, file_of
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.index.base import Value, VectorIndex
 from union_igrot.index.open import open_index
@@ -80,9 +80,9 @@ class Files(Album):
 
     def picture(self, name: str, columns: Columns) -> Image.Image:
         """See `Album`. Where it is no file, or the file is gone or broken, the thumbnail stands for it."""
-        if Path(name).is_file():
+        if (path := file_of(name)) is not None:
             with suppress(PictureError):
-                return open_picture(Path(name), at_least=KEPT_SIDE)
+                return open_picture(path, at_least=KEPT_SIDE)
         small = _small(columns)
         if small is None:
             raise PictureError(f"{Path(name).name} cannot be opened, and the index keeps no small picture of it.")
@@ -113,7 +113,7 @@ class GalleryEngine(Engine):
     @property
     def columns(self) -> Sequence[str]:
         """See `Engine`."""
-        return [name for name, kind in self._rows.columns.items() if kind != "bytes"]
+        return ["id", *(name for name, kind in self._rows.columns.items() if kind != "bytes")]
 
     def search(self, question: Question, skip: int, count: int) -> list[Answer]:
         """See `Engine`."""
@@ -125,36 +125,54 @@ class GalleryEngine(Engine):
                 raise DataError(
                     f"{self.gallery} does not hold every picture that is marked; clear the marks."
                 ) from None
-        found = self._gallery.search(
-            question.picture,
-            question.text,
-            skip + count,
-            question.where,
-            liked=question.liked,
-            disliked=question.disliked,
-            exclude=question.exclude,
-            thumbnails=self._album.thumbnails,
-        )
+        try:
+            found = self._gallery.search(
+                question.picture,
+                question.text,
+                skip + count,
+                question.where,
+                liked=question.liked,
+                disliked=question.disliked,
+                exclude=question.exclude,
+                thumbnails=self._album.thumbnails,
+            )
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("where=", "Filter ", 1)) from None
         return [self._album.answer(hit.id, hit.columns, hit.jpeg, hit.score) for hit in found[skip:]]
 
     def some(self, count: int, deal: int) -> list[Answer]:
         """See `Engine`."""
-        if not self._pool:
-            for batch in self._rows.scan(["id"]):
-                self._pool += [str(name) for name in batch["id"]]
-                if len(self._pool) >= POOL:
-                    break
-        chosen = random.Random(deal).sample(self._pool, min(count, len(self._pool)))
-        return [self.answer(name) for name in chosen]
+        for fresh in (False, True):
+            if fresh or not self._pool:
+                self._pool = self._some_ids()
+            chosen = random.Random(deal).sample(self._pool, min(count, len(self._pool)))
+            with suppress(DataError):  # a picture that was removed since: its name is forgotten with the others
+                return self._answers(chosen)
+        raise DataError(f"{self.gallery} is being changed; try again in a moment.")
 
     def answer(self, name: str) -> Answer:
         """See `Engine`."""
-        columns = self._row(name)
-        return self._album.answer(name, columns, _small(columns))
+        (one,) = self._answers([name])
+        return one
 
     def picture(self, name: str) -> Image.Image:
         """See `Engine`."""
         return self._album.picture(name, self._row(name))  # first the row: no name is opened that the index lacks
+
+    def _some_ids(self) -> list[str]:
+        found: list[str] = []
+        for batch in self._rows.scan(["id"]):
+            found += [str(name) for name in batch["id"]]
+            if len(found) >= POOL:
+                break
+        return found
+
+    def _answers(self, names: Sequence[str]) -> list[Answer]:
+        if not names:
+            return []
+        found = self._rows.fetch(names).columns
+        rows = [{column: values[place] for column, values in found.items()} for place in range(len(names))]
+        return [self._album.answer(name, row, _small(row)) for name, row in zip(names, rows, strict=True)]
 
     def _row(self, name: str) -> Columns:
         return {column: values[0] for column, values in self._rows.fetch([name]).columns.items()}

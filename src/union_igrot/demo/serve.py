@@ -54,6 +54,8 @@ def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
         ready: Told the page's address before the first request.
     """
     host, port = held.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # every address of this machine: its name is what others open
+        host = socket.gethostname()
     config = uvicorn.Config(
         app,
         log_level="warning",

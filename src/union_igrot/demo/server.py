@@ -18,12 +18,11 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from union_igrot.demo.desk import Desk, Screen
@@ -35,7 +34,9 @@ STEP_BYTES: Final = 2**20
 PATIENCE: Final = 60.0
 """Seconds within which a request has to arrive."""
 DELAY: Final = 1.0
-"""Seconds before a wrong password is refused."""
+"""Seconds before a wrong password is refused, one guess after another."""
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine that no other reaches."""
 
 HEADERS: Final = {
     # The browser itself refuses anything from another host, and any script that is not the page's own file.
@@ -170,7 +171,7 @@ class Doors:
 
     async def _step(self, step: Callable[[], Screen]) -> Response:
         try:
-            return JSONResponse(await self._line.do(lambda: self._view.regions(step())))
+            return _json(await self._line.do(lambda: self._view.regions(step())))
         except UnionError as error:
             return _problem(str(error))
         except Exception:  # whatever fails inside, the page goes on
@@ -178,29 +179,26 @@ class Doors:
             return _problem("Something went wrong on the server; its terminal says what. The page still works.")
 
 
-def make_app(
-    desk: Desk, *, bound: int = 64, hosts: Sequence[str] = ("127.0.0.1", "localhost"), login: Login | None = None
-) -> App:
+def make_app(desk: Desk, *, bound: int = 64, hosts: Sequence[str] | None = LOOPBACK, login: Login | None = None) -> App:
     """Make the server's application.
 
     Args:
         desk: Takes the steps.
         bound: Steps that may wait or run; further ones are answered with a sentence.
         hosts: Names under which the server may be addressed, against pages of other sites that
-            point a name of theirs at this machine; `("*",)` allows any.
+            point a name of theirs at this machine; None allows any.
         login: Who may use the page; None lets in whoever reaches it.
     """
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
-    app: App = Starlette(routes=Doors(desk, bound).routes(), middleware=guards)
-    return _Guard(app, login)
+    return _Guard(Starlette(routes=Doors(desk, bound).routes()), hosts, login)
 
 
 @final
 class _Guard:
-    """Asks for the password and adds the headers to every answer."""
+    """Refuses foreign names of this machine, asks for the password and adds the headers to every answer."""
 
-    def __init__(self, inner: App, login: Login | None) -> None:
-        self._inner, self._login = inner, login
+    def __init__(self, inner: App, hosts: Sequence[str] | None, login: Login | None) -> None:
+        self._inner, self._hosts, self._login = inner, hosts, login
+        self._guesses = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -213,15 +211,30 @@ class _Guard:
                 message["headers"] = [*message.get("headers", []), *more]
             await send(message)
 
+        told = dict(scope["headers"])
+        if self._hosts is not None and _host(told.get(b"host", b"").decode("latin-1")) not in self._hosts:
+            known = " or ".join(self._hosts)
+            sentence = f"This page is not offered under that name, but under {known}."
+            await PlainTextResponse(sentence, 400)(scope, receive, with_headers)
+            return
         if self._login is not None:
-            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            given = told.get(b"authorization", b"").decode("latin-1")
             if not self._login.opens(given):
                 if given:
-                    await asyncio.sleep(DELAY)  # guessing takes time
+                    async with self._guesses:  # guessing takes time, also where many guess at once
+                        await asyncio.sleep(DELAY)
                 ask = {"WWW-Authenticate": 'Basic realm="union-demo", charset="UTF-8"'}
                 await Response("user and password, please", 401, ask)(scope, receive, with_headers)
                 return
         await self._inner(scope, receive, with_headers)
+
+
+def _host(told: str) -> str:
+    """Give a Host header's name without its port; empty where it is none."""
+    try:
+        return urlsplit(f"//{told}").hostname or ""
+    except ValueError:
+        return ""
 
 
 async def _body(request: Request, most: int) -> bytes | Response:
@@ -248,4 +261,9 @@ async def _body(request: Request, most: int) -> bytes | Response:
 
 
 def _problem(sentence: str) -> Response:
-    return JSONResponse({"problem": sentence})
+    return _json({"problem": sentence})
+
+
+def _json(value: Mapping[str, Any]) -> Response:
+    """Answer in ASCII: a name of a file may hold what UTF-8 cannot write."""
+    return Response(json.dumps(value), media_type="application/json")

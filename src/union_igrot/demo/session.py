@@ -120,14 +120,33 @@ class Session:
         return self.turns[self.at] if self.at >= 0 else None
 
     @property
+    def unasked(self) -> bool:
+        """Whether something was picked, given, laid aside or marked that no question has asked yet."""
+        return (self.reference, self.marks) != (self._held, () if self.present is None else self.present.marks)
+
+    @property
     def can_undo(self) -> bool:
-        """Whether there is a step before this one."""
-        return self.at >= 0
+        """Whether there is something to take back."""
+        return self.at >= 0 or self.unasked
 
     @property
     def can_redo(self) -> bool:
         """Whether a step was taken back and none was asked since."""
         return self.at + 1 < len(self.turns)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pictures that are remembered, about; one that stands in several places is counted in each."""
+        held = [turn.reference for turn in self.turns] + [self.reference]
+        marks = [mark for turn in self.turns for mark in turn.marks] + list(self.marks)
+        pictures = sum(len(one.thumbnail) + len(one.view) + len(one.picture) for one in held if one is not None)
+        return pictures + sum(len(mark.thumbnail) for mark in marks)
+
+    @property
+    def _held(self) -> Reference | None:
+        """What was at hand when the present question was asked; a sketch is on the pad."""
+        reference = None if self.present is None else self.present.reference
+        return None if reference is None or reference.kind == "sketch" else reference
 
     def ask(self, reference: Reference | None, text: str, where: str = "") -> "Session":
         """Ask a question with the marks there are; what was taken back before is forgotten.
@@ -137,11 +156,11 @@ class Session:
         """
         turn = Turn(reference, " ".join(text.split()), where.strip(), self.marks)
         if reference is None and not turn.text and not turn.liked:
-            raise DataError(
-                "There is nothing to search with yet: draw, give a photo, click a picture or type a sentence."
-            )
+            what = "A filter alone ranks nothing" if turn.where else "There is nothing to search with yet"
+            raise DataError(f"{what}: draw, give a photo, click a picture, mark one with +, or type a sentence.")
         turns = (*self.turns[: self.at + 1], turn)[-MAX_TURNS:]
-        return replace(self, turns=turns, at=len(turns) - 1)
+        asked = replace(self, turns=turns, at=len(turns) - 1)
+        return replace(asked, reference=asked._held)
 
     def go(self, to: int) -> "Session":
         """Show the answers of another turn, or the start (-1), with its question at hand again.
@@ -152,20 +171,17 @@ class Session:
         if not -1 <= to < len(self.turns):
             raise DataError("There is no such step in the history any more.")
         moved = replace(self, at=to)
-        asked = moved.present or Turn(None, "")
-        reference = asked.reference
-        held = None if reference is None or reference.kind == "sketch" else reference
-        return replace(moved, reference=held, marks=asked.marks)
+        return replace(moved, reference=moved._held, marks=() if moved.present is None else moved.present.marks)
 
     def undo(self) -> "Session":
-        """Take the last step back.
+        """Take back what was picked and marked since the last question; where nothing was, the question.
 
         Raises:
             DataError: At the start.
         """
         if not self.can_undo:
             raise DataError("There is nothing to undo.")
-        return self.go(self.at - 1)
+        return self.go(self.at if self.unasked else self.at - 1)
 
     def redo(self) -> "Session":
         """Take the step again that was taken back.
@@ -188,7 +204,7 @@ class Session:
             DataError: Where too many are marked.
         """
         others = tuple(mark for mark in self.marks if mark.id != marked.id)
-        if marked in self.marks:
+        if any((mark.id, mark.liked) == (marked.id, marked.liked) for mark in self.marks):
             return replace(self, marks=others)
         if len(others) >= MAX_MARKS:
             raise DataError(f"{MAX_MARKS} pictures are marked already; take a mark away first.")

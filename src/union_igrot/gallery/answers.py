@@ -4,6 +4,7 @@ Knows rows of an index. Does not know how they were found.
 """
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,8 @@ class Hit:
 
     @property
     def path(self) -> Path | None:
-        """The file, where it is one and is there; None for bytes in memory and members of tar files."""
-        return Path(self.id) if Path(self.id).is_file() else None
+        """The file, where it is one and can be seen; None for bytes in memory and members of tar files."""
+        return file_of(self.id)
 
     @property
     def thumbnail(self) -> Image.Image | None:
@@ -81,6 +82,15 @@ class Answers(Sequence[Hit]):
 
     def _repr_html_(self) -> str:
         return hits_html(self._hits)
+
+
+def file_of(name: str) -> Path | None:
+    """Give the file that a row is named after, where it can be seen.
+
+    Files are indexed under their absolute paths; any other name is no file's, even if one of that name lies about.
+    """
+    there = Path(name).is_absolute() and os.path.isfile(name)  # noqa: PTH113 - Path's raises for a closed folder
+    return Path(name) if there else None
 
 
 def answers_of(found: Hits, k: int, without: Sequence[str]) -> Answers:

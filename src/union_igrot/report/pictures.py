@@ -12,10 +12,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from union_igrot.errors import PictureError
 from union_igrot.types import Benchmark, Ranking, Source
 
 _RIGHT, _WRONG, _INK, _FAINT = (22, 140, 60), (200, 60, 50), (30, 30, 30), (205, 205, 205)
 _TILE, _GAP, _TEXT = 96, 8, 34
+SIDE = _TILE
+"""Pixels of a picture's side that a sheet shows."""
 Opener = Callable[[Source], Image.Image]
 Curve = list[tuple[float, float]]
 
@@ -24,6 +27,14 @@ def _save(image: Image.Image, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     image.save(partial, format="PNG", compress_level=3)  # a tenth larger than the smallest, in a third of the time
     partial.replace(path)
+
+
+def _opened(open_picture: Opener, source: Source) -> Image.Image:
+    """Open a picture; an empty place where it is gone by now, since the figures stand without it."""
+    try:
+        return open_picture(source)
+    except PictureError:
+        return Image.new("RGB", (1, 1), _FAINT)
 
 
 def _tile(image: Image.Image, frame: tuple[int, int, int]) -> Image.Image:
@@ -60,14 +71,14 @@ def contact_sheet(
         words = " / ".join(filter(None, query.wordings)) or query.label or "(no text)"
         pen.text((_GAP, top), words[: width // 8], fill=_INK, font=font)
         top += 20
-        sheet.paste(_tile(open_picture(query.image), _INK), (_GAP, top))
+        sheet.paste(_tile(_opened(open_picture, query.image), _INK), (_GAP, top))
         targets = set(query.targets)
         for at, position in enumerate(ranking.positions[place, :answers].tolist()):
             if position < 0:  # a subset smaller than others is filled up
                 break
             item = benchmark.gallery[position]
             frame = _FAINT if not targets else _RIGHT if item.id in targets else _WRONG
-            sheet.paste(_tile(open_picture(item.image), frame), (2 * _GAP + (at + 1) * (_TILE + _GAP), top))
+            sheet.paste(_tile(_opened(open_picture, item.image), frame), (2 * _GAP + (at + 1) * (_TILE + _GAP), top))
     _save(sheet, path)
 
 

@@ -101,8 +101,12 @@ def usage(root: Path, parts: Sequence[Part] = ("features",)) -> list[Usage]:
         house = root / part
         inside = house.iterdir() if house.is_dir() else ()
         for folder in [path for path in inside if path.is_dir() and _FINGERPRINT.fullmatch(path.name)]:
-            with suppress(FileNotFoundError):  # removed by another process just now
+            try:
                 found.append(_measure(folder, part))
+            except FileNotFoundError:  # removed by another process just now
+                continue
+            except PermissionError:
+                log.warning("%s is not counted: it belongs to somebody else and cannot be read", folder)
     return sorted(found, key=lambda entry: (entry.last_used, entry.fingerprint))
 
 
@@ -158,7 +162,12 @@ def make_room(root: Path, needed: int, limit: int) -> int:
     taken = _taken(root) + needed
     if taken <= limit:
         return taken
-    for gone in prune(root, max(0, limit - needed)):
+    try:
+        removed = prune(root, max(0, limit - needed))
+    except DataError as error:  # no reason to end what needs the room
+        log.warning("the cache has reached its limit of %s: %s", show_size(limit), error)
+        removed = []
+    for gone in removed:
         log.warning(
             "the cache has reached its limit of %s: removed the features of %s, the least recently used (%s)",
             show_size(limit),
@@ -173,7 +182,7 @@ def _taken(root: Path) -> int:
     total = 0
     with suppress(FileNotFoundError):
         for folder in (path for path in (root / "features").iterdir() if path.is_dir()):
-            with suppress(FileNotFoundError), os.scandir(folder) as files:
+            with suppress(FileNotFoundError, PermissionError), os.scandir(folder) as files:
                 for file in files:
                     with suppress(FileNotFoundError):  # named or removed by another process just now
                         total += file.stat().st_size

@@ -43,6 +43,7 @@ function place(event) {
 
 function draw(point) {
   const stroke = strokes.at(-1);
+  if (!stroke) return;
   const [x, y] = stroke.at(-1);
   if (Math.hypot(point[0] - x, point[1] - y) >= NEAR) stroke.push(point);
 }
@@ -69,9 +70,11 @@ for (const end of ["pointerup", "pointercancel"])
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 canvas.addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own
   if (event.key === " ") {
     pen.down = !pen.down;
     if (pen.down) strokes.push([[pen.x, pen.y]]);
+    $("say").textContent = pen.down ? "Pen down." : "Pen up.";
   } else if (event.key in ARROWS) {
     const step = event.shiftKey ? 5 : 25;
     const [x, y] = ARROWS[event.key];
@@ -102,9 +105,12 @@ $("clear").addEventListener("click", () => {
 
 // ---- steps -----------------------------------------------------------------------------------
 
-let busy = false;
+let waiting = 0; // steps that are not answered yet
+let turn = Promise.resolve(); // they are sent one after another, in the order in which they were taken
+let lastAsked = null;
 
 function tell(problem) {
+  $("loading")?.remove();
   $("problem").textContent = problem;
   $("problem").hidden = !problem;
   if (problem) {
@@ -113,10 +119,20 @@ function tell(problem) {
   }
 }
 
-async function send(address, body) {
-  if (busy) return null;
-  busy = true;
+function send(address, body) {
+  if (waiting && body === lastAsked && body.includes?.('"search"')) return Promise.resolve(null); // a double click
+  lastAsked = body;
+  waiting += 1;
   document.body.setAttribute("aria-busy", "true");
+  const answer = turn.then(() => post(address, body));
+  turn = answer.then(() => {
+    waiting -= 1;
+    if (!waiting) document.body.removeAttribute("aria-busy");
+  });
+  return answer;
+}
+
+async function post(address, body) {
   try {
     const token = sessionStorage.getItem("union-demo") ?? "new";
     const type = body instanceof Blob ? "application/octet-stream" : "application/json";
@@ -129,9 +145,6 @@ async function send(address, body) {
   } catch (error) {
     tell(error instanceof SyntaxError ? MISTAKE : SILENCE);
     return null;
-  } finally {
-    busy = false;
-    document.body.removeAttribute("aria-busy");
   }
 }
 
@@ -143,7 +156,7 @@ function replace(region, html) {
   if (focused === null) return;
   const again = focused && region.querySelector(`[data-key="${CSS.escape(focused)}"]:not(:disabled)`);
   if (again) again.focus({ preventScroll: true });
-  else if (region.tabIndex === -1) region.focus({ preventScroll: true });
+  else if (region.hasAttribute("tabindex")) region.focus({ preventScroll: true });
 }
 
 function press(marks) {
@@ -153,25 +166,47 @@ function press(marks) {
   }
 }
 
+function allow(can) {
+  const focused = document.activeElement;
+  for (const [action, allowed] of Object.entries(can)) document.querySelector(`[data-act="${action}"]`).disabled = !allowed;
+  if (focused?.disabled) $("history").focus({ preventScroll: true }); // a button that is off loses it
+}
+
+let rival = "";
+let reference = "";
+
 function show(shown) {
   sessionStorage.setItem("union-demo", shown.token);
   tell("");
   $("say").textContent = shown.say;
-  replace($("history"), shown.history);
-  $("history").querySelector("[aria-current]")?.closest("li").scrollIntoView({ block: "nearest", inline: "nearest" });
-  if (shown.results !== null) replace($("results"), shown.results);
+  if (shown.history !== null) {
+    replace($("history"), shown.history);
+    $("history").querySelector("[aria-current]")?.closest("li").scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+  allow(shown.can);
+  if (shown.results !== null) {
+    replace($("results"), shown.results);
+    $("told").textContent = shown.told;
+  }
   replace($("marks"), shown.marked);
   $("marks").hidden = shown.marked.trim() === "";
   press(shown.marks);
   const held = shown.reference.trim() !== "";
-  $("reference").innerHTML = shown.reference;
+  if (shown.reference !== reference) $("reference").innerHTML = reference = shown.reference; // else its buttons keep the focus
   $("reference").hidden = $("drop").hidden = !held;
   $("pad").hidden = $("unstroke").hidden = $("clear").hidden = held;
   if (shown.text !== null) $("text").value = shown.text;
-  if (shown.where !== null && $("where")) $("where").value = shown.where;
-  if ($("rival")) $("rival").value = shown.rival ?? "";
+  if (shown.where !== null && $("where")) {
+    $("where").value = shown.where;
+    if (shown.where) $("filter").open = true; // a filter that holds is not hidden
+    folded();
+  }
+  rival = shown.rival ?? "";
+  if ($("rival")) $("rival").value = rival;
   if (shown.strokes !== null) {
     strokes = shown.strokes;
+    drawing = null;
+    pen.down = false;
     paint();
   }
   if (shown.large !== null) {
@@ -180,6 +215,10 @@ function show(shown) {
   }
 }
 
+// A filter that is folded away still holds, so its words stay in sight.
+const folded = () => ($("filtered").textContent = (!$("filter").open && $("where").value) || "(optional)");
+$("filter")?.addEventListener("toggle", folded);
+
 const wide = matchMedia("(min-width: 60rem)");
 
 document.addEventListener("click", async (event) => {
@@ -187,9 +226,9 @@ document.addEventListener("click", async (event) => {
   if (!button || button.disabled) return;
   const action = button.dataset.act;
   const shown = await act(action, JSON.parse(button.dataset.given ?? "{}"));
+  if (action === "pick" && $("large").open) $("large").close();
   if (!shown) return;
   if (action === "pick") {
-    if ($("large").open) $("large").close();
     $("query").scrollIntoView({ block: "start" });
     if (wide.matches) $("text").focus({ preventScroll: true });
     else $("from").focus({ preventScroll: true });
@@ -201,12 +240,13 @@ document.addEventListener("click", async (event) => {
 $("query").addEventListener("submit", async (event) => {
   event.preventDefault();
   const found = await act("search", { text: $("text").value, where: $("where")?.value ?? "", strokes: $("pad").hidden ? [] : strokes });
-  if (found && !wide.matches) $("history").scrollIntoView({ block: "start" });
+  if (found && !wide.matches) $("past").scrollIntoView({ block: "start" });
 });
 
-$("rival")?.addEventListener("change", () => {
+$("rival")?.addEventListener("change", async () => {
   const chosen = $("rival").value;
-  act("compare", { rival: chosen === "" ? null : Number(chosen) });
+  const shown = await act("compare", { rival: chosen === "" ? null : Number(chosen) });
+  if (!shown) $("rival").value = rival; // what is shown beside is still the one before
 });
 
 // ---- photos ----------------------------------------------------------------------------------
@@ -224,7 +264,8 @@ $("file").addEventListener("change", async () => {
   $("file").value = ""; // the same file can be chosen again
 });
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData?.files.length) {
+  const typing = document.activeElement?.matches('input[type="text"]') && event.clipboardData?.getData("text/plain");
+  if (event.clipboardData?.files.length && !typing) {
     event.preventDefault();
     give(event.clipboardData.files[0]);
   }
