@@ -100,7 +100,7 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     assert user.titles() == filtered
     assert user.page.get_by_role("textbox", name="Filter").input_value() == "class = 'house'"
     user.page.locator("summary").click()
-    assert user.page.locator("#filtered").inner_text() == "class = 'house'"  # folded away, it still holds
+    user.page.locator("#filtered", has_text="class = 'house'").wait_for()  # folded away, it still holds
 
 
 @pytest.mark.parametrize(
