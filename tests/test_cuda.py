@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from codec_pictures import PICTURES, entries_of, indexed
 from small_runs import SMALL, rows_of
 from small_world import cir_benchmark, encoder, sbir_benchmark, trainable, triplets
-from test_indexing_codec import PICTURES, entries_of, indexed
 from test_reference import HERE, TEXTS, golden_pictures, golden_state
 from union_igrot.arithmetic import full_precision
 from union_igrot.cli.eval import main as evaluate

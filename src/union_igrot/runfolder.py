@@ -4,7 +4,6 @@ The same command, started again after an interruption, finds its unfinished fold
 hash of its configuration and goes on there. Does not know what a run does.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any, final
 
 from union_igrot.errors import UnionError
 from union_igrot.report.files import write_text
+from union_igrot.store.files import hold_alone
 
 _STATE = "run.json"
 _LOCK = ".lock"
@@ -58,14 +58,12 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            held = hold_alone(path / _LOCK, or_none=False)
         except OSError as error:
             raise UnionError(f"output_dir {path} cannot be written: {error.strerror}; give another") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise UnionError(f"another run is at work in {path}; wait for it or give another output_dir") from None
+        if held is None:
+            raise UnionError(f"another run is at work in {path}; wait for it or give another output_dir")
+        self._lock = held
         state = _state(path)
         if state and state["identity"] != identity:
             os.close(self._lock)

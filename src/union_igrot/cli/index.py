@@ -69,8 +69,7 @@ def _said(config: DictConfig) -> list[str]:
 
 def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
     """List the pictures, open the index and fill it: what one process does, or the first of several."""
-    from union_igrot.gallery.card import card_of, check_card, load_checkpoint
-    from union_igrot.index.open import open_index
+    from union_igrot.gallery.card import card_of, load_checkpoint, open_made
     from union_igrot.indexing.run import index_pictures
     from union_igrot.indexing.share import Words
 
@@ -78,23 +77,13 @@ def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
         listing = _listed(config.images, shown=config.progress)
         model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
         card = card_of(model, checkpoint)
-        index = open_index(
-            str(Path(config.index).expanduser()) if ":" not in config.index else config.index,
-            dim=model.backbone.dim,
-            card=card,
-            create=True,
-        )
+        index = open_made(config.index, model.backbone.dim, card)
     except BaseException:
         Words(processes).say(None)
         raise
     with index:
-        try:
-            check_card(index.card, model, config.index)
-        except BaseException:
-            Words(processes).say(None)
-            raise
-        report = index_pictures(index, model, listing, work, processes)
-        _tell(report, config.index, len(index))
+        report = index_pictures(index, model, listing, work, processes, fingerprint=card["fingerprint"])
+        _tell(report, index.uri, len(index))
 
 
 def _follow(config: DictConfig, work: "Work", processes: "Processes") -> None:

@@ -60,7 +60,13 @@ def search(config: DictConfig, fresh: Path) -> None:
             task = bar.add_task("searching", total=len(lines))
             for at in range(0, len(lines), _STEP):
                 some = lines[at : at + _STEP]
-                answers = gallery.search_many([line.asked for line in some], config.k, config.where, how=config.search)
+                answers = gallery.search_many(
+                    [line.asked for line in some],
+                    config.k,
+                    config.where,
+                    how=config.search,
+                    names=[line.place for line in some],
+                )
                 for line, found in zip(some, answers, strict=True):
                     count += len(found)
                     _show(config, line, found, many=config.queries is not None)
@@ -68,7 +74,7 @@ def search(config: DictConfig, fresh: Path) -> None:
                         sheet.append(_sheet_line(line, found))
                 bar.advance(task, len(some))
     if config.contact is not None:
-        _draw(Path(config.contact), sheet, len(lines), said)
+        _draw(_path(config.contact), sheet, len(lines), said)
     if not count:
         said.print("nothing found", highlight=False)
         raise SystemExit(EXIT_NOTHING)
@@ -83,8 +89,8 @@ def _check(config: DictConfig) -> None:
         raise ConfigError("nothing is asked; give image=FILE, text=TEXT, both, liked=ID or queries=FILE")
     if config.contact is not None and not config.contact.lower().endswith(".png"):
         raise ConfigError(f"contact={config.contact} is not allowed; give a file that ends in .png")
-    if config.contact is not None and not Path(config.contact).absolute().parent.is_dir():
-        raise ConfigError(f"contact={config.contact}: the folder {Path(config.contact).parent} does not exist")
+    if config.contact is not None and not _path(config.contact).absolute().parent.is_dir():
+        raise ConfigError(f"contact={config.contact}: the folder {_path(config.contact).parent} does not exist")
 
 
 def _lines(config: DictConfig) -> "list[Line]":
@@ -93,18 +99,16 @@ def _lines(config: DictConfig) -> "list[Line]":
     from union_igrot.gallery.batches import Line, read_queries
 
     if config.queries is not None:
-        return read_queries(Path(config.queries))
-    images = [Path(image) for image in config.image]
+        return read_queries(_path(config.queries))
+    images = [_path(image) for image in config.image]
     for image in images:
         check_picture(image)
-    ids = {name: [_id_of(one) for one in config[name]] for name in ("liked", "disliked", "exclude")}
+    ids = {name: list(config[name]) for name in ("liked", "disliked", "exclude")}
     return [Line(1, {"image": images, "text": config.text, **ids})]
 
 
-def _id_of(text: str) -> "str | Path":
-    """Take what names a file as its path: rows of files are called by their absolute paths."""
-    there = os.path.isfile(text)  # noqa: PTH113 - Path's raises where the folder is closed or the text is long
-    return Path(text) if there else text
+def _path(typed: str) -> Path:
+    return Path(os.path.expanduser(typed))  # noqa: PTH111 - Path's raises where ~name is nobody
 
 
 @contextmanager
@@ -150,7 +154,13 @@ def _json_line(row: dict[str, Any]) -> str:
 def _console(thumbnails: str) -> "Console":
     from rich.console import Console
 
-    return Console(force_terminal=True, color_system="truecolor") if thumbnails == "on" else Console()
+    class Piped(Console):
+        """Leaves it to `_output` what happens where nobody reads any more."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Piped(force_terminal=True, color_system="truecolor") if thumbnails == "on" else Piped()
 
 
 def _words(asked: dict[str, Any]) -> str:

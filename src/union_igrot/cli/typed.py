@@ -6,10 +6,13 @@ looked up. Such values are quoted before Hydra sees them. Knows that language. D
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from union_igrot.errors import ConfigError
+
+_WORDS: Final = frozenset({"text", "where"})
 
 
 def as_typed(arguments: Sequence[str], literal: Collection[str] = (), several: Collection[str] = ()) -> list[str]:
@@ -35,7 +38,8 @@ def as_typed(arguments: Sequence[str], literal: Collection[str] = (), several: C
         if not equals or key not in {*literal, *several}:
             quoted.append(argument)
         elif key in literal:
-            quoted.append(f"{key}={_quoted(value)}")
+            # What is left out is `null`, but a word or a filter may be that word.
+            quoted.append(argument if value == "null" and key not in _WORDS else f"{key}={_quoted(value)}")
         else:
             lists.setdefault(key, []).append(value)
             places.setdefault(key, len(quoted))

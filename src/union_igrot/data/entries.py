@@ -12,14 +12,20 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from union_igrot.errors import DataError
 
 Value = str | int | float | bool | None
 """What a user's column may hold."""
 OWN: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
 """Columns that indexing writes itself."""
+ADDED: Final = "added"
+"""What a row's column `source` says of a picture that was added by itself, not with a folder or a list."""
 MISSING: Final = "the file is missing"
 """The fault of what a list names and a disk lacks."""
+FOLDER: Final = "is a folder"
+"""The fault of a folder that stands where a file is expected."""
 UNREACHED: Final = "the file cannot be reached"
 """How the fault begins of what may be there and sound."""
 TAKEN: Final = OWN | {"id", "vector", "row", "score"}
@@ -86,7 +92,7 @@ def file_entry(path: str, columns: dict[str, Value] | None = None, found: os.sta
     if found is None:
         return Entry(as_text(path), path, columns=columns or {}, fault=fault)
     if not stat.S_ISREG(found.st_mode):
-        fault = "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+        fault = FOLDER if stat.S_ISDIR(found.st_mode) else "is not a regular file"
     elif found.st_size == 0:
         fault = "is empty (0 bytes)"
     return Entry(as_text(path), path, found.st_size, found.st_mtime_ns, columns=columns or {}, fault=fault)
@@ -137,11 +143,18 @@ def distinct(entries: Iterable[Entry], where: str) -> list[Entry]:
 
 
 def plain_value(value: Any) -> Value:
-    """Bring a value to what a column can hold: NaN to None, times and whatever is nested to text.
+    """Bring a value to what a column can hold.
+
+    NaN and what else stands for nothing becomes None, scalars of numpy and torch Python's own, times and whatever is
+    nested text.
 
     Raises:
         DataError: For bytes.
     """
+    if not isinstance(value, Value) and _stands_for_nothing(value):
+        return None
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, np.datetime64 | np.timedelta64):
+        value = value.item()  # a scalar of numpy or torch
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -155,6 +168,20 @@ def plain_value(value: Any) -> Value:
     if isinstance(value, Mapping | list | tuple):
         value = json.dumps(value, ensure_ascii=False, default=str)
     return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _stands_for_nothing(value: Any) -> bool:
+    """Whether a value is no value: pandas' NaT and NA, a NaN of numpy."""
+    try:
+        return bool(value != value)  # noqa: PLR0124 - true of NaN and NaT alone
+    except (TypeError, ValueError, RuntimeError):  # of pandas' NA, and of what holds several values
+        return type(value).__name__ == "NAType"
+
+
+def first_twice(names: Sequence[str]) -> str | None:
+    """Give the first name that stood before; None where all are distinct."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def refuse_taken(names: Iterable[str], where: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from union_igrot.data.entries import Entry, Value, file_entry, plain_value, refuse_taken
+from union_igrot.data.entries import Entry, Value, file_entry, first_twice, plain_value, refuse_taken
 from union_igrot.errors import ConfigError, DataError
 
 Row = tuple[str, dict[str, Any]]
@@ -77,8 +77,10 @@ def _json_lines(path: str) -> Iterator[Row]:
 
 def _csv(path: str) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:  # noqa: PTH123
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)  # an open quote would swallow all that follows
         try:
+            if (twice := first_twice(reader.fieldnames or ())) is not None:
+                raise DataError(f"{path}: the first line names the column {twice!r} twice; rename one")
             if "path" not in (reader.fieldnames or ()):
                 raise DataError(f"{path}: the first line names no column path; it names {reader.fieldnames}")
             rows = []

@@ -82,24 +82,41 @@ def as_picture(picture: object, at_least: int | None = None) -> Image.Image:
         ConfigError: Where `at_least` is below 1.
     """
     if isinstance(picture, str | Path):
-        return open_picture(Path(picture), at_least)
+        return open_picture(Path(os.path.expanduser(picture)), at_least)  # noqa: PTH111 - Path's raises for ~nobody
     if isinstance(picture, Image.Image):
         return _upright(picture)
     if isinstance(picture, np.ndarray | Tensor):
         return as_rgb(picture_of_tensor(picture) if isinstance(picture, Tensor) else picture_of_array(picture))
-    if isinstance(picture, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(picture), f"{len(picture):,} bytes", at_least)
-    if hasattr(picture, "read"):
-        named = str(getattr(picture, "name", "an open file"))
-        found = picture.read()
-        if not isinstance(found, bytes):
-            raise PictureError(f"{named} is open as text; open it with mode 'rb'")
-        return _decode(io.BytesIO(found), named, at_least)
+    if (data := file_bytes(picture)) is not None:
+        named = str(getattr(picture, "name", "an open file")) if hasattr(picture, "read") else f"{len(data):,} bytes"
+        return _decode(io.BytesIO(data), named, at_least)
     if isinstance(picture, Picture):
         return open_picture(picture)
     raise PictureError(
         f"{type(picture).__name__} is no picture; give a path, a PIL image, bytes, an open file, an array or a tensor"
     )
+
+
+def file_bytes(picture: object) -> bytes | None:
+    """Give the bytes of an image file, from bytes or an open file; None for a picture in another form.
+
+    Raises:
+        PictureError: Where a file is open as text, or cannot be read.
+    """
+    if isinstance(picture, Image.Image | np.ndarray | Tensor):
+        return None
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return bytes(picture)
+    if not hasattr(picture, "read"):
+        return None
+    named = str(getattr(picture, "name", "an open file"))
+    try:
+        found = picture.read()
+    except (OSError, ValueError) as error:  # ValueError where it is closed
+        raise PictureError(f"{named} cannot be read ({error}); give an open file or its path") from None
+    if not isinstance(found, bytes | bytearray | memoryview):
+        raise PictureError(f"{named} is open as text; open it with mode 'rb'")
+    return bytes(found)
 
 
 def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Image.Image:
@@ -165,6 +182,8 @@ def _comes_to_its_end(jpeg: bytes) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Take an image that a caller opened or made; its file may not have been read yet."""
+    if not (image.width and image.height):
+        raise PictureError(f"the PIL image has {image.width} x {image.height} pixels; give one that has some")
     try:
         with _quiet_pillow():
             return _turned(image)

@@ -19,7 +19,6 @@ from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery.answers import THUMBNAIL, file_of
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.index.base import Value, VectorIndex
-from union_igrot.index.open import open_index
 
 POOL: Final = 20_000
 """Rows among which the pictures to start from are chosen."""
@@ -193,7 +192,7 @@ def open_engine(uri: str, checkpoint: str | None = None, device: str = "auto") -
     if not len(gallery):
         gallery.close()
         raise DataError(f"{uri} holds no picture; add some with union-index")
-    return GalleryEngine(gallery, open_index(gallery.uri), Files(Path(gallery.uri).name))
+    return GalleryEngine(gallery, gallery.index, Files(Path(gallery.uri).name))
 
 
 def _small(columns: Columns) -> bytes | None:

@@ -5,6 +5,7 @@ Paths in a file are relative to the file. Does not open pictures; knows no model
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ class Line:
     Attributes:
         name: Its `id`, else its number in the file, from 1.
         asked: Its parts, as `Gallery.search_many` takes them; pictures are paths.
+        place: File and line; empty where it is from none.
     """
 
     name: str | int
     asked: dict[str, Any]
+    place: str = ""
 
 
 def read_queries(path: Path) -> list[Line]:
@@ -73,7 +76,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 given = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: is not JSON ({error})") from None
             if not isinstance(given, dict):
                 raise DataError(f'{path}:{number}: is not an object; write {{"image": "a.jpg", "text": "in red"}}')
@@ -115,7 +118,7 @@ def _line(path: Path, number: int, place: int, given: dict[str, Any]) -> Line:
         if values is not None and not all(isinstance(one, str) for one in several(values)):
             raise DataError(f"{where}: {part} is {values!r}; give a text, or a list of texts")
     if "image" in given:
-        given["image"] = [path.parent / image for image in several(given["image"])]
+        given["image"] = [path.parent / os.path.expanduser(image) for image in several(given["image"])]  # noqa: PTH111
     try:
         wanted_of(given)
         for image in given.get("image", ()):
@@ -124,4 +127,4 @@ def _line(path: Path, number: int, place: int, given: dict[str, Any]) -> Line:
         raise DataError(f"{where}: {error}") from None
     except PictureError as error:
         raise PictureError(f"{where}: {error}") from None
-    return Line(name, given)
+    return Line(name, given, where)

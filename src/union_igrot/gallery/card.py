@@ -1,39 +1,74 @@
 """Which model an index belongs to, written beside it, so that no other is ever asked of it.
 
-Knows models and the card of an index. Does not know rows or searches.
+Knows models, indexes and their cards. Does not know rows or searches.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.index.base import VectorIndex
+from union_igrot.index.open import open_index
 from union_igrot.model import IGROTModel, load_model
 
 FORMAT: Final = 1
 
 
 def card_of(model: IGROTModel, checkpoint: str | None) -> dict[str, Any]:
-    """Give what is kept with an index: the model's fingerprint, its description, and where it is loaded from."""
+    """Give what is kept with an index: the model's fingerprint, its description, and where it is loaded from.
+
+    All weights are hashed for it, once.
+    """
     described = model.describe()
-    return {"format": FORMAT, "fingerprint": model.fingerprint(), "model": described, "checkpoint": checkpoint}
+    # As `IGROTModel.fingerprint` has it, of the hashes that are there already.
+    fingerprint = f"{described['backbone_fingerprint']}-{described['heads']}"
+    return {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
 
 
-def check_card(card: Mapping[str, Any], model: IGROTModel, uri: str) -> None:
+def check_card(card: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
     """Refuse a model that an index was not made with.
+
+    Args:
+        card: The index's.
+        asked: The model's, from `card_of`.
+        uri: The index, for the error.
 
     Raises:
         CheckpointError: Naming both.
     """
-    if card.get("fingerprint") == model.fingerprint():
+    if card.get("fingerprint") == asked["fingerprint"]:
         return
     if "fingerprint" not in card:
         raise CheckpointError(f"{uri} does not say which model it was made with; make it again with union-index")
     made, where = _named(card.get("model", {})), card.get("checkpoint")
     raise CheckpointError(
         f"{uri} was made with {made}" + (f" (checkpoint {where})" if where else "") + f", not with "
-        f"{_named(model.describe())}; search it with the model it was made with, or index again under another name"
+        f"{_named(asked['model'])}; search it with the model it was made with, or index again under another name"
     )
+
+
+def open_made(uri: str, dim: int, card: Mapping[str, Any]) -> VectorIndex:
+    """Open the index of a model, or make it.
+
+    Args:
+        uri: Where it lies.
+        dim: Width of the model's embeddings.
+        card: The model's, from `card_of`.
+
+    Raises:
+        CheckpointError: Where it was made with another model.
+        UnionError: Where it cannot be opened or made.
+    """
+    uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is no path
+    index = open_index(uri, dim=dim, card=card, create=True)
+    try:
+        check_card(index.card, card, index.uri)  # another process may have made it
+    except BaseException:
+        index.close()
+        raise
+    return index
 
 
 def _named(described: Mapping[str, Any]) -> str:

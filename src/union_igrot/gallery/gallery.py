@@ -5,21 +5,22 @@ ahead, nor how results are drawn.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from union_igrot.data.entries import Listing
 from union_igrot.data.sources import list_pictures
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.answers import THUMBNAIL, Answers, answers_of
-from union_igrot.gallery.card import card_of, check_card, load_checkpoint, load_named
-from union_igrot.gallery.queries import all_wanted, embed_wanted, ids_of, several
+from union_igrot.gallery.card import card_of, check_card, load_checkpoint, load_named, open_made
+from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of, several
+from union_igrot.gallery.rows import judged_rows, named_rows, rows_named
 from union_igrot.index.base import How, VectorIndex
-from union_igrot.index.open import open_index
+from union_igrot.index.open import open_index, without_password
 from union_igrot.indexing.work import Report, Work
 from union_igrot.model import IGROTModel
 from union_igrot.processes import chosen_device
@@ -41,8 +42,9 @@ class Gallery:
     """
 
     def __init__(self, index: VectorIndex | None, model: IGROTModel, uri: str, checkpoint: str | None = None) -> None:
-        self.model, self.uri = model.eval(), uri
-        self._index, self._checkpoint = index, checkpoint
+        self.model, self.uri = model.eval(), without_password(uri)
+        self._where, self._index, self._checkpoint = uri, index, checkpoint
+        self._card: dict[str, Any] = {}
 
     @classmethod
     def open(
@@ -95,23 +97,24 @@ class Gallery:
             if model is None:
                 model, checkpoint = load_named(index.card, uri, weights)
                 model.to(chosen_device(device))
-            check_card(index.card, model, uri)
+            gallery = cls(index, model, uri, checkpoint)
+            check_card(index.card, gallery.card, index.uri)
         except BaseException:
             index.close()
             raise
-        return cls(index, model, uri, checkpoint)
+        return gallery
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        """What says which model this is; see `card_of`."""
+        if not self._card:  # once: all weights are hashed for it
+            self._card = card_of(self.model, self._checkpoint)
+        return self._card
 
     def _made(self) -> VectorIndex:
         """Give the index, made if it is not there yet."""
         if self._index is None:
-            card = card_of(self.model, self._checkpoint)
-            index = open_index(self.uri, dim=self.model.backbone.dim, card=card, create=True)
-            try:
-                check_card(index.card, self.model, self.uri)  # another process may have made it
-            except BaseException:
-                index.close()
-                raise
-            self._index = index
+            self._index = open_made(self._where, self.model.backbone.dim, self.card)
         return self._index
 
     @property
@@ -128,10 +131,10 @@ class Gallery:
     def add(
         self,
         pictures: object,
-        ids: Sequence[str] | None = None,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        ids: Iterable[str] | None = None,
+        columns: Mapping[str, Iterable[Any]] | None = None,
         *,
-        on_broken: Literal["fail", "skip"] = "fail",
+        on_broken: Literal["fail", "skip"] | None = None,
         work: Work | None = None,
     ) -> Report:
         """Add pictures, or bring those of the same id up to date.
@@ -141,8 +144,10 @@ class Gallery:
                 arrays, tensors.
             ids: What they are called; a file's absolute path, and `sha256:` with the hash of its content for a
                 picture that is no file, where None.
-            columns: Values to keep beside them by column name, one a picture.
-            on_broken: Whether a picture that cannot be read is an error, or listed and left out.
+            columns: Values to keep beside them by column name, one a picture. Of a picture that is there already,
+                columns that are not given keep their values; None empties one.
+            on_broken: Whether a picture that cannot be read is an error, or listed and left out; what `work` says, or
+                an error, where None.
             work: How the work is done; for large additions.
 
         Returns:
@@ -151,10 +156,11 @@ class Gallery:
         Raises:
             PictureError: Where a picture cannot be read, under `fail`.
             DataError: Where ids repeat, or ids or columns are not as many as pictures.
+            UnionError: Where another process is putting pictures into the gallery.
         """
         listing = listing_of(several(pictures), ids, columns)
-        chosen = replace(work or Work(workers=0, progress=False), on_broken=on_broken, prune=False)
-        return self._indexed(listing, chosen)
+        work = work or Work(workers=0, progress=False, on_broken="fail")
+        return self._indexed(listing, replace(work, on_broken=on_broken or work.on_broken, prune=False))
 
     def update(self, images: str | Path, work: Work | None = None) -> Report:
         """Bring the gallery up to date with a folder: new and changed files are embedded, files that are gone leave.
@@ -171,7 +177,8 @@ class Gallery:
     def _indexed(self, listing: Listing, work: Work | None) -> Report:
         from union_igrot.indexing.run import index_pictures  # noqa: PLC0415 - Lightning, which no search needs
 
-        return index_pictures(self._made(), self.model, listing, work)
+        index = self._made()
+        return index_pictures(index, self.model, listing, work, fingerprint=self.card["fingerprint"])
 
     def ids(self, where: str | None = None) -> list[str]:
         """Name the pictures that pass a filter, in the order in which they were added.
@@ -190,7 +197,7 @@ class Gallery:
         Returns:
             How many of them were there.
         """
-        return self.index.delete(ids_of(ids))
+        return self.index.delete(rows_named(self.index, ids_of(ids), gone=True))
 
     def search(
         self,
@@ -238,6 +245,7 @@ class Gallery:
         *,
         how: How = "auto",
         thumbnails: bool = True,
+        names: Sequence[str] | None = None,
     ) -> list[Answers]:
         """Find pictures for many queries at once.
 
@@ -247,6 +255,7 @@ class Gallery:
             where: A filter for all of them.
             how: `exact`, `ann` or `auto`.
             thumbnails: Whether small pictures are read along.
+            names: What the queries are called in an error; `query 1` and so on where None and there are several.
 
         Returns:
             The answers to each query, in order.
@@ -254,25 +263,32 @@ class Gallery:
         Raises:
             ConfigError: As `search`; says which query.
         """
-        if k < 1:
-            raise ConfigError(f"k is {k}; ask for at least 1 answer")
-        wanted = all_wanted(queries)
+        if type(k) is not int or k < 1:
+            raise ConfigError(f"k is {k}; ask for a whole number of answers, at least 1")
+        if how not in get_args(How):
+            raise ConfigError(f"how is {how!r}; give one of {', '.join(get_args(How))}")
+        if names is None:
+            names = [""] if len(queries) == 1 else [f"query {place}" for place in range(1, len(queries) + 1)]
+        wanted = all_wanted(queries, names)
         if not wanted:
             return []
         index = self.index
-        judged = list(dict.fromkeys(name for one in wanted for name in (*one.liked, *one.disliked)))
-        rows = index.fetch(judged) if judged else None
-        kept = {} if rows is None else dict(zip(rows.ids, rows.vectors, strict=True))
-        embedded = embed_wanted(self.model, wanted, kept)
+        wanted = named_rows(index, wanted)
+        embedded = embed_wanted(self.model, wanted, judged_rows(index, wanted, names, self.uri), names)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
-        spare = max(len(one.without) for one in wanted)
-        found = index.search(embedded, k + spare, where=where, how=how, columns=columns)
-        return [answers_of(hits, k, one.without) for hits, one in zip(found, wanted, strict=True)]
+        answers: dict[int, Answers] = {}
+        groups: dict[int, list[int]] = {}
+        for place, one in enumerate(wanted):
+            groups.setdefault(_spare(one), []).append(place)
+        for spare, places in groups.items():  # each reads as many rows more as the one that leaves out most
+            found = index.search(embedded[places], k + spare, where=where, how=how, columns=columns)
+            answers |= {at: answers_of(hits, k, wanted[at].without) for at, hits in zip(places, found, strict=True)}
+        return [answers[at] for at in range(len(wanted))]
 
     def describe(self) -> dict[str, Any]:
         """Say what the gallery is: where it lies, how many pictures and which columns it has, and its model."""
         index = self._index
-        card = card_of(self.model, self._checkpoint) if index is None else index.card
+        card = self.card if index is None else index.card
         return {
             "uri": self.uri,
             "pictures": len(self),
@@ -289,7 +305,11 @@ class Gallery:
         return 0 if self._index is None else len(self._index)
 
     def __repr__(self) -> str:
-        return f"Gallery({self.uri!r}: {len(self):,} pictures, {self.model.backbone.name})"
+        try:
+            count = f"{len(self):,} pictures"
+        except UnionError:  # the index is gone, or its server away: no reason to fail where something is shown
+            count = "not to be reached"
+        return f"Gallery({self.uri!r}: {count}, {self.model.backbone.name})"
 
     def close(self) -> None:
         """Let go of the index."""
@@ -301,3 +321,8 @@ class Gallery:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def _spare(one: Wanted) -> int:
+    """Give how many rows more than asked are read, so that what is left out leaves enough: few different numbers."""
+    return 0 if not one.without else 1 << (len(one.without) - 1).bit_length()

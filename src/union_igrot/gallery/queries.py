@@ -90,18 +90,22 @@ def wanted_of(given: Mapping[str, Any]) -> Wanted:
     return asked
 
 
-def all_wanted(queries: Sequence[Mapping[str, Any]]) -> list[Wanted]:
+def all_wanted(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Wanted]:
     """Read queries.
 
+    Args:
+        queries: See `wanted_of`.
+        names: What each is called in an error; empty for nothing.
+
     Raises:
-        ConfigError: As `wanted_of`; says which query where there are several.
+        ConfigError: As `wanted_of`; says which query.
     """
     wanted = []
-    for place, given in enumerate(queries):
+    for given, name in zip(queries, names, strict=True):
         try:
             wanted.append(wanted_of(given))
         except ConfigError as error:
-            raise ConfigError(str(error) if len(queries) == 1 else f"query {place + 1}: {error}") from None
+            raise ConfigError(f"{name}: {error}" if name else str(error)) from None
     return wanted
 
 
@@ -142,7 +146,10 @@ def path_id(path: str | Path) -> str:
 
 @torch.inference_mode()
 def embed_wanted(
-    model: IGROTModel, wanted: Sequence[Wanted], kept: Mapping[str, Float[Tensor, " dim"]]
+    model: IGROTModel,
+    wanted: Sequence[Wanted],
+    kept: Mapping[str, Float[Tensor, " dim"]],
+    names: Sequence[str],
 ) -> Float[Tensor, "queries dim"]:
     """Embed queries, refined by what was liked and disliked.
 
@@ -153,12 +160,13 @@ def embed_wanted(
         model: The model.
         wanted: The queries.
         kept: Embeddings of the liked and disliked rows, by id.
+        names: What each is called in an error; empty for nothing.
 
     Returns:
         Unit embeddings, float32, on the CPU.
 
     Raises:
-        PictureError: Where a picture cannot be read; says which query where there are several.
+        PictureError: Where a picture cannot be read; says of which query.
     """
     pairs = [(place, image) for place, one in enumerate(wanted) for image in one.images]
     spoken = [place for place, one in enumerate(wanted) if one.text and not one.images]
@@ -166,7 +174,7 @@ def embed_wanted(
     for at in range(0, len(pairs), BATCH):
         some = pairs[at : at + BATCH]
         texts = [wanted[place].text for place, _ in some]
-        pictures = _pictures(some, model, len(wanted))
+        pictures = _pictures(some, model, names)
         with full_precision(model.device):
             embedded = model.embed_queries(pictures, texts).float().cpu()
         for (place, _), row in zip(some, embedded, strict=True):
@@ -174,7 +182,8 @@ def embed_wanted(
             mean[place] += row if len(wanted[place].images) == 1 else normalize(row, dim=-1)
     for at in range(0, len(spoken), BATCH):
         chosen = spoken[at : at + BATCH]
-        mean[chosen] = model.embed_queries(None, [wanted[place].text for place in chosen]).float().cpu()
+        with full_precision(model.device):
+            mean[chosen] = model.embed_queries(None, [wanted[place].text for place in chosen]).float().cpu()
     for place, one in enumerate(wanted):
         if len(one.images) > 1:
             mean[place] = normalize(mean[place], dim=-1)
@@ -185,7 +194,7 @@ def embed_wanted(
 
 
 def _pictures(
-    some: Sequence[tuple[int, Any]], model: IGROTModel, queries: int
+    some: Sequence[tuple[int, Any]], model: IGROTModel, names: Sequence[str]
 ) -> Float[Tensor, "pictures 3 size size"]:
     """Decode and preprocess the pictures of some queries."""
     to_tensor, size = PictureToTensor(model.preprocess), model.preprocess.size
@@ -195,7 +204,7 @@ def _pictures(
         try:
             return to_tensor(as_picture(picture, at_least=size))
         except PictureError as error:
-            raise PictureError(str(error) if queries == 1 else f"query {place + 1}: {error}") from error
+            raise PictureError(f"{names[place]}: {error}" if names[place] else str(error)) from error
 
     if len(some) == 1:
         return ready(some[0])[None]

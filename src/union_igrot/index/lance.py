@@ -164,6 +164,7 @@ class LanceIndex(VectorIndex):
         """See `VectorIndex`."""
         self._compact(None)
         self._written(lance_ann.renew)
+        self._compact(None)  # of rows that are in one part of the index now
         with self._told():
             self._latest().cleanup_old_versions(_KEPT, error_if_tagged_old_versions=False)
 

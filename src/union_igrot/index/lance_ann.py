@@ -20,6 +20,8 @@ PROBES: Final = 32
 """Partitions searched at least."""
 SHARE: Final = 16
 """One partition in so many is searched in a large index."""
+LARGER: Final = 2
+"""How many times larger than the newer parts together the next older part of an index is left alone."""
 REFINE: Final = 5
 """Times as many candidates of the codes are scored again."""
 
@@ -66,12 +68,30 @@ def renew(table: Any) -> None:
     old, kind, partitions = built(table), "IVF_FLAT" if rows <= FLAT_ROWS else "IVF_RQ", max(1, math.isqrt(rows))
     if old is not None and old.kind == kind and partitions < 2 * old.partitions:
         if old.rows < rows:
-            table.optimize.optimize_indices(index_names=[old.name])
+            _extend(table, old.name)
         return
     name = f"vector_{kind.lower()}_{partitions}"
     table.create_index("vector", kind, name=name, metric="dot", num_partitions=partitions, replace=True)
     if old is not None and old.name != name:
         table.drop_index(old.name)
+
+
+def _extend(table: Any, name: str) -> None:
+    """Put rows written since into an index.
+
+    Each time makes a part of its own, and data files of rows in different parts are never brought together. So the
+    newest parts become one with it, as long as the next older is not much larger than they are together: there are
+    never more than a few, and a large one is seldom written anew.
+    """
+    index = next(one for one in table.describe_indices() if one.name == name)
+    rows = {fragment.fragment_id: fragment.physical_rows for fragment in table.get_fragments()}
+    oldest_first = sorted(index.segments, key=lambda part: part.dataset_version_at_last_update)
+    sizes = [sum(rows.get(one, 0) for one in part.fragment_ids) for part in oldest_first]
+    together, merged = sum(rows.values()) - sum(sizes), 0
+    while sizes and sizes[-1] <= LARGER * together:
+        together += sizes.pop()
+        merged += 1
+    table.optimize.optimize_indices(index_names=[name], num_indices_to_merge=merged)
 
 
 def nearest(table: Any, query: Float32[Tensor, " dim"], k: int, filter_text: str | None, columns: list[str]) -> Any:

@@ -138,8 +138,9 @@ class MemoryIndex(VectorIndex):
         return hits
 
     def optimise(self) -> None:
-        """Give back the memory of rows removed."""
-        self._move(max(_ROOM, len(self._slots)))
+        """Give back memory where less than half of it holds rows."""
+        if len(self._slots) < len(self._vectors) // 2:
+            self._move(max(_ROOM, len(self._slots)))
 
     def _places(self, where: str | None) -> Int64[np.ndarray, " rows"]:
         """Give where the rows lie that pass a filter, in order."""

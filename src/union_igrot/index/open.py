@@ -43,7 +43,7 @@ def open_index(
         if not create:
             raise ConfigError("memory: holds nothing that could be opened; make one, with create=True")
         return MemoryIndex(_given(uri, dim), card)
-    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password
+    shown = without_password(uri)
     if scheme in ("milvus", "milvus+tls"):
         _installed("pymilvus", "milvus", shown)
         from union_igrot.index.milvus import MilvusIndex  # noqa: PLC0415
@@ -63,6 +63,11 @@ def open_index(
             "or make another index"
         )
     return opened
+
+
+def without_password(uri: str) -> str:
+    """Give a URI as it may be shown: without user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _given(uri: str, dim: int | None) -> int:

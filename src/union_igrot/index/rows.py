@@ -5,6 +5,7 @@ Knows rows, queries and cards. Does not know where they are kept.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -46,7 +47,7 @@ def fitted(rows: Rows, dim: int, kinds: Mapping[str, Kind]) -> tuple[Rows, dict[
     """
     check_ids(rows.ids)
     if len(set(rows.ids)) != len(rows.ids):
-        twice = next(one for i, one in enumerate(rows.ids) if one in set(rows.ids[:i]))
+        twice = max(rows.ids, key=Counter(rows.ids).__getitem__)
         raise DataError(f"the id {twice!r} stands twice among {len(rows.ids)} rows; give each row once")
     if rows.vectors.shape != (len(rows.ids), dim):
         given = "x".join(str(size) for size in rows.vectors.shape)
@@ -73,11 +74,13 @@ def check_ids(ids: Sequence[str]) -> None:
     """Refuse ids that cannot be kept.
 
     Raises:
-        DataError: Where one is empty or holds what is no Unicode text (a path's odd bytes).
+        DataError: Where one is no text, empty, or holds what is no Unicode text (a path's odd bytes).
     """
     if isinstance(ids, str):
         raise DataError(f"ids are a list of texts; got the text {ids!r}")
     for one in ids:
+        if not isinstance(one, str):
+            raise DataError(f"the id {one!r} is {type(one).__name__}; give a text")
         if not one:
             raise DataError("an id is empty; give each row a name")
         _check_text("the id", one)

@@ -14,6 +14,7 @@ text, `_` one character, and a backslash takes either, or itself, by the letter.
 Reading is sqlglot's. Knows columns' kinds; does not know rows, nor how an engine filters.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,9 +106,12 @@ def read(text: str, kinds: Mapping[str, Kind]) -> Condition:
     """
     shown = repr(text if len(text) <= 200 else f"{text[:197]}...")
     try:
+        text.encode()
         return _fit(_parse(text), kinds)
     except ConfigError as error:
         raise ConfigError(f"where={shown}: {error}") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"where={shown}: holds half a letter; type it again") from None
     except RecursionError:
         raise ConfigError(f"where={shown}: too many brackets within each other; use fewer") from None
 
@@ -119,16 +123,26 @@ def _parse(text: str) -> Condition:
 
     if not text.strip():
         raise ConfigError("is empty; write such as class = 'dog' and year > 2020")
+    log = logging.getLogger("sqlglot")
+    before = log.disabled
+    log.disabled = True  # it tells of commands that begin like the filter
     try:
         return _condition(parse_one(text, into=exp.Condition), negated=False)
     except ParseError as error:
+        advice = 'a name that is a word of SQL stands in double quotes: "case"'
+        if not error.errors:
+            raise ConfigError(f"cannot be read; {advice}") from None
         place = error.errors[0]
         what = str(place["description"])
         what = "something is missing here" if what.startswith("Required keyword") else what
         at = f"line {place['line']}, character {place['col']}"
-        raise ConfigError(f"cannot be read at {at} (near {place['highlight']!r}): {what}") from None
+        raise ConfigError(f"cannot be read at {at} (near {place['highlight']!r}): {what}; {advice}") from None
     except TokenError:
         raise ConfigError("cannot be read; a quote may be left open") from None
+    except ValueError as error:  # of names that are none
+        raise ConfigError(f"cannot be read ({error})") from None
+    finally:
+        log.disabled = before
 
 
 def _condition(node: Any, negated: bool) -> Condition:

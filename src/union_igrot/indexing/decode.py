@@ -140,7 +140,7 @@ class Decoder(Dataset[Decoded]):
         self._to_pixels, self._size = PictureToPixels(preprocess), preprocess.size
         self._known_at, self._known = known, np.empty(0, dtype=np.uint64)
         self._known_read = known is None
-        self._shard: tuple[str, int] | None = None
+        self._shard: io.BufferedReader | None = None
         self._idle_since: float | None = None
 
     def __getitems__(self, wanted: Sequence[Wanted]) -> Decoded:
@@ -157,6 +157,12 @@ class Decoder(Dataset[Decoded]):
         encoded = torch.frombuffer(joined, dtype=torch.uint8) if joined else None
         self._idle_since = time.perf_counter()
         return Decoded(pictures, [seen for seen, _ in found], waited, left, encoded)
+
+    def close(self) -> None:
+        """Close the shard that was read last."""
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
 
     def alone(self) -> "Decoder":
         """Give one that hands nothing over, for pictures tried one by one."""
@@ -180,8 +186,8 @@ class Decoder(Dataset[Decoded]):
             return Seen(one.number, digest, *size, thumbnail), pixels
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
             fault = picture_fault(error)
-            # With a number it is the system's: the disk's fault, not the picture's.
-            away = isinstance(error, OSError) and error.errno is not None
+            # With a number it is the system's: the disk's fault, not the picture's. Nor is it, where memory is short.
+            away = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
             return Seen(one.number, reason=f"{UNREACHED} ({fault})" if away else fault), None
 
     def _look_at_large(self, one: Wanted) -> tuple[Seen, Tensor | None]:
@@ -197,12 +203,10 @@ class Decoder(Dataset[Decoded]):
         if one.offset is None:
             with open(one.path, "rb") as file:  # noqa: PTH123
                 return file.read()
-        if self._shard is None or self._shard[0] != one.path:
-            if self._shard is not None:
-                os.close(self._shard[1])
-                self._shard = None
-            self._shard = (one.path, os.open(one.path, os.O_RDONLY))
-        data = os.pread(self._shard[1], one.size, one.offset)
+        if self._shard is None or self._shard.name != one.path:
+            self.close()
+            self._shard = open(one.path, "rb")  # noqa: PTH123, SIM115 - kept open for the next member
+        data = os.pread(self._shard.fileno(), one.size, one.offset)
         if len(data) < one.size:
             raise OSError("the shard ends before it")
         return data

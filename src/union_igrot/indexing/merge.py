@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from union_igrot.data.entries import OWN, UNREACHED, Entry, Value
+from union_igrot.data.entries import ADDED, OWN, UNREACHED, Entry, Value
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.indexing.chunks import SUFFIX, Chunk, Fact, read_chunk, write_chunk
 from union_igrot.indexing.plan import Row
@@ -225,9 +225,9 @@ class Merger:
         if not written:
             return
         columns: dict[str, list[Value | bytes]] = {name: [] for name in OWN}
-        own = [self._entries[name].columns for name in written]
+        own, sources = zip(*(self._said(name) for name in written), strict=True)
         columns |= {user: [given.get(user) for given in own] for user in dict.fromkeys(user for g in own for user in g)}
-        for fact, content in written.values():
+        for (fact, content), source in zip(written.values(), sources, strict=True):
             values: dict[str, Value | bytes] = {
                 "hash": fact.digest,
                 "size": fact.size,
@@ -235,13 +235,21 @@ class Merger:
                 "width": content.width,
                 "height": content.height,
                 "thumbnail": content.thumbnail,
-                "source": self._source,
+                "source": source,
             }
             for name, value in values.items():
                 columns[name].append(value)
         self._index.upsert(
             Rows(list(written), torch.stack([content.vector for _, content in written.values()]), columns)
         )
+
+    def _said(self, name: str) -> tuple[Mapping[str, Value], str]:
+        """Give the user's columns of a row that is written, and its source."""
+        row, given = self._rows.get(name), self._entries[name].columns
+        if row is None or (row.own and self._source != ADDED):
+            return given, self._source
+        columns, source = row.with_columns(given)
+        return columns, source or self._source
 
 
 def _skip(fact: Fact, reason: str) -> Skip:

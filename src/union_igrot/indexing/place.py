@@ -70,7 +70,7 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
     lock = house / f"{name}.lock"
     try:
         house.mkdir(parents=True, exist_ok=True)
-        held = hold_alone(lock)
+        held = hold_alone(lock, or_none=False)
     except OSError as error:
         raise DataError(f"cannot write to {house} ({error.strerror}); {ADVICE}") from error
     if held is None:
@@ -94,9 +94,7 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
 def _local(uri: str) -> Path | None:
     """Give the path of an index on this machine's disk."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
-    if scheme is None or scheme.group(1).lower() == "milvus+lite":
-        return Path(os.path.abspath(uri[scheme.end() if scheme else 0 :]))  # noqa: PTH100 - links stay
-    return None
+    return Path(os.path.abspath(uri)) if scheme is None else None  # noqa: PTH100 - links stay
 
 
 def _hash(*texts: str) -> str:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, final
 import numpy as np
 import torch
 
-from union_igrot.data.entries import MISSING, OWN, Entry, Listing, Value
+from union_igrot.data.entries import ADDED, MISSING, OWN, Entry, Listing, Value
 from union_igrot.errors import DataError
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.index.rows import fitted
@@ -31,15 +31,29 @@ class Row(NamedTuple):
         size: Bytes.
         mtime: Time of change in ns.
         digest: See `Fact`.
-        own: Whether the same source brought it.
+        source: What brought it.
+        own: Whether that is the source at hand.
         columns: The user's, without None.
     """
 
     size: int
     mtime: int
     digest: str
+    source: str
     own: bool
     columns: Mapping[str, Value]
+
+    def with_columns(self, given: Mapping[str, Value]) -> tuple[dict[str, Value], str]:
+        """Give the user's columns and the source of this row after somebody else has written it.
+
+        Of pictures that were added by themselves, and of another source's, columns that are not given stay. What was
+        added stays so, whoever lists it too; and who says nothing new takes nothing over.
+        """
+        return {**self.columns, **given}, self.source if self.source == ADDED or self.says(given) else ""
+
+    def says(self, given: Mapping[str, Value]) -> bool:
+        """Whether columns hold nothing that this row does not hold."""
+        return all(self.columns.get(name) == value for name, value in given.items())
 
 
 @final
@@ -93,11 +107,12 @@ def read_rows(index: VectorIndex, listing: Listing) -> There:
     for batch in index.scan(["id", "size", "mtime", "hash", "source", *users]) if len(index) else ():
         digests.append(np.array([int(str(one)[:16], 16) for one in batch["hash"] if one], dtype=np.uint64))
         for at, name in enumerate(batch["id"]):
-            own = batch["source"][at] == listing.source
+            source = str(batch["source"][at] or "")
+            own = source == listing.source
             if own or name in wanted:
                 columns = {user: batch[user][at] for user in users if batch[user][at] is not None}
                 size, mtime = int(batch["size"][at] or 0), int(batch["mtime"][at] or 0)
-                rows[str(name)] = Row(size, mtime, str(batch["hash"][at] or ""), own, columns)  # type: ignore[arg-type]
+                rows[str(name)] = Row(size, mtime, str(batch["hash"][at] or ""), source, own, columns)  # type: ignore[arg-type]
     return There(rows, np.concatenate([np.empty(0, dtype=np.uint64), *digests]))
 
 
@@ -121,7 +136,7 @@ def make_plan(
         elif done.get(entry.id) == facts:
             continue
         elif row is not None and row.digest and _is_current(entry, row):
-            if _says_the_same(entry, row):
+            if _says_the_same(entry, row, listing.source):
                 plan.unchanged += 1
             else:
                 plan.known.append(Fact(entry.id, *facts, digest=row.digest))
@@ -182,9 +197,10 @@ def _is_current(entry: Entry, row: Row) -> bool:
     return (entry.size, entry.mtime) == (row.size, row.mtime)
 
 
-def _says_the_same(entry: Entry, row: Row) -> bool:
-    given = {name: value for name, value in entry.columns.items() if value is not None}
-    return given == row.columns if row.own else given.items() <= row.columns.items()
+def _says_the_same(entry: Entry, row: Row, source: str) -> bool:
+    if not row.own or source == ADDED:
+        return row.says(entry.columns)
+    return {name: value for name, value in entry.columns.items() if value is not None} == row.columns
 
 
 def _tail(entry: Entry) -> int:

@@ -41,6 +41,8 @@ def index_pictures(
     listing: Listing,
     work: Work | None = None,
     processes: Processes | None = None,
+    *,
+    fingerprint: str | None = None,
 ) -> Report:
     """Bring an index up to date with pictures.
 
@@ -54,6 +56,7 @@ def index_pictures(
         listing: The pictures; `data.sources.list_pictures` gives those of a folder, a list, tar shards.
         work: How the work is done.
         processes: The processes that share it; this is the first, the others call `share.follow`.
+        fingerprint: The model's, where it is known; hashing all weights takes seconds.
 
     Returns:
         What became of the pictures.
@@ -69,7 +72,7 @@ def index_pictures(
     try:
         if work.decoder == "torchcodec":
             require_codec()
-        place = work_place(index.uri, model.fingerprint(), listing.source, work.cache)
+        place = work_place(index.uri, fingerprint or model.fingerprint(), listing.source, work.cache)
         with progress_bar(shown=work.progress) as bar, place as at:
             report = _Run(index, model, listing, work, words, at, bar).run()
     except BaseException:
@@ -140,7 +143,7 @@ class _Run:
             decoding_waited=waits.decoding,
             writing_waited=waits.writing,
             skipped_file=self._place.skipped if broken else None,
-            reasons=tuple((skip.path, skip.reason) for skip in list(skipped.own.values())[:EXAMPLES]),
+            reasons=tuple({skip.path: skip.reason for skip in skips}.items())[:EXAMPLES],
         )
 
     def _stays(self, path: str, unseen: tuple[str, ...], entries: dict[str, Entry]) -> bool:

@@ -161,8 +161,9 @@ def _work_through(
         # Asked when the Trainer has given this process its device.
         return BatchDecoder(model.preprocess, model.device if device.type == "cpu" else _current_gpu())
 
+    decoder = Decoder(model.preprocess, known if known.exists() else None, hands_over=codec)
     batches = Batches(
-        Decoder(model.preprocess, known if known.exists() else None, hands_over=codec),
+        decoder,
         entries,
         batch_size=work.batch_size,
         workers=workers,
@@ -185,6 +186,7 @@ def _work_through(
             embed(model, batches, take, machine, folder)
     finally:
         batches.waits.working = time.perf_counter() - start
+        decoder.close()
         keeper.close()
     batches.waits.writing = keeper.waited
     return batches.waits

@@ -28,6 +28,8 @@ log: Final = logging.getLogger("union_igrot.store")
 
 _WRITER: Final = re.compile(r".*\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9a-f]{32}\.tmp", re.DOTALL)
 _STALE_SECONDS: Final = 3600.0
+BUSY: Final = (errno.EWOULDBLOCK, errno.EACCES)
+"""How the system says that somebody else has a lock."""
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -142,8 +144,13 @@ def hold(lock: Path) -> int:
     return held
 
 
-def hold_alone(lock: Path) -> int | None:
-    """Take a lock for oneself, or give None at once where a living process shares it or locks do not work.
+def hold_alone(lock: Path, *, or_none: bool = True) -> int | None:
+    """Take a lock for oneself, or give None at once where a living process shares it.
+
+    Args:
+        lock: The lock.
+        or_none: What to do where locks do not work, as on some network file systems. True: None, as if another had
+            it. False: go on without it, and warn.
 
     Raises:
         OSError: Where the lock file cannot be made.
@@ -151,9 +158,11 @@ def hold_alone(lock: Path) -> int | None:
     held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        return None
+    except OSError as error:
+        if or_none or error.errno in BUSY:
+            os.close(held)
+            return None
+        log.warning("%s cannot be locked (%s); see that nobody else works there meanwhile", lock, error.strerror)
     return held
 
 
@@ -166,7 +175,7 @@ def in_use(lock: Path) -> bool:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        return error.errno in BUSY
     finally:
         os.close(held)
     return False

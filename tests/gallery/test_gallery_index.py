@@ -1,0 +1,137 @@
+"""The index of a gallery: when it is made, whose it is, and that exact search is the evaluation's ranking."""
+
+from pathlib import Path
+
+import pytest
+
+import union_igrot
+from small_gallery import COUNT, names, picture
+from small_world import DIM, LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable
+from union_igrot.data.folder import folder_benchmark
+from union_igrot.embedding import embed
+from union_igrot.errors import CheckpointError, ConfigError, DataError
+from union_igrot.gallery.gallery import Gallery
+from union_igrot.index.open import open_index
+from union_igrot.model import IGROTModel
+from union_igrot.scoring import score
+from union_igrot.types import Benchmark
+
+REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"
+
+
+def test_describe_says_what_it_is(gallery, model):
+    said = gallery.describe()
+    assert (said["uri"], said["pictures"], said["dim"]) == ("memory:", COUNT, DIM)
+    assert said["columns"]["year"] == "int"
+    assert said["model"] == model.describe()
+    assert said["fingerprint"] == model.fingerprint()
+
+
+def test_nothing_is_made_before_a_picture_is_added(model, tmp_path):
+    place = tmp_path / "photos.lance"
+    gallery = Gallery.open(place, model)
+    assert (len(gallery), gallery.describe()["pictures"]) == (0, 0)
+    for ask in (lambda: gallery.search(text="red"), lambda: gallery.delete("x"), gallery.optimise):
+        with pytest.raises(DataError, match=r"no gallery at .*photos\.lance yet"):
+            ask()
+    gallery.close()
+    assert not place.exists()
+    with pytest.raises(ConfigError, match=r"has to be made: give a model"):
+        Gallery.open(place)
+    with pytest.raises(ConfigError):
+        Gallery.open(place, model, create=False)
+    with pytest.raises(ConfigError, match="not the name of an index"):
+        Gallery.open("photos.txt", model).add(picture(1))
+
+
+class TestOnDisk:
+    @pytest.fixture(autouse=True)
+    def needs_the_engine(self):
+        pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
+
+    def test_a_gallery_is_there_for_the_next(self, model, tmp_path):
+        place = tmp_path / "photos.lance"
+        with Gallery.open(place, model) as gallery:
+            gallery.add([picture(n) for n in range(COUNT)], names(), {"year": list(range(COUNT))})
+            first = gallery.search(picture(40), where="year > 3")
+        with Gallery.open(place, model, create=False) as again:
+            second = again.search(picture(40), where="year > 3")
+        assert (second.ids, second.scores) == (first.ids, first.scores)
+        assert second[0].thumbnail is not None
+
+    def test_another_model_is_refused_and_both_are_named(self, model, tmp_path):
+        place = tmp_path / "photos.lance"
+        with Gallery.open(place, model) as gallery:
+            gallery.add(picture(1), "x")
+        other = trainable(backbone=LinearBackbone(seed=1), target="sum").eval()
+        for create in (True, False):
+            with pytest.raises(CheckpointError) as caught:
+                Gallery.open(place, other, create=create)
+            said = str(caught.value)
+            for one in (model, other):
+                assert one.backbone.fingerprint() in said
+                assert one.describe()["heads"] in said
+            assert "transagg + union" in said
+            assert "transagg + sum" in said
+            assert "index again" in said
+
+    @pytest.mark.slow
+    def test_the_index_knows_its_model(self, tmp_path):
+        place = tmp_path / "photos.lance"
+        with Gallery.open(place, "tiny") as gallery:
+            gallery.add(picture(1), "x")
+        with Gallery.open(place) as again:
+            assert again.search(picture(1)).ids == ["x"]
+            assert again.describe()["checkpoint"] == "tiny"
+
+    def test_an_index_of_no_known_model_is_refused(self, model, tmp_path):
+        with Gallery.open(tmp_path / "a.lance", model) as gallery:
+            gallery.add(picture(1), "x")
+        with pytest.raises(ConfigError, match=r"does not say where its model lies.*linear"):
+            Gallery.open(tmp_path / "a.lance")
+        open_index(str(tmp_path / "b.lance"), dim=DIM, create=True).close()
+        with pytest.raises(CheckpointError, match="does not say which model"):
+            Gallery.open(tmp_path / "b.lance", model)
+
+    def test_a_saved_model_is_found_again_by_its_folder(self, tmp_path, monkeypatch):
+        tiny = union_igrot.load("tiny")
+        tiny.save(tmp_path / "run" / "model")
+        monkeypatch.chdir(tmp_path)
+        with Gallery.open("x.lance", "run") as gallery:
+            gallery.add(picture(1), "x")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        with Gallery.open("../x.lance") as again:
+            assert again.describe()["checkpoint"] == str(tmp_path / "run")
+
+
+def differing(model: IGROTModel, benchmark: Benchmark, folder: Path, uri: str) -> int:
+    """Count the queries that a gallery's exact search answers otherwise than the evaluation."""
+    asked, kept, _ = embed(model, benchmark, encoder(folder / "store", model.backbone, batch_size=256, shard=2048))
+    truth = score(benchmark, asked, kept).ranking.positions
+    left_out = benchmark.protocol.exclude_reference
+    with Gallery.open(uri, model) as gallery:
+        gallery.add([item.image for item in benchmark.gallery], [item.id for item in benchmark.gallery])
+        found = gallery.search_many(
+            [{"image": q.image, "text": q.text, "exclude": q.exclude if left_out else ()} for q in benchmark.queries],
+            truth.shape[1],
+            how="exact",
+            thumbnails=False,
+        )
+    wanted = [[benchmark.gallery[position].id for position in row] for row in truth.tolist()]
+    return sum(answers.ids != row for answers, row in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("benchmark", [cir_benchmark(), sbir_benchmark(9, 19)], ids=["cir", "sbir"])
+def test_exact_search_is_the_evaluations_ranking(model, benchmark, tmp_path):
+    assert differing(model, benchmark, tmp_path, "memory:") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the micro benchmark of real pictures is not at ../shared/data")
+@pytest.mark.parametrize("engine", ["memory", "lance"])
+def test_exact_search_is_the_evaluations_ranking_to_the_last_id(tmp_path, engine):
+    if engine == "lance":
+        pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
+    uri = "memory:" if engine == "memory" else str(tmp_path / "photos.lance")
+    assert differing(union_igrot.load("tiny"), folder_benchmark(REAL, "test"), tmp_path, uri) == 0
