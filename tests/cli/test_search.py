@@ -285,12 +285,13 @@ def test_a_sheet_that_cannot_be_written_is_one_line(gallery, capsys, tmp_path):
         ask("image=a.png", "contact=sheet.png")
 
 
-def test_a_reader_that_goes_away_ends_it_in_peace(gallery, capsys, monkeypatch):
+@pytest.mark.parametrize("form", ["jsonl", "table"])
+def test_a_reader_that_goes_away_ends_it_in_peace(gallery, capsys, monkeypatch, form):
     unread, written = os.pipe()
     os.close(unread)
     with os.fdopen(written, "w", buffering=1) as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        ends(141, "image=a.png")
+        ends(141, "image=a.png", f"format={form}")
     assert capsys.readouterr().err == ""
 
 

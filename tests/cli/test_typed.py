@@ -107,6 +107,14 @@ def test_lists_are_given_in_either_form():
         as_typed(["image=a.jpg", "image=[b.jpg]"], [], ["image"])
 
 
+def test_a_bare_null_means_none_but_for_words():
+    typed = as_typed(["contact=null", "text=null", "where=null"], ["contact", "text", "where"])
+    found = OmegaConf.create({"contact": "x", "text": None, "where": None})
+    for override in PARSER.parse_overrides(typed):
+        OmegaConf.update(found, override.key_or_group, override.value())
+    assert OmegaConf.to_container(found) == {"contact": None, "text": "null", "where": "null"}
+
+
 def test_other_arguments_stay_as_they_are():
     arguments = ["k=3", "--help", "seed=0,1", "+text=a", "texts=b", "data.text=c", "text"]
     assert as_typed(arguments, ["text"], ["image"]) == arguments

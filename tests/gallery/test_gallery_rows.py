@@ -203,6 +203,20 @@ def test_the_model_is_hashed_once(model, monkeypatch):
     assert gallery.card["fingerprint"] == model.fingerprint()
 
 
+def test_a_few_pictures_are_added_without_reading_the_whole_index(model, monkeypatch):
+    gallery = filled(model)
+    scanned = []
+    plain = type(gallery.index).scan
+    monkeypatch.setattr(
+        type(gallery.index), "scan", lambda self, names, where=None: scanned.append(where) or plain(self, names, where)
+    )
+    assert gallery.add(picture(77), "it's new.png").added == 1
+    assert gallery.add(picture(77), "it's new.png").unchanged == 1
+    assert scanned == ["id in ('it''s new.png')"] * 2
+    assert gallery.add(picture(78), "it's new.png").updated == 1
+    assert len(gallery) == COUNT + 1
+
+
 @pytest.mark.parametrize(("given", "said"), [(([1],), "an id"), ((None, {3: [1]}), "a column's name")])
 def test_names_that_are_no_text_are_told_to_who_checks_no_types(given, said):
     with pytest.raises(DataError, match=rf"\(int\) is {said}; give a text"):

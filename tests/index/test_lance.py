@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.index.base import Rows
 from union_igrot.index.open import open_index
+from union_igrot.store.space import PARTS, prune, usage
 
 lance = pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 pa = pytest.importorskip("pyarrow")
@@ -43,7 +44,7 @@ def ids(index, where=None):
 
 
 def mapped_files(uri):
-    return {path.name: path.stat().st_ino for path in mapped.folder_of(uri).iterdir()}
+    return {path.name: path.stat().st_ino for path in mapped.folder_of(uri).glob("*.rows")}
 
 
 def test_what_is_there_is_opened_as_it_is(uri):
@@ -245,7 +246,7 @@ def test_mapped_files_that_are_broken_left_over_or_foreign_do_no_harm(uri):
     index.upsert(some("abc"))
     expected = index.search(torch.ones(1, 4), 3)
     folder = mapped.folder_of(uri)
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.rows")
     path.write_bytes(b"short")
     old, young = folder / "x.rows.0123.tmp", folder / "y.rows.4567.tmp"
     for left in (old, young, folder / "stale.rows"):
@@ -254,7 +255,30 @@ def test_mapped_files_that_are_broken_left_over_or_foreign_do_no_harm(uri):
     found = open_index(uri).search(torch.ones(1, 4), 3)
     assert found[0].ids == expected[0].ids
     assert torch.equal(found[0].scores, expected[0].scores)
-    assert {one.name for one in folder.iterdir()} == {path.name, young.name}
+    assert {one.name for one in folder.iterdir()} == {path.name, young.name, "manifest.json"}
+
+
+def test_mapped_files_give_way_to_whoever_makes_room(uri, monkeypatch):
+    root = mapped.folder_of(uri).parent.parent
+    index = made(uri)
+    index.upsert(some("abc"))
+    expected = index.search(torch.ones(1, 4), 3)[0].ids
+    (kept,) = usage(root, PARTS)
+    assert (kept.part, kept.dtype, kept.backbone) == ("vectors", "float32", uri)
+    assert kept.bytes > 48
+    assert [one.part for one in prune(root, 0, parts=PARTS)] == ["vectors"]
+    assert index.search(torch.ones(1, 4), 3)[0].ids == expected  # what was mapped stays mapped
+    real, lost = torch.from_file, []
+
+    def lose_it_first(path, **options):
+        if not lost:
+            lost.append(path)
+            Path(path).unlink()
+        return real(path, **options)
+
+    monkeypatch.setattr(torch, "from_file", lose_it_first)
+    assert open_index(uri).search(torch.ones(1, 4), 3)[0].ids == expected  # written again, and again
+    assert lost
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(uri, tmp_path, monkeypatch):
@@ -348,6 +372,25 @@ def test_the_approximate_index_fits_the_size(uri, monkeypatch):
     queries = some([str(i) for i in range(20)], 16, seed=3).vectors
     exact, near = (index.search(queries, 10, how=how) for how in ("exact", "ann"))
     assert sum(len(set(a.ids) & set(b.ids)) for a, b in zip(exact, near, strict=True)) >= 190
+
+
+def test_the_approximate_index_gives_as_many_answers_as_are_asked_for(uri):
+    index = made(uri, dim=8)
+    index.upsert(some([f"p{i}" for i in range(6000)], 8))
+    index.optimise()
+    for k in (1, 1000, 5000, 6000):  # at k = 5000, the least number of partitions holds fewer
+        assert len(index.search(some("q", 8, seed=1).vectors, k, how="ann")[0].ids) == k
+
+
+def test_single_rows_added_one_by_one_leave_few_files(uri):
+    index = made(uri)
+    index.upsert(some([f"p{i}" for i in range(300)]))
+    index.optimise()
+    for step in range(30):
+        index.upsert(some([f"q{step}"], seed=step))
+        index.optimise()
+    assert len(index._latest().get_fragments()) <= 8
+    assert lance_ann.built(index._latest()).rows == len(index) == 330
 
 
 def test_auto_takes_the_approximate_index_where_the_gallery_is_large(uri, monkeypatch):

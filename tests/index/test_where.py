@@ -66,6 +66,8 @@ def test_a_filter_is_written_for_each_engine(text, lance, milvus):
         ("class = null", "write: is null"),
         ("class in ('a', null)", "write: is null"),
         ("class = 'dog", "a quote may be left open"),
+        ("case = 'dog'", 'a name that is a word of SQL stands in double quotes: "case"'),
+        ("class = '\ud800'", "holds half a letter"),
         ("class =", "line 1, character 7"),
         ("class = 'dog' cat", r"character 17 \(near 'cat'\)"),
         ("(year = 1", r"Expecting \)"),

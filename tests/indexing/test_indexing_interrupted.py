@@ -1,20 +1,28 @@
 """What workers, crashes, interruptions, failing disks and others at work leave of an indexing."""
 
+import errno
+import fcntl
+import json
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from indexing_world import counts, fill, picture
+from indexing_world import QUIET, counts, fill, picture
 from small_world import trainable
-from union_igrot.errors import DataError, UnionError
-from union_igrot.indexing import keep, place as places
+from union_igrot.data.entries import file_entry
+from union_igrot.data.sources import list_pictures
+from union_igrot.errors import DataError, PictureError, UnionError
+from union_igrot.indexing import keep, place as places, share as sharing
 from union_igrot.indexing.batches import _quiet_fork
 from union_igrot.indexing.chunks import read_chunk
 from union_igrot.indexing.decode import Decoder
+from union_igrot.indexing.run import index_pictures
 from union_igrot.indexing.skipped import Skip, SkippedFile
-from union_igrot.processes import Machine
+from union_igrot.processes import Machine, Processes
 
 
 def test_worker_processes_give_the_same_rows(lance_world):
@@ -47,6 +55,35 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
     ((name, reason),) = report.reasons
     assert (Path(name).name, reason[:30]) == ("4.png", "decoding it ended the process;")
     world.check(broken=("4.png",))
+
+
+def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(world, monkeypatch):
+    import union_igrot.indexing.decode as decoding  # noqa: PLC0415
+
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    (world.pictures / "1.png").write_bytes(picture(5, (30, 31)))
+
+    def short(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "look_at", short)
+        report = world.run()
+    assert (report.skipped, report.removed, len(world.index)) == (1, 0, 2)
+    assert "MemoryError" in report.reasons[0][1]
+    assert world.run().updated == 1
+    world.check()
+
+
+def test_where_locks_do_not_work_one_is_warned_and_goes_on(lance_world, monkeypatch, caplog):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fill(lance_world.pictures, ["1.png"])
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert lance_world.run().added == 1
+    assert "cannot be locked (No locks available); see that nobody else works there" in caplog.text
 
 
 def test_half_precision_gives_rows_of_length_one_and_leaves_the_model_as_it_was(world):
@@ -225,3 +262,50 @@ def test_a_row_that_vanishes_meanwhile_costs_a_second_round(world, monkeypatch):
     report = world.run()
     assert (report.added, report.embedded) == (1, 1)
     world.check()
+
+
+@pytest.fixture
+def words():
+    """What two processes pass words through."""
+    return torch.distributed.HashStore()
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (lambda share: share.with_suffix(".failed").write_text("no memory"), "process 1 failed: no memory"),
+        (lambda _: None, "process 1 was not heard of for 0 minutes; look at its output, and run it again"),
+    ],
+    ids=["fails", "dies"],
+)
+def test_a_process_that_ends_early_ends_the_run_and_what_is_done_stays(world, words, monkeypatch, does, said):
+    monkeypatch.setattr(sharing, "_SILENCE", 0.5)
+    for number in range(8):  # of different sizes, by which they are dealt
+        (world.pictures / f"{number}.png").write_bytes(picture(number, (8 + number, 9)))
+
+    def other():
+        token, folder, _ = json.loads(words.get("union/indexing-0"))
+        does(Path(folder) / f"{token}-00001.share")
+
+    beside = threading.Thread(target=other)
+    beside.start()
+    listing = list_pictures(str(world.pictures))
+    with pytest.raises(UnionError, match=said):
+        index_pictures(world.index, world.model, listing, QUIET, Processes(0, 2, 2, words))
+    beside.join()
+    kept = len(world.index)
+    assert 0 < kept < 8
+    assert world.run().added == 8 - kept
+    world.check()
+
+
+def test_a_process_that_fails_says_why(world, words, tmp_path):
+    broken = world.pictures / "1.png"
+    broken.write_bytes(b"no picture")
+    entry = file_entry(str(broken), {})
+    (tmp_path / "t-00001.share").write_text(json.dumps([entry.id, entry.path, entry.size, entry.mtime, entry.offset]))
+    words.set("union/indexing-0", json.dumps(["t", str(tmp_path), False]))
+    with pytest.raises(PictureError):
+        sharing.follow(world.model, replace(QUIET, on_broken="fail"), Processes(1, 2, 2, words))
+    assert "1.png: no known picture format; replace it" in (tmp_path / "t-00001.failed").read_text()
+    assert not (tmp_path / "t-00001.done").exists()

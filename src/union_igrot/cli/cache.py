@@ -1,4 +1,4 @@
-"""`union-cache`: what the feature store keeps on disk, and making room.
+"""`union-cache`: what the cache folder keeps on disk, and making room.
 
 Knows the table and the words. Does not know how anything is stored.
 """
@@ -79,9 +79,10 @@ def _table(kept: "Sequence[Usage]") -> "Table":
     for column in (2, 3):
         table.columns[column].justify = "right"
     for one in reversed(kept):
+        kept_for = {"indexing": "indexing, interrupted", "vectors": "an index, for exact search"}
         what = "embeddings" if one.fingerprint.startswith("embedded-") else one.part
         cells = (
-            f"{what} {one.dtype}".rstrip() if one.part == "features" else "indexing, interrupted",
+            f"{what} {one.dtype}".rstrip() if one.part == "features" else kept_for[one.part],
             one.backbone or one.fingerprint,
             f"{one.entries:,}" if one.part == "features" else "",
             show_size(one.bytes),

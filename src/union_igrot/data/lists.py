@@ -68,6 +68,7 @@ def _json_lines(path: str) -> Iterator[Row]:
         try:
             values = json.loads(line)
             place = values.pop("path")
+            os.fsencode(place)  # half a letter, "\\ud800", is no part of a name
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             place = None
         if not isinstance(place, str) or not place:
@@ -89,7 +90,7 @@ def _csv(path: str) -> Iterator[Row]:
                     raise DataError(f"{path}, line {reader.line_num}: more cells than the first line names, or no path")
                 rows.append(row)
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+            raise DataError(f"{path}, line {reader.reader.line_num}: {error}") from None
     kinds = {name: _kind([row[name] for row in rows]) for name in reader.fieldnames or () if name != "path"}
     for row in rows:
         yield row["path"], {name: kind(row[name]) if row[name] else None for name, kind in kinds.items()}

@@ -136,6 +136,8 @@ def _matches(pattern: str, images: str) -> list[str]:
     parts = pattern.split("/")
     wild = next(at for at, part in enumerate(parts) if re.search(r"[*?\[]", part))
     root, rest = "/".join(parts[:wild]) or "/", "/".join(parts[wild:])
+    if parts[-1] == "**":  # folders alone, before Python 3.13
+        rest += "/*"
     allowed = any(part.startswith(".") for part in parts[wild:])
     try:
         found = sorted(str(path) for path in Path(root).glob(rest))

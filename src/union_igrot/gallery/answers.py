@@ -32,7 +32,7 @@ class Hit:
 
     id: str
     score: float
-    columns: Mapping[str, Value]
+    columns: Mapping[str, Value] = field(hash=False)  # so that hits can stand in sets
     jpeg: bytes | None = field(default=None, repr=False)
 
     @property

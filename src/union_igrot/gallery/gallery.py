@@ -84,7 +84,7 @@ class Gallery:
         if isinstance(model, str | Path):
             model, checkpoint = load_checkpoint(model, weights)
             model.to(chosen_device(device))
-        absent = uri == _MEMORY or (create and ":" not in uri and not Path(uri).exists())
+        absent = uri == _MEMORY or (create and ":" not in uri and not os.path.exists(uri))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
             raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
         if model is not None and (absent or create):

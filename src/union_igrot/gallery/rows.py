@@ -15,6 +15,7 @@ from torch import Tensor
 from union_igrot.errors import DataError
 from union_igrot.gallery.queries import Wanted, path_id
 from union_igrot.index.base import VectorIndex
+from union_igrot.index.where import one_of
 
 _AT_ONCE: Final = 500
 """Ids in one filter."""
@@ -35,8 +36,7 @@ def rows_named(index: VectorIndex, names: Sequence[str], *, gone: bool = False) 
     there: set[str] = set()
     asked = [*unsure, *unsure.values()]
     for at in range(0, len(asked), _AT_ONCE):
-        listed = ", ".join("'" + one.replace("'", "''") + "'" for one in asked[at : at + _AT_ONCE])
-        for batch in index.scan(["id"], f"id in ({listed})"):
+        for batch in index.scan(["id"], one_of("id", asked[at : at + _AT_ONCE])):
             there.update(str(one) for one in batch["id"])
     return tuple(unsure[name] if name not in there and unsure.get(name) in there else name for name in names)
 
@@ -83,5 +83,4 @@ def judged_rows(
 
 def rows_there(index: VectorIndex, name: str) -> bool:
     """Whether a row is there."""
-    quoted = name.replace("'", "''")
-    return any(batch["id"] for batch in index.scan(["id"], f"id = '{quoted}'"))
+    return any(batch["id"] for batch in index.scan(["id"], one_of("id", [name])))

@@ -20,6 +20,8 @@ PROBES: Final = 32
 """Partitions searched at least."""
 SHARE: Final = 16
 """One partition in so many is searched in a large index."""
+SPARE: Final = 4
+"""Times as many rows as are asked for lie in the partitions searched, at least."""
 LARGER: Final = 2
 """How many times larger than the newer parts together the next older part of an index is left alone."""
 REFINE: Final = 5
@@ -102,7 +104,8 @@ def nearest(table: Any, query: Float32[Tensor, " dim"], k: int, filter_text: str
     """
     index = built(table)
     assert index is not None
-    probes = min(index.partitions, max(PROBES, index.partitions // SHARE))
+    enough = math.ceil(SPARE * k * index.partitions / max(1, index.rows))
+    probes = min(index.partitions, max(PROBES, index.partitions // SHARE, enough))
     asked = {
         "column": "vector",
         "q": query.numpy(),

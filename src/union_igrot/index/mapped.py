@@ -5,13 +5,14 @@ the rows of one write in no order. So the vectors of each of its data files, whi
 are written once more, as they are in memory and in the order in which rows were first written,
 to the cache folder; every process then maps them. A file gets its name when it is whole and on
 disk, any process may write it, and it is dropped once the table no longer uses what it was made
-of.
+of, or to make room: what is mapped stays mapped, and what is needed again is written again.
 
 Knows Lance's fragments and data files. Does not know queries, nor how rows are ranked.
 """
 
 import errno
 import hashlib
+import json
 import os
 import re
 import time
@@ -33,6 +34,8 @@ from union_igrot.index.scattered import OFFSET
 ADVICE: Final = "set UNION_CACHE to a folder on another disk"
 
 _NONE: Final = np.empty(0, dtype=np.int64)
+_TRIES: Final = 3
+_MANIFEST: Final = "manifest.json"
 _STALE_SECONDS: Final = 3600.0
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -89,6 +92,7 @@ class Layout:
                 self._parts.append(_mapped(path, self._table, fragment, ranks, self._dim))
                 files.add(path.name)
             if files:
+                _note_use(self._folder, str(self._table.uri))
                 _drop_others(self._folder, files)
         return self._parts
 
@@ -154,11 +158,18 @@ def _mapped(
     if not rows:
         return torch.empty(0, dim)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.stat().st_size != 4 * rows * dim:
-            _write(path, _all_rows(table, fragment, ["vector"]), ranks, dim)
-        # Not shared: mapped for reading alone, and no write here could reach the file.
-        return torch.from_file(str(path), shared=False, size=rows * dim, dtype=torch.float32).view(rows, dim)
+        for left in reversed(range(_TRIES)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.stat().st_size != 4 * rows * dim:
+                _write(path, _all_rows(table, fragment, ["vector"]), ranks, dim)
+            try:
+                # Not shared: mapped for reading alone, and no write here could reach the file.
+                mapped = torch.from_file(str(path), shared=False, size=rows * dim, dtype=torch.float32)
+                break
+            except RuntimeError as error:
+                if path.exists() or not left:  # else dropped by another process or a prune just now
+                    raise OSError(str(error)) from error
+        return mapped.view(rows, dim)
     except OSError as error:
         what = "has no room" if error.errno in _NO_ROOM else f"cannot be used ({error.strerror or error})"
         size = 4 * rows * dim
@@ -194,6 +205,16 @@ def _write(path: Path, scanner: Any, ranks: Int64[np.ndarray, " all"], dim: int)
         raise
 
 
+def _note_use(folder: Path, uri: str) -> None:
+    """Note when the files were last used, and what of, for whoever makes room in the cache folder."""
+    with suppress(OSError):
+        os.utime(folder)
+        if not (folder / _MANIFEST).exists():
+            temporary = folder / f"{_MANIFEST}.{uuid.uuid4().hex}.tmp"
+            temporary.write_text(json.dumps({"index": uri, "dtype": "float32"}), encoding="utf-8")
+            temporary.rename(folder / _MANIFEST)
+
+
 def _drop_others(folder: Path, used: set[str]) -> None:
     """Drop files that this version does not use, and what killed writers left.
 
@@ -202,5 +223,5 @@ def _drop_others(folder: Path, used: set[str]) -> None:
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
             stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
-            if stale if path.suffix == ".tmp" else path.name not in used:
+            if stale if path.suffix == ".tmp" else path.name not in {*used, _MANIFEST}:
                 path.unlink()

@@ -62,6 +62,8 @@ PROBES: Final = 64
 """Partitions searched by `ann`."""
 FILTERED_PROBES: Final = 256
 """Partitions searched by `ann` under a filter, whose answers lie in more of them."""
+SPARE: Final = 4
+"""Times as many rows as are asked for lie in the partitions searched, at least."""
 MOST: Final = 16_384
 """Rows that Milvus gives in one answer."""
 
@@ -237,8 +239,10 @@ class MilvusIndex(VectorIndex):
         return hits
 
     def _approximate(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[Hits]:
-        hits = []
-        for found in self._asked(queries, k, text, fields, FILTERED_PROBES if text else PROBES):
+        hits, probes = [], FILTERED_PROBES if text else PROBES
+        if SPARE * k * NLIST > AUTO_EXACT * probes:  # a smaller collection has no inverted file
+            probes = min(NLIST, max(probes, -(-SPARE * k * NLIST // max(1, self._stored()))))
+        for found in self._asked(queries, k, text, fields, probes):
             found.sort(key=lambda one: (-one["distance"], one["row"], one["id"]))
             scores = torch.tensor([one["distance"] for one in found], dtype=torch.float32)
             hits.append(Hits([one["id"] for one in found], scores, _values(found, columns)))

@@ -16,7 +16,7 @@ Reading is sqlglot's. Knows columns' kinds; does not know rows, nor how an engin
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
@@ -88,6 +88,11 @@ class Some:
 
 Condition = Comparison | Every | Some
 """A filter without `not`: as each test says itself what it is for None, true is all that has to be followed."""
+
+
+def one_of(column: str, values: Iterable[str]) -> str:
+    """Write the filter that takes rows whose column holds one of some texts; at least one."""
+    return f"{column} in ({', '.join(chr(39) + value.replace(chr(39), 2 * chr(39)) + chr(39) for value in values)})"
 
 
 def read(text: str, kinds: Mapping[str, Kind]) -> Condition:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from union_igrot.data.entries import ADDED, OWN, UNREACHED, Entry, Value
 from union_igrot.index.base import Rows, VectorIndex
+from union_igrot.index.where import one_of
 from union_igrot.indexing.chunks import SUFFIX, Chunk, Fact, read_chunk, write_chunk
 from union_igrot.indexing.plan import Row
 from union_igrot.indexing.skipped import Skip, SkippedFile
@@ -210,9 +211,8 @@ class Merger:
         return found
 
     def _in_index(self, digests: Sequence[str]) -> Iterator[tuple[str, Content]]:
-        listed = ", ".join(f"'{digest}'" for digest in digests)
         ids: dict[str, str] = {}
-        for batch in self._index.scan(["id", "hash"], where=f"hash in ({listed})"):
+        for batch in self._index.scan(["id", "hash"], where=one_of("hash", digests)):
             ids |= {str(digest): str(name) for digest, name in zip(batch["hash"], batch["id"], strict=True)}
         if not ids:
             return

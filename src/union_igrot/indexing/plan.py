@@ -17,10 +17,12 @@ from union_igrot.data.entries import ADDED, MISSING, OWN, Entry, Listing, Value
 from union_igrot.errors import DataError
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.index.rows import fitted
-from union_igrot.index.where import Kind
+from union_igrot.index.where import Kind, one_of
 from union_igrot.indexing.chunks import Fact
 from union_igrot.indexing.skipped import Skip
 
+FEW: Final = 256
+"""Pictures for which an index is not read as a whole, where none of its rows is to be removed."""
 _TAIL: Final = 4096
 
 
@@ -59,11 +61,11 @@ class Row(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True)
 class There:
-    """The rows that matter, and the hashes of all.
+    """The rows that matter.
 
     Attributes:
         rows: By id: those of this source's, and those of its entries.
-        digests: 64-bit beginnings of all hashes.
+        digests: 64-bit beginnings of the hashes of rows that were read.
     """
 
     rows: dict[str, Row]
@@ -88,12 +90,16 @@ class Plan:
     unchanged: int = 0
 
 
-def read_rows(index: VectorIndex, listing: Listing) -> There:
+def read_rows(index: VectorIndex, listing: Listing, *, prune: bool = True) -> There:
     """Read what an index holds, but for vectors and thumbnails.
+
+    Where few pictures are added and nothing is removed, only their own rows are read: a picture that stands there
+    under another name is then embedded again, which costs less than reading a large index does.
 
     Args:
         index: The index.
         listing: The pictures; their columns are given the kinds that the index has.
+        prune: Whether rows of this source are to be removed, and so have to be known.
 
     Raises:
         DataError: Where a column of the pictures has another kind than in the index, or a name that cannot be kept.
@@ -104,7 +110,8 @@ def read_rows(index: VectorIndex, listing: Listing) -> There:
     wanted = {entry.id for entry in listing.entries}
     rows: dict[str, Row] = {}
     digests = []
-    for batch in index.scan(["id", "size", "mtime", "hash", "source", *users]) if len(index) else ():
+    where = one_of("id", wanted) if wanted and len(wanted) <= FEW and not prune else None
+    for batch in index.scan(["id", "size", "mtime", "hash", "source", *users], where) if len(index) else ():
         digests.append(np.array([int(str(one)[:16], 16) for one in batch["hash"] if one], dtype=np.uint64))
         for at, name in enumerate(batch["id"]):
             source = str(batch["source"][at] or "")

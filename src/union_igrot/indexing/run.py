@@ -107,7 +107,7 @@ class _Run:
         listing, work = self._listing, self._work
         entries = {entry.id: entry for entry in listing.entries}
         skipped = SkippedFile(self._place.skipped, listing.source)
-        there = read_rows(self._index, listing)
+        there = read_rows(self._index, listing, prune=work.prune)
         doomed = gone(listing, there.rows) if work.prune else []
         merger = Merger(
             self._index, listing.source, entries, there.rows, skipped, self._place.folder, self._note_merged

@@ -5,6 +5,7 @@ work folder, which all processes must see. Knows processes, rounds and the folde
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ _LOOK: Final = 0.2
 """Seconds between two looks for what other processes have written."""
 _TRIES: Final = 24
 """How often another process waits ten minutes for the first one's next word: listing may take long."""
+_SILENCE: Final = 1800.0
+"""Seconds without a batch after which another process is held to be dead."""
 _FIELDS: Final = ("id", "path", "size", "mtime", "offset")
 
 
@@ -90,6 +93,9 @@ def lead_round(
 
     Returns:
         Who waited for whom, in this process.
+
+    Raises:
+        UnionError: Where another process failed, or was not heard of for half an hour.
     """
     token, world = f"{time.time_ns():x}", words.processes.world
     dealt = shares(entries, world)
@@ -100,11 +106,28 @@ def lead_round(
     here = words.processes.here
     waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge, seen, force=force, here=here)
     for rank in range(1, world):
-        while not _file(folder, token, rank, "done").exists():
-            time.sleep(_LOOK)
-            merge()
+        _await(folder, token, rank, merge)
     merge()
     return waits
+
+
+def _await(folder: Path, token: str, rank: int, merge: Callable[[], None]) -> None:
+    """Merge what another process writes until it is done with its share."""
+    share, last = _file(folder, token, rank, "share"), 0
+    heard = time.monotonic()
+    while not _file(folder, token, rank, "done").exists():
+        if (failed := _file(folder, token, rank, "failed")).exists():
+            raise UnionError(f"process {rank} failed: {failed.read_text()}")
+        # Compared with itself alone: the clocks of two machines differ.
+        if (touched := share.stat().st_mtime_ns) != last:
+            last, heard = touched, time.monotonic()
+        elif time.monotonic() - heard > _SILENCE:
+            raise UnionError(
+                f"process {rank} was not heard of for {_SILENCE / 60:.0f} minutes; look at its output, and run it "
+                "again: what is done is kept"
+            )
+        time.sleep(_LOOK)
+        merge()
 
 
 def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
@@ -130,7 +153,16 @@ def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
         lines = share.read_text().splitlines()
         entries = [Entry(**dict(zip(_FIELDS, json.loads(line), strict=True))) for line in lines]
         stem, here = f"{token}-{processes.rank:05d}", processes.here
-        _work_through(model, entries, work, folder, stem, None, lambda _: None, force=force, here=here)
+
+        def heard(_: int, share: Path = share) -> None:
+            os.utime(share)
+
+        try:
+            _work_through(model, entries, work, folder, stem, None, heard, force=force, here=here)
+        except BaseException as error:
+            said = str(error) if isinstance(error, UnionError) else f"{type(error).__name__}: {error}"
+            write_whole(_file(folder, token, processes.rank, "failed"), [said.encode(errors="replace")])
+            raise
         write_whole(_file(folder, token, processes.rank, "done"), [b""])
 
 

@@ -1,7 +1,8 @@
 """Where the store lies on disk, what it takes there, and how to make room.
 
 The cache folder also holds what an interrupted indexing has done, `indexing/<index>-<model and source>`, locked as
-`indexing/<index>.lock`. Knows folders, sizes and times of use. Does not know features, and needs no torch.
+`indexing/<index>.lock`, and the vectors of Lance indexes as exact search maps them, `vectors/<index>`.
+Knows folders, sizes and times of use. Does not know features, and needs no torch.
 """
 
 import json
@@ -22,8 +23,8 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.store.amounts import parse_size, show_size
 from union_igrot.store.files import ADVICE, hold_alone, in_use, lock_of, log
 
-Part = Literal["features", "indexing"]
-PARTS: Final[tuple[Part, ...]] = ("features", "indexing")
+Part = Literal["features", "indexing", "vectors"]
+PARTS: Final[tuple[Part, ...]] = ("features", "indexing", "vectors")
 
 _FINGERPRINT: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -40,7 +41,8 @@ class Usage:
         backbone: Name of the backbone whose features these are, or of the index; empty where it was not noted.
         dtype: How numbers are kept; empty where that cannot be read.
         in_use: Whether a living process has it open.
-        part: `features`, or `indexing` for the work of an interrupted indexing.
+        part: `features`; `indexing`, the work of an interrupted indexing; or `vectors`, an index's for exact search,
+            which is written again when it is needed.
     """
 
     fingerprint: str
@@ -191,7 +193,7 @@ def _taken(root: Path) -> int:
 
 def _lock(folder: Path, part: Part) -> Path:
     """Name the lock of a folder; one index has one, whatever is put into it."""
-    return lock_of(folder if part == "features" else folder.with_name(folder.name.rpartition("-")[0]))
+    return lock_of(folder.with_name(folder.name.rpartition("-")[0]) if part == "indexing" else folder)
 
 
 def _measure(folder: Path, part: Part) -> Usage:
