@@ -301,6 +301,9 @@ def test_whatever_a_text_holds_is_shown_and_does_nothing(noise):
     assert page.all("h2")[1]["text"] == f"n{NASTY} · {NASTY}"
     assert {one["text"] for one in page.all("p", **{"class": "asked"})} == {NASTY}
     assert [line[0] for table in page.lines_of("mAP in percent by") for line in table[1:]] == [NASTY, f"{NASTY} *"]
+    starred = [cell for line in page.lines_of("primary figure")[0][1:] for cell in line if " *" in cell]
+    assert starred
+    assert sum("*: the heads were trained on some of what" in one["text"] for one in page.all("figcaption")) == 1
     images = page.all("img")
     assert len(images) >= 10 * (1 + ANSWERS)
     assert all(NASTY[:40] in one["alt"] for one in images)

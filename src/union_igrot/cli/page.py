@@ -6,6 +6,7 @@ Knows how the command was started and where its configuration lies. Does not kno
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ def write_run_page(
         title=f"union-{HydraConfig.get().job.config_name}: {', '.join(names)}",
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         command=command,
-        folder=str(Path.cwd()),
+        folder=_from_home(Path.cwd()),
         config=config.read_text(encoding="utf-8"),
         card=card,
         versions=versions(),
@@ -63,6 +64,13 @@ def write_run_page(
     # A photo is decoded at a fraction of its size: small pictures are all that is shown.
     write_page(page, rows, asked, curves, making, partial(open_picture, at_least=SIDE))
     return page
+
+
+def _from_home(folder: Path) -> str:
+    """Give a folder without the name of who works there: the page is made to be sent."""
+    with suppress(ValueError, RuntimeError):
+        return str(Path("~") / folder.relative_to(Path.home()))
+    return str(folder)
 
 
 def _command(config: Path) -> str:

@@ -105,6 +105,8 @@ def at_a_glance(groups: Sequence[Sequence[Row]]) -> Table:
     if gained:
         head.insert(1, "gain over the best untrained")
     caption = "The primary figure of each benchmark in percent, with its 95 % interval"
+    if any(is_seen(row) for rows in groups for row in rows):
+        caption += "; *: the heads were trained on some of what is asked for, see below"
     return Table(caption, [Cell("benchmark"), *map(Cell, head)], lines)
 
 
@@ -222,7 +224,8 @@ def seconds_table(groups: Sequence[Sequence[Row]]) -> Table | None:
         )
         for row in kept
     ]
-    return Table("Seconds of the evaluation; what is encoded once is kept", list(map(Cell, ["what", *order])), lines)
+    caption = "Seconds of the evaluation; encoding is done once for all methods of a benchmark, and kept"
+    return Table(caption, list(map(Cell, ["what", *order])), lines)
 
 
 _UNCLEAR = "no clear difference"
