@@ -14,9 +14,9 @@ from union_igrot.backbones.base import Backbone
 from union_igrot.data.pictures import picture_key
 from union_igrot.embedding import embed, embed_each
 from union_igrot.encode import Encoder, Shelf
-from union_igrot.evaluate import baseline, evaluate
+from union_igrot.evaluate import evaluate
 from union_igrot.heads.build import build_fusion
-from union_igrot.model import IGROTModel
+from union_igrot.model import IGROTModel, baseline
 from union_igrot.store.features import FeatureStore
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 

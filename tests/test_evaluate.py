@@ -14,8 +14,9 @@ from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir
 from union_igrot import scoring as room
 from union_igrot.embedding import embed
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluate import baseline, evaluate, means, result_row
+from union_igrot.evaluate import evaluate, means, result_row
 from union_igrot.index.ranks import rank_chunks
+from union_igrot.model import baseline
 from union_igrot.scoring import KEPT, Relevance, score
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 

@@ -18,17 +18,15 @@ import torch
 from torch import Tensor
 
 import union_igrot
-from union_igrot.backbones.base import Backbone
 from union_igrot.data.identity import picture_identity
 from union_igrot.embedding import embed_each
 from union_igrot.encode import Encoder
-from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
-from union_igrot.model import IGROTModel
+from union_igrot.model import IGROTModel, baseline
 from union_igrot.processes import device_name
 from union_igrot.scoring import Relevance, score
-from union_igrot.types import Benchmark, Features, Scores
+from union_igrot.types import Benchmark, Scores
 
 BASELINES = ("image", "text", "sum")
 
@@ -37,18 +35,6 @@ def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
     """Average each figure as the protocol says, in percent; nan where no query has a value."""
     labels, how = _labels(benchmark), benchmark.protocol.average
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
-
-
-def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGROTModel:
-    """Give a method without training: the image, the text or their sum against plain image embeddings.
-
-    Args:
-        backbone: The frozen model.
-        kind: `image`, `text` or `sum`.
-        null: The null text's features, where they are known.
-    """
-    heads = build_fusion(kind, backbone.dim), build_target("frozen", backbone.dim)
-    return IGROTModel(backbone, *heads, null=null).eval()
 
 
 @dataclass(frozen=True)

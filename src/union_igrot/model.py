@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from union_igrot.backbones.base import Backbone, Side, weights_hash
-from union_igrot.backbones.build import build_backbone
+from union_igrot.backbones.build import build_backbone, is_backbone
 from union_igrot.backbones.portable import build_again, put_weights, remove_weights, write_weights
 from union_igrot.errors import CheckpointError, first_line
 from union_igrot.heads.build import build_fusion, build_target
@@ -271,12 +271,26 @@ class IGROTModel(nn.Module, HubModel):
             raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
 
 
+def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGROTModel:
+    """Give a method without training: the image, the text or their sum against plain image embeddings.
+
+    Args:
+        backbone: The frozen model.
+        kind: `image`, `text` or `sum`.
+        null: The null text's features, where they are known.
+    """
+    heads = build_fusion(kind, backbone.dim), build_target("frozen", backbone.dim)
+    return IGROTModel(backbone, *heads, null=null).eval()
+
+
 def load_model(name: str | Path = "tiny", weights: str | Path | None = None, revision: str | None = None) -> IGROTModel:
-    """Load a model with trained heads.
+    """Load a model.
 
     Args:
         name: `tiny` for the embedded default, a folder written by `IGROTModel.save`, or `owner/name` of a
-            model on the Hugging Face hub, also `owner/name@revision`.
+            model on the Hugging Face hub, also `owner/name@revision`. Or a backbone alone, without trained heads:
+            `base`, `large`, `openclip_h`, `blip`, `siglip2`, `open_clip:<architecture>/<tag>` or `hf:<repository>`;
+            queries are then the sum of image and text, as in `baseline`. A folder of that name goes first.
         weights: Weights of the backbone; its default ones where None.
         revision: A branch, tag or commit on the hub; the latest of `main` where None.
 
@@ -288,4 +302,6 @@ def load_model(name: str | Path = "tiny", weights: str | Path | None = None, rev
     """
     if str(name) == "tiny":
         return IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
+    if is_backbone(str(name)) and not Path(name).is_dir():
+        return baseline(build_backbone(str(name), weights), "sum")
     return IGROTModel.from_pretrained(name, weights=weights, revision=revision)

@@ -47,6 +47,14 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, capsys)
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_backbone_alone_is_no_checkpoint(small_run: Run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(["checkpoint=base", *SMALL_DATA, cache_of(small_run)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "union-eval: checkpoint=base has no trained heads; model=... evaluates a backbone alone\n"
+
+
 @pytest.mark.parametrize("damage", ["missing", "description", "weights"])
 def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(small_run: Run, tmp_path, damage, capsys):
     folder = tmp_path / "model"

@@ -9,7 +9,7 @@ from union_igrot.demo.engines import Question, method, sketch_room
 from union_igrot.demo.pictures import decoded
 from union_igrot.demo.world import World
 from union_igrot.errors import DataError
-from union_igrot.evaluate import baseline
+from union_igrot.model import baseline
 
 
 @pytest.fixture(scope="module")

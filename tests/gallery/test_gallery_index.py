@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import union_igrot
+from small_backbones import CLIP_CONFIG, write_open_clip
 from small_gallery import COUNT, names, picture
 from small_world import DIM, LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.data.folder import folder_benchmark
@@ -135,3 +136,25 @@ def test_exact_search_is_the_evaluations_ranking_to_the_last_id(tmp_path, engine
         pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
     uri = "memory:" if engine == "memory" else str(tmp_path / "photos.lance")
     assert differing(union_igrot.load("tiny"), folder_benchmark(REAL, "test"), tmp_path, uri) == 0
+
+
+def test_a_backbone_alone_makes_a_gallery_and_is_found_again_with_its_weights(tmp_path, monkeypatch):
+    pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
+    (tmp_path / "clip").mkdir()
+    write_open_clip(tmp_path / "clip", CLIP_CONFIG, 1)
+    monkeypatch.chdir(tmp_path)
+    uri = tmp_path / "x.lance"
+    with Gallery.open(uri, "base", weights="clip") as gallery:
+        gallery.add([picture(n) for n in range(4)], names(4))
+        found = gallery.search(picture(2), "in red")
+        assert found.ids[0] == names(4)[2]
+        assert gallery.describe()["checkpoint"] == "base"
+        kinds = [gallery.model.describe()[side]["kind"] for side in ("fusion", "target")]
+        assert kinds == ["sum", "frozen"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with Gallery.open(uri) as again:
+        assert again.search(picture(2), "in red").ids == found.ids
+    (tmp_path / "elsewhere" / "base").mkdir()
+    with pytest.raises(CheckpointError, match=r"base"):  # a folder of that name goes first, and holds no model
+        Gallery.open(uri, "base", weights="../clip")

@@ -114,8 +114,8 @@ def _world(config: DictConfig) -> "list[Engine]":
     """Give the generated world under the model, under a second one where wanted, and under its untrained baselines."""
     from union_igrot.demo.engines import method
     from union_igrot.demo.world import World
-    from union_igrot.evaluate import baseline
     from union_igrot.gallery.card import load_checkpoint
+    from union_igrot.model import baseline
     from union_igrot.processes import chosen_device
 
     device = chosen_device(config.device)

@@ -55,14 +55,15 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
 
 def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
     """Load what is evaluated: trained heads and where they are from, or a backbone without any."""
-    from union_igrot.backbones.build import build_backbone
-    from union_igrot.evaluate import baseline
-    from union_igrot.model import load_model
+    from union_igrot.backbones.build import build_backbone, is_backbone
+    from union_igrot.model import baseline, load_model
 
     if "model" in config:
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
     if config.checkpoint in (None, "tiny"):
         return load_model("tiny", config.weights), "tiny"
     checkpoint = Path(config.checkpoint).expanduser()
+    if is_backbone(str(config.checkpoint)) and not checkpoint.is_dir():
+        raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
     inner = checkpoint / "model"
     return load_model(inner if inner.is_dir() else checkpoint, config.weights), str(config.checkpoint)

@@ -76,7 +76,7 @@ def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
     try:
         listing = _listed(config.images, shown=config.progress)
         model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
-        card = card_of(model, checkpoint)
+        card = card_of(model, checkpoint, config.weights)
         index = open_made(config.index, model.backbone.dim, card)
     except BaseException:
         Words(processes).say(None)

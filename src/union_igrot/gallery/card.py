@@ -16,15 +16,21 @@ from union_igrot.model import IGROTModel, load_model
 FORMAT: Final = 1
 
 
-def card_of(model: IGROTModel, checkpoint: str | None) -> dict[str, Any]:
+def card_of(model: IGROTModel, checkpoint: str | None, weights: str | Path | None = None) -> dict[str, Any]:
     """Give what is kept with an index: the model's fingerprint, its description, and where it is loaded from.
 
     All weights are hashed for it, once.
+
+    Args:
+        model: The model.
+        checkpoint: What `load_checkpoint` says it was loaded from; None where it was made otherwise.
+        weights: Weights of its backbone, where they were named.
     """
     described = model.describe()
     # As `IGROTModel.fingerprint` has it, of the hashes that are there already.
     fingerprint = f"{described['backbone_fingerprint']}-{described['heads']}"
-    return {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
+    card = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
+    return card if weights is None else {**card, "weights": str(Path(weights).expanduser().absolute())}
 
 
 def check_card(card: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
@@ -110,4 +116,4 @@ def load_named(card: Mapping[str, Any], uri: str, weights: str | Path | None = N
     where = card.get("checkpoint")
     if not where:
         raise ConfigError(f"{uri} does not say where its model lies ({_named(card.get('model', {}))}); name it")
-    return load_checkpoint(str(where), weights)
+    return load_checkpoint(str(where), weights or card.get("weights"))

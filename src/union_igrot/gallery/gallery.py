@@ -39,11 +39,19 @@ class Gallery:
         model: The model that embeds pictures and queries.
         uri: Where the index lies or will lie.
         checkpoint: Where the model is loaded from, for the index's card.
+        weights: Weights of its backbone, where they were named, for the card too.
     """
 
-    def __init__(self, index: VectorIndex | None, model: IGROTModel, uri: str, checkpoint: str | None = None) -> None:
+    def __init__(
+        self,
+        index: VectorIndex | None,
+        model: IGROTModel,
+        uri: str,
+        checkpoint: str | None = None,
+        weights: str | Path | None = None,
+    ) -> None:
         self.model, self.uri = model.eval(), without_password(uri)
-        self._where, self._index, self._checkpoint = uri, index, checkpoint
+        self._where, self._index, self._origin = uri, index, (checkpoint, weights)
         self._card: dict[str, Any] = {}
 
     @classmethod
@@ -61,8 +69,8 @@ class Gallery:
         Args:
             uri: Where its index lies: a folder `photos.lance`, an object store `s3://bucket/photos.lance`, a cluster
                 `milvus://host:19530/collection`, or `memory:`, which ends with the process.
-            model: A model, or the name of one: `tiny`, a folder, a repository. Where None, the one that the index
-                says it was made with.
+            model: A model, or the name of one, as `load` has it: `tiny`, a folder, a repository, a backbone alone.
+                Where None, the one that the index says it was made with.
             create: What to do where there is no index. True: one on this machine is made by the first `add` or
                 `update`, and until then nothing is written; one on a server or object store is made now. False: it
                 is an error. `memory:` is always made.
@@ -88,7 +96,7 @@ class Gallery:
         if absent and model is None:
             raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
         if model is not None and (absent or create):
-            gallery = cls(None, model, uri, checkpoint)
+            gallery = cls(None, model, uri, checkpoint, weights)
             if not absent:
                 gallery._made()
             return gallery
@@ -97,7 +105,7 @@ class Gallery:
             if model is None:
                 model, checkpoint = load_named(index.card, uri, weights)
                 model.to(chosen_device(device))
-            gallery = cls(index, model, uri, checkpoint)
+            gallery = cls(index, model, uri, checkpoint, weights)
             check_card(index.card, gallery.card, index.uri)
         except BaseException:
             index.close()
@@ -108,7 +116,7 @@ class Gallery:
     def card(self) -> Mapping[str, Any]:
         """What says which model this is; see `card_of`."""
         if not self._card:  # once: all weights are hashed for it
-            self._card = card_of(self.model, self._checkpoint)
+            self._card = card_of(self.model, *self._origin)
         return self._card
 
     def _made(self) -> VectorIndex:
@@ -294,7 +302,7 @@ class Gallery:
             "pictures": len(self),
             "dim": self.model.backbone.dim,
             "columns": {} if index is None else dict(index.columns),
-            **{name: card.get(name) for name in ("model", "fingerprint", "checkpoint")},
+            **{name: card.get(name) for name in ("model", "fingerprint", "checkpoint", "weights")},
         }
 
     def optimise(self) -> None:
