@@ -125,6 +125,28 @@ def test_a_small_gallery_is_tidied_without_waiting_for_an_index(served):
     assert [hits.ids for hits in found] == [[str(p) for p in row] for row in expected.positions.tolist()]
 
 
+def test_an_index_of_codes_that_was_given_by_hand_stays(served):
+    """As docs/scale.md gives it, for galleries whose vectors no memory holds."""
+    index = served.make(8)
+    vectors = normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    index.upsert(Rows([str(i) for i in range(3000)], vectors, {}))
+    index.optimise()
+    client, name = index._client, index._name
+    codes = client.prepare_index_params()
+    codes.add_index("vector", index_type="IVF_PQ", metric_type="IP", params={"nlist": 16, "m": 8, "nbits": 8})
+    client.release_collection(name)
+    client.drop_index(name, "vector")
+    client.create_index(name, codes)
+    client.load_collection(name)
+    again = served.again()
+    again.optimise()
+    assert again._index()["index_type"] == "IVF_PQ"
+    expected = exact_topk(vectors[:20], vectors, 1).positions[:, 0].tolist()
+    for how in ("ann", "exact"):
+        found = again.search(vectors[:20], 10, how=how)
+        assert sum(str(wanted) in hits.ids for wanted, hits in zip(expected, found, strict=True)) >= 18
+
+
 def test_who_is_killed_between_two_indexes_leaves_what_can_be_opened(served):
     index = served.make(4)
     index.upsert(Rows(["a"], torch.ones(1, 4), {}))
