@@ -15,6 +15,7 @@ import random
 import re
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -49,15 +50,16 @@ class User:
     def __init__(self, number: int, client: httpx.AsyncClient, seen: Seen) -> None:
         self.number, self.client, self.seen = number, client, seen
         self.token, self.said = "new", list[str]()
+        self.history = ""
 
-    async def step(self, action: str, **given: object) -> dict[str, str] | None:
+    async def step(self, action: str, **given: object) -> dict[str, Any] | None:
         """Take a step and look whether the history is one's own."""
         start = time.perf_counter()
         try:
             answer = await self.client.post(
                 "/act", json={"action": action, "given": given}, headers={"X-Session": self.token}
             )
-            shown: dict[str, str] = answer.raise_for_status().json()
+            shown: dict[str, Any] = answer.raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
             self.seen.lost.append(f"user {self.number}: {action}: {error!r}")
             return None
@@ -66,7 +68,9 @@ class User:
             self.seen.lost.append(f"user {self.number}: {action}: {shown['problem']}")
             return None
         self.token = shown["token"]
-        told = re.findall("\u201c(.*?)\u201d", html.unescape(shown["history"]))
+        if shown["history"] is not None:  # it is sent where it has changed
+            self.history = shown["history"]
+        told = re.findall("\u201c(.*?)\u201d", html.unescape(self.history))
         if told != self.said[-len(told) :] if told else self.said:
             self.seen.mixed.append(f"user {self.number} said {self.said} and is shown {told}")
         return shown
@@ -89,7 +93,7 @@ class User:
                 self.said.clear()
                 await self.step("restart")
 
-    async def _ask(self, strokes: list[list[list[int]]]) -> dict[str, str] | None:
+    async def _ask(self, strokes: list[list[list[int]]]) -> dict[str, Any] | None:
         text = f"{random.choice(CHANGES)}, says {self.number}"
         self.said.append(text)
         shown = await self.step("search", text=text, strokes=strokes)
