@@ -229,7 +229,9 @@ def test_without_network_the_line_says_where_it_looked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere", "deep/down/nowhere", Path("deep/down/nowhere"), "~/nowhere/at/all"])
 def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(place, name):
-    with pytest.raises(CheckpointError, match=r"is not a saved model; give a folder .* or owner/name") as told:
+    with pytest.raises(
+        CheckpointError, match=r"is not a saved model; give a folder .* owner/name .* or a backbone"
+    ) as told:
         load_model(name)
     assert str(name) in str(told.value)
     assert place.asked == []

@@ -145,7 +145,8 @@ def test_a_few_steps_lower_the_loss():
     assert losses[-1][1] < 0.8 * losses[0][1]
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 10])
 def test_same_seed_same_weights(small, steps):
     """Ten steps once divided by zero: the warm-up ended at the first step."""
     if steps == 10:

@@ -56,6 +56,7 @@ def test_every_command_of_the_readme_is_composed(step, tmp_path, monkeypatch, ca
     compose(name, as_typed(arguments, getattr(own, "LITERAL", ()), getattr(own, "SEVERAL", ())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step for step in UNION_STEPS if step.startswith("union-eval")])
 def test_every_evaluation_of_the_readme_runs(small_run: Run, step, tmp_path, monkeypatch, capsys):
     """With small numbers, on the small training in place of those that the README shows before it."""

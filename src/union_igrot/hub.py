@@ -224,7 +224,7 @@ class HubModel(ModelHubMixin, ABC):
         if named is None:
             raise CheckpointError(
                 f"{pretrained_model_name_or_path} is not a saved model; give a folder with model.json and "
-                "heads.safetensors, or owner/name of a model on the Hugging Face hub"
+                "heads.safetensors, owner/name of a model on the Hugging Face hub, or a backbone such as base"
             )
         return cls.load(fetch_model(named[0], revision or named[1], **options), backbone, weights)
 

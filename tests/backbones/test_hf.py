@@ -129,7 +129,7 @@ def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"config\.json of Salesforce/blip-itm-base-coco is not on") as told:
         load_hf("blip")
-    assert "model.weights=FOLDER" in str(told.value)
+    assert "model.weights=PATH" in str(told.value)
     assert "\n" not in str(told.value)
 
 

@@ -70,6 +70,7 @@ def test_averaged_wordings_are_told_beside_the_figures(tmp_path, capsys):
     assert "gallery=original" in said
 
 
+@pytest.mark.slow
 def test_the_mean_over_categories_is_unweighted(tmp_path):
     WRITERS["fashioniq"](tmp_path / "data")
     out = tmp_path / "out"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from union_igrot.backbones.base import Backbone
-from union_igrot.backbones.weights import LIBRARY_ERRORS, name_some
+from union_igrot.backbones.weights import LIBRARY_ERRORS, WEIGHTS, name_some
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.types import Features, Preprocess
 
@@ -322,7 +322,7 @@ def _unavailable(name: str, source: str, file: str, error: Exception) -> Checkpo
         )
     return CheckpointError(
         f"backbone {name!r}: {file} of {source} is not on this machine and cannot be fetched ({first_line(error)}); "
-        "connect once, or copy the repository into a folder and set model.weights=FOLDER"
+        f"connect once, or copy the repository into a folder and give {WEIGHTS}"
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from union_igrot.backbones.base import Backbone
 from union_igrot.backbones.towers import NotSupportedError, image_tower, text_tower
-from union_igrot.backbones.weights import LIBRARY_ERRORS, fill, name_some, read_state
+from union_igrot.backbones.weights import LIBRARY_ERRORS, WEIGHTS, fill, name_some, read_state
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.types import Features, Preprocess
 
@@ -236,7 +236,7 @@ def _build(config: Mapping[str, Any], name: str) -> Any:
     except (OSError, HTTPException) as error:
         raise CheckpointError(
             f"backbone {name!r}: the configuration of its text tower {text.get('hf_model_name')} cannot be had "
-            f"({first_line(error)}); connect once, or give model.weights=FOLDER with its config.json"
+            f"({first_line(error)}); connect once, or give {WEIGHTS} of a folder with its config.json"
         ) from None
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"backbone {name!r} is not a CLIP configuration: {first_line(error)}") from None
@@ -301,7 +301,7 @@ def _tokens(config: Mapping[str, Any]) -> Tokenizer | None:
             raise
         raise CheckpointError(
             f"the tokenizer {source} cannot be had ({first_line(error)}); connect once, "
-            "or give model.weights=FOLDER with its tokenizer files"
+            f"or give {WEIGHTS} of a folder with its tokenizer files"
         ) from None
     return found
 
@@ -314,7 +314,7 @@ def _download(name: str, known: Mapping[str, Any]) -> Path:
     except (OSError, RuntimeError, HTTPException) as error:
         raise CheckpointError(
             f"the weights of {name!r} ({wanted}) are not on this machine and cannot be fetched "
-            f"({first_line(error)}); connect once, or put {_FILES[0]} anywhere and set model.weights=PATH to it"
+            f"({first_line(error)}); connect once, or put {_FILES[0]} anywhere and give {WEIGHTS}"
         ) from None
 
 

@@ -40,6 +40,8 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
 )
 """What transformers, OpenCLIP and timm raise where a file is missing, damaged or odd, or cannot be fetched."""
+WEIGHTS = "weights=PATH (beside model=NAME, model.weights=PATH)"
+"""How a person names weights of their own to a command."""
 _LISTED = 6
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _STORAGES = {

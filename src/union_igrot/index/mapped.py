@@ -37,6 +37,7 @@ _NONE: Final = np.empty(0, dtype=np.int64)
 _TRIES: Final = 3
 _MANIFEST: Final = "manifest.json"
 _STALE_SECONDS: Final = 3600.0
+_SCHEME: Final = re.compile(r"[a-z0-9]+://")
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -120,7 +121,7 @@ def folder_of(uri: str) -> Path:
         root = chosen.expanduser()
     except RuntimeError:
         raise ConfigError(f"the cache folder {chosen} needs a home folder, and there is none; {ADVICE}") from None
-    where = uri if re.match(r"[a-z0-9]+://", uri) else str(Path(uri).resolve())
+    where = uri if _SCHEME.match(uri) else str(Path(uri).resolve())
     return root / "vectors" / hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:24]
 
 
@@ -211,7 +212,8 @@ def _note_use(folder: Path, uri: str) -> None:
         os.utime(folder)
         if not (folder / _MANIFEST).exists():
             temporary = folder / f"{_MANIFEST}.{uuid.uuid4().hex}.tmp"
-            temporary.write_text(json.dumps({"index": uri, "dtype": "float32"}), encoding="utf-8")
+            where = uri if _SCHEME.match(uri) else os.path.abspath(uri)  # noqa: PTH100 - links stay
+            temporary.write_text(json.dumps({"index": where, "dtype": "float32"}), encoding="utf-8")
             temporary.rename(folder / _MANIFEST)
 
 
