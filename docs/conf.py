@@ -4,9 +4,10 @@ The pages of the commands come from their configurations and the pages of the mo
 docstrings, so that neither can fall behind. A warning is an error.
 """
 
+from importlib import import_module
 from pathlib import Path
 
-from union_igrot import __version__
+from union_igrot import _PUBLIC, __version__
 from union_igrot.cli.help import help_text
 from union_igrot.config import conf_dir
 
@@ -21,6 +22,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_co
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"union-igrot {version}"
+html_favicon = "../src/union_igrot/demo/static/icon.svg"
 html_static_path: list[str] = []
 templates_path: list[str] = []
 default_role = "literal"
@@ -29,20 +31,23 @@ nb_execution_mode = "auto"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # no page asks another host
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 copybutton_exclude = ".linenos, .gp, .go"
 
 ROOMS = {
     "Vocabulary and errors": ["types", "errors"],
+    "Configurations": ["config"],
     "Models": [
         "model",
         "reference",
         "backbones.base",
         "backbones.build",
+        "heads.build",
         "heads.fusion",
         "heads.target",
         "heads.projector",
@@ -79,16 +84,29 @@ ROOMS = {
 """What stands in the reference, in this order; what another program builds on."""
 
 
+ELSEWHERE = {"indexing.run": "Report, Work"}
+"""Names that a room hands on from another, where they are described."""
+
+
 def write_reference() -> None:
-    """Write a page a room and one that lists them."""
+    """Write a page a room, one that lists them, and one of the public names."""
     place = HERE / "reference" / "modules"
     place.mkdir(parents=True, exist_ok=True)
-    index = ["# Modules\n"]
+    index = ["# Modules\n", "```{toctree}\n:maxdepth: 1\n", "union_igrot", "```\n"]
+    lines = ["# union_igrot\n", "What `import union_igrot` offers; each is imported when it is first used.\n"]
+    lines += ["| name | what it is | described under |", "| --- | --- | --- |"]
+    for name, (room, inner) in sorted(_PUBLIC.items(), key=lambda one: one[0].lower()):
+        found = getattr(import_module(f"union_igrot.{room}"), inner)
+        summary = str(found.__doc__).strip().partition("\n")[0].replace("|", "\\|")
+        kind = "class" if isinstance(found, type) else "func"
+        lines.append(f"| `{name}` | {summary} | {{py:{kind}}}`~union_igrot.{room}.{inner}` |")
+    (place / "union_igrot.md").write_text("\n".join(lines) + "\n")
     for theme, rooms in ROOMS.items():
         index += [f"## {theme}\n", "```{toctree}\n:maxdepth: 1\n", *rooms, "```\n"]
         for room in rooms:
-            name = f"union_igrot.{room}"
-            (place / f"{room}.rst").write_text(f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n")
+            without = f"   :exclude-members: {ELSEWHERE[room]}\n" if room in ELSEWHERE else ""
+            page = f"{room}\n{'=' * len(room)}\n\n.. automodule:: union_igrot.{room}\n{without}"
+            (place / f"{room}.rst").write_text(page)
     (place / "index.md").write_text("\n".join(index))
 
 

@@ -105,6 +105,23 @@ def test_a_file_keeps_the_rules_of_the_house(path):
             assert lines <= FUNCTION_LINES, f"{node.name} has {lines} lines"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_what_is_said_of_an_attribute_is_not_read_as_its_type(path):
+    """Sphinx's Napoleon takes what stands before a colon for the type."""
+    said = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            pairs = zip(node.body, node.body[1:], strict=False)
+            said += [b.value.value for a, b in pairs if isinstance(a, ast.Assign | ast.AnnAssign) and is_text(b)]
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "property" for one in node.decorator_list):
+            said.append(ast.get_docstring(node) or "")
+    assert not [text for text in said if re.search(r":( |$)", re.sub(r"`[^`]*`", "", text.partition("\n")[0]))]
+
+
+def is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 def in_a_fresh_interpreter(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()

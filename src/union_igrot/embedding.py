@@ -28,7 +28,7 @@ from union_igrot.store.space import folder_of
 from union_igrot.types import Benchmark, Features, Source
 
 TOKEN_BYTES: Final = 4 * 2**30
-"""Disk that the tokens of a benchmark's pictures may take: those of some 40,000 at 50 tokens of 512 float32 numbers.
+"""Disk that the tokens of a benchmark's pictures may take; those of some 40,000 at 50 tokens of 512 float32 numbers.
 The tokens of its texts, some 20 each, are always kept."""
 
 

@@ -36,7 +36,7 @@ class Picture(Interface):
 
     @property
     def key(self) -> str:
-        """Identity: equal keys mean equal pixels."""
+        """Its identity, so that equal keys mean equal pixels."""
         ...
 
     def open(self) -> Image.Image:
@@ -45,7 +45,7 @@ class Picture(Interface):
 
 
 Source = Path | Picture
-"""Where a picture comes from: a file, or a `Picture`."""
+"""Where a picture comes from, a file or a `Picture`."""
 
 
 @dataclass(frozen=True, slots=True)

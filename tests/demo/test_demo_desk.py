@@ -132,7 +132,7 @@ def test_a_mistake_changes_nothing(desk):
 def test_marks_and_a_filter_go_with_the_question(desk):
     token = desk.act("new", "search", {"text": "a"}).token
     liked = desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
-    assert (liked.columns, liked.say) == (None, "Search again to come closer to it.")
+    assert (liked.columns, liked.say) == (None, "The next search comes closer to it.")
     assert [(mark.id, mark.title, mark.liked) for mark in liked.session.marks] == [("s2", "square <s2>", True)]
     desk.act(token, "mark", {"engine": 0, "id": "s3", "liked": False})
     found = desk.act(token, "search", {"text": "", "where": " class = 'c&s4' "})

@@ -20,7 +20,7 @@ from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.types import Features, Preprocess
 
 NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-base-patch16-224"}
-"""Short names: repositories on the Hugging Face hub."""
+"""Short names of repositories on the Hugging Face hub."""
 BLIP_CONTEXT = 35
 """Text positions of BLIP's retrieval models, padding included (Li et al., and the reference)."""
 _BILINEAR, _BICUBIC = 2, 3

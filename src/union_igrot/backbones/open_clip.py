@@ -35,7 +35,7 @@ NAMES = {
     "large": ("ViT-L-14", "openai"),
     "openclip_h": ("ViT-H-14", "laion2b_s32b_b79k"),
 }
-"""Short names: architecture and tag."""
+"""Short names, with architecture and tag."""
 _FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
 _SIZES = (
     *("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask"),

@@ -44,7 +44,7 @@ class Crop:
 
     @property
     def key(self) -> str:
-        """Identity: the file's own as of now, the box and the dilation.
+        """Its identity, of the file's own as of now, the box and the dilation.
 
         Of a missing file it says so instead of raising, since asking whether this is a `Picture` reads it, too;
         `open` raises.

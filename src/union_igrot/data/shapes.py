@@ -56,7 +56,7 @@ class ShapesPicture:
 
     @property
     def key(self) -> str:
-        """Identity: the version of the drawing code, style, seed, content and which thing is drawn first."""
+        """Its identity, of the version of the drawing code, style, seed, content and which thing is drawn first."""
         return f"shapes-1/{self.style}/{self.seed}/{self.scene.code}/{self.scene.things[0].shape}"
 
     def open(self) -> Image.Image:

@@ -22,7 +22,7 @@ MAX_SESSIONS: Final = 256
 MAX_BYTES: Final = 2**30
 """Bytes of pictures that are remembered for all users together."""
 MAX_PAGES: Final = 4
-"""Pages of one user whose pictures can be asked for: a second window on one session has another page."""
+"""Pages of one user whose pictures can be asked for; a second window on one session has another page."""
 MAX_TEXT: Final = 300
 """Letters of a sentence."""
 MAX_WHERE: Final = 500
@@ -82,7 +82,7 @@ class Screen:
 
     @property
     def heading(self) -> str:
-        """What the answers are called: their ranks, or that there are none; empty where none are shown."""
+        """What the answers are called, their ranks, or that there are none; empty where none are shown."""
         if self.columns is None:
             return ""
         turn, first = self.session.present, self.columns[0]
@@ -235,7 +235,7 @@ class Desk:
         changed = session.mark(marked)
         if all(mark.id != marked.id for mark in changed.marks):
             return Screen(token, changed, UNMARKED)
-        return Screen(token, changed, f"Search again to {'come closer to' if marked.liked else 'go away from'} it.")
+        return Screen(token, changed, f"The next search {'comes closer to' if marked.liked else 'goes away from'} it.")
 
     def _unmark(self, token: str, session: Session, given: Given) -> Screen:
         name = given.get("id")

@@ -17,7 +17,7 @@ from union_igrot.demo.session import Reference, Stroke
 from union_igrot.errors import DataError, PictureError
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that are opened (MPO, of some cameras, is JPEG): none that starts another program, as PostScript does."""
+"""Formats that are opened (MPO, of some cameras, is JPEG), none that starts another program, as PostScript does."""
 KEPT_SIDE: Final = 1024
 """Longest side in pixels of a photo that is kept; a larger one is reduced first."""
 THUMBNAIL_SIDE, VIEW_SIDE = 160, 480

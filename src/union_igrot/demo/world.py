@@ -26,7 +26,7 @@ from union_igrot.model import IGROTModel
 from union_igrot.types import GalleryItem, Source
 
 QUERIES: Final = 1000
-"""Queries whose galleries are shown: some 6,000 pictures, which two cores embed in a quarter of a minute."""
+"""Queries whose galleries are shown, some 6,000 pictures, which two cores embed in a quarter of a minute."""
 _STEP: Final = 256
 
 

@@ -19,9 +19,9 @@ from union_igrot.index.where import Kind
 Value = str | int | float | bool | bytes | None
 """What a column may hold."""
 How = Literal["exact", "ann", "auto"]
-"""Exact search, approximate search, or what fits the size: exact below `AUTO_EXACT` rows."""
+"""Exact search, approximate search, or what fits the size, which is exact up to `AUTO_EXACT` rows."""
 AUTO_EXACT = 200_000
-"""Rows up to which `auto` searches exactly where the engine has the choice: tens of milliseconds a query."""
+"""Rows up to which `auto` searches exactly where the engine has the choice, in tens of milliseconds a query."""
 
 Own = TypeVar("Own", bound="VectorIndex")
 

@@ -35,7 +35,7 @@ CHUNK_BYTES = 128 * 2**20
 _KEY_BYTES = 8
 _LOW = 0xFFFFFFFF
 _LAST = 0x7FFFFFFF
-"""Upper half of an excluded item's key: behind every score."""
+"""Upper half of an excluded item's key, behind every score."""
 
 
 def exact_topk(

@@ -1,5 +1,7 @@
 """The filter language of all engines: a small part of SQL, read into tests of single columns.
 
+::
+
     class = 'dog' and year > 2020
     "taken by" in ('Ann', 'Bo') or not (size between 1 and 2.5 or path like 'cats/%')
 
@@ -16,6 +18,7 @@ Reading is sqlglot's. Knows columns' kinds; does not know rows, nor how an engin
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +28,7 @@ from union_igrot.errors import ConfigError
 
 Kind = Literal["str", "int", "float", "bool", "bytes"]
 """What a column holds besides None."""
+_WORDS: Final = frozenset(("and", "or", "not", "in", "between", "like", "is", "null", "true", "false", "escape"))
 Constant = str | int | float | bool
 Op = Literal["=", "!=", "<", "<=", ">", ">=", "in", "not in", "like", "not like", "is null", "is not null"]
 
@@ -87,7 +91,7 @@ class Some:
 
 
 Condition = Comparison | Every | Some
-"""A filter without `not`: as each test says itself what it is for None, true is all that has to be followed."""
+"""A filter without `not`; as each test says itself what it is for None, true is all that has to be followed."""
 
 
 def one_of(column: str, values: Iterable[str]) -> str:
@@ -134,20 +138,34 @@ def _parse(text: str) -> Condition:
     try:
         return _condition(parse_one(text, into=exp.Condition), negated=False)
     except ParseError as error:
-        advice = 'a name that is a word of SQL stands in double quotes: "case"'
+        advice = _advice(text)
         if not error.errors:
-            raise ConfigError(f"cannot be read; {advice}") from None
+            raise ConfigError(f"cannot be read{advice}") from None
         place = error.errors[0]
         what = str(place["description"])
         what = "something is missing here" if what.startswith("Required keyword") else what
         at = f"line {place['line']}, character {place['col']}"
-        raise ConfigError(f"cannot be read at {at} (near {place['highlight']!r}): {what}; {advice}") from None
+        raise ConfigError(f"cannot be read at {at} (near {place['highlight']!r}): {what}{advice}") from None
     except TokenError:
         raise ConfigError("cannot be read; a quote may be left open") from None
     except ValueError as error:  # of names that are none
         raise ConfigError(f"cannot be read ({error})") from None
     finally:
         log.disabled = before
+
+
+def _advice(text: str) -> str:
+    """Say how a name is written that means something else in SQL, where there is one outside of quotes."""
+    from sqlglot import exp, parse_one  # noqa: PLC0415
+    from sqlglot.errors import ParseError, TokenError  # noqa: PLC0415
+
+    for word in re.findall(r"[a-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", " ", text), re.IGNORECASE):
+        if word.lower() not in _WORDS:
+            try:
+                parse_one(f"{word} = 1", into=exp.Condition)
+            except (ParseError, TokenError):
+                return f'; {word} is a word of SQL, and as a name stands in double quotes: "{word}"'
+    return ""
 
 
 def _condition(node: Any, negated: bool) -> Condition:

@@ -23,11 +23,11 @@ from union_igrot.indexing.codec import BatchDecoder
 from union_igrot.indexing.decode import Batch, Decoded, Decoder, Handed, Seen, Wanted
 
 _PART: Final = 32
-"""Pictures that a worker decodes at once: many workers share a batch, and the first one is soon there."""
+"""Pictures that a worker decodes at once; many workers share a batch, and the first one is soon there."""
 _AHEAD: Final = 4
 """Parts that each worker decodes ahead."""
 _CONTEXT: Final = "fork" if sys.platform == "linux" else None
-"""How workers start: at once where that is safe, as they touch neither the index nor the model."""
+"""How workers start, at once where that is safe, as they touch neither the index nor the model."""
 
 
 @final

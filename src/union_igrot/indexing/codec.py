@@ -26,7 +26,7 @@ from union_igrot.indexing.decode import Batch, Handed, Seen, look_at, thumbnail_
 from union_igrot.types import Preprocess
 
 MOST_PIXELS: Final = 2**27
-"""Pixels that are decoded at once: 400 MB, and four times that while they are resized."""
+"""Pixels that are decoded at once; 400 MB, and four times that while they are resized."""
 _THREADS: Final = 4
 """Threads that write thumbnails; the codec lets go of the interpreter."""
 

@@ -29,7 +29,7 @@ THUMBNAIL: Final = 160
 """Longest side of a thumbnail in pixels."""
 _QUALITY: Final = 80
 _LARGE: Final = 2**26
-"""Bytes from which a file is looked at before it is read: a film is not read to its end to be no picture."""
+"""Bytes from which a file is looked at before it is read; a film is not read to its end to be no picture."""
 
 
 class Wanted(NamedTuple):

@@ -23,7 +23,7 @@ from union_igrot.processes import Machine
 from union_igrot.trainer import make_trainer, manners
 
 Take = Callable[[Sequence[Seen], Float[Tensor, "embedded dim"]], None]
-"""Takes a batch: what was seen, and the vectors of those that hold a thumbnail, in order."""
+"""Takes a batch, what was seen, and the vectors of those that hold a thumbnail, in order."""
 
 
 @final

@@ -21,7 +21,7 @@ from union_igrot.indexing.decode import Seen
 ROWS: Final = 2048
 """Pictures in a chunk."""
 SECONDS: Final = 15.0
-"""Age at which a chunk is written though it is not full: what a kill can cost."""
+"""Age at which a chunk is written though it is not full, which is what a kill can cost."""
 _WAITING: Final = 4
 
 

@@ -33,7 +33,7 @@ KNOWN: Final = "known.npy"
 _LOOK: Final = 0.2
 """Seconds between two looks for what other processes have written."""
 _TRIES: Final = 24
-"""How often another process waits ten minutes for the first one's next word: listing may take long."""
+"""How often another process waits ten minutes for the first one's next word; listing may take long."""
 _SILENCE: Final = 1800.0
 """Seconds without a batch after which another process is held to be dead."""
 _FIELDS: Final = ("id", "path", "size", "mtime", "offset")

@@ -3,7 +3,7 @@
 Plain values. Does not do anything.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, final
 
@@ -75,6 +75,12 @@ class Report:
     writing_waited: float = 0.0
     skipped_file: Path | None = None
     reasons: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """Name what is not as it is from the start."""
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        told = {name: round(value, 2) if isinstance(value, float) else value for name, value in told.items()}
+        return f"Report({', '.join(f'{name}={value!r}' for name, value in told.items() if value not in (0, None, ()))})"
 
     @property
     def rate(self) -> float:

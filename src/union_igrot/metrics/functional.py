@@ -137,14 +137,12 @@ def average_precision(
     With P(i) the precision among the first i, R = `n_relevant`, h the hits among the first
     k, and a sum over those hits, the published conventions are
 
-    | norm, rule        | AP@k                            | used by                            |
-    | ----------------- | ------------------------------- | ---------------------------------- |
-    | `min`, `step`     | sum P(i) / min(k, R)            | CIRCO, SEARLE, LinCIR (strict)     |
-    | `hits`, `step`    | sum P(i) / h                    | SEM-PCYC, torchmetrics (lenient)   |
-    | `all`, `step`     | sum P(i) / R                    | mAP@all; scikit-learn without ties |
-    | `min`, `voc`      | sum max_{j>=i} P(j) / min(k, R) | SAKE, ZSE-SBIR                     |
-    | `hits`,`trapezoid`| sum of means / (h + 1e-5)       | UNION's released code              |
-    | `all`,`trapezoid` | sum of means / R                | cnnimageretrieval-pytorch, i-CIR   |
+    - `min`, `step`: sum P(i) / min(k, R). CIRCO, SEARLE, LinCIR (strict)
+    - `hits`, `step`: sum P(i) / h. SEM-PCYC, torchmetrics (lenient)
+    - `all`, `step`: sum P(i) / R. Whole rankings; scikit-learn without ties
+    - `min`, `voc`: sum max P(j) over j >= i / min(k, R). SAKE, ZSE-SBIR
+    - `hits`, `trapezoid`: sum of means / (h + 1e-5). UNION's released code
+    - `all`, `trapezoid`: sum of means / R. cnnimageretrieval-pytorch, i-CIR
 
     where a mean is that of the precision at a hit and the precision just before it (1
     before the first place). The 1e-5 is part of the pair (`hits`, `trapezoid`) because the

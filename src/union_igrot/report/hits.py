@@ -26,7 +26,7 @@ class Shown(Interface):
 
     @property
     def id(self) -> str:
-        """What the picture is called: its path, or the id it was given."""
+        """What the picture is called, its path or the id that it was given."""
         ...
 
     @property
