@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "union_igrot"
 FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
-    {"types", "errors", "arithmetic"},
+    {"types", "errors", "paths", "arithmetic"},
     {"data", "backbones", "heads", "losses", "metrics", "index", "store", "report", "progress", "processes", "saved"},
     {"model", "hub", "encode", "runfolder", "scoring", "trainer"},
     {"embedding"},

@@ -5,7 +5,9 @@ command lines and demo alike. Saves and loads the heads. Does not know benchmark
 caches or devices' strategies.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, final
@@ -169,8 +171,8 @@ class IGROTModel(nn.Module, HubModel):
         return {name: x for name, x in self.state_dict().items() if not name.startswith("backbone.")}
 
     def fingerprint(self) -> str:
-        """Give a hash of the backbone's weights, the preprocessing and the heads."""
-        return f"{self.backbone.fingerprint()}-{weights_hash(self.heads_state())}"
+        """Give a hash of the backbone's weights, the preprocessing, and the heads with their kinds and options."""
+        return fingerprint_of(self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Say which model this is, for results and saved files."""
@@ -269,6 +271,17 @@ class IGROTModel(nn.Module, HubModel):
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:
             raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
+
+
+def fingerprint_of(described: Mapping[str, Any]) -> str:
+    """Give a model's fingerprint from its description, without hashing its weights again.
+
+    Args:
+        described: What `IGROTModel.describe` gave.
+    """
+    # Heads without weights differ by kind alone.
+    heads = json.dumps([described[part] for part in ("heads", "fusion", "target", "projector")], sort_keys=True)
+    return f"{described['backbone_fingerprint']}-{hashlib.sha256(heads.encode()).hexdigest()[:16]}"
 
 
 def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGROTModel:

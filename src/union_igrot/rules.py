@@ -7,10 +7,10 @@ a configuration is composed, and imports nothing heavy.
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from union_igrot.errors import UnionError
+from union_igrot.paths import from_home
 from union_igrot.store.amounts import SIZES, SPANS, parse_size, parse_span
 
 _BACKBONES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
@@ -68,7 +68,7 @@ def _texts(value: Any) -> str | None:
 
 
 def _folder(value: Any) -> str | None:
-    if isinstance(value, str) and Path(value).expanduser().is_dir():
+    if isinstance(value, str) and from_home(value).is_dir():
         return None
     return "an existing folder"
 
@@ -78,7 +78,7 @@ def _folder_or_null(value: Any) -> str | None:
 
 
 def _file_or_null(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and Path(value).expanduser().exists()):
+    if value is None or (isinstance(value, str) and from_home(value).exists()):
         return None
     return "an existing file, or null"
 

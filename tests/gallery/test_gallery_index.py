@@ -85,6 +85,14 @@ class TestOnDisk:
             assert again.search(picture(1)).ids == ["x"]
             assert again.describe()["checkpoint"] == "tiny"
 
+    def test_heads_without_weights_are_told_apart(self, tmp_path):
+        plain, summed = (trainable("sum", target).eval() for target in ("frozen", "sum"))
+        assert plain.fingerprint() != summed.fingerprint()
+        with Gallery.open(tmp_path / "x.lance", plain) as gallery:
+            gallery.add(picture(1), "x")
+        with pytest.raises(CheckpointError, match=r"heads sum \+ frozen .*, not with .* heads sum \+ sum"):
+            Gallery.open(tmp_path / "x.lance", summed)
+
     def test_an_index_of_no_known_model_is_refused(self, model, tmp_path):
         with Gallery.open(tmp_path / "a.lance", model) as gallery:
             gallery.add(picture(1), "x")

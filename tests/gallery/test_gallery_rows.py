@@ -10,7 +10,7 @@ from PIL import Image
 
 from small_gallery import COUNT, filled, names, picture
 from union_igrot.data.transforms import picture_batch
-from union_igrot.errors import DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import several
@@ -215,6 +215,19 @@ def test_a_few_pictures_are_added_without_reading_the_whole_index(model, monkeyp
     assert scanned == ["id in ('it''s new.png')"] * 2
     assert gallery.add(picture(78), "it's new.png").updated == 1
     assert len(gallery) == COUNT + 1
+
+
+def test_what_cannot_be_read_takes_no_row_away(model):
+    gallery = filled(model)
+    report = gallery.add(b"no picture", "p0", on_broken="skip")
+    assert (report.skipped, report.removed, len(gallery)) == (1, 0, COUNT)
+    work = Work()
+    object.__setattr__(work, "on_broken", "raise")  # as who checks no types would make it
+    with pytest.raises(ConfigError, match="on_broken is 'raise'; give skip or fail"):
+        work.__post_init__()
+    for wrong in ({"batch_size": 0}, {"workers": -1}):
+        with pytest.raises(ConfigError, match="give batches of 1 or more"):
+            Work(**wrong)
 
 
 @pytest.mark.parametrize(("given", "said"), [(([1],), "an id"), ((None, {3: [1]}), "a column's name")])

@@ -207,6 +207,25 @@ def test_no_kill_loses_or_doubles_a_row(uri, tmp_path):
     assert tally.acknowledged > KILLS
 
 
+def test_after_a_full_disk_the_same_index_searches_again(uri, monkeypatch):
+    index = made(uri)
+    for step in range(3):
+        index.upsert(some([f"a{step}"], seed=step))
+    real, failed = mapped._write, []
+
+    def once(*given):
+        if len(failed) == 1:
+            failed.append(1)
+            raise OSError(28, "No space left on device")
+        failed.append(0)
+        return real(*given)
+
+    monkeypatch.setattr(mapped, "_write", once)
+    with pytest.raises(DataError, match="has no room"):
+        index.search(torch.ones(1, 4), 3)
+    assert len(index.search(torch.ones(1, 4), 3)[0].ids) == 3
+
+
 def test_vectors_are_mapped_once_and_by_whoever_asks(uri):
     index = made(uri)
     index.upsert(some([f"a{i}" for i in range(20)]))
@@ -266,8 +285,11 @@ def test_mapped_files_give_way_to_whoever_makes_room(uri, monkeypatch):
     (kept,) = usage(root, PARTS)
     assert (kept.part, kept.dtype, kept.backbone) == ("vectors", "float32", uri)
     assert kept.bytes > 48
+    assert kept.in_use
+    assert prune(root, 0, parts=PARTS) == []
+    index.close()
     assert [one.part for one in prune(root, 0, parts=PARTS)] == ["vectors"]
-    assert index.search(torch.ones(1, 4), 3)[0].ids == expected  # what was mapped stays mapped
+    assert index.search(torch.ones(1, 4), 3)[0].ids == expected  # written again
     real, lost = torch.from_file, []
 
     def lose_it_first(path, **options):
@@ -380,6 +402,17 @@ def test_the_approximate_index_gives_as_many_answers_as_are_asked_for(uri):
     index.optimise()
     for k in (1, 1000, 5000, 6000):  # at k = 5000, the least number of partitions holds fewer
         assert len(index.search(some("q", 8, seed=1).vectors, k, how="ann")[0].ids) == k
+
+
+def test_the_approximate_index_finds_answers_where_most_pictures_are_equal(uri):
+    index = made(uri, dim=16)
+    vectors = some([f"p{i}" for i in range(5000)], 16).vectors
+    vectors[1000:] = vectors[0]
+    index.upsert(Rows([f"p{i}" for i in range(5000)], vectors, {}))
+    index.optimise()
+    for k in (10, 1100):
+        for hits in index.search(some([str(i) for i in range(30)], 16, seed=3).vectors, k, how="ann"):
+            assert len(hits.ids) == k
 
 
 def test_single_rows_added_one_by_one_leave_few_files(uri):

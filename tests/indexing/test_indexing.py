@@ -122,7 +122,10 @@ def test_columns_of_a_list_are_kept_and_followed_without_opening_a_picture(world
     monkeypatch.setattr(Image, "open", None)
     listed.write_text("path,label,year\npictures/1.png,wolf,2020\npictures/2.png,cat,\n")
     assert counts(world.run(listed)) == (0, 1, 1, 0, 0, 0)
+    # A column that is left out stays; an empty cell empties it.
     listed.write_text("path,label\npictures/1.png,wolf\npictures/2.png,cat\n")
+    assert counts(world.run(listed)) == (0, 0, 2, 0, 0, 0)
+    listed.write_text("path,label,year\npictures/1.png,wolf,\npictures/2.png,cat,\n")
     assert counts(world.run(listed)) == (0, 1, 1, 0, 0, 0)
     columns = {Path(name).name: (row["label"], row["year"]) for name, row in world.rows().items()}
     assert columns == {"1.png": ("wolf", None), "2.png": ("cat", None)}
@@ -130,6 +133,18 @@ def test_columns_of_a_list_are_kept_and_followed_without_opening_a_picture(world
     # The same pictures by their folder: the list's columns stay.
     assert counts(world.run()) == (1, 0, 2, 0, 0, 1)
     assert {Path(name).name: row["label"] for name, row in world.rows().items()}["1.png"] == "wolf"
+
+
+def test_two_lists_of_the_same_pictures_keep_each_others_columns(world):
+    fill(world.pictures, ["1.png", "2.png"])
+    lists = [world.pictures.parent / f"{name}.csv" for name in "ab"]
+    for path in lists:
+        path.write_text(f"path,{path.stem}\npictures/1.png,{path.stem}1\npictures/2.png,{path.stem}2\n")
+    assert counts(world.run(lists[0])) == (2, 0, 0, 0, 0, 2)
+    assert counts(world.run(lists[1])) == (0, 2, 0, 0, 0, 0)
+    for path in [*lists, *lists]:
+        assert counts(world.run(path)) == (0, 0, 2, 0, 0, 0)
+    assert sorted((row["a"], row["b"]) for row in world.rows().values()) == [("a1", "b1"), ("a2", "b2")]
 
 
 def test_columns_that_cannot_be_kept_are_refused_before_anything_is_embedded(world):

@@ -1,8 +1,10 @@
 """Where the store lies, what it takes, and that pruning spares what is in use."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +70,41 @@ def test_a_store_that_is_collected_lets_go(tmp_path):
     store = FeatureStore(tmp_path, "f")
     del store
     assert len(prune(tmp_path, 0)) == 1
+
+
+def test_who_asks_whether_it_is_in_use_keeps_nobody_from_working(tmp_path):
+    lock, stop = tmp_path / "x.lock", threading.Event()
+    lock.touch()
+
+    def ask():
+        while not stop.is_set():
+            files.in_use(lock)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(50):
+            held = files.hold_alone(lock)
+            assert held is not None
+            os.close(held)
+    finally:
+        stop.set()
+        asking.join()
+
+
+def test_two_prunes_at_once_remove_no_more_than_one(tmp_path, monkeypatch):
+    for fingerprint, age in (("a", 300), ("b", 200), ("c", 100)):
+        fill(tmp_path, fingerprint, 10, age)
+    size, real = usage(tmp_path)[0].bytes, shutil.rmtree
+
+    def helped(path, **options):
+        monkeypatch.setattr(shutil, "rmtree", real)
+        prune(tmp_path, 10**9)  # another one, which clears what it takes for the rest of a kill
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", helped)
+    assert [entry.fingerprint for entry in prune(tmp_path, 2 * size)] == ["a"]
+    assert [entry.fingerprint for entry in usage(tmp_path)] == ["b", "c"]
 
 
 def test_prune_clears_what_a_killed_prune_left(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from union_igrot.backbones.base import Backbone
 from union_igrot.errors import ConfigError
+from union_igrot.paths import from_home
 
 NAMES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
 """Short names of backbones."""
@@ -32,7 +33,7 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
         CheckpointError: Where the weights cannot be loaded.
     """
     # Only what is used is imported: OpenCLIP and transformers take seconds.
-    path = None if weights is None else Path(weights).expanduser()
+    path = None if weights is None else from_home(weights)
     if name == "tiny":
         from union_igrot.backbones.tiny import TinyBackbone  # noqa: PLC0415
 

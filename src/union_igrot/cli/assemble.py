@@ -3,7 +3,6 @@
 Fills numbers into constructors and nothing else. Does not know training or evaluation.
 """
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +13,7 @@ from union_igrot.encode import Encoder
 from union_igrot.heads.build import build_fusion, build_target
 from union_igrot.heads.projector import build_projector
 from union_igrot.model import IGROTModel
+from union_igrot.paths import from_home
 from union_igrot.processes import Machine, Processes
 from union_igrot.store.features import FeatureStore
 from union_igrot.store.space import chosen_limit, default_root
@@ -54,7 +54,7 @@ def machine(config: DictConfig, processes: Processes) -> Machine:
 
 def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> Encoder:
     """Open the feature store of a backbone; progress is shown where the configuration and `shown` say so."""
-    root = default_root() if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    root = default_root() if config.cache_dir is None else from_home(config.cache_dir)
     options = config.features
     kind = options.dtype if options.precision == "float32" else f"{options.dtype}-{options.precision}"
     limit = chosen_limit(config.cache_limit)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
+from union_igrot.paths import from_home
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +38,7 @@ def cache(config: DictConfig, fresh: Path) -> None:
     from union_igrot.store.space import PARTS, chosen_limit, default_root, prune, usage
 
     del fresh
-    root = default_root() if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    root = default_root() if config.cache_dir is None else from_home(config.cache_dir)
     console = Console()
 
     def say(text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
+from union_igrot.paths import from_home
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,12 +27,12 @@ def convert(config: DictConfig, fresh: Path) -> None:
     from union_igrot.report.card import write_card
 
     del fresh
-    folder = Path(config.output_dir).expanduser()
+    folder = from_home(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir {folder} is not an empty folder; give a new one")
-    tokenizer = None if config.tokenizer is None else Path(config.tokenizer).expanduser()
+    tokenizer = None if config.tokenizer is None else from_home(config.tokenizer)
     model = load_reference_checkpoint(
-        Path(config.checkpoint).expanduser(),
+        from_home(config.checkpoint),
         config.model.name,
         config.target.kind,
         config.mask,

@@ -3,7 +3,6 @@
 Knows which settings go to which reader. Does not know models.
 """
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +12,7 @@ from union_igrot.data.holdout import hold_out
 from union_igrot.data.registry import load_benchmark, load_training, parts
 from union_igrot.data.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.errors import ConfigError
+from union_igrot.paths import from_home
 from union_igrot.types import Benchmark, TrainingSet
 
 TRAINED_ON = ("shapes", "folder", "llavasco", "lasco", "training_sketchy", "fashioniq", "cirr")
@@ -32,7 +32,7 @@ def benchmarks(data: DictConfig, split: str | None = None) -> list[Benchmark]:
         composed = shapes_cir(split, count, data.seed, distractors=min(500, 2 * count))
         return [composed, shapes_sbir(split, count, data.seed, gallery=max(count, 20))]
     if data.name == "folder":
-        return [folder_benchmark(Path(data.root).expanduser(), split, **_folder_options(data))]
+        return [folder_benchmark(from_home(data.root), split, **_folder_options(data))]
     options = _public_options(data)
     divided = parts(data.name)
     if len(divided) == 1 or not set(divided[0]) - {"split"} or set(divided[0]) <= set(options):
@@ -49,7 +49,7 @@ def training(data: DictConfig) -> tuple[TrainingSet, list[Benchmark]]:
     if data.name == "shapes":
         return shapes_training(data.triplets, data.pairs, data.seed), benchmarks(data, "val")
     if data.name == "folder":
-        root, options = Path(data.root).expanduser(), _folder_options(data)
+        root, options = from_home(data.root), _folder_options(data)
         return folder_training(root, pairs=data.pairs, seed=data.seed, **options), benchmarks(data, "val")
     if data.name not in TRAINED_ON:
         raise ConfigError(f"data={data.name} is for evaluation only; train on one of {', '.join(TRAINED_ON)}")

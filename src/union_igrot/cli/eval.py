@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
+from union_igrot.paths import from_home
 
 if TYPE_CHECKING:
     from union_igrot.model import IGROTModel
@@ -33,7 +34,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     from union_igrot.processes import chosen_device
     from union_igrot.report.files import write_text
 
-    folder = fresh if config.output_dir is None else Path(config.output_dir).expanduser()
+    folder = fresh if config.output_dir is None else from_home(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,7 +43,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
         config.checkpoint = None  # the default, which is not asked
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
     if config.predictions is not None:
-        report_predictions(Path(config.predictions).expanduser(), data.tested(config.data), folder, config.seed)
+        report_predictions(from_home(config.predictions), data.tested(config.data), folder, config.seed)
         return folder
     model, checkpoint = _model(config)
     model.to(chosen_device(config.device))
@@ -62,7 +63,7 @@ def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
     if config.checkpoint in (None, "tiny"):
         return load_model("tiny", config.weights), "tiny"
-    checkpoint = Path(config.checkpoint).expanduser()
+    checkpoint = from_home(config.checkpoint)
     if is_backbone(str(config.checkpoint)) and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
     inner = checkpoint / "model"

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
+from union_igrot.paths import from_home
 
 if TYPE_CHECKING:
     from union_igrot.data.entries import Listing
@@ -51,7 +52,7 @@ def index_images(config: DictConfig, fresh: Path) -> None:
         config.decoder,
         config.on_broken,
         config.prune,
-        None if config.cache_dir is None else Path(config.cache_dir).expanduser(),
+        None if config.cache_dir is None else from_home(config.cache_dir),
         config.progress,
         assemble.machine(config, processes),
     )
@@ -64,7 +65,8 @@ def index_images(config: DictConfig, fresh: Path) -> None:
 def _said(config: DictConfig) -> list[str]:
     """Give what was said, as it was typed: what is taken literally was quoted for Hydra."""
     task = [(override.partition("=")[0], override) for override in HydraConfig.get().overrides.task]
-    return [f"{key}={config[key]}" if key in LITERAL else override for key, override in task]
+    typed = [key in LITERAL and config[key] is not None for key, _ in task]
+    return [f"{key}={config[key]}" if told else said for (key, said), told in zip(task, typed, strict=True)]
 
 
 def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:

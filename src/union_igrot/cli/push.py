@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
+from union_igrot.paths import from_home
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,13 +27,13 @@ def push(config: DictConfig, fresh: Path) -> None:
     from union_igrot.report.card import read_rows
 
     del fresh
-    folder = Path(config.checkpoint).expanduser()
+    folder = from_home(config.checkpoint)
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if config.license is not None and config.results is None:
         raise ConfigError("license goes into a card that is written anew; give results=results.json along with it")
     told = {}
     if config.results is not None:
-        results = Path(config.results).expanduser()
+        results = from_home(config.results)
         results = results / "results.json" if results.is_dir() else results
         told = {"rows": read_rows(results), "license": config.license}
         if not told["rows"]:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
+from union_igrot.paths import from_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +109,7 @@ def _lines(config: DictConfig) -> "list[Line]":
 
 
 def _path(typed: str) -> Path:
-    return Path(os.path.expanduser(typed))  # noqa: PTH111 - Path's raises where ~name is nobody
+    return from_home(typed)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import EXIT_MISTAKE, run_command
+from union_igrot.paths import from_home
 
 if TYPE_CHECKING:
     from union_igrot.processes import Processes
@@ -63,7 +64,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.runfolder import identity_of, open_run
 
     deciding = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
-    chosen = None if config.output_dir is None else Path(config.output_dir).expanduser()
+    chosen = None if config.output_dir is None else from_home(config.output_dir)
     try:
         run = open_run(chosen, fresh, identity_of(deciding))
     except UnionError:

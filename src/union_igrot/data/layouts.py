@@ -27,6 +27,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NoReturn, TypeVar, final
 
 from union_igrot.errors import DataError
+from union_igrot.paths import from_home
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -92,7 +93,7 @@ def read_folder(folder: str | Path) -> Rows | Samples:
     Raises:
         DataError: Where there is no folder, no layout, or a row is wrong. Names the file and the line.
     """
-    root = Path(os.path.expanduser(folder)).absolute()  # noqa: PTH111  (unlike Path's, it lets an unknown user be)
+    root = from_home(folder).absolute()
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; give the folder that holds the pictures")
     if (root / "triplets.jsonl").exists():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from union_igrot.data.arrays import picture_of_array, picture_of_tensor
 from union_igrot.errors import ConfigError, PictureError
+from union_igrot.paths import from_home
 from union_igrot.types import Picture, Source
 
 # How each EXIF orientation is undone (CIPA DC-008, tag 0x0112); 1 is upright.
@@ -82,7 +83,7 @@ def as_picture(picture: object, at_least: int | None = None) -> Image.Image:
         ConfigError: Where `at_least` is below 1.
     """
     if isinstance(picture, str | Path):
-        return open_picture(Path(os.path.expanduser(picture)), at_least)  # noqa: PTH111 - Path's raises for ~nobody
+        return open_picture(from_home(picture), at_least)
     if isinstance(picture, Image.Image):
         return _upright(picture)
     if isinstance(picture, np.ndarray | Tensor):

@@ -9,6 +9,7 @@ from typing import final
 
 from union_igrot.data.pictures import check_picture
 from union_igrot.errors import DataError, PictureError
+from union_igrot.paths import from_home
 
 
 @final
@@ -24,7 +25,7 @@ class Files:
     """
 
     def __init__(self, root: str | Path, check: bool) -> None:
-        self.root = Path(os.path.expanduser(root)).absolute()  # noqa: PTH111  (lets an unknown user be)
+        self.root = from_home(root).absolute()
         self.check = check
         self._found: dict[str, Path] = {}
         self._missing: list[str] = []

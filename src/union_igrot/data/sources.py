@@ -16,6 +16,7 @@ from union_igrot.data.entries import Entry, Listing, as_text, distinct, file_ent
 from union_igrot.data.lists import READERS, listed
 from union_igrot.data.tars import members
 from union_igrot.errors import ConfigError
+from union_igrot.paths import absolute
 
 FORMS: Final = (
     "a folder, a picture, a pattern (photos/**/*.jpg), a list (.txt, .csv, .jsonl, .parquet) "
@@ -41,7 +42,7 @@ def list_pictures(images: str, tell: Callable[[int], None] | None = None) -> Lis
     """
     if not images:
         raise ConfigError(f"images= is empty; give {FORMS}")
-    path = os.path.abspath(os.path.expanduser(images))  # noqa: PTH100, PTH111 - odd bytes, and patterns
+    path = absolute(images)
     unseen: list[Entry] = []
     found = _walk(path, unseen) if os.path.isdir(path) else _named(_files(path, images), unseen)  # noqa: PTH112
     entries = []

@@ -15,7 +15,7 @@ from PIL import Image
 from union_igrot.demo.engines import Answer, Engine, Question
 from union_igrot.demo.pictures import KEPT_SIDE, VIEW_SIDE, Limits, decoded, drawn, encoded, photo, reduced, sketch
 from union_igrot.demo.session import Mark, Reference, Session, Stroke
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, UnionError
 
 MAX_SESSIONS: Final = 256
 """Users that are remembered; whoever has not acted for longest is forgotten first."""
@@ -202,7 +202,10 @@ class Desk:
 
     def _show(self, token: str, session: Session, given: Given) -> Screen:
         del given
-        return self._moved(token, session, "")
+        try:
+            return self._moved(token, session, "")
+        except UnionError as error:  # the gallery has changed: its history is still there, and what can be asked
+            return self._moved(token, session.go(-1), str(error))
 
     def _search(self, token: str, session: Session, given: Given) -> Screen:
         text = given.get("text", "")
@@ -321,7 +324,10 @@ class Desk:
         if reference.kind == "photo":
             return decoded(reference.picture)
         assert reference.id is not None
-        return self.engines[reference.engine].picture(reference.id)
+        try:
+            return self.engines[reference.engine].picture(reference.id)
+        except DataError:  # it has left the gallery since it was clicked
+            return decoded(reference.picture)
 
 
 def _whole(given: Given, name: str) -> int:

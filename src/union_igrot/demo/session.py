@@ -234,8 +234,8 @@ class Session:
         """
         if rival is not None and rival < 1:
             raise DataError("There is no such method to compare with.")
-        chosen = replace(self, rival=rival)
-        return chosen if self.present is None else chosen.turn_page(0)
+        # Of two columns a page holds half as many: numbers of pages would mean others than before.
+        return replace(self, rival=rival, turns=tuple(replace(turn, page=0) for turn in self.turns))
 
     def deal_again(self) -> "Session":
         """Show other pictures at the start."""

@@ -6,7 +6,6 @@ forms. Does not know models or indexes.
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from union_igrot.data.entries import (
 )
 from union_igrot.data.pictures import as_picture, file_bytes
 from union_igrot.errors import DataError, PictureError
+from union_igrot.paths import absolute
 
 
 def listing_of(
@@ -69,7 +69,7 @@ def listing_of(
 
 def _entry(picture: Any, name: str | None, columns: dict[str, Any]) -> Entry:
     if isinstance(picture, str | Path):
-        entry = file_entry(os.path.abspath(os.path.expanduser(picture)), columns)  # noqa: PTH100, PTH111 - keep ".."
+        entry = file_entry(absolute(picture), columns)
         if entry.fault == FOLDER:
             entry = replace(entry, fault=f"{FOLDER}; update(...) takes all of it")
         return entry if name is None else replace(entry, id=name)

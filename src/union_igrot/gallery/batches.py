@@ -5,7 +5,6 @@ Paths in a file are relative to the file. Does not open pictures; knows no model
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Final
 from union_igrot.data.pictures import check_picture
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery.queries import several, wanted_of
+from union_igrot.paths import from_home
 
 _JSON: Final = ("id", "image", "text", "liked", "disliked", "exclude")
 _CSV: Final = ("id", "image", "text")
@@ -118,7 +118,7 @@ def _line(path: Path, number: int, place: int, given: dict[str, Any]) -> Line:
         if values is not None and not all(isinstance(one, str) for one in several(values)):
             raise DataError(f"{where}: {part} is {values!r}; give a text, or a list of texts")
     if "image" in given:
-        given["image"] = [path.parent / os.path.expanduser(image) for image in several(given["image"])]  # noqa: PTH111
+        given["image"] = [path.parent / from_home(image) for image in several(given["image"])]
     try:
         wanted_of(given)
         for image in given.get("image", ()):

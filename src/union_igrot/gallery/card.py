@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from union_igrot.backbones.build import build_backbone, is_backbone
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.index.base import VectorIndex
 from union_igrot.index.open import open_index
-from union_igrot.model import IGROTModel, load_model
+from union_igrot.model import IGROTModel, baseline, fingerprint_of, load_model
+from union_igrot.paths import from_home
 
 FORMAT: Final = 1
 
@@ -27,10 +29,9 @@ def card_of(model: IGROTModel, checkpoint: str | None, weights: str | Path | Non
         weights: Weights of its backbone, where they were named.
     """
     described = model.describe()
-    # As `IGROTModel.fingerprint` has it, of the hashes that are there already.
-    fingerprint = f"{described['backbone_fingerprint']}-{described['heads']}"
+    fingerprint = fingerprint_of(described)
     card = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
-    return card if weights is None else {**card, "weights": str(Path(weights).expanduser().absolute())}
+    return card if weights is None else {**card, "weights": str(from_home(weights).absolute())}
 
 
 def check_card(card: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
@@ -99,7 +100,7 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     Raises:
         CheckpointError: Where there is no such model.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = from_home(checkpoint)
     if str(checkpoint) == "tiny" or not folder.is_dir():
         return load_model(str(checkpoint), weights), str(checkpoint)
     inner = folder / "model"
@@ -116,4 +117,7 @@ def load_named(card: Mapping[str, Any], uri: str, weights: str | Path | None = N
     where = card.get("checkpoint")
     if not where:
         raise ConfigError(f"{uri} does not say where its model lies ({_named(card.get('model', {}))}); name it")
-    return load_checkpoint(str(where), weights or card.get("weights"))
+    weights = weights or card.get("weights")
+    if is_backbone(str(where)):  # and no folder of that name: of one the whole path is kept
+        return baseline(build_backbone(str(where), weights), "sum"), str(where)
+    return load_checkpoint(str(where), weights)

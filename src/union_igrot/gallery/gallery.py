@@ -23,6 +23,7 @@ from union_igrot.index.base import How, VectorIndex
 from union_igrot.index.open import open_index, without_password
 from union_igrot.indexing.work import Report, Work
 from union_igrot.model import IGROTModel
+from union_igrot.paths import absolute
 from union_igrot.processes import chosen_device
 
 _MEMORY = "memory:"
@@ -87,11 +88,13 @@ class Gallery:
                 is no such device.
             DataError: Where it cannot be read or reached.
         """
-        uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is no path
+        uri = str(uri)
         checkpoint = None
         if isinstance(model, str | Path):
             model, checkpoint = load_checkpoint(model, weights)
             model.to(chosen_device(device))
+        if ":" not in uri:
+            uri = absolute(uri)  # whoever changes the folder later means the same gallery
         absent = uri == _MEMORY or (create and ":" not in uri and not os.path.exists(uri))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
             raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")

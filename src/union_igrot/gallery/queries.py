@@ -24,6 +24,7 @@ from union_igrot.data.transforms import PictureToTensor
 from union_igrot.errors import ConfigError, PictureError
 from union_igrot.gallery.answers import Hit
 from union_igrot.model import IGROTModel
+from union_igrot.paths import absolute
 
 ALPHA: Final = 1.0
 """Weight of the query itself in a refined one."""
@@ -141,7 +142,7 @@ def _id_of(one: object) -> str:
 
 def path_id(path: str | Path) -> str:
     """Name the row of a file: its absolute path as text."""
-    return as_text(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps ".."
+    return as_text(absolute(path))
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ Knows indexes. Does not know models or pictures.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from jaxtyping import Float
@@ -32,7 +31,11 @@ def rows_named(index: VectorIndex, names: Sequence[str], *, gone: bool = False) 
     Returns:
         The ids; what is neither stays as it is.
     """
-    unsure = {name: path_id(name) for name in names if not Path(name).is_absolute() and (gone or os.path.exists(name))}  # noqa: PTH110 - Path's raises for long names
+    unsure = {
+        name: whole
+        for name in names
+        if (whole := path_id(name)) != name and (gone or os.path.exists(whole))  # noqa: PTH110 - Path's raises for long names
+    }
     there: set[str] = set()
     asked = [*unsure, *unsure.values()]
     for at in range(0, len(asked), _AT_ONCE):

@@ -33,7 +33,7 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.index import lance_ann
 from union_igrot.index.base import AUTO_EXACT, Hits, How, Rows, Value, VectorIndex
 from union_igrot.index.filters import lance_text
-from union_igrot.index.mapped import Layout, folder_of
+from union_igrot.index.mapped import InUse, Layout, folder_of
 from union_igrot.index.memory import BATCH, NO_ANN, missing
 from union_igrot.index.rows import check_ids, fitted, fitted_queries, written_card
 from union_igrot.index.scattered import scattered_topk
@@ -82,6 +82,7 @@ class LanceIndex(VectorIndex):
         self._table: Any = table
         self._folder = folder_of(uri)
         self._layout: tuple[int, Layout] | None = None
+        self._in_use: InUse | None = None
         self._writes = 0
 
     def __len__(self) -> int:
@@ -167,6 +168,10 @@ class LanceIndex(VectorIndex):
         self._compact(None)  # of rows that are in one part of the index now
         with self._told():
             self._latest().cleanup_old_versions(_KEPT, error_if_tagged_old_versions=False)
+
+    def close(self) -> None:
+        """See `VectorIndex`."""
+        self._layout = self._in_use = None
 
     def _exact(self, queries: Tensor, k: int, chosen: str | None, columns: Sequence[str]) -> list[Hits]:
         table, layout = self._laid_out()
@@ -256,6 +261,7 @@ class LanceIndex(VectorIndex):
 
     def _laid_out(self) -> tuple[Any, Layout]:
         table = self._latest()
+        self._in_use = self._in_use or InUse(self._folder)
         if self._layout is None or self._layout[0] != table.version:
             self._layout = (table.version, Layout(table, self.dim, self._folder))
         return table, self._layout[1]

@@ -115,7 +115,15 @@ def nearest(table: Any, query: Float32[Tensor, " dim"], k: int, filter_text: str
         "maximum_nprobes": probes if filter_text is None else None,
         "refine_factor": None if index.kind == "IVF_FLAT" else REFINE,
     }
-    scanner = table.scanner(
-        columns=columns, nearest=asked, filter=filter_text, prefilter=True, disable_scoring_autoprojection=True
-    )
-    return scanner.to_table()
+
+    def ask() -> Any:
+        scanner = table.scanner(
+            columns=columns, nearest=asked, filter=filter_text, prefilter=True, disable_scoring_autoprojection=True
+        )
+        return scanner.to_table()
+
+    found = ask()
+    if filter_text is None and probes < index.partitions and len(found) < min(k, table.count_rows()):
+        asked["minimum_nprobes"] = asked["maximum_nprobes"] = index.partitions  # some were nearly empty
+        found = ask()
+    return found

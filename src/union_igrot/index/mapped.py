@@ -5,18 +5,20 @@ the rows of one write in no order. So the vectors of each of its data files, whi
 are written once more, as they are in memory and in the order in which rows were first written,
 to the cache folder; every process then maps them. A file gets its name when it is whole and on
 disk, any process may write it, and it is dropped once the table no longer uses what it was made
-of, or to make room: what is mapped stays mapped, and what is needed again is written again.
+of. Who has files mapped shares a lock beside their folder, so that nobody takes it away to make room.
 
 Knows Lance's fragments and data files. Does not know queries, nor how rows are ranked.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import time
 import uuid
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.index.scattered import OFFSET
+from union_igrot.paths import absolute
 
 ADVICE: Final = "set UNION_CACHE to a folder on another disk"
 
@@ -85,16 +88,17 @@ class Layout:
         """
         if self._parts is None:
             field = next(field.id() for field in self._table.lance_schema.fields() if field.name() == "vector")
-            files, self._parts = set(), []
+            files, parts = set(), list[Float32[Tensor, "... dim"]]()
             for key, fragment in self._fragments.items():
                 (source,) = (file.path for file in fragment.data_files() if field in file.fields)
                 path = self._folder / f"{Path(source).stem}.rows"
                 ranks = self._ranks.get(key, _NONE)  # a fragment all of whose rows were removed is not read
-                self._parts.append(_mapped(path, self._table, fragment, ranks, self._dim))
+                parts.append(_mapped(path, self._table, fragment, ranks, self._dim))
                 files.add(path.name)
             if files:
                 _note_use(self._folder, str(self._table.uri))
                 _drop_others(self._folder, files)
+            self._parts = parts
         return self._parts
 
     def chosen(self, filter_text: str) -> Bool[np.ndarray, " rows"]:
@@ -123,6 +127,17 @@ def folder_of(uri: str) -> Path:
         raise ConfigError(f"the cache folder {chosen} needs a home folder, and there is none; {ADVICE}") from None
     where = uri if _SCHEME.match(uri) else str(Path(uri).resolve())
     return root / "vectors" / hashlib.sha256(where.encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+class InUse:
+    """A share of the lock of a folder of mapped files, so that nobody prunes it; given back when collected."""
+
+    def __init__(self, folder: Path) -> None:
+        with suppress(OSError):  # whoever writes the files says why
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, held)
+            fcntl.flock(held, fcntl.LOCK_SH)
 
 
 def _runs(values: Int64[np.ndarray, " rows"]) -> list[slice]:
@@ -212,7 +227,7 @@ def _note_use(folder: Path, uri: str) -> None:
         os.utime(folder)
         if not (folder / _MANIFEST).exists():
             temporary = folder / f"{_MANIFEST}.{uuid.uuid4().hex}.tmp"
-            where = uri if _SCHEME.match(uri) else os.path.abspath(uri)  # noqa: PTH100 - links stay
+            where = uri if _SCHEME.match(uri) else absolute(uri)
             temporary.write_text(json.dumps({"index": where, "dtype": "float32"}), encoding="utf-8")
             temporary.rename(folder / _MANIFEST)
 

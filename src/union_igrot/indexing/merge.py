@@ -14,11 +14,11 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from union_igrot.data.entries import ADDED, OWN, UNREACHED, Entry, Value
+from union_igrot.data.entries import OWN, UNREACHED, Entry, Value
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.index.where import one_of
 from union_igrot.indexing.chunks import SUFFIX, Chunk, Fact, read_chunk, write_chunk
-from union_igrot.indexing.plan import Row
+from union_igrot.indexing.plan import Row, columns_of
 from union_igrot.indexing.skipped import Skip, SkippedFile
 
 _LATE: Final = "late-"
@@ -74,6 +74,7 @@ class Merger:
     ) -> None:
         self._index, self._source, self._entries, self._rows = index, source, entries, rows
         self._skipped, self._folder, self._merged = skipped, folder, merged
+        self._named = columns_of(entries.values())
         self._late: dict[str, tuple[Path, int]] = {}
         """Where the content of a changed picture waits, by hash."""
         self._taking_up = False
@@ -246,9 +247,9 @@ class Merger:
     def _said(self, name: str) -> tuple[Mapping[str, Value], str]:
         """Give the user's columns of a row that is written, and its source."""
         row, given = self._rows.get(name), self._entries[name].columns
-        if row is None or (row.own and self._source != ADDED):
+        if row is None:
             return given, self._source
-        columns, source = row.with_columns(given)
+        columns, source = row.with_columns(given, self._named)
         return columns, source or self._source
 
 

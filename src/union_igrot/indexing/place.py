@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, final
 
 from union_igrot.errors import DataError, UnionError
+from union_igrot.paths import absolute
 from union_igrot.store.files import ADVICE, agree, hold_alone, sweep
 from union_igrot.store.space import default_root
 
@@ -77,14 +78,15 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
         raise UnionError(f"another process is putting pictures into {uri}; wait for its end ({lock} is its lock)")
     _HELD.add(held)
     try:
-        folder.mkdir(exist_ok=True)
-        sweep(folder)
+        try:
+            folder.mkdir(exist_ok=True)
+            sweep(folder)
+        except OSError as error:
+            raise DataError(f"cannot work in {folder} ({error.strerror}); {ADVICE}") from error
         agree(folder / "manifest.json", {"index": uri, "model": fingerprint, "source": source})
         beside = house / f"{name}.skipped.jsonl" if local is None else local.with_name(f"{local.name}.skipped.jsonl")
         yield Place(folder, beside)
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise DataError(f"cannot work in {folder} ({error.strerror}); {ADVICE}") from error
+        shutil.rmtree(folder, ignore_errors=True)  # what stays is taken up, and does no harm
     finally:
         if held in _HELD:
             _HELD.remove(held)
@@ -94,7 +96,7 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
 def _local(uri: str) -> Path | None:
     """Give the path of an index on this machine's disk."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
-    return Path(os.path.abspath(uri)) if scheme is None else None  # noqa: PTH100 - links stay
+    return Path(absolute(uri)) if scheme is None else None
 
 
 def _hash(*texts: str) -> str:

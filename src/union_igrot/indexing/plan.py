@@ -34,7 +34,7 @@ class Row(NamedTuple):
         mtime: Time of change in ns.
         digest: See `Fact`.
         source: What brought it.
-        own: Whether that is the source at hand.
+        own: Whether that is the source at hand, which removes and renews it.
         columns: The user's, without None.
     """
 
@@ -45,13 +45,20 @@ class Row(NamedTuple):
     own: bool
     columns: Mapping[str, Value]
 
-    def with_columns(self, given: Mapping[str, Value]) -> tuple[dict[str, Value], str]:
-        """Give the user's columns and the source of this row after somebody else has written it.
+    def with_columns(self, given: Mapping[str, Value], named: Collection[str]) -> tuple[dict[str, Value], str]:
+        """Give the user's columns and the source of this row when it is written.
 
-        Of pictures that were added by themselves, and of another source's, columns that are not given stay. What was
-        added stays so, whoever lists it too; and who says nothing new takes nothing over.
+        Columns that the source at hand does not name stay: another has given them. Of those that it names for other
+        pictures, its own rows lose theirs. What was added by itself stays so, whoever lists it too; and who says
+        nothing new takes nothing over.
+
+        Args:
+            given: The columns of the picture.
+            named: The columns that the source gives to any picture.
         """
-        return {**self.columns, **given}, self.source if self.source == ADDED or self.says(given) else ""
+        lost = named if self.own and self.source != ADDED else ()
+        kept = {name: value for name, value in self.columns.items() if name not in lost}
+        return {**kept, **given}, self.source if self.source == ADDED or self.says(given) else ""
 
     def says(self, given: Mapping[str, Value]) -> bool:
         """Whether columns hold nothing that this row does not hold."""
@@ -134,7 +141,7 @@ def make_plan(
         done: Size and time of change of pictures that an interrupted run embedded, by id.
         skipped: Pictures that could not be read at an earlier run, by id.
     """
-    plan = Plan()
+    plan, named = Plan(), columns_of(listing.entries)
     for entry in listing.entries:
         row, skip = rows.get(entry.id), skipped.get(entry.id)
         facts = (entry.size, entry.mtime)
@@ -143,7 +150,7 @@ def make_plan(
         elif done.get(entry.id) == facts:
             continue
         elif row is not None and row.digest and _is_current(entry, row):
-            if _says_the_same(entry, row, listing.source):
+            if _says_the_same(entry, row, named):
                 plan.unchanged += 1
             else:
                 plan.known.append(Fact(entry.id, *facts, digest=row.digest))
@@ -172,8 +179,8 @@ def gone(listing: Listing, rows: Mapping[str, Row]) -> list[str]:
 
 
 def spoilt(skips: Iterable[Skip], rows: Mapping[str, Row]) -> list[str]:
-    """Name rows whose picture was replaced by what cannot be read."""
-    return [skip.path for skip in skips if skip.path in rows and (skip.size or skip.mtime)]
+    """Name this source's rows whose picture was replaced by what cannot be read."""
+    return [skip.path for skip in skips if (row := rows.get(skip.path)) and row.own and (skip.size or skip.mtime)]
 
 
 def shares(entries: Sequence[Entry], count: int) -> list[list[Entry]]:
@@ -204,10 +211,14 @@ def _is_current(entry: Entry, row: Row) -> bool:
     return (entry.size, entry.mtime) == (row.size, row.mtime)
 
 
-def _says_the_same(entry: Entry, row: Row, source: str) -> bool:
-    if not row.own or source == ADDED:
-        return row.says(entry.columns)
-    return {name: value for name, value in entry.columns.items() if value is not None} == row.columns
+def columns_of(entries: Iterable[Entry]) -> set[str]:
+    """Name the columns that any of some pictures has."""
+    return {name for entry in entries for name in entry.columns}
+
+
+def _says_the_same(entry: Entry, row: Row, named: Collection[str]) -> bool:
+    columns, _ = row.with_columns(entry.columns, named)
+    return {name: value for name, value in columns.items() if value is not None} == row.columns
 
 
 def _tail(entry: Entry) -> int:

@@ -124,7 +124,8 @@ class _Run:
         waits = self._embed(plan.todo, merger, entries)
         self._bar.update(self._task, description="finishing")
         skips = [*plan.skips, *merger.broken]
-        removed = merger.finish(list(dict.fromkeys([*doomed, *spoilt(skips, there.rows)])))
+        worn = spoilt(skips, there.rows) if work.prune else []
+        removed = merger.finish(list(dict.fromkeys([*doomed, *worn])))
         if merger.added + merger.updated + removed:
             self._index.optimise()
         broken = {skip.path for skip in skips}
@@ -169,7 +170,7 @@ class _Run:
                 force=number > 0,
             )
             self._opened += len(todo)
-            if self._merged - before != len(todo):
+            if self._merged - before < len(todo):  # an earlier run's may come late
                 raise DataError(f"results of {len(todo) - self._merged + before:,} pictures were lost; run it again")
             todo, merger.left = [entries[name] for name in merger.left], []
         raise DataError(f"rows of {self._index.uri} vanish while pictures are put in; end what removes them, run again")

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from union_igrot.data.entries import Entry
-from union_igrot.errors import ConfigError, PictureError, UnionError
+from union_igrot.errors import ConfigError, DataError, PictureError, UnionError
 from union_igrot.indexing.batches import Batches, Waits
 from union_igrot.indexing.codec import BatchDecoder
 from union_igrot.indexing.decode import Decoder, Seen
@@ -104,7 +105,13 @@ def lead_round(
         write_whole(_file(folder, token, rank, "share"), ["\n".join(lines).encode()])
     words.say([token, str(folder), force])
     here = words.processes.here
-    waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge, seen, force=force, here=here)
+
+    def merge_all() -> None:
+        for rank in range(1, world):
+            _look_for_failure(folder, token, rank)
+        merge()
+
+    waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge_all, seen, force=force, here=here)
     for rank in range(1, world):
         _await(folder, token, rank, merge)
     merge()
@@ -116,8 +123,7 @@ def _await(folder: Path, token: str, rank: int, merge: Callable[[], None]) -> No
     share, last = _file(folder, token, rank, "share"), 0
     heard = time.monotonic()
     while not _file(folder, token, rank, "done").exists():
-        if (failed := _file(folder, token, rank, "failed")).exists():
-            raise UnionError(f"process {rank} failed: {failed.read_text()}")
+        _look_for_failure(folder, token, rank)
         # Compared with itself alone: the clocks of two machines differ.
         if (touched := share.stat().st_mtime_ns) != last:
             last, heard = touched, time.monotonic()
@@ -128,6 +134,11 @@ def _await(folder: Path, token: str, rank: int, merge: Callable[[], None]) -> No
             )
         time.sleep(_LOOK)
         merge()
+
+
+def _look_for_failure(folder: Path, token: str, rank: int) -> None:
+    if (failed := _file(folder, token, rank, "failed")).exists():
+        raise UnionError(f"process {rank} failed: {failed.read_text()}")
 
 
 def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
@@ -155,13 +166,15 @@ def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
         stem, here = f"{token}-{processes.rank:05d}", processes.here
 
         def heard(_: int, share: Path = share) -> None:
-            os.utime(share)
+            with suppress(OSError):  # a write will say what is wrong
+                os.utime(share)
 
         try:
             _work_through(model, entries, work, folder, stem, None, heard, force=force, here=here)
         except BaseException as error:
             said = str(error) if isinstance(error, UnionError) else f"{type(error).__name__}: {error}"
-            write_whole(_file(folder, token, processes.rank, "failed"), [said.encode(errors="replace")])
+            with suppress(DataError):  # the first error is the one to tell
+                write_whole(_file(folder, token, processes.rank, "failed"), [said.encode(errors="replace")])
             raise
         write_whole(_file(folder, token, processes.rank, "done"), [b""])
 

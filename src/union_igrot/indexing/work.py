@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, final
 
+from union_igrot.errors import ConfigError
 from union_igrot.processes import Machine
 
 
@@ -27,6 +28,9 @@ class Work:
         cache: Cache folder, for work files and the lock; `$UNION_CACHE` or its default where None.
         progress: Whether a bar is shown.
         machine: Devices and precision; where the model lies, in float32, where None.
+
+    Raises:
+        ConfigError: Where a value is not allowed; names those that are.
     """
 
     batch_size: int = 256
@@ -37,6 +41,17 @@ class Work:
     cache: Path | None = None
     progress: bool = True
     machine: Machine | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would be taken for something else."""
+        for name, allowed in (("decoder", ("pillow", "torchcodec")), ("on_broken", ("skip", "fail"))):
+            if (given := getattr(self, name)) not in allowed:
+                raise ConfigError(f"{name} is {given!r}; give {' or '.join(allowed)}")
+        if self.batch_size < 1 or (self.workers is not None and self.workers < 0):
+            raise ConfigError(
+                f"batch_size is {self.batch_size} and workers is {self.workers}; give batches of 1 or more, and 0 or "
+                "more workers"
+            )
 
 
 @final

@@ -30,6 +30,9 @@ _WRITER: Final = re.compile(r".*\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9
 _STALE_SECONDS: Final = 3600.0
 BUSY: Final = (errno.EWOULDBLOCK, errno.EACCES)
 """How the system says that somebody else has a lock."""
+_ASKED: Final = 4
+_MOMENT: Final = 0.02
+"""Seconds between two tries to have a lock alone; asking whether it is in use takes far less."""
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -156,13 +159,19 @@ def hold_alone(lock: Path, *, or_none: bool = True) -> int | None:
         OSError: Where the lock file cannot be made.
     """
     held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if or_none or error.errno in BUSY:
-            os.close(held)
-            return None
-        log.warning("%s cannot be locked (%s); see that nobody else works there meanwhile", lock, error.strerror)
+    for left in reversed(range(_ASKED)):
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno in BUSY and left:  # maybe by somebody who only asks whether it is in use
+                time.sleep(_MOMENT)
+                continue
+            if or_none or error.errno in BUSY:
+                os.close(held)
+                return None
+            log.warning("%s cannot be locked (%s); see that nobody else works there meanwhile", lock, error.strerror)
+            break
     return held
 
 

@@ -236,10 +236,12 @@ def _remove(folder: Path, part: Part) -> bool:
         if held is None:
             return False
         doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.pruned")
-        folder.rename(doomed)  # out of sight at once: a killed prune leaves no half of a folder
-        shutil.rmtree(doomed)
-    except FileNotFoundError:  # another prune was faster
-        return False
+        try:
+            folder.rename(doomed)  # out of sight at once: a killed prune leaves no half of a folder
+        except FileNotFoundError:  # another prune was faster
+            return False
+        with suppress(FileNotFoundError):  # another prune helps along
+            shutil.rmtree(doomed)
     except OSError as error:
         raise DataError(f"cannot remove {folder} ({error.strerror}); check the permissions") from error
     finally:
