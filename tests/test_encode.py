@@ -227,7 +227,8 @@ def test_encoding_leaves_torch_s_random_numbers_alone(tmp_path):
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_progress_is_shown_on_standard_error_or_not_at_all(tmp_path, capfd, progress):
+def test_progress_is_shown_on_standard_error_or_not_at_all(tmp_path, capfd, monkeypatch, progress):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     backbone = LinearBackbone()
     store = FeatureStore(tmp_path, backbone.fingerprint())
     filled = Encoder(backbone, store, workers=0, progress=progress)

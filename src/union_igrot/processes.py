@@ -109,7 +109,7 @@ def chosen_device(name: str = "auto") -> torch.device:
         there[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     found = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)
     if found not in there:
-        raise ConfigError(f"device={name} is not on this machine; give auto, or one of {', '.join(there)}")
+        raise ConfigError(f"device={name} is not on this machine; give {' or '.join(['auto', *there])}")
     return torch.device(found)
 
 

@@ -29,8 +29,9 @@ def progress_bar(*, shown: bool = True) -> Progress:
     """Give a bar with counts, rate, time passed and time left; use it as a context manager.
 
     Args:
-        shown: False keeps silent.
+        shown: False keeps silent; so does it where nobody looks, in a file or a pipe.
     """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,6 +39,7 @@ def progress_bar(*, shown: bool = True) -> Progress:
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
+        console=console,
+        redirect_stdout=False,  # it would send what a command writes into a pipe to standard error
+        disable=not shown or not (console.is_terminal or console.is_jupyter),  # into a file it would leave bits of bars
     )

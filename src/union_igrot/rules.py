@@ -212,7 +212,8 @@ RULES: dict[str, dict[str, Check]] = {
     },
     "index": {
         **_MACHINE,
-        **dict.fromkeys(("images", "index", "checkpoint"), _text),
+        **dict.fromkeys(("index", "checkpoint"), _text),
+        **dict.fromkeys(("images", "remove"), _text_or_null),
         "weights": _file_or_null,
         "decoder": one_of("pillow", "torchcodec"),
         "on_broken": one_of("skip", "fail"),

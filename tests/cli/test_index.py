@@ -81,8 +81,9 @@ def test_a_mistake_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, 
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     settings = {"images": "pictures", "index": "photos.lance", **changed}
+    own = [one for one in CPU if one.partition("=")[0] not in changed]
     with pytest.raises(SystemExit) as ended:
-        main([*CPU[1 if "strategy" in changed else 0 :], *(f"{name}={value}" for name, value in settings.items())])
+        main([*own, *(f"{name}={value}" for name, value in settings.items())])
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert message in said.err
@@ -94,7 +95,43 @@ def test_a_mistake_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, 
 def test_what_is_missing_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main([])
-    assert "images is not given" in capsys.readouterr().err
+    assert "index is not given" in capsys.readouterr().err
+    for both in ([], ["images=a", "remove=size > 3"]):
+        with pytest.raises(SystemExit):
+            main(["index=x.lance", *both])
+        said = capsys.readouterr().err
+        assert said == "union-index: give images=SOURCE, what is put in, or remove=FILTER, what is taken out\n"
+
+
+def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
+    pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
+    fill(tmp_path / "pictures", 4)
+    uri = str(tmp_path / "photos.lance")
+    main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
+    main([f"index={uri}", f"remove=source = '{tmp_path}/pictures' and size is null"])
+    assert f"{uri}: 4 rows; 0 removed" in capsys.readouterr().out
+    main([f"index={uri}", f"remove=source = '{tmp_path}/pictures'"])
+    assert f"{uri}: 0 rows; 4 removed" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([f"index={uri}", "remove=sauce = 'x'"])
+    assert "remove=\"sauce = 'x'\": there is no column 'sauce'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["photos.lance"], "'photos.lance' is no setting; write KEY=VALUE"),
+        (["index=x.lance", "--k", "3"], "--k is no flag; settings are written without dashes, KEY=VALUE"),
+        (["images=a.tar", "images=b.tar", "index=x.lance"], "images is given twice; give it once"),
+    ],
+)
+def test_a_slip_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"union-index: {said}")
+    assert len(told.splitlines()) == 1
 
 
 def test_a_second_process_is_refused_by_one_line(tmp_path, capsys):

@@ -212,9 +212,10 @@ def batch_answers(gallery, deep) -> list[tuple]:
 def test_queries_from_a_file_of_json_lines(gallery, deep, capsys, monkeypatch):
     file = deep / "queries, 1.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in BATCH) + "\n\n", encoding="utf-8")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal; nobody looks at a bar elsewhere
     for step in (256, 2):
         monkeypatch.setattr(command, "_STEP", step)
-        ask(f"queries={file}", "k=4")
+        ask(f"queries={file}", "k=4", "format=jsonl")
         said = capsys.readouterr()
         found = [json.loads(line) for line in said.out.splitlines()]
         assert [(row["query"], row["id"]) for row in found] == batch_answers(gallery, deep)

@@ -76,7 +76,6 @@ class TestOnDisk:
             assert "transagg + sum" in said
             assert "index again" in said
 
-    @pytest.mark.slow
     def test_the_index_knows_its_model(self, tmp_path):
         place = tmp_path / "photos.lance"
         with Gallery.open(place, "tiny") as gallery:

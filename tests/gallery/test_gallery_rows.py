@@ -127,7 +127,7 @@ def test_scalars_of_other_libraries_are_plain_values(model):
     assert gallery.index.fetch(["a"]).columns["made"][0].startswith("2020-01-02")
 
 
-def test_columns_that_are_not_given_stay_and_what_was_added_stays_its_owners(model, tmp_path):
+def test_columns_that_are_not_given_stay_and_what_is_followed_is_followed_further(model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     path = photos / "1.png"
@@ -144,17 +144,20 @@ def test_columns_that_are_not_given_stay_and_what_was_added_stays_its_owners(mod
     gallery.add(path, columns={"note": ["mine"]})
     picture(2).save(path)
     assert gallery.update(photos, quiet).updated == 1  # edited
-    assert row() == {"note": "mine", "source": "added"}
+    assert row() == {"note": "mine", "source": str(photos)}
     (tmp_path / "list.csv").write_text(f"path,tag\n{path},old\n")
     gallery.update(tmp_path / "list.csv", quiet)
-    assert row() == {"note": "mine", "tag": "old", "source": "added"}
+    listed = str(tmp_path / "list.csv")  # it says something new, and has the row from now on
+    assert row() == {"note": "mine", "tag": "old", "source": listed}
     assert gallery.update(tmp_path / "list.csv", quiet).unchanged == 1
     gallery.add(path, columns={"tag": [None]})
-    assert row() == {"note": "mine", "tag": None, "source": "added"}
-    path.unlink()
+    assert row() == {"note": "mine", "tag": None, "source": listed}
     picture(3).save(photos / "2.png")
-    assert gallery.update(photos, quiet).removed == 0
-    assert str(path) in gallery.ids()
+    gallery.add(photos / "2.png")
+    assert gallery.update(photos, quiet).unchanged == 2
+    (photos / "2.png").unlink()
+    assert gallery.update(photos, quiet).removed == 0  # what was added by itself stays
+    assert str(photos / "2.png") in gallery.ids()
 
 
 def test_files_are_named_from_where_one_stands(model, tmp_path, monkeypatch):

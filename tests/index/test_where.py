@@ -59,7 +59,7 @@ def test_a_filter_is_written_for_each_engine(text, lance, milvus):
     ("text", "said"),
     [
         ("", "is empty"),
-        ("clas = 'dog'", "no column 'clas'; there are class, flag, id, size, taken by, thumb, year"),
+        ("clas = 'dog'", "no column 'clas'; there are class, flag, id, size, taken by, year"),
         ("class = 5", "'class' holds text and cannot be tested with = 5"),
         ('class = "dog"', '"dog" stands where a constant is expected; text stands in single quotes'),
         ("class = dog", "dog stands where a constant is expected"),

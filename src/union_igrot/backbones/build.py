@@ -15,8 +15,8 @@ ALLOWED = f"{', '.join(NAMES)}, open_clip:<architecture>/<tag> or hf:<repository
 
 
 def is_backbone(name: str) -> bool:
-    """Whether a name is one of a backbone, in its form at least."""
-    return name in NAMES or name.startswith(("open_clip:", "hf:"))
+    """Whether a name is one of a backbone, in its form at least; `tiny` means the embedded model, heads and all."""
+    return name != "tiny" and (name in NAMES or name.startswith(("open_clip:", "hf:")))
 
 
 def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:

@@ -80,7 +80,7 @@ def _table(kept: "Sequence[Usage]") -> "Table":
     for column in (2, 3):
         table.columns[column].justify = "right"
     for one in reversed(kept):
-        kept_for = {"indexing": "indexing, interrupted", "vectors": "an index, for exact search"}
+        kept_for = {"indexing": "indexing, interrupted", "vectors": "copy of an index's vectors"}
         what = "embeddings" if one.fingerprint.startswith("embedded-") else one.part
         cells = (
             f"{what} {one.dtype}".rstrip() if one.part == "features" else kept_for[one.part],

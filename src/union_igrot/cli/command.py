@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import hydra
@@ -27,6 +28,14 @@ EXIT_DEFECT = 70
 """Exit code after what should not happen, as sysexits.h has it."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+_TAKING = frozenset(("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "-cn", "-cd"))
+"""Flags of Hydra that a word follows."""
+_FLAGS = _TAKING | {
+    *("-h", "--help", "--hydra-help", "--version", "-m", "--multirun", "-r", "--run", "--resolve"),
+    *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"),
+}
 
 
 @contextmanager
@@ -52,6 +61,22 @@ def _told(command: str) -> Iterator[None]:
         traceback.print_exc()
         print(f"{command}: this is a defect; please report it with the lines above", file=sys.stderr)  # noqa: T201 - its voice
         raise SystemExit(EXIT_DEFECT) from None
+
+
+def _check_words(arguments: Sequence[str], several: Collection[str]) -> None:
+    """Refuse slips that Hydra would answer at length, or not at all."""
+    given: set[str] = set()
+    for before, argument in pairwise(["", *arguments]):
+        key, equals, _ = argument.partition("=")
+        if argument.startswith("-"):
+            if argument.partition("=")[0] not in _FLAGS:
+                raise ConfigError(f"{argument} is no flag; settings are written without dashes, KEY=VALUE (--help)")
+        elif not equals:
+            if before not in _TAKING and not argument.startswith("~"):
+                raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE (--help lists the keys)")
+        elif key in given and key not in several:
+            raise ConfigError(f"{key} is given twice; give it once (a shell takes {{a,b}} apart: put it in quotes)")
+        given.add(key)
 
 
 def run_command(
@@ -87,6 +112,7 @@ def run_command(
         print(__version__)  # noqa: T201 - the command's voice
         return
     with _one_line(command):
+        _check_words(arguments, several)
         arguments = as_typed(arguments, literal, several)
         flags = {argument for argument in arguments if argument.startswith("-")}
         plain = [argument for argument in arguments if argument not in flags]

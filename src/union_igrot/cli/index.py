@@ -1,4 +1,4 @@
-"""`union-index`: pictures into an index, alone or in several processes.
+"""`union-index`: pictures into an index, alone or in several processes; rows out of it.
 
 Knows the order of the steps and the words. Does not know how a picture becomes a row.
 """
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from union_igrot.processes import Processes
 
 _MODULE = "union_igrot.cli.index"
-LITERAL = ("images", "index", "checkpoint", "weights", "cache_dir")
+_AT_ONCE = 10_000
+LITERAL = ("images", "index", "remove", "checkpoint", "weights", "cache_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def index_images(config: DictConfig, fresh: Path) -> None:
-    """Put pictures into an index as configured."""
+    """Put pictures into an index as configured, or take rows out of it."""
     del fresh
+    if (config.images is None) == (config.remove is None):
+        raise ConfigError("give images=SOURCE, what is put in, or remove=FILTER, what is taken out")
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli import assemble
     from union_igrot.indexing.work import Work
@@ -41,6 +44,9 @@ def index_images(config: DictConfig, fresh: Path) -> None:
         raise ConfigError("strategy=fsdp cuts a model that is trained; to embed, each device takes it whole: give ddp")
     if config.index == "memory:":
         raise ConfigError("index=memory: ends with the process; use union_igrot.Gallery for that, or name a folder")
+    if config.remove is not None:
+        _remove(config)
+        return
     if processes.world == 1:
         count = wanted_processes(where.accelerator, where.devices, where.nodes, _MODULE)
         if count > 1:
@@ -60,6 +66,21 @@ def index_images(config: DictConfig, fresh: Path) -> None:
         _lead(config, work, processes)
     else:
         _follow(config, work, processes)
+
+
+def _remove(config: DictConfig) -> None:
+    """Take the rows out that pass a filter."""
+    from union_igrot.index.open import open_index
+
+    with open_index(config.index) as index:
+        try:
+            names = [str(name) for batch in index.scan(["id"], config.remove) for name in batch["id"]]
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("where=", "remove=", 1)) from None
+        removed = sum(index.delete(names[at : at + _AT_ONCE]) for at in range(0, len(names), _AT_ONCE))
+        if removed:
+            index.optimise()
+        print(f"{index.uri}: {len(index):,} rows; {removed:,} removed")  # noqa: T201 - the command's voice
 
 
 def _said(config: DictConfig) -> list[str]:

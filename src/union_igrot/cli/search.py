@@ -56,7 +56,8 @@ def search(config: DictConfig, fresh: Path) -> None:
     sheet: list[SheetLine] = []
     chosen = {"create": False, "weights": config.weights, "device": config.device}
     with Gallery.open(config.index, config.checkpoint, **chosen) as gallery:
-        shown = config.progress and len(lines) > _STEP
+        # Among tables on one terminal a bar would be in the way, and they show how far it is.
+        shown = config.progress and len(lines) > _STEP and not sys.stdout.isatty()
         with _output(), progress_bar(shown=shown) as bar:
             task = bar.add_task("searching", total=len(lines))
             for at in range(0, len(lines), _STEP):
@@ -85,7 +86,9 @@ def _check(config: DictConfig) -> None:
     """Refuse what contradicts itself."""
     single = [name for name in ("image", "text", "liked", "disliked", "exclude") if config[name]]
     if config.queries is not None and single:
-        raise ConfigError(f"{single[0]}= and queries= are both given; put it into the file's lines, or leave the file")
+        raise ConfigError(
+            f"{single[0]}= and queries= are both given; put it into the lines of the file, or leave queries= out"
+        )
     if config.queries is None and not (config.image or config.text or config.liked):
         raise ConfigError("nothing is asked; give image=FILE, text=TEXT, both, liked=ID or queries=FILE")
     if config.contact is not None and not config.contact.lower().endswith(".png"):

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from union_igrot.errors import ConfigError
 
-_WORDS: Final = frozenset({"text", "where"})
+_WORDS: Final = frozenset({"text", "where", "remove"})
 
 
 def as_typed(arguments: Sequence[str], literal: Collection[str] = (), several: Collection[str] = ()) -> list[str]:

@@ -19,8 +19,8 @@ from union_igrot.errors import ConfigError
 from union_igrot.paths import absolute
 
 FORMS: Final = (
-    "a folder, a picture, a pattern (photos/**/*.jpg), a list (.txt, .csv, .jsonl, .parquet) "
-    "or tar shards (shards-{0000..0009}.tar)"
+    'a folder, a picture, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
+    'or tar shards ("shards-{0000..0009}.tar")'
 )
 """What `images=` can be."""
 

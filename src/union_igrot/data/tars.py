@@ -42,6 +42,8 @@ def members(path: str) -> tuple[list[Entry], str | None]:
                     name = f"{path}/{member.name.removeprefix('./')}"
                     place = member.offset_data
                     entries.append(Entry(as_text(name), path, member.size, changed, place, columns, reason))
+    except FileNotFoundError:
+        fault = "the shard is missing"
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
         fault = f"the shard cannot be read to its end ({getattr(error, 'strerror', None) or error})"
     last = {entry.id: entry for entry in entries}  # of several with one name, a tar means the last

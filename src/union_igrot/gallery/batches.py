@@ -77,7 +77,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 given = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: is not JSON ({error})") from None
+                said = getattr(error, "msg", error)  # without the place in the line, which looks like one in the file
+                raise DataError(f"{path}:{number}: is not JSON ({said})") from None
             if not isinstance(given, dict):
                 raise DataError(f'{path}:{number}: is not an object; write {{"image": "a.jpg", "text": "in red"}}')
             _check_names(path, number, list(given), _JSON)

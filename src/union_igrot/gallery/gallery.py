@@ -136,7 +136,7 @@ class Gallery:
             DataError: Where there is none yet.
         """
         if self._index is None:
-            raise DataError(f"there is no gallery at {self.uri} yet; add pictures first, or look at its name")
+            raise DataError(f"there is no gallery at {self.uri} yet; add pictures first, or check its name")
         return self._index
 
     def add(

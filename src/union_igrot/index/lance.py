@@ -73,7 +73,7 @@ class LanceIndex(VectorIndex):
             if table is None and create:
                 table = self._made(dim, card)
         if table is None:
-            raise ConfigError(f"there is no index {uri}; make one (union-index), or look for it elsewhere")
+            raise ConfigError(f"there is no index {uri}; make one (union-index), or check the name")
         kept = (table.schema.metadata or {}).get(_CARD)
         if kept is None:
             raise ConfigError(f"{uri} is a Lance table, but no index made here; give another name")

@@ -99,7 +99,7 @@ class MilvusIndex(VectorIndex):
             self._patterns = version_of(self._client.get_server_version()) >= (2, 4)
             if not self._client.has_collection(self._name):
                 if not create:
-                    raise ConfigError(f"there is no index {self.uri}; make one (union-index), or look for it elsewhere")
+                    raise ConfigError(f"there is no index {self.uri}; make one (union-index), or check the name")
                 self._make(dim, card)
             kept = self._described()
             if _CARD not in kept["properties"]:

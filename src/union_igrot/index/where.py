@@ -279,7 +279,7 @@ def _fit(condition: Condition, kinds: Mapping[str, Kind]) -> Condition:
         if count > _MOST_TESTS:
             raise ConfigError(f"has more than {_MOST_TESTS} tests; write: in (...)")
         if one.column not in kinds:
-            there = ", ".join(sorted(kinds))
+            there = ", ".join(sorted(name for name, kind in kinds.items() if kind != "bytes"))
             raise ConfigError(f"there is no column {one.column!r}; there are {there}")
         return _FITTED[kinds[one.column]](one)
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from union_igrot.data.entries import OWN, UNREACHED, Entry, Value
+from union_igrot.data.entries import ADDED, OWN, UNREACHED, Entry, Value
 from union_igrot.index.base import Rows, VectorIndex
 from union_igrot.index.where import one_of
 from union_igrot.indexing.chunks import SUFFIX, Chunk, Fact, read_chunk, write_chunk
@@ -250,6 +250,8 @@ class Merger:
         if row is None:
             return given, self._source
         columns, source = row.with_columns(given, self._named)
+        if self._source == ADDED:  # a row that another source follows is followed further
+            return columns, row.source or ADDED
         return columns, source or self._source
 
 
