@@ -71,14 +71,14 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     middle = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
     assert user.page.evaluate("([x, y]) => document.elementFromPoint(x, y).tagName", middle) == "IMG"
     user.search()
-    assert user.turns() == ["“a star”", "“a star” 1 liked, 1 disliked"]
+    assert user.turns() == ["“a star”", "“a star” · 1\u00a0liked, 1\u00a0disliked"]
     marked = user.titles()
     assert marked != plain
     assert sum("red" in title for title in marked) < sum("red" in title for title in plain)
 
     user.filter("class = 'house'")
     user.search("on sand")
-    assert user.turns()[-1] == "“on sand” 1 liked, 1 disliked class = 'house'"
+    assert user.turns()[-1] == "“on sand” · 1\u00a0liked, 1\u00a0disliked · class = 'house'"
     filtered = user.titles()
     assert filtered
     assert all("house" in title for title in filtered)
@@ -101,6 +101,30 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     assert user.page.get_by_role("textbox", name="Filter").input_value() == "class = 'house'"
     user.page.locator("summary").click()
     user.page.locator("#filtered", has_text="class = 'house'").wait_for()  # folded away, it still holds
+
+
+@pytest.mark.parametrize("size", [(1280, 860), (1280, 640), (390, 844), (844, 390)])
+def test_nothing_lies_over_a_control_and_the_page_is_as_wide_as_the_window(visit, size):
+    user = visit(viewport=dict(zip(("width", "height"), size, strict=True)))
+    for step in range(4):
+        user.page.locator(".cards .marks button:first-child").nth(step).click()
+        user.settled()
+    user.filter("class = 'house' or class = 'star'")
+    for step in range(5):
+        user.search(f"a sentence that is rather long, as people write them, the {step}th")
+    user.page.locator("#choose").scroll_into_view_if_needed()
+    covered = user.page.evaluate(
+        """() => [...document.querySelectorAll('#query button, #query input, #query select, #query summary')]
+        .filter(one => one.checkVisibility() && !one.disabled)
+        .filter(one => {
+            one.scrollIntoView({block: 'center'});
+            const box = one.getBoundingClientRect();
+            const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+            return !(top && (one.contains(top) || top.contains(one)));
+        }).map(one => one.id || one.textContent)"""
+    )
+    assert covered == []
+    assert user.page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
 @pytest.mark.parametrize(
@@ -129,7 +153,7 @@ def test_steps_wait_for_one_another_and_none_is_lost(visit):
         "for (let at = 0; at < 3; at++) document.getElementById('query').requestSubmit()"  # a triple click
     )
     user.settled()
-    assert user.turns() == ["more like these 5 liked"]
+    assert user.turns() == ["more like these · 5\u00a0liked"]
     user.page.get_by_label("Sentence").fill("a star")
     user.page.evaluate(
         """document.getElementById('query').requestSubmit();
@@ -139,7 +163,7 @@ def test_steps_wait_for_one_another_and_none_is_lost(visit):
     )
     user.settled()
     assert user.page.locator(".columns h3").count() == 2
-    assert user.turns()[-1] == "“a star” 5 liked"
+    assert user.turns()[-1] == "“a star” · 5\u00a0liked"
 
 
 def test_who_cannot_see_is_told_and_the_focus_stays(visit, star):
