@@ -86,7 +86,7 @@ def test_marks_and_filters_are_shown(desk):
     assert [shown["marked"].count(words) for words in ("<p>More like</p>", "<p>Less like</p>")] == [1, 1]
     assert "Take the mark away: square &lt;s2&gt;" in shown["marked"]
     found = view.regions(desk.act(token, "search", {"text": "red", "where": "class = '<b>'"}))
-    assert "1 liked, 1 disliked" in re.sub(r"<[^>]*>", "", found["history"])
+    assert "1&nbsp;liked, 1&nbsp;disliked" in re.sub(r"<[^>]*>", "", found["history"])
     assert "class = &#39;&lt;b&gt;&#39;" in found["history"]
     assert "of 60" not in found["results"]  # how many pass the filter is not counted
     none = view.regions(desk.act(token, "search", {"text": "red", "where": "nothing"}))

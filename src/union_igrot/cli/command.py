@@ -63,8 +63,12 @@ def _told(command: str) -> Iterator[None]:
         raise SystemExit(EXIT_DEFECT) from None
 
 
-def _check_words(arguments: Sequence[str], several: Collection[str]) -> None:
-    """Refuse slips that Hydra would answer at length, or not at all."""
+def _check_words(arguments: Sequence[str], literal: Collection[str]) -> None:
+    """Refuse slips that Hydra would answer at length, or not at all.
+
+    Of a setting that is given twice the later one counts, as in Hydra, but for those whose text is taken as typed: there
+    it was a shell that took one text apart.
+    """
     given: set[str] = set()
     for before, argument in pairwise(["", *arguments]):
         key, equals, _ = argument.partition("=")
@@ -74,7 +78,7 @@ def _check_words(arguments: Sequence[str], several: Collection[str]) -> None:
         elif not equals:
             if before not in _TAKING and not argument.startswith("~"):
                 raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE (--help lists the keys)")
-        elif key in given and key not in several:
+        elif key in given and key in literal:
             raise ConfigError(f"{key} is given twice; give it once (a shell takes {{a,b}} apart: put it in quotes)")
         given.add(key)
 
@@ -112,7 +116,7 @@ def run_command(
         print(__version__)  # noqa: T201 - the command's voice
         return
     with _one_line(command):
-        _check_words(arguments, several)
+        _check_words(arguments, literal)
         arguments = as_typed(arguments, literal, several)
         flags = {argument for argument in arguments if argument.startswith("-")}
         plain = [argument for argument in arguments if argument not in flags]
