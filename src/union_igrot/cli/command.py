@@ -66,8 +66,8 @@ def _told(command: str) -> Iterator[None]:
 def _check_words(arguments: Sequence[str], literal: Collection[str]) -> None:
     """Refuse slips that Hydra would answer at length, or not at all.
 
-    Of a setting that is given twice the later one counts, as in Hydra, but for those whose text is taken as typed: there
-    it was a shell that took one text apart.
+    Of a setting that is given twice the later one counts, as in Hydra, but for those whose text is taken as
+    typed: there it was a shell that took one text apart.
     """
     given: set[str] = set()
     for before, argument in pairwise(["", *arguments]):
