@@ -10,3 +10,9 @@ def place(request, tmp_path):
     found = place_of(request.param, tmp_path)
     yield found
     clear(found)
+
+
+@pytest.fixture
+def uri(tmp_path):
+    """Where a Lance table may be made."""
+    return str(tmp_path / "photos.lance")
