@@ -12,6 +12,7 @@ from union_igrot import scoring
 from union_igrot.data.folder import folder_benchmark
 from union_igrot.embedding import embed
 from union_igrot.errors import CheckpointError, ConfigError, DataError
+from union_igrot.gallery import card as cards
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.index.open import open_index
 from union_igrot.model import IGROTModel
@@ -91,6 +92,16 @@ class TestOnDisk:
             gallery.add(picture(1), "x")
         with pytest.raises(CheckpointError, match=r"heads sum \+ frozen .*, not with .* heads sum \+ sum"):
             Gallery.open(tmp_path / "x.lance", summed)
+
+    def test_another_backbone_is_refused_before_its_weights_are_fetched(self, model, tmp_path, monkeypatch):
+        with Gallery.open(tmp_path / "x.lance", model) as gallery:
+            gallery.add(picture(1), "x")
+        monkeypatch.setattr(cards, "load_model", None)
+        for create in (True, False):
+            with pytest.raises(
+                CheckpointError, match=r"was made with backbone linear .*, not with backbone base; search"
+            ):
+                Gallery.open(tmp_path / "x.lance", "base", create=create)
 
     def test_an_index_of_no_known_model_is_refused(self, model, tmp_path):
         with Gallery.open(tmp_path / "a.lance", model) as gallery:

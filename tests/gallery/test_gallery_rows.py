@@ -206,6 +206,18 @@ def test_the_model_is_hashed_once(model, monkeypatch):
     assert gallery.card["fingerprint"] == model.fingerprint()
 
 
+def test_what_is_wrong_with_pictures_ids_and_columns_is_told_of_each(model):
+    gallery = Gallery.open("memory:", model)
+    broken = [np.zeros((3, 8, 9)), np.zeros((3, 8, 9)), "\ud800.png", picture(1)]
+    report = gallery.add(broken, columns={"n": [1, 2, 3, 4]}, on_broken="skip")
+    assert (report.skipped, report.added) == (3, 1)
+    assert [name for name, _ in report.reasons][:2] == [f"number {n} of what was given (ndarray)" for n in (1, 2)]
+    with pytest.raises(DataError, match=r"the id '.ud800' holds half a letter"):
+        gallery.add(picture(1), "\ud800")
+    with pytest.raises(DataError, match=r"year: 2020 is no list; give one value each, \[2020, \.\.\.\]"):
+        inspect.unwrap(listing_of)([b"1"], None, {"year": 2020})
+
+
 def test_a_few_pictures_are_added_without_reading_the_whole_index(model, monkeypatch):
     gallery = filled(model)
     scanned = []

@@ -92,12 +92,13 @@ def _said(config: DictConfig) -> list[str]:
 
 def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
     """List the pictures, open the index and fill it: what one process does, or the first of several."""
-    from union_igrot.gallery.card import card_of, load_checkpoint, open_made
+    from union_igrot.gallery.card import card_of, load_checkpoint, open_made, refuse_early
     from union_igrot.indexing.run import index_pictures
     from union_igrot.indexing.share import Words
 
     try:
         listing = _listed(config.images, shown=config.progress)
+        refuse_early(config.index, config.checkpoint)
         model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
         card = card_of(model, checkpoint, config.weights)
         index = open_made(config.index, model.backbone.dim, card)

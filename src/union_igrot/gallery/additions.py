@@ -6,6 +6,7 @@ forms. Does not know models or indexes.
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,10 @@ def listing_of(
             have its name.
     """
     # By place, whatever labels the rows of a table have.
-    names = None if ids is None else [ids] if isinstance(ids, str) else list(ids)
-    given = {name: values if isinstance(values, str) else list(values) for name, values in (columns or {}).items()}
+    names = None if ids is None else [ids] if isinstance(ids, str) else _several(ids, "ids")
+    given = {
+        name: values if isinstance(values, str) else _several(values, name) for name, values in (columns or {}).items()
+    }
     for name, values in [("ids", names), *given.items()]:
         if values is not None and (isinstance(values, str) or len(values) != len(pictures)):
             count = "one text" if isinstance(values, str) else f"{len(values)} values"
@@ -56,18 +59,43 @@ def listing_of(
     for what, texts in (("an id", names or ()), ("a column's name", list(given))):
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise DataError(f"{wrong[0]!r} ({type(wrong[0]).__name__}) is {what}; give a text")
+    if half := [name for name in names or () if not _whole(name)]:
+        raise DataError(f"the id {half[0]!r} holds half a letter; give another")
     refuse_taken(given, "the columns given")
     if names is not None and (twice := first_twice(names)) is not None:
         raise DataError(f"the id {twice!r} stands twice among {len(names)}; give each picture its own")
     rows = [{name: plain_value(values[place]) for name, values in given.items()} for place in range(len(pictures))]
     settle_kinds(rows)
     entries = [
-        _entry(picture, None if names is None else names[place], rows[place]) for place, picture in enumerate(pictures)
+        _entry(picture, None if names is None else names[place], rows[place], place)
+        for place, picture in enumerate(pictures)
     ]
     return Listing(ADDED, distinct(entries, "the pictures given"))
 
 
-def _entry(picture: Any, name: str | None, columns: dict[str, Any]) -> Entry:
+def _several(values: Any, what: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise DataError(f"{what}: {values!r} is no list; give one value each, [{values!r}, ...]") from None
+
+
+def _whole(text: str) -> bool:
+    """Whether a text is made of whole letters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _can_name_a_file(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _entry(picture: Any, name: str | None, columns: dict[str, Any], place: int) -> Entry:
+    if isinstance(picture, str) and not _can_name_a_file(picture):
+        return Entry(name or ascii(picture), columns=columns, fault="half a letter is no part of a file's name")
     if isinstance(picture, str | Path):
         entry = file_entry(absolute(picture), columns)
         if entry.fault == FOLDER:
@@ -76,7 +104,8 @@ def _entry(picture: Any, name: str | None, columns: dict[str, Any]) -> Entry:
     try:
         data, content = _bytes_of(picture)
     except PictureError as error:
-        return Entry(name or f"a {type(picture).__name__} given", columns=columns, fault=str(error))
+        called = name or f"number {place + 1} of what was given ({type(picture).__name__})"
+        return Entry(called, columns=columns, fault=str(error))
     return data_entry(f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name, data, columns)
 
 

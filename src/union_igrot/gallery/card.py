@@ -86,6 +86,30 @@ def _named(described: Mapping[str, Any]) -> str:
     )
 
 
+def refuse_early(uri: str, name: str) -> None:
+    """Refuse a backbone alone whose name is not that of an index's, before its weights are fetched.
+
+    Args:
+        uri: The index, which need not be there.
+        name: What is to be loaded.
+
+    Raises:
+        CheckpointError: Where the index was made with another backbone; names both.
+    """
+    if not is_backbone(name) or Path(name).is_dir() or uri == "memory:":
+        return
+    try:
+        with open_index(uri) as index:
+            described = index.card.get("model", {})
+    except ConfigError:  # there is none yet, or what is wrong with its name is told when it is made
+        return
+    if described.get("backbone") not in (name, None):
+        raise CheckpointError(
+            f"{uri} was made with {_named(described)}, not with backbone {name}; search it with the model it was made "
+            "with, or index again under another name"
+        )
+
+
 def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -> tuple[IGROTModel, str]:
     """Load a model by name.
 

@@ -16,7 +16,7 @@ from union_igrot.data.sources import list_pictures
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.answers import THUMBNAIL, Answers, answers_of
-from union_igrot.gallery.card import card_of, check_card, load_checkpoint, load_named, open_made
+from union_igrot.gallery.card import card_of, check_card, load_checkpoint, load_named, open_made, refuse_early
 from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of, several
 from union_igrot.gallery.rows import judged_rows, named_rows, rows_named
 from union_igrot.index.base import How, VectorIndex
@@ -90,11 +90,12 @@ class Gallery:
         """
         uri = str(uri)
         checkpoint = None
-        if isinstance(model, str | Path):
-            model, checkpoint = load_checkpoint(model, weights)
-            model.to(chosen_device(device))
         if ":" not in uri:
             uri = absolute(uri)  # whoever changes the folder later means the same gallery
+        if isinstance(model, str | Path):
+            refuse_early(uri, str(model))
+            model, checkpoint = load_checkpoint(model, weights)
+            model.to(chosen_device(device))
         absent = uri == _MEMORY or (create and ":" not in uri and not os.path.exists(uri))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
             raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
