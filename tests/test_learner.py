@@ -325,7 +325,8 @@ def test_warnings_outside_are_as_before(trained, recwarn):
     assert len(recwarn) == 1
 
 
-def test_an_encoder_with_a_bar_trains_the_same(tmp_path, capfd):
+def test_an_encoder_with_a_bar_trains_the_same(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     model = trainable("transagg", "frozen")
     learner, _, filled = parts(tmp_path / "cache", model, Recipe(epochs=1), [cir_benchmark(6)])
     shown = Encoder(model.backbone, filled.store, workers=0, progress=True)
