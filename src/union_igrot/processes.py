@@ -67,6 +67,17 @@ class Processes:
             raise UnionError(f"process {self.rank}: process 0 was not heard of; look at its output") from None
         return str(self.store.get(f"union/{name}").decode())
 
+    def complain(self, why: str) -> None:
+        """Tell the first process that this one failed, and why."""
+        if self.store is not None:
+            self.store.set(f"union/failed-{self.rank}", why)
+
+    def complaint_of(self, rank: int) -> str | None:
+        """Say why another process failed; None where it did not say so."""
+        if self.store is None or not self.store.check([f"union/failed-{rank}"]):
+            return None
+        return str(self.store.get(f"union/failed-{rank}").decode())
+
 
 @final
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def words():
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        (lambda share: share.with_suffix(".failed").write_text("no memory"), "process 1 failed: no memory"),
+        (lambda one: one.complain("no memory"), "process 1 failed: no memory"),
         (lambda _: None, "process 1 was not heard of for 0 minutes; look at its output, and run it again"),
     ],
     ids=["fails", "dies"],
@@ -284,8 +284,8 @@ def test_a_process_that_ends_early_ends_the_run_and_what_is_done_stays(world, wo
         (world.pictures / f"{number}.png").write_bytes(picture(number, (8 + number, 9)))
 
     def other():
-        token, folder, _ = json.loads(words.get("union/indexing-0"))
-        does(Path(folder) / f"{token}-00001.share")
+        words.get("union/indexing-0")
+        does(Processes(1, 2, 2, words))
 
     beside = threading.Thread(target=other)
     beside.start()
@@ -307,5 +307,6 @@ def test_a_process_that_fails_says_why(world, words, tmp_path):
     words.set("union/indexing-0", json.dumps(["t", str(tmp_path), False]))
     with pytest.raises(PictureError):
         sharing.follow(world.model, replace(QUIET, on_broken="fail"), Processes(1, 2, 2, words))
-    assert "1.png: no known picture format; replace it" in (tmp_path / "t-00001.failed").read_text()
+    leader = Processes(0, 2, 2, words)
+    assert "1.png: no known picture format; replace it" in leader.complaint_of(1)
     assert not (tmp_path / "t-00001.done").exists()

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from union_igrot.data.entries import Entry
-from union_igrot.errors import ConfigError, DataError, PictureError, UnionError
+from union_igrot.errors import ConfigError, PictureError, UnionError
 from union_igrot.indexing.batches import Batches, Waits
 from union_igrot.indexing.codec import BatchDecoder
 from union_igrot.indexing.decode import Decoder, Seen
@@ -108,22 +108,22 @@ def lead_round(
 
     def merge_all() -> None:
         for rank in range(1, world):
-            _look_for_failure(folder, token, rank)
+            _look_for_failure(words.processes, rank)
         merge()
 
     waits = _work_through(model, dealt[0], work, folder, f"{token}-{0:05d}", merge_all, seen, force=force, here=here)
     for rank in range(1, world):
-        _await(folder, token, rank, merge)
+        _await(words.processes, folder, token, rank, merge)
     merge()
     return waits
 
 
-def _await(folder: Path, token: str, rank: int, merge: Callable[[], None]) -> None:
+def _await(processes: Processes, folder: Path, token: str, rank: int, merge: Callable[[], None]) -> None:
     """Merge what another process writes until it is done with its share."""
     share, last = _file(folder, token, rank, "share"), 0
     heard = time.monotonic()
     while not _file(folder, token, rank, "done").exists():
-        _look_for_failure(folder, token, rank)
+        _look_for_failure(processes, rank)
         # Compared with itself alone: the clocks of two machines differ.
         if (touched := share.stat().st_mtime_ns) != last:
             last, heard = touched, time.monotonic()
@@ -136,9 +136,9 @@ def _await(folder: Path, token: str, rank: int, merge: Callable[[], None]) -> No
         merge()
 
 
-def _look_for_failure(folder: Path, token: str, rank: int) -> None:
-    if (failed := _file(folder, token, rank, "failed")).exists():
-        raise UnionError(f"process {rank} failed: {failed.read_text()}")
+def _look_for_failure(processes: Processes, rank: int) -> None:
+    if (why := processes.complaint_of(rank)) is not None:
+        raise UnionError(f"process {rank} failed: {why}")
 
 
 def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
@@ -154,29 +154,32 @@ def follow(model: IGROTModel, work: Work, processes: Processes) -> None:
         ConfigError: Where this process does not see the first one's cache folder.
     """
     words = Words(processes)
-    while (word := words.hear()) != "done":
-        if word is None:
-            raise SystemExit(2)
-        token, folder, force = word[0], Path(word[1]), word[2]
-        share = _file(folder, token, processes.rank, "share")
-        if not share.exists():
-            raise ConfigError(f"process {processes.rank} does not see {folder}; give a cache_dir that all machines see")
-        lines = share.read_text().splitlines()
-        entries = [Entry(**dict(zip(_FIELDS, json.loads(line), strict=True))) for line in lines]
-        stem, here = f"{token}-{processes.rank:05d}", processes.here
+    try:
+        while (word := words.hear()) != "done":
+            if word is None:
+                raise SystemExit(2)
+            _follow_round(model, word, work, processes)
+    except Exception as error:
+        processes.complain(str(error) if isinstance(error, UnionError) else f"{type(error).__name__}: {error}")
+        raise
 
-        def heard(_: int, share: Path = share) -> None:
-            with suppress(OSError):  # a write will say what is wrong
-                os.utime(share)
 
-        try:
-            _work_through(model, entries, work, folder, stem, None, heard, force=force, here=here)
-        except BaseException as error:
-            said = str(error) if isinstance(error, UnionError) else f"{type(error).__name__}: {error}"
-            with suppress(DataError):  # the first error is the one to tell
-                write_whole(_file(folder, token, processes.rank, "failed"), [said.encode(errors="replace")])
-            raise
-        write_whole(_file(folder, token, processes.rank, "done"), [b""])
+def _follow_round(model: IGROTModel, word: Any, work: Work, processes: Processes) -> None:
+    """Embed one share."""
+    token, folder, force = word[0], Path(word[1]), word[2]
+    share = _file(folder, token, processes.rank, "share")
+    if not share.exists():
+        raise ConfigError(f"process {processes.rank} does not see {folder}; give a cache_dir that all machines see")
+    lines = share.read_text().splitlines()
+    entries = [Entry(**dict(zip(_FIELDS, json.loads(line), strict=True))) for line in lines]
+    stem, here = f"{token}-{processes.rank:05d}", processes.here
+
+    def heard(_: int) -> None:
+        with suppress(OSError):  # a write will say what is wrong
+            os.utime(share)
+
+    _work_through(model, entries, work, folder, stem, None, heard, force=force, here=here)
+    write_whole(_file(folder, token, processes.rank, "done"), [b""])
 
 
 def _file(folder: Path, token: str, rank: int, what: str) -> Path:
