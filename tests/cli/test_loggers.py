@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import json
 import struct
+import time
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def history(path):
     return found
 
 
+def ended(path):
+    """What is kept of a run, once the service, a process of its own, has written that it ended."""
+    for _ in range(100):
+        try:
+            read = records(path)
+        except struct.error:  # half of one is written
+            read = []
+        if any(record.WhichOneof("record_type") == "exit" for record in read):
+            return read
+        time.sleep(0.1)
+    raise AssertionError(f"{path} does not say that its run ended: {read}")
+
+
 def only(records, kind):
     (one,) = [record for record in records if record.WhichOneof("record_type") == kind]
     return getattr(one, kind)
@@ -136,7 +150,7 @@ def test_weights_and_biases_keeps_one_run_offline_however_often_it_is_resumed(tm
         raise KeyboardInterrupt
     kept = sorted((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(kept) == 3
-    read = [records(path) for path in kept]
+    read = [ended(path) for path in kept]
     number = (tmp_path / "run" / "logs" / "wandb-id").read_text()
     assert {(only(one, "run").run_id, only(one, "run").project) for one in read} == {(number, "noise")}
     noted = {item.key: item.value_json for item in only(read[0], "run").config.update}
