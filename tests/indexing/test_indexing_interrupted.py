@@ -294,7 +294,7 @@ def test_a_process_that_ends_early_ends_the_run_and_what_is_done_stays(world, wo
         index_pictures(world.index, world.model, listing, QUIET, Processes(0, 2, 2, words))
     beside.join()
     kept = len(world.index)
-    assert kept < 8
+    assert (kept < 8) if "failed" in said else (0 < kept < 8)  # a failure may be told before anything is written
     assert world.run().added == 8 - kept
     world.check()
 

@@ -135,3 +135,7 @@ def _engine(config: DictConfig, world: "World", name: str, model: "IGROTModel") 
     filling = encoder(config, model.backbone)
     with filling.store:
         return world.engine(name, model, filling)
+
+
+if __name__ == "__main__":
+    main()

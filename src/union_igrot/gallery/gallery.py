@@ -163,10 +163,10 @@ class Gallery:
             work: How the work is done; for large additions.
 
         Returns:
-            How many were added, updated, unchanged and left out. What was embedded before is not embedded again.
+            How many were added, updated, unchanged and left out. A row that is right is not embedded again.
 
         Raises:
-            PictureError: Where a picture cannot be read, under `fail`.
+            PictureError: Where a picture cannot be read, under `fail`; what was embedded before it is kept.
             DataError: Where ids repeat, or ids or columns are not as many as pictures.
             UnionError: Where another process is putting pictures into the gallery.
         """

@@ -45,9 +45,9 @@ class FeatureStore:
         fingerprint: Names backbone weights, preprocessing and precision; letters, digits, `_` and `-`.
         dtype: How numbers are kept. Part of the folder: one fingerprint has one dtype.
         backbone: Name of the backbone, shown to people; noted when the folder is made.
-        limit: What the whole cache may take, in bytes; None for no limit. Before an addition would exceed it, the least
-            recently used fingerprints that nobody has open are removed. Where all that is left is in use it may
-            still be exceeded, and the log says so once.
+        limit: What the features of all backbones may take, in bytes; None for no limit. Before an addition would
+            exceed it, the least recently used fingerprints that nobody has open are removed. Where all that is left
+            is in use it may still be exceeded, and the log says so once.
 
     Raises:
         ConfigError: Where the folder cannot be made or the fingerprint cannot name one, and where the folder keeps

@@ -69,7 +69,7 @@ def default_root() -> Path:
 
 
 def chosen_limit(setting: str | int | None = None) -> int | None:
-    """Give the most that the cache may take, in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
+    """Give the most that the cache's features may take, in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
 
     Raises:
         ConfigError: Where it is no size.
