@@ -95,7 +95,7 @@ def milvus(session: nox.Session) -> None:
             port = server.stdout.readline().strip()
             if not port:
                 session.error(f"the Milvus server did not start; its own words are above and in {folder}/logs")
-            chosen = session.posargs or ["tests/index", "tests/cli/test_far_galleries.py", "-k", "milvus"]
+            chosen = session.posargs or ["tests/gallery/engines", "tests/cli/test_far_galleries.py", "-k", "milvus"]
             where = {"UNION_MILVUS": f"milvus://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
             try:
                 session.run(commands / "python", "-m", "pytest", *chosen, env=where, external=True)
@@ -129,7 +129,7 @@ def objectstore(session: nox.Session) -> None:
         port = next((line.strip() for line in server.stdout if line.strip().isdecimal()), None)  # it says more
         if port is None:
             session.error("the object store did not start; try: python -m moto.server")
-        chosen = session.posargs or ["tests/index", "tests/cli/test_far_galleries.py", "-k", "bucket"]
+        chosen = session.posargs or ["tests/gallery/engines", "tests/cli/test_far_galleries.py", "-k", "bucket"]
         where = {"AWS_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", "UNION_BUCKET": "s3://photos"}
         try:
             session.run(
@@ -185,7 +185,7 @@ def build(session: nox.Session) -> None:
     found = session.run(
         own / "python",
         "-c",
-        "import union_igrot.config as c; print(c.conf_dir())",
+        "import union_igrot.cli.config as c; print(c.conf_dir())",
         external=True,
         silent=True,
         env={"PYTHONPATH": ""},

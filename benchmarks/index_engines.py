@@ -29,8 +29,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from union_igrot.index.base import Rows
-from union_igrot.index.open import open_index
+from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import open_index
 
 WIDTH = 512
 K = 10

@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 from step_time import build_model
 
-from union_igrot.data.pictures import decode_picture
-from union_igrot.data.sources import list_pictures
-from union_igrot.data.transforms import PictureToPixels, model_input
-from union_igrot.index.open import open_index
-from union_igrot.indexing.batches import Batches
-from union_igrot.indexing.codec import BatchDecoder
-from union_igrot.indexing.decode import Decoder, thumbnail_of
-from union_igrot.indexing.embed import machine_of
-from union_igrot.indexing.run import Report, Work, index_pictures
-from union_igrot.model import IGROTModel, load_model
+from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.ingest.batches import Batches
+from union_igrot.gallery.ingest.codec import BatchDecoder
+from union_igrot.gallery.ingest.decode import Decoder, thumbnail_of
+from union_igrot.gallery.ingest.embed import machine_of
+from union_igrot.gallery.ingest.run import Report, Work, index_pictures
+from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.images.decode import decode_picture
+from union_igrot.images.transforms import PictureToPixels, model_input
+from union_igrot.models.model import IGROTModel, load_model
 
 DISTINCT = 128
 """Pictures that are drawn; more are these again, with other bytes at the end."""

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "index"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gallery" / "engines"))
 
 from killing import kill_many
 

@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from union_igrot.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
-from union_igrot.heads.build import build_fusion, build_target
-from union_igrot.losses import InfoNCE
-from union_igrot.model import IGROTModel
+from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
+from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.model import IGROTModel
+from union_igrot.training.losses import InfoNCE
 from union_igrot.types import Features, Preprocess
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

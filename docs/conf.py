@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from union_igrot import _PUBLIC, __version__
+from union_igrot.cli.config import conf_dir
 from union_igrot.cli.help import help_text
-from union_igrot.config import conf_dir
 
 HERE = Path(__file__).resolve().parent
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import ExifTags, Image
 
-from union_igrot.data.entries import Listing, data_entry
-from union_igrot.index.memory import MemoryIndex
-from union_igrot.indexing.run import Work, index_pictures
-from union_igrot.model import load_model
+from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.ingest.entries import Listing, data_entry
+from union_igrot.gallery.ingest.run import Work, index_pictures
+from union_igrot.models.model import load_model
 
 QUIET = Work(batch_size=4, workers=0, progress=False)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from union_igrot.index.base import VectorIndex
-from union_igrot.index.open import open_index
+from union_igrot.gallery.engines.base import VectorIndex
+from union_igrot.gallery.engines.factory import open_index
 
 SERVER = os.environ.get("UNION_MILVUS", "").rstrip("/")
 BUCKET = os.environ.get("UNION_BUCKET", "").rstrip("/")

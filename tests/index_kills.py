@@ -24,9 +24,9 @@ from PIL import Image
 
 from union_igrot.cli.index import main as union_index
 from union_igrot.errors import ConfigError
-from union_igrot.index.base import VectorIndex
-from union_igrot.index.open import open_index
-from union_igrot.indexing import keep
+from union_igrot.gallery.engines.base import VectorIndex
+from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.ingest import keep
 
 ROWS = 32
 """Pictures of one write to the index, so that there are many moments between two."""
@@ -106,7 +106,7 @@ class Trial:
         ]
         # Forked from one that has imported everything: a start costs no imports.
         self.forks = multiprocessing.get_context("forkserver")
-        self.forks.set_forkserver_preload(["union_igrot.indexing.run", "union_igrot.cli.assemble", "lance"])
+        self.forks.set_forkserver_preload(["union_igrot.gallery.ingest.run", "union_igrot.cli.assemble", "lance"])
         self.vectors: dict[str, torch.Tensor] = {}
         self.seconds = 3.0
         self.seen: Counter[str] = Counter()

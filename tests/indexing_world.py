@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from small_world import trainable
-from union_igrot.data.entries import Listing
-from union_igrot.data.sources import list_pictures
-from union_igrot.data.transforms import picture_batch
-from union_igrot.index.open import open_index
-from union_igrot.indexing.run import Work, index_pictures
+from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.ingest.entries import Listing
+from union_igrot.gallery.ingest.run import Work, index_pictures
+from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.images.transforms import picture_batch
 
 QUIET = Work(batch_size=4, workers=0, progress=False)
 

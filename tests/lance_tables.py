@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import normalize
 
-from union_igrot.index.base import Rows
-from union_igrot.index.open import open_index
+from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import open_index
 
 
 def made(uri, dim=4, **options):

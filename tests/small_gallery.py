@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from small_world import Noise
-from union_igrot.data.transforms import picture_batch
-from union_igrot.gallery.answers import Answers
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.results import Answers
+from union_igrot.images.transforms import picture_batch
 
 COUNT = 12
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from union_igrot.backbones.base import Backbone
-from union_igrot.encode import Encoder
-from union_igrot.heads.build import build_fusion, build_target
-from union_igrot.model import IGROTModel
-from union_igrot.store.features import FeatureStore
+from union_igrot.features.extractor import Encoder
+from union_igrot.features.store import FeatureStore
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.model import IGROTModel
 from union_igrot.types import Benchmark, Features, GalleryItem, Preprocess, Protocol, Query, TrainingSet, Triplet
 
 DIM = 16

@@ -7,32 +7,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_reference import HERE, TEXTS, golden_pictures, golden_state
 from torch.nn.functional import normalize
 
 from codec_pictures import PICTURES, entries_of, indexed
 from small_runs import SMALL, rows_of
 from small_world import cir_benchmark, encoder, sbir_benchmark, trainable, triplets
-from test_reference import HERE, TEXTS, golden_pictures, golden_state
-from union_igrot.arithmetic import full_precision
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
-from union_igrot.data.entries import data_entry
-from union_igrot.data.shapes import shapes_cir
-from union_igrot.data.sources import list_pictures
-from union_igrot.data.transforms import picture_batch
-from union_igrot.datamodule import IGROTDataModule
-from union_igrot.embedding import embed
-from union_igrot.encode import Encoder
-from union_igrot.index.exact import exact_topk
-from union_igrot.index.memory import MemoryIndex
-from union_igrot.index.ranks import rank_chunks
-from union_igrot.indexing.run import Work, index_pictures
-from union_igrot.learner import Learner, Machine, Recipe, fit
-from union_igrot.losses import InfoNCE
-from union_igrot.model import load_model
-from union_igrot.reference import load_reference_checkpoint
-from union_igrot.scoring import score
-from union_igrot.store.features import FeatureStore
+from union_igrot.evaluation.exact import exact_topk
+from union_igrot.evaluation.ranking import rank_chunks
+from union_igrot.evaluation.scoring import score
+from union_igrot.features.embedding import embed
+from union_igrot.features.extractor import Encoder
+from union_igrot.features.store import FeatureStore
+from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.ingest.entries import data_entry
+from union_igrot.gallery.ingest.run import Work, index_pictures
+from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.images.transforms import picture_batch
+from union_igrot.models.model import load_model
+from union_igrot.models.precision import full_precision
+from union_igrot.models.reference import load_reference_checkpoint
+from union_igrot.synthetic.shapes import shapes_cir
+from union_igrot.training.datamodule import IGROTDataModule
+from union_igrot.training.learner import Learner, Machine, Recipe, fit
+from union_igrot.training.losses import InfoNCE
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from small_runs import SMALL, SMALL_DATA, Run
+from union_igrot.cli.config import compose, conf_dir
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
 from union_igrot.cli.typed import as_typed
-from union_igrot.config import compose, conf_dir
 from union_igrot.demo import serve as serving
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,11 +12,11 @@ import torch
 from small_world import LinearBackbone
 from union_igrot.cli import assemble, cache as command
 from union_igrot.cli.cache import main as cache
-from union_igrot.config import compose
+from union_igrot.cli.config import compose
 from union_igrot.errors import ConfigError
-from union_igrot.store.features import FeatureStore
-from union_igrot.store.files import hold_alone
-from union_igrot.store.space import usage
+from union_igrot.features.store import FeatureStore
+from union_igrot.storage.cache import usage
+from union_igrot.storage.files import hold_alone
 from union_igrot.types import Features
 
 
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_with_code_2(argument, capsys):
 
 def test_what_another_process_uses_is_kept_and_said(root, capsys):
     code = (
-        "import sys; from pathlib import Path; from union_igrot.store.files import hold, lock_of\n"
+        "import sys; from pathlib import Path; from union_igrot.storage.files import hold, lock_of\n"
         "held = hold(lock_of(Path(sys.argv[1], 'features', 'print-1'))); print('open', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

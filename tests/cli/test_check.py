@@ -6,8 +6,8 @@ import pytest
 from official import WRITERS
 
 from union_igrot.cli.check import main as check
-from union_igrot.data.expected import COUNTS, FETCHED_FROM
-from union_igrot.data.registry import BENCHMARKS, parts, splits
+from union_igrot.datasets.counts import COUNTS, FETCHED_FROM
+from union_igrot.datasets.registry import BENCHMARKS, parts, splits
 
 ANNOTATIONS = Path(__file__).parents[3] / "shared" / "data" / "annotations"
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import union_igrot
 from test_reference import TEXTS, golden_pictures, golden_state
 from test_reference_blip import blip_state, tiny_blip, words_file
+
+import union_igrot
 from union_igrot.cli.convert import main as convert
-from union_igrot.reference import load_reference_checkpoint
+from union_igrot.models.reference import load_reference_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from PIL import Image
 import union_igrot
 from union_igrot.cli.index import main
 from union_igrot.errors import ConfigError
-from union_igrot.index.open import open_index
-from union_igrot.indexing.place import work_place
+from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.ingest.place import work_place
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 CPU = ("strategy=cpu", "progress=false", "batch_size=8", "workers=0")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from small_runs import Run, figures, rows_of
+from union_igrot.cli.config import compose
 from union_igrot.cli.loggers import open_loggers
 from union_igrot.cli.train import main as train
-from union_igrot.config import compose
 from union_igrot.errors import ConfigError
 
 WANDB = {"name": "wandb", "mode": "offline", "project": "noise"}

@@ -11,8 +11,8 @@ from small_world import cir_benchmark, encoder, trainable
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.results import submit
 from union_igrot.cli.train import main as train
-from union_igrot.data.registry import load_benchmark
-from union_igrot.data.submission import check_submission
+from union_igrot.datasets.registry import load_benchmark
+from union_igrot.datasets.submission import check_submission
 from union_igrot.errors import ConfigError
 
 EVALUATED = ["circo", "genecis", "lasco", "llavasco", "dtin", "tuberlin", "quickdraw", "fashioniq"]

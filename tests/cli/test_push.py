@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from small_runs import Run
-from union_igrot import hub
 from union_igrot.cli.push import main as push
+from union_igrot.models import hub
 
 
 @pytest.fixture

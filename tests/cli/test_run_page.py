@@ -8,8 +8,8 @@ import pytest
 from official import WRITERS
 
 from union_igrot.cli.eval import main as evaluate
-from union_igrot.data.registry import load_benchmark
-from union_igrot.report.page import MAX_BYTES
+from union_igrot.datasets.registry import load_benchmark
+from union_igrot.reporting.page import MAX_BYTES
 
 
 def page_of(folder):

@@ -13,13 +13,13 @@ from PIL import Image
 
 from small_world import Noise, trainable
 from union_igrot.cli import search as command
+from union_igrot.cli.config import compose
 from union_igrot.cli.search import LITERAL, SEVERAL, main as search
 from union_igrot.cli.typed import as_typed
-from union_igrot.config import compose
 from union_igrot.errors import CheckpointError, DataError, PictureError, UnionError
 from union_igrot.gallery import gallery as room
-from union_igrot.gallery.batches import read_queries
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.query_files import read_queries
 
 COUNT = 9
 

@@ -8,9 +8,9 @@ from official import WRITERS
 
 from small_runs import SMALL, SMALL_DATA, Run
 from union_igrot.cli.command import run_command
+from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
-from union_igrot.config import compose
 from union_igrot.errors import ConfigError, DataError
 
 

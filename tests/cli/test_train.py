@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from small_runs import SMALL, Run, figures, rows_of
-from union_igrot.backbones.build import build_backbone
+from union_igrot.cli.config import compose
 from union_igrot.cli.train import main as train
-from union_igrot.config import compose
-from union_igrot.model import IGROTModel
+from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.model import IGROTModel
 
 METHODS = ["chance", "image", "text", "sum", "trained"]
 
@@ -104,7 +104,7 @@ def test_a_run_interrupted_at_its_evaluation_goes_on_without_training(small_run:
         raise AssertionError("trained twice")
 
     with monkeypatch.context() as patch:
-        patch.setattr("union_igrot.learner.fit", again)
+        patch.setattr("union_igrot.training.learner.fit", again)
         train(small_run.settings_for(folder))
     assert "going on in" in capsys.readouterr().err
     assert (folder / "model" / "heads.safetensors").stat().st_mtime_ns == heads.st_mtime_ns

@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from small_world import trainable
-from union_igrot.data.pictures import open_picture
 from union_igrot.demo.engines import Question
 from union_igrot.demo.indexed import Files, GalleryEngine, open_engine
 from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.index.memory import MemoryIndex
+from union_igrot.images.decode import open_picture
 
 
 @pytest.fixture

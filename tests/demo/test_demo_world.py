@@ -4,12 +4,12 @@ from PIL import Image
 
 from small_world import LinearBackbone, encoder, trainable
 from union_igrot import shapes_cir, shapes_sbir
-from union_igrot.data.transforms import picture_batch
 from union_igrot.demo.engines import Question, method, sketch_room
 from union_igrot.demo.pictures import decoded
 from union_igrot.demo.world import World
 from union_igrot.errors import DataError
-from union_igrot.model import baseline
+from union_igrot.images.transforms import picture_batch
+from union_igrot.models.model import baseline
 
 
 @pytest.fixture(scope="module")

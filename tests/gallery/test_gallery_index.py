@@ -8,14 +8,14 @@ import union_igrot
 from small_backbones import CLIP_CONFIG, write_open_clip
 from small_gallery import COUNT, names, picture
 from small_world import DIM, LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable
-from union_igrot import scoring
-from union_igrot.data.folder import folder_benchmark
-from union_igrot.embedding import embed
+from union_igrot.datasets.folder import folder_benchmark
 from union_igrot.errors import CheckpointError, ConfigError, DataError
-from union_igrot.gallery import card as cards
+from union_igrot.evaluation import scoring
+from union_igrot.features.embedding import embed
+from union_igrot.gallery import metadata as cards
+from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.index.open import open_index
-from union_igrot.model import IGROTModel
+from union_igrot.models.model import IGROTModel
 from union_igrot.types import Benchmark
 
 REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"

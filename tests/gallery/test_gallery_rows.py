@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from small_gallery import COUNT, filled, names, picture
-from union_igrot.data.transforms import picture_batch
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.ingest.work import Work
 from union_igrot.gallery.queries import several
-from union_igrot.indexing.work import Work
+from union_igrot.images.transforms import picture_batch
 
 
 def test_every_form_of_a_picture_is_added_and_named(model, tmp_path):

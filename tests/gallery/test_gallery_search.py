@@ -9,11 +9,11 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
 
 from small_gallery import COUNT, embedded, names, picture, ranked, same
-from union_igrot.data.transforms import picture_batch
 from union_igrot.errors import ConfigError, DataError, PictureError
 from union_igrot.gallery import queries
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import ALPHA, BETA, GAMMA, refine
+from union_igrot.images.transforms import picture_batch
 
 
 def test_every_way_of_asking_ranks_as_the_model_says(model, gallery):

@@ -7,16 +7,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from union_igrot.backbones.base import Backbone
-from union_igrot.backbones.build import build_backbone
-from union_igrot.encode import Encoder
-from union_igrot.heads.build import build_fusion, build_target
-from union_igrot.heads.projector import build_projector
-from union_igrot.model import IGROTModel
-from union_igrot.paths import from_home
-from union_igrot.processes import Machine, Processes
-from union_igrot.store.features import FeatureStore
-from union_igrot.store.space import chosen_limit, default_root
+from union_igrot.features.extractor import Encoder
+from union_igrot.features.store import FeatureStore
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.devices import Machine
+from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.heads.projector import build_projector
+from union_igrot.models.model import IGROTModel
+from union_igrot.storage.cache import chosen_limit, default_root
+from union_igrot.storage.paths import from_home
+from union_igrot.training.processes import Processes
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from union_igrot.store.space import Usage
+    from union_igrot.storage.cache import Usage
 
 EXIT_IN_USE = 1
 """Exit code where more is left than was asked for, since processes have it open."""
@@ -34,8 +34,8 @@ def cache(config: DictConfig, fresh: Path) -> None:
 
     from rich.console import Console
 
-    from union_igrot.store.amounts import parse_size, parse_span, show_size
-    from union_igrot.store.space import PARTS, chosen_limit, default_root, prune, usage
+    from union_igrot.storage.cache import PARTS, chosen_limit, default_root, prune, usage
+    from union_igrot.storage.sizes import parse_size, parse_span, show_size
 
     del fresh
     root = default_root() if config.cache_dir is None else from_home(config.cache_dir)
@@ -74,7 +74,7 @@ def _table(kept: "Sequence[Usage]") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from union_igrot.store.amounts import show_size, show_span
+    from union_igrot.storage.sizes import show_size, show_span
 
     table = Table("what", "of", "items", "size", "last used", "", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (2, 3):

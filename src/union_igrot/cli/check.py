@@ -26,8 +26,8 @@ def check(config: DictConfig, fresh: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from union_igrot.data.expected import COUNTS, FETCHED_FROM
-    from union_igrot.data.registry import load_benchmark, parts
+    from union_igrot.datasets.counts import COUNTS, FETCHED_FROM
+    from union_igrot.datasets.registry import load_benchmark, parts
     from union_igrot.errors import ConfigError, UnionError
 
     del fresh

@@ -16,10 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from union_igrot import __version__
+from union_igrot.cli.config import check_config, check_sweep, compose, conf_dir
 from union_igrot.cli.help import SWEPT, help_text
 from union_igrot.cli.sweep import Sweep, in_sweep
 from union_igrot.cli.typed import as_typed
-from union_igrot.config import check_config, check_sweep, compose, conf_dir
 from union_igrot.errors import ConfigError, UnionError
 
 EXIT_MISTAKE = 2

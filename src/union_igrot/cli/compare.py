@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def compare(config: DictConfig, fresh: Path) -> None:
     from union_igrot.errors import DataError
     from union_igrot.metrics.intervals import paired_interval
     from union_igrot.metrics.significance import randomisation_test
-    from union_igrot.report.files import read_query_values
+    from union_igrot.reporting.files import read_query_values
 
     del fresh
     folders = [from_home(config[side]) for side in ("first", "second")]

@@ -7,12 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from union_igrot.data.folder import folder_benchmark, folder_training
-from union_igrot.data.holdout import hold_out
-from union_igrot.data.registry import load_benchmark, load_training, parts
-from union_igrot.data.shapes import shapes_cir, shapes_sbir, shapes_training
+from union_igrot.datasets.folder import folder_benchmark, folder_training
+from union_igrot.datasets.holdout import hold_out
+from union_igrot.datasets.registry import load_benchmark, load_training, parts
 from union_igrot.errors import ConfigError
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
+from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.types import Benchmark, TrainingSet
 
 TRAINED_ON = ("shapes", "folder", "llavasco", "lasco", "training_sketchy", "fashioniq", "cirr")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from union_igrot.demo.engines import Engine
     from union_igrot.demo.server import Login
     from union_igrot.demo.world import World
-    from union_igrot.model import IGROTModel
+    from union_igrot.models.model import IGROTModel
 
 LITERAL = ("index", "checkpoint", "second_index", "second_checkpoint", "user", "name")
 PASSWORD = "UNION_DEMO_PASSWORD"
@@ -114,9 +114,9 @@ def _world(config: DictConfig) -> "list[Engine]":
     """Give the generated world under the model, under a second one where wanted, and under its untrained baselines."""
     from union_igrot.demo.engines import method
     from union_igrot.demo.world import World
-    from union_igrot.gallery.card import load_checkpoint
-    from union_igrot.model import baseline
-    from union_igrot.processes import chosen_device
+    from union_igrot.gallery.metadata import load_checkpoint
+    from union_igrot.models.devices import chosen_device
+    from union_igrot.models.model import baseline
 
     device = chosen_device(config.device)
     world = World()

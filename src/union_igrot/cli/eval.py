@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 if TYPE_CHECKING:
-    from union_igrot.model import IGROTModel
+    from union_igrot.models.model import IGROTModel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,8 +31,8 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report, report_predictions
-    from union_igrot.processes import chosen_device
-    from union_igrot.report.files import write_text
+    from union_igrot.models.devices import chosen_device
+    from union_igrot.reporting.files import write_text
 
     folder = fresh if config.output_dir is None else from_home(config.output_dir)
     try:
@@ -56,8 +56,8 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
 
 def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
     """Load what is evaluated: trained heads and where they are from, or a backbone without any."""
-    from union_igrot.backbones.build import build_backbone, is_backbone
-    from union_igrot.model import baseline, load_model
+    from union_igrot.models.backbones.factory import build_backbone, is_backbone
+    from union_igrot.models.model import baseline, load_model
 
     if "model" in config:
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None

@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 
 from union_igrot.cli import assemble, data
 from union_igrot.cli.loggers import open_loggers
-from union_igrot.data.identity import picture_identities
-from union_igrot.datamodule import IGROTDataModule
-from union_igrot.learner import Learner, Recipe, fit, load_best
-from union_igrot.losses import InfoNCE
-from union_igrot.model import IGROTModel
-from union_igrot.processes import Processes, part
+from union_igrot.images.identity import picture_identities
+from union_igrot.models.model import IGROTModel
+from union_igrot.training.datamodule import IGROTDataModule
+from union_igrot.training.learner import Learner, Recipe, fit, load_best
+from union_igrot.training.losses import InfoNCE
+from union_igrot.training.processes import Processes, part
 
 PLACES = {"output_dir", "cache_dir", "cache_limit", "progress"}
 """Settings that say where things lie, not what comes out."""

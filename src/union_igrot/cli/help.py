@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from textwrap import wrap
 
-from union_igrot.config import conf_dir, options_of
+from union_igrot.cli.config import conf_dir, options_of
 
 SWEPT = ("train", "eval")
 """Commands that `-m` runs over comma-separated values."""

@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 if TYPE_CHECKING:
-    from union_igrot.data.entries import Listing
-    from union_igrot.indexing.work import Report, Work
-    from union_igrot.processes import Processes
+    from union_igrot.gallery.ingest.entries import Listing
+    from union_igrot.gallery.ingest.work import Report, Work
+    from union_igrot.training.processes import Processes
 
 _MODULE = "union_igrot.cli.index"
 _AT_ONCE = 10_000
@@ -36,8 +36,8 @@ def index_images(config: DictConfig, fresh: Path) -> None:
         raise ConfigError("give images=SOURCE, what is put in, or remove=FILTER, what is taken out")
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli import assemble
-    from union_igrot.indexing.work import Work
-    from union_igrot.processes import found_processes, start_processes, wanted_processes
+    from union_igrot.gallery.ingest.work import Work
+    from union_igrot.training.processes import found_processes, start_processes, wanted_processes
 
     processes, where = found_processes(), config.strategy
     if where.name.startswith("fsdp"):
@@ -70,7 +70,7 @@ def index_images(config: DictConfig, fresh: Path) -> None:
 
 def _remove(config: DictConfig) -> None:
     """Take the rows out that pass a filter."""
-    from union_igrot.index.open import open_index
+    from union_igrot.gallery.engines.factory import open_index
 
     with open_index(config.index) as index:
         try:
@@ -92,9 +92,9 @@ def _said(config: DictConfig) -> list[str]:
 
 def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
     """List the pictures, open the index and fill it: what one process does, or the first of several."""
-    from union_igrot.gallery.card import card_of, load_checkpoint, open_made, refuse_early
-    from union_igrot.indexing.run import index_pictures
-    from union_igrot.indexing.share import Words
+    from union_igrot.gallery.ingest.run import index_pictures
+    from union_igrot.gallery.ingest.share import Words
+    from union_igrot.gallery.metadata import card_of, load_checkpoint, open_made, refuse_early
 
     try:
         listing = _listed(config.images, shown=config.progress)
@@ -112,14 +112,14 @@ def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
 
 def _follow(config: DictConfig, work: "Work", processes: "Processes") -> None:
     """Embed what the first process deals to this one, and say nothing."""
-    from union_igrot.gallery.card import load_checkpoint
-    from union_igrot.indexing.share import follow
+    from union_igrot.gallery.ingest.share import follow
+    from union_igrot.gallery.metadata import load_checkpoint
 
     follow(load_checkpoint(config.checkpoint, config.weights)[0], work, processes)
 
 
 def _listed(images: str, *, shown: bool) -> "Listing":
-    from union_igrot.data.sources import list_pictures
+    from union_igrot.gallery.ingest.sources import list_pictures
     from union_igrot.progress import progress_bar
 
     with progress_bar(shown=shown) as bar:

@@ -94,7 +94,7 @@ def _wandb(wanted: dict[str, Any], folder: Path, settings: dict[str, Any]) -> It
     from lightning.pytorch.loggers import WandbLogger
     from rich.console import Console
 
-    from union_igrot.report.files import write_text
+    from union_igrot.reporting.files import write_text
 
     offline = wanted["mode"] == "offline"
     if offline:

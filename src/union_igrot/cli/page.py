@@ -15,12 +15,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from union_igrot.data.pictures import open_picture
-from union_igrot.evaluate import versions
-from union_igrot.report.examples import SIDE
-from union_igrot.report.page import Making, write_page
-from union_igrot.report.page_tables import Asked
-from union_igrot.report.pictures import Curve
+from union_igrot.evaluation.evaluate import versions
+from union_igrot.images.decode import open_picture
+from union_igrot.reporting.contact_sheets import Curve
+from union_igrot.reporting.examples import SIDE
+from union_igrot.reporting.page import Making, write_page
+from union_igrot.reporting.page_tables import Asked
 
 PAGE = "report.html"
 """Name of the page in a run's folder."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,8 +23,8 @@ def push(config: DictConfig, fresh: Path) -> None:
     from rich.console import Console
 
     from union_igrot.errors import ConfigError
-    from union_igrot.hub import push_folder
-    from union_igrot.report.card import read_rows
+    from union_igrot.models.hub import push_folder
+    from union_igrot.reporting.model_card import read_rows
 
     del fresh
     folder = from_home(config.checkpoint)

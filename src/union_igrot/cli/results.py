@@ -11,19 +11,19 @@ from pathlib import Path
 from rich.console import Console
 
 from union_igrot.cli.page import write_run_page
-from union_igrot.data.pictures import open_picture
-from union_igrot.data.submission import check_submission, read_predictions, write_circo, write_cirr
-from union_igrot.embedding import embed
-from union_igrot.encode import Encoder
+from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluate import combine, evaluate, result_row
-from union_igrot.model import IGROTModel
-from union_igrot.predictions import score_predictions
-from union_igrot.report.files import write_query_values, write_results
-from union_igrot.report.page_tables import Asked
-from union_igrot.report.pictures import SIDE, contact_sheet, curve_picture, read_curves
-from union_igrot.report.tables import print_results
-from union_igrot.scoring import score
+from union_igrot.evaluation.evaluate import combine, evaluate, result_row
+from union_igrot.evaluation.predictions import score_predictions
+from union_igrot.evaluation.scoring import score
+from union_igrot.features.embedding import embed
+from union_igrot.features.extractor import Encoder
+from union_igrot.images.decode import open_picture
+from union_igrot.models.model import IGROTModel
+from union_igrot.reporting.contact_sheets import SIDE, contact_sheet, curve_picture, read_curves
+from union_igrot.reporting.files import write_query_values, write_results
+from union_igrot.reporting.page_tables import Asked
+from union_igrot.reporting.tables import print_results
 from union_igrot.types import Benchmark, Scores
 
 _SUBMITTED = ("circo", "cirr")

@@ -15,14 +15,14 @@ from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from union_igrot.gallery.answers import Answers
-    from union_igrot.gallery.batches import Line
-    from union_igrot.report.pictures import SheetLine
+    from union_igrot.gallery.query_files import Line
+    from union_igrot.gallery.results import Answers
+    from union_igrot.reporting.contact_sheets import SheetLine
 
 EXIT_NOTHING = 1
 """Exit code where no query found anything."""
@@ -99,8 +99,8 @@ def _check(config: DictConfig) -> None:
 
 def _lines(config: DictConfig) -> "list[Line]":
     """Give what is asked, whether on the command line or in a file."""
-    from union_igrot.data.pictures import check_picture
-    from union_igrot.gallery.batches import Line, read_queries
+    from union_igrot.gallery.query_files import Line, read_queries
+    from union_igrot.images.decode import check_picture
 
     if config.queries is not None:
         return read_queries(_path(config.queries))
@@ -134,8 +134,8 @@ def _show(config: DictConfig, line: "Line", found: "Answers", *, many: bool) -> 
             row = {"query": line.name, "rank": rank, "id": hit.id, "score": round(hit.score, 6), "columns": columns}
             sys.stdout.write(_json_line(row))
         return
-    from union_igrot.data.entries import OWN
-    from union_igrot.report.hits import hit_table
+    from union_igrot.gallery.display import hit_table
+    from union_igrot.gallery.ingest.entries import OWN
 
     console = _console(config.thumbnails)
     pictures = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
@@ -176,8 +176,8 @@ def _words(asked: dict[str, Any]) -> str:
 
 
 def _sheet_line(line: "Line", found: "Answers") -> "SheetLine":
-    from union_igrot.data.pictures import as_picture
-    from union_igrot.report.pictures import SheetLine
+    from union_igrot.images.decode import as_picture
+    from union_igrot.reporting.contact_sheets import SheetLine
 
     pictures = [as_picture(image, at_least=256) for image in line.asked.get("image", ())]
     return SheetLine(_words({**line.asked, "image": ()}), pictures, [(hit.score, hit.thumbnail) for hit in found])
@@ -185,7 +185,7 @@ def _sheet_line(line: "Line", found: "Answers") -> "SheetLine":
 
 def _draw(path: Path, sheet: "list[SheetLine]", queries: int, said: "Console") -> None:
     from union_igrot.errors import DataError
-    from union_igrot.report.pictures import answer_sheet
+    from union_igrot.reporting.contact_sheets import answer_sheet
 
     try:
         answer_sheet(path, sheet)

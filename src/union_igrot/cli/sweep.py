@@ -75,7 +75,7 @@ class Sweep:
     def show(self) -> None:
         """Print the table, where any job of this process found something."""
         if self._folder is not None and (self._folder / "results.md").is_file():
-            from union_igrot.report.sweep_report import print_sweep
+            from union_igrot.reporting.sweep_report import print_sweep
 
             print_sweep(_jobs(self._folder), self._command, self._folder)
 
@@ -95,8 +95,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _note(folder: Path, command: str, entry: dict[str, Any]) -> None:
-    from union_igrot.report.files import write_text
-    from union_igrot.report.sweep_report import write_sweep
+    from union_igrot.reporting.files import write_text
+    from union_igrot.reporting.sweep_report import write_sweep
 
     with _alone(folder):
         others = [one for one in _entries(folder) if one["job"] != entry["job"]]
@@ -115,7 +115,7 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _jobs(folder: Path) -> list[Any]:
-    from union_igrot.report.sweeps import Job
+    from union_igrot.reporting.sweeps import Job
 
     jobs = []
     for one in _entries(folder):

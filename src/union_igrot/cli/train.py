@@ -13,10 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import EXIT_MISTAKE, run_command
-from union_igrot.paths import from_home
+from union_igrot.storage.paths import from_home
 
 if TYPE_CHECKING:
-    from union_igrot.processes import Processes
+    from union_igrot.training.processes import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def train(config: DictConfig, fresh: Path) -> Path | None:
     """
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli.loggers import require_logger
-    from union_igrot.processes import found_processes, start_processes, wanted_processes
+    from union_igrot.training.processes import found_processes, start_processes, wanted_processes
 
     require_logger(config.logger.name)
     processes, where = found_processes(), config.strategy
@@ -57,11 +57,11 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.cli.fit import PLACES, fit_heads
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.errors import UnionError
-    from union_igrot.model import IGROTModel
-    from union_igrot.processes import chosen_device
-    from union_igrot.report.card import write_card
-    from union_igrot.report.files import write_text
-    from union_igrot.runfolder import identity_of, open_run
+    from union_igrot.models.devices import chosen_device
+    from union_igrot.models.model import IGROTModel
+    from union_igrot.reporting.files import write_text
+    from union_igrot.reporting.model_card import write_card
+    from union_igrot.training.run_folder import identity_of, open_run
 
     deciding = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
     chosen = None if config.output_dir is None else from_home(config.output_dir)

@@ -10,7 +10,7 @@ from typing import Final
 
 from PIL import Image
 
-from union_igrot.model import IGROTModel
+from union_igrot.models.model import IGROTModel
 
 _SKETCHES: Final = {"tiny": 0.55}
 """How large drawings were in the sketches that a backbone was made with, as a share of the page."""

@@ -12,13 +12,13 @@ from typing import Final, final
 
 from PIL import Image
 
-from union_igrot.data.pictures import open_picture
 from union_igrot.demo.engines import Answer, Engine, Question, method, sketch_room
 from union_igrot.demo.pictures import KEPT_SIDE, decoded, encoded
 from union_igrot.errors import ConfigError, DataError, PictureError
-from union_igrot.gallery.answers import THUMBNAIL, file_of
+from union_igrot.gallery.engines.base import Value, VectorIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.index.base import Value, VectorIndex
+from union_igrot.gallery.results import THUMBNAIL, file_of
+from union_igrot.images.decode import open_picture
 
 POOL: Final = 20_000
 """Rows among which the pictures to start from are chosen."""

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw
 
-from union_igrot.data.pictures import as_picture
 from union_igrot.demo.session import Reference, Stroke
 from union_igrot.errors import DataError, PictureError
+from union_igrot.images.decode import as_picture
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are opened (MPO, of some cameras, is JPEG), none that starts another program, as PostScript does."""

@@ -13,16 +13,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from union_igrot.data.pictures import open_picture
-from union_igrot.data.shapes import shapes_cir, shapes_sbir
 from union_igrot.demo.engines import Answer
 from union_igrot.demo.indexed import Album, GalleryEngine
 from union_igrot.demo.pictures import encoded
-from union_igrot.encode import Encoder
+from union_igrot.features.extractor import Encoder
+from union_igrot.gallery.engines.base import Rows, Value
+from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.index.base import Rows, Value
-from union_igrot.index.memory import MemoryIndex
-from union_igrot.model import IGROTModel
+from union_igrot.images.decode import open_picture
+from union_igrot.models.model import IGROTModel
+from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
 from union_igrot.types import GalleryItem, Source
 
 QUERIES: Final = 1000

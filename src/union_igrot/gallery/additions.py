@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from union_igrot.data.entries import (
+from union_igrot.errors import DataError, PictureError
+from union_igrot.gallery.ingest.entries import (
     ADDED,
     FOLDER,
     Entry,
@@ -25,9 +26,8 @@ from union_igrot.data.entries import (
     refuse_taken,
     settle_kinds,
 )
-from union_igrot.data.pictures import as_picture, file_bytes
-from union_igrot.errors import DataError, PictureError
-from union_igrot.paths import absolute
+from union_igrot.images.decode import as_picture, file_bytes
+from union_igrot.storage.paths import absolute
 
 
 def listing_of(

@@ -11,20 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, final, get_args
 
-from union_igrot.data.entries import Listing
-from union_igrot.data.sources import list_pictures
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.additions import listing_of
-from union_igrot.gallery.answers import THUMBNAIL, Answers, answers_of
-from union_igrot.gallery.card import card_of, check_card, load_checkpoint, load_named, open_made, refuse_early
+from union_igrot.gallery.engines.base import How, VectorIndex
+from union_igrot.gallery.engines.factory import open_index, without_password
+from union_igrot.gallery.ingest.entries import Listing
+from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.gallery.ingest.work import Report, Work
+from union_igrot.gallery.lookup import judged_rows, named_rows, rows_named
+from union_igrot.gallery.metadata import card_of, check_card, load_checkpoint, load_named, open_made, refuse_early
 from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of, several
-from union_igrot.gallery.rows import judged_rows, named_rows, rows_named
-from union_igrot.index.base import How, VectorIndex
-from union_igrot.index.open import open_index, without_password
-from union_igrot.indexing.work import Report, Work
-from union_igrot.model import IGROTModel
-from union_igrot.paths import absolute
-from union_igrot.processes import chosen_device
+from union_igrot.gallery.results import THUMBNAIL, Answers, answers_of
+from union_igrot.models.devices import chosen_device
+from union_igrot.models.model import IGROTModel
+from union_igrot.storage.paths import absolute
 
 _MEMORY = "memory:"
 
@@ -187,7 +187,7 @@ class Gallery:
         return self._indexed(list_pictures(str(images)), work)
 
     def _indexed(self, listing: Listing, work: Work | None) -> Report:
-        from union_igrot.indexing.run import index_pictures  # noqa: PLC0415 - Lightning, which no search needs
+        from union_igrot.gallery.ingest.run import index_pictures  # noqa: PLC0415 - Lightning, which no search needs
 
         index = self._made()
         return index_pictures(index, self.model, listing, work, fingerprint=self.card["fingerprint"])

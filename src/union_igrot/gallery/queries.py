@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from union_igrot.arithmetic import full_precision
-from union_igrot.data.entries import as_text
-from union_igrot.data.pictures import as_picture
-from union_igrot.data.transforms import PictureToTensor
 from union_igrot.errors import ConfigError, PictureError
-from union_igrot.gallery.answers import Hit
-from union_igrot.model import IGROTModel
-from union_igrot.paths import absolute
+from union_igrot.gallery.ingest.entries import as_text
+from union_igrot.gallery.results import Hit
+from union_igrot.images.decode import as_picture
+from union_igrot.images.transforms import PictureToTensor
+from union_igrot.models.model import IGROTModel
+from union_igrot.models.precision import full_precision
+from union_igrot.storage.paths import absolute
 
 ALPHA: Final = 1.0
 """Weight of the query itself in a refined one."""

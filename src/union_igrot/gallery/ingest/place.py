@@ -1,0 +1,103 @@
+"""Where indexing keeps its work, one process at a time: a folder in the cache, a lock, the list of what was skipped.
+
+Knows names of indexes and the cache. Does not know what is in the files.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+from union_igrot.errors import DataError, UnionError
+from union_igrot.storage.cache import default_root
+from union_igrot.storage.files import ADVICE, agree, hold_alone, sweep
+from union_igrot.storage.paths import absolute
+
+_HELD: Final[set[int]] = set()
+
+
+def _leave_to_the_parent() -> None:
+    """Drop the locks in a forked child: a decoding worker outlives a killed run by seconds and must not hold them."""
+    for lock in _HELD:
+        os.close(lock)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run works.
+
+    Attributes:
+        folder: Work files of this index, model and source; gone when the work is done.
+        skipped: The list of pictures that could not be read; None for an index in memory.
+    """
+
+    folder: Path
+    skipped: Path | None
+
+
+@contextmanager
+def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> Iterator[Place]:
+    """Open the work folder of an index, and keep others from working on the same index meanwhile.
+
+    Args:
+        uri: The index.
+        fingerprint: The model's.
+        source: What brings the pictures.
+        cache: The cache folder; its default where None.
+
+    Raises:
+        UnionError: Where another process is at work on the index.
+        DataError: Where the cache folder cannot be written.
+    """
+    if uri == "memory:":
+        with tempfile.TemporaryDirectory(prefix="union-igrot-") as passing:
+            yield Place(Path(passing), None)
+        return
+    house = (cache or default_root()) / "indexing"
+    local = _local(uri)
+    name = _hash(uri if local is None else str(local))
+    folder = house / f"{name}-{_hash(fingerprint, source)}"
+    lock = house / f"{name}.lock"
+    try:
+        house.mkdir(parents=True, exist_ok=True)
+        held = hold_alone(lock, or_none=False)
+    except OSError as error:
+        raise DataError(f"cannot write to {house} ({error.strerror}); {ADVICE}") from error
+    if held is None:
+        raise UnionError(f"another process is putting pictures into {uri}; wait for its end ({lock} is its lock)")
+    _HELD.add(held)
+    try:
+        try:
+            folder.mkdir(exist_ok=True)
+            sweep(folder)
+        except OSError as error:
+            raise DataError(f"cannot work in {folder} ({error.strerror}); {ADVICE}") from error
+        agree(folder / "manifest.json", {"index": uri, "model": fingerprint, "source": source})
+        beside = house / f"{name}.skipped.jsonl" if local is None else local.with_name(f"{local.name}.skipped.jsonl")
+        yield Place(folder, beside)
+        shutil.rmtree(folder, ignore_errors=True)  # what stays is taken up, and does no harm
+    finally:
+        if held in _HELD:
+            _HELD.remove(held)
+            os.close(held)
+
+
+def _local(uri: str) -> Path | None:
+    """Give the path of an index on this machine's disk."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
+    return Path(absolute(uri)) if scheme is None else None
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]

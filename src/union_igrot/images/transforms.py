@@ -1,0 +1,146 @@
+"""From an upright picture to the tensor that a backbone wants: a `Preprocess`, applied.
+
+Does not know which backbone asked, nor where a picture comes from.
+"""
+
+from collections.abc import Iterable
+from typing import TypeVar, final
+
+import torch
+import torchvision.transforms.functional as F
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from union_igrot.errors import ConfigError
+from union_igrot.images.decode import as_picture, as_rgb
+from union_igrot.types import Preprocess
+
+# Beyond this side ratio only the middle is resized: a strip of 1 x 60,000 pixels would else need gigabytes.
+_STRIP = 16
+Pixels = TypeVar("Pixels", Image.Image, Tensor)
+"""Torchvision's transforms take a picture or its pixels alike."""
+_FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
+
+
+@final
+class PictureToPixels:
+    """Bring a picture to a backbone's size, as torchvision's transforms do it, pixel for pixel.
+
+    `squash` resizes both sides to `size`; `crop` resizes the short side and cuts the centre; `pad` first adds
+    black to a picture longer than `pad_ratio` until it has that ratio (TargetPad: Baldrati et al., CLIP4Cir,
+    CVPR 2022, `data_utils.py`, taken over by TransAgg), then does as `crop`. Resizing is antialiased. Of a strip
+    longer than 16:1 only the middle 16:1 is resized, which bounds the memory. Can be pickled.
+
+    What it gives is a quarter of the size of what `model_input` makes of it: between processes, and on the way to
+    a device, pictures travel so.
+
+    Args:
+        preprocess: What the backbone asks for.
+
+    Raises:
+        ConfigError: Where `size` is below 1, `pad_ratio` below 1 or a `std` not above 0.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        if preprocess.size < 1 or preprocess.pad_ratio < 1 or min(preprocess.std) <= 0:
+            raise ConfigError(f"{preprocess} cannot be applied; size and pad_ratio must be >= 1, every std > 0")
+        self.preprocess = preprocess
+
+    def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
+        """Apply it to a picture of any mode."""
+        size = self.preprocess.size
+        image = as_rgb(image)
+        if image.size != (size, size):
+            image = self._fit(image)
+        pixels: Tensor = F.pil_to_tensor(image)
+        return pixels
+
+    def of_decoded(self, pixels: UInt8[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 size size"]:
+        """Apply it to decoded pictures of one size, on the device where they lie.
+
+        Values differ from those of the same picture by a step or two, as it is resized in another arithmetic.
+        """
+        size = self.preprocess.size
+        return pixels if pixels.shape[-2:] == (size, size) else self._fit(pixels)
+
+    def _fit(self, image: Pixels) -> Pixels:
+        size, resample = self.preprocess.size, _FILTERS[self.preprocess.interpolation]
+        if self.preprocess.fit == "squash":
+            squashed: Pixels = F.resize(image, [size, size], resample, antialias=True)
+            return squashed
+        if self.preprocess.fit == "pad":
+            image = _pad(image, self.preprocess.pad_ratio)
+        width, height = F.get_image_size(image)
+        limit = _STRIP * min(width, height)
+        if max(width, height) > limit:
+            image = F.center_crop(image, [min(height, limit), min(width, limit)])
+        image = F.resize(image, size, resample, antialias=True)
+        cut: Pixels = F.center_crop(image, [size, size])
+        return cut
+
+
+def model_input(
+    pixels: UInt8[Tensor, "*batch 3 height width"], preprocess: Preprocess
+) -> Float[Tensor, "*batch 3 height width"]:
+    """Scale pixels to 0..1, subtract `mean` and divide by `std`, on the device where they lie.
+
+    Equal to torchvision's `ToTensor` and `Normalize` to the last bit on a CPU.
+
+    Args:
+        pixels: What `PictureToPixels` gave, one picture or a batch.
+        preprocess: What the backbone asks for.
+    """
+    scaled = pixels.to(torch.float32).div_(255)
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None] for values in (preprocess.mean, preprocess.std)
+    )
+    return scaled.sub_(mean).div_(std)
+
+
+@final
+class PictureToTensor:
+    """Turn a picture into a backbone's input: `PictureToPixels`, then `model_input`. Can be pickled.
+
+    Args:
+        preprocess: What the backbone asks for.
+
+    Raises:
+        ConfigError: As `PictureToPixels`.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self._to_pixels, self.preprocess = PictureToPixels(preprocess), preprocess
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 size size"]:
+        """Apply it to a picture of any mode."""
+        return model_input(self._to_pixels(image), self.preprocess)
+
+
+def picture_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
+    """Turn pictures into one batch for a model.
+
+    Args:
+        pictures: Paths, PIL images, bytes, arrays, ... as `as_picture` takes them; at least one.
+        preprocess: The model's.
+
+    Returns:
+        The batch, in the order given.
+
+    Raises:
+        PictureError: Where a picture cannot be read.
+    """
+    to_pixels = PictureToPixels(preprocess)
+    pixels = [to_pixels(as_picture(picture, at_least=preprocess.size)) for picture in pictures]
+    return model_input(torch.stack(pixels), preprocess)
+
+
+def _pad(image: Pixels, ratio: float) -> Pixels:
+    width, height = F.get_image_size(image)
+    if max(width, height) / min(width, height) < ratio:
+        return image
+    short = max(width, height) / ratio
+    beside, above = max(int((short - width) / 2), 0), max(int((short - height) / 2), 0)
+    padded: Pixels = F.pad(image, [beside, above, beside, above], 0, "constant")
+    return padded

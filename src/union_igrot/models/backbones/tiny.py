@@ -1,0 +1,173 @@
+"""The embedded default: a CLIP-like model of about a million weights, shipped with the package.
+
+Knows its own layers, words and weights file. Pretrained on the generated world's captions
+by `pretrain_tiny.py`; it knows coloured shapes and nothing of photographs. Does not know
+that script, the world's grammar, heads or benchmarks.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.backbones.weights import fill, read_state
+from union_igrot.types import Features, Preprocess
+
+CONTEXT = 32
+"""Most words of a text, the end mark included; what is longer is cut."""
+_BUCKETS = 64
+_WORDS = """
+a an the of with and on in to it is at over front behind into should be put photo picture sketch drawing image scene
+circle square triangle star heart cross arrow crescent diamond drop flower house fish tree
+bolt hourglass gear boat mushroom bottle
+red orange yellow green cyan blue purple pink white black
+small medium large bigger smaller plain striped dotted checked
+grass sand sea sky bricks wood snow night left right top bottom middle
+make change turn replace instead add remove without take away move swap background
+""".split()  # noqa: SIM905 - words are read more easily in lines
+_VOCABULARY = {word: 2 + i for i, word in enumerate(_WORDS)}
+_PAD, _END = 0, 1
+_PREPROCESS = Preprocess(size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit="squash", interpolation="bicubic")
+
+
+def tokenize(texts: Sequence[str]) -> Int[Tensor, "batch length"]:
+    """Turn texts into word numbers, cut to `CONTEXT`, ended and padded to the longest.
+
+    Words are compared in lower case. A word that is not in the vocabulary goes to one of
+    64 hash buckets, so that it stays the same word without ever being an error.
+    """
+    rows = []
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())[: CONTEXT - 1]
+        unknown = 2 + len(_WORDS)
+        rows.append([*(_VOCABULARY.get(w, unknown + zlib.crc32(w.encode()) % _BUCKETS) for w in words), _END])
+    longest = max((len(row) for row in rows), default=1)
+    return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows], dtype=torch.long).reshape(-1, longest)
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer layer without dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(
+        self, x: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch length width"]:
+        batch, length, width = x.shape
+        # The width is said outright: an empty batch leaves nothing to infer it from.
+        split = (batch, length, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(self.norm1(x)).view(split).permute(2, 0, 3, 1, 4)
+        keys = None if mask is None else mask[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.out(mixed)
+        result: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return result
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    layer = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class TinyVLM(nn.Module):
+    """The trainable network behind `TinyBackbone`.
+
+    A convolutional stem turns 48 x 48 pixels into 6 x 6 tokens; three transformer layers
+    mix them with a class token. Two layers read the words. Both sides end in a norm and a
+    projection into the joint space.
+
+    Args:
+        dim: Width of the joint space.
+        width: Width of the transformer layers.
+    """
+
+    def __init__(self, dim: int = 128, width: int = 96) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            _conv(3, 32, 2), _conv(32, 64, 2), _conv(64, 64, 1), _conv(64, 64, 1), nn.Conv2d(64, width, 3, 2, 1)
+        )
+        self.image_class = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.image_places = nn.Parameter(torch.randn(1, 37, width) * 0.02)
+        self.image_blocks = nn.ModuleList(_Block(width, 4) for _ in range(3))
+        self.image_norm, self.image_projection = nn.LayerNorm(width), nn.Linear(width, dim, bias=False)
+        self.words = nn.Embedding(2 + len(_WORDS) + _BUCKETS, width)
+        self.word_places = nn.Parameter(torch.randn(1, CONTEXT, width) * 0.02)
+        self.text_blocks = nn.ModuleList(_Block(width, 4) for _ in range(2))
+        self.text_norm, self.text_projection = nn.LayerNorm(width), nn.Linear(width, dim, bias=False)
+        nn.init.normal_(self.words.weight, std=0.05)
+        self.log_scale = nn.Parameter(torch.tensor(2.6))
+
+    def image(self, images: Float[Tensor, "batch 3 48 48"]) -> Float[Tensor, "batch 10 dim"]:
+        """Give the class token and 3 x 3 averaged patch tokens, projected."""
+        patches = self.stem(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.image_class.expand(len(images), -1, -1), patches], 1) + self.image_places
+        for block in self.image_blocks:
+            x = block(x)
+        grid = x[:, 1:].reshape(len(images), 3, 2, 3, 2, x.shape[-1]).mean((2, 4)).flatten(1, 2)
+        projected: Tensor = self.image_projection(self.image_norm(torch.cat([x[:, :1], grid], 1)))
+        return projected
+
+    def text(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
+        """Give all word tokens, projected; the end mark's token stands for the text."""
+        x = self.words(ids) + self.word_places[:, : ids.shape[1]]
+        for block in self.text_blocks:
+            x = block(x, ids != _PAD)
+        projected: Tensor = self.text_projection(self.text_norm(x))
+        return projected
+
+
+class TinyBackbone(Backbone):
+    """The embedded vision-language model, frozen.
+
+    Args:
+        weights: A safetensors file of `TinyVLM`; the one shipped with the package by default.
+
+    Raises:
+        CheckpointError: Where the file is absent or does not fit.
+    """
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        self.name, self.dim, self.preprocess = "tiny", 128, _PREPROCESS
+        self.network = TinyVLM(self.dim)
+        if weights is None:
+            with as_file(files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as shipped:
+                state = read_state(shipped)
+        else:
+            state = read_state(weights)
+        hint = "give a file written by `python -m union_igrot.synthetic.pretrain`"
+        fill(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
+        self.network.to(memory_format=torch.channels_last)  # convolutions on a CPU are half as fast without
+        self.freeze()
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
+        """Encode pictures of 48 x 48: ten tokens, the class token first."""
+        tokens = self.network.image(images)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
+
+    def encode_text(self, texts: Sequence[str]) -> Features:
+        """Encode texts: one token a word and one for the end, from which `pooled` is read."""
+        ids = tokenize(texts).to(self.device)
+        tokens, mask = self.network.text(ids), ids != _PAD
+        end = mask.sum(1) - 1
+        return Features(tokens[torch.arange(len(ids), device=tokens.device), end], tokens, mask, end)
+
+
+def shipped_note() -> dict[str, object]:
+    """Read how the shipped weights were made: command, seed and held-out figures."""
+    note: dict[str, object] = json.loads((files("union_igrot") / "weights" / "tiny" / "backbone.json").read_text())
+    return note

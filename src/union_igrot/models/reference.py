@@ -1,0 +1,299 @@
+"""Checkpoints of the reference: the authors' files become models of this house.
+
+Reads UNION's `.pth` (CLIP or BLIP under `model.`) and TransAgg's (`pretrained_model.`,
+`blip_model.`). The backbone inside the file is used, its sizes are read from its tensors,
+and nothing is downloaded. Knows both naming schemes. Does not know training or benchmarks.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.backbones.hf import NAMES as HF_NAMES, BlipBackbone, load_tokenizer
+from union_igrot.models.backbones.open_clip import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    OpenClipBackbone,
+    configuration,
+)
+from union_igrot.models.backbones.weights import fill, name_some, read_state, unwrap_state
+from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.heads.query import FusionHead, MaskMode
+from union_igrot.models.heads.target import TargetHead
+from union_igrot.models.model import IGROTModel
+from union_igrot.types import Preprocess
+
+_PREFIXES = ("pretrained_model.", "blip_model.", "model.")
+_FUSION = ("fusion.", "sep_token", "combiner_layer.", "output_layer.", "weighted_layer.")
+_TARGET = ("t5_layers.", "union_weighted_layer.")
+_T5_TABLE = "t5_layers.embed_tokens.weight"
+_CLIP_SIZES = ("input_resolution", "context_length", "vocab_size")
+_BLIP_DROPPED = re.compile(
+    r"^(visual_encoder_m|text_encoder_m|vision_proj_m|text_proj_m|itm_head)\."
+    r"|^(temp|image_queue|text_queue|idx_queue|ptr_queue)$"
+    r"|\.crossattention\.|\.position_ids$"
+)
+_BLIP_NAMES = (
+    (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
+    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
+    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^(vision_model\..*)\.norm([12])\.", r"\1.layer_norm\2."),
+    (r"^(vision_model\..*)\.attn\.qkv\.", r"\1.self_attn.qkv."),
+    (r"^(vision_model\..*)\.attn\.proj\.", r"\1.self_attn.projection."),
+)
+_KINDS = {"frozen": "original", "sum": "sum", "union": "union"}
+
+
+def load_reference_checkpoint(
+    path_or_state_dict: str | Path | Mapping[str, Tensor],
+    model: str | Backbone = "base",
+    target: Literal["frozen", "sum", "union"] = "union",
+    mask: MaskMode = "exclude",
+    *,
+    sum_form: Literal["training", "inference", "normalised"] = "training",
+    tokenizer: str | Path | None = None,
+    text_heads: int | None = None,
+) -> IGROTModel:
+    """Load a checkpoint of the reference or of TransAgg, backbone included.
+
+    Args:
+        path_or_state_dict: The `.pth`, read with `weights_only=True`, or its tensors by name,
+            in 16 or 32 bits.
+        model: What the backbone is called: `base`, `large`, another OpenCLIP name, or `blip`.
+            Sizes come from the tensors. Or a backbone, whose weights are then replaced.
+        target: The target head. TransAgg's files hold none: choose `frozen` (the reference's
+            `original`) for them. A UNION head in the file is left out where `frozen` or
+            `sum` is asked for.
+        mask: `exclude`, as the reference evaluates, or `legacy`, as it trains.
+        sum_form: Which of the reference's two sums `target="sum"` is: `training`, the one in
+            its model (not of unit length; ranks like `frozen`), or `inference`, the one in
+            its evaluation. `normalised` is ours.
+        tokenizer: BLIP's word list, which is not in its files: a folder or a `vocab.txt`. Where
+            None, what the Hugging Face cache holds of BLIP's repository.
+        text_heads: Attention heads of a CLIP's text tower, the one size that no tensor tells. Where
+            None, 64 wide each, as in every CLIP of OpenAI, but at least two: below a width of
+            128 this is a guess (right for the small published golden values), so give it there.
+
+    Returns:
+        The model in evaluation mode, in 32 bits; `save` writes its backbone's weights along.
+
+    Raises:
+        ConfigError: Where the backbone or target is not one of the reference's.
+        CheckpointError: Where the file cannot be read, or tensors are missing or not known;
+            they are listed.
+    """
+    if target not in _KINDS:
+        raise ConfigError(f"target {target!r} is not one of the reference's; choose {', '.join(_KINDS)}")
+    if isinstance(path_or_state_dict, Mapping):
+        where, state = "the state dict", unwrap_state(path_or_state_dict, "the state dict")
+    else:
+        where, state = str(path_or_state_dict), read_state(path_or_state_dict)
+    encoder, heads = _split(state, where)
+    backbone = _backbone(encoder, model, tokenizer, text_heads, where)
+    fusion = _fusion(heads, backbone.dim, mask, where)
+    head = _target(heads, backbone.dim, target, sum_form, where)
+    loaded = IGROTModel(backbone, fusion, head, {"source": Path(where).name, "reference_target": _KINDS[target]})
+    loaded.tuned = True  # the published code trains both encoders, and the file may hold any weights
+    return loaded.eval()
+
+
+def _split(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part the backbone's tensors, without their prefix, from the heads'."""
+    encoder: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    unknown = []
+    for name, x in state.items():
+        prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
+        if prefix is not None:
+            encoder[name.removeprefix(prefix)] = x
+        elif name.startswith((*_FUSION, *_TARGET)):
+            heads[name] = x
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"{where} holds tensors that the reference does not know: {name_some(unknown)}")
+    if not encoder or not heads:
+        lacks = "no backbone (model.*, pretrained_model.*, blip_model.*)" if not encoder else "no heads (fusion.*, ...)"
+        raise CheckpointError(f"{where} holds {lacks}; give the state dict of the whole reference model")
+    heads.pop(_T5_TABLE, None)  # transformers 5 wrote an unused word table
+    return encoder, heads
+
+
+def _backbone(
+    encoder: dict[str, Tensor],
+    model: str | Backbone,
+    tokenizer: str | Path | None,
+    text_heads: int | None,
+    where: str,
+) -> Backbone:
+    is_blip = "visual_encoder.cls_token" in encoder
+    if not is_blip and "visual.conv1.weight" not in encoder:
+        raise CheckpointError(
+            f"{where}: the backbone is neither CLIP with a vision transformer (visual.conv1.weight) "
+            f"nor BLIP (visual_encoder.cls_token), but begins {name_some(encoder)}"
+        )
+    kind = "BLIP" if is_blip else "CLIP"
+    encoder = blip_names(encoder) if is_blip else {n: x for n, x in encoder.items() if n not in _CLIP_SIZES}
+    if isinstance(model, Backbone):
+        if not isinstance(model, BlipBackbone if is_blip else OpenClipBackbone):
+            raise ConfigError(f"{where} holds a {kind}, but the backbone given is a {type(model).__name__}")
+        fill(model.network, encoder, f"the {kind} in {where}")
+        return model
+    if is_blip != (model == "blip"):
+        allowed = "blip" if is_blip else "base, large or open_clip:<architecture>"
+        raise ConfigError(f"{where} holds a {kind}, but model={model!r}; choose model={allowed}")
+    return _blip(encoder, tokenizer, where) if is_blip else _clip(encoder, model, text_heads, where)
+
+
+def _clip(encoder: dict[str, Tensor], model: str, text_heads: int | None, where: str) -> OpenClipBackbone:
+    named = configuration(model)
+    config = _clip_sizes(encoder, named, where)
+    config["text_cfg"]["heads"] = text_heads or max(2, config["text_cfg"]["width"] // 64)
+    preprocess = Preprocess(config["vision_cfg"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
+    return OpenClipBackbone(config, preprocess, model, encoder, where=f"the CLIP in {where}")
+
+
+def _clip_sizes(state: Mapping[str, Tensor], named: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read a CLIP's sizes from its tensors; what they do not tell comes from the named configuration."""
+    try:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+        context, text_width = state["positional_embedding"].shape
+        vocabulary, joint = state["token_embedding.weight"].shape[0], state["text_projection"].shape[1]
+    except KeyError as error:
+        raise CheckpointError(f"the CLIP in {where} misses {error}; give the whole state dict") from None
+    vision = {
+        "image_size": patch * grid,
+        "layers": _count(state, r"^visual\.transformer\.resblocks\.(\d+)\."),
+        "width": width,
+        "patch_size": patch,
+        "head_width": named["vision_cfg"].get("head_width", 64),
+    }
+    text = {
+        "context_length": context,
+        "vocab_size": vocabulary,
+        "width": text_width,
+        "layers": _count(state, r"^transformer\.resblocks\.(\d+)\."),
+    }
+    return {"embed_dim": joint, "quick_gelu": named["quick_gelu"], "vision_cfg": vision, "text_cfg": text}
+
+
+def _count(state: Mapping[str, Tensor], layer: str) -> int:
+    """Count the layers whose number a pattern finds in the names."""
+    return len({found[1] for name in state if (found := re.search(layer, name))})
+
+
+def blip_names(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn BLIP's original names into transformers'.
+
+    Momentum copies, queues, the temperature, the matching head and the text encoder's
+    cross-attention are left out: retrieval does not use them.
+    """
+    renamed = {}
+    for name, x in encoder.items():
+        if _BLIP_DROPPED.search(name):
+            continue
+        for pattern, new in _BLIP_NAMES:
+            name = re.sub(pattern, new, name)  # noqa: PLW2901 - one rule after the other
+        renamed[name] = x
+    return renamed
+
+
+def _blip(state: dict[str, Tensor], tokenizer: str | Path | None, where: str) -> BlipBackbone:
+    from transformers import BlipConfig, BlipForImageTextRetrieval  # noqa: PLC0415 - heavy, only for BLIP
+
+    words, sizes = _blip_tokenizer(tokenizer), _blip_sizes(state, where)
+    network = BlipForImageTextRetrieval(BlipConfig(**sizes))
+    preprocess = Preprocess(sizes["vision_config"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
+    backbone = BlipBackbone(network, words, preprocess, "blip")
+    fill(backbone.network, state, f"the BLIP in {where}")
+    return backbone
+
+
+def _blip_sizes(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Read BLIP's sizes from its tensors; heads are 64 wide on both sides."""
+    try:
+        patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+        grid = round((state["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
+        width = state["vision_model.embeddings.class_embedding"].shape[-1]
+        vision_inner = state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+        vocabulary, text_width = state["text_encoder.embeddings.word_embeddings.weight"].shape
+        positions = state["text_encoder.embeddings.position_embeddings.weight"].shape[0]
+        text_inner = state["text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0]
+        joint = state["vision_proj.weight"].shape[0]
+    except KeyError as error:
+        raise CheckpointError(f"the BLIP in {where} misses {error}; give the whole state dict") from None
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": vision_inner,
+        "num_hidden_layers": _count(state, r"^vision_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": width // 64,
+        "image_size": patch * grid,
+        "patch_size": patch,
+        "layer_norm_eps": 1e-6,  # BLIP's own vision transformer; transformers' default is 1e-5
+    }
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": text_width,
+        "encoder_hidden_size": width,
+        "intermediate_size": text_inner,
+        "num_hidden_layers": _count(state, r"^text_encoder\.encoder\.layer\.(\d+)\."),
+        "num_attention_heads": text_width // 64,
+        "max_position_embeddings": positions,
+        "layer_norm_eps": 1e-12,
+        "is_decoder": False,
+    }
+    return {"vision_config": vision, "text_config": text, "image_text_hidden_size": joint}
+
+
+def _blip_tokenizer(tokenizer: str | Path | None) -> Any:
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer, "blip")
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - only for BLIP without a tokenizer
+
+    kept = try_to_load_from_cache(HF_NAMES["blip"], "vocab.txt")
+    if not isinstance(kept, str):
+        raise CheckpointError(
+            "BLIP's file holds no word list; give tokenizer=PATH, a folder with tokenizer files or "
+            f"the vocab.txt of {HF_NAMES['blip']}"
+        )
+    return load_tokenizer(Path(kept).parent, "blip")
+
+
+def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, where: str) -> FusionHead:
+    own = {name: x for name, x in heads.items() if name.startswith(_FUSION)}
+    layers = _count(own, r"^fusion\.layers\.(\d+)\.")
+    first = own.get("fusion.layers.0.linear1.weight")
+    if first is None:
+        raise CheckpointError(
+            f"the fusion head in {where} misses fusion.layers.0.linear1.weight; give the whole state dict"
+        )
+    fusion = build_fusion("transagg", width, layers=layers, feedforward=first.shape[0], mask=mask)
+    fill(fusion, own, f"the fusion head in {where}")
+    return fusion
+
+
+def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str, where: str) -> TargetHead:
+    if target != "union":
+        return build_target(target, width, **({"form": sum_form} if target == "sum" else {}))
+    own = {name: x for name, x in heads.items() if name.startswith(_TARGET)}
+    query, inner = (
+        own.get(f"t5_layers.block.0.layer.{part}.weight") for part in ("0.SelfAttention.q", "1.DenseReluDense.wi")
+    )
+    if query is None or inner is None:
+        raise CheckpointError(
+            f"{where} misses a UNION head (t5_layers.*, union_weighted_layer.*); TransAgg's files have none: "
+            "choose target=frozen"
+        )
+    layers = _count(own, r"^t5_layers\.block\.(\d+)\.")
+    # Heads of T5 are 64 wide at every width of the joint space.
+    head = build_target("union", width, layers=layers, heads=query.shape[0] // 64, feedforward=inner.shape[0])
+    fill(head, own, f"the UNION head in {where}")
+    return head

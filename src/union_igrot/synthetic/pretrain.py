@@ -1,0 +1,240 @@
+"""Pretrain the embedded vision-language model on the generated world's captions.
+
+    python -m union_igrot.synthetic.pretrain
+
+Contrastive training of pictures against captions, in which every scene stands beside an
+edit of itself, so that the edit is a hard negative; plus a prompt loss over "a <shape>"
+(photos) and "a sketch of a <shape>" (sketches) for pictures of one thing. That second loss
+is supervision of one attribute, without which shape is learned long after colour and place.
+Only training scenes are used; sketches and prompts show the fourteen seen shapes alone.
+Does not know heads or benchmarks.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from union_igrot.errors import ConfigError
+from union_igrot.models.backbones.base import weights_hash
+from union_igrot.models.backbones.tiny import TinyVLM, tokenize
+from union_igrot.synthetic.rendering import render_photo, render_sketch
+from union_igrot.synthetic.scenes import (
+    HELD_OUT_SHAPES,
+    SEEN_SHAPES,
+    SHAPES,
+    caption,
+    edit_scene,
+    pick,
+    random_scene,
+    with_article,
+)
+
+SKETCHES = 96
+"""Sketches in each batch, beside the captioned photos."""
+_PHOTO_PROMPTS = [with_article(shape) for shape in SHAPES]
+_SKETCH_PROMPTS = [f"a sketch of {with_article(shape)}" for shape in SHAPES]
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Photos with captions, and sketches; a label is a place in `SHAPES`, -1 for several things."""
+
+    photos: Float[Tensor, "photos 3 48 48"]
+    captions: list[str]
+    photo_labels: Tensor
+    sketches: Float[Tensor, "sketches 3 48 48"]
+    sketch_labels: Tensor
+
+
+def _stack(pictures: list[Image.Image]) -> Float[Tensor, "batch 3 48 48"]:
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+
+
+def caption_batch(
+    seed: str, split: str, pairs: int = 128, sketches: int = SKETCHES, shapes: tuple[str, ...] = SEEN_SHAPES
+) -> CaptionBatch:
+    """Draw pairs of a scene and its edit with captions, and sketches of the given shapes."""
+    rng = random.Random(seed)
+    scenes = []
+    for _ in range(pairs):
+        scene = random_scene(rng, split)
+        scenes += [scene, edit_scene(rng, scene, double=0.15).answers[0]]
+    drawn = [random_scene(rng, split, 1, pick(rng, shapes)) for _ in range(sketches)]
+    labels = [SHAPES.index(s.things[0].shape) if len(s.things) == 1 else -1 for s in scenes]
+    return CaptionBatch(
+        _stack([render_photo(scene, rng.getrandbits(40)) for scene in scenes]),
+        [caption(rng, scene, forget=0.08) for scene in scenes],
+        torch.tensor(labels),
+        _stack([render_sketch(scene, rng.getrandbits(40)) for scene in drawn]),
+        torch.tensor([SHAPES.index(scene.things[0].shape) for scene in drawn]),
+    )
+
+
+class _Batches(IterableDataset[CaptionBatch]):
+    """Batches by number, so that one worker process gives the same sequence as none."""
+
+    def __init__(self, seed: int, steps: int) -> None:
+        self.seed, self.steps = seed, steps
+
+    def __iter__(self) -> Iterator[CaptionBatch]:
+        for step in range(self.steps):
+            yield caption_batch(f"pretrain {self.seed} {step}", "train")
+
+
+def pretraining_loss(network: TinyVLM, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+    """Give the caption loss (symmetric InfoNCE) and the prompt loss (cross-entropy over seen shapes)."""
+    scale = network.log_scale.exp().clamp(max=60)
+    pictures = F.normalize(network.image(torch.cat([batch.photos, batch.sketches]))[:, 0], dim=-1)
+    seen = len(SEEN_SHAPES)
+    ids = tokenize([*batch.captions, *_PHOTO_PROMPTS[:seen], *_SKETCH_PROMPTS[:seen]])
+    tokens = network.text(ids)
+    texts = F.normalize(tokens[torch.arange(len(ids)), (ids != 0).sum(1) - 1], dim=-1)
+    photos, sketches = pictures.split([len(batch.photos), len(batch.sketches)])
+    captions, photo_prompts, sketch_prompts = texts.split([len(photos), seen, seen])
+    logits = scale * photos @ captions.T
+    answers = torch.arange(len(logits))
+    match = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
+    single = (batch.photo_labels >= 0) & (batch.photo_labels < seen)
+    prompt = F.cross_entropy(scale * photos[single] @ photo_prompts.T, batch.photo_labels[single])
+    prompt = prompt + F.cross_entropy(scale * sketches @ sketch_prompts.T, batch.sketch_labels)
+    return match, prompt
+
+
+@torch.no_grad()
+def held_out_figures(network: TinyVLM, seed: str, split: str = "val", batches: int = 4) -> dict[str, float]:
+    """Measure caption retrieval within 256 and shape recognition over all twenty shapes, in percent."""
+    network.eval()
+    sums: dict[str, list[float]] = {}
+
+    def embed(pictures: Tensor) -> Tensor:
+        return F.normalize(network.image(pictures)[:, 0], dim=-1)
+
+    def embed_text(texts: list[str]) -> Tensor:
+        ids = tokenize(texts)
+        return F.normalize(network.text(ids)[torch.arange(len(ids)), (ids != 0).sum(1) - 1], dim=-1)
+
+    photo_prompts, sketch_prompts = embed_text(_PHOTO_PROMPTS), embed_text(_SKETCH_PROMPTS)
+    for number in range(batches):
+        batch = caption_batch(f"{seed} {number}", split, 128, 256, SHAPES)
+        photos = embed(batch.photos)
+        right = (photos @ embed_text(batch.captions).T).argmax(1) == torch.arange(len(photos))
+        single = batch.photo_labels >= 0
+        by_photo = (photos[single] @ photo_prompts.T).argmax(1) == batch.photo_labels[single]
+        by_sketch = (embed(batch.sketches) @ sketch_prompts.T).argmax(1) == batch.sketch_labels
+        new = batch.sketch_labels >= len(SEEN_SHAPES)
+        for name, hits in {
+            "caption_retrieval_in_256": right,
+            "shape_of_photo": by_photo,
+            "shape_of_sketch_seen": by_sketch[~new],
+            "shape_of_sketch_held_out": by_sketch[new],
+        }.items():
+            sums.setdefault(name, []).append(hits.float().mean().item() * 100)
+    network.train()
+    return {name: round(sum(values) / len(values), 1) for name, values in sums.items()}
+
+
+def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
+    """Train the network from a seed and show its held-out figures now and then.
+
+    Args:
+        steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 3.
+        seed: Seed of weights and pictures.
+        rate: Highest learning rate; warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
+        every: Steps between two looks at the validation scenes.
+
+    Raises:
+        ConfigError: Where the steps are fewer than three: the warm-up alone takes two.
+    """
+    if steps < 3:
+        raise ConfigError(f"steps is {steps}; give at least 3")
+    torch.manual_seed(seed)
+    network = TinyVLM().to(memory_format=torch.channels_last)
+    decay = [p for p in network.parameters() if p.ndim > 1]
+    rest = [p for p in network.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], rate
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=min(100, max(2, steps / 10)) / steps, cycle_momentum=False
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    loader = DataLoader(_Batches(seed, steps), batch_size=None, num_workers=1, prefetch_factor=4)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("pretraining", total=steps)
+        for step, batch in enumerate(loader, 1):
+            match, prompt = pretraining_loss(network, batch)
+            optimizer.zero_grad()
+            torch.autograd.backward(match + 0.5 * prompt)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizer.step()
+            schedule.step()
+            progress.update(task, advance=1, description=f"loss {match.item():.3f} + {prompt.item():.3f}")
+            if step % every == 0:
+                console.print(
+                    step, f"{match.item():.3f} {prompt.item():.3f}", held_out_figures(network, "look", batches=1)
+                )
+    return network
+
+
+MODULE = "union_igrot.synthetic.pretrain"
+
+
+def main() -> None:
+    """Pretrain and write `backbone.safetensors` (fp16) and `backbone.json` beside it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1400, help="batches of 256 photos and 96 sketches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures")
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "weights" / "tiny", help="folder to write to"
+    )
+    args = parser.parse_args()
+    start = time.monotonic()
+    try:
+        network = pretrain(args.steps, args.seed, args.rate)
+    except ConfigError as error:
+        parser.error(str(error))
+    minutes = (time.monotonic() - start) / 60
+    state = {n: t.contiguous().half() if t.is_floating_point() else t for n, t in network.state_dict().items()}
+    network.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
+    note = {
+        "command": f"python -m {MODULE} --steps {args.steps} --seed {args.seed} --rate {args.rate}",
+        "minutes": round(minutes, 1),
+        "weights": weights_hash({n: t.float() if t.is_floating_point() else t for n, t in state.items()}),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "held_out_percent": held_out_figures(network, "note", "test", batches=8),
+        "shapes_without_sketches": list(HELD_OUT_SHAPES),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    # Both files are whole under other names before either takes the place of an older one.
+    whole = {name: args.out / f"{name}.partial" for name in ("backbone.safetensors", "backbone.json")}
+    try:
+        save_file(state, whole["backbone.safetensors"])
+        whole["backbone.json"].write_text(json.dumps(note, indent=2) + "\n")
+        for name, partial in whole.items():
+            partial.replace(args.out / name)
+    finally:
+        for partial in whole.values():
+            partial.unlink(missing_ok=True)
+    Console().print(note)
+
+
+if __name__ == "__main__":
+    main()

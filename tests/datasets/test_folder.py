@@ -1,0 +1,351 @@
+"""Benchmarks and training sets of small folders, whole and damaged, and of a real one where it lies near."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from union_igrot.datasets.folder import folder_benchmark, folder_training
+from union_igrot.datasets.layouts import SPLITS
+from union_igrot.errors import ConfigError, DataError, PictureError, UnionError
+from union_igrot.images.decode import broken_pictures, open_picture
+
+REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"
+
+
+def paint(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), (len(name), 80, 120)).save(path)
+
+
+def sketches(root, sizes, split="val"):
+    """Write a manifest; `sizes` gives (sketches, photos) of each class."""
+    lines = ["domain,path,class,split"]
+    for label, (asking, answering) in sizes.items():
+        for domain, number in (("photo", answering), ("sketch", asking)):
+            names = [f"{domain}s/{label}/{n}.png" for n in range(number)]
+            paint(root, *names)
+            lines += [f"{domain},{name},{label},{split}" for name in names]
+    (root / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def triplets(root, *rows):
+    for row in rows:
+        paint(root, row["reference"], *row["targets"])
+    (root / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def row(reference, *targets, split="val", text="make it red"):
+    return {"reference": reference, "text": text, "targets": list(targets), "split": split}
+
+
+# --- sketch retrieval
+
+
+def test_sketch_benchmark(tmp_path):
+    root = sketches(tmp_path, {"cat": (2, 3), "dog": (1, 1), "only photos": (0, 2)})
+    benchmark = folder_benchmark(root, "val", text="a photo of the same thing")
+    assert (benchmark.name, benchmark.split, benchmark.task, benchmark.skipped) == ("folder", "val", "sbir", 0)
+    assert [q.id for q in benchmark.queries] == ["sketchs/cat/0.png", "sketchs/cat/1.png", "sketchs/dog/0.png"]
+    assert [q.label for q in benchmark.queries] == ["cat", "cat", "dog"]
+    assert {q.text for q in benchmark.queries} == {"a photo of the same thing"}
+    assert [item.label for item in benchmark.gallery] == ["cat"] * 3 + ["dog"] + ["only photos"] * 2
+    assert benchmark.queries[0].targets == tuple(f"photos/cat/{n}.png" for n in range(3))
+    assert benchmark.queries[0].targets is benchmark.queries[1].targets  # one tuple a class
+    assert benchmark.queries[0].image == root / "sketchs/cat/0.png"
+    assert benchmark.queries[0].exclude == ()
+    protocol = benchmark.protocol
+    assert (protocol.primary, protocol.exclude_reference) == ("mAP", False)
+    assert protocol.metrics == ("mAP", "mAP@200", "P@100", "P@200", "R@1", "R@10")
+    assert protocol.note == "own pictures; splits as given; 0 of the 2 classes of val are in train too"
+    assert folder_benchmark(root).queries[0].text is None
+
+
+def test_shared_classes_are_told(tmp_path):
+    names = [f"{n}.png" for n in range(4)]
+    paint(tmp_path, *names)
+    cells = [("photo", "val"), ("sketch", "val"), ("photo", "train"), ("sketch", "train")]
+    lines = [f"{domain},{name},cat,{split}" for name, (domain, split) in zip(names, cells, strict=True)]
+    (tmp_path / "manifest.csv").write_text("\n".join(["domain,path,class,split", *lines]))
+    assert "1 of the 1 classes of val are in train too" in folder_benchmark(tmp_path).protocol.note
+    with pytest.raises(DataError, match="split 'test' is empty \\(train 2, val 2, test 0; splits as given\\)"):
+        folder_benchmark(tmp_path, "test")
+
+
+def test_class_folders_make_zero_shot_splits(tmp_path):
+    for n in range(10):
+        paint(tmp_path, f"photos/c{n}/a.jpg", f"sketches/c{n}/a.png")
+    classes = {split: {q.label for q in folder_benchmark(tmp_path, split).queries} for split in ("val", "test")}
+    classes["train"] = set(folder_training(tmp_path, pairs=20).classes)
+    assert [len(classes[split]) for split in SPLITS] == [7, 1, 2]
+    assert len(set.union(*classes.values())) == 10
+    assert "dealt 70/10/20" in folder_benchmark(tmp_path).protocol.note
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1),
+       st.integers(1, 60), st.integers(0, 3))  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_pairs_are_balanced_and_repeatable(tmp_path_factory, sizes, pairs, seed):
+    root = sketches(tmp_path_factory.mktemp("pairs"), sizes, "train")
+    data = (root / "manifest.csv").read_text() + "".join(f"{d},{d}s/v.png,v,val\n" for d in ("photo", "sketch"))
+    (root / "manifest.csv").write_text(data)
+    training = folder_training(root, pairs=pairs, seed=seed, text="find it")
+    assert training == folder_training(root, pairs=pairs, seed=seed, text="find it")
+    assert training.classes == tuple(sorted(sizes))
+    assert len(training.triplets) == pairs
+    for t in training.triplets:
+        assert t.image.parent == root / "sketchs" / t.group
+        assert t.target.parent == root / "photos" / t.group
+        assert (t.text, t.task) == ("find it", "sbir")
+    counts = Counter(t.group for t in training.triplets)
+    assert max(counts.values()) - min(counts[label] for label in sizes) <= 1
+    for label, (asking, answering) in sizes.items():
+        for side, number in (("image", asking), ("target", answering)):
+            used = Counter(getattr(t, side) for t in training.triplets if t.group == label)
+            if counts[label] >= number:
+                assert len(used) == number
+                assert max(used.values()) - min(used.values()) <= 1
+
+
+def test_the_seed_matters(tmp_path):
+    root = sketches(tmp_path, {"cat": (5, 5), "dog": (5, 5), "held": (1, 1)}, "train")
+    first, second = (folder_training(root, pairs=20, seed=seed) for seed in (0, 1))
+    assert first.triplets != second.triplets
+    assert len(first.classes) == 2  # one of three is held out as val
+
+
+@pytest.mark.parametrize("on_missing", ["error", "skip"])
+def test_sketches_without_photos_are_named(tmp_path, on_missing):
+    root = sketches(tmp_path, {"cat": (1, 1), "dog": (2, 0)})
+    with pytest.raises(DataError, match=r"manifest\.csv, line 4: class 'dog' has sketches but no photo in split 'val'"):
+        folder_benchmark(root, on_missing=on_missing)
+
+
+def test_photos_without_sketches_are_an_empty_split(tmp_path):
+    root = sketches(tmp_path, {"cat": (0, 2)})
+    with pytest.raises(DataError, match="split 'val' has photos but no sketch"):
+        folder_benchmark(root)
+    with pytest.raises(DataError, match="split 'train' is empty"):
+        folder_training(root)
+
+
+# --- composed retrieval
+
+
+def test_composed_benchmark(tmp_path):
+    root = triplets(
+        tmp_path, row("a.jpg", "b.jpg", "c.jpg"), row("b.jpg", "a.jpg", text=None), row("x.jpg", "y.jpg", split="train")
+    )
+    paint(root, "z.jpg")
+    (root / "gallery.txt").write_text("z.jpg\na.jpg\n")
+    benchmark = folder_benchmark(root, "val", text="not for triplets")
+    assert (benchmark.task, benchmark.name) == ("cir", "folder")
+    first, second = benchmark.queries
+    assert (first.image, first.text, first.targets) == (root / "a.jpg", "make it red", ("b.jpg", "c.jpg"))
+    assert (first.exclude, second.exclude, second.text) == (("a.jpg",), ("b.jpg",), None)
+    assert [item.id for item in benchmark.gallery] == ["a.jpg", "b.jpg", "c.jpg", "z.jpg"]
+    assert benchmark.protocol.exclude_reference
+    assert benchmark.protocol.metrics == ("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP")
+    assert benchmark.protocol.primary == "mAP@10"
+    assert "0 of the 3 pictures of val are in train too" in benchmark.protocol.note
+
+
+def test_composed_training_has_one_sample_a_row_and_target(tmp_path):
+    root = triplets(
+        tmp_path,
+        row("a.jpg", "b.jpg", "c.jpg", split="train"),
+        row("b.jpg", "c.jpg", split="train"),
+        row("v.jpg", "w.jpg"),
+    )
+    (root / "gallery.txt").write_text("nowhere.jpg\n")  # the gallery is no matter of training
+    training = folder_training(root, text="not for triplets")
+    assert [(t.image.name, t.target.name, t.group, t.text, t.task) for t in training.triplets] == [
+        ("a.jpg", "b.jpg", "b.jpg", "make it red", "cir"),
+        ("a.jpg", "c.jpg", "c.jpg", "make it red", "cir"),
+        ("b.jpg", "c.jpg", "c.jpg", "make it red", "cir"),
+    ]
+    assert training.classes == ()
+
+
+def test_references_without_a_split_are_dealt(tmp_path):
+    rows = [{"reference": f"{n}.jpg", "text": "x", "targets": ["t.jpg"]} for n in range(10)]
+    root = triplets(tmp_path, *rows)
+    sizes = [len(folder_benchmark(root, split).queries) for split in ("val", "test")]
+    assert [len(folder_training(root).triplets), *sizes] == [7, 1, 2]
+    note = folder_benchmark(root).protocol.note
+    assert "references dealt 70/10/20 into train/val/test by a hash of their names" in note
+    assert "1 of the 2 pictures of val are in train too" in note
+
+
+# --- missing and broken pictures
+
+
+def test_a_missing_picture_names_file_and_line(tmp_path):
+    root = sketches(tmp_path, {"cat": (2, 3)})
+    (root / "photos/cat/1.png").unlink()
+    (root / "sketchs/cat/0.png").write_bytes(b"")
+    with pytest.raises(
+        PictureError, match=r"manifest\.csv, line 3: .*photos/cat/1\.png.*missing.*on_missing=skip \(1 more"
+    ):
+        folder_benchmark(root)
+    benchmark = folder_benchmark(root, on_missing="skip")
+    assert (len(benchmark.queries), len(benchmark.gallery), benchmark.skipped) == (1, 2, 2)
+    assert benchmark.queries[0].targets == ("photos/cat/0.png", "photos/cat/2.png")
+    assert benchmark.protocol.note.endswith("2 missing pictures of val left out, 0 queries with them")
+
+
+def test_sketches_that_lost_their_photos_are_counted(tmp_path):
+    root = sketches(tmp_path, {"cat": (2, 1), "dog": (1, 1)})
+    (root / "photos/cat/0.png").unlink()
+    benchmark = folder_benchmark(root, on_missing="skip")
+    assert (len(benchmark.queries), benchmark.skipped) == (1, 3)
+    (root / "photos/dog/0.png").unlink()
+    with pytest.raises(
+        DataError, match="2 missing pictures of val left out, 3 queries with them, which leaves no query"
+    ):
+        folder_benchmark(root, on_missing="skip")
+
+
+def test_missing_pictures_of_another_split_do_not_matter_and_change_none(tmp_path):
+    root = sketches(tmp_path, dict.fromkeys("abcdefghij", (1, 1)), "")
+    before = folder_benchmark(root, "test")
+    for sample in folder_training(root, pairs=50).triplets:
+        sample.target.unlink(missing_ok=True)
+    assert folder_benchmark(root, "test") == before
+    with pytest.raises(PictureError):
+        folder_training(root)
+
+
+def test_triplets_without_their_pictures(tmp_path):
+    root = triplets(
+        tmp_path,
+        row("a.jpg", "b.jpg", "c.jpg"),
+        row("gone.jpg", "b.jpg"),
+        row("b.jpg", "lost.jpg"),
+        row("a.jpg", "gone.jpg", "c.jpg", text="other"),
+        row("a.jpg", "gone.jpg", "c.jpg", split="train", text="yet another"),
+    )
+    for name in ("gone.jpg", "lost.jpg"):
+        (root / name).unlink()
+    with pytest.raises(PictureError, match=r"triplets\.jsonl, line 2: .*gone\.jpg: the picture is missing"):
+        folder_benchmark(root)
+    benchmark = folder_benchmark(root, on_missing="skip")
+    assert [q.targets for q in benchmark.queries] == [("b.jpg", "c.jpg"), ("c.jpg",)]
+    assert [item.id for item in benchmark.gallery] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert benchmark.skipped == 4  # two pictures, two queries
+    training = folder_training(root, on_missing="skip")
+    assert [t.group for t in training.triplets] == ["c.jpg"]
+    assert training.skipped == 1
+    (root / "gallery.txt").write_text("\nz.jpg\n")
+    for name in ("gone.jpg", "lost.jpg"):
+        paint(root, name)
+    with pytest.raises(PictureError, match=r"gallery\.txt, line 2: .*z\.jpg"):
+        folder_benchmark(root)
+    assert folder_benchmark(root, on_missing="skip").skipped == 1
+
+
+def test_verify_finds_what_cannot_be_decoded(tmp_path):
+    root = sketches(tmp_path, {"cat": (2, 3)})
+    broken = root / "photos/cat/2.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert len(folder_benchmark(root).gallery) == 3  # found only when opened
+    with pytest.raises(PictureError, match=r"manifest\.csv, line 4: .*photos/cat/2\.png: cannot be read as a picture"):
+        folder_benchmark(root, verify=True)
+    benchmark = folder_benchmark(root, verify=True, on_missing="skip")
+    assert (len(benchmark.gallery), benchmark.skipped) == (2, 1)
+    for item in benchmark.gallery:
+        open_picture(item.image)
+    pictures = [item.image for item in folder_benchmark(root).gallery]
+    ((found, why),) = broken_pictures(pictures, workers=2)
+    assert found == broken
+    assert str(broken) in why
+    assert broken_pictures([]) == []
+
+
+# --- settings
+
+
+def test_settings_that_do_not_exist(tmp_path):
+    root = sketches(tmp_path, {"cat": (1, 1)})
+    with pytest.raises(ConfigError, match="split is 'train'; choose one of val, test"):
+        folder_benchmark(root, "train")
+    for read in (folder_benchmark, folder_training):
+        with pytest.raises(ConfigError, match="on_missing is 'ignore'; choose one of error, skip"):
+            read(root, on_missing="ignore")
+    with pytest.raises(ConfigError, match="pairs is 0"):
+        folder_training(root, pairs=0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["photo", "sketch"]), st.sampled_from(["a", "b", "c", "d"]),
+                          st.sampled_from(["ok", "missing", "broken"])), max_size=12),
+       st.sampled_from(["error", "skip"]), st.booleans())  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_a_folder_gives_a_sound_benchmark_or_one_of_our_errors(tmp_path_factory, pictures, on_missing, verify):
+    root = tmp_path_factory.mktemp("any")
+    (root / "photos").mkdir()
+    (root / "sketches").mkdir()
+    lines = ["domain,path,class,split"]
+    for n, (domain, label, state) in enumerate(pictures):
+        name = f"{n}.png"
+        lines.append(f"{domain},{name},{label},val")
+        if state != "missing":
+            paint(root, name)
+        if state == "broken":
+            (root / name).write_bytes(b"GIF89a")
+    (root / "manifest.csv").write_text("\n".join(lines))
+    try:
+        benchmark = folder_benchmark(root, on_missing=on_missing, verify=verify)
+    except UnionError:
+        benchmark = None
+    if benchmark is not None:
+        labels = {item.id: item.label for item in benchmark.gallery}
+        for query in benchmark.queries:
+            assert query.targets == tuple(name for name, label in labels.items() if label == query.label)
+        lost = len(pictures) - len(benchmark.queries) - len(benchmark.gallery)
+        assert benchmark.skipped == lost if on_missing == "skip" else lost == 0
+        if verify:
+            assert broken_pictures([q.image for q in benchmark.queries] + [i.image for i in benchmark.gallery]) == []
+
+
+# --- real pictures
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real pictures are not at {REAL}")
+def test_real_sketches_and_photos():
+    with (REAL / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = Counter((r["domain"], r["split"]) for r in rows)
+    assert [
+        counts[key] for key in [("sketch", "train"), ("sketch", "test"), ("photo", "train"), ("photo", "test")]
+    ] == [
+        752,
+        228,
+        2067,
+        771,
+    ]
+    val, test = folder_benchmark(REAL, "val"), folder_benchmark(REAL, "test")
+    training = folder_training(REAL, pairs=2500)
+    assert (len(test.queries), len(test.gallery)) == (228, 771)
+    assert len({q.label for q in test.queries}) == 10
+    held = {q.label for q in val.queries}
+    assert (len(held), len(training.classes)) == (7, 26)
+    assert not held & set(training.classes)
+    given = {r["class"] for r in rows if r["split"] == "train"}
+    assert held | set(training.classes) == given
+    assert len(val.queries) == sum(r["class"] in held and r["domain"] == "sketch" for r in rows)
+    assert len(val.gallery) == sum(r["class"] in held and r["domain"] == "photo" for r in rows)
+    assert {t.group for t in training.triplets} == set(training.classes)
+    assert len(training.triplets) == 2500
+    assert (val.skipped, test.skipped, training.skipped) == (0, 0, 0)
+    assert test.protocol.note == (
+        "own pictures; 7 of 33 train classes held out as val by a hash of their names; "
+        "0 of the 10 classes of test are in train too"
+    )

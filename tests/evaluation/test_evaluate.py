@@ -1,0 +1,374 @@
+"""Figures of a benchmark equal those of plain loops, and result rows hold what they promise."""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.evaluation import scoring as room
+from union_igrot.evaluation.evaluate import evaluate, means, result_row
+from union_igrot.evaluation.ranking import rank_chunks
+from union_igrot.evaluation.scoring import KEPT, Relevance, score
+from union_igrot.features.embedding import embed
+from union_igrot.models.model import baseline
+from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
+
+ROW = {
+    *("benchmark", "split", "method", "n_queries", "n_gallery", "protocol", "metrics", "ci95"),
+    *("model", "seconds", "versions", "seed"),
+}
+ADDED = {"n_skipped", "by_tag", "seen_classes", "seen_images", "arithmetic"}
+
+
+def small_integers(benchmark, seed=0, dim=4):
+    """Embeddings whose products are exact, with many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = (benchmark.queries, benchmark.gallery)
+    return [torch.randint(-2, 3, (len(side), dim), generator=generator).float() for side in sides]
+
+
+def ranked(benchmark, query, scores, ids=None):
+    """The ids that may answer, best first, ties in gallery order."""
+    gone = query.exclude if benchmark.protocol.exclude_reference else ()
+    rows = [
+        (-scores[place], place, item.id)
+        for place, item in enumerate(benchmark.gallery)
+        if item.id not in gone and (ids is None or item.id in ids)
+    ]
+    return [name for _, _, name in sorted(rows)]
+
+
+def area(hits, relevant, k, protocol):
+    """Average precision of one ranking, as section 2 of the protocols writes it."""
+    top = hits if k is None else hits[:k]
+    k = len(hits) if k is None else k
+    ranks = [place for place, hit in enumerate(top) if hit]
+    total = 0.0
+    for j, r in enumerate(ranks):
+        precision = (j + 1) / (r + 1)
+        if protocol.ap_rule == "step":
+            total += precision
+        elif protocol.ap_rule == "voc":
+            total += max((i + 1) / (ranks[i] + 1) for i in range(j, len(ranks)))
+        else:
+            total += (precision + (1.0 if r == 0 else j / r)) / 2
+    if protocol.ap_norm == "hits":
+        small = 1e-5 if protocol.ap_rule == "trapezoid" else 0.0
+        return total / (len(ranks) + small) if ranks else 0.0
+    return total / (relevant if protocol.ap_norm == "all" else min(k, relevant))
+
+
+def figure(name, benchmark, query, scores):
+    kind, _, depth = name.partition("@")
+    k = int(depth) if depth else None
+    inside = None
+    if kind == "Rs":
+        inside = set(query.subset or ())
+    ranking = ranked(benchmark, query, scores, inside)
+    hits = [candidate in query.targets for candidate in ranking]
+    if not any(hits):
+        return math.nan
+    if kind in ("R", "Rs"):
+        return float(any(hits[:k]))
+    if kind == "P":
+        return sum(hits[:k]) / k
+    return area(hits, sum(hits), k, benchmark.protocol)
+
+
+def mean_of(benchmark, column):
+    kept = [(query.label, x) for query, x in zip(benchmark.queries, column, strict=True) if not math.isnan(x)]
+    if benchmark.protocol.average == "micro":
+        return sum(x for _, x in kept) / len(kept)
+    classes = {label: [x for other, x in kept if other == label] for label, _ in kept}
+    return sum(sum(column) / len(column) for column in classes.values()) / len(classes)
+
+
+def compare(benchmark, queries, gallery):
+    found = score(benchmark, queries, gallery)
+    products = (queries.double() @ gallery.double().T).tolist()
+    assert list(found.values) == list(benchmark.protocol.metrics)
+    for name, column in found.values.items():
+        expected = [figure(name, benchmark, q, row) for q, row in zip(benchmark.queries, products, strict=True)]
+        assert column.tolist() == pytest.approx(expected, abs=1e-9, nan_ok=True), name
+        assert means(benchmark, found)[name] == pytest.approx(100 * mean_of(benchmark, expected), abs=1e-7)
+    for place, (query, row) in enumerate(zip(benchmark.queries, products, strict=True)):
+        best = [benchmark.gallery[p].id for p in found.ranking.positions[place].tolist()]
+        expected = ranked(benchmark, query, row)
+        assert best == expected[: len(best)]
+        scores = found.ranking.scores[place].tolist()
+        assert scores == pytest.approx([row[p] for p in found.ranking.positions[place].tolist()])
+    return found
+
+
+@pytest.mark.parametrize("rule", ["step", "trapezoid", "voc"])
+@pytest.mark.parametrize("norm", ["min", "hits", "all"])
+def test_composed_figures_equal_plain_loops(norm, rule):
+    benchmark = cir_benchmark()
+    benchmark = replace(benchmark, protocol=replace(benchmark.protocol, ap_norm=norm, ap_rule=rule))
+    found = compare(benchmark, *small_integers(benchmark))
+    assert [name for name, column in found.values.items() if column[3].isnan()] == list(benchmark.protocol.metrics)
+    assert [name for name, column in found.values.items() if column[5].isnan()] == ["Rs@1", "Rs@2"]
+
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+def test_sketch_figures_equal_plain_loops(average):
+    benchmark = sbir_benchmark()
+    assert len({id(query.targets) for query in benchmark.queries}) == 4
+    compare(replace(benchmark, protocol=replace(benchmark.protocol, average=average)), *small_integers(benchmark, 3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), queries=st.integers(6, 20), gallery=st.integers(7, 24), kept=st.booleans())
+def test_any_benchmark_equals_plain_loops(seed, queries, gallery, kept):
+    benchmark = cir_benchmark(queries, gallery, seed)
+    benchmark = replace(benchmark, protocol=replace(benchmark.protocol, exclude_reference=not kept))
+    compare(benchmark, *small_integers(benchmark, seed, dim=2))
+
+
+def test_an_excluded_target_is_no_answer():
+    items = tuple(GalleryItem(name, Noise(i)) for i, name in enumerate("abc"))
+    query = Query("q", Noise(9), "red", targets=("a", "c"), exclude=("a",), subset=("a", "b", "c"))
+    protocol = Protocol("p", ("R@1", "mAP", "Rs@1"), "mAP", exclude_reference=True)
+    benchmark = Benchmark("b", "val", "cir", (query,), items, protocol)
+    one, gallery = torch.ones(1, 1), torch.tensor([[3.0], [2.0], [1.0]])
+    found = compare(benchmark, one, gallery)
+    assert {name: column.item() for name, column in found.values.items()} == {"R@1": 0.0, "mAP": 0.5, "Rs@1": 0.0}
+    assert found.ranking.positions.tolist() == [[1, 2]]
+    kept = compare(replace(benchmark, protocol=replace(protocol, exclude_reference=False)), one, gallery)
+    assert kept.values["R@1"].item() == 1.0
+
+
+def test_the_first_answers_never_hold_what_is_excluded():
+    benchmark = cir_benchmark(queries=12, gallery=20)
+    found = score(benchmark, *small_integers(benchmark))
+    assert found.ranking.positions.shape == (12, 19)
+    excluded = Relevance.of(benchmark).exclude
+    assert all(not set(row) & set(out) for row, out in zip(found.ranking.positions.tolist(), excluded, strict=True))
+    assert (found.ranking.scores.diff(dim=1) <= 0).all()
+    large = cir_benchmark(queries=6, gallery=80)
+    assert score(large, *small_integers(large)).ranking.positions.shape == (6, KEPT)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    benchmark = cir_benchmark(queries=30)
+    sides = small_integers(benchmark, 1)
+    whole = score(benchmark, *sides)
+    chunks = []
+
+    def few_at_once(queries, gallery, exclude):
+        for chunk in rank_chunks(queries, gallery, exclude, chunk_bytes=7 * 8 * len(gallery)):
+            chunks.append(chunk.queries)
+            yield chunk
+
+    monkeypatch.setattr(room, "rank_chunks", few_at_once)
+    cut = score(benchmark, *sides)
+    assert len(chunks) == 5
+    for name, column in whole.values.items():
+        torch.testing.assert_close(cut.values[name], column, atol=0, rtol=0, equal_nan=True)
+    assert cut.ranking.positions.equal(whole.ranking.positions)
+
+
+def test_some_rows_alone_get_the_figures_they_have_among_all():
+    benchmark = cir_benchmark()
+    queries, gallery = small_integers(benchmark, 2)
+    whole = score(benchmark, queries, gallery)
+    rows = torch.tensor([20, 3, 8])
+    some = score(benchmark, queries[rows], gallery, rows)
+    for name, column in some.values.items():  # in the order of the queries
+        torch.testing.assert_close(column, whole.values[name][[3, 8, 20]], atol=0, rtol=0, equal_nan=True)
+    assert some.ranking.positions.equal(whole.ranking.positions[rows])  # in the order given
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_gallery_s_order_decides_ties_alone(seed):
+    benchmark = sbir_benchmark(queries=12, gallery=23)
+    generator = torch.Generator().manual_seed(seed)
+    queries, gallery = (torch.randn(n, 8, generator=generator) for n in (12, 23))
+    order = torch.randperm(23, generator=generator)
+    turned = replace(benchmark, gallery=tuple(benchmark.gallery[i] for i in order.tolist()))
+    found, again = score(benchmark, queries, gallery), score(turned, queries, gallery[order])
+    for name, column in found.values.items():
+        torch.testing.assert_close(again.values[name], column, atol=0, rtol=0)
+    assert order[again.ranking.positions].equal(found.ranking.positions)
+
+
+def test_a_perfect_model_gets_everything_right():
+    items = tuple(GalleryItem(f"g{i}", Noise(i)) for i in range(40))
+    queries = tuple(Query(f"q{i}", Noise(50 + i), "x", (f"g{i}",), subset=(f"g{i}", "g39", "g38")) for i in range(30))
+    protocol = Protocol("p", ("R@1", "mAP", "mAP@10", "Rs@1"), "mAP")
+    benchmark = Benchmark("b", "val", "cir", queries, items, protocol)
+    gallery = torch.nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert means(benchmark, score(benchmark, gallery[:30], gallery)) == dict.fromkeys(protocol.metrics, 100.0)
+
+
+def test_figures_without_any_value_are_nan_and_survive_json():
+    benchmark = cir_benchmark(queries=6)
+    hidden = replace(benchmark, queries=tuple(replace(query, targets=()) for query in benchmark.queries))
+    found = score(hidden, *small_integers(hidden))
+    row = result_row(hidden, "trained", found, {}, {}, 0)
+    assert all(math.isnan(figure) for figure in row["metrics"].values())
+    assert all(math.isnan(bound) for span in row["ci95"].values() for bound in span)
+    again = json.loads(json.dumps(row))
+    assert all(math.isnan(figure) for figure in again["metrics"].values())
+
+
+def test_what_a_benchmark_does_not_have_is_an_error():
+    sketches, composed = sbir_benchmark(), cir_benchmark()
+    subsets = replace(sketches, protocol=Protocol("p", ("Rs@1",), "Rs@1"))
+    with pytest.raises(DataError, match="subset"):
+        score(subsets, *small_integers(subsets))
+    classes = replace(composed, protocol=replace(composed.protocol, average="macro"))
+    queries, gallery = small_integers(classes)
+    with pytest.raises(ConfigError, match="labels"):
+        means(classes, score(classes, queries, gallery))
+    queries[4, 0] = math.nan
+    with pytest.raises(DataError, match="position 4"):
+        score(composed, queries, gallery)
+
+
+def test_queries_made_on_the_fly_keep_their_own_targets():
+    class Lazy(Sequence):
+        """Makes each query anew, so that its tuples do not live on."""
+
+        def __init__(self, items):
+            self.items = items
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, i):
+            if i >= 200:
+                raise IndexError
+            return Query(f"q{i}", Noise(i), None, tuple(item.id for item in self.items[i % 30 : i % 30 + 1]))
+
+    items = tuple(GalleryItem(f"g{i}", Noise(i)) for i in range(30))
+    benchmark = Benchmark("b", "val", "sbir", Lazy(items), items, Protocol())
+    assert [places.tolist() for places in Relevance.of(benchmark).targets] == [[i % 30] for i in range(200)]
+
+
+def test_every_picture_and_text_is_encoded_once_for_all_methods(tmp_path):
+    backbone = LinearBackbone()
+    benchmark = cir_benchmark()
+    filled = encoder(tmp_path, backbone)
+    model = trainable("transagg", "shared", backbone).eval()
+    backbone.text_batches.clear()
+    queries, gallery, seconds = embed(model, benchmark, filled)
+    assert queries.shape == (23, DIM)
+    assert gallery.shape == (31, DIM)
+    assert set(seconds) == {"encode", "embed"}
+    pictures = {item.image for item in benchmark.gallery} | {query.image for query in benchmark.queries}
+    assert sum(backbone.image_batches) == len(pictures)
+    spoken = [text for batch in backbone.text_batches for text in batch if text]
+    assert sorted(spoken) == sorted({query.text for query in benchmark.queries})
+    before = len(backbone.image_batches)
+    embed(baseline(backbone, "sum"), benchmark, filled)
+    assert len(backbone.image_batches) == before
+
+
+def test_embeddings_are_those_of_the_model(tmp_path):
+    backbone, benchmark = LinearBackbone(), cir_benchmark()
+    filled = encoder(tmp_path, backbone, batch_size=5)
+    model = trainable("transagg", "union", backbone).eval()
+    queries, gallery, _ = embed(model, benchmark, filled)
+    images = filled.lookup(filled.fill_pictures([q.image for q in benchmark.queries], tokens=True), tokens=True)
+    items = filled.lookup(filled.fill_pictures([i.image for i in benchmark.gallery], tokens=False), tokens=False)
+    with torch.no_grad():
+        texts = backbone.encode_text([query.text for query in benchmark.queries])
+        torch.testing.assert_close(queries, model.embed_queries(images, texts), atol=1e-5, rtol=0)
+        torch.testing.assert_close(gallery, model.embed_gallery(items), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    backbone = LinearBackbone()
+    filled = encoder(tmp_path_factory.mktemp("cache"), backbone)
+    return [
+        evaluate(trainable("transagg", "union", backbone), benchmark, filled, seed=1)
+        for benchmark in (cir_benchmark(40, 60), sbir_benchmark(60, 40))
+    ]
+
+
+def test_rows_hold_exactly_what_is_promised(found):
+    for evaluation in found:
+        assert [row["method"] for row in evaluation.rows] == ["chance", "image", "text", "sum", "trained"]
+        assert list(evaluation.scores) == ["chance", "image", "text", "sum", "trained"]
+        for row in evaluation.rows:
+            assert set(row) == ROW | ADDED | ({"gain95"} if row["method"] == "trained" else set())
+            assert row["arithmetic"] == {"device": "cpu", "precision": "float32", "kept": "float32"}
+            benchmark = evaluation.benchmark
+            assert (row["n_queries"], row["n_gallery"]) == (len(benchmark.queries), len(benchmark.gallery))
+            assert row["protocol"]["average"] == benchmark.protocol.average
+            assert list(row["metrics"]) == list(row["ci95"]) == list(benchmark.protocol.metrics)
+            assert row["seed"] == 1
+            assert {"torch", "python", "union-igrot"} <= set(row["versions"])
+            assert json.loads(json.dumps(row))["metrics"] == row["metrics"]
+
+
+def test_figures_of_rows_are_percent_within_their_intervals(found):
+    for evaluation in found:
+        for row in evaluation.rows:
+            for name, value in row["metrics"].items():
+                low, high = row["ci95"][name]
+                slack = 1e-9  # sums are taken in another order
+                assert -slack <= low <= value + slack <= high + 2 * slack <= 100 + 3 * slack, (row["method"], name)
+                expected = mean_of(evaluation.benchmark, evaluation.scores[row["method"]].values[name].tolist())
+                assert value == pytest.approx(100 * expected)
+
+
+def test_gains_are_the_differences_of_the_rows(found):
+    for evaluation in found:
+        trained = evaluation.rows[-1]
+        assert set(trained["gain95"]) == {"chance", "image", "text", "sum"}
+        for row in evaluation.rows[:-1]:
+            for name, (mean, low, high) in trained["gain95"][row["method"]].items():
+                assert low - 1e-9 <= mean <= high + 1e-9
+                assert mean == pytest.approx(trained["metrics"][name] - row["metrics"][name], abs=1e-6)
+
+
+def test_figures_by_tag_are_means_over_their_queries(found):
+    composed, sketches = found
+    row = composed.rows[-1]
+    column = composed.scores["trained"].values["mAP"]
+    assert set(row["by_tag"]) == {"tag0", "tag1"}
+    assert row["by_tag"]["tag0"] == {"n_queries": 20, "mAP": pytest.approx(100 * column[0::2].nanmean().item())}
+    assert row["by_tag"]["tag1"] == {"n_queries": 20, "mAP": pytest.approx(100 * column[1::2].nanmean().item())}
+    assert sketches.rows[-1]["by_tag"] == {}
+
+
+def test_the_same_seed_gives_the_same_rows(tmp_path, found):
+    backbone = LinearBackbone()
+    again = evaluate(trainable("transagg", "union", backbone), cir_benchmark(40, 60), encoder(tmp_path, backbone), 1)
+    timeless = [[{**row, "seconds": {}} for row in rows] for rows in (again.rows, found[0].rows)]
+    assert json.dumps(timeless[0]) == json.dumps(timeless[1])
+
+
+def test_chance_is_what_chance_expects(tmp_path):
+    gallery, queries = 50, 500
+    items = tuple(GalleryItem(f"g{i}", Noise(i % 3)) for i in range(gallery))
+    rng = random.Random(0)
+    asked = tuple(Query(f"q{i}", Noise(0), "x", (f"g{rng.randrange(gallery)}",)) for i in range(queries))
+    benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1", "R@10", "mAP"), "mAP"))
+    backbone = LinearBackbone()
+    rows = evaluate(baseline(backbone, "image"), benchmark, encoder(tmp_path, backbone)).rows
+    harmonic = sum(1 / rank for rank in range(1, gallery + 1)) / gallery
+    expected = {"R@1": 1 / gallery, "R@10": 10 / gallery, "mAP": harmonic}
+    for name, mean in expected.items():
+        # Four standard errors; queries share the gallery's random vectors, which adds a little.
+        slack = 400 * math.sqrt(mean * (1 - mean) / queries)
+        assert rows[0]["metrics"][name] == pytest.approx(100 * mean, abs=slack), name
+
+
+def test_evaluation_leaves_the_model_in_evaluation_mode(tmp_path):
+    backbone = LinearBackbone()
+    model = trainable("transagg", "union", backbone, dropout=0.5).train()
+    rows = [evaluate(model, cir_benchmark(8), encoder(tmp_path, backbone)).rows[-1]["metrics"] for _ in range(2)]
+    assert not model.training
+    assert json.dumps(rows[0]) == json.dumps(rows[1])

@@ -1,0 +1,307 @@
+"""What every engine has to do, the same for all: in memory, in Lance, and on a Milvus server where one is given."""
+
+import random
+import sys
+
+import pytest
+import torch
+from filter_cases import KINDS, ROWS, filters
+from hypothesis import given, settings
+from torch.nn.functional import normalize
+
+from engine_places import ENGINES, clear, place_of
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.evaluation.exact import exact_topk
+from union_igrot.gallery.engines.base import Rows
+
+CARD = {"model": "tiny", "weights": ["a", 1, None, {"x": 0.5}], "пёс": "犬 'quoted' \"twice\""}
+ODD_IDS = [
+    "with blank",
+    "it's",
+    'say "hi"',
+    "two\nlines",
+    "tab\t",
+    "пёс/犬.jpg",
+    "\U0001f436",
+    "a\\b",
+    "100%",
+    "$meta",
+    "0",
+    "x" * 3000,
+]
+
+
+def some(ids, dim=4, seed=0, **columns):
+    draw = torch.Generator().manual_seed(seed)
+    return Rows(list(ids), normalize(torch.randn(len(ids), dim, generator=draw), dim=-1), columns)
+
+
+def column(index, name, where=None):
+    return [value for batch in index.scan([name], where) for value in batch[name]]
+
+
+def test_rows_are_written_read_replaced_and_removed(place):
+    index = place.make(3, CARD)
+    assert (len(index), index.dim, index.card, index.columns) == (0, 3, CARD, {})
+    assert column(index, "id") == []
+    assert [hits.ids for hits in index.search(torch.ones(2, 3), 5, columns=["id", "nope"])] == [[], []]
+    assert index.delete(["a"]) == 0
+    index.upsert(Rows([], torch.empty(0, 3), {}))
+    index.upsert(Rows(["b", "a"], torch.eye(2, 3), {"class": ["dog", None], "year": [1, None]}))
+    index.upsert(Rows(["c", "b"], torch.tensor([[0, 0, 2.0], [3, 0, 0]]), {"class": ["cat", "wolf"], "size": [1, 0.5]}))
+
+    for now in (index, place.again()):
+        assert (len(now), now.dim, now.card) == (3, 3, CARD)
+        assert now.columns == {"class": "str", "year": "int", "size": "float"}
+        assert column(now, "id") == ["b", "a", "c"]  # b keeps its place
+        assert column(now, "year") == [None, None, None]  # it was replaced whole
+        assert column(now, "nothing has this") == [None, None, None]
+        (found,) = now.scan(["size", "id", "class"])
+        assert found == {"size": [0.5, None, 1.0], "id": ["b", "a", "c"], "class": ["wolf", None, "cat"]}
+        rows = now.fetch(["c", "b", "c"])
+        assert rows.ids == ["c", "b", "c"]
+        assert rows.vectors.tolist() == [[0, 0, 2], [3, 0, 0], [0, 0, 2]]
+        assert rows.columns == {"class": ["cat", "wolf", "cat"], "year": [None] * 3, "size": [1.0, 0.5, 1.0]}
+        assert now.fetch([]).vectors.shape == (0, 3)
+        (hits,) = now.search(torch.ones(1, 3), 9, columns=["class", "id", "size", "nope"])
+        assert hits.ids == ["b", "c", "a"]
+        assert hits.scores.tolist() == [3, 2, 1]
+        assert hits.columns == {
+            "class": ["wolf", "cat", None],
+            "id": ["b", "c", "a"],
+            "size": [0.5, 1.0, None],
+            "nope": [None] * 3,
+        }
+
+    with pytest.raises(DataError, match=r"2 rows are not in .*: 'z', 'y'; scan\(\['id'\]\)"):
+        index.fetch(["a", "z", "y"])
+    assert index.delete(["b", "z", "b"]) == 1
+    assert index.delete([]) == 0
+    index.upsert(Rows(["b"], torch.ones(1, 3), {}))
+    assert column(place.again(), "id") == ["a", "c", "b"]  # removed and written again, it is new
+
+
+def test_ids_and_names_of_columns_are_any_text(place):
+    index = place.make(4)
+    names = ["class", "taken by", "größe-1", "犬", "order", "like", "Class"]
+    columns = {name: [f"{name}: {one}" for one in ODD_IDS] for name in names}
+    index.upsert(some(ODD_IDS, **columns))
+    assert column(index, "id") == ODD_IDS
+    assert set(index.columns) == set(names)
+    assert index.fetch(ODD_IDS[::-1]).ids == ODD_IDS[::-1]
+    for one in ODD_IDS:
+        quoted = one.replace("'", "''")
+        assert column(index, "id", f"id = '{quoted}'") == [one]
+        for name in names:
+            assert column(index, "id", f"\"{name}\" in ('{name}: {quoted}', 'x')") == [one]
+    (hits,) = index.search(torch.ones(1, 4), len(ODD_IDS), columns=names)
+    for name in names:
+        assert hits.columns[name] == [f"{name}: {one}" for one in hits.ids]
+    assert index.delete(ODD_IDS[:5]) == 5
+    assert column(index, "id") == ODD_IDS[5:]
+
+
+def test_values_come_back_as_they_went_in(place):
+    index = place.make(2)
+    columns = {
+        "whole": [2**63 - 1, -(2**63) + 1, 0, None],
+        "number": [1e300, 5e-324, -0.0, None],
+        "mixed": [1, 0.1, None, -7],
+        "truth": [True, False, None, True],
+        "text": ["", "a\n\"b'\\ \U0001f436", None, "null"],
+        "bytes": [b"", bytes(range(256)) * 40, None, b"\x00"],
+    }
+    index.upsert(some("abcd", 2, **columns, nothing=[None] * 4))
+    found = place.again().fetch(list("abcd")).columns
+    assert found == columns
+    for name, kind in {
+        "whole": int,
+        "number": float,
+        "mixed": float,
+        "truth": bool,
+        "text": str,
+        "bytes": bytes,
+    }.items():
+        assert {type(value) for value in found[name]} == {kind, type(None)}
+    assert "nothing" not in index.columns
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (Rows(["b", "c", "b"], torch.ones(3, 4), {}), "the id 'b' stands twice among 3 rows"),
+        (Rows(["b", ""], torch.ones(2, 4), {}), "an id is empty"),
+        (Rows(["b\udcff"], torch.ones(1, 4), {}), "no valid Unicode"),
+        (Rows(["b"], torch.ones(1, 5), {}), "vectors of shape 1x5 for 1 rows of an index of width 4"),
+        (Rows(["b"], torch.ones(2, 4), {}), "vectors of shape 2x4 for 1 rows"),
+        (Rows(["b", "c"], torch.tensor([[0.0] * 4, [0, float("nan"), 0, 0]]), {}), "the vector of 'c' holds nan"),
+        (Rows(["b"], torch.full((1, 4), 1e300, dtype=torch.float64), {}), "holds nan or infinity"),
+        (Rows(["b"], torch.ones(1, 4), {"year": ["x"]}), "the column 'year' holds int and cannot hold str"),
+        (Rows(["b"], torch.ones(1, 4), {"year": [1.5]}), "holds int and cannot hold float"),
+        (Rows(["b"], torch.ones(1, 4), {"year": [True]}), "holds int and cannot hold bool"),
+        (Rows(["b", "c"], torch.ones(2, 4), {"new": ["x", 1]}), "cannot hold"),
+        (Rows(["b"], torch.ones(1, 4), {"year": [2**63]}), "beyond 64 bits"),
+        (Rows(["b"], torch.ones(1, 4), {"new": [float("nan")]}), "give None where there is no number"),
+        (Rows(["b"], torch.ones(1, 4), {"new": ["\ud800"]}), "no valid Unicode"),
+        (Rows(["b"], torch.ones(1, 4), {"new": ["x", "y"]}), "has 2 values for 1 rows"),
+        *(
+            (Rows(["b"], torch.ones(1, 4), {name: ["x"]}), "a column cannot be called")
+            for name in ("id", "row", "vector", "_rowid", "a.b", 'a"b', "a`b", "a\nb", "a\\b", "")
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, Rows) else value[:30],
+)
+def test_rows_that_cannot_be_kept_are_refused_whole(place, rows, said):
+    if place.kind == "milvus":
+        pytest.skip("checked before an engine is asked; once for each embedded one is enough")
+    index = place.make(4)
+    index.upsert(some("a", year=[2020]))
+    with pytest.raises(DataError, match=said):
+        index.upsert(rows)
+    assert column(index, "id") == ["a"]
+    assert index.columns == {"year": "int"}
+
+
+def test_questions_that_cannot_be_answered_are_refused(place):
+    index = place.make(4)
+    index.upsert(some("ab", year=[1, None]))
+    with pytest.raises(ConfigError, match="k is 0; ask for at least 1"):
+        index.search(torch.ones(1, 4), 0)
+    with pytest.raises(DataError, match="queries of shape 1x3 for an index of width 4"):
+        index.search(torch.ones(1, 3), 1)
+    with pytest.raises(DataError, match="a query holds nan"):
+        index.search(torch.full((1, 4), float("inf")), 1)
+    with pytest.raises(ConfigError, match="there is no column 'yeer'; there are id, year"):
+        index.search(torch.ones(1, 4), 1, where="yeer = 1")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        index.scan(["id"], "year >")
+    assert index.search(torch.empty(0, 4), 3) == []
+    (hits,) = index.search(torch.ones(1, 4), 3, where="year > 5", columns=["year"])
+    assert (hits.ids, hits.scores.shape, hits.columns) == ([], (0,), {"year": []})
+
+
+@pytest.mark.parametrize("dim", [3, 32])
+def test_exact_search_is_that_of_exact_topk_to_the_last_id(place, dim):
+    index = place.make(dim)
+    rows = some([f"p{i}" for i in range(400)], dim, group=[i % 10 for i in range(400)])
+    shuffled = random.Random(0).sample(range(400), 400)
+    for at in range(0, 400, 130):  # written in pieces, some rows once before with another embedding
+        chosen = shuffled[at : at + 130]
+        ids = [f"p{i}" for i in chosen]
+        if at == 130:
+            index.upsert(Rows(ids[::2], -rows.vectors[chosen[::2]], {}))
+        index.upsert(Rows(ids, rows.vectors[chosen], {"group": [i % 10 for i in chosen]}))
+    gone = [f"p{i}" for i in range(0, 400, 7)]
+    assert index.delete(gone) == len(gone)
+
+    order = column(index, "id")
+    assert sorted(order) == sorted(set(rows.ids) - set(gone))
+    gallery = rows.vectors[[int(one[1:]) for one in order]]
+    queries = normalize(torch.randn(5, dim, generator=torch.Generator().manual_seed(9)), dim=-1)
+    for k in (1, 10, len(order), len(order) + 50):
+        expected = exact_topk(queries, gallery, min(k, len(order)))
+        found = index.search(queries, k, how="exact", columns=["group"])
+        assert [hits.ids for hits in found] == [[order[p] for p in row] for row in expected.positions]
+        for hits, scores in zip(found, expected.scores, strict=True):
+            torch.testing.assert_close(hits.scores, scores)
+            assert hits.columns["group"] == [int(one[1:]) % 10 for one in hits.ids]
+    chosen = [p for p, one in enumerate(order) if int(one[1:]) % 10 in (3, 4)]
+    expected = exact_topk(queries, gallery[chosen], 10)
+    found = index.search(queries, 10, where="group between 3 and 4", how="auto")
+    assert [hits.ids for hits in found] == [[order[chosen[p]] for p in row] for row in expected.positions]
+
+
+def test_equal_scores_stand_in_the_order_of_first_writing(place):
+    index = place.make(2)
+    ids = [f"p{i}" for i in random.Random(1).sample(range(300), 300)]
+    for at in range(0, 300, 100):
+        index.upsert(Rows(ids[at : at + 100], torch.ones(100, 2), {}))
+    index.upsert(Rows(ids[150:160], torch.ones(10, 2), {}))  # written again, they keep their places
+    index.upsert(Rows(["best"], torch.full((1, 2), 2.0), {}))
+    for k in (1, 5, 20, 299, 301):
+        (hits,) = index.search(torch.ones(1, 2), k, how="exact")
+        assert hits.ids == ["best", *ids][:k]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_filters_mean_the_same_everywhere(kind, tmp_path_factory):
+    place = place_of(kind, tmp_path_factory.mktemp("filters"))
+    index = place.make(2)
+    columns = {name: [row[name] for row in ROWS] for name in KINDS}
+    index.upsert(Rows([row["id"] for row in ROWS], torch.ones(len(ROWS), 2), columns))
+    old = kind == "milvus" and not index._patterns
+
+    @settings(max_examples=40, deadline=None)
+    @given(filters(beginnings_alone=old))
+    def agrees(case):
+        text, holds = case
+        assert column(index, "id", text) == [row["id"] for row in ROWS if holds(row) is True], text
+
+    agrees()
+    # What an engine may take for true of every row, and is not of those without a value.
+    for text in (
+        "class not in ('') or class not in ('dog')",
+        "class != 'dog' or class != 'cat'",
+        "year < 3 or year >= 3",
+    ):
+        column_asked = text.partition(" ")[0]
+        assert column(index, "id", text) == [row["id"] for row in ROWS if row[column_asked] is not None], text
+    expected = [row["id"] for row in ROWS if row["class"] == "dog" or (row["year"] or 0) > 2020]
+    (hits,) = index.search(torch.ones(1, 2), 60, where="class = 'dog' or year > 2020")
+    assert hits.ids == expected
+    clear(place)
+
+
+def test_approximate_search_finds_what_exact_search_finds(place, monkeypatch):
+    index = place.make(16)
+    if place.kind == "milvus":  # which takes another index from there on
+        monkeypatch.setattr(sys.modules[type(index).__module__], "AUTO_EXACT", 1000)
+    rows = some([f"p{i}" for i in range(3000)], 16, group=[i % 10 for i in range(3000)])
+    index.upsert(Rows(rows.ids[:2500], rows.vectors[:2500], {"group": rows.columns["group"][:2500]}))
+    if place.kind != "milvus":  # which always has some index
+        with pytest.raises(ConfigError, match="no approximate index"):
+            index.search(torch.ones(1, 16), 1, how="ann")
+    index.optimise()
+    if place.kind == "memory":
+        return
+    index.upsert(Rows(rows.ids[2500:], rows.vectors[2500:], {"group": rows.columns["group"][2500:]}))
+    index.delete(rows.ids[:100])
+    for now in (index, place.again()):
+        queries = some([str(i) for i in range(20)], 16, seed=3).vectors
+        for where in (None, "group = 3"):
+            exact = now.search(queries, 10, where=where, how="exact")
+            near = now.search(queries, 10, where=where, how="ann", columns=["group"])
+            recall = sum(len(set(a.ids) & set(b.ids)) for a, b in zip(exact, near, strict=True)) / 200
+            assert recall >= 0.95
+            for hits in near:
+                vectors = now.fetch(hits.ids).vectors
+                query = queries[near.index(hits)]
+                torch.testing.assert_close(hits.scores, vectors @ query, atol=1e-5, rtol=1e-5)
+                assert (hits.scores.diff() <= 0).all()
+                assert hits.columns["group"] == [int(one[1:]) % 10 for one in hits.ids]
+    (late,) = index.search(rows.vectors[2999:], 1, how="ann")
+    assert late.ids == ["p2999"]  # written since the index was built
+    index.optimise()
+    assert index.search(rows.vectors[2999:], 1, how="ann")[0].ids == ["p2999"]
+    assert len(index) == 2900
+    assert column(index, "id") == rows.ids[100:]
+
+
+def test_a_scan_shows_one_version(place):
+    if place.kind == "milvus":
+        pytest.skip("Milvus may show what is written meanwhile, and says so")
+    index = place.make(2)
+    index.upsert(some([f"p{i}" for i in range(5000)], 2, n=list(range(5000))))
+    seen = index.scan(["id", "n"])
+    first = next(seen)
+    index.delete([f"p{i}" for i in range(4900, 5000)])
+    index.upsert(some(["p0", "new"], 2, n=[-1, -2]))
+    rest = list(seen)
+    ids = [*first["id"], *(one for batch in rest for one in batch["id"])]
+    assert ids == [f"p{i}" for i in range(5000)]
+
+
+def test_an_index_is_a_context(place):
+    with place.make(2) as index:
+        index.upsert(some("a", 2))
+        assert len(index) == 1

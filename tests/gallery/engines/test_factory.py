@@ -1,0 +1,75 @@
+"""Which engine a URI means, and what is said where it cannot be opened."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.gallery.engines import factory as opening
+from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.engines.memory import MemoryIndex
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("photos", "'photos' is not the name of an index; give photos.lance"),
+        ("photos.lance.txt", "is not the name of an index"),
+        ("", "is not the name of an index"),
+        ("memory:mine", "is not the name of an index"),
+        ("http://host/photos.lance", "is not the name of an index"),
+        ("memory:", "holds nothing that could be opened"),
+        ("milvus://", r"milvus://\[user:password@\]host"),
+        ("milvus+tls://host", r"milvus\+tls:// with encryption"),
+        ("milvus://host/photos.lance", "the collection of letters"),
+        ("milvus://host:99999/photos", "milvus://"),
+        ("milvus+lite:photos.db", "is not the name of an index"),
+    ],
+)
+def test_a_uri_of_no_known_form_is_one_line(uri, said):
+    if uri.startswith("milvus"):
+        pytest.importorskip("pymilvus")
+    with pytest.raises(ConfigError, match=said):
+        open_index(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("photos.lance", r'photos.lance needs a package that is not installed; pip install "union-igrot\[gallery\]"'),
+        ("s3://bucket/photos.lance", r"union-igrot\[gallery\]"),
+        ("milvus://host/photos", r"union-igrot\[milvus\]"),
+    ],
+)
+def test_a_missing_package_is_named_as_pip_takes_it(uri, said, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=said):
+        open_index(uri)
+
+
+def test_an_index_in_memory_is_made_anew():
+    first, second = (open_index("memory:", dim=2, card={"a": 1}, create=True) for _ in range(2))
+    first.upsert(Rows(["a"], torch.ones(1, 2), {}))
+    assert (len(first), len(second), second.card) == (1, 0, {"a": 1})
+    with pytest.raises(ConfigError, match="give dim, the width"):
+        open_index("memory:", create=True)
+    with pytest.raises(ConfigError, match="dim is 0"):
+        MemoryIndex(0)
+
+
+def test_the_other_engines_are_not_imported_for_one(tmp_path):
+    names = {name for name in vars(opening) if name[0].isupper()}
+    assert not names & {"MemoryIndex", "LanceIndex", "MilvusIndex"}
+
+
+def test_a_server_that_is_away_is_one_line(monkeypatch):
+    pytest.importorskip("pymilvus")
+    from union_igrot.gallery.engines import milvus  # noqa: PLC0415 - needs the client
+
+    monkeypatch.setattr(milvus, "_SECONDS", 0.3)
+    with pytest.raises(DataError, match=r"milvus://127.0.0.1:9/photos: .*is the server there") as caught:
+        open_index("milvus://ann:secret@127.0.0.1:9/photos")
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,260 @@
+"""What is particular to Milvus: forms of rows and addresses, and what only a server shows."""
+
+import multiprocessing
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from engine_places import FAR, SERVER, clear, place_of
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.evaluation.exact import exact_topk
+from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import open_index
+
+pytest.importorskip("pymilvus", reason='the extra "milvus" is not installed')
+from union_igrot.gallery.engines import milvus as engine, milvus_forms as forms
+
+(SERVED,) = (engine for engine in FAR if engine.values == ("milvus",))
+
+
+@pytest.fixture(params=[SERVED])
+def served(request, tmp_path):
+    found = place_of(request.param, tmp_path)
+    yield found
+    clear(found)
+
+
+def test_an_address_is_taken_apart():
+    assert forms.address_of("milvus://host/photos") == ("http://host:19530", "photos", "", "")
+    assert forms.address_of("milvus+tls://host:443/photos") == ("https://host:443", "photos", "", "")
+    assert forms.address_of("milvus://ann:a%40b@[::1]:7/p_1") == ("http://[::1]:7", "p_1", "ann", "a@b")
+
+
+def test_a_version_is_read():
+    assert [forms.version_of(text) for text in ("v2.3.5-lite", "2.10.1", "unknown")] == [(2, 3), (2, 10), (0, 0)]
+
+
+def test_rows_that_milvus_cannot_take_are_refused_before_it_is_asked():
+    def entities(name, **columns):
+        return list(forms.entities_of(Rows([name], torch.ones(1, 2), {key: [value] for key, value in columns.items()})))
+
+    (one,) = entities("a", year=2020, nothing=None, thumb=b"\x00\x01")
+    assert one.pop("vector").tolist() == [1, 1]
+    assert one == {"id": "a", "c_year": 2020, "c_thumb": "AAE="}
+    with pytest.raises(DataError, match=r"the columns of 'a' take 80,0\d\d bytes, and Milvus keeps 65,536 a row"):
+        entities("a", thumb=b"x" * 60_000)
+    with pytest.raises(DataError, match="takes more than 65,535 bytes"):
+        entities("\u00fc" * 40_000)
+
+
+def test_requests_stay_below_a_size():
+    rows = Rows([str(i) for i in range(300)], torch.ones(300, 1000), {"text": ["x" * 60_000] * 300})
+    requests = list(forms.requests_of(list(forms.entities_of(rows)), 1000))
+    assert [one["id"] for request in requests for one in request] == rows.ids
+    assert max(map(len, requests)) * 64_000 <= forms.ASKED_BYTES
+    assert len(requests) == 3
+    assert list(forms.requests_of([], 3)) == []
+
+
+def test_what_is_no_index_of_ours_is_left_alone(served):
+    with pytest.raises(ConfigError, match=r"there is no index milvus://.*; make one"):
+        open_index(served.uri)
+    with pytest.raises(ConfigError, match="give dim, the width"):
+        open_index(served.uri, create=True)
+    index = served.make(4, {"model": "tiny"})
+    with pytest.raises(ConfigError, match="holds embeddings of width 4, not 5"):
+        open_index(served.uri, dim=5)
+    assert open_index(served.uri, dim=4, card={"model": "other"}, create=True).card == {"model": "tiny"}
+    client = index._client
+    client.create_collection("foreign_one", dimension=4)
+    try:
+        with pytest.raises(ConfigError, match="is a Milvus collection, but no index made here"):
+            open_index(served.uri.rsplit("/", 1)[0] + "/foreign_one")
+    finally:
+        client.drop_collection("foreign_one")
+
+
+def test_exact_search_is_exact_while_the_server_still_indexes(served, monkeypatch):
+    """Milvus searches what it has not indexed by an approximation of its own."""
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(100, 64, generator=draw)
+    vectors = normalize(centres.repeat(120, 1) + 0.7 * torch.randn(12_000, 64, generator=draw), dim=-1)
+    queries = normalize(centres[:40] + 0.7 * torch.randn(40, 64, generator=draw), dim=-1)
+    index = served.make(64)
+
+    def check(rows):
+        kept = [i for i in range(rows) if i % 10 == 3]
+        expected = exact_topk(queries, vectors[kept], 10)
+        found = index.search(queries, 10, where="tenth = 3", how="exact")
+        assert [hits.ids for hits in found] == [[str(kept[p]) for p in row] for row in expected.positions]
+
+    def write(first, last):
+        names = [str(i) for i in range(first, last)]
+        index.upsert(Rows(names, vectors[first:last], {"tenth": [i % 10 for i in range(first, last)]}))
+
+    write(0, 6000)
+    check(6000)
+    monkeypatch.setattr(engine, "AUTO_EXACT", 1000)
+    index.optimise()
+    assert index._index()["index_type"] == "IVF_FLAT"
+    check(6000)
+    write(6000, 12_000)
+    check(12_000)
+    assert len(index.search(queries, 10)) == 40  # auto takes the approximation
+
+
+def test_a_small_gallery_is_tidied_without_waiting_for_an_index(served):
+    """Of a flat index the server never says that it is loaded; `union-index` ends with this call."""
+    index = served.make(8)
+    vectors = normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    index.upsert(Rows([str(i) for i in range(3000)], vectors, {}))
+    index.optimise()
+    assert index._index()["index_type"] == "FLAT"
+    expected = exact_topk(vectors[:5], vectors, 10)
+    found = index.search(vectors[:5], 10, how="exact")
+    assert [hits.ids for hits in found] == [[str(p) for p in row] for row in expected.positions.tolist()]
+
+
+def test_an_index_of_codes_that_was_given_by_hand_stays(served):
+    """As docs/scale.md gives it, for galleries whose vectors no memory holds."""
+    index = served.make(8)
+    vectors = normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    index.upsert(Rows([str(i) for i in range(3000)], vectors, {}))
+    index.optimise()
+    client, name = index._client, index._name
+    codes = client.prepare_index_params()
+    codes.add_index("vector", index_type="IVF_PQ", metric_type="IP", params={"nlist": 16, "m": 8, "nbits": 8})
+    client.release_collection(name)
+    client.drop_index(name, "vector")
+    client.create_index(name, codes)
+    client.load_collection(name)
+    again = served.again()
+    again.optimise()
+    assert again._index()["index_type"] == "IVF_PQ"
+    expected = exact_topk(vectors[:20], vectors, 1).positions[:, 0].tolist()
+    for how in ("ann", "exact"):
+        found = again.search(vectors[:20], 10, how=how)
+        assert sum(str(wanted) in hits.ids for wanted, hits in zip(expected, found, strict=True)) >= 18
+
+
+def test_who_is_killed_between_two_indexes_leaves_what_can_be_opened(served):
+    index = served.make(4)
+    index.upsert(Rows(["a"], torch.ones(1, 4), {}))
+    index._client.flush(index._name)
+    index._client.release_collection(index._name)
+    index._client.drop_index(index._name, "vector")
+    assert served.again().search(torch.ones(1, 4), 1)[0].ids == ["a"]
+
+
+def test_an_answer_has_a_largest_size(served, monkeypatch):
+    index = served.make(2)
+    index.upsert(Rows([str(i) for i in range(30)], torch.ones(30, 2), {"n": list(range(30))}))
+    monkeypatch.setattr(engine, "MOST", 20)
+    with pytest.raises(ConfigError, match="k is 25, and Milvus gives 20 answers at most"):
+        index.search(torch.ones(1, 2), 25)
+    (hits,) = index.search(torch.ones(1, 2), 25, where="n < 15")
+    assert hits.ids == [str(i) for i in range(15)]
+
+
+def write_rows(uri, who):
+    with open_index(uri) as index:
+        for step in range(5):
+            index.upsert(Rows([f"{who} {step}", "shared"], torch.full((2, 4), float(who)), {"who": [who, who]}))
+
+
+def test_two_processes_write_while_one_reads(served):
+    index = served.make(4)
+    start = multiprocessing.get_context("spawn").Process
+    writers = [start(target=write_rows, args=(served.uri, who)) for who in (1, 2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        for hits in index.search(torch.ones(1, 4), 20, columns=["who"]):
+            assert hits.scores.tolist() == [4.0 * who for who in hits.columns["who"]]
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    names = [one for batch in served.again().scan(["id"]) for one in batch["id"]]
+    assert sorted(names) == sorted([*(f"{who} {step}" for who in (1, 2) for step in range(5)), "shared"])
+
+
+def test_a_server_that_went_away_is_one_line(served, monkeypatch):
+    index = served.make(4)
+
+    def gone(*_, **__):
+        raise sys.modules["pymilvus"].MilvusException(2, "server unavailable:\n connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index._client, "search", gone)
+        with pytest.raises(DataError, match="server unavailable: connection refused; is the server there"):
+            index.search(torch.ones(1, 4), 1)
+
+
+ENCRYPTED = """
+import sys
+import torch
+from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import open_index
+
+index = open_index(sys.argv[1], dim=4, card={"model": "tiny"}, create=True)
+index.upsert(Rows(["a"], torch.ones(1, 4), {}))
+print(open_index(sys.argv[1]).search(torch.ones(1, 4), 1)[0].ids, index.card)
+index._client.drop_collection(index._name)
+"""
+
+
+def _pass_on(source, sink):
+    with suppress(OSError):
+        while data := source.recv(65_536):
+            sink.sendall(data)
+    with suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+def _listen_encrypted(folder, host, port):
+    """Take encrypted connections and hand them on, as a cluster's gateway does; give the port."""
+    certificate = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2", "-nodes"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", *certificate, *files], check=True, capture_output=True
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    context.set_alpn_protocols(["h2"])
+    door = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                plain, _ = door.accept()
+                with suppress(ssl.SSLError):
+                    inside = context.wrap_socket(plain, server_side=True)
+                    behind = socket.create_connection((host, port))
+                    for pair in ((inside, behind), (behind, inside)):
+                        threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return door
+
+
+@pytest.mark.enable_socket
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl, which is not there")
+def test_an_encrypted_connection_and_one_that_is_not_trusted(served, tmp_path):
+    parts = urlsplit(SERVER)
+    name = served.uri.rsplit("/", 1)[1]
+    with _listen_encrypted(tmp_path, parts.hostname, parts.port) as door:
+        uri = f"milvus+tls://localhost:{door.getsockname()[1]}/{name}"
+        asked = [sys.executable, "-W", "ignore", "-c", ENCRYPTED, uri]
+        trusted = os.environ | {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "cert.pem")}
+        done = subprocess.run(asked, env=trusted, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout == "['a'] {'model': 'tiny'}\n", done.stderr
+        with pytest.raises(DataError, match=r"milvus\+tls://localhost:\d+/.*is the server there, and is it well\?"):
+            open_index(uri)

@@ -1,0 +1,313 @@
+"""What workers, crashes, interruptions, failing disks and others at work leave of an indexing."""
+
+import errno
+import fcntl
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from indexing_world import QUIET, counts, fill, picture
+from small_world import trainable
+from union_igrot.errors import DataError, PictureError, UnionError
+from union_igrot.gallery.ingest import keep, place as places, share as sharing
+from union_igrot.gallery.ingest.batches import _quiet_fork
+from union_igrot.gallery.ingest.chunks import read_chunk
+from union_igrot.gallery.ingest.decode import Decoder
+from union_igrot.gallery.ingest.entries import file_entry
+from union_igrot.gallery.ingest.run import index_pictures
+from union_igrot.gallery.ingest.skipped import Skip, SkippedFile
+from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.models.devices import Machine
+from union_igrot.training.processes import Processes
+
+
+def test_worker_processes_give_the_same_rows(lance_world):
+    world = lance_world
+    fill(world.pictures, [f"{n}.png" for n in range(11)])
+    (world.pictures / "bad.png").write_bytes(b"no picture")
+    report = world.run(workers=2)
+    assert counts(report) == (11, 0, 0, 0, 1, 11)
+    assert report.rate > 0
+    world.check(broken=("bad.png",))
+
+
+@pytest.mark.slow
+def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatch):
+    import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
+
+    world = lance_world
+    fill(world.pictures, [f"{n}.png" for n in range(9)])
+    (world.pictures / "4.png").write_bytes(b"deadly" + picture(4))
+    real = decoding.decode_picture
+
+    def dying(source, at_least=None):
+        if source.getvalue().startswith(b"deadly"):
+            os.kill(os.getpid(), 9)
+        return real(source, at_least)
+
+    monkeypatch.setattr(decoding, "decode_picture", dying)
+    report = world.run(workers=2, batch_size=2)
+    assert counts(report) == (8, 0, 0, 0, 1, 8)
+    ((name, reason),) = report.reasons
+    assert (Path(name).name, reason[:30]) == ("4.png", "decoding it ended the process;")
+    world.check(broken=("4.png",))
+
+
+def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(world, monkeypatch):
+    import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
+
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    (world.pictures / "1.png").write_bytes(picture(5, (30, 31)))
+
+    def short(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "look_at", short)
+        report = world.run()
+    assert (report.skipped, report.removed, len(world.index)) == (1, 0, 2)
+    assert "MemoryError" in report.reasons[0][1]
+    assert world.run().updated == 1
+    world.check()
+
+
+def test_where_locks_do_not_work_one_is_warned_and_goes_on(lance_world, monkeypatch, caplog):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fill(lance_world.pictures, ["1.png"])
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert lance_world.run().added == 1
+    assert "cannot be locked (No locks available); see that nobody else works there" in caplog.text
+
+
+def test_half_precision_gives_rows_of_length_one_and_leaves_the_model_as_it_was(world):
+    fill(world.pictures, [f"{n}.png" for n in range(3)])
+    world.model.train()
+    world.run(machine=Machine("cpu", 1, precision="bf16-mixed"))
+    vectors = world.index.fetch(sorted(world.rows())).vectors
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-5, rtol=0)
+    assert world.model.null_text().pooled.dtype == torch.float32
+    assert not world.model.training
+
+
+def test_the_null_text_is_encoded_once(world):
+    world.model = trainable("sum", "sum", world.backbone)
+    fill(world.pictures, [f"{n}.png" for n in range(9)])
+    world.run()
+    world.run()
+    assert world.backbone.text_batches == [[""]]
+
+
+def test_two_at_once_are_refused_but_not_after_a_kill(lance_world):
+    world = lance_world
+    fill(world.pictures, ["1.png"])
+    with places.work_place(world.uri, "model", "elsewhere", None):
+        with pytest.raises(UnionError, match="another process is putting pictures into"):
+            world.run()
+        with _quiet_fork():
+            child = os.fork()
+        if child == 0:
+            os._exit(0 if not places._HELD else 1)
+        assert os.waitpid(child, 0)[1] == 0, "a forked worker holds the lock"
+    world.run()
+    world.check()
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing in the code handles it."""
+
+
+def test_a_picture_that_broke_before_an_interruption_loses_its_row(lance_world):
+    world = lance_world
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    broken = world.pictures / "1.png"
+    broken.write_bytes(b"broken now")
+    skip = Skip(str(broken), "no known picture format", 10, broken.stat().st_mtime_ns)
+    SkippedFile(Path(f"{world.uri}.skipped.jsonl"), str(world.pictures)).add([skip])  # and was killed
+    assert counts(world.run()) == (0, 0, 1, 1, 1, 0)
+    world.check(broken=("1.png",))
+
+
+def test_a_missing_picture_of_a_list_loses_its_row_but_not_one_that_cannot_be_reached(world):
+    fill(world.pictures, ["1.png", "2.png", "3.png"])
+    listed = world.pictures.parent / "list.txt"
+    listed.write_text("".join(f"pictures/{n}.png\n" for n in (1, 2, 3)))
+    world.run(listed)
+    (world.pictures / "1.png").unlink()
+    (world.pictures / "2.png").unlink()
+    (world.pictures / "2.png").symlink_to("2.png")
+    assert counts(world.run(listed, prune=False)) == (0, 0, 1, 0, 2, 0)
+    assert counts(world.run(listed)) == (0, 0, 1, 1, 2, 0)
+    assert {Path(name).name for name in world.rows()} == {"2.png", "3.png"}
+
+
+def test_a_disk_that_fails_costs_no_row_and_its_pictures_are_tried_again(lance_world, monkeypatch):
+    world = lance_world
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    (world.pictures / "1.png").write_bytes(picture(9))
+    real = Decoder._read
+
+    def failing(self, one):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Decoder, "_read", failing)
+    report = world.run()
+    assert (report.skipped, report.removed) == (1, 0)
+    assert report.reasons[0][1] == "the file cannot be reached (Input/output error)"
+    assert len(world.index) == 2
+    monkeypatch.setattr(Decoder, "_read", real)
+    assert counts(world.run()) == (0, 1, 1, 0, 0, 1)
+    world.check()
+
+
+@pytest.mark.parametrize("after", range(0, 7, 2))
+def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
+    """Ended at the n-th write to the index, as if killed just after it; files of the work folder stay."""
+    world = lance_world
+    monkeypatch.setattr(keep, "ROWS", 4)
+    fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
+    world.run()
+    for n in range(0, 12, 2):
+        (world.pictures / f"{n:02d}.png").write_bytes(picture(1000 + n))
+    (world.pictures / "01.png").rename(world.pictures / "moved.png")
+    (world.pictures / "03.png").unlink()
+    fill(world.pictures, [f"new {n}.png" for n in range(8)])
+
+    writes = 0
+    real = type(world.index).upsert, type(world.index).delete
+
+    def killing(write):
+        def wrapped(self, given):
+            nonlocal writes
+            if writes == after:
+                raise Killed
+            writes += 1
+            return write(self, given)
+
+        return wrapped
+
+    for name, write in zip(("upsert", "delete"), real, strict=True):
+        monkeypatch.setattr(type(world.index), name, killing(write))
+    embedded = 0
+    try:
+        world.run()
+    except Killed:
+        embedded = world.embedded
+        assert len(world.index) >= 11
+    for name, write in zip(("upsert", "delete"), real, strict=True):
+        monkeypatch.setattr(type(world.index), name, write)
+    if embedded:
+        world.run()
+        assert embedded + world.embedded <= 14 + 4, "more than a chunk was embedded again"
+    world.check()
+    assert world.run().unchanged == 20 - 1 + 0 or len(world.rows()) == 19
+    assert list((world.pictures.parent / "own-cache" / "indexing").glob("*")) != []
+    assert not [one for one in (world.pictures.parent / "own-cache" / "indexing").iterdir() if one.is_dir()]
+
+
+def test_an_error_while_writing_ends_the_run_and_the_next_goes_on(lance_world, monkeypatch):
+    world = lance_world
+    monkeypatch.setattr(keep, "ROWS", 4)
+    fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
+    real = type(world.index).upsert
+    monkeypatch.setattr(type(world.index), "upsert", lambda *_: (_ for _ in ()).throw(DataError("the disk is full")))
+    with pytest.raises(DataError, match="the disk is full"):
+        world.run()
+    monkeypatch.setattr(type(world.index), "upsert", real)
+    first = world.embedded
+    world.run()
+    assert first + world.embedded == 12
+    world.check()
+
+
+def test_a_damaged_work_file_costs_its_pictures_alone(lance_world, monkeypatch):
+    world = lance_world
+    monkeypatch.setattr(keep, "ROWS", 4)
+    fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
+    real = type(world.index).upsert
+    monkeypatch.setattr(type(world.index), "upsert", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        world.run()
+    monkeypatch.setattr(type(world.index), "upsert", real)
+    first, *rest = sorted((world.pictures.parent / "own-cache" / "indexing").rglob("*.safetensors"))
+    held = sum(len(read_chunk(path).facts) for path in rest)
+    first.write_bytes(first.read_bytes()[:-7])
+    world.run()
+    assert world.embedded == 12 - held
+    world.check()
+
+
+def test_a_row_that_vanishes_meanwhile_costs_a_second_round(world, monkeypatch):
+    fill(world.pictures, ["1.png", "2.png"])
+    world.run()
+    (world.pictures / "1.png").rename(world.pictures / "moved.png")
+    import union_igrot.gallery.ingest.run as running  # noqa: PLC0415
+
+    real = running.lead_round
+
+    def meanwhile(*given, **named):
+        world.index.delete([str(world.pictures / "1.png")])
+        return real(*given, **named)
+
+    monkeypatch.setattr(running, "lead_round", meanwhile)
+    report = world.run()
+    assert (report.added, report.embedded) == (1, 1)
+    world.check()
+
+
+@pytest.fixture
+def words():
+    """What two processes pass words through."""
+    return torch.distributed.HashStore()
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (lambda one: one.complain("no memory"), "process 1 failed: no memory"),
+        (lambda _: None, "process 1 was not heard of for 0 minutes; look at its output, and run it again"),
+    ],
+    ids=["fails", "dies"],
+)
+def test_a_process_that_ends_early_ends_the_run_and_what_is_done_stays(world, words, monkeypatch, does, said):
+    monkeypatch.setattr(sharing, "_SILENCE", 0.5)
+    for number in range(8):  # of different sizes, by which they are dealt
+        (world.pictures / f"{number}.png").write_bytes(picture(number, (8 + number, 9)))
+
+    def other():
+        words.get("union/indexing-0")
+        does(Processes(1, 2, 2, words))
+
+    beside = threading.Thread(target=other)
+    beside.start()
+    listing = list_pictures(str(world.pictures))
+    with pytest.raises(UnionError, match=said):
+        index_pictures(world.index, world.model, listing, QUIET, Processes(0, 2, 2, words))
+    beside.join()
+    kept = len(world.index)
+    assert (kept < 8) if "failed" in said else (0 < kept < 8)  # a failure may be told before anything is written
+    assert world.run().added == 8 - kept
+    world.check()
+
+
+def test_a_process_that_fails_says_why(world, words, tmp_path):
+    broken = world.pictures / "1.png"
+    broken.write_bytes(b"no picture")
+    entry = file_entry(str(broken), {})
+    (tmp_path / "t-00001.share").write_text(json.dumps([entry.id, entry.path, entry.size, entry.mtime, entry.offset]))
+    words.set("union/indexing-0", json.dumps(["t", str(tmp_path), False]))
+    with pytest.raises(PictureError):
+        sharing.follow(world.model, replace(QUIET, on_broken="fail"), Processes(1, 2, 2, words))
+    leader = Processes(0, 2, 2, words)
+    assert "1.png: no known picture format; replace it" in leader.complaint_of(1)
+    assert not (tmp_path / "t-00001.done").exists()

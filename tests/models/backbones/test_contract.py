@@ -1,0 +1,187 @@
+"""What every backbone owes the rest of the house."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+
+from union_igrot.models.backbones.base import weights_hash
+from union_igrot.models.backbones.factory import build_backbone
+
+TEXTS = ["make it red", "", "a small dog ! two cats", "two red cats " * 60]
+# Name, fixture of the weights, image tokens, whether the pooled vector is also a token of the text.
+KINDS = {
+    "tiny": ("tiny", None, 10),
+    "open_clip": ("base", "open_clip_folder", 5),
+    "open_clip_siglip": ("open_clip:ViT-B-16-SigLIP", "open_clip_siglip_folder", 5),
+    "open_clip_resnet": ("open_clip:RN50", "open_clip_resnet_folder", 5),
+    "blip": ("blip", "blip_folder", 5),
+    "siglip": ("siglip2", "siglip_folder", 5),
+    "hf_clip": ("hf:some/clip", "clip_folder", 5),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request):
+    name, fixture, tokens = KINDS[request.param]
+    if fixture is None and not (files("union_igrot") / "weights" / "tiny" / "backbone.safetensors").is_file():
+        pytest.skip("the tiny backbone's weights are not here yet")
+    backbone = build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
+    return backbone, tokens
+
+
+def pictures(backbone, count=4):
+    size = backbone.preprocess.size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def same(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_shapes_types_and_masks_of_images(case):
+    backbone, tokens = case
+    seen = backbone.encode_image(pictures(backbone))
+    assert seen.pooled.shape == (4, backbone.dim)
+    assert seen.tokens.shape == (4, tokens, backbone.dim)
+    assert seen.mask.all()
+    assert seen.pooled.dtype == torch.float32
+    same(seen.pooled, seen.tokens[torch.arange(4), seen.pooled_at])
+
+
+def test_shapes_and_masks_of_texts(case):
+    backbone, _ = case
+    said = backbone.encode_text(TEXTS)
+    assert said.pooled.shape == (4, backbone.dim)
+    assert said.tokens.shape[0] == 4
+    assert said.mask.shape == said.tokens.shape[:2]
+    same(said.pooled, said.tokens[torch.arange(4), said.pooled_at])
+    lengths = said.mask.sum(1)
+    # By position: real tokens first, padding after; "!" inside a text is a word like others.
+    for row, length in zip(said.mask, lengths, strict=True):
+        assert row[:length].all()
+    assert said.mask[torch.arange(4), said.pooled_at].all()
+    assert lengths[1] < lengths[0] < lengths[2] < lengths[3]
+    assert lengths[3] == said.mask.shape[1], "a long text is cut at the context"
+
+
+def test_an_empty_text_means_the_same_alone_and_in_a_batch(case):
+    backbone, _ = case
+    alone, batch = backbone.encode_text([""]), backbone.encode_text(TEXTS)
+    same(alone.pooled[0], batch.pooled[1])
+    length = int(alone.mask.sum())
+    assert length == batch.mask[1].sum()
+    same(alone.tokens[0, :length], batch.tokens[1, :length])
+
+
+def test_an_item_does_not_depend_on_its_batch(case):
+    backbone, _ = case
+    images = pictures(backbone)
+    both, one = backbone.encode_image(images), backbone.encode_image(images[2:3])
+    same(both.pooled[2:3], one.pooled)
+    same(both.tokens[2:3], one.tokens)
+    same(backbone.encode_text(TEXTS).pooled[[3, 0]], backbone.encode_text([TEXTS[3], TEXTS[0]]).pooled)
+
+
+def test_different_items_have_different_features(case):
+    backbone, _ = case
+    seen, said = backbone.encode_image(pictures(backbone)), backbone.encode_text(TEXTS)
+    for pooled in (seen.pooled, said.pooled):
+        apart = torch.cdist(pooled, pooled) + torch.eye(4)
+        assert apart.min() > 1e-4
+
+
+def test_stays_frozen_whatever_is_asked(case):
+    backbone, _ = case
+    before, mark = weights_hash(backbone.state_dict()), backbone.fingerprint()
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(x.requires_grad for x in backbone.parameters())
+    images = pictures(backbone).requires_grad_()
+    backbone.encode_image(images).pooled.sum().backward()
+    assert images.grad.abs().sum() > 0, "gradients pass through to what comes before"
+    assert all(x.grad is None for x in backbone.parameters())
+    assert not backbone.encode_text(TEXTS).pooled.requires_grad
+    assert weights_hash(backbone.state_dict()) == before
+    assert backbone.fingerprint() == mark
+
+
+def test_two_builds_are_equal(case, request):
+    backbone, _ = case
+    kind = next(k for k in KINDS if f"[{k}]" in request.node.name)
+    name, fixture, _ = KINDS[kind]
+    again = build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
+    assert again.fingerprint() == backbone.fingerprint()
+    assert again.name == backbone.name == name
+    assert again.device == torch.device("cpu")
+
+
+@pytest.fixture(params=KINDS)
+def backbone(request):
+    """One of its own for each test: these change it."""
+    name, fixture, *_ = KINDS[request.param]
+    return build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
+
+
+def features(backbone, side):
+    return backbone.encode_image(pictures(backbone)) if side == "image" else backbone.encode_text(TEXTS)
+
+
+def gradients(backbone, side):
+    backbone.zero_grad()
+    seen = features(backbone, side)
+    (seen.pooled.square().sum() + seen.tokens.square().mean()).backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+def asking(backbone):
+    return {name for name, p in backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_every_weight_of_a_tuned_encoder_learns_and_no_other_does(backbone, side):
+    other = {"image": "text", "text": "image"}[side]
+    assert backbone.tune([side]) is backbone
+    assert backbone.tuned_sides == {side}
+    assert len(asking(backbone)) > 4
+    assert set(gradients(backbone, side)) == asking(backbone)
+    mine = asking(backbone)
+    assert not features(backbone, other).pooled.requires_grad
+    backbone.tune([other])
+    # No weight serves both sides in these models.
+    assert not mine & asking(backbone)
+    backbone.tune(["image", "text"])
+    assert mine < asking(backbone)
+
+
+def test_a_tuned_encoder_stays_in_evaluation_mode_and_is_frozen_again(backbone):
+    before = features(backbone, "image").pooled
+    backbone.tune(["image"]).train()
+    assert not any(part.training for part in backbone.modules())
+    torch.testing.assert_close(features(backbone, "image").pooled.detach(), before)
+    backbone.freeze()
+    assert (asking(backbone), backbone.tuned_sides) == (set(), frozenset())
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_saving_memory_changes_no_gradient(backbone, side):
+    wanted = gradients(backbone.tune([side]), side)
+    names = set(backbone.state_dict())
+    held = [0]
+
+    def count(x):
+        held[0] += x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        features(backbone, side)
+    kept, held[0] = held[0], 0
+    backbone.save_memory()
+    assert set(backbone.state_dict()) == names
+    found = gradients(backbone, side)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        features(backbone, side)
+    assert 0 < held[0] < 0.8 * kept

@@ -1,0 +1,143 @@
+import json
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import BlipForImageTextRetrieval, CLIPModel, SiglipModel
+
+from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.backbones.hf import load_hf, load_tokenizer
+from union_igrot.types import Preprocess
+
+TEXTS = ["make it red", "a small dog ! two cats", ""]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_blip_gives_its_own_retrieval_scores(blip_folder, images):
+    backbone = load_hf("blip", blip_folder)
+    network = BlipForImageTextRetrieval.from_pretrained(blip_folder).eval()
+    ids = backbone.tokenizer(TEXTS, padding="max_length", max_length=35, return_tensors="pt")
+    scores = network(
+        input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], pixel_values=images, use_itm_head=False
+    )
+    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    close(F.normalize(seen.pooled, dim=-1) @ F.normalize(said.pooled, dim=-1).T, scores.itm_score)
+    assert said.tokens.shape == (3, 35, 24)
+    assert said.mask.sum(1).tolist() == [5, 8, 2]
+    names = list(backbone.state_dict())
+    assert not [name for name in names if "crossattention" in name or "itm_head" in name]
+
+
+@torch.no_grad()
+def test_siglip_gives_its_own_embeddings(siglip_folder, images):
+    backbone = load_hf("siglip2", siglip_folder)
+    network = SiglipModel.from_pretrained(siglip_folder).eval()
+    ids = backbone.tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    close(seen.pooled, network.vision_model(images).pooler_output)
+    close(said.pooled, network.text_model(ids).pooler_output)
+    assert said.tokens.shape == (3, 17, 64)
+    assert said.mask.sum(1).tolist() == [5, 8, 2]
+    close(said.tokens[:, -1], said.pooled)
+
+
+@torch.no_grad()
+def test_a_siglip_token_is_what_the_head_says_of_it_alone(siglip_folder, images):
+    backbone = load_hf("siglip2", siglip_folder)
+    vision = backbone.network.vision_model
+    hidden = vision(images).last_hidden_state
+    tokens = backbone.encode_image(images).tokens
+    for place in range(hidden.shape[1]):
+        close(tokens[:, 1 + place], vision.head(hidden[:, place : place + 1]))
+
+
+@torch.no_grad()
+def test_clip_gives_its_own_embeddings(clip_folder, images):
+    backbone = load_hf("hf:some/clip", clip_folder)
+    network = CLIPModel.from_pretrained(clip_folder).eval()
+    ids = backbone.tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    told = network(input_ids=ids, pixel_values=images)
+    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    close(F.normalize(seen.pooled, dim=-1), told.image_embeds)
+    close(F.normalize(said.pooled, dim=-1), told.text_embeds)
+    assert said.mask.sum(1).tolist() == [5, 8, 2]
+
+
+def test_the_preprocessing_is_the_folders_but_for_the_recipe_of_blip(blip_folder, siglip_folder, clip_folder):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    assert load_hf("blip", blip_folder).preprocess == Preprocess(32, mean, std, fit="pad")
+    assert load_hf("hf:a/b", blip_folder).preprocess == Preprocess(32, mean, std, fit="squash")
+    assert load_hf("siglip2", siglip_folder).preprocess == Preprocess(32, mean, std, "squash", "bilinear")
+    assert load_hf("hf:a/b", clip_folder).preprocess == Preprocess(32, mean, std, fit="crop")
+
+
+def test_a_tokenizer_may_be_a_word_list(blip_folder):
+    tokenizer = load_tokenizer(blip_folder / "vocab.txt", "blip")
+    assert tokenizer("make it red")["input_ids"] == [2, 5, 6, 7, 3]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, "config.json in .* cannot be read"),
+        ("config.json", "{", "config.json in .* cannot be read"),
+        ("config.json", '{"model_type": "bert"}', "is a bert model; supported are blip, siglip, clip"),
+        ("config.json", '{"model_type": "siglip2"}', "take a repository of a fixed one"),
+        ("model.safetensors", None, "model.safetensors in .* cannot be read"),
+        ("model.safetensors", "x" * 20, "model.safetensors in .* cannot be read"),
+        ("preprocessor_config.json", None, "preprocessor_config.json in .* cannot be read"),
+        ("preprocessor_config.json", '{"image_mean": [0, 0, 0]}', "lacks image_std"),
+        (
+            "preprocessor_config.json",
+            '{"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "resample": 0}',
+            "resamples by 0",
+        ),
+    ],
+)
+def test_a_broken_folder_is_named(clip_folder, tmp_path, file, content, message):
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as told:
+        load_hf("hf:a/b", folder)
+    assert "\n" not in str(told.value)
+
+
+def test_weights_of_another_shape_are_never_drawn_at_random(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"miss \[vision_model\.encoder\.layers\.2"):
+        load_hf("hf:a/b", folder)
+
+
+def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"config\.json of Salesforce/blip-itm-base-coco is not on") as told:
+        load_hf("blip")
+    assert "model.weights=PATH" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_wrong_names_and_files_for_folders_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="choose blip, siglip2 or hf:"):
+        load_hf("base")
+    with pytest.raises(ConfigError, match="choose tiny, base, large"):
+        build_backbone("nope")
+    (tmp_path / "weights.bin").write_text("x")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        load_hf("blip", tmp_path / "weights.bin")

@@ -1,0 +1,275 @@
+import json
+import shutil
+from copy import deepcopy
+
+import open_clip
+import pytest
+import torch
+from open_clip.pretrained import get_pretrained_cfg
+from safetensors.torch import load_file, save_file
+
+from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.models.backbones import open_clip as room
+from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.backbones.open_clip import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    OpenClipBackbone,
+    configuration,
+    load_open_clip,
+)
+from union_igrot.types import Preprocess
+
+PLAIN = Preprocess(32, OPENAI_MEAN, OPENAI_STD)
+TEXTS = ["make it red", "", "wow! a dog!", "two cats instead of one " * 30]
+CONFIG = {
+    "embed_dim": 32,
+    "quick_gelu": False,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 20, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def changed(**parts):
+    config = deepcopy(CONFIG)
+    for name, value in parts.items():
+        if isinstance(value, dict) and name in config:
+            config[name] |= value
+        else:
+            config[name] = value
+    return config
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, changed(quick_gelu=True), changed(custom_text=True)],
+    ids=["plain", "quick", "custom text"],
+)
+def test_pooled_features_are_open_clips_own(config, images):
+    torch.manual_seed(0)
+    backbone = OpenClipBackbone(config, PLAIN, "mine")
+    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    ids = open_clip.SimpleTokenizer(context_length=20)(TEXTS)
+    torch.testing.assert_close(seen.pooled, backbone.network.encode_image(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(said.pooled, backbone.network.encode_text(ids), atol=1e-5, rtol=1e-4)
+    assert said.tokens.shape == (4, 20, 32)
+    assert seen.tokens.shape[1] == 5
+
+
+@torch.no_grad()
+def test_every_token_passes_the_final_norm_and_the_projection(images):
+    backbone = OpenClipBackbone(CONFIG, PLAIN, "mine")
+    kept = {}
+    visual = backbone.network.visual
+    hook = visual.transformer.register_forward_hook(lambda *call: kept.setdefault("last", call[-1]))
+    visual(images)
+    hook.remove()
+    wanted = visual.ln_post(kept["last"]) @ visual.proj
+    torch.testing.assert_close(backbone.encode_image(images).tokens, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_mask_goes_by_position_not_by_the_number_of_padding():
+    backbone = OpenClipBackbone(CONFIG, PLAIN, "mine")
+    ids = backbone.tokenize(["! ! dog"])
+    assert (ids[0, 1:3] == 0).sum() + (ids[0, 1:3] == 256).sum() == 2
+    said = backbone.encode_text(TEXTS)
+    assert said.pooled_at.tolist() == [4, 1, 6, 19]
+    assert said.mask.sum(1).tolist() == [5, 2, 7, 20]
+
+
+def test_names_stand_for_architectures_tags_and_activations():
+    assert configuration("base")["vision_cfg"]["patch_size"] == 32
+    assert configuration("base")["quick_gelu"]
+    assert configuration("large")["embed_dim"] == 768
+    assert not configuration("openclip_h")["quick_gelu"]
+    assert not configuration("open_clip:ViT-B-32/laion2b_s34b_b79k")["quick_gelu"]
+    assert configuration("open_clip:ViT-B-32/openai") == configuration("base")
+
+
+def test_the_preprocessing_is_the_references_for_openai_and_the_tags_own_elsewhere():
+    config = configuration("base")
+    openai = room._preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"), "openai")
+    assert openai == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="pad", interpolation="bicubic", pad_ratio=1.25)
+    laion = room._preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"), "laion2b_s34b_b79k")
+    assert laion == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
+    with pytest.raises(ConfigError, match="resize_mode 'longest'"):
+        room._preprocess(config, {"resize_mode": "longest"}, "x")
+    with pytest.raises(ConfigError, match="square"):
+        room._preprocess(config, {"size": (224, 336)}, "x")
+
+
+@torch.no_grad()
+def test_a_folder_brings_its_own_configuration_and_preprocessing(open_clip_folder, images):
+    backbone = load_open_clip("open_clip:ViT-B-32", open_clip_folder)
+    assert backbone.preprocess == Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), fit="squash")
+    config = json.loads((open_clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+    network = open_clip.CLIP(**config).eval()
+    network.load_state_dict(load_file(open_clip_folder / "open_clip_model.safetensors"))
+    torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)
+    assert load_open_clip("base", open_clip_folder).preprocess.fit == "pad"
+
+
+def small_base(monkeypatch):
+    """Let `base` stand for a small architecture, so that its files are small."""
+    monkeypatch.setattr(open_clip, "get_model_config", lambda _: deepcopy(CONFIG))
+    torch.manual_seed(3)
+    return open_clip.CLIP(**changed(quick_gelu=True)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["safetensors", "state dict", "wrapped", "half", "torchscript"])
+def test_weights_come_from_any_kind_of_file(tmp_path, monkeypatch, images, kind):
+    network = small_base(monkeypatch)
+    state = {name: x.contiguous() for name, x in network.state_dict().items()}
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "torchscript":
+        # OpenAI's archives: traced, sizes kept as tensors.
+        holder = torch.nn.Module()
+        for name, part in network.named_children():
+            holder.add_module(name, part)
+        for name, x in network.named_parameters(recurse=False):
+            holder.register_parameter(name, x)
+        for name, size in (("input_resolution", 32), ("context_length", 20), ("vocab_size", 49408)):
+            holder.register_buffer(name, torch.tensor(size))
+        holder.forward = network.visual.forward
+        torch.jit.save(torch.jit.trace(holder, images[:1], check_trace=False), path)
+    else:
+        extra = {"input_resolution": torch.tensor(32)}
+        saved = {name: x.half() for name, x in state.items()} | extra if kind == "half" else state
+        torch.save({"state_dict": {f"module.{n}": x for n, x in saved.items()}} if kind == "wrapped" else saved, path)
+    backbone = build_backbone("base", path)
+    within = 2e-2 if kind == "half" else 1e-5
+    torch.testing.assert_close(
+        backbone.encode_image(images).pooled, network.encode_image(images), atol=within, rtol=1e-3
+    )
+    assert backbone.name == "base"
+    assert backbone.preprocess.fit == "pad"
+
+
+def test_a_custom_text_tower_takes_the_older_layout_of_names():
+    torch.manual_seed(0)
+    plain = OpenClipBackbone(CONFIG, PLAIN, "plain")
+    custom = OpenClipBackbone(changed(custom_text=True), PLAIN, "custom", plain.network.state_dict())
+    torch.testing.assert_close(custom.encode_text(TEXTS).pooled, plain.encode_text(TEXTS).pooled, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path, monkeypatch):
+    network = small_base(monkeypatch)
+    state = network.state_dict()
+    del state["visual.proj"]
+    torch.save(state | {"stray": torch.zeros(1), "ln_final.bias": torch.zeros(3)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError) as told:
+        build_backbone("base", tmp_path / "weights.pt")
+    for part in ("missing [visual.proj]", "not known [stray]", "ln_final.bias (3,) for (64,)", "weights.pt"):
+        assert part in str(told.value)
+
+
+def test_files_that_are_no_weights_are_named(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    messages = {
+        "list.pt": "no state dict but list",
+        "numbers.pt": r"not tensors: \[epoch\]",
+        "text.pt": "cannot be read as weights|is damaged",
+        "text.safetensors": "cannot be read as weights",
+        "empty.pt": "cannot be read as weights|is damaged",
+        "absent.pt": "is not a file",
+    }
+    for file, message in messages.items():
+        with pytest.raises(CheckpointError, match=message) as told:
+            load_open_clip("base", tmp_path / file)
+        assert "\n" not in str(told.value)
+
+
+def test_a_folder_without_its_files_is_named(open_clip_folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no weights; put one of open_clip_model\.safetensors"):
+        load_open_clip("base", tmp_path)
+    folder = shutil.copytree(open_clip_folder, tmp_path / "copy")
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json cannot be read"):
+        load_open_clip("base", folder)
+
+
+def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"timm/vit_base_patch32_clip_224\.openai") as told:
+        load_open_clip("base")
+    assert "open_clip_model.safetensors" in str(told.value)
+    assert "model.weights=PATH" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip:ViT-B-32/nope", "ViT-B-32 has no tag 'nope'; choose one of"),
+        ("open_clip:ViT-B-32", "give model.weights"),
+        ("open_clip:ViT-B-31/openai", "no architecture 'ViT-B-31'; nearest are .*ViT-B-32"),
+        ("open_clip:", "open_clip:<architecture>/<tag>"),
+        ("blip", "not OpenCLIP's"),
+    ],
+)
+def test_wrong_names_are_answered_with_right_ones(name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_open_clip(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"embed_dim": 8}, "no embed_dim, vision_cfg or text_cfg"),
+        (changed(vision_cfg={"depth": 3}), "not a CLIP configuration"),
+        (changed(vision_cfg={"timm_model_name": "no_such_model"}), r"not a CLIP configuration: Unknown model"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(config, message):
+    with pytest.raises(ConfigError, match=message) as told:
+        OpenClipBackbone(config, PLAIN, "mine")
+    assert "\n" not in str(told.value)
+
+
+def test_a_text_tower_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"text tower roberta-base cannot be had .* with its config\.json"):
+        OpenClipBackbone(changed(text_cfg={"hf_model_name": "roberta-base"}), PLAIN, "mine")
+
+
+def test_a_damaged_tokenizer_is_named(open_clip_siglip_folder, tmp_path):
+    folder = shutil.copytree(open_clip_siglip_folder, tmp_path / "copy")
+    for content in ("{", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"tokenizer .*copy cannot be had") as told:
+            load_open_clip("open_clip:ViT-B-16-SigLIP", folder)
+        assert "\n" not in str(told.value)
+
+
+def test_weights_without_a_tag_get_the_preprocessing_that_all_tags_agree_on():
+    siglip = room._preprocess(configuration("open_clip:ViT-B-16-SigLIP"), room._agreed("ViT-B-16-SigLIP"), "")
+    assert siglip == Preprocess(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), fit="squash")
+    # OpenAI's and others' tags of one architecture differ in what they were trained with, not in means.
+    base = room._preprocess(configuration("open_clip:ViT-B-32"), room._agreed("ViT-B-32"), "")
+    assert base == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
+
+
+@torch.no_grad()
+def test_counts_of_batches_and_coca_decoders_in_a_file_do_not_matter(tmp_path, open_clip_resnet_folder):
+    folder = shutil.copytree(open_clip_resnet_folder, tmp_path / "copy")
+    path = folder / "open_clip_model.safetensors"
+    state = {name: x for name, x in load_file(path).items() if not name.endswith("num_batches_tracked")}
+    save_file(state | {"text_decoder.text_projection": torch.zeros(2, 2)}, path)
+    found, wanted = (load_open_clip("open_clip:RN50", place) for place in (folder, open_clip_resnet_folder))
+    assert found.fingerprint() == wanted.fingerprint()

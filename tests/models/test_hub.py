@@ -1,0 +1,250 @@
+"""Models shared on a hub and loaded from there, without a network: what would be sent, what is said where it fails."""
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import errors
+
+from small_world import LinearBackbone, trainable
+from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.models import hub
+from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.model import IGROTModel, load_model
+
+CLIENT = import_module(hub._CLIENT.__module__.partition(".")[0])
+"""The HTTP client of this version of the hub's library."""
+FILES = {"README.md", "heads.safetensors", "model.json"}
+
+
+def small(tuned=False):
+    """Small heads on the embedded backbone, tuned or not."""
+    torch.manual_seed(0)
+    fusion = build_fusion("transagg", 128, layers=1, heads=2, feedforward=32)
+    model = IGROTModel(build_backbone("tiny"), fusion, build_target("sum", 128), {"data": "shapes", "samples": 12})
+    if tuned:
+        model.tune(["text"])
+        with torch.no_grad():
+            model.backbone.network.text_projection.weight.mul_(1.5)
+        model.settle()
+    return model.eval()
+
+
+class Hub:
+    """Keeps what would have been sent."""
+
+    def __init__(self, folder):
+        self.folder, self.asked, self.sent, self.fails = folder, [], {}, None
+
+    def __call__(self, **_):
+        return self
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        if self.fails is not None:
+            raise self.fails
+        assert exist_ok
+        self.asked.append((repo_id, private))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        assert exist_ok
+        self.asked.append((repo_id, branch))
+
+    def upload_folder(self, *, repo_id, folder_path, **told):
+        self.sent = told
+        shutil.copytree(folder_path, self.folder / repo_id)
+        return f"https://hub.example/{repo_id}"
+
+    def snapshot_download(self, repository, *, revision=None, allow_patterns=None, **told):
+        self.asked.append((repository, revision, told))
+        if self.fails is not None:
+            raise self.fails
+        assert {"model.json", "heads.safetensors", "backbone.safetensors", "tokenizer/*"} <= set(allow_patterns)
+        return str(self.folder / repository)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", made)
+    monkeypatch.setattr(hub, "HfApi", made)
+    monkeypatch.setattr(hub, "snapshot_download", made.snapshot_download)
+    return made
+
+
+def names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@torch.no_grad()
+def equal(one, other):
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    assert one.embed_queries(images, ["red circle", None]).equal(other.embed_queries(images, ["red circle", None]))
+    assert one.embed_gallery(images).equal(other.embed_gallery(images))
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_is_pushed_is_loaded_again(place, tuned):
+    model = small(tuned)
+    address = model.push_to_hub("someone/shapes", private=True, commit_message="First")
+    assert address == "https://hub.example/someone/shapes"
+    assert place.asked == [("someone/shapes", True)]
+    assert place.sent["commit_message"] == "First"
+    sent = place.folder / "someone" / "shapes"
+    # A frozen backbone is named, not sent; a tuned one's weights are nowhere else.
+    assert names(sent) == FILES | ({"backbone.safetensors"} if tuned else set())
+    for name in ("someone/shapes", "someone/shapes@v1"):
+        again = load_model(name)
+        assert again.fingerprint() == model.fingerprint()
+        assert (again.tuned, again.training) == (tuned, False)
+        equal(again, model)
+    assert place.asked[1:] == [("someone/shapes", None, {}), ("someone/shapes", "v1", {})]
+    IGROTModel.from_pretrained("someone/shapes", revision="v2", token="t", local_files_only=True)
+    assert place.asked[-1] == ("someone/shapes", "v2", {"token": "t", "local_files_only": True})
+
+
+def test_the_card_that_is_pushed_loads_the_model_by_its_name(place, tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path / "mine")
+    assert names(tmp_path / "mine") == FILES
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert 'union_igrot.load("OWNER/NAME")' in text
+    (tmp_path / "mine" / "README.md").write_text(text + "\nWritten by hand.\n")
+    load_model(tmp_path / "mine").push_to_hub("someone/shapes")
+    sent = (place.folder / "someone" / "shapes" / "README.md").read_text()
+    assert 'union_igrot.load("someone/shapes")' in sent
+    assert "union-eval checkpoint=someone/shapes\n" in sent
+    assert "OWNER/NAME" not in sent
+    assert sent.endswith("Written by hand.\n")
+
+
+def test_a_card_of_other_heads_is_written_anew(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    with torch.no_grad():
+        loaded.fusion.sep_token += 1
+    loaded.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert loaded.describe()["heads"] in text
+    assert model.describe()["heads"] not in text
+
+
+def test_paths_of_this_machine_stay_here(place, tmp_path):
+    model = small()
+    model.card["config"] = {
+        "data": {"name": "folder", "root": "somewhere/of/mine/birds"},
+        "model": {"weights": "somewhere/of/mine/weights.pt"},
+    }
+    before = json.dumps(model.card)
+    model.push_to_hub("someone/birds")
+    hub.push_folder(model.save(tmp_path / "model"), "someone/twice")
+    assert json.dumps(model.card) == before
+    for name in ("birds", "twice"):
+        sent = place.folder / "someone" / name
+        assert "of/mine" not in (sent / "model.json").read_text() + (sent / "README.md").read_text()
+        assert json.loads((sent / "model.json").read_text())["card"]["config"]["data"]["root"] == "birds"
+        assert load_model(f"someone/{name}").fingerprint() == model.fingerprint()
+
+
+def test_a_folder_is_pushed_without_its_backbone_being_there(place, tmp_path):
+    folder = trainable(backbone=LinearBackbone()).save(tmp_path / "model")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="'linear' does not exist"):
+        load_model(folder)
+    assert (
+        hub.push_folder(folder, "someone/linear", private=False, branch="next") == "https://hub.example/someone/linear"
+    )
+    assert place.asked == [("someone/linear", False), ("someone/linear", "next")]
+    assert place.sent["revision"] == "next"
+    sent = place.folder / "someone" / "linear"
+    assert names(sent) == FILES
+    assert (
+        IGROTModel.load(sent, LinearBackbone()).fingerprint() == IGROTModel.load(folder, LinearBackbone()).fingerprint()
+    )
+
+
+def test_a_folder_that_is_no_model_is_not_pushed(place, tmp_path):
+    with pytest.raises(CheckpointError, match="is not a saved model"):
+        hub.push_folder(tmp_path, "someone/x")
+    assert place.asked == []
+
+
+@pytest.mark.parametrize("name", ["shapes", "a/b/c", "someone/", "someone/x@v1", "", "../x/y"])
+def test_names_that_are_none_are_refused_before_anything_is_sent(place, name, tmp_path):
+    for push in (small().push_to_hub, lambda repo: hub.push_folder(tmp_path, repo)):
+        with pytest.raises(CheckpointError, match="is no name on the hub; give owner/name"):
+            push(name)
+    assert place.asked == []
+
+
+def answer(kind, code=404):
+    request = CLIENT.Request("GET", "https://hub.example")
+    return kind(f"{code} Client Error\nmore of it", response=CLIENT.Response(code, request=request))
+
+
+FAILURES = [
+    (
+        answer(errors.RepositoryNotFoundError),
+        "someone/x is no folder here, and .*/someone/x at revision v1 does not exist or is private",
+    ),
+    (answer(errors.GatedRepoError, 403), "is open to some users only"),
+    (answer(errors.RevisionNotFoundError), r"at revision v1 does not exist; give a branch, tag or commit"),
+    (answer(errors.HfHubHTTPError, 500), r"cannot be reached or does not accept this \(500 Client Error\)"),
+    (errors.LocalEntryNotFoundError("Cannot find it"), r"someone/x is no folder here, .*\(Cannot find it\)"),
+    (errors.OfflineModeIsEnabled("offline"), r"\(offline\); check name, network and account"),
+    (errors.LocalTokenNotFoundError("no token"), "needs an account; run `hf auth login`"),
+    (errors.HFValidationError("two dots"), "two dots"),
+    (CLIENT.ConnectError("no route"), "no route"),
+]
+
+
+@pytest.mark.parametrize(("failure", "message"), FAILURES, ids=lambda x: type(x).__name__)
+def test_a_failure_is_one_line_that_says_what_was_tried(place, failure, message):
+    place.fails = failure
+    with pytest.raises(CheckpointError, match=message) as told:
+        load_model("someone/x", revision="v1")
+    assert "someone/x" in str(told.value)
+    assert "\n" not in str(told.value)
+    if not isinstance(failure, errors.RevisionNotFoundError):
+        with pytest.raises(CheckpointError) as told:
+            small().push_to_hub("someone/x")
+        assert "folder here" not in str(told.value)
+        assert "\n" not in str(told.value)
+
+
+def test_without_network_the_line_says_where_it_looked(tmp_path, monkeypatch):
+    """Through the library itself, which is told to be offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"outputs/small is no folder here, and \S+/outputs/small") as told:
+        load_model("outputs/small")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "deep/down/nowhere", Path("deep/down/nowhere"), "~/nowhere/at/all"])
+def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(place, name):
+    with pytest.raises(
+        CheckpointError, match=r"is not a saved model; give a folder .* owner/name .* or a backbone"
+    ) as told:
+        load_model(name)
+    assert str(name) in str(told.value)
+    assert place.asked == []
+
+
+def test_a_folder_comes_before_a_name(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small().save("someone/x")
+    assert load_model("someone/x").card == {"data": "shapes", "samples": 12}
+    assert place.asked == []
+
+
+def test_a_repository_that_holds_something_else_is_named(place):
+    (place.folder / "someone" / "x").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"someone/x is not a saved model"):
+        load_model("someone/x")

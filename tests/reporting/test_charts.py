@@ -1,0 +1,62 @@
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, strategies as st
+
+from union_igrot.reporting.charts import MOST_POINTS, lay_out, nice_ticks, thin
+
+VALUES = st.floats(-1e9, 1e9) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0])
+CURVES = st.lists(VALUES, min_size=1, max_size=700).map(lambda values: [(float(n), y) for n, y in enumerate(values)])
+
+
+def points(chart):
+    return [tuple(map(float, pair.split(","))) for pair in chart.line.split()]
+
+
+@given(CURVES)
+def test_every_finite_point_is_inside_the_drawing_and_the_others_are_counted(curve):
+    chart = lay_out("train/loss", curve)
+    finite = [y for _, y in curve if math.isfinite(y)]
+    drawn = points(chart)
+    assert len(drawn) == min(len(finite), MOST_POINTS)
+    assert all(chart.left <= x <= chart.right and 0 <= y <= chart.height for x, y in drawn)
+    assert all(0 <= tick.at <= chart.height for tick in chart.rows)
+    assert all(chart.left <= tick.at <= chart.right for tick in chart.columns)
+    lost = len(curve) - len(finite)
+    assert (f"{lost:,} of {len(curve):,} values are not finite" in chart.said) == (lost > 0)
+
+
+def test_a_curve_is_said_and_drawn_upwards():
+    chart = lay_out("val/score", [(9.0, 50.25), (19.0, 40.0), (29.0, 60.0)])
+    assert chart.said == "from 50.25 at step 9 to 60 at step 29; lowest 40 (step 19), highest 60 (step 29)"
+    (a, b, c) = points(chart)
+    assert a[0] < b[0] < c[0]
+    assert c[1] < a[1] < b[1], "y grows downwards"
+    assert chart.dots == (a, b, c)
+    labels = {tick.label: tick.at for tick in chart.rows}
+    assert labels["40"] == b[1]
+    assert labels["60"] == c[1]
+
+
+@pytest.mark.parametrize("number", [1, 2, MOST_POINTS, MOST_POINTS + 1, 5 * MOST_POINTS])
+def test_a_thinned_curve_keeps_its_mean_and_its_order(number):
+    curve = [(float(n), math.sin(n / 30)) for n in range(number)]
+    kept = thin(curve)
+    assert len(kept) == min(number, MOST_POINTS)
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    if number % MOST_POINTS == 0:
+        assert sum(y for _, y in kept) / len(kept) == pytest.approx(sum(y for _, y in curve) / number)
+    assert ("each point drawn is the mean" in lay_out("x", curve).said) == (number > MOST_POINTS)
+
+
+@given(st.floats(-1e12, 1e12), st.floats(0, 1e12), st.booleans())
+def test_ticks_are_few_even_and_hold_the_range(low, span, whole):
+    ticks = nice_ticks(low, low + span, whole=whole)
+    slack = 1e-6 * max(abs(low), span, 1.0)
+    assert 2 <= len(ticks) <= 7
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= low + span - slack
+    gaps = [after - before for before, after in pairwise(ticks)]
+    assert max(gaps) - min(gaps) <= 1e-6 * max(map(abs, ticks))
+    assert not whole or all(tick == round(tick) for tick in ticks)

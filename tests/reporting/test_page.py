@@ -1,0 +1,363 @@
+import json
+import re
+import shlex
+from dataclasses import replace
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+from html_page import Page, check_page
+from small_runs import Run
+from small_world import Noise, cir_benchmark, encoder, sbir_benchmark, trainable
+from union_igrot.errors import PictureError
+from union_igrot.evaluation.evaluate import combine, evaluate
+from union_igrot.reporting.examples import ANSWERS, SHOWN, sheets
+from union_igrot.reporting.page import MAX_BYTES, Making, render_page, write_page
+from union_igrot.reporting.page_tables import MOST_GROUPS, class_groups
+from union_igrot.reporting.tables import method_name
+from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking, Scores
+
+NASTY = """</li><script>alert("1")</script> it's & "quoted" <img src=x onerror=alert(1)>"""
+
+
+MAKING = Making("union-eval: noise", "now", "union-eval", "there", "seed: 0\n", {}, {"union-igrot": "0"}, 0)
+
+
+def drawn(found, limit=MAX_BYTES, rows=None, making=MAKING, curves=None, open_picture=lambda source: source.open()):
+    rows = [row for one in found for row in one.rows] if rows is None else rows
+    asked = [(one.benchmark, one.scores) for one in found]
+    return render_page(rows, asked, curves or {}, making, open_picture, limit)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Composed queries, sketches, and composed queries once more."""
+    model, filled = trainable(), encoder(tmp_path_factory.mktemp("store"))
+    asked = cir_benchmark(), sbir_benchmark(), cir_benchmark(seed=1, name="more_noise")
+    return [evaluate(model, benchmark, filled) for benchmark in asked]
+
+
+@pytest.fixture(scope="module")
+def noise(parts):
+    return parts[:2]
+
+
+def test_a_training_leaves_one_whole_page(small_run: Run):
+    path = small_run.folder / "report.html"
+    assert path.stat().st_size <= MAX_BYTES
+    page = check_page(path.read_text(encoding="utf-8"))
+    titles = [one["text"] for one in page.all("h2")]
+    assert titles == [
+        "At a glance",
+        "shapes_cir · test",
+        "shapes_sbir · test",
+        "What was trained",
+        "Making it again",
+    ]
+    assert [one["text"] for one in page.all("a")] == titles
+    (command,) = page.all("pre", **{"class": "command"})
+    assert shlex.split(command["text"]) == ["union-train", *small_run.settings]
+    written = (small_run.folder / "config.yaml").read_text()
+    assert OmegaConf.create(page.all("pre", tabindex="0")[0]["text"]) == OmegaConf.create(written)
+    facts = dict(map(tuple, page.lines_of("Training of the heads")[0]))
+    assert facts["samples"] == "128"
+    assert facts["best epoch"].startswith("1 of 1 (val/score ")
+    hashes = dict(map(tuple, page.lines_of("Hashes")[0]))
+    assert hashes["heads"] == json.loads((small_run.folder / "model" / "model.json").read_text())["heads"]
+    assert {"queries of shapes_cir · test", "queries of shapes_sbir · test", "backbone", "seed"} <= hashes.keys()
+    assert {"torch", "python", "union-igrot"} <= dict(map(tuple, page.lines_of("Versions")[0])).keys()
+    shown = [one["text"] for one in page.all("figcaption") if " by step: " in one["text"]]
+    assert shown[0].startswith("val/score by step: from ")
+    assert len(page.all("li", **{"class": "example"})) == 2 * 3 * SHOWN
+
+
+def test_the_figures_are_those_of_the_results(small_run: Run):
+    page = Page((small_run.folder / "report.html").read_text(encoding="utf-8"))
+    tables = page.lines_of("95 % bootstrap interval over queries")
+    rows = small_run.rows
+    assert len(tables) == 2
+    for table in tables:
+        head, *lines = table
+        names = [name.removesuffix("primary") for name in head[1:]]
+        for line in lines:
+            row = rows.pop(0)
+            assert line[0].removesuffix(" *") == method_name(row["method"])
+            for name, cell in zip(names, line[1:], strict=True):
+                figure, low, high = (float(x) for x in re.findall(r"[\d.]+", cell.replace("100[", "100.0[")))
+                low_high = [row["metrics"][name], *row["ci95"][name]]
+                assert [figure, low, high] == pytest.approx(low_high, abs=0.0501)
+    assert rows == []
+
+
+def test_wins_ties_and_losses_are_counted_query_by_query(small_run: Run):
+    page = Page((small_run.folder / "report.html").read_text(encoding="utf-8"))
+    for name, (_, *lines) in zip(("shapes_cir", "shapes_sbir"), page.lines_of("bars from left"), strict=True):
+        values = load_file(small_run.folder / f"queries-{name}-test.safetensors")
+        last = next(row for row in small_run.rows if (row["benchmark"], row["method"]) == (name, "trained"))
+        primary = last["protocol"]["primary"]
+        assert len(lines) == 4
+        for line, other in zip(lines, ("chance", "image", "text", "sum"), strict=True):
+            pairs = list(zip(values[f"trained/{primary}"].tolist(), values[f"{other}/{primary}"].tolist(), strict=True))
+            counts = [sum(a > b for a, b in pairs), sum(a == b for a, b in pairs), sum(a < b for a, b in pairs)]
+            assert line[0] == method_name(other)
+            said = [f"{count}{100 * count / len(pairs):.1f} %" for count in counts]
+            assert line[1:4] == said
+            assert line[4] == f"{100 * (counts[0] + counts[2]) / len(pairs):.1f} %"
+            mean, low, high = last["gain95"][other][primary]
+            assert line[5] == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+            assert line[6] == ("better" if low > 0 else "worse" if high < 0 else "no clear difference")
+
+
+def test_an_evaluation_of_a_backbone_alone_has_nothing_of_a_training(noise):
+    found = noise[0]
+    scores = {name: part for name, part in found.scores.items() if name != "trained"}
+    page = check_page(drawn([replace(found, scores=scores, rows=found.rows[:-1])]))
+    assert not [one for one in page.all("h3") if "differ" in one["text"]]
+    assert not page.lines_of("Training of the heads")
+    assert "“image + text”" in "".join(one["text"] for one in page.all("p"))
+    (table,) = page.lines_of("The primary figure")
+    assert table[0] == ["benchmark", "image + text", "text alone", "image alone", "chance"]
+
+
+def test_every_tile_says_in_words_and_by_its_frame_whether_it_is_right(noise):
+    (composed, _) = noise
+    page = check_page(drawn([composed]))
+    benchmark, scores = composed.benchmark, composed.scores["trained"]
+    drawer = [place for sheet in sheets(benchmark, composed.scores, "trained") for place in sheet.places]
+    tiles = page.all("li")
+    starts = [n for n, one in enumerate(tiles) if one.get("class") == "example"]
+    assert len(starts) == len(drawer)
+    for place, start, end in zip(drawer, starts, [*starts[1:], len(tiles)], strict=True):
+        query, *answers = [one for one in tiles[start + 1 : end] if one.get("class", "").startswith("tile")]
+        assert query["class"] == "tile query"
+        targets = set(benchmark.queries[place].targets)
+        ranked = [benchmark.gallery[at].id for at in scores.ranking.positions[place].tolist()]
+        for rank, (name, tile) in enumerate(zip(ranked[:ANSWERS], answers, strict=False), 1):
+            kind, word = ("right", "✓ right") if name in targets else ("wrong", "✗ wrong")
+            if not targets:
+                kind, word = "", ""
+            assert tile["class"].split() == ["tile", *kind.split()]
+            assert tile["text"] == f"{rank} {word}".strip() + name
+        missed = answers[ANSWERS:]
+        assert bool(missed) == bool(targets and not targets & set(ranked[:ANSWERS]))
+        for tile in missed:
+            first = benchmark.queries[place].targets[0]
+            assert tile["text"] == f"missed (rank {ranked.index(first) + 1}){first}"
+
+
+def test_the_worst_and_the_best_are_what_a_slow_search_finds():
+    queries, gallery = 40, 12
+    items = [GalleryItem(f"g{n}", Noise(n)) for n in range(gallery)]
+    asked = [Query(f"q{n}", Noise(n), targets=("g0",), label=f"c{n % 7}") for n in range(queries)]
+    benchmark = Benchmark("b", "test", "sbir", asked, items, Protocol())
+    steps = torch.randint(0, 5, (3, queries), generator=torch.Generator().manual_seed(0)) / 4
+    steps[0, 5] = torch.nan
+    ranking = Ranking(torch.zeros(queries, 4, dtype=torch.long), torch.zeros(queries, 4))
+    names = ("chance", "sum", "trained")
+    scores = {name: Scores({"mAP": values}, ranking) for name, values in zip(names, steps.flip(0), strict=True)}
+    own, other = scores["trained"].values["mAP"].tolist(), scores["sum"].values["mAP"].tolist()
+    known = [n for n in range(queries) if n != 5]
+
+    def few(order):
+        taken = []
+        for n in order:
+            if sum(asked[n].label == asked[m].label for m in taken) < 2 and len(taken) < SHOWN:
+                taken.append(n)
+        return taken
+
+    _, worst, best = sheets(benchmark, scores, "trained")
+    assert worst.places == few(sorted((n for n in known if own[n] < 1), key=lambda n: (own[n], -other[n], n)))
+    assert best.places == few(sorted((n for n in known if own[n] > 0), key=lambda n: (-own[n], other[n], n)))
+    assert "At most 2 of a class" in worst.said
+    perfect = {"trained": Scores({"mAP": torch.ones(queries)}, ranking)}
+    _, worst, best = sheets(benchmark, perfect, "trained")
+    assert (worst.places, len(best.places)) == ([], SHOWN)
+    assert worst.said.startswith("None")
+
+
+def test_where_targets_are_not_published_nothing_is_called_right_or_wrong():
+    found = Benchmark(
+        "b",
+        "test",
+        "cir",
+        [Query(f"q{n}", Noise(n), text="red") for n in range(9)],
+        [GalleryItem(f"g{n}", Noise(n)) for n in range(9)],
+        Protocol(),
+    )
+    ranking = Ranking(torch.arange(9).expand(9, 9).clone(), torch.zeros(9, 9))
+    asked = [(found, {"submitted": Scores({"mAP": torch.full((9,), torch.nan)}, ranking)})]
+    page = check_page(render_page([], asked, {}, MAKING, lambda source: source.open()))
+    assert {one["class"].strip() for one in page.all("li") if "class" in one} == {"example", "tile query", "tile"}
+    assert [one["text"] for one in page.all("h3")] == ["First answers to some queries"]
+    assert "not published" in "".join(one["text"] for one in page.all("li"))
+
+
+def test_a_subset_that_is_filled_up_shows_no_picture_for_what_is_not_there():
+    items = [GalleryItem(f"g{n}", Noise(n)) for n in range(5)]
+    found = Benchmark("b", "val", "cir", [Query("q", Noise(9), targets=("g1",))], items, Protocol())
+    ranking = Ranking(torch.tensor([[2, 1, -1, -1]]), torch.zeros(1, 4))
+    asked = [(found, {"trained": Scores({"mAP": torch.tensor([0.5])}, ranking)})]
+    page = Page(render_page([], asked, {}, MAKING, lambda source: source.open()))
+    tiles = [one["text"] for one in page.all("li") if one.get("class", "").startswith("tile")]
+    assert tiles == 3 * ["query", "1 ✗ wrongg2", "2 ✓ rightg1"]
+
+
+def test_whatever_a_text_holds_is_shown_and_does_nothing(noise):
+    found = noise[1]
+    items = [replace(item, caption=f"{item.id} {NASTY}") for item in found.benchmark.gallery]
+    queries = [replace(query, text=NASTY, label=NASTY) for query in found.benchmark.queries]
+    benchmark = replace(found.benchmark, name=f"n{NASTY}", split=NASTY, queries=queries, gallery=items)
+    named = {"benchmark": benchmark.name, "split": NASTY, "seen_classes": [NASTY]}
+    tagged = {"by_tag": {NASTY: {"n_queries": 3, found.benchmark.protocol.primary: 1.0}}}
+    rows = [row | named | tagged for row in found.rows]
+    card = {"data": NASTY, "samples": 3, "classes": [NASTY], "config": {}}
+    making = Making(NASTY, NASTY, f"union-eval '{NASTY}'", NASTY, NASTY, card, {"union-igrot": NASTY}, 0)
+    curves = {NASTY: [(0.0, 1.0), (1.0, 2.0)]}
+    page = check_page(drawn([replace(found, benchmark=benchmark)], rows=rows, making=making, curves=curves))
+    assert page.all("title")[0]["text"] == NASTY
+    assert page.all("h2")[1]["text"] == f"n{NASTY} · {NASTY}"
+    assert {one["text"] for one in page.all("p", **{"class": "asked"})} == {NASTY}
+    assert [line[0] for table in page.lines_of("mAP in percent by") for line in table[1:]] == [NASTY, f"{NASTY} *"]
+    starred = [cell for line in page.lines_of("primary figure")[0][1:] for cell in line if " *" in cell]
+    assert starred
+    assert sum("*: the heads were trained on some of what" in one["text"] for one in page.all("figcaption")) == 1
+    images = page.all("img")
+    assert len(images) >= 10 * (1 + ANSWERS)
+    assert all(NASTY[:40] in one["alt"] for one in images)
+
+
+class Static:
+    """A large picture of noise, which no format makes small."""
+
+    def __init__(self, number):
+        self.key = f"static/{number}"
+        self._number = number
+
+    def open(self):
+        noise = np.random.default_rng(self._number).integers(0, 256, (300, 200, 3)).astype(np.uint8)
+        return Image.fromarray(noise)
+
+
+@pytest.mark.parametrize("limit", [40_000, 200_000, 600_000])
+def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
+    photos = {}
+
+    def static(source):
+        return photos.setdefault(source.key, Static(len(photos))).open()
+
+    text = drawn(noise, limit=limit, open_picture=static)
+    page = check_page(text)
+    assert len(text.encode()) <= limit
+    examples = len(page.all("li", **{"class": "example"}))
+    left = [int(n) for n in re.findall(r"(\d+) more would not fit", text)]
+    asked = sum(len(sheet.places) for one in noise for sheet in sheets(one.benchmark, one.scores, "trained"))
+    assert examples + sum(left) == asked
+    assert f"a page of {limit:,} bytes" in text
+    # Nothing is given away: one more example would not have fitted.
+    assert examples == 0 if limit == 40_000 else limit - len(text.encode()) < 70_000
+
+
+def test_a_picture_that_is_not_there_is_said_to_be_and_the_rest_is_shown(noise):
+    composed = noise[0]
+    gone = composed.benchmark.gallery[int(composed.scores["trained"].ranking.positions[0, 0])].image.key
+
+    def some(source):
+        if source.key == gone:
+            raise PictureError("missing")
+        return source.open()
+
+    whole, page = Page(drawn([composed])), check_page(drawn([composed], open_picture=some))
+    without = page.all("span", **{"class": "none"})
+    assert {one["text"] for one in without} == {"the picture cannot be opened"}
+    assert len(page.all("img")) == len(whole.all("img")) - len(without)
+
+
+def test_a_page_that_cannot_be_finished_leaves_the_old_one(noise, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def broken(source):
+        raise OSError("broken")
+
+    (first, _) = noise
+    with pytest.raises(OSError, match="broken"):
+        write_page(path, first.rows, [(first.benchmark, first.scores)], {}, MAKING, broken)
+    assert path.read_text() == "old"
+    write_page(path, first.rows, [(first.benchmark, first.scores)], {}, MAKING, lambda source: source.open())
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_mean_of_parts_has_its_table_and_its_differences_and_no_pictures(parts):
+    both = [parts[0], parts[2]]
+    rows = [row for one in both for row in one.rows] + combine(both, "both_mean")
+    text = drawn(both, rows=rows)
+    page = check_page(text)
+    whole = text[text.index('<h2 id="benchmark-3">both_mean') : text.index("What was trained</h2>")]
+    assert "<img" not in whole
+    assert "unweighted mean over noise_cir, more_noise" in whole
+    _, _, (_, *lines) = page.lines_of("bars from left")
+    primary = both[0].benchmark.protocol.primary
+    for line, other in zip(lines, ("chance", "image", "text", "sum"), strict=True):
+        gaps = torch.cat([one.scores["trained"].values[primary] - one.scores[other].values[primary] for one in both])
+        gaps = gaps[~gaps.isnan()]
+        counts = [int((gaps > 0).sum()), int((gaps == 0).sum()), int((gaps < 0).sum())]
+        assert line[:4] == [method_name(other), *(f"{n}{100 * n / len(gaps):.1f} %" for n in counts)]
+
+
+def test_of_many_classes_the_lowest_and_the_highest_are_shown_and_trained_ones_are_marked():
+    labels = [f"class {n:02}" for n in range(MOST_GROUPS + 11)]
+    items = [GalleryItem(f"g{n}", Noise(n)) for n in range(3)]
+    asked = [Query(f"q{n}", Noise(n), targets=("g0",), label=label) for n, label in enumerate(labels)]
+    benchmark = Benchmark("b", "test", "sbir", asked, items, Protocol())
+    values = torch.linspace(0, 1, len(labels))
+    ranking = Ranking(torch.zeros(len(labels), 1, dtype=torch.long), torch.zeros(len(labels), 1))
+    group = class_groups((benchmark, {"trained": Scores({"mAP": values}, ranking)}), ["class 00", "class 40"])
+    half = MOST_GROUPS // 2
+    names = [line.name for line in group.table.lines]
+    assert names == ["class 00 *", *labels[1:half], *labels[-half:-1], "class 40 *"]
+    assert str(len(labels)) in group.said
+    assert "not zero-shot" in group.said
+    few = class_groups((benchmark, {"trained": Scores({"mAP": values}, ranking)}), [])
+    assert "zero-shot" not in few.said
+
+
+def test_each_gallery_picture_is_decoded_once(noise):
+    composed, opened = noise[0], []
+
+    def counted(source):
+        opened.append(source.key)
+        return source.open()
+
+    drawn([composed], open_picture=counted)
+    queries = sum(len(sheet.places) for sheet in sheets(composed.benchmark, composed.scores, "trained"))
+    assert len(opened) - queries <= len(composed.benchmark.gallery)
+
+
+def colours(block):
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+
+
+def luminance(colour):
+    """Relative luminance (WCAG 2.2)."""
+    shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_text_is_easily_read_in_light_and_dark():
+    style = (files("union_igrot.reporting") / "templates" / "page.css").read_text()
+    light, dark = (colours(style[start:]) for start in (0, style.index("prefers-color-scheme: dark")))
+    light = {**dark, **colours(style[: style.index("@media")])}
+    assert light.keys() == dark.keys()
+    assert light["paper"] != dark["paper"]
+    for scheme in (light, dark):
+        for ink in ("ink", "soft", "accent", "right", "wrong"):
+            for paper in ("paper", "card"):
+                one, other = sorted((luminance(scheme[ink]), luminance(scheme[paper])), reverse=True)
+                assert (one + 0.05) / (other + 0.05) >= 4.5, (ink, paper)

@@ -1,0 +1,182 @@
+"""Pixels: always the same, and what the scene says."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from union_igrot.synthetic.rendering import (
+    CENTRE,
+    COLOUR_RGB,
+    GROUND_RGB,
+    OUTLINES,
+    PIXELS,
+    RADIUS,
+    BitStream,
+    render_photo,
+    render_sketch,
+)
+from union_igrot.synthetic.scenes import BACKGROUNDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
+
+GOLDEN = "15d686f80e107cbd01330566a26b2b6e1fb86b2a73d751099601aeec31242dd2"
+"""Changes with the drawing code alone; then the version in `ShapesPicture.key` changes too."""
+
+
+def one(shape="circle", colour="red", size="large", fill="plain", place="middle", background="snow"):
+    return Scene(background, (Thing(shape, colour, size, fill, place),))
+
+
+def many():
+    """Forty scenes with every shape, colour, size, fill, place and background; every fifth holds two things."""
+    for i in range(40):
+        thing = Thing(SHAPES[i % 20], COLOURS[i % 10], SIZES[i % 3], FILLS[(i + i // 20) % 4], PLACES[i % 5])
+        second = Thing(SHAPES[(i + 7) % 20], COLOURS[(i + 3) % 10], SIZES[(i + 1) % 3], FILLS[(i + 2) % 4], "right")
+        yield Scene(BACKGROUNDS[i % 8], (thing, second) if i % 5 == 0 else (thing,))
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(np.float64)
+
+
+def ink(scene, seed):
+    """Share of ink of each pixel of a sketch."""
+    return 1 - pixels(render_sketch(scene, seed)).mean(2) / 255
+
+
+def test_same_seed_same_pixels_for_ever():
+    digest = hashlib.sha256()
+    for seed, scene in enumerate(many()):
+        for picture in (render_photo(scene, seed), render_sketch(scene, seed)):
+            digest.update(picture.tobytes())
+    assert digest.hexdigest() == GOLDEN
+
+
+def test_pictures_are_small_rgb_and_differ_by_seed():
+    for scene in many():
+        for render in (render_photo, render_sketch):
+            first, again, other = render(scene, 1), render(scene, 1), render(scene, 2)
+            assert (first.mode, first.size) == ("RGB", (PIXELS, PIXELS))
+            assert first.tobytes() == again.tobytes()
+            assert first.tobytes() != other.tobytes()
+
+
+def test_tables_cover_the_grammar():
+    assert set(OUTLINES) == set(SHAPES)
+    assert set(COLOUR_RGB) == set(COLOURS)
+    assert set(GROUND_RGB) == set(BACKGROUNDS)
+    assert set(RADIUS) == set(SIZES)
+    assert set(CENTRE) == set(PLACES)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outlines_fill_about_the_unit_circle(shape):
+    reach = [math.hypot(x, y) for x, y in OUTLINES[shape]]
+    assert len(reach) >= 3
+    assert 0.9 < max(reach) < 1.3
+    area = sum(
+        x * v - u * y
+        for (x, y), (u, v) in zip(OUTLINES[shape], [*OUTLINES[shape][1:], OUTLINES[shape][0]], strict=True)
+    )
+    assert abs(area) / 2 > 0.6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sketch_is_dark_strokes_on_white_at_the_place(shape):
+    for seed, place in enumerate(PLACES):
+        strokes = ink(one(shape, place=place, size="medium"), seed)
+        assert strokes.max() > 0.6
+        assert 0.01 < strokes.mean() < 0.35
+        y, x = (np.average(axis, weights=strokes) / PIXELS for axis in np.mgrid[0:PIXELS, 0:PIXELS])
+        assert abs(x - CENTRE[place][0]) < 0.13
+        assert abs(y - CENTRE[place][1]) < 0.13
+
+
+def test_sketch_knows_nothing_of_colour_fill_or_background():
+    first = render_sketch(one(), 3).tobytes()
+    assert render_sketch(one(colour="blue", fill="dotted", background="night"), 3).tobytes() == first
+    assert render_sketch(one(shape="fish"), 3).tobytes() != first
+
+
+def test_sketch_of_two_things_shows_both():
+    scene = Scene(
+        "sea", (Thing("star", "red", "small", "plain", "left"), Thing("boat", "red", "large", "plain", "right"))
+    )
+    strokes = ink(scene, 0)
+    assert strokes[:, : PIXELS // 2].sum() > 10
+    assert strokes[:, PIXELS // 2 :].sum() > 10
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bigger_things_cover_more(shape):
+    def spread(size):
+        strokes = ink(one(shape, size=size), 5)
+        y, x = np.nonzero(strokes > 0.3)
+        return (np.ptp(y) + 1) * (np.ptp(x) + 1)
+
+    assert spread("small") < spread("medium") < spread("large")
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_thing_has_its_colour(colour):
+    """The mean over seeds is nearest to the named colour, light and noise aside."""
+    middle = slice(PIXELS // 2 - 2, PIXELS // 2 + 2)
+    means = [pixels(render_photo(one(colour=colour), seed))[middle, middle].mean((0, 1)) for seed in range(24)]
+    shown = np.mean(means, axis=0)
+    assert min(COLOURS, key=lambda c: np.linalg.norm(shown - np.array(COLOUR_RGB[c]))) == colour
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_background_has_its_colours(background):
+    """The corners' mean over seeds is nearest to a mixture of the named background's two colours."""
+    corners = [
+        pixels(render_photo(one(size="small", background=background), seed))[:8].reshape(-1, 3).mean(0)
+        for seed in range(24)
+    ]
+    shown = np.mean(corners, axis=0)
+
+    def distance(name):
+        base, other = (np.array(c, dtype=np.float64) for c in GROUND_RGB[name])
+        along = np.clip((shown - base) @ (other - base) / ((other - base) @ (other - base)), 0, 1)
+        return np.linalg.norm(shown - base - along * (other - base))
+
+    assert min(BACKGROUNDS, key=distance) == background
+
+
+def test_fills_differ_within_a_thing():
+    middle = slice(PIXELS // 2 - 5, PIXELS // 2 + 5)
+
+    def contrast(fill):
+        return np.mean([pixels(render_photo(one(fill=fill), s))[middle, middle].std((0, 1)).mean() for s in range(12)])
+
+    assert contrast("plain") * 1.8 < min(contrast(fill) for fill in FILLS if fill != "plain")
+    first = {render_photo(one(fill=fill), 1).tobytes() for fill in FILLS}
+    assert len(first) == len(FILLS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**64), st.integers(1, 200))
+def test_bit_stream_stays_in_bounds_and_repeats(seed, bound):
+    bits, again = BitStream(seed), BitStream(seed)
+    for _ in range(100):
+        value = bits.uniform(-2.0, 3.0)
+        assert -2 <= value < 3
+        assert value == again.uniform(-2.0, 3.0)
+        whole = bits.below(bound)
+        assert 0 <= whole < bound
+        assert whole == again.below(bound)
+
+
+def test_bit_stream_reads_the_raw_words_in_order():
+    bits = BitStream(11)
+    words = np.random.PCG64(11).random_raw(130)
+    assert [bits.uniform(0.0, 1.0) for _ in range(130)] == [(int(w) >> 11) / 2**53 for w in words]
+
+
+def test_noise_has_mean_zero_and_deviation_one():
+    noise = BitStream(3).noise(101, 99)
+    assert (noise.shape, noise.dtype) == ((101, 99), np.float32)
+    assert abs(noise.mean()) < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert np.abs(noise).max() < 3.5

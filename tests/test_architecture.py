@@ -1,0 +1,268 @@
+"""The guards of the house: imports, budgets, every configuration."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import union_igrot
+from union_igrot.cli import assemble
+from union_igrot.cli.config import compose, conf_dir
+from union_igrot.models.heads.factory import FUSIONS, TARGETS
+from union_igrot.training.learner import Machine, Recipe
+from union_igrot.training.losses import InfoNCE
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src" / "union_igrot"
+FILES = sorted(SRC.rglob("*.py"))
+PACKAGES = {
+    "types": set(),
+    "errors": set(),
+    "progress": set(),
+    "storage": set(),
+    "metrics": set(),
+    "images": {"storage"},
+    "datasets": {"images", "storage"},
+    "models": {"images", "storage"},
+    "synthetic": {"datasets", "models", "images", "storage"},
+    "features": {"models", "images", "storage"},
+    "evaluation": {"features", "models", "datasets", "metrics", "images", "storage"},
+    "training": {"evaluation", "features", "models", "datasets", "synthetic", "metrics", "images", "storage"},
+    "gallery": {"models", "images", "evaluation", "features", "storage"},
+    "reporting": {"evaluation", "metrics", "images"},
+}
+LEAVES = {"types", "errors", "progress"}
+TOP = {"cli", "demo", "__init__"}
+# Imports that the layout does not allow and that are still to go.
+PENDING = {("gallery", "training"), ("models", "reporting"), ("training", "reporting")}
+LINES, FUNCTION_LINES = 600, 60
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages_used(path: Path) -> set[str]:
+    names = imported(path)
+    used = {name.split(".")[1] for name in names if name.startswith("union_igrot.")}
+    return used & (PACKAGES.keys() | TOP)
+
+
+def test_every_package_is_in_the_layout():
+    assert {package_of(path) for path in FILES} == PACKAGES.keys() | TOP
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_follow_the_layout(path):
+    package = package_of(path)
+    if package in TOP:
+        return
+    refused = packages_used(path) - PACKAGES[package] - LEAVES - {package}
+    refused = {other for other in refused if (package, other) not in PENDING}
+    assert not refused, f"{package} must not import {sorted(refused)}"
+
+
+def test_the_import_check_can_fail(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from union_igrot.cli import assemble\n    import union_igrot.models.x\n")
+    assert packages_used(file) == {"cli", "models"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_a_file_keeps_the_rules_of_the_house(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "opens with no docstring"
+    assert len(text.splitlines()) <= LINES
+    assert path.stem != "utils"
+    if package_of(path) != "cli":
+        assert not {name.split(".")[0] for name in imported(path)} & {"hydra", "omegaconf"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert "*" not in {alias.name for alias in node.names}, "star import"
+            assert node.module != "__future__", "jaxtyping needs evaluated annotations"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            described = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            lines = node.end_lineno - node.lineno + 1 - described
+            assert lines <= FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_what_is_said_of_an_attribute_is_not_read_as_its_type(path):
+    """Sphinx's Napoleon takes what stands before a colon for the type."""
+    said = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            pairs = zip(node.body, node.body[1:], strict=False)
+            said += [b.value.value for a, b in pairs if isinstance(a, ast.Assign | ast.AnnAssign) and is_text(b)]
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "property" for one in node.decorator_list):
+            said.append(ast.get_docstring(node) or "")
+    assert not [text for text in said if re.search(r":( |$)", re.sub(r"`[^`]*`", "", text.partition("\n")[0]))]
+
+
+def is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def in_a_fresh_interpreter(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; start = time.perf_counter(); import union_igrot; spent = time.perf_counter() - start;"
+        "dir(union_igrot); union_igrot.__version__;"
+        "print(spent, *[m for m in ('torch', 'numpy', 'PIL', 'hydra', 'lightning', 'jaxtyping') if m in sys.modules])"
+    )
+    spent, *heavy = in_a_fresh_interpreter(code).split()
+    assert heavy == []
+    assert float(spent) < 0.2
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("argument", ["--help", "--version", "data=nope"])
+def test_nothing_heavy_is_imported_before_the_configuration_is_known(name, argument):
+    code = (
+        f"import sys; from union_igrot.cli.{name} import main\n"
+        f"try: main(['{argument}'])\n"
+        "except SystemExit: pass\n"
+        "print('heavy:', *[m for m in ('torch', 'numpy', 'PIL', 'lightning', 'transformers') if m in sys.modules])"
+    )
+    assert in_a_fresh_interpreter(code).splitlines()[-1] == "heavy:"
+
+
+@pytest.mark.parametrize("name", [name for name in dir(union_igrot) if not name.startswith("__")])
+def test_public_names_are_there_and_described(name):
+    thing = getattr(union_igrot, name)
+    assert inspect.getdoc(thing), f"{name} has no docstring"
+
+
+def test_an_unknown_name_is_answered_with_the_public_ones():
+    with pytest.raises(AttributeError, match=r"it offers .*load"):
+        union_igrot.nonsense  # noqa: B018 - the access is what is tested
+
+
+EXPERIMENTS = sorted((conf_dir() / "experiment").glob("*.yaml"))
+OPTIONS = sorted(path for path in conf_dir().glob("*/*.yaml") if path not in EXPERIMENTS)
+COMMANDS = sorted(path.stem for path in conf_dir().glob("*.yaml"))
+PARTNER = {"fusion": "target=union", "target": "fusion=transagg"}
+
+
+def chosen(path: Path, place: Path, command: str) -> list[str]:
+    """Overrides that choose one option, mandatory settings filled in, beside a head that can be trained."""
+    group, option = path.parent.name, path.stem
+    needed = [f"{group}.{key}={place}" for key, value in yaml.safe_load(path.read_text()).items() if value == "???"]
+    asked = re.findall(r"^(\w+): \?\?\?", (conf_dir() / f"{command}.yaml").read_text(), re.MULTILINE)
+    partner = [PARTNER[group]] if group in PARTNER and command == "train" else []
+    return [f"{group}={option}", *needed, *(f"{key}={place}" for key in asked), *partner]
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
+    group = path.parent.name
+    takers = [c for c in COMMANDS if re.search(rf"^  - {group}:", (conf_dir() / f"{c}.yaml").read_text(), re.MULTILINE)]
+    assert takers, f"no command takes the group {group}"
+    for command in takers:
+        if (command, path.stem) == ("convert", "shared"):
+            continue  # the published code has no such target
+        config = compose(command, chosen(path, tmp_path, command))
+        assert config[group] == yaml.safe_load(path.read_text().replace("???", str(tmp_path)))
+        if command == "train" and (group != "model" or path.stem == "tiny"):
+            recipe = assemble.plain(config.recipe)
+            assert recipe.pop("batch_size") >= 2
+            assert recipe.pop("checkpointing") is False
+            Recipe(**recipe)
+            InfoNCE(**assemble.plain(config.loss))
+            where = config.strategy
+            Machine(where.accelerator, where.devices, where.nodes, where.name, config.precision.trainer)
+            model = assemble.new_model(config, {})
+            assert (model.fusion.kind, model.target.kind) == (config.fusion.kind, config.target.kind)
+            assert any(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_composed_and_its_heads_are_built(path):
+    name = path.stem.split("_")
+    config = compose("train", [f"experiment={path.stem}"])
+    assert config.data.name == {"llavasco": "llavasco", "sketchy": "training_sketchy"}[name[0]]
+    assert config.model.name == name[1]
+    assert config.target.kind == {"original": "frozen", "sum": "sum", "union": "union"}[name[2]]
+    assert config.model.projector == ("mlp" if name[3:] else "none")
+    assert (config.loss.scale, config.recipe.batch_size, config.recipe.schedule) == (100.0, 32, "restarts")
+    # What a row is trained with is fixed; the backbone is exchanged, for its weights are not here.
+    small = compose("train", [f"experiment={path.stem}", "model=tiny"])
+    assert small.model.projector == config.model.projector
+    model = assemble.new_model(small, {})
+    assert (model.fusion.kind, model.target.kind) == ("transagg", config.target.kind)
+    assert "Published" in path.read_text() or "No published figure" in path.read_text()
+
+
+def test_every_head_that_can_be_built_is_an_option():
+    kinds = {
+        group: {yaml.safe_load(p.read_text())["kind"] for p in OPTIONS if p.parent.name == group} for group in PARTNER
+    }
+    assert kinds == {"fusion": set(FUSIONS), "target": set(TARGETS)}
+
+
+def test_every_yaml_opens_with_a_line_for_the_help():
+    for path in [*OPTIONS, *EXPERIMENTS, *conf_dir().glob("*.yaml")]:
+        first = path.read_text().removeprefix("# @package _global_\n").splitlines()[0]
+        assert re.match(r"# \S.*\.$", first), f"{path}: {first}"
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_machine_or_a_registry():
+    # Written in pieces, so that this file passes its own test.
+    places = [
+        r"/ho" + r"me/(?!someone)\w",
+        r"/Use" + r"rs/\w",
+        r"/ro" + r"ot/",
+        r"/work" + r"/\w",
+        r"/tm" + r"p/\w",
+        r"C:\\Us" + "ers",
+    ]
+    hosts = [
+        "pypi" + r"\.org",
+        "pythonhosted" + r"\.org",
+        "index-" + "url",
+        "download" + r"\.pytorch",
+        "reg" + r"istry\.",
+    ]
+    forbidden = re.compile("|".join(places + hosts))
+    found = []
+    for path in tracked():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}:{n}: {line}" for n, line in enumerate(lines, 1) if forbidden.search(line)]
+    assert found == []
+
+
+def test_weights_in_the_package_stay_small():
+    assert sum(path.stat().st_size for path in (SRC / "weights").rglob("*") if path.is_file()) <= 6 * 2**20

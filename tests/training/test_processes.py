@@ -1,0 +1,95 @@
+"""The processes of a run: counted, found, started, and of one mind on the folder and the result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from small_runs import SMALL_DATA
+from union_igrot.errors import ConfigError
+from union_igrot.training.processes import Processes, found_processes, wanted_processes
+
+SMALL = [
+    *SMALL_DATA,
+    "data.triplets=64",
+    "data.pairs=64",
+    "recipe.epochs=2",
+    "fusion.dropout=0",
+    "target=frozen",
+    "progress=false",
+]
+TWO = ["strategy=ddp", "strategy.accelerator=cpu", "strategy.devices=2"]
+
+
+def test_a_process_that_nobody_started_with_others_is_alone(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    alone = found_processes()
+    assert (alone, alone.leads) == (Processes(), True)
+    assert alone.share("run", "here") == "here"
+
+
+def test_devices_are_processes():
+    assert wanted_processes("cpu", "auto", 1) == 1
+    assert wanted_processes("cpu", 3, 1) == 3
+    with pytest.raises(ConfigError, match="torchrun --nnodes=2"):
+        wanted_processes("gpu", 8, 2)
+
+
+def run(*arguments, module=True):
+    command = [sys.executable, "-m", "union_igrot.cli.train"] if module else list(arguments[:1])
+    here = {name: x for name, x in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
+    return subprocess.run(
+        [*command, *arguments[0 if module else 1 :]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**here, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path):
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    place = tmp_path / "two of them"
+    said = run(*SMALL, *TWO, "recipe.batch_size=16", cache, f"output_dir={place}")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("written to") == 1
+    assert said.stderr.count("run folder") == 1
+    assert "Warning" not in said.stderr
+    alone = run(*SMALL, "recipe.batch_size=32", cache, f"output_dir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr
+    both = [json.loads((folder / "results.json").read_text()) for folder in (place, tmp_path / "one")]
+    rows = [{(row["benchmark"], row["method"]): row["metrics"] for row in rows} for rows in both]
+    assert rows[0].keys() == rows[1].keys()
+    for key, metrics in rows[0].items():
+        # A tie may fall the other way by a last bit: one of 50 queries.
+        assert metrics == pytest.approx(rows[1][key], abs=2.1)
+    states = [json.loads((folder / "model" / "model.json").read_text()) for folder in (place, tmp_path / "one")]
+    assert states[0]["card"]["best"]["epoch"] == states[1]["card"]["best"]["epoch"]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too_and_no_folder_is_left_behind(tmp_path):
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    launch = [torchrun, "--standalone", "--nproc-per-node=2", "-m", "union_igrot.cli.train"]
+    runs = f"hydra.run.dir='{tmp_path}/runs/${{now:%Y}}/${{now:%H-%M-%S-%f}}'"
+    said = run(*launch, *SMALL, *TWO, f"cache_dir={tmp_path / 'cache'}", runs, module=False)
+    assert said.returncode == 0, said.stderr
+    folders = [path for path in (tmp_path / "runs").glob("*/*") if path.is_dir()]
+    assert len(folders) == 1
+    assert (folders[0] / "results.json").is_file()
+    assert json.loads((folders[0] / "run.json").read_text())["stage"] == "done"
+
+
+@pytest.mark.slow
+def test_a_mistake_met_by_all_processes_is_one_line(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    said = run(*TWO, "data=folder", f"data.root={tmp_path / 'pictures'}", f"output_dir={tmp_path / 'out'}")
+    assert said.returncode == 2
+    assert said.stderr.count("no known layout") == 1
+    assert "Traceback" not in said.stderr

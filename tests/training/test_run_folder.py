@@ -1,0 +1,181 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, strategies as st
+
+from union_igrot.errors import UnionError
+from union_igrot.training.run_folder import RunFolder, identity_of, open_run
+
+HOLD = (
+    "import sys; from pathlib import Path; from union_igrot.training.run_folder import RunFolder\n"
+    "run = RunFolder(Path(sys.argv[1]), 'a'); print('held', flush=True); sys.stdin.read()"
+)
+
+HOLD_WITH_A_CHILD = (
+    "import os, sys, time; from pathlib import Path; from union_igrot.training.run_folder import RunFolder\n"
+    "run = RunFolder(Path(sys.argv[1]), 'a')\n"
+    "child = os.fork()\n"
+    "if child == 0: time.sleep(30); os._exit(0)\n"
+    "print(child, flush=True); sys.stdin.read()"
+)
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path):
+    run = RunFolder(tmp_path / "a" / "b", "one")
+    assert (run.stage, run.resumed) == ("started", False)
+    assert json.loads((run.path / "run.json").read_text()) == {"identity": "one", "stage": "started"}
+    run.close()
+
+
+@pytest.mark.parametrize("stage", ["started", "trained"])
+def test_an_unfinished_run_is_gone_on_with_where_it_stopped(tmp_path, stage):
+    first = RunFolder(tmp_path, "one")
+    first.reach(stage)
+    (tmp_path / "checkpoints").mkdir()
+    first.close()
+    again = RunFolder(tmp_path, "one")
+    assert (again.stage, again.resumed) == (stage, True)
+    assert (tmp_path / "checkpoints").is_dir()
+    again.close()
+
+
+def test_a_finished_run_starts_anew_and_keeps_its_model_until_the_next_is_there(tmp_path):
+    first = RunFolder(tmp_path, "one")
+    for name in ("checkpoints", "logs", "model"):
+        (tmp_path / name).mkdir()
+    first.reach("done")
+    first.close()
+    again = RunFolder(tmp_path, "one")
+    assert (again.stage, again.resumed) == ("started", False)
+    assert [(tmp_path / name).exists() for name in ("checkpoints", "logs", "model")] == [False, False, True]
+    again.close()
+
+
+@pytest.mark.parametrize("stage", ["started", "trained", "done"])
+def test_a_run_of_other_settings_is_refused_and_left_alone(tmp_path, stage):
+    first = RunFolder(tmp_path, "one")
+    (tmp_path / "checkpoints").mkdir()
+    first.reach(stage)
+    first.close()
+    before = (tmp_path / "run.json").read_text()
+    with pytest.raises(UnionError, match="other settings"):
+        RunFolder(tmp_path, "two")
+    assert (tmp_path / "run.json").read_text() == before
+    assert (tmp_path / "checkpoints").is_dir()
+    RunFolder(tmp_path, "one").close()  # the refusal kept no lock
+
+
+@pytest.mark.slow
+def test_a_folder_at_work_is_refused_until_its_process_ends_however_it_ends(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UnionError, match=f"at work in {re.escape(str(tmp_path))}"):
+            RunFolder(tmp_path, "a")
+        other.kill()
+    again = RunFolder(tmp_path, "a")
+    assert again.resumed
+    again.close()
+
+
+@pytest.mark.slow
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_WITH_A_CHILD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        orphan = int(other.stdout.readline())
+        try:
+            with pytest.raises(UnionError, match="at work"):  # its own child does not let others in either
+                RunFolder(tmp_path, "a")
+            other.kill()
+            other.wait()
+            again = RunFolder(tmp_path, "a")
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+    assert again.resumed
+    again.close()
+
+
+def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnionError, match=r"cannot be written: .*give another"):
+        RunFolder(tmp_path / "file" / "run", "one")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"identity": "one"}', "null"])
+def test_a_damaged_state_counts_as_none(tmp_path, damage):
+    (tmp_path / "run.json").write_text(damage)
+    run = RunFolder(tmp_path, "one")
+    assert (run.stage, run.resumed) == ("started", False)
+    run.close()
+
+
+def test_without_a_chosen_folder_the_newest_unfinished_run_of_these_settings_is_found(tmp_path):
+    for day, identity, stage in [
+        ("01", "one", "started"),
+        ("02", "one", "trained"),
+        ("03", "one", "done"),
+        ("04", "two", "started"),
+    ]:
+        run = RunFolder(tmp_path / f"2026-01-{day}" / "10-00-00", identity)
+        run.reach(stage)
+        run.close()
+    fresh = tmp_path / "2026-01-05" / "11-00-00"
+    fresh.mkdir(parents=True)
+    found = open_run(None, fresh, "one")
+    assert found.path == tmp_path / "2026-01-02" / "10-00-00"
+    assert found.stage == "trained"
+    assert not fresh.exists(), "an empty folder was left behind"
+    # While that one is at work, the next older is taken; with all taken, the fresh one.
+    second = open_run(None, fresh, "one")
+    third = open_run(None, fresh, "one")
+    assert second.path == tmp_path / "2026-01-01" / "10-00-00"
+    assert (third.path, third.resumed) == (fresh, False)
+    for run in (found, second, third):
+        run.close()
+
+
+def test_a_chosen_folder_is_taken_whatever_stands_unfinished_elsewhere(tmp_path):
+    RunFolder(tmp_path / "2026-01-01" / "10-00-00", "one").close()
+    run = open_run(tmp_path / "mine", tmp_path / "2026-01-02" / "10-00-00", "one")
+    assert run.path == tmp_path / "mine"
+    assert not run.resumed
+    run.close()
+
+
+_SETTINGS = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans(), st.none())
+)
+
+
+@given(_SETTINGS, _SETTINGS)
+def test_identity_is_that_of_the_settings_in_any_order(one, two):
+    assert identity_of(one) == identity_of(dict(reversed(one.items())))
+    assert (identity_of(one) == identity_of(two)) == (
+        json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+    )
+
+
+def test_the_state_is_never_half_written(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path, "one")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.reach("trained")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run.json").read_text())["stage"] == "started"
+    run.close()
