@@ -4,7 +4,7 @@
     python benchmarks/evaluation_scale.py --sizes quickdraw --width 512 --queries 6000
 
 For each size the full evaluation (exact ranking of the whole gallery in chunks, every
-figure of the protocol, mAP@all included) stands beside the bare score matrix product in
+metric of the protocol, mAP@all included) stands beside the bare score matrix product in
 the same chunks on the same machine, timed before and after it. Memory is the peak above
 what stands before the evaluation, features included, each size in a process of its own; on a GPU it is what lies there.
 Knows `scoring.score`; does not know real data.
@@ -38,7 +38,7 @@ CIRCO = Protocol(metrics=("mAP@5", "mAP@10", "mAP@25", "mAP@50", "R@10"), primar
 
 
 def random_benchmark(name: str, most: int, seed: int = 0) -> Benchmark:
-    """Give a benchmark of the right counts without pictures."""
+    """Return a benchmark of the right counts without images."""
     queries, gallery, classes = SIZES[name]
     queries = min(queries, most)
     draw = torch.Generator().manual_seed(seed)
@@ -71,14 +71,14 @@ def settle(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Give the largest memory so far, of this process or on the device."""
+    """Return the largest memory so far, of this process or on the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def now_mib(device: torch.device) -> float:
-    """Give the memory now, of this process (Linux alone says) or on the device."""
+    """Return the memory now, of this process (Linux alone says) or on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])

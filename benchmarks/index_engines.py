@@ -4,7 +4,7 @@
     python benchmarks/index_engines.py --sizes 10000 100000 1000000 --engines torch lance
     python benchmarks/index_engines.py --milvus milvus://127.0.0.1:19530 --milvus-data FOLDER --milvus-pid PID
 
-The vectors are clustered, of width 512: a centre for every fifty of them, the centres in
+The vectors are clustered, of width 512: a center for every fifty of them, the centers in
 clusters of their own, and a spectrum that falls off as that of real embeddings does. The
 queries are further draws. Each engine works in a process of its own on the same vectors, one
 query at a time; recall@10 is held against float32 brute force, over all rows and over the
@@ -42,7 +42,7 @@ ENGINES = (*PLAIN, "memory", "lance", "milvus")
 
 
 def clustered(count: int, centres: int, seed: int, draw: int) -> Iterator[np.ndarray]:
-    """Draw unit vectors around centres, in blocks."""
+    """Draw unit vectors around centers, in blocks."""
     shape = np.random.default_rng(seed)
     spectrum = (1 / np.sqrt(np.arange(1, WIDTH + 1))).astype(np.float32)
     spectrum /= np.linalg.norm(spectrum)
@@ -97,7 +97,7 @@ def timed(ask: Callable[[int], Sequence[int]], truth: np.ndarray) -> dict[str, f
 
 
 def with_torch(vectors: np.ndarray, groups: np.ndarray, queries: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Give brute force: one product and the largest scores."""
+    """Return brute force: one product and the largest scores."""
     start = time.perf_counter()
     matrix, asked = torch.from_numpy(np.array(vectors)), torch.from_numpy(queries)
     kept = torch.from_numpy(np.flatnonzero(groups == 3))
@@ -112,7 +112,7 @@ def with_torch(vectors: np.ndarray, groups: np.ndarray, queries: np.ndarray) -> 
 
 
 def with_faiss(vectors: np.ndarray, groups: np.ndarray, queries: np.ndarray, folder: Path) -> Iterator[dict[str, Any]]:
-    """Give FAISS: flat, and an inverted file of as many partitions and probes as the Lance engine takes."""
+    """Return FAISS: flat, and an inverted file of as many partitions and probes as the Lance engine takes."""
     import faiss  # noqa: PLC0415 - after torch: each brings its own OpenMP
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -145,7 +145,7 @@ def with_faiss(vectors: np.ndarray, groups: np.ndarray, queries: np.ndarray, fol
 def with_index(
     uri: str, vectors: np.ndarray, groups: np.ndarray, queries: np.ndarray, hows: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Give one of our engines."""
+    """Return one of our engines."""
     start = time.perf_counter()
     index = open_index(uri, dim=WIDTH, create=True)
     for at in range(0, len(vectors), BATCH):
@@ -154,7 +154,7 @@ def with_index(
         index.upsert(Rows(ids, block, {"tenth": groups[at : at + BATCH].tolist()}))
     written = time.perf_counter() - start
     if "ann" in hows:
-        index.optimise()
+        index.optimize()
     built = time.perf_counter() - start
     asked = torch.from_numpy(queries)
     for how in hows:
@@ -177,7 +177,7 @@ def with_index(
 
 
 def held(pid: int | None = None) -> float:
-    """Give what a process holds, in MiB; of this one, the most it ever held."""
+    """Return what a process holds, in MiB; of this one, the most it ever held."""
     if pid is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     status = Path(f"/proc/{pid}/status").read_text()

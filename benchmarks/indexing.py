@@ -1,12 +1,12 @@
-"""Pictures a second from files to rows, beside the bare forward of the backbone on the same pictures.
+"""Images a second from files to rows, beside the bare forward of the backbone on the same images.
 
     python benchmarks/indexing.py                                     # CLIP ViT-B/32, random weights, CPU
     python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --decoders pillow torchcodec
-    python benchmarks/indexing.py --arch tiny --pictures 5000 --side 4000
+    python benchmarks/indexing.py --arch tiny --images 5000 --side 4000
 
 Rows: the backbone's bare forward on batches that lie on its device, the whole model on them, and for each decoder
 decoding alone, in as many worker processes, and indexing from the first file to the last row (Lance where it is
-installed, else in memory), new and unchanged. A line says where Pillow's time goes. Pictures are generated JPEGs with
+installed, else in memory), new and unchanged. A line says where Pillow's time goes. Images are generated JPEGs with
 detail at all scales, so that they decode as photos do. Weights are random: time does not depend on them.
 """
 
@@ -35,14 +35,14 @@ from union_igrot.gallery.ingest.batches import Batches
 from union_igrot.gallery.ingest.codec import BatchDecoder
 from union_igrot.gallery.ingest.decode import Decoder, thumbnail_of
 from union_igrot.gallery.ingest.embed import machine_of
-from union_igrot.gallery.ingest.run import Report, Work, index_pictures
-from union_igrot.gallery.ingest.sources import list_pictures
-from union_igrot.images.decode import decode_picture
-from union_igrot.images.transforms import PictureToPixels, model_input
+from union_igrot.gallery.ingest.run import Report, Work, ingest_images
+from union_igrot.gallery.ingest.sources import list_images
+from union_igrot.images.decode import decode_image
+from union_igrot.images.transforms import ImageToPixels, model_input
 from union_igrot.models.model import IGROTModel, load_model
 
 DISTINCT = 128
-"""Pictures that are drawn; more are these again, with other bytes at the end."""
+"""Images that are drawn; more are these again, with other bytes at the end."""
 CAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -54,11 +54,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", choices=CAST)
     parser.add_argument("--batch", default=32, type=int)
     parser.add_argument("--pictures", default=256, type=int)
-    parser.add_argument("--side", default=1280, type=int, help="longer side of the pictures in pixels; 4:3")
+    parser.add_argument("--side", default=1280, type=int, help="longer side of the images in pixels; 4:3")
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 1), type=int)
     parser.add_argument("--decoders", default=["pillow"], nargs="+", choices=["pillow", "torchcodec"])
     parser.add_argument("--repeats", default=3, type=int, help="the fastest of these counts")
-    parser.add_argument("--json", default=None, help="also write the figures to this file")
+    parser.add_argument("--json", default=None, help="also write the metrics to this file")
     return parser.parse_args()
 
 
@@ -84,7 +84,7 @@ def write_pictures(folder: Path, count: int, side: int) -> int:
 
 
 def fastest(repeats: int, work: Callable[[], object], device: str) -> float:
-    """Give the seconds of the fastest of some repeats."""
+    """Return the seconds of the fastest of some repeats."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -98,11 +98,11 @@ def fastest(repeats: int, work: Callable[[], object], device: str) -> float:
 def decoded(
     model: IGROTModel, folder: Path, arguments: argparse.Namespace, decoder: str = "pillow"
 ) -> Iterator[torch.Tensor]:
-    """Decode all pictures as indexing does."""
+    """Decode all images as indexing does."""
     codec = decoder == "torchcodec"
     batches = Batches(
         Decoder(model.preprocess, None, hands_over=codec),
-        list_pictures(str(folder)).entries,
+        list_images(str(folder)).entries,
         batch_size=arguments.batch,
         workers=arguments.workers,
         pinned=arguments.device.startswith("cuda"),
@@ -112,15 +112,15 @@ def decoded(
 
 
 def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:
-    """Time the steps of decoding a picture, in this process, in milliseconds a picture."""
+    """Time the steps of decoding an image, in this process, in milliseconds an image."""
     spent = dict.fromkeys(("read and hash", "decode", "bring to the model's size", "thumbnail"), 0.0)
-    to_pixels, files = PictureToPixels(model.preprocess), sorted(folder.iterdir())[:most]
+    to_pixels, files = ImageToPixels(model.preprocess), sorted(folder.iterdir())[:most]
     for file in files:
         marks = [time.perf_counter()]
         data = file.read_bytes()
         hashlib.sha256(data).hexdigest()
         marks.append(time.perf_counter())
-        image, _ = decode_picture(io.BytesIO(data), model.preprocess.size)
+        image, _ = decode_image(io.BytesIO(data), model.preprocess.size)
         marks.append(time.perf_counter())
         to_pixels(image)
         marks.append(time.perf_counter())
@@ -132,12 +132,12 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
 
 
 def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str) -> Report:
-    """Index the pictures."""
+    """Index the images."""
     machine = machine_of(model.device, arguments.precision)
     place = folder.parent / "cache"
     work = Work(arguments.batch, arguments.workers, decoder, progress=False, cache=place, machine=machine)
     with open_index(uri, dim=model.backbone.dim, create=True) as rows:
-        return index_pictures(rows, model, list_pictures(str(folder)), work)
+        return ingest_images(rows, model, list_images(str(folder)), work)
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def tell(
     again: Report | None,
     size: int,
 ) -> None:
-    """Print the figures."""
+    """Print the metrics."""
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
     table = Table(
         title=f"{arguments.arch}, {arguments.precision}, batch {arguments.batch}, {where}, {torch.get_num_threads()} "
@@ -203,14 +203,14 @@ def tell(
         table.add_row(name, f"{rate:,.1f}", f"{spent / bare:.2f}")
         rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
     Console().print(table)
-    print("a decoder's time, ms a picture: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
+    print("a decoder's time, ms an image: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
     for name, best in reports.items():
         print(
             f"{name}: the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for "
             f"writing, decoding {best.decoding_waited:.2f} s for the model"
         )
     if again is not None:
-        print(f"run again, {again.unchanged:,} unchanged pictures took {again.seconds:.2f} s")
+        print(f"run again, {again.unchanged:,} unchanged images took {again.seconds:.2f} s")
     text = json.dumps(
         {"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows, "decoder_ms": steps}, indent=2
     )

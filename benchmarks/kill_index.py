@@ -3,7 +3,7 @@
     python benchmarks/kill_index.py
     python benchmarks/kill_index.py --kills 20 --seed 7
 
-Each writer adds, replaces and removes rows and optimises, and is stopped by kill -9. Then the
+Each writer adds, replaces and removes rows and optimizes, and is stopped by kill -9. Then the
 index is opened: no row whose write had returned may be lost, none be there twice, none broken.
 The work is that of the slow test in tests/index.
 """

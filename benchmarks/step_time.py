@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --arch ViT-L-14 --device cuda --precision bf16 --batch 32
 
 Rows: the backbone's bare forward (images and texts of a batch), a training step that encodes
-everything, one on features encoded before, a gallery batch. Weights are random and pictures
+everything, one on features encoded before, a gallery batch. Weights are random and images
 are noise: time does not depend on them. Knows neither data nor files; says nothing of quality.
 """
 
@@ -37,10 +37,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--arch", default="ViT-B-32", choices=open_clip.list_models(), metavar="NAME")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--precision", default="fp32", choices=DTYPES)
-    parser.add_argument("--batch", default=16, type=int, help="samples of a step, pictures of a gallery batch")
+    parser.add_argument("--batch", default=16, type=int, help="samples of a step, images of a gallery batch")
     parser.add_argument("--steps", default=5, type=int, help="timed repeats; the fastest counts")
     parser.add_argument("--warmup", default=2, type=int, help="repeats before the clock runs")
-    parser.add_argument("--json", default=None, help="also write the figures to this file")
+    parser.add_argument("--json", default=None, help="also write the metrics to this file")
     return parser.parse_args()
 
 
@@ -71,7 +71,7 @@ def measure(planned: dict[str, Callable[[], object]], arguments: argparse.Namesp
 
 
 def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[Callable[[], object], int, int]]:
-    """Give the pieces of work, each with the images and the texts that it encodes."""
+    """Return the pieces of work, each with the images and the texts that it encodes."""
     batch, device = arguments.batch, arguments.device
     size = model.preprocess.size
     images, targets = torch.randn(2, batch, 3, size, size, device=device)

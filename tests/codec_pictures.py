@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing, data_entry
-from union_igrot.gallery.ingest.run import Work, index_pictures
+from union_igrot.gallery.ingest.run import Work, ingest_images
 from union_igrot.models.model import load_model
 
 QUIET = Work(batch_size=4, workers=0, progress=False)
@@ -32,7 +32,7 @@ def jpeg(image, **options):
 def indexed(entries, decoder, model=None, **changed):
     model = model or load_model("tiny")
     index = MemoryIndex(model.backbone.dim)
-    report = index_pictures(index, model, Listing("here", entries), replace(QUIET, decoder=decoder, **changed))
+    report = ingest_images(index, model, Listing("here", entries), replace(QUIET, decoder=decoder, **changed))
     return report, index
 
 

@@ -1,6 +1,6 @@
 """Files as no folder should hold them: broken, odd and malicious ones, and what has to become of each.
 
-Every sound picture shows the same four quarters, bright to dark from the left top by rows, however it is
+Every sound image shows the same four quarters, bright to dark from the left top by rows, however it is
 stored. Knows formats. Does not know what is tested with it.
 """
 
@@ -116,7 +116,7 @@ def cmyk(number: int) -> bytes:
 def palette(number: int) -> bytes:
     if number % 2:
         return saved(upright(number).quantize(64), "GIF")
-    # One colour of the palette is transparent, and does not occur.
+    # One color of the palette is transparent, and does not occur.
     image = upright(number).quantize(64)
     return saved(image, "PNG", transparency=255)
 
@@ -221,7 +221,7 @@ def hostile_folder(root: Path, files: int) -> dict[str, Fate]:
 
 
 def is_upright(thumbnail: bytes) -> bool:
-    """Whether a small picture shows the quarters as they should be."""
+    """Whether a small image shows the quarters as they should be."""
     with Image.open(io.BytesIO(thumbnail)) as image:
         grey = np.asarray(image.convert("L")).astype(int)
     high, wide = (side // 2 for side in grey.shape)

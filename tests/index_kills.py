@@ -1,9 +1,9 @@
 """`union-index` killed at random moments, again and again, and its rows held against the folder.
 
-Before each start the folder changes: pictures are added, replaced, renamed, copied, touched and removed. The
+Before each start the folder changes: images are added, replaced, renamed, copied, touched and removed. The
 command is killed with SIGKILL (its decoding workers are left to themselves) at a random time, or just after a
 random number of writes to the index. While it runs, the index is opened and searched without a pause. Every few
-kills it is left to its end; then each picture has one row with its hash and its own embedding, and there is no
+kills it is left to its end; then each image has one row with its hash and its own embedding, and there is no
 other row. Knows files, processes and rows.
 """
 
@@ -29,7 +29,7 @@ from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.ingest import keep
 
 ROWS = 32
-"""Pictures of one write to the index, so that there are many moments between two."""
+"""Images of one write to the index, so that there are many moments between two."""
 EVERY = 5
 """Kills between two runs that are left to their end."""
 PATIENCE = 120.0
@@ -42,14 +42,14 @@ def indexing(settings: list[str]) -> None:
 
 
 class Folder:
-    """Pictures that change."""
+    """Images that change."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.random, self.made = root, random.Random(seed), 0
         root.mkdir()
 
     def add(self, count: int) -> None:
-        """Write new pictures, one in twenty broken."""
+        """Write new images, one in twenty broken."""
         for _ in range(count):
             self.made += 1
             (self.root / f"{self.made:05d}.jpg").write_bytes(self._content())
@@ -75,7 +75,7 @@ class Folder:
                 path.unlink()
 
     def files(self) -> list[Path]:
-        """Name the pictures."""
+        """Name the images."""
         return sorted(self.root.iterdir())
 
     def _content(self) -> bytes:
@@ -194,7 +194,7 @@ def kill_many(
     Args:
         place: An empty folder.
         kills: How often the command is killed while it is at work.
-        pictures: Pictures at the beginning.
+        images: Images at the beginning.
         seed: Decides what changes, and when the command is killed.
         workers: Its decoding processes.
 
@@ -202,7 +202,7 @@ def kill_many(
         How many kills came before and after its first write, and how often it was started to be killed.
 
     Raises:
-        AssertionError: At the first difference between rows and pictures.
+        AssertionError: At the first difference between rows and images.
     """
     trial = Trial(place, seed, workers)
     trial.folder.add(pictures)

@@ -1,4 +1,4 @@
-"""A folder of pictures, an index and a model that counts, for tests of indexing."""
+"""A folder of images, an index and a model that counts, for tests of indexing."""
 
 import hashlib
 import io
@@ -13,15 +13,15 @@ from PIL import Image
 from small_world import trainable
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.ingest.entries import Listing
-from union_igrot.gallery.ingest.run import Work, index_pictures
-from union_igrot.gallery.ingest.sources import list_pictures
-from union_igrot.images.transforms import picture_batch
+from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.sources import list_images
+from union_igrot.images.transforms import image_batch
 
 QUIET = Work(batch_size=4, workers=0, progress=False)
 
 
 def picture(seed, size=(12, 10)):
-    """Bytes of a picture of noise."""
+    """Bytes of an image of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -35,7 +35,7 @@ def fill(folder, names):
 
 
 class World:
-    """A folder of pictures, an index, a model that counts, and what stands in the rows."""
+    """A folder of images, an index, a model that counts, and what stands in the rows."""
 
     def __init__(self, folder, kind):
         self.pictures = folder / "pictures"
@@ -49,8 +49,8 @@ class World:
 
     def run(self, images=None, **changed):
         self.backbone.image_batches.clear()
-        listing = images if isinstance(images, Listing) else list_pictures(str(images or self.pictures))
-        return index_pictures(self.index, self.model, listing, replace(QUIET, **changed))
+        listing = images if isinstance(images, Listing) else list_images(str(images or self.pictures))
+        return ingest_images(self.index, self.model, listing, replace(QUIET, **changed))
 
     @property
     def embedded(self):
@@ -66,7 +66,7 @@ class World:
         return found
 
     def check(self, broken=()):
-        """Hold the rows against the folder, picture by picture."""
+        """Hold the rows against the folder, image by image."""
         rows = self.rows()
         files = [path for path in self.pictures.rglob("*") if path.is_file() and path.name not in broken]
         assert set(rows) == {str(path) for path in files}
@@ -78,7 +78,7 @@ class World:
             assert row["hash"] == hashlib.sha256(data).hexdigest()[:32]
             assert (row["size"], row["mtime"]) == (len(data), path.stat().st_mtime_ns)
             with torch.inference_mode():
-                alone = self.model.embed_gallery(picture_batch([path], self.model.preprocess))[0]
+                alone = self.model.embed_gallery(image_batch([path], self.model.preprocess))[0]
             torch.testing.assert_close(vector, alone)
             with Image.open(io.BytesIO(row["thumbnail"])) as small:
                 small.load()

@@ -1,4 +1,4 @@
-"""A gallery of twelve pictures of noise, and a slow, literal ranking of them."""
+"""A gallery of twelve images of noise, and a slow, literal ranking of them."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from PIL import Image
 from small_world import Noise
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import Answers
-from union_igrot.images.transforms import picture_batch
+from union_igrot.images.transforms import image_batch
 
 COUNT = 12
 
@@ -29,13 +29,13 @@ def filled(model) -> Gallery:
 
 @torch.inference_mode()
 def embedded(model, numbers, texts=None) -> torch.Tensor:
-    return model.embed_queries(picture_batch([picture(n) for n in numbers], model.preprocess), texts)
+    return model.embed_queries(image_batch([picture(n) for n in numbers], model.preprocess), texts)
 
 
 @torch.inference_mode()
 def ranked(model, query, numbers=range(COUNT)) -> list[tuple[str, float]]:
-    """Every picture's score with a query, one by one, best first."""
-    rows = model.embed_gallery(picture_batch([picture(n) for n in numbers], model.preprocess))
+    """Every image's score with a query, one by one, best first."""
+    rows = model.embed_gallery(image_batch([picture(n) for n in numbers], model.preprocess))
     scores = [(f"p{number}", float(query @ row)) for number, row in zip(numbers, rows, strict=True)]
     return sorted(scores, key=lambda pair: -pair[1])
 

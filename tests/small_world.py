@@ -30,10 +30,10 @@ WORDS = ("red", "blue", "large", "small", "remove", "the", "square", "night")
 
 @final
 class LinearBackbone(Backbone):
-    """Linear on flattened 8 x 8 pictures, a table of hashed words; counts what it is asked.
+    """Linear on flattened 8 x 8 images, a table of hashed words; counts what it is asked.
 
     Attributes:
-        image_batches: Size of each batch of pictures.
+        image_batches: Size of each batch of images.
         text_batches: Texts of each batch.
     """
 
@@ -50,7 +50,7 @@ class LinearBackbone(Backbone):
         self.freeze()
 
     def encode_image(self, images: Tensor) -> Features:
-        """Five tokens: the whole picture, then every second row."""
+        """Five tokens: the whole image, then every second row."""
         self.image_batches.append(len(images))
         pooled = images.flatten(1) @ self.pixels
         strips = images[:, :, ::2].transpose(1, 2).flatten(2) @ self.rows
@@ -76,7 +76,7 @@ class LinearBackbone(Backbone):
 
 @dataclass(frozen=True)
 class Noise:
-    """A picture of seeded noise: of its group's pattern, more or less."""
+    """An image of seeded noise: of its group's pattern, more or less."""
 
     number: int
     group: int = 0

@@ -213,7 +213,7 @@ def test_every_experiment_is_composed_and_its_heads_are_built(path):
     assert small.model.projector == config.model.projector
     model = assemble.new_model(small, {})
     assert (model.fusion.kind, model.target.kind) == ("transagg", config.target.kind)
-    assert "Published" in path.read_text() or "No published figure" in path.read_text()
+    assert "Published" in path.read_text() or "No published result" in path.read_text()
 
 
 def test_every_head_that_can_be_built_is_an_option():

@@ -1,4 +1,4 @@
-"""On a GPU everything comes out as on a CPU: rankings, features, figures, trainings, rows of an index."""
+"""On a GPU everything comes out as on a CPU: rankings, features, metrics, trainings, rows of an index."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_reference import HERE, TEXTS, golden_pictures, golden_state
+from test_reference import HERE, TEXTS, golden_images, golden_state
 from torch.nn.functional import normalize
 
 from codec_pictures import PICTURES, entries_of, indexed
@@ -23,9 +23,9 @@ from union_igrot.features.extractor import Encoder
 from union_igrot.features.store import FeatureStore
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import data_entry
-from union_igrot.gallery.ingest.run import Work, index_pictures
-from union_igrot.gallery.ingest.sources import list_pictures
-from union_igrot.images.transforms import picture_batch
+from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.sources import list_images
+from union_igrot.images.transforms import image_batch
 from union_igrot.models.model import load_model
 from union_igrot.models.precision import full_precision
 from union_igrot.models.reference import load_reference_checkpoint
@@ -80,7 +80,7 @@ def test_scores_are_float32_whatever_the_settings():
 def test_the_embedded_model_embeds_the_same():
     world = shapes_cir("val", 40)
     here, there = load_model("tiny"), load_model("tiny").to("cuda")
-    images = picture_batch([query.image for query in world.queries], here.preprocess)
+    images = image_batch([query.image for query in world.queries], here.preprocess)
     texts = [query.text for query in world.queries]
     with torch.inference_mode(), full_precision(torch.device("cuda")):
         for one in (images, images.cuda()):
@@ -91,7 +91,7 @@ def test_the_embedded_model_embeds_the_same():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_features_and_figures_are_the_same_in_every_arithmetic(tmp_path, precision):
-    """Half precision may change a feature by a percent; figures of 40 queries then stay close."""
+    """Half precision may change a feature by a percent; metrics of 40 queries then stay close."""
     found = {}
     for device in ("cpu", "cuda"):
         model = load_model("tiny").to(device)
@@ -169,7 +169,7 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, nea
         index = MemoryIndex(model.backbone.dim)
         chosen = decoder if device == "cuda" else "pillow"
         work = Work(batch_size=16, workers=2, decoder=chosen, progress=False, machine=machine)
-        report = index_pictures(index, model, list_pictures(str(pictures)), work)
+        report = ingest_images(index, model, list_images(str(pictures)), work)
         assert report.added == report.embedded == len(index) > 40
         rows = index.fetch(sorted(str(path) for path in pictures.iterdir()))
         found[device] = rows.vectors
@@ -178,7 +178,7 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, nea
 
 
 def test_the_gpus_own_decoder_takes_what_the_cpus_takes():
-    """Turned, grey, progressive, cut off: the same sizes and nearly the same pixels, the same reasons."""
+    """Turned, gray, progressive, cut off: the same sizes and nearly the same pixels, the same reasons."""
     pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
     entries = [*entries_of(**PICTURES), data_entry("cut", PICTURES["large"][:-500])]
     found = {}
@@ -197,7 +197,7 @@ def test_an_encoder_is_tuned_on_a_gpu():
     model = load_model("tiny").to("cuda")
     model.tune(("image", "text"))
     world = shapes_cir("val", 8)
-    images = picture_batch([query.image for query in world.queries], model.preprocess).cuda()
+    images = image_batch([query.image for query in world.queries], model.preprocess).cuda()
     with torch.autocast("cuda", torch.bfloat16):
         queries = model.embed_queries(images, [query.text for query in world.queries])
         loss = InfoNCE()(queries, model.embed_gallery(images), torch.arange(8, device="cuda"))
@@ -209,7 +209,7 @@ def test_an_encoder_is_tuned_on_a_gpu():
 def test_the_published_model_is_itself_on_a_gpu():
     """The golden values of the reference model on seeded weights, which the CPU meets to 1e-5."""
     model = load_reference_checkpoint(golden_state("mini"), model="base", target="union").to("cuda")
-    images, targets = (pictures.cuda() for pictures in golden_pictures("mini"))
+    images, targets = (pictures.cuda() for pictures in golden_images("mini"))
     found = {
         "query": model.embed_queries(images, list(TEXTS)),
         "union_target": model.embed_gallery(targets),

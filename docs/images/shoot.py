@@ -1,4 +1,4 @@
-"""The pictures of the demo in README and documentation, taken of the real page.
+"""The images of the demo in README and documentation, taken of the real page.
 
 union-demo &
 python docs/images/shoot.py http://127.0.0.1:7860
@@ -31,7 +31,7 @@ def settled(page: Page) -> None:
 
 
 def walk(page: Page, *, compare: bool) -> None:
-    """Draw a star, search, pick an answer, mark another, ask for another colour."""
+    """Draw a star, search, pick an answer, mark another, ask for another color."""
     box = page.locator("#pad canvas").bounding_box()
     assert box is not None
     for at, (x, y) in enumerate(STAR):
@@ -54,16 +54,16 @@ def walk(page: Page, *, compare: bool) -> None:
 
 
 def kept(shot: bytes) -> bytes:
-    """Pack a picture as tightly as it can be without changing a pixel."""
+    """Pack an image as tightly as it can be without changing a pixel."""
     file = io.BytesIO()
     Image.open(io.BytesIO(shot)).convert("RGB").save(file, "WEBP", lossless=True, quality=100, method=6)
     if file.tell() > LIMIT:
-        raise SystemExit(f"a picture of {file.tell():,} bytes is above the limit of {LIMIT:,}; make its window smaller")
+        raise SystemExit(f"an image of {file.tell():,} bytes is above the limit of {LIMIT:,}; make its window smaller")
     return file.getvalue()
 
 
 def main(address: str) -> None:
-    """Take all pictures."""
+    """Take all images."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])

@@ -29,7 +29,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "load_benchmark": ("datasets.registry", "load_benchmark"),
     "load_reference_checkpoint": ("models.reference", "load_reference_checkpoint"),
     "load_training": ("datasets.registry", "load_training"),
-    "picture_batch": ("images.transforms", "picture_batch"),
+    "image_batch": ("images.transforms", "image_batch"),
     "rank": ("evaluation.exact", "exact_topk"),
     "shapes_cir": ("synthetic.shapes", "shapes_cir"),
     "shapes_sbir": ("synthetic.shapes", "shapes_sbir"),

@@ -20,8 +20,8 @@ class DataError(UnionError):
     """An annotation file, a list or a folder is not what its format says."""
 
 
-class PictureError(UnionError):
-    """A picture is missing, unreadable or truncated; the message names the file."""
+class ImageError(UnionError):
+    """An image is missing, unreadable or truncated; the message names the file."""
 
 
 class CheckpointError(UnionError):
@@ -29,6 +29,6 @@ class CheckpointError(UnionError):
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of what another library said."""
+    """Return the first line of what another library said."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -21,12 +21,12 @@ class _Rate(ProgressColumn):
     """Items a second since the start."""
 
     def render(self, task: Task) -> Text:
-        """Give the rate, or nothing before the first item."""
+        """Return the rate, or nothing before the first item."""
         return Text("" if not task.speed else f"{task.speed:,.0f}/s", style="progress.data.speed")
 
 
 def progress_bar(*, shown: bool = True) -> Progress:
-    """Give a bar with counts, rate, time passed and time left; use it as a context manager.
+    """Return a bar with counts, rate, time passed and time left; use it as a context manager.
 
     Args:
         shown: False keeps silent; so does it where nobody looks, in a file or a pipe.

@@ -1,7 +1,7 @@
 """The vocabulary of the house: queries, galleries, benchmarks, features, scores.
 
 Plain frozen values that every other room speaks. Does not know how a file is read,
-how a picture is encoded or how a figure is computed.
+how an image is encoded or how a metric is computed.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ PrecisionCut = Literal["k", "relevant", "attainable"]
 
 
 @runtime_checkable
-class Picture(Interface):
-    """A picture that is not simply a file: generated, cropped, held in memory.
+class LazyImage(Interface):
+    """An image that is not simply a file: generated, cropped, held in memory.
 
     Attributes:
-        key: Identity. Two pictures with equal keys have equal pixels.
+        key: Identity. Two images with equal keys have equal pixels.
     """
 
     @property
@@ -40,12 +40,12 @@ class Picture(Interface):
         ...
 
     def open(self) -> Image.Image:
-        """Give the decoded picture in RGB mode."""
+        """Return the decoded image in RGB mode."""
         ...
 
 
-Source = Path | Picture
-"""Where a picture comes from, a file or a `Picture`."""
+ImageSource = Path | LazyImage
+"""Where an image comes from, a file or a `LazyImage`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Query:
     """
 
     id: str
-    image: Source
+    image: ImageSource
     text: str | tuple[str, ...] | None = None
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -81,41 +81,41 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class GalleryItem:
-    """One picture that can be an answer.
+    """One image that can be an answer.
 
     Attributes:
         id: Unique within its gallery.
-        image: The picture.
+        image: The image.
         label: Its class, or None.
         caption: A text shown to people; never given to a model.
     """
 
     id: str
-    image: Source
+    image: ImageSource
     label: str | None = None
     caption: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How a benchmark is scored; printed beside every figure.
+    """How a benchmark is scored; printed beside every metric.
 
     Attributes:
         name: Name of the preset, `official` unless another convention was chosen.
-        metrics: Names of the figures, `R@k`, `Rs@k` (subset), `P@k`, `mAP`, `mAP@k`.
-        primary: The figure by which models are compared and chosen; one of `metrics`.
+        metrics: Names of the metrics, `R@k`, `Rs@k` (subset), `P@k`, `mAP`, `mAP@k`.
+        primary: The metric by which models are compared and chosen; one of `metrics`.
         exclude_reference: Whether the queries' `exclude` ids leave the ranking.
         ap_norm: Divisor of average precision: `min(k, R)`, `hits` in the top k, or `all` R.
         ap_rule: Area rule of average precision.
         average: Mean over queries (`micro`) or mean of the classes' means (`macro`).
         ties: How equal scores are ordered.
-        note: Anything else a reader of the figure has to know.
+        note: Anything else a reader of the metric has to know.
         recall: `R@k` is 1 where any target is found, or the `fraction` of the targets found.
         recall_targets: Whether `R@k` looks for `all` targets, or the `first` of each query alone (CIRCO).
         precision_cut: What `P@k` divides by: `k`, see `metrics.functional.precision_at_k`.
         candidates: What is ranked: the whole `gallery`, or each query's own `subset` (GeneCIS).
         unanswered: Whether a query without any target is left out (`omit`) or counts as 0 (`zero`).
-        means: Further figures, each the mean of the named ones, such as `("R@5", "Rs@1")` for CIRR.
+        means: Further metrics, each the mean of the named ones, such as `("R@5", "Rs@1")` for CIRR.
         prompt: The template of the queries' texts, by name or written out.
     """
 
@@ -174,7 +174,7 @@ class Benchmark:
         if not self.queries:
             raise DataError(f"{where}: there is no query; choose another split or add some")
         if not self.gallery:
-            raise DataError(f"{where}: the gallery is empty; choose another split or add pictures")
+            raise DataError(f"{where}: the gallery is empty; choose another split or add images")
         known = {item.id for item in self.gallery}
         if len(known) != len(self.gallery):
             raise DataError(f"{where}: a gallery id stands twice among {len(self.gallery)} items")
@@ -201,7 +201,7 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """One training sample: a query and one picture that answers it.
+    """One training sample: a query and one image that answers it.
 
     Attributes:
         image: The reference photo or the sketch.
@@ -212,9 +212,9 @@ class Triplet:
         task: `cir` or `sbir`. A batch holds samples of one task.
     """
 
-    image: Source
+    image: ImageSource
     text: str | None
-    target: Source
+    target: ImageSource
     group: str
     task: Task
 
@@ -226,7 +226,7 @@ class TrainingSet:
     Attributes:
         name: Name of the data.
         triplets: The samples.
-        classes: Names of the classes seen, for the overlap check of zero-shot figures.
+        classes: Names of the classes seen, for the overlap check of zero-shot metrics.
         skipped: How many items were left out on request.
     """
 
@@ -238,14 +238,14 @@ class TrainingSet:
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """How a picture becomes a tensor; a value that two parties can compare.
+    """How an image becomes a tensor; a value that two parties can compare.
 
     Attributes:
         size: Height and width of the result in pixels.
         mean: Channel means, subtracted after scaling to 0..1.
         std: Channel standard deviations, divided by.
         fit: `squash` resizes both sides, `crop` resizes the short side and cuts the
-            centre, `pad` first pads a picture longer than `pad_ratio` to that ratio.
+            center, `pad` first pads an image longer than `pad_ratio` to that ratio.
         interpolation: Filter of the resize.
         pad_ratio: Longest allowed side ratio under `pad` (1.25 in TransAgg's code).
     """
@@ -258,14 +258,14 @@ class Preprocess:
     pad_ratio: float = 1.25
 
     def fingerprint(self) -> str:
-        """Give a short hash of every setting."""
+        """Return a short hash of every setting."""
         text = repr([(f.name, getattr(self, f.name)) for f in fields(self)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a frozen backbone says of a batch of pictures or texts, not normalised.
+    """What a frozen backbone says of a batch of images or texts, not normalized.
 
     Attributes:
         pooled: The embedding of each item in the joint space.
@@ -303,12 +303,12 @@ class Features:
 
 @dataclass(frozen=True)
 class Batch:
-    """Training samples of one task, as pictures and texts or as their features.
+    """Training samples of one task, as images and texts or as their features.
 
     Attributes:
-        images: Reference pictures, preprocessed or already encoded.
+        images: Reference images, preprocessed or already encoded.
         texts: What to change; an entry may be None.
-        targets: Target pictures, preprocessed or already encoded.
+        targets: Target images, preprocessed or already encoded.
         groups: Identity of each target's content; equal groups are not negatives.
     """
 
@@ -333,7 +333,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures of one method on one benchmark, query by query.
+    """The metrics of one method on one benchmark, query by query.
 
     Attributes:
         values: For each metric's name one value a query, 0..1; nan where the metric is
@@ -350,13 +350,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Some queries or gallery pictures of a benchmark.
+    """Some queries or gallery images of a benchmark.
 
     Attributes:
         benchmark: Which of the benchmarks in use.
         side: `queries` or `gallery`.
         positions: Their positions on that side.
-        images: Pictures, preprocessed or already encoded.
+        images: Images, preprocessed or already encoded.
         texts: The queries' texts; None for a gallery.
     """
 

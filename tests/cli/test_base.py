@@ -1,4 +1,4 @@
-"""The paper's smaller model from the command line: ViT-B/32 with seeded weights on a folder of pictures."""
+"""The paper's smaller model from the command line: ViT-B/32 with seeded weights on a folder of images."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`union-check` on official files without pictures, on complete small ones, and on nothing."""
+"""`union-check` on official files without images, on complete small ones, and on nothing."""
 
 from pathlib import Path
 

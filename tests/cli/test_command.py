@@ -80,12 +80,12 @@ def test_each_job_of_a_sweep_is_run(elsewhere):
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
 def test_a_mistake_found_late_is_one_line_too(elsewhere, capsys, sweep):
     def task(*_: object) -> None:
-        raise DataError("folder x: nothing there; add pictures")
+        raise DataError("folder x: nothing there; add images")
 
     with pytest.raises(SystemExit) as stopped:
         run_command("eval", task, [*sweep, "seed=1"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "union-eval: folder x: nothing there; add pictures\n"
+    assert capsys.readouterr().err == "union-eval: folder x: nothing there; add images\n"
 
 
 def test_a_bug_is_not_dressed_up_as_a_mistake(elsewhere, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_reference import TEXTS, golden_pictures, golden_state
+from test_reference import TEXTS, golden_images, golden_state
 from test_reference_blip import blip_state, tiny_blip, words_file
 
 import union_igrot
@@ -22,7 +22,7 @@ def mini(tmp_path_factory):
 
 @torch.no_grad()
 def equal(one, other, texts=TEXTS):
-    images, targets = golden_pictures("mini")
+    images, targets = golden_images("mini")
     assert one.embed_queries(images, list(texts)).equal(other.embed_queries(images, list(texts)))
     assert one.embed_gallery(targets).equal(other.embed_gallery(targets))
 
@@ -37,7 +37,7 @@ def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, t
     convert([f"checkpoint={mini}", "model=base", f"target={target}", "mask=legacy", f"output_dir={folder}"])
     said = capsys.readouterr().out
     assert f'union_igrot.load("{folder}")' in said
-    assert "pictures of 32" in said
+    assert "images of 32" in said
     wanted = load_reference_checkpoint(mini, target=target.removesuffix("_reference"), mask="legacy")
     found = union_igrot.load(folder)
     assert found.describe() == wanted.describe()
@@ -86,7 +86,7 @@ def test_vit_b_32_is_converted_and_loaded(tmp_path):
     convert([f"checkpoint={tmp_path / 'authors.pth'}", f"output_dir={tmp_path / 'out'}"])
     found, wanted = union_igrot.load(tmp_path / "out"), load_reference_checkpoint(tmp_path / "authors.pth")
     assert found.fingerprint() == wanted.fingerprint()
-    images, _ = golden_pictures("clip_base")
+    images, _ = golden_images("clip_base")
     with torch.no_grad():
         assert found.embed_queries(images, list(TEXTS)).equal(wanted.embed_queries(images, list(TEXTS)))
 

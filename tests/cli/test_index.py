@@ -42,7 +42,7 @@ def ids(uri):
 
 def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     fill(tmp_path / "it's, [mine]", 12)
-    (tmp_path / "it's, [mine]" / "notes.txt").write_text("no picture")
+    (tmp_path / "it's, [mine]" / "notes.txt").write_text("no image")
     uri = tmp_path / "photos, all.lance"
     settings = [f"images={tmp_path / chr(39)}".replace("'", "it's, [mine]"), f"index={uri}", *CPU]
     main(settings)
@@ -50,7 +50,7 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     assert f"{uri}: 12 rows; 12 added, 0 updated, 0 unchanged, 0 removed, 1 skipped" in said.out
     assert "12 embedded, 0 took a vector that was there;" in said.out
     assert "pictures/s" in said.out
-    assert "notes.txt: no known picture format" in said.out
+    assert "notes.txt: no known image format" in said.out
     assert said.err == ""
     (tmp_path / "it's, [mine]" / "0000.png").unlink()
     main(settings)
@@ -73,13 +73,13 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
         ({"on_broken": "cry"}, "give one of skip, fail"),
         ({"batch_size": "0"}, "at least 1"),
         ({"image": "x"}, "is not a setting"),
-        ({"on_broken": "fail"}, "notes.txt: no known picture format; replace it"),
+        ({"on_broken": "fail"}, "notes.txt: no known image format; replace it"),
     ],
 )
 def test_a_mistake_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, changed, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    (tmp_path / "pictures" / "notes.txt").write_text("no image")
     settings = {"images": "pictures", "index": "photos.lance", **changed}
     own = [one for one in CPU if one.partition("=")[0] not in changed]
     with pytest.raises(SystemExit) as ended:
@@ -108,9 +108,9 @@ def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     fill(tmp_path / "pictures", 4)
     uri = str(tmp_path / "photos.lance")
     main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
-    main([f"index={uri}", f"remove=source = '{tmp_path}/pictures' and size is null"])
+    main([f"index={uri}", f"remove=source = '{tmp_path}/images' and size is null"])
     assert f"{uri}: 4 rows; 0 removed" in capsys.readouterr().out
-    main([f"index={uri}", f"remove=source = '{tmp_path}/pictures'"])
+    main([f"index={uri}", f"remove=source = '{tmp_path}/images'"])
     assert f"{uri}: 0 rows; 4 removed" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([f"index={uri}", "remove=sauce = 'x'"])
@@ -141,7 +141,7 @@ def test_a_second_process_is_refused_by_one_line(tmp_path, capsys):
         main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"union-index: another process is putting pictures into {uri}; wait for its end" in said
+    assert f"union-index: another process is putting images into {uri}; wait for its end" in said
     assert len(said.splitlines()) == 1
 
 
@@ -188,7 +188,7 @@ def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_pictures_exactly(tmp_path):
-    """1,003 pictures, some of them equal, over two processes: none missing, none doubled, none embedded twice."""
+    """1,003 images, some of them equal, over two processes: none missing, none doubled, none embedded twice."""
     fill(tmp_path / "pictures", 1000)
     for number in range(3):
         (tmp_path / "pictures" / f"copy {number}.png").write_bytes((tmp_path / "pictures" / "0007.png").read_bytes())

@@ -63,7 +63,7 @@ def test_another_evaluations_figures_can_be_shown(small_run: Run, sent, tmp_path
         (["repo=shapes"], "shapes is no name on the hub; give owner/name"),
         (["checkpoint=empty"], "is not a saved model"),
         (["license=mit"], "give results=results.json along with it"),
-        (["results=empty"], "results.json holds no figures"),
+        (["results=empty"], "results.json holds no metrics"),
         (["private=perhaps"], "private=perhaps is not allowed"),
     ],
 )

@@ -45,7 +45,7 @@ def test_rankings_of_another_method_are_shown_even_without_pictures(tmp_path):
     settings = ["data=circo", f"data.root={tmp_path / 'data'}", "data.check_images=false", "progress=false"]
     evaluate([*settings, f"predictions={tmp_path / 'answers.json'}", f"output_dir={tmp_path / 'out'}"])
     text = page_of(tmp_path / "out")
-    assert "the picture cannot be opened" in text
+    assert "the image cannot be opened" in text
     assert "<img" not in text
     assert "answers.json" in text
 
@@ -79,5 +79,5 @@ def test_each_kind_of_benchmark_has_a_section_and_its_pictures(name, tmp_path):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     for benchmark in {row["benchmark"] for row in rows}:
         assert f"{benchmark} · " in text
-    assert "the picture cannot be opened" not in text
+    assert "the image cannot be opened" not in text
     assert text.count("<img") > 20

@@ -16,7 +16,7 @@ from union_igrot.cli import search as command
 from union_igrot.cli.config import compose
 from union_igrot.cli.search import LITERAL, SEVERAL, main as search
 from union_igrot.cli.typed import as_typed
-from union_igrot.errors import CheckpointError, DataError, PictureError, UnionError
+from union_igrot.errors import CheckpointError, DataError, ImageError, UnionError
 from union_igrot.gallery import gallery as room
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.query_files import read_queries
@@ -130,12 +130,12 @@ def test_nothing_found_is_said_and_has_a_code_of_its_own(gallery, capsys):
 MISTAKES = [
     ([], "nothing is asked"),
     (["disliked=p1"], "nothing is asked"),
-    (["image=not there.png"], "not there.png: the picture is missing"),
+    (["image=not there.png"], "not there.png: the image is missing"),
     (["image="], "image"),
     (["text=red", "k=0"], "k=0"),
     (["text=red", "search=quick"], "search=quick"),
     (["text=red", "search=ann"], "no approximate index"),
-    (["text=red", "where=colour = 'red'"], "no column 'colour'"),
+    (["text=red", "where=color = 'red'"], "no column 'color'"),
     (["text=red", "where=year >"], "cannot be read"),
     (["text=red", "liked=p99"], "p99"),
     (["text=red", "queries=q.csv"], "text= and queries= are both given"),
@@ -255,7 +255,7 @@ def test_queries_from_a_table(gallery, deep, capsys):
 )
 def test_a_wrong_line_is_named(tmp_path, name, text, part):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises((DataError, PictureError)) as caught:
+    with pytest.raises((DataError, ImageError)) as caught:
         read_queries(tmp_path / name)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -44,9 +44,9 @@ def row_of(value):
 
 
 def job(config, fresh):
-    """Write one figure; job 1 fails, and what stood in the sweep's folder before is looked at."""
+    """Write one metric; job 1 fails, and what stood in the sweep's folder before is looked at."""
     if config.seed == 1:
-        raise DataError("nothing there; add pictures")
+        raise DataError("nothing there; add images")
     fresh.mkdir(parents=True, exist_ok=True)
     (fresh / "results.json").write_text(json.dumps([row_of(float(config.seed))]))
     return fresh
@@ -64,8 +64,8 @@ def test_a_failed_job_loses_no_other_and_the_table_grows_job_by_job(place, capsy
         run_command("eval", watched, ["-m", "seed=range(4)"])
     assert stopped.value.code == 2
     said = capsys.readouterr()
-    assert said.err == "union-eval: nothing there; add pictures\n"
-    assert "job 1 (seed=1) failed: nothing there; add pictures" in said.out
+    assert said.err == "union-eval: nothing there; add images\n"
+    assert "job 1 (seed=1) failed: nothing there; add images" in said.out
     assert "3 of 4 jobs done" in said.out
     assert seen == [0, 2, 2, 3]
     folder = swept(place)

@@ -1,6 +1,6 @@
-"""Small data sets in the benchmarks' official formats, made up for the tests.
+"""Small datasets in the benchmarks' official formats, made up for the tests.
 
-Each function of `WRITERS` writes one data set under a folder, with pictures on request, and gives the keyword
+Each function of `WRITERS` writes one dataset under a folder, with images on request, and gives the keyword
 arguments under which `load_benchmark` reads it. Does not know what a reader makes of it.
 """
 
@@ -30,7 +30,7 @@ def write_lines(root, path, lines):
 
 
 def write_pictures(root, paths):
-    """Write tiny pictures of one colour and a bar each, which follow from the path."""
+    """Write tiny images of one color and a bar each, which follow from the path."""
     for path in paths:
         file = Path(root) / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def genecis(root, pictures=True):
                 "reference": item(at),
                 "target": item(at + 1),
                 "gallery": [item(at + 2 + place) for place in range(count - 1)],
-                "condition": f"colour {at}",
+                "condition": f"color {at}",
             }
             for at in range(4)
         ]

@@ -9,7 +9,7 @@ import official
 import pytest
 
 from union_igrot.datasets.registry import load_benchmark, load_training, parts
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 
 ANNOTATIONS = Path(__file__).parents[2] / "../shared/data/annotations"
 
@@ -111,7 +111,7 @@ def test_every_picture_of_the_official_layout_is_found(name, tmp_path):
 def test_missing_pictures_are_one_error(name, tmp_path):
     options = official.WRITERS[name](tmp_path, pictures=False)[0]
     with pytest.raises(
-        PictureError, match=r"is missing; .* (\d+) of \1 pictures are missing: .*check_images=False"
+        ImageError, match=r"is missing; .* (\d+) of \1 images are missing: .*check_images=False"
     ) as error:
         read(name, tmp_path, **options)
     assert "\n" not in str(error.value)
@@ -121,13 +121,13 @@ def test_missing_pictures_are_one_error(name, tmp_path):
 def test_one_missing_picture_is_named(tmp_path):
     official.cirr(tmp_path)
     (tmp_path / "dev/val-3-0-img0.png").unlink()
-    with pytest.raises(PictureError, match=r"val-3-0-img0\.png: the picture is missing.* 1 of 12 pictures"):
+    with pytest.raises(ImageError, match=r"val-3-0-img0\.png: the image is missing.* 1 of 12 images"):
         read("cirr", tmp_path)
 
 
 def test_unchecked_reading_touches_annotations_alone(tmp_path, monkeypatch):
     official.circo(tmp_path, pictures=False)
-    monkeypatch.setattr("union_igrot.datasets.files.check_picture", lambda path: pytest.fail(f"{path} was looked at"))
+    monkeypatch.setattr("union_igrot.datasets.files.check_image", lambda path: pytest.fail(f"{path} was looked at"))
     read("circo", tmp_path, check_images=False)
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from union_igrot.datasets.folder import folder_benchmark, folder_training
 from union_igrot.datasets.layouts import SPLITS
-from union_igrot.errors import ConfigError, DataError, PictureError, UnionError
-from union_igrot.images.decode import broken_pictures, open_picture
+from union_igrot.errors import ConfigError, DataError, ImageError, UnionError
+from union_igrot.images.decode import broken_images, open_image
 
 REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"
 
@@ -65,7 +65,7 @@ def test_sketch_benchmark(tmp_path):
     protocol = benchmark.protocol
     assert (protocol.primary, protocol.exclude_reference) == ("mAP", False)
     assert protocol.metrics == ("mAP", "mAP@200", "P@100", "P@200", "R@1", "R@10")
-    assert protocol.note == "own pictures; splits as given; 0 of the 2 classes of val are in train too"
+    assert protocol.note == "own images; splits as given; 0 of the 2 classes of val are in train too"
     assert folder_benchmark(root).queries[0].text is None
 
 
@@ -155,7 +155,7 @@ def test_composed_benchmark(tmp_path):
     assert benchmark.protocol.exclude_reference
     assert benchmark.protocol.metrics == ("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP")
     assert benchmark.protocol.primary == "mAP@10"
-    assert "0 of the 3 pictures of val are in train too" in benchmark.protocol.note
+    assert "0 of the 3 images of val are in train too" in benchmark.protocol.note
 
 
 def test_composed_training_has_one_sample_a_row_and_target(tmp_path):
@@ -182,10 +182,10 @@ def test_references_without_a_split_are_dealt(tmp_path):
     assert [len(folder_training(root).triplets), *sizes] == [7, 1, 2]
     note = folder_benchmark(root).protocol.note
     assert "references dealt 70/10/20 into train/val/test by a hash of their names" in note
-    assert "1 of the 2 pictures of val are in train too" in note
+    assert "1 of the 2 images of val are in train too" in note
 
 
-# --- missing and broken pictures
+# --- missing and broken images
 
 
 def test_a_missing_picture_names_file_and_line(tmp_path):
@@ -193,13 +193,13 @@ def test_a_missing_picture_names_file_and_line(tmp_path):
     (root / "photos/cat/1.png").unlink()
     (root / "sketchs/cat/0.png").write_bytes(b"")
     with pytest.raises(
-        PictureError, match=r"manifest\.csv, line 3: .*photos/cat/1\.png.*missing.*on_missing=skip \(1 more"
+        ImageError, match=r"manifest\.csv, line 3: .*photos/cat/1\.png.*missing.*on_missing=skip \(1 more"
     ):
         folder_benchmark(root)
     benchmark = folder_benchmark(root, on_missing="skip")
     assert (len(benchmark.queries), len(benchmark.gallery), benchmark.skipped) == (1, 2, 2)
     assert benchmark.queries[0].targets == ("photos/cat/0.png", "photos/cat/2.png")
-    assert benchmark.protocol.note.endswith("2 missing pictures of val left out, 0 queries with them")
+    assert benchmark.protocol.note.endswith("2 missing images of val left out, 0 queries with them")
 
 
 def test_sketches_that_lost_their_photos_are_counted(tmp_path):
@@ -208,9 +208,7 @@ def test_sketches_that_lost_their_photos_are_counted(tmp_path):
     benchmark = folder_benchmark(root, on_missing="skip")
     assert (len(benchmark.queries), benchmark.skipped) == (1, 3)
     (root / "photos/dog/0.png").unlink()
-    with pytest.raises(
-        DataError, match="2 missing pictures of val left out, 3 queries with them, which leaves no query"
-    ):
+    with pytest.raises(DataError, match="2 missing images of val left out, 3 queries with them, which leaves no query"):
         folder_benchmark(root, on_missing="skip")
 
 
@@ -220,7 +218,7 @@ def test_missing_pictures_of_another_split_do_not_matter_and_change_none(tmp_pat
     for sample in folder_training(root, pairs=50).triplets:
         sample.target.unlink(missing_ok=True)
     assert folder_benchmark(root, "test") == before
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         folder_training(root)
 
 
@@ -235,19 +233,19 @@ def test_triplets_without_their_pictures(tmp_path):
     )
     for name in ("gone.jpg", "lost.jpg"):
         (root / name).unlink()
-    with pytest.raises(PictureError, match=r"triplets\.jsonl, line 2: .*gone\.jpg: the picture is missing"):
+    with pytest.raises(ImageError, match=r"triplets\.jsonl, line 2: .*gone\.jpg: the image is missing"):
         folder_benchmark(root)
     benchmark = folder_benchmark(root, on_missing="skip")
     assert [q.targets for q in benchmark.queries] == [("b.jpg", "c.jpg"), ("c.jpg",)]
     assert [item.id for item in benchmark.gallery] == ["a.jpg", "b.jpg", "c.jpg"]
-    assert benchmark.skipped == 4  # two pictures, two queries
+    assert benchmark.skipped == 4  # two images, two queries
     training = folder_training(root, on_missing="skip")
     assert [t.group for t in training.triplets] == ["c.jpg"]
     assert training.skipped == 1
     (root / "gallery.txt").write_text("\nz.jpg\n")
     for name in ("gone.jpg", "lost.jpg"):
         paint(root, name)
-    with pytest.raises(PictureError, match=r"gallery\.txt, line 2: .*z\.jpg"):
+    with pytest.raises(ImageError, match=r"gallery\.txt, line 2: .*z\.jpg"):
         folder_benchmark(root)
     assert folder_benchmark(root, on_missing="skip").skipped == 1
 
@@ -257,17 +255,17 @@ def test_verify_finds_what_cannot_be_decoded(tmp_path):
     broken = root / "photos/cat/2.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert len(folder_benchmark(root).gallery) == 3  # found only when opened
-    with pytest.raises(PictureError, match=r"manifest\.csv, line 4: .*photos/cat/2\.png: cannot be read as a picture"):
+    with pytest.raises(ImageError, match=r"manifest\.csv, line 4: .*photos/cat/2\.png: cannot be read as an image"):
         folder_benchmark(root, verify=True)
     benchmark = folder_benchmark(root, verify=True, on_missing="skip")
     assert (len(benchmark.gallery), benchmark.skipped) == (2, 1)
     for item in benchmark.gallery:
-        open_picture(item.image)
+        open_image(item.image)
     pictures = [item.image for item in folder_benchmark(root).gallery]
-    ((found, why),) = broken_pictures(pictures, workers=2)
+    ((found, why),) = broken_images(pictures, workers=2)
     assert found == broken
     assert str(broken) in why
-    assert broken_pictures([]) == []
+    assert broken_images([]) == []
 
 
 # --- settings
@@ -312,13 +310,13 @@ def test_a_folder_gives_a_sound_benchmark_or_one_of_our_errors(tmp_path_factory,
         lost = len(pictures) - len(benchmark.queries) - len(benchmark.gallery)
         assert benchmark.skipped == lost if on_missing == "skip" else lost == 0
         if verify:
-            assert broken_pictures([q.image for q in benchmark.queries] + [i.image for i in benchmark.gallery]) == []
+            assert broken_images([q.image for q in benchmark.queries] + [i.image for i in benchmark.gallery]) == []
 
 
-# --- real pictures
+# --- real images
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real pictures are not at {REAL}")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real images are not at {REAL}")
 def test_real_sketches_and_photos():
     with (REAL / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -346,6 +344,6 @@ def test_real_sketches_and_photos():
     assert len(training.triplets) == 2500
     assert (val.skipped, test.skipped, training.skipped) == (0, 0, 0)
     assert test.protocol.note == (
-        "own pictures; 7 of 33 train classes held out as val by a hash of their names; "
+        "own images; 7 of 33 train classes held out as val by a hash of their names; "
         "0 of the 10 classes of test are in train too"
     )

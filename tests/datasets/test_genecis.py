@@ -9,10 +9,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from union_igrot.datasets.registry import load_benchmark
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.images.crop import Crop
-from union_igrot.images.decode import open_picture, picture_key
-from union_igrot.types import Picture
+from union_igrot.images.decode import image_key, open_image
+from union_igrot.types import LazyImage
 
 
 def cut(photo, box):
@@ -42,7 +42,7 @@ def photo(tmp_path_factory):
 @pytest.mark.parametrize("box", [(20, 15, 5, 7), (1, 1, 10, 4), (35, 25, 6, 5), (0, 0, 41, 30), (10.5, 3.25, 7.5, 11)])
 def test_crop_examples(photo, box):
     path, pixels = photo
-    assert np.array_equal(np.asarray(open_picture(Crop(path, box))), cut(pixels, box))
+    assert np.array_equal(np.asarray(open_image(Crop(path, box))), cut(pixels, box))
 
 
 def test_dilation_goes_left_and_up(photo):
@@ -64,14 +64,14 @@ def test_any_crop(photo, box):
 def test_crop_identity(photo, tmp_path):
     path, _ = photo
     crop = Crop(path, (1, 2, 3, 4))
-    assert isinstance(crop, Picture)
-    assert picture_key(crop) == crop.key != Crop(path, (1, 2, 3, 5)).key
+    assert isinstance(crop, LazyImage)
+    assert image_key(crop) == crop.key != Crop(path, (1, 2, 3, 5)).key
     missing = Crop(tmp_path / "none.jpg", (1, 2, 3, 4))  # made without a look at the file
-    assert isinstance(missing, Picture)
+    assert isinstance(missing, LazyImage)
     assert "|missing|" in missing.key
-    with pytest.raises(PictureError, match="missing"):
+    with pytest.raises(ImageError, match="missing"):
         missing.open()
-    with pytest.raises(PictureError, match="lies outside of 41 x 30 pixels"):
+    with pytest.raises(ImageError, match="lies outside of 41 x 30 pixels"):
         Crop(path, (100, 2, 3, 4)).open()
 
 
@@ -82,7 +82,7 @@ def test_candidates(tmp_path):
         query = benchmark.queries[0]
         assert len(query.subset) == count
         assert query.targets == query.subset[:1]
-        assert query.text == "colour 0"
+        assert query.text == "color 0"
         protocol = benchmark.protocol
         assert (protocol.ties, protocol.candidates) == ("pessimistic", "subset")
         assert protocol.metrics == ("R@1", "R@2", "R@3")

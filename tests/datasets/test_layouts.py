@@ -112,7 +112,7 @@ def test_class_folders_are_walked_in_order_without_hidden_things(tmp_path):
 def test_class_folders_gone_wrong(tmp_path):
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "sketches").mkdir()
-    with pytest.raises(DataError, match="names no picture"):
+    with pytest.raises(DataError, match="names no image"):
         read_folder(tmp_path)
     stray = write(tmp_path, "sketches/1.png", "")
     with pytest.raises(DataError, match=r"sketches/1\.png: lies in no class folder"):
@@ -243,7 +243,7 @@ def test_a_wrong_triplet_names_file_and_line(tmp_path, line, says):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("picture,b.jpg,x,train", "domain is 'picture'; write photo or sketch"),
+        ("picture,b.jpg,x,train", "domain is 'image'; write photo or sketch"),
         ("photo,,x,train", "path is ''"),
         ("photo,b.jpg,,train", "class is ''"),
         ('photo,b.jpg,"a\tb",train', "control character"),
@@ -276,7 +276,7 @@ def test_a_wrong_header(tmp_path, header):
 
 def test_files_that_are_empty_unreadable_or_not_utf8(tmp_path):
     manifest(tmp_path)
-    with pytest.raises(DataError, match="names no picture"):
+    with pytest.raises(DataError, match="names no image"):
         read_folder(tmp_path)
     file = write(tmp_path, "triplets.jsonl", "\n \n")
     with pytest.raises(DataError, match="holds no row"):

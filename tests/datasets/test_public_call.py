@@ -52,7 +52,7 @@ def test_the_public_call_gives_queries_gallery_and_protocol(tmp_path, name, spli
 
 def test_pictures_are_looked_for_unless_told_not_to(tmp_path):
     official.circo(tmp_path, pictures=False)
-    with pytest.raises(union_igrot.UnionError, match="pictures are missing"):
+    with pytest.raises(union_igrot.UnionError, match="images are missing"):
         union_igrot.load_benchmark("circo", tmp_path, split="val")
     assert union_igrot.load_benchmark("circo", tmp_path, "val", False).gallery
 

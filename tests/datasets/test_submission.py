@@ -1,4 +1,4 @@
-"""Submission files: what is written is right, what is wrong is named, and CIRCO's official figures come out."""
+"""Submission files: what is written is right, what is wrong is named, and CIRCO's official metrics come out."""
 
 import json
 from pathlib import Path
@@ -208,7 +208,7 @@ def test_the_official_figures_of_circo(tmp_path):
     kept |= {name for row in rows for name in (row["reference_img_id"], *row["gt_img_ids"])}
     listed = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     images = [image for image in json.loads((annotations / listed).read_text())["images"] if image["id"] in kept]
-    official.write_json(tmp_path, listed, {"images": images})  # what no ranking names changes no figure
+    official.write_json(tmp_path, listed, {"images": images})  # what no ranking names changes no metric
     official.write_json(tmp_path, "annotations/val.json", rows)
     circo = load_benchmark("circo", tmp_path, check_images=False)
     assert check_submission(predictions, circo) == []

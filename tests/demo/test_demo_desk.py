@@ -7,7 +7,7 @@ from demo_engines import Squares
 from union_igrot.demo import desk as module
 from union_igrot.demo.desk import LOST, MAX_SESSIONS, MAX_TEXT, MAX_WHERE, UNMARKED, Desk
 from union_igrot.demo.pictures import Limits
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 
 STROKES = [[[0, 500], [1000, 500]]]
 
@@ -122,9 +122,9 @@ def test_a_mistake_changes_nothing(desk):
     ):
         with pytest.raises(DataError):
             desk.act(token, action, given)
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         desk.give_photo(token, "x", b"broken")
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         Desk([Squares()], limits=Limits(megabytes=0.001)).give_photo(token, "x", bytes(2000))
     assert desk.act(token, "show", {}).session == before
 

@@ -7,10 +7,10 @@ from PIL import Image
 from small_world import trainable
 from union_igrot.demo.engines import Question
 from union_igrot.demo.indexed import Files, GalleryEngine, open_engine
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.images.decode import open_picture
+from union_igrot.images.decode import open_image
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def engine(folder) -> GalleryEngine:
 
 
 def test_answers_are_the_gallerys(engine, folder):
-    asked = open_picture(folder / "picture 3.png")
+    asked = open_image(folder / "picture 3.png")
     found = engine.search(Question(asked, "in red"), 0, 5)
     straight = engine._gallery.search(asked, "in red", 5)
     assert [(one.id, one.score) for one in found] == [(hit.id, hit.score) for hit in straight]
@@ -66,7 +66,7 @@ def test_a_picture_tells_its_path_and_the_users_columns(engine, folder):
     place = sorted(folder.glob("*.png")).index(Path(name))
     assert (one.title, one.path) == ("picture 10.png", name)
     assert one.details == {"artist": f"artist {place}", "year": str(place)}
-    assert engine.picture(name).tobytes() == open_picture(folder / "picture 10.png").tobytes()
+    assert engine.picture(name).tobytes() == open_image(folder / "picture 10.png").tobytes()
     last = engine.answer(str(sorted(folder.glob("*.png"))[-1]))
     assert last.details == {"year": "11"}
 
@@ -103,7 +103,7 @@ def test_rows_without_thumbnail(folder, engine):
     one = engine.answer("shard.tar/0.png")
     assert (one.title, one.path) == ("0.png", "shard.tar/0.png")
     assert one.thumbnail.startswith(b"\x89PNG")
-    with pytest.raises(PictureError, match=r"0\.png cannot be opened"):
+    with pytest.raises(ImageError, match=r"0\.png cannot be opened"):
         engine.picture("shard.tar/0.png")
 
 

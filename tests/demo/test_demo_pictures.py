@@ -20,7 +20,7 @@ from union_igrot.demo.pictures import (
     short_name,
     sketch,
 )
-from union_igrot.errors import DataError, PictureError
+from union_igrot.errors import DataError, ImageError
 
 
 def as_file(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -73,24 +73,24 @@ def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
     ids=["empty", "text", "no header", "truncated", "postscript", "svg"],
 )
 def test_a_broken_or_foreign_file_is_answered_with_a_sentence(data):
-    with pytest.raises(PictureError, match=r"^holiday\.jpg cannot be read as a picture; give a JPEG.*\.$"):
+    with pytest.raises(ImageError, match=r"^holiday\.jpg cannot be read as a picture; give a JPEG.*\.$"):
         photo(data, "holiday.jpg", Limits())
 
 
 @pytest.mark.parametrize(("width", "height"), [(8000, 8000), (12_000, 9000), (60_000, 60_000)])
 def test_a_bomb_is_refused_by_its_header(width, height, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("its pixels were decoded"))
-    with pytest.raises(PictureError, match=r"^bomb\.png has more than 50 million pixels; give a smaller picture\.$"):
+    with pytest.raises(ImageError, match=r"^bomb\.png has more than 50 million pixels; give a smaller picture\.$"):
         photo(bomb(width, height), "bomb.png", Limits())
 
 
 def test_a_large_file_is_refused_before_it_is_opened():
-    with pytest.raises(PictureError, match=r"x is larger than 0\.001 MB"):
+    with pytest.raises(ImageError, match=r"x is larger than 0\.001 MB"):
         photo(bytes(1001), "x", Limits(megabytes=0.001))
     data = as_file(Image.new("RGB", (20, 10)))
     assert photo(data, "x", Limits(megabytes=len(data) / 1e6)).kind == "photo"
     assert photo(data, "x", Limits(megapixels=200 / 1e6)).kind == "photo"
-    with pytest.raises(PictureError, match="million pixels"):
+    with pytest.raises(ImageError, match="million pixels"):
         photo(data, "x", Limits(megapixels=199 / 1e6))
 
 

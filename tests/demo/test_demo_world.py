@@ -8,7 +8,7 @@ from union_igrot.demo.engines import Question, method, sketch_room
 from union_igrot.demo.pictures import decoded
 from union_igrot.demo.world import World
 from union_igrot.errors import DataError
-from union_igrot.images.transforms import picture_batch
+from union_igrot.images.transforms import image_batch
 from union_igrot.models.model import baseline
 
 
@@ -25,8 +25,8 @@ def test_answers_are_the_literal_ranking(small, tmp_path, target):
     query = shapes_cir("test", 20, distractors=5).queries[0]
     picture = query.image.open()
     with torch.inference_mode():
-        asked = model.embed_queries(picture_batch([picture], model.preprocess), [query.text])[0]
-        pictures = picture_batch([item.image for item in small.items], model.preprocess)
+        asked = model.embed_queries(image_batch([picture], model.preprocess), [query.text])[0]
+        pictures = image_batch([item.image for item in small.items], model.preprocess)
         scores = (model.embed_gallery(pictures) @ asked).tolist()
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     gone = small.items[order[2]].id
@@ -88,8 +88,8 @@ def test_text_alone_and_a_picture_alone(small, tmp_path):
     engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
     by_text = engine.search(Question(None, "a red star"), 0, 5)
     assert len({one.id for one in by_text}) == 5
-    by_picture = engine.search(Question(Image.new("RGB", (60, 60), "red"), exclude=("not in this gallery",)), 0, 5)
-    assert [one.score for one in by_picture] == sorted((one.score for one in by_picture), reverse=True)
+    by_image = engine.search(Question(Image.new("RGB", (60, 60), "red"), exclude=("not in this gallery",)), 0, 5)
+    assert [one.score for one in by_image] == sorted((one.score for one in by_image), reverse=True)
 
 
 def test_the_same_deal_gives_the_same_pictures(small, tmp_path):

@@ -1,4 +1,4 @@
-"""Figures of a benchmark equal those of plain loops, and result rows hold what they promise."""
+"""Metrics of a benchmark equal those of plain loops, and result rows hold what they promise."""
 
 import json
 import math
@@ -278,8 +278,8 @@ def test_embeddings_are_those_of_the_model(tmp_path):
     filled = encoder(tmp_path, backbone, batch_size=5)
     model = trainable("transagg", "union", backbone).eval()
     queries, gallery, _ = embed(model, benchmark, filled)
-    images = filled.lookup(filled.fill_pictures([q.image for q in benchmark.queries], tokens=True), tokens=True)
-    items = filled.lookup(filled.fill_pictures([i.image for i in benchmark.gallery], tokens=False), tokens=False)
+    images = filled.lookup(filled.fill_images([q.image for q in benchmark.queries], tokens=True), tokens=True)
+    items = filled.lookup(filled.fill_images([i.image for i in benchmark.gallery], tokens=False), tokens=False)
     with torch.no_grad():
         texts = backbone.encode_text([query.text for query in benchmark.queries])
         torch.testing.assert_close(queries, model.embed_queries(images, texts), atol=1e-5, rtol=0)

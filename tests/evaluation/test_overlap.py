@@ -8,7 +8,7 @@ import pytest
 from small_world import LinearBackbone, cir_benchmark, encoder, trainable
 from union_igrot.errors import CheckpointError
 from union_igrot.evaluation.evaluate import combine, evaluate, seen_images
-from union_igrot.images.identity import picture_identities
+from union_igrot.images.identity import image_identities
 from union_igrot.models.model import IGROTModel, load_model
 
 
@@ -22,7 +22,7 @@ def test_pictures_are_counted_on_both_sides(model):
     assert seen_images(model, benchmark) is None
     model.training_images = frozenset()
     assert seen_images(model, benchmark) == {"queries": 0, "gallery": 0}
-    model.training_images = picture_identities(item.image for item in benchmark.gallery[:5])
+    model.training_images = image_identities(item.image for item in benchmark.gallery[:5])
     first = {item.image for item in benchmark.gallery[:5]}
     expected = sum(query.image in first for query in benchmark.queries)
     assert expected > 0
@@ -30,13 +30,13 @@ def test_pictures_are_counted_on_both_sides(model):
 
 
 def test_they_are_saved_and_loaded_with_the_model(model, tmp_path):
-    model.training_images = picture_identities(item.image for item in cir_benchmark().gallery)
+    model.training_images = image_identities(item.image for item in cir_benchmark().gallery)
     model.save(tmp_path / "m")
     assert IGROTModel.load(tmp_path / "m", model.backbone).training_images == model.training_images
     named = (tmp_path / "m" / "training_images.txt").read_text().split()
     assert named == sorted(model.training_images)
     (tmp_path / "m" / "training_images.txt").write_text("\n".join(named[:-1]))
-    with pytest.raises(CheckpointError, match=r"training_images\.txt names 30 pictures, model\.json 31"):
+    with pytest.raises(CheckpointError, match=r"training_images\.txt names 30 images, model\.json 31"):
         IGROTModel.load(tmp_path / "m", model.backbone)
     (tmp_path / "m" / "training_images.txt").unlink()
     assert IGROTModel.load(tmp_path / "m", model.backbone).training_images is None
@@ -54,7 +54,7 @@ def test_the_embedded_model_says_what_it_was_trained_on():
 
 def test_rows_of_a_training_hold_it_and_a_backbone_alone_has_no_such_row(model, tmp_path):
     benchmark = cir_benchmark(queries=8, gallery=10)
-    model.training_images = picture_identities([benchmark.gallery[0].image])
+    model.training_images = image_identities([benchmark.gallery[0].image])
     filled = encoder(tmp_path, model.backbone)
     found = evaluate(model, benchmark, filled)
     assert [row["seen_images"] for row in found.rows[:-1]] == [None] * 4
@@ -69,7 +69,7 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     backbone = LinearBackbone()
     model, filled = trainable("sum", "frozen", backbone), encoder(tmp_path, backbone)
     one = cir_benchmark(queries=8, gallery=10, name="a")
-    model.training_images = picture_identities([one.gallery[0].image, one.gallery[1].image])
+    model.training_images = image_identities([one.gallery[0].image, one.gallery[1].image])
     first = evaluate(model, one, filled)
     same = evaluate(model, replace(one, name="b"), filled)
     shared = combine([first, same], "both")[-1]

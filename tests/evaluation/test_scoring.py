@@ -44,7 +44,7 @@ def test_recall_can_look_for_the_first_target_alone():
         for query, ranking in rankings(benchmark, queries, gallery)
     ]
     assert found["R@5"].tolist() == pytest.approx(expected, nan_ok=True)
-    # The other figures look for all targets as before.
+    # The other metrics look for all targets as before.
     plain = score(with_protocol(), queries, gallery).values
     assert torch.equal(found["mAP"].nan_to_num(-1), plain["mAP"].nan_to_num(-1))
     assert list(found) == list(plain)
@@ -88,7 +88,7 @@ def test_subset_rankings_are_the_whole_rankings_of_the_subset():
 
 
 def own_candidates(ties):
-    """Each query ranks three pictures of its own; the target stands first, as GeneCIS stores it."""
+    """Each query ranks three images of its own; the target stands first, as GeneCIS stores it."""
     items = tuple(GalleryItem(f"g{i}", Noise(i)) for i in range(6))
     asked = (
         Query("a", Noise(50), "red", ("g0",), subset=("g0", "g1", "g2")),

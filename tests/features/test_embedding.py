@@ -1,4 +1,4 @@
-"""Each picture and text through the backbone once for all models, in whatever room, however often interrupted."""
+"""Each image and text through the backbone once for all models, in whatever room, however often interrupted."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from union_igrot.evaluation.evaluate import evaluate
 from union_igrot.features.embedding import embed, embed_each
 from union_igrot.features.extractor import Encoder, Shelf
 from union_igrot.features.store import FeatureStore
-from union_igrot.images.decode import picture_key
+from union_igrot.images.decode import image_key
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.heads.factory import build_fusion
 from union_igrot.models.model import IGROTModel, baseline
@@ -24,7 +24,7 @@ ALL = 2**40
 
 
 def shared_pictures():
-    """Composed queries of which several show one picture, some asking the same, and a gallery that holds them."""
+    """Composed queries of which several show one image, some asking the same, and a gallery that holds them."""
     benchmark = cir_benchmark(20, 31)
     again = [replace(query, id=f"again{i}", text="red") for i, query in enumerate(benchmark.queries[:6])]
     same = [replace(query, id=f"same{i}") for i, query in enumerate(benchmark.queries[10:13])]
@@ -32,7 +32,7 @@ def shared_pictures():
 
 
 def pictures_of(benchmark):
-    return {picture_key(one.image) for side in (benchmark.queries, benchmark.gallery) for one in side}
+    return {image_key(one.image) for side in (benchmark.queries, benchmark.gallery) for one in side}
 
 
 CASES = list(itertools.product([shared_pictures, sbir_benchmark], ["union", "shared"], [0, ALL]))
@@ -66,7 +66,7 @@ def test_embeddings_of_a_stream_are_those_of_kept_tokens(tmp_path, target):
     for found, expected in zip(embed(model, benchmark, streamed, room=0), embed(model, benchmark, kept), strict=True):
         if isinstance(found, torch.Tensor):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    keys = [f"image/{picture_key(query.image)}" for query in benchmark.queries]
+    keys = [f"image/{image_key(query.image)}" for query in benchmark.queries]
     assert streamed.store.missing(keys, tokens=True)
     assert not streamed.store.missing(keys, tokens=False)
     assert not kept.store.missing(keys, tokens=True)
@@ -87,10 +87,10 @@ def test_embeddings_are_what_the_model_says_of_each_query_and_picture(tmp_path):
     own = encoder(tmp_path / "own", backbone)
     with torch.inference_mode():
         for place, query in enumerate(benchmark.queries):
-            picture = own.lookup(own.fill_pictures([query.image], tokens=True), tokens=True)
+            picture = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
             torch.testing.assert_close(queries[place], model.embed_queries(picture, [query.text])[0], rtol=0, atol=1e-5)
         for place, item in enumerate(benchmark.gallery):
-            picture = own.lookup(own.fill_pictures([item.image], tokens=False), tokens=False)
+            picture = own.lookup(own.fill_images([item.image], tokens=False), tokens=False)
             torch.testing.assert_close(gallery[place], model.embed_gallery(picture)[0], rtol=0, atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_half_precision_stores_round_a_stream_as_they_round_what_they_keep(tmp_p
 
 
 class Stopped(Backbone):
-    """The linear backbone, interrupted when it has seen some pictures."""
+    """The linear backbone, interrupted when it has seen some images."""
 
     def __init__(self, after):
         super().__init__()
@@ -211,7 +211,7 @@ def test_embeddings_of_several_wordings_are_averaged(tmp_path, room):
     found, _, _ = embed(model, benchmark, encoder(tmp_path, backbone), room=room)
     own = encoder(tmp_path / "own", backbone)
     for place, query in enumerate(asked):
-        picture = own.lookup(own.fill_pictures([query.image], tokens=True), tokens=True)
+        picture = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
         with torch.inference_mode():
             each = [F.normalize(model.embed_queries(picture, [text])[0], dim=-1) for text in query.wordings]
         expected = F.normalize(sum(each) / len(each), dim=-1)

@@ -17,7 +17,7 @@ def one(number: int) -> Features:
 
 
 def names(*range_of: int) -> list[str]:
-    return [f"picture {i}" for i in range(*range_of)]
+    return [f"image {i}" for i in range(*range_of)]
 
 
 def test_thousands_of_shards_do_not_use_up_file_descriptors(tmp_path, monkeypatch):
@@ -38,7 +38,7 @@ def test_thirty_thousand_keys_from_forty_shards_in_a_moment(tmp_path):
     for number in range(40):
         store.add(names(number * 1000, number * 1000 + 1000), features)
     rows = np.random.default_rng(0).integers(0, 40_000, 30_000)
-    keys = [f"picture {row}" for row in rows]
+    keys = [f"image {row}" for row in rows]
     start = time.perf_counter()
     got = store.get(keys)
     assert time.perf_counter() - start < 1.0

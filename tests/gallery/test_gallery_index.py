@@ -33,7 +33,7 @@ def test_nothing_is_made_before_a_picture_is_added(model, tmp_path):
     place = tmp_path / "photos.lance"
     gallery = Gallery.open(place, model)
     assert (len(gallery), gallery.describe()["pictures"]) == (0, 0)
-    for ask in (lambda: gallery.search(text="red"), lambda: gallery.delete("x"), gallery.optimise):
+    for ask in (lambda: gallery.search(text="red"), lambda: gallery.delete("x"), gallery.optimize):
         with pytest.raises(DataError, match=r"no gallery at .*photos\.lance yet"):
             ask()
     gallery.close()
@@ -125,7 +125,7 @@ class TestOnDisk:
 
 
 def differing(model: IGROTModel, benchmark: Benchmark, folder: Path, uri: str) -> int:
-    """Count the queries that a gallery's exact search ranks otherwise than the evaluation, to the last picture."""
+    """Count the queries that a gallery's exact search ranks otherwise than the evaluation, to the last image."""
     asked, kept, _ = embed(model, benchmark, encoder(folder / "store", model.backbone, batch_size=256, shard=2048))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scoring, "KEPT", len(benchmark.gallery))
@@ -150,7 +150,7 @@ def test_exact_search_is_the_evaluations_ranking(model, benchmark, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.is_dir(), reason="the micro benchmark of real pictures is not at ../shared/data")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the micro benchmark of real images is not at ../shared/data")
 @pytest.mark.parametrize("engine", ["memory", "lance"])
 def test_exact_search_is_the_evaluations_ranking_to_the_last_id(tmp_path, engine):
     if engine == "lance":

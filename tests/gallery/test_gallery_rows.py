@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from small_gallery import COUNT, filled, names, picture
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.ingest.work import Work
 from union_igrot.gallery.queries import several
-from union_igrot.images.transforms import picture_batch
+from union_igrot.images.transforms import image_batch
 
 
 def test_every_form_of_a_picture_is_added_and_named(model, tmp_path):
@@ -26,7 +26,7 @@ def test_every_form_of_a_picture_is_added_and_named(model, tmp_path):
     forms = [path, array, torch.from_numpy(array.copy()).permute(2, 0, 1), file.getvalue(), picture(5), picture(6)]
     gallery = Gallery.open("memory:", model)
     report = gallery.add(forms)
-    assert len(gallery) == report.added == 5  # the tensor is the array's picture
+    assert len(gallery) == report.added == 5  # the tensor is the array's image
     ids = gallery.search(picture(1), k=9).ids
     assert str(path) in ids
     assert sum(name.startswith("sha256:") and len(name) == 39 for name in ids) == 4
@@ -57,17 +57,17 @@ def test_a_picture_of_the_same_name_replaces_the_other(model):
     (hit,) = gallery.search(picture(2))
     assert hit.columns["year"] == 2
     with torch.inference_mode():
-        query = model.embed_queries(picture_batch([picture(2)], model.preprocess))
-        row = model.embed_gallery(picture_batch([picture(2)], model.preprocess))
+        query = model.embed_queries(image_batch([picture(2)], model.preprocess))
+        row = model.embed_gallery(image_batch([picture(2)], model.preprocess))
     assert abs(hit.score - float(query[0] @ row[0])) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (([b"1", b"2"], ["a"]), "ids: 1 values for 2 pictures"),
+        (([b"1", b"2"], ["a"]), "ids: 1 values for 2 images"),
         (([b"1", b"2"], ["a", "a"]), "'a' stands twice"),
-        (([b"1"], None, {"year": [1, 2]}), "year: 2 values for 1 pictures"),
+        (([b"1"], None, {"year": [1, 2]}), "year: 2 values for 1 images"),
         (([b"1"], None, {"year": "1"}), "one text"),
         (([b"1"], None, {"thumbnail": [1]}), "cannot be called thumbnail"),
     ],
@@ -93,7 +93,7 @@ def test_columns_and_ids_belong_to_pictures_by_place(model):
     found = gallery.index.fetch(["a", "b", "c"]).columns
     assert (found["year"], found["even"]) == ([1, 2, 3], [True, False, True])
     with torch.inference_mode():
-        rows = model.embed_gallery(picture_batch(given, model.preprocess))
+        rows = model.embed_gallery(image_batch(given, model.preprocess))
     torch.testing.assert_close(gallery.index.fetch(["a", "b", "c"]).vectors, rows)
 
 
@@ -168,13 +168,13 @@ def test_files_are_named_from_where_one_stands(model, tmp_path, monkeypatch):
         picture(ord(name[0])).save(tmp_path / name)
     gallery.add(["x.png", "~/y.png", picture(1)], ids=None)
     gallery.add(picture(2), "z.png")
-    picture(3).save(tmp_path / "z.png")  # another picture than the row of that name
+    picture(3).save(tmp_path / "z.png")  # another image than the row of that name
     found = gallery.search("~/x.png", liked="y.png", exclude=["x.png", "z.png"], k=9).ids
     assert str(tmp_path / "y.png") in found
     assert {str(tmp_path / "x.png"), "z.png"}.isdisjoint(found)
     (tmp_path / "x.png").unlink()
     assert gallery.delete(["x.png", "z.png", "no.png"]) == 2
-    with pytest.raises(PictureError, match=r"is a folder; update\(\.\.\.\) takes all of it"):
+    with pytest.raises(ImageError, match=r"is a folder; update\(\.\.\.\) takes all of it"):
         gallery.add(tmp_path)
 
 
@@ -184,11 +184,11 @@ def test_pictures_in_memory_that_are_none_are_left_out_too(model, tmp_path):
     with (tmp_path / "words.txt").open() as text:
         forms = {"open as text": text, "0 x 0 pixels": Image.new("RGB", (0, 0)), "channel": np.zeros((3, 8, 9))}
         for said, wrong in forms.items():
-            with pytest.raises(PictureError, match=said):
+            with pytest.raises(ImageError, match=said):
                 gallery.add([picture(1), wrong])
             report = gallery.add([picture(1), wrong], on_broken="skip")
             assert (report.skipped, len(gallery)) == (1, 1)
-    with pytest.raises(PictureError, match=r"words\.txt cannot be read"):
+    with pytest.raises(ImageError, match=r"words\.txt cannot be read"):
         gallery.search(text)  # closed by now
     lenient = Work(workers=0, progress=False, on_broken="skip")
     assert gallery.add(np.zeros((3, 8, 9)), work=lenient).skipped == 1
@@ -255,7 +255,7 @@ def test_a_broken_picture_is_an_error_or_counted(model, tmp_path):
     gallery = Gallery.open("memory:", model)
     torn = tmp_path / "torn.png"
     torn.write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(PictureError, match=r"torn\.png"):
+    with pytest.raises(ImageError, match=r"torn\.png"):
         gallery.add([picture(1), torn])
     report = gallery.add([picture(1), torn], on_broken="skip")
     assert (report.skipped, len(gallery)) == (1, 1)

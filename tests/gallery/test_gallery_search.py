@@ -9,11 +9,11 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
 
 from small_gallery import COUNT, embedded, names, picture, ranked, same
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery import queries
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import ALPHA, BETA, GAMMA, refine
-from union_igrot.images.transforms import picture_batch
+from union_igrot.images.transforms import image_batch
 
 
 def test_every_way_of_asking_ranks_as_the_model_says(model, gallery):
@@ -38,8 +38,8 @@ def test_a_filter_is_applied_before_the_ranking(model, gallery):
     wanted = [pair for pair in ranked(model, image) if int(pair[0][1:]) % 3 == 1 and int(pair[0][1:]) > 2]
     assert same(gallery.search(picture(40), where="class = 'dog' and year > 2"), wanted)
     assert len(gallery.search(picture(40), where="class = 'bird'")) == 0
-    with pytest.raises(ConfigError, match="no column 'colour'"):
-        gallery.search(picture(40), where="colour = 'red'")
+    with pytest.raises(ConfigError, match="no column 'color'"):
+        gallery.search(picture(40), where="color = 'red'")
 
 
 def test_what_is_excluded_does_not_shorten_the_list(model, gallery):
@@ -54,7 +54,7 @@ def test_what_is_excluded_does_not_shorten_the_list(model, gallery):
 def test_refinement_is_rocchios(model, gallery):
     (image,) = embedded(model, [40])
     with torch.inference_mode():
-        rows = model.embed_gallery(picture_batch([picture(n) for n in range(COUNT)], model.preprocess))
+        rows = model.embed_gallery(image_batch([picture(n) for n in range(COUNT)], model.preprocess))
     moved = ALPHA * image + BETA * (rows[1] + rows[2]) / 2 - GAMMA * (rows[3] + rows[4] + rows[5]) / 3
     wanted = [p for p in ranked(model, moved / moved.norm()) if p[0] not in {"p3", "p4", "p5"}]
     hits = gallery.search(picture(40), k=COUNT)
@@ -115,10 +115,10 @@ def test_a_batch_in_parts_is_the_batch(model, gallery, monkeypatch):
         ({}, ConfigError, "nothing is asked"),
         ({"text": "  "}, ConfigError, "nothing is asked"),
         ({"disliked": ["p1"]}, ConfigError, "nothing is asked"),
-        ({"image": "not there.png"}, PictureError, "missing"),
-        ({"image": np.zeros((3, 8, 9))}, PictureError, "channels stand first"),
+        ({"image": "not there.png"}, ImageError, "missing"),
+        ({"image": np.zeros((3, 8, 9))}, ImageError, "channels stand first"),
         ({"text": "red", "liked": ["p99"]}, DataError, "p99"),
-        ({"text": "red", "liked": [3]}, ConfigError, "names no picture"),
+        ({"text": "red", "liked": [3]}, ConfigError, "names no image"),
         ({"text": "red", "liked": ["p1"], "disliked": ["p1"]}, ConfigError, "liked and disliked"),
         ({"text": "red", "k": 0}, ConfigError, "k is 0"),
         ({"text": "red", "how": "ann"}, ConfigError, "no approximate index"),
@@ -143,14 +143,14 @@ def test_a_mistake_among_many_queries_says_which(gallery):
         gallery.search_many([{"txt": "red"}, {"text": "red"}])
     with pytest.raises(ConfigError, match=r"^query 2: text is int"):
         gallery.search_many([{"text": "red"}, {"text": 3}])
-    with pytest.raises(PictureError, match=r"^query 2: .*missing"):
+    with pytest.raises(ImageError, match=r"^query 2: .*missing"):
         gallery.search_many([{"text": "red"}, {"image": "not there.png"}])
 
 
 def test_queries_are_called_as_they_are_named(gallery):
-    with pytest.raises(PictureError, match=r"^a\.csv:7: .*missing"):
+    with pytest.raises(ImageError, match=r"^a\.csv:7: .*missing"):
         gallery.search_many([{"text": "red"}, {"image": "no.png"}], names=["a.csv:6", "a.csv:7"])
-    with pytest.raises(DataError, match=r"^query 2: 'p99' is not in memory:; name a picture of it"):
+    with pytest.raises(DataError, match=r"^query 2: 'p99' is not in memory:; name an image of it"):
         gallery.search_many([{"text": "red", "liked": "p1"}, {"liked": "p99"}])
 
 
@@ -195,4 +195,4 @@ def test_answers_are_a_sequence_that_a_notebook_shows(gallery):
     assert found.ids[0] in repr(found)
     assert found._repr_html_().count("<img") == 3
     assert "nothing found" in gallery.search(picture(4), where="year > 99")._repr_html_()
-    assert repr(gallery) == "Gallery('memory:': 12 pictures, linear)"
+    assert repr(gallery) == "Gallery('memory:': 12 images, linear)"

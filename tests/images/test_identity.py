@@ -1,4 +1,4 @@
-"""The same picture under another folder's name is found; another one is not."""
+"""The same image under another folder's name is found; another one is not."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import pytest
 from small_world import Noise
 from union_igrot.datasets.registry import load_benchmark, load_training
 from union_igrot.images.crop import Crop
-from union_igrot.images.identity import picture_identities, picture_identity
+from union_igrot.images.identity import image_identities, image_identity
 
 
 def same(one, other):
-    return picture_identity(Path(one)) == picture_identity(Path(other))
+    return image_identity(Path(one)) == image_identity(Path(other))
 
 
 @pytest.mark.parametrize(
@@ -67,21 +67,21 @@ def test_no_file_is_opened(tmp_path, monkeypatch):
 
     for name in ("builtins.open", "io.open", "os.open"):
         monkeypatch.setattr(name, opened)
-    assert len(picture_identity(picture)) == 16
+    assert len(image_identity(picture)) == 16
 
 
 def test_a_crop_is_its_photo_and_another_picture_its_key():
     photo = Path("VG_100K/7.jpg")
-    assert picture_identity(Crop(photo, (0, 0, 5, 5))) == picture_identity(photo)
-    assert picture_identity(Noise(1)) == picture_identity(Noise(1)) != picture_identity(Noise(2))
+    assert image_identity(Crop(photo, (0, 0, 5, 5))) == image_identity(photo)
+    assert image_identity(Noise(1)) == image_identity(Noise(1)) != image_identity(Noise(2))
 
 
 def test_training_and_test_splits_are_told_apart_by_their_files(tmp_path):
     official.training_sketchy(tmp_path)
     drawn = load_training("training_sketchy", tmp_path, build=9)
-    known = picture_identities(side for one in drawn.triplets for side in (one.image, one.target))
+    known = image_identities(side for one in drawn.triplets for side in (one.image, one.target))
     assert len(known) == len({side for one in drawn.triplets for side in (one.image, one.target)})
     unseen = load_benchmark("sketchy", tmp_path)
-    assert not known & picture_identities(item.image for item in (*unseen.gallery, *unseen.queries))
+    assert not known & image_identities(item.image for item in (*unseen.gallery, *unseen.queries))
     again = load_benchmark("training_sketchy", tmp_path, build=3)
-    assert picture_identities(item.image for item in (*again.gallery, *again.queries)) <= known
+    assert image_identities(item.image for item in (*again.gallery, *again.queries)) <= known

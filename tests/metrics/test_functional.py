@@ -1,4 +1,4 @@
-"""Figures of hit masks against the published worked example, slow oracles and properties."""
+"""Metrics of hit masks against the published worked example, slow oracles and properties."""
 
 import math
 import re

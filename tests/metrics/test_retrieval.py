@@ -1,4 +1,4 @@
-"""Figures gathered over batches and over two processes equal those of one."""
+"""Metrics gathered over batches and over two processes equal those of one."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.metrics.functional import average, average_precision, precision_at_k, recall_at_k
-from union_igrot.metrics.retrieval import RetrievalFigures
+from union_igrot.metrics.retrieval import RetrievalMetrics
 
 NAMES = ("R@1", "R@5", "Rs@1", "P@5", "mAP", "mAP@5")
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from union_igrot.metrics.retrieval import RetrievalFigures
+from union_igrot.metrics.retrieval import RetrievalMetrics
 
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -35,15 +35,15 @@ data = torch.load(folder / "data.pt", weights_only=True)
 results = {}
 for averaging in ("micro", "macro"):
     for shares in ("padded", "lopsided"):
-        figures = RetrievalFigures(data["names"], averaging=averaging)
+        metrics = RetrievalMetrics(data["names"], averaging=averaging)
         for batch in data[shares][rank]:
             some = torch.tensor(batch)
-            figures.update(
+            metrics.update(
                 data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some]
             )
         results[f"{averaging} {shares}"] = {
-            "means": {name: float(x) for name, x in figures.compute().items()},
-            "values": {name: x.tolist() for name, x in figures.values().items()},
+            "means": {name: float(x) for name, x in metrics.compute().items()},
+            "values": {name: x.tolist() for name, x in metrics.values().items()},
         }
 (folder / f"{rank}.json").write_text(json.dumps(results))
 dist.destroy_process_group()
@@ -94,7 +94,7 @@ def assert_same(given, expected):
 def test_batches_in_any_order_equal_all_at_once(averaging):
     data = world()
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1)).tolist()
-    figures = feed(RetrievalFigures(NAMES, averaging=averaging), data, [order[:9], order[9:10], order[10:]])
+    figures = feed(RetrievalMetrics(NAMES, averaging=averaging), data, [order[:9], order[9:10], order[10:]])
     expected = expected_values(data)
     assert_same(figures.values(), expected)
     assert_same(figures.compute(), {n: average(x, data["labels"], averaging) for n, x in expected.items()})
@@ -104,15 +104,15 @@ def test_batches_in_any_order_equal_all_at_once(averaging):
 
 def test_a_query_that_comes_twice_counts_once():
     data = world()
-    once = feed(RetrievalFigures(NAMES), data, [range(23)]).compute()
-    twice = feed(RetrievalFigures(NAMES), data, [range(23), [0, 1, 2], [0]])
+    once = feed(RetrievalMetrics(NAMES), data, [range(23)]).compute()
+    twice = feed(RetrievalMetrics(NAMES), data, [range(23), [0, 1, 2], [0]])
     assert_same(twice.compute(), once)
     assert len(twice.values()["R@1"]) == 23
 
 
 def test_conventions_reach_the_figures():
     data = world()
-    figures = RetrievalFigures(
+    figures = RetrievalMetrics(
         ("R@5", "P@5", "mAP@5"), ap_norm="hits", ap_rule="trapezoid", recall="fraction", precision_cut="attainable"
     )
     hits, n_relevant = data["hits"], data["n_relevant"]
@@ -128,7 +128,7 @@ def test_states_lie_in_few_blocks_that_are_made_in_advance():
     """One small tensor a batch, living on between large ones, would tear the heap to pieces."""
     data = world(queries=200)
     batches = [range(at, at + 10) for at in range(0, 200, 10)]
-    expecting, growing = RetrievalFigures(NAMES, expected=200), RetrievalFigures(NAMES)
+    expecting, growing = RetrievalMetrics(NAMES, expected=200), RetrievalMetrics(NAMES)
     feed(expecting, data, batches[:1])
     places = [states[0].data_ptr() for states in (expecting.rows, expecting.positions, expecting.labels)]
     feed(expecting, data, batches[1:])
@@ -143,13 +143,13 @@ def test_states_lie_in_few_blocks_that_are_made_in_advance():
 def test_more_and_fewer_queries_than_expected_are_taken():
     data = world()
     for expected in (1, 7, 100):
-        figures = feed(RetrievalFigures(NAMES, expected=expected), data, [range(9), range(9, 23)])
+        figures = feed(RetrievalMetrics(NAMES, expected=expected), data, [range(9), range(9, 23)])
         assert_same(figures.values(), expected_values(data))
 
 
 def test_a_batch_s_own_figures_do_not_disturb_those_of_all():
     data = world()
-    figures, own = RetrievalFigures(NAMES, expected=23), []
+    figures, own = RetrievalMetrics(NAMES, expected=23), []
     for at in (0, 8, 16):
         some = torch.arange(at, min(at + 8, 23))
         own.append(figures(data["hits"][some], data["n_relevant"][some], some, data["subset"][some]))
@@ -159,7 +159,7 @@ def test_a_batch_s_own_figures_do_not_disturb_those_of_all():
 
 def test_reset_forgets():
     data = world()
-    figures = feed(RetrievalFigures(NAMES), data, [range(23)])
+    figures = feed(RetrievalMetrics(NAMES), data, [range(23)])
     figures.compute()
     figures.reset()
     feed(figures, data, [range(10, 12)])
@@ -169,15 +169,15 @@ def test_reset_forgets():
 def test_what_is_missing_is_an_error():
     hits, one = torch.tensor([[True, False]]), torch.tensor([1])
     with pytest.raises(ConfigError, match="there is no metric"):
-        RetrievalFigures(())
+        RetrievalMetrics(())
     with pytest.raises(ConfigError, match="unknown metric 'recall'"):
-        RetrievalFigures(("recall",))
+        RetrievalMetrics(("recall",))
     with pytest.raises(DataError, match="no subset rankings"):
-        RetrievalFigures(("Rs@1",)).update(hits, one, one)
+        RetrievalMetrics(("Rs@1",)).update(hits, one, one)
     with pytest.raises(DataError, match="no labels"):
-        RetrievalFigures(("R@1",), averaging="macro").update(hits, one, one)
+        RetrievalMetrics(("R@1",), averaging="macro").update(hits, one, one)
     with pytest.raises(DataError, match="no query to average"):
-        RetrievalFigures(("R@1",)).values()
+        RetrievalMetrics(("R@1",)).values()
 
 
 @pytest.mark.slow

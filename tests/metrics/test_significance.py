@@ -1,4 +1,4 @@
-"""The randomisation test, against every sign pattern of a few queries."""
+"""The randomization test, against every sign pattern of a few queries."""
 
 from itertools import product
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.metrics.significance import randomisation_test
+from union_igrot.metrics.significance import randomization_test
 
 
 def exact(gaps):
@@ -21,22 +21,22 @@ def exact(gaps):
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=8))
 def test_near_the_share_of_all_sign_patterns(gaps):
     first = torch.tensor(gaps, dtype=torch.float64)
-    found = randomisation_test(first, torch.zeros_like(first), rounds=4000)
+    found = randomization_test(first, torch.zeros_like(first), rounds=4000)
     assert found == pytest.approx(exact(gaps), abs=0.05)
 
 
 def test_equal_methods_and_clear_differences():
     values = torch.rand(200, generator=torch.Generator().manual_seed(0))
-    assert randomisation_test(values, values) == 1
-    assert randomisation_test(values + 0.1, values, rounds=999) == pytest.approx(1 / 1000)
-    assert randomisation_test(values, values + 0.1, rounds=999) == pytest.approx(1 / 1000)
+    assert randomization_test(values, values) == 1
+    assert randomization_test(values + 0.1, values, rounds=999) == pytest.approx(1 / 1000)
+    assert randomization_test(values, values + 0.1, rounds=999) == pytest.approx(1 / 1000)
 
 
 def test_seeded_and_without_undefined_queries():
     first, second = torch.rand(2, 60, generator=torch.Generator().manual_seed(1)).double()
-    assert randomisation_test(first, second, 500, 3) == randomisation_test(first, second, 500, 3)
+    assert randomization_test(first, second, 500, 3) == randomization_test(first, second, 500, 3)
     holes = torch.cat([first, torch.tensor([float("nan")]).double()])
-    assert randomisation_test(holes, torch.cat([second, torch.ones(1).double()]), 500, 3) == randomisation_test(
+    assert randomization_test(holes, torch.cat([second, torch.ones(1).double()]), 500, 3) == randomization_test(
         first, second, 500, 3
     )
 
@@ -44,8 +44,8 @@ def test_seeded_and_without_undefined_queries():
 def test_mistakes():
     ones = torch.ones(3)
     with pytest.raises(ConfigError, match="0 rounds"):
-        randomisation_test(ones, ones, rounds=0)
+        randomization_test(ones, ones, rounds=0)
     with pytest.raises(DataError, match="3 and 2"):
-        randomisation_test(ones, torch.ones(2))
+        randomization_test(ones, torch.ones(2))
     with pytest.raises(DataError, match="no query"):
-        randomisation_test(ones * float("nan"), ones)
+        randomization_test(ones * float("nan"), ones)

@@ -1,4 +1,4 @@
-"""One model embeds pictures, texts or both, the same from tensors and features, and survives a round trip."""
+"""One model embeds images, texts or both, the same from tensors and features, and survives a round trip."""
 
 import json
 import random

@@ -131,7 +131,7 @@ def golden_state(name):
     return {key: draw(key, shape) for key, shape in shapes.items()}
 
 
-def golden_pictures(name):
+def golden_images(name):
     px = SIZES[name][1]
     rng = np.random.default_rng(7)
     return [torch.from_numpy(rng.standard_normal((4, 3, px, px), dtype=np.float32)) for _ in range(2)]
@@ -186,7 +186,7 @@ def compare(state, golden, pictures, name):
 
 def test_the_mini_reference_is_matched_array_by_array(mini):
     with np.load(HERE / "golden/mini.npz") as golden:
-        compare(mini, golden, golden_pictures("mini"), "mini")
+        compare(mini, golden, golden_images("mini"), "mini")
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_the_reference_on_vit_b_32_is_matched_array_by_array():
     if not path.is_file():
         pytest.skip("needs the shared golden file clip_base.npz (1 MB), which is not in the repository")
     with np.load(path) as golden:
-        compare(golden_state("clip_base"), golden, golden_pictures("clip_base"), "clip_base")
+        compare(golden_state("clip_base"), golden, golden_images("clip_base"), "clip_base")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_file_in_half_precision_with_wrappers_and_word_table_loads(mini, tmp_p
     model = load_reference_checkpoint(path, model="base")
     assert {x.dtype for x in model.parameters()} == {torch.float32}
     with np.load(HERE / "golden/mini.npz") as golden:
-        close(model.embed_gallery(golden_pictures("mini")[1]), golden["union_target"], 5e-3)
+        close(model.embed_gallery(golden_images("mini")[1]), golden["union_target"], 5e-3)
     assert model.preprocess == Preprocess(32, OPENAI_MEAN, OPENAI_STD, fit="pad")
     assert not model.training
 
@@ -241,7 +241,7 @@ def test_transagg_checkpoints_have_no_target_head(mini, prefix):
     with pytest.raises(CheckpointError, match="target=frozen"):
         load_reference_checkpoint(state, target="union")
     model = load_reference_checkpoint(state, target="frozen")
-    images, targets = golden_pictures("mini")
+    images, targets = golden_images("mini")
     with np.load(HERE / "golden/mini.npz") as golden:
         close(model.embed_queries(images, list(TEXTS)), golden["query"])
     torch.testing.assert_close(model.embed_gallery(targets).norm(dim=1), torch.ones(4))
@@ -249,7 +249,7 @@ def test_transagg_checkpoints_have_no_target_head(mini, prefix):
 
 @torch.no_grad()
 def test_both_sums_of_the_reference_can_be_had(mini):
-    _, targets = golden_pictures("mini")
+    _, targets = golden_images("mini")
     training = load_reference_checkpoint(mini, target="sum")
     inference = load_reference_checkpoint(mini, target="sum", sum_form="inference")
     image, null = training.backbone.encode_image(targets).pooled, training.backbone.encode_text([""]).pooled

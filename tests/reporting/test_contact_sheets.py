@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from union_igrot.errors import PictureError
+from union_igrot.errors import ImageError
 from union_igrot.reporting.contact_sheets import contact_sheet, curve_picture, read_curves
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking
 
@@ -12,7 +12,7 @@ RIGHT, WRONG, UNKNOWN = (22, 140, 60), (200, 60, 50), (205, 205, 205)
 
 
 class Flat:
-    """A picture of one colour."""
+    """An image of one color."""
 
     def __init__(self, key, colour, size=(30, 20)):
         self.key, self.colour, self.size = key, colour, size
@@ -51,7 +51,7 @@ def test_right_answers_are_framed_green_and_wrong_ones_red(tmp_path):
 def test_a_picture_that_is_gone_by_now_leaves_its_place_empty(tmp_path):
     def opened(source):
         if source.key == "g2":
-            raise PictureError("gone")
+            raise ImageError("gone")
         return source.open()
 
     contact_sheet(tmp_path / "sheet.png", benchmark(("g1",)), ranking(), opened)

@@ -1,4 +1,4 @@
-"""The card of a model says what it is, how it was trained, its figures with protocol, and how it is loaded."""
+"""The card of a model says what it is, how it was trained, its metrics with protocol, and how it is loaded."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_a_training_leaves_a_card_with_every_figure(small_run: Run):
 
 def test_figures_stand_with_counts_protocol_intervals_differences_and_versions():
     text = model_card(NOTES, rows=ROWS)
-    assert "### birds, val: 1,200 queries, 4,000 pictures" in text
+    assert "### birds, val: 1,200 queries, 4,000 images" in text
     assert "| method | R@1 | **mAP** |\n| --- | ---: | ---: |" in text
     assert "| chance | 2.0 | 4.0 [2.0, 6.0] |\n| trained | 20.0 | 40.0 [38.0, 42.0] |" in text
     assert "protocol official; AP divided by R, step rule; micro average; reference left out" in text
@@ -120,7 +120,7 @@ def test_rights_and_the_command_follow_the_data(card, asked, rights):
     assert f"union-eval checkpoint=someone/x{asked}\n```" in text
     assert rights in text
     assert "my/own" not in text
-    assert "The weights of `base` have a licence of their own." in text
+    assert "The weights of `base` have a license of their own." in text
     assert yaml.safe_load(text.split("---\n", 2)[1])["license"] == "mit"
     assert ("- **converted from**: `authors.pth`" in text) == ("source" in card)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from html_page import Page, check_page
 from small_runs import Run
 from small_world import Noise, cir_benchmark, encoder, sbir_benchmark, trainable
-from union_igrot.errors import PictureError
+from union_igrot.errors import ImageError
 from union_igrot.evaluation.evaluate import combine, evaluate
 from union_igrot.reporting.examples import ANSWERS, SHOWN, sheets
 from union_igrot.reporting.page import MAX_BYTES, Making, render_page, write_page
@@ -28,10 +28,10 @@ NASTY = """</li><script>alert("1")</script> it's & "quoted" <img src=x onerror=a
 MAKING = Making("union-eval: noise", "now", "union-eval", "there", "seed: 0\n", {}, {"union-igrot": "0"}, 0)
 
 
-def drawn(found, limit=MAX_BYTES, rows=None, making=MAKING, curves=None, open_picture=lambda source: source.open()):
+def drawn(found, limit=MAX_BYTES, rows=None, making=MAKING, curves=None, open_image=lambda source: source.open()):
     rows = [row for one in found for row in one.rows] if rows is None else rows
     asked = [(one.benchmark, one.scores) for one in found]
-    return render_page(rows, asked, curves or {}, making, open_picture, limit)
+    return render_page(rows, asked, curves or {}, making, open_image, limit)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_an_evaluation_of_a_backbone_alone_has_nothing_of_a_training(noise):
     assert not [one for one in page.all("h3") if "differ" in one["text"]]
     assert not page.lines_of("Training of the heads")
     assert "“image + text”" in "".join(one["text"] for one in page.all("p"))
-    (table,) = page.lines_of("The primary figure")
+    (table,) = page.lines_of("The primary metric")
     assert table[0] == ["benchmark", "image + text", "text alone", "image alone", "chance"]
 
 
@@ -223,7 +223,7 @@ def test_whatever_a_text_holds_is_shown_and_does_nothing(noise):
     assert page.all("h2")[1]["text"] == f"n{NASTY} · {NASTY}"
     assert {one["text"] for one in page.all("p", **{"class": "asked"})} == {NASTY}
     assert [line[0] for table in page.lines_of("mAP in percent by") for line in table[1:]] == [NASTY, f"{NASTY} *"]
-    starred = [cell for line in page.lines_of("primary figure")[0][1:] for cell in line if " *" in cell]
+    starred = [cell for line in page.lines_of("primary metric")[0][1:] for cell in line if " *" in cell]
     assert starred
     assert sum("*: the heads were trained on some of what" in one["text"] for one in page.all("figcaption")) == 1
     images = page.all("img")
@@ -232,7 +232,7 @@ def test_whatever_a_text_holds_is_shown_and_does_nothing(noise):
 
 
 class Static:
-    """A large picture of noise, which no format makes small."""
+    """A large image of noise, which no format makes small."""
 
     def __init__(self, number):
         self.key = f"static/{number}"
@@ -250,7 +250,7 @@ def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
     def static(source):
         return photos.setdefault(source.key, Static(len(photos))).open()
 
-    text = drawn(noise, limit=limit, open_picture=static)
+    text = drawn(noise, limit=limit, open_image=static)
     page = check_page(text)
     assert len(text.encode()) <= limit
     examples = len(page.all("li", **{"class": "example"}))
@@ -268,12 +268,12 @@ def test_a_picture_that_is_not_there_is_said_to_be_and_the_rest_is_shown(noise):
 
     def some(source):
         if source.key == gone:
-            raise PictureError("missing")
+            raise ImageError("missing")
         return source.open()
 
-    whole, page = Page(drawn([composed])), check_page(drawn([composed], open_picture=some))
+    whole, page = Page(drawn([composed])), check_page(drawn([composed], open_image=some))
     without = page.all("span", **{"class": "none"})
-    assert {one["text"] for one in without} == {"the picture cannot be opened"}
+    assert {one["text"] for one in without} == {"the image cannot be opened"}
     assert len(page.all("img")) == len(whole.all("img")) - len(without)
 
 
@@ -334,7 +334,7 @@ def test_each_gallery_picture_is_decoded_once(noise):
         opened.append(source.key)
         return source.open()
 
-    drawn([composed], open_picture=counted)
+    drawn([composed], open_image=counted)
     queries = sum(len(sheet.places) for sheet in sheets(composed.benchmark, composed.scores, "trained"))
     assert len(opened) - queries <= len(composed.benchmark.gallery)
 

@@ -1,4 +1,4 @@
-"""Published figures join ours: names of benchmarks, splits and metrics are those of the readers."""
+"""Published results join ours: names of benchmarks, splits and metrics are those of the readers."""
 
 import official
 import pytest

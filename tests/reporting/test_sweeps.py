@@ -128,7 +128,7 @@ def test_the_csv_holds_every_figure_ours_and_published(tmp_path):
     with (tmp_path / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     ours = [line for line in table if line["source"] == "this sweep"]
-    assert len(ours) == 6 * 3 * 3  # jobs, methods; two figures and a tag
+    assert len(ours) == 6 * 3 * 3  # jobs, methods; two metrics and a tag
     first = ours[6]
     assert {name: first[name] for name in ("run", "model", "benchmark", "split", "method", "metric", "n_queries")} == {
         **{"run": "0", "model": "tiny", "benchmark": "circo", "split": "val", "method": "trained"},
@@ -140,7 +140,7 @@ def test_the_csv_holds_every_figure_ours_and_published(tmp_path):
     assert first["settings"] == "target=frozen seed=0 data.queries=10"
     assert "torch=2" in first["versions"]
     assert "protocol official" in first["protocol"]
-    assert ours[7]["percent"] == ours[7]["low95"] == ""  # a figure without a value
+    assert ours[7]["percent"] == ours[7]["low95"] == ""  # a metric without a value
     assert (ours[8]["metric"], ours[8]["percent"], ours[8]["n_queries"]) == ("mAP@10 [new]", "42.0000", "4")
     published = [line for line in table if line["source"].startswith("published: ")]
     assert {line["split"] for line in published} == {"test", "not stated"}

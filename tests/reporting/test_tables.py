@@ -15,7 +15,7 @@ from union_igrot.reporting.tables import (
 from union_igrot.types import Protocol
 
 METRICS = ("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP", "Rs@1", "Rs@2")
-PROTOCOL = Protocol(metrics=METRICS, primary="mAP@10", exclude_reference=True, note="own pictures [/strange] [red]")
+PROTOCOL = Protocol(metrics=METRICS, primary="mAP@10", exclude_reference=True, note="own images [/strange] [red]")
 
 
 def row(method, value, benchmark="shapes_cir", skipped=0, **more):
@@ -48,7 +48,7 @@ def test_eight_figures_and_the_interval_fit_into_80_columns(value):
     table = text[: text.index("percent;")]
     assert table.count("method") == 1
     assert "…" not in table
-    for name in (*METRICS, "[low, high]", "image alone", "image + text", "2,000 queries x 12,345 pictures"):
+    for name in (*METRICS, "[low, high]", "image alone", "image + text", "2,000 queries x 12,345 images"):
         assert name in table
     figure = "100" if value > 99.95 else f"{value:.1f}"
     assert table.count(f"[{figure}, {figure}]") == 5
@@ -58,7 +58,7 @@ def test_eight_figures_and_the_interval_fit_into_80_columns(value):
 def test_the_protocol_stands_below_and_brackets_of_a_note_are_printed_as_they_are():
     text = " ".join(shown([row("trained", 1.0, skipped=3)]).split())
     assert "AP divided by min(k, R), step rule; micro average; reference left out; ties by gallery order" in text
-    assert "own pictures [/strange] [red]" in text
+    assert "own images [/strange] [red]" in text
     assert "3 items left out" in text
     assert "left out;" not in " ".join(shown([row("trained", 1.0)]).split()).replace("reference left out;", "")
 
@@ -132,10 +132,10 @@ def test_what_was_trained_on_is_told_and_marks_the_figure():
     text = " ".join(shown([row("chance", 1.0), seen]).split())
     assert "trained * 5.0" in text
     assert "chance 1.0" in text
-    assert "on the pictures of 3 of 2,000 queries and on 1,200 of 12,345 gallery pictures" in text
+    assert "on the images of 3 of 2,000 queries and on 1,200 of 12,345 gallery images" in text
     assert "2 of the classes were trained on: for them this is not zero-shot (cup, tree)" in text
     clean = row("trained", 5.0, seen_images={"queries": 0, "gallery": 0})
-    assert overlap_lines(clean) == ["the heads were trained on none of these pictures"]
+    assert overlap_lines(clean) == ["the heads were trained on none of these images"]
     assert "*" not in shown([clean])
     assert "not recorded" in shown([row("trained", 5.0)])
     assert "not recorded" not in shown([row("chance", 5.0)])

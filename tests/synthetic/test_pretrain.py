@@ -12,7 +12,7 @@ from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.tiny import TinyBackbone, TinyVLM, tokenize
 from union_igrot.synthetic import pretrain as pretrain_tiny
-from union_igrot.synthetic.pretrain import caption_batch, held_out_figures, main, pretrain, pretraining_loss
+from union_igrot.synthetic.pretrain import caption_batch, held_out_metrics, main, pretrain, pretraining_loss
 from union_igrot.synthetic.scenes import HELD_OUT_SHAPES, SEEN_SHAPES, SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -170,7 +170,7 @@ def test_too_few_steps_are_refused(monkeypatch, capsys):
 def test_figures_of_an_untrained_network_are_near_chance():
     torch.manual_seed(0)
     network = TinyVLM()
-    figures = held_out_figures(network, "chance", batches=1)
+    figures = held_out_metrics(network, "chance", batches=1)
     assert figures["caption_retrieval_in_256"] < 5
     assert figures["shape_of_photo"] < 25
     assert network.training  # goes on training after the look
@@ -208,7 +208,7 @@ def test_interrupted_write_leaves_the_old_files_whole(stage, tmp_path, monkeypat
     torch.manual_seed(0)
     network = TinyVLM()
     monkeypatch.setattr(pretrain_tiny, "pretrain", lambda *_: network)
-    monkeypatch.setattr(pretrain_tiny, "held_out_figures", lambda *_, **__: {})
+    monkeypatch.setattr(pretrain_tiny, "held_out_metrics", lambda *_, **__: {})
 
     def half(state, path):
         path.write_bytes(b"half of")

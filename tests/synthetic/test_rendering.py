@@ -21,7 +21,7 @@ from union_igrot.synthetic.rendering import (
 from union_igrot.synthetic.scenes import BACKGROUNDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
 
 GOLDEN = "15d686f80e107cbd01330566a26b2b6e1fb86b2a73d751099601aeec31242dd2"
-"""Changes with the drawing code alone; then the version in `ShapesPicture.key` changes too."""
+"""Changes with the drawing code alone; then the version in `ShapesImage.key` changes too."""
 
 
 def one(shape="circle", colour="red", size="large", fill="plain", place="middle", background="snow"):
@@ -29,7 +29,7 @@ def one(shape="circle", colour="red", size="large", fill="plain", place="middle"
 
 
 def many():
-    """Forty scenes with every shape, colour, size, fill, place and background; every fifth holds two things."""
+    """Forty scenes with every shape, color, size, fill, place and background; every fifth holds two things."""
     for i in range(40):
         thing = Thing(SHAPES[i % 20], COLOURS[i % 10], SIZES[i % 3], FILLS[(i + i // 20) % 4], PLACES[i % 5])
         second = Thing(SHAPES[(i + 7) % 20], COLOURS[(i + 3) % 10], SIZES[(i + 1) % 3], FILLS[(i + 2) % 4], "right")
@@ -120,7 +120,7 @@ def test_bigger_things_cover_more(shape):
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_thing_has_its_colour(colour):
-    """The mean over seeds is nearest to the named colour, light and noise aside."""
+    """The mean over seeds is nearest to the named color, light and noise aside."""
     middle = slice(PIXELS // 2 - 2, PIXELS // 2 + 2)
     means = [pixels(render_photo(one(colour=colour), seed))[middle, middle].mean((0, 1)) for seed in range(24)]
     shown = np.mean(means, axis=0)
@@ -129,7 +129,7 @@ def test_a_thing_has_its_colour(colour):
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_a_background_has_its_colours(background):
-    """The corners' mean over seeds is nearest to a mixture of the named background's two colours."""
+    """The corners' mean over seeds is nearest to a mixture of the named background's two colors."""
     corners = [
         pixels(render_photo(one(size="small", background=background), seed))[:8].reshape(-1, 3).mean(0)
         for seed in range(24)

@@ -49,7 +49,7 @@ GROUND, PLACE, AT, A = one_of(BACKGROUNDS), one_of(PLACES), one_of(WHERE), "an? 
 
 
 def plain(scene):
-    """A scene as a background and a set of (shape, colour, size, fill, place)."""
+    """A scene as a background and a set of (shape, color, size, fill, place)."""
     return scene.background, frozenset((t.shape, t.colour, t.size, t.fill, t.place) for t in scene.things)
 
 
@@ -282,7 +282,7 @@ def test_split_follows_from_content_alone():
 
 
 def read_caption(text):
-    """What a caption says: the background or None, and (shape, colour, size, fill, place), each None where not said."""
+    """What a caption says: the background or None, and (shape, color, size, fill, place), each None where not said."""
     text = re.sub("^(a photo of|a picture with) ", "", text)
     match = re.fullmatch(f"(.*?)(?: (?:on|over|in front of) {GROUND})?", text)
     part = f"{A}(?:{SIZE} )?(?:{COLOUR} )?(?:{FILL} )?{SHAPE}(?: {AT})?"

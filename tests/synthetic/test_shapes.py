@@ -1,4 +1,4 @@
-"""The generated benchmarks against a look at every picture and every sentence."""
+"""The generated benchmarks against a look at every image and every sentence."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from test_scenes import obey, plain
 
 from union_igrot.errors import DataError
 from union_igrot.synthetic.scenes import EDIT_KINDS, HELD_OUT_SHAPES, SEEN_SHAPES, SHAPES, Scene, Thing
-from union_igrot.synthetic.shapes import ShapesPicture, shapes_cir, shapes_sbir, shapes_training
+from union_igrot.synthetic.shapes import ShapesImage, shapes_cir, shapes_sbir, shapes_training
 
 DIGEST = """
 import hashlib
@@ -92,7 +92,7 @@ def test_subsets_hold_six_with_the_reference_and_one_target(cir):
         assert len(set(query.subset)) == len(query.subset) == 6
         assert query.exclude[0] in query.subset
         assert len(set(query.targets) & set(query.subset)) == 1
-        # The same scene in another picture is the hardest of the wrong answers.
+        # The same scene in another image is the hardest of the wrong answers.
         assert sum(images[name].scene == query.image.scene for name in query.subset) >= 2
         near = [n for n in query.subset if shared(images[n].scene, query.image.scene)]
         full += len(near) >= 4
@@ -174,11 +174,11 @@ def test_scenes_never_cross_splits(cir, sbir):
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.sampled_from(["photo", "sketch"]))
 def test_key_is_the_identity_of_the_pixels(seed, other, style):
     things = (Thing("star", "red", "small", "plain", "left"), Thing("boat", "pink", "large", "dotted", "right"))
-    picture = ShapesPicture(Scene("sea", things), seed, style)
-    twin = ShapesPicture(Scene("sea", things), other, style)
+    picture = ShapesImage(Scene("sea", things), seed, style)
+    twin = ShapesImage(Scene("sea", things), other, style)
     assert (picture.key == twin.key) == (seed == other) == (picture.open().tobytes() == twin.open().tobytes())
-    # Things are drawn in their order, so that turned about they are another picture of the same scene.
-    turned = ShapesPicture(Scene("sea", things[::-1]), seed, style)
+    # Things are drawn in their order, so that turned about they are another image of the same scene.
+    turned = ShapesImage(Scene("sea", things[::-1]), seed, style)
     assert turned.scene.code == picture.scene.code
     assert (picture.key == turned.key) <= (picture.open().tobytes() == turned.open().tobytes())
     assert turned.key != picture.key

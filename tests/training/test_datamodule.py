@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, triplets
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.images.transforms import PictureToTensor
+from union_igrot.images.transforms import ImageToTensor
 from union_igrot.training.datamodule import IGROTDataModule, TaskBatches
 from union_igrot.types import TrainingSet
 
@@ -89,7 +89,7 @@ def test_a_batch_holds_the_features_of_its_samples(tmp_path, tokens):
     data.setup("fit")
     loader, samples = data.train_dataloader(), triplets().triplets
     rows = list(loader.batch_sampler)
-    to_tensor = PictureToTensor(backbone.preprocess)
+    to_tensor = ImageToTensor(backbone.preprocess)
     seen = 0
     for batch, chosen in zip(loader, rows, strict=True):
         some = [samples[row] for row in chosen]
@@ -164,7 +164,7 @@ def test_validation_batches_hold_the_features_at_their_positions(tmp_path):
     benchmark = cir_benchmark()
     data = module(tmp_path, backbone, validation=[benchmark])
     data.setup("fit")
-    to_tensor = PictureToTensor(backbone.preprocess)
+    to_tensor = ImageToTensor(backbone.preprocess)
     for batch in data.val_dataloader():
         chosen = [getattr(benchmark, batch.side)[place] for place in batch.positions.tolist()]
         images = backbone.encode_image(torch.stack([to_tensor(one.image.open()) for one in chosen]))
@@ -177,7 +177,7 @@ def test_validation_batches_hold_the_features_at_their_positions(tmp_path):
 def test_more_processes_than_validation_items_are_an_error(tmp_path):
     data = module(tmp_path, validation=[sbir_benchmark(2, 4)], world=7)
     data.setup("fit")
-    with pytest.raises(DataError, match="6 validation queries and pictures cannot be shared by 7"):
+    with pytest.raises(DataError, match="6 validation queries and images cannot be shared by 7"):
         data.val_dataloader()
 
 

@@ -49,7 +49,7 @@ os._exit(0)
 
 
 class Watch(Callback):
-    """Keeps losses, reduced gradients and validation figures."""
+    """Keeps losses, reduced gradients and validation metrics."""
 
     def __init__(self):
         self.losses, self.gradients, self.figures = [], {}, {}

@@ -22,7 +22,7 @@ from union_igrot.training.learner import Learner, Machine, Recipe, fit, warmup_c
 from union_igrot.training.losses import InfoNCE
 
 pytestmark = [
-    # Lightning steps a resumed schedule before its optimiser has stepped; nothing is skipped.
+    # Lightning steps a resumed schedule before its optimizer has stepped; nothing is skipped.
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning"),
     # Its own use of a deprecated part of torch.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
@@ -47,7 +47,7 @@ class StopAfter(Callback):
 
 
 class Log(Callback):
-    """Keeps the losses of the steps and the validation figures of the epochs."""
+    """Keeps the losses of the steps and the validation metrics of the epochs."""
 
     def __init__(self):
         self.losses, self.figures = [], []

@@ -1,11 +1,11 @@
-"""Encoders tuned along with the heads: batches of pictures and texts, rates of their own, passes, resuming."""
+"""Encoders tuned along with the heads: batches of images and texts, rates of their own, passes, resuming."""
 
 import pytest
 import torch
 from test_learner import CPU, KilledError, Log, StopAfter
 
 from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
-from union_igrot.errors import PictureError
+from union_igrot.errors import ImageError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, fit, rate_share
@@ -73,7 +73,7 @@ def test_a_tuned_encoder_learns_at_its_own_rate_and_the_other_does_not(tmp_path,
     ("sides", "pictures", "texts"), [("both", 2, 2), ("image", 2, 0), ("text", 0, 2), ("none", 0, 0)]
 )
 def test_the_passes_of_a_step(tmp_path, sides, pictures, texts):
-    """At most two of pictures and two of texts, whatever is tuned; none where everything is in the store."""
+    """At most two of images and two of texts, whatever is tuned; none where everything is in the store."""
     model, learner, data = parts(tmp_path, SIDES[sides])
     data.setup("fit")
     model.null_text()
@@ -123,19 +123,19 @@ def test_accumulated_batches_make_one_step(tmp_path):
 
 
 class Unreadable:
-    """A picture whose file went away after the set was read."""
+    """An image whose file went away after the set was read."""
 
     key = "gone"
 
     def open(self):
-        raise PictureError("shirt.png is missing; put it back")
+        raise ImageError("shirt.png is missing; put it back")
 
 
 def test_a_picture_that_cannot_be_read_in_a_step_is_named(tmp_path):
     good = triplets().triplets
     broken = TrainingSet("broken", (*good[:30], Triplet(Unreadable(), "red", good[0].target, "scene", "cir")))
     _, learner, data = parts(tmp_path, SIDES["image"], samples=broken)
-    with pytest.raises(PictureError, match=r"shirt\.png is missing"):
+    with pytest.raises(ImageError, match=r"shirt\.png is missing"):
         fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
 
 

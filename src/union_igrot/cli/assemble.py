@@ -21,7 +21,7 @@ from union_igrot.training.processes import Processes
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Give a configuration as plain values."""
+    """Return a configuration as plain values."""
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return values
 

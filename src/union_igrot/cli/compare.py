@@ -1,6 +1,6 @@
 """`union-compare`: whether one run beats another by more than chance, query by query.
 
-Knows where a run keeps its queries' figures. Does not know how they were computed.
+Knows where a run keeps its queries' metrics. Does not know how they were computed.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def compare(config: DictConfig, fresh: Path) -> None:
 
     from union_igrot.errors import DataError
     from union_igrot.metrics.intervals import paired_interval
-    from union_igrot.metrics.significance import randomisation_test
+    from union_igrot.metrics.significance import randomization_test
     from union_igrot.reporting.files import read_query_values
 
     del fresh
@@ -41,7 +41,7 @@ def compare(config: DictConfig, fresh: Path) -> None:
         table = Table("metric", "first", "second", "difference, 95 %", "p", title=f"{title} · {config.method}")
         for key in (key for key in first if key.startswith(f"{config.method}/") and key in second):
             gap = paired_interval(first[key], second[key], seed=config.seed)
-            chance = randomisation_test(first[key], second[key], config.rounds, config.seed)
+            chance = randomization_test(first[key], second[key], config.rounds, config.seed)
             means = [f"{100 * side[key].nanmean().item():.2f}" for side in (first, second)]
             spread = f"{100 * gap.mean:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
             table.add_row(key.removeprefix(f"{config.method}/"), *means, spread, f"{chance:.4f}")

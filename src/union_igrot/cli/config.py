@@ -111,7 +111,7 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         name: `train` or `eval`.
-        overrides: As on the command line, such as `["data=folder", "data.root=pictures"]`.
+        overrides: As on the command line, such as `["data=folder", "data.root=images"]`.
 
     Returns:
         The composed configuration.

@@ -46,7 +46,7 @@ def convert(config: DictConfig, fresh: Path) -> None:
     described = model.describe()
     console = Console()
     for line in (
-        f"backbone {described['backbone']}, {backbone:,} weights of the file, pictures of {model.preprocess.size}",
+        f"backbone {described['backbone']}, {backbone:,} weights of the file, images of {model.preprocess.size}",
         f"heads {described['fusion']['kind']} and {described['target']['kind']}, {heads:,} weights",
         f'written to {folder}; union_igrot.load("{folder}"), or union-eval checkpoint={folder}',
     ):

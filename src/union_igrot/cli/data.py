@@ -68,7 +68,7 @@ def training(data: DictConfig) -> tuple[TrainingSet, list[Benchmark]]:
 
 
 def tested(data: DictConfig) -> list[Benchmark]:
-    """Give what is evaluated: the configured split, or what training holds out where there is none."""
+    """Return what is evaluated: the configured split, or what training holds out where there is none."""
     return training(data)[1] if data.split == "train" else benchmarks(data)
 
 
@@ -82,7 +82,7 @@ def _folder_options(data: DictConfig) -> dict[str, Any]:
 
 
 def _public_options(data: DictConfig) -> dict[str, Any]:
-    """Give the reader's own options: what is set, and is not `all`."""
+    """Return the reader's own options: what is set, and is not `all`."""
     settings: dict[str, Any] = OmegaConf.to_container(data)  # type: ignore[assignment]
     for name in ("name", "root", "split", "check_images"):
         del settings[name]

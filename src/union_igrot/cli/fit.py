@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from union_igrot.cli import assemble, data
 from union_igrot.cli.loggers import open_loggers
-from union_igrot.images.identity import picture_identities
+from union_igrot.images.identity import image_identities
 from union_igrot.models.model import IGROTModel
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, fit, load_best
@@ -71,5 +71,5 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         load_best(model, folder / "checkpoints")
         model.tuned = config.model.finetune != "none"
     model.card["best"] = best
-    model.training_images = picture_identities(side for one in samples.triplets for side in (one.image, one.target))
+    model.training_images = image_identities(side for one in samples.triplets for side in (one.image, one.target))
     return model

@@ -1,6 +1,6 @@
-"""`union-index`: pictures into an index, alone or in several processes; rows out of it.
+"""`union-index`: images into an index, alone or in several processes; rows out of it.
 
-Knows the order of the steps and the words. Does not know how a picture becomes a row.
+Knows the order of the steps and the words. Does not know how an image becomes a row.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def index_images(config: DictConfig, fresh: Path) -> None:
-    """Put pictures into an index as configured, or take rows out of it."""
+    """Put images into an index as configured, or take rows out of it."""
     del fresh
     if (config.images is None) == (config.remove is None):
         raise ConfigError("give images=SOURCE, what is put in, or remove=FILTER, what is taken out")
@@ -79,20 +79,20 @@ def _remove(config: DictConfig) -> None:
             raise ConfigError(str(error).replace("where=", "remove=", 1)) from None
         removed = sum(index.delete(names[at : at + _AT_ONCE]) for at in range(0, len(names), _AT_ONCE))
         if removed:
-            index.optimise()
+            index.optimize()
         print(f"{index.uri}: {len(index):,} rows; {removed:,} removed")  # noqa: T201 - the command's voice
 
 
 def _said(config: DictConfig) -> list[str]:
-    """Give what was said, as it was typed: what is taken literally was quoted for Hydra."""
+    """Return what was said, as it was typed: what is taken literally was quoted for Hydra."""
     task = [(override.partition("=")[0], override) for override in HydraConfig.get().overrides.task]
     typed = [key in LITERAL and config[key] is not None for key, _ in task]
     return [f"{key}={config[key]}" if told else said for (key, said), told in zip(task, typed, strict=True)]
 
 
 def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
-    """List the pictures, open the index and fill it: what one process does, or the first of several."""
-    from union_igrot.gallery.ingest.run import index_pictures
+    """List the images, open the index and fill it: what one process does, or the first of several."""
+    from union_igrot.gallery.ingest.run import ingest_images
     from union_igrot.gallery.ingest.share import Words
     from union_igrot.gallery.metadata import card_of, load_checkpoint, open_made, refuse_early
 
@@ -106,7 +106,7 @@ def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
         Words(processes).say(None)
         raise
     with index:
-        report = index_pictures(index, model, listing, work, processes, fingerprint=card["fingerprint"])
+        report = ingest_images(index, model, listing, work, processes, fingerprint=card["fingerprint"])
         _tell(report, index.uri, len(index))
 
 
@@ -119,12 +119,12 @@ def _follow(config: DictConfig, work: "Work", processes: "Processes") -> None:
 
 
 def _listed(images: str, *, shown: bool) -> "Listing":
-    from union_igrot.gallery.ingest.sources import list_pictures
+    from union_igrot.gallery.ingest.sources import list_images
     from union_igrot.progress import progress_bar
 
     with progress_bar(shown=shown) as bar:
-        task = bar.add_task("listing pictures", total=None)
-        return list_pictures(images, lambda count: bar.update(task, completed=count))
+        task = bar.add_task("listing images", total=None)
+        return list_images(images, lambda count: bar.update(task, completed=count))
 
 
 def _tell(report: "Report", name: str, rows: int) -> None:
@@ -138,7 +138,7 @@ def _tell(report: "Report", name: str, rows: int) -> None:
         reused = report.added + report.updated - report.embedded
         console.print(
             f"{report.embedded:,} embedded, {reused:,} took a vector that was there; "
-            f"{report.rate:,.0f} pictures/s for {report.working:,.1f} s: "
+            f"{report.rate:,.0f} images/s for {report.working:,.1f} s: "
             f"the model waited {report.model_waited:,.1f} s for decoding and {report.writing_waited:,.1f} s for "
             f"writing, decoding {report.decoding_waited:,.1f} s for the model"
         )

@@ -1,4 +1,4 @@
-"""Where losses and figures are written while training: CSV files, and beside them what another product reads.
+"""Where losses and metrics are written while training: CSV files, and beside them what another product reads.
 
 Knows the products and where each keeps its files below a run's folder. Does not know what is logged.
 """
@@ -41,7 +41,7 @@ def require_logger(name: str) -> None:
 def open_loggers(
     wanted: dict[str, Any], folder: Path, settings: dict[str, Any], *, leads: bool = True
 ) -> Iterator[list["Logger"]]:
-    """Give the loggers of a training, and end them with it.
+    """Return the loggers of a training, and end them with it.
 
     CSV files are written whichever is chosen, but for `none`: the report draws its curves from them.
 

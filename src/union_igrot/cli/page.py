@@ -1,4 +1,4 @@
-"""The last step of a command that found figures: its `report.html`.
+"""The last step of a command that found metrics: its `report.html`.
 
 Knows how the command was started and where its configuration lies. Does not know what stands on the page.
 """
@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from union_igrot.evaluation.evaluate import versions
-from union_igrot.images.decode import open_picture
+from union_igrot.images.decode import open_image
 from union_igrot.reporting.contact_sheets import Curve
 from union_igrot.reporting.examples import SIDE
 from union_igrot.reporting.page import Making, write_page
@@ -61,20 +61,20 @@ def write_run_page(
         seed=seed,
     )
     page = folder / PAGE
-    # A photo is decoded at a fraction of its size: small pictures are all that is shown.
-    write_page(page, rows, asked, curves, making, partial(open_picture, at_least=SIDE))
+    # A photo is decoded at a fraction of its size: small images are all that is shown.
+    write_page(page, rows, asked, curves, making, partial(open_image, at_least=SIDE))
     return page
 
 
 def _from_home(folder: Path) -> str:
-    """Give a folder without the name of who works there: the page is made to be sent."""
+    """Return a folder without the name of who works there: the page is made to be sent."""
     with suppress(ValueError, RuntimeError):
         return str(Path("~") / folder.relative_to(Path.home()))
     return str(folder)
 
 
 def _command(config: Path) -> str:
-    """Give the running command as a shell takes it, with the place of public data where they were found by it."""
+    """Return the running command as a shell takes it, with the place of public data where they were found by it."""
     hydra = HydraConfig.get()
     said = shlex.join([f"union-{hydra.job.config_name}", *hydra.overrides.task])
     root = OmegaConf.select(OmegaConf.load(config), "data.root", default="")

@@ -37,7 +37,7 @@ def push(config: DictConfig, fresh: Path) -> None:
         results = results / "results.json" if results.is_dir() else results
         told = {"rows": read_rows(results), "license": config.license}
         if not told["rows"]:
-            raise ConfigError(f"{results} holds no figures; give a results.json of union-train or union-eval")
+            raise ConfigError(f"{results} holds no metrics; give a results.json of union-train or union-eval")
     address = push_folder(folder, config.repo, private=config.private, branch=config.branch, **told)
     console = Console()
     for line in (address, f'union_igrot.load("{config.repo}"), or union-eval checkpoint={config.repo}'):

@@ -1,6 +1,6 @@
-"""The end of a training and the whole of an evaluation: figures, tables, pictures, files.
+"""The end of a training and the whole of an evaluation: metrics, tables, images, files.
 
-Knows the names of the files in a run's folder. Does not know how figures are computed.
+Knows the names of the files in a run's folder. Does not know how metrics are computed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from union_igrot.evaluation.predictions import score_predictions
 from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed
 from union_igrot.features.extractor import Encoder
-from union_igrot.images.decode import open_picture
+from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.reporting.contact_sheets import SIDE, contact_sheet, curve_picture, read_curves
 from union_igrot.reporting.files import write_query_values, write_results
@@ -43,9 +43,9 @@ def evaluate_and_report(
     """Evaluate on each benchmark, write what was found after each, print the tables.
 
     Writes `results.json`, `results.csv`, `queries-<benchmark>-<split>.safetensors` (every
-    query's figures), `contact-<benchmark>.png`, `curve.png` where the folder holds a
+    query's metrics), `contact-<benchmark>.png`, `curve.png` where the folder holds a
     training's log, and `report.html` at the end. A split without published targets gives
-    submission files instead of figures.
+    submission files instead of metrics.
 
     Args:
         model: The model.
@@ -73,7 +73,7 @@ def evaluate_and_report(
         values = {method: part.values for method, part in scores.items()}
         write_query_values(folder, benchmark.name, benchmark.split, values, benchmark.queries_hash())
         last = found[-1].rows[-1]["method"]
-        opener = partial(open_picture, at_least=SIDE)
+        opener = partial(open_image, at_least=SIDE)
         contact_sheet(folder / f"contact-{benchmark.name}.png", benchmark, scores[last].ranking, opener)
     if whole and len(found) > 1:
         rows += combine(found, whole, seed)
@@ -88,7 +88,7 @@ def evaluate_and_report(
 
 
 def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path, seed: int) -> None:
-    """Score a file of rankings, made by any method, and print and write its figures.
+    """Score a file of rankings, made by any method, and print and write its metrics.
 
     Raises:
         ConfigError: Where the data are more than one benchmark, or have no such files.

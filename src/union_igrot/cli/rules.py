@@ -1,6 +1,6 @@
 """What every setting may hold: the rules by which a configuration is checked.
 
-One table a command, and variants by the name of a data set, a head. Does not know how
+One table a command, and variants by the name of a dataset, a head. Does not know how
 a configuration is composed, and imports nothing heavy.
 """
 
@@ -112,7 +112,7 @@ def _null(value: Any) -> str | None:
 def _figure(value: Any) -> str | None:
     if isinstance(value, str) and re.fullmatch(r"val/score|val/\w+/(R@\d+|Rs@\d+|P@\d+|mAP|mAP@\d+)", value):
         return None
-    return "val/score, or val/<benchmark>/<figure> such as val/shapes_cir/mAP@10"
+    return "val/score, or val/<benchmark>/<metric> such as val/shapes_cir/mAP@10"
 
 
 def _backbone(value: Any) -> str | None:
@@ -149,7 +149,7 @@ _COMMON: dict[str, Check] = {
 
 
 def _public(*splits: str, preset: bool = True, **more: Check) -> dict[str, Check]:
-    """Give the rules of a public benchmark's settings."""
+    """Return the rules of a public benchmark's settings."""
     rules: dict[str, Check] = {
         "root": _folder_or_null,
         "split": one_of(*splits),

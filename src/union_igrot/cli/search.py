@@ -1,4 +1,4 @@
-"""`union-search`: find pictures of a gallery, shown as a table or as JSON lines.
+"""`union-search`: find images of a gallery, shown as a table or as JSON lines.
 
 Knows what is printed where. Does not know how anything is embedded or found.
 """
@@ -98,15 +98,15 @@ def _check(config: DictConfig) -> None:
 
 
 def _lines(config: DictConfig) -> "list[Line]":
-    """Give what is asked, whether on the command line or in a file."""
+    """Return what is asked, whether on the command line or in a file."""
     from union_igrot.gallery.query_files import Line, read_queries
-    from union_igrot.images.decode import check_picture
+    from union_igrot.images.decode import check_image
 
     if config.queries is not None:
         return read_queries(_path(config.queries))
     images = [_path(image) for image in config.image]
     for image in images:
-        check_picture(image)
+        check_image(image)
     ids = {name: list(config[name]) for name in ("liked", "disliked", "exclude")}
     return [Line(1, {"image": images, "text": config.text, **ids})]
 
@@ -176,10 +176,10 @@ def _words(asked: dict[str, Any]) -> str:
 
 
 def _sheet_line(line: "Line", found: "Answers") -> "SheetLine":
-    from union_igrot.images.decode import as_picture
+    from union_igrot.images.decode import as_image
     from union_igrot.reporting.contact_sheets import SheetLine
 
-    pictures = [as_picture(image, at_least=256) for image in line.asked.get("image", ())]
+    pictures = [as_image(image, at_least=256) for image in line.asked.get("image", ())]
     return SheetLine(_words({**line.asked, "image": ()}), pictures, [(hit.score, hit.thumbnail) for hit in found])
 
 

@@ -2,7 +2,7 @@
 
 Every fault becomes one line that names the file and the place in it: `row 3` is an entry of a JSON list, counted
 from 0, `line 3` a line of text, counted from 1. Does not know any benchmark, nor where
-pictures are.
+images are.
 """
 
 import json
@@ -40,48 +40,48 @@ class Record:
         return key in self.fields
 
     def get(self, key: str) -> Any:
-        """Give a field as it stands."""
+        """Return a field as it stands."""
         if key not in self.fields:
             raise DataError(f"{self.where}: {key!r} is missing; the file is not in the official format")
         return self.fields[key]
 
     def text(self, key: str) -> str:
-        """Give a text; it may be blank, as a few official captions are."""
+        """Return a text; it may be blank, as a few official captions are."""
         return as_text(self.get(key), key, self.where)
 
     def name(self, key: str) -> str:
-        """Give an identity, a string or a whole number, as a string."""
+        """Return an identity, a string or a whole number, as a string."""
         return as_name(self.get(key), key, self.where)
 
     def names(self, key: str) -> tuple[str, ...]:
-        """Give a list of distinct identities, at least one."""
+        """Return a list of distinct identities, at least one."""
         return _distinct([as_name(value, key, self.where) for value in self._list(key)], key, self.where)
 
     def number(self, key: str) -> int:
-        """Give a whole number from 0; digits in quotes count as one."""
+        """Return a whole number from 0; digits in quotes count as one."""
         return as_number(self.get(key), key, self.where)
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """Give a list of distinct whole numbers, at least one."""
+        """Return a list of distinct whole numbers, at least one."""
         return _distinct([as_number(value, key, self.where) for value in self._list(key)], key, self.where)
 
     def record(self, key: str) -> "Record":
-        """Give an object inside this one."""
+        """Return an object inside this one."""
         return as_record(self.get(key), f"{self.where}, {key}")
 
     def records(self, key: str) -> list["Record"]:
-        """Give a list of objects inside this one, at least one."""
+        """Return a list of objects inside this one, at least one."""
         return [as_record(value, f"{self.where}, {key}[{at}]") for at, value in enumerate(self._list(key))]
 
     def pair(self, key: str) -> tuple[int, str]:
-        """Give a number and a path that stand in a list of two."""
+        """Return a number and a path that stand in a list of two."""
         value = self._list(key)
         if len(value) != 2:
             raise DataError(f"{self.where}: {key} is {reprlib.repr(value)}; it must be [id, path]")
         return as_number(value[0], key, self.where), as_path(value[1], key, self.where)
 
     def box(self, key: str) -> Box:
-        """Give a box as left, top, width and height in pixels; width and height are above 0."""
+        """Return a box as left, top, width and height in pixels; width and height are above 0."""
         value = self._list(key)
         sound = all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in value)
         if len(value) != 4 or not sound or not all(map(isfinite, value)) or min(value[2:]) <= 0:
@@ -223,7 +223,7 @@ def _path_and_number(line: str, where: str) -> tuple[str, int]:
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Give each line that is not blank, without outer blanks, and its place; there is one at least."""
+    """Return each line that is not blank, without outer blanks, and its place; there is one at least."""
     empty = True
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if line := line.strip():

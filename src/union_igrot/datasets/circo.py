@@ -29,7 +29,7 @@ def circo(files: Files, split: str = "val", *, prompt: str | None = None, preset
     """Read one split of CIRCO.
 
     Args:
-        files: The data set's folder, with `annotations/` and `COCO2017_unlabeled/`.
+        files: The dataset's folder, with `annotations/` and `COCO2017_unlabeled/`.
         split: `val`, or `test` (whose targets are not published).
         prompt: See `prompts`. The default uses `shared_concept`, which zero-shot baselines do not see.
         preset: `official` keeps the reference in the ranking; `union_reference` takes it out, as its authors do.
@@ -97,7 +97,7 @@ def _query(
         tags = _aspects(record)
     for name in (reference, *targets):
         if name not in paths:
-            raise DataError(f"{record.where}: picture {name} is not in image_info_unlabeled2017.json; fetch both again")
+            raise DataError(f"{record.where}: image {name} is not in image_info_unlabeled2017.json; fetch both again")
     fields = {key: record.text(key) for key in ("shared_concept", "relative_caption")}
     image = files.picture(*paths[reference])
     return Query(str(at), image, word(fields), targets, (reference,) if exclude else (), tags=tags)

@@ -17,7 +17,7 @@ def cirr(files: Files, split: str = "val", *, prompt: str | None = None, preset:
     """Read one split of CIRR.
 
     Args:
-        files: The data set's folder, with `cirr/captions/`, `cirr/image_splits/` and the pictures that these name.
+        files: The dataset's folder, with `cirr/captions/`, `cirr/image_splits/` and the images that these name.
         split: `val`, `train`, or `test1` (whose targets are not published).
         prompt: See `prompts`.
         preset: `official` or `union_reference`; they are the same here.
@@ -32,7 +32,7 @@ def cirr(files: Files, split: str = "val", *, prompt: str | None = None, preset:
     named = as_record(read_json(listing), str(listing))
     paths = {name: as_path(path, name, f"{listing}, {name!r}") for name, path in named.fields.items()}
     if not paths:
-        raise DataError(f"{listing}: names no picture; fetch the file again")
+        raise DataError(f"{listing}: names no image; fetch the file again")
     gallery = [GalleryItem(name, files.picture(f"{listing}, {name!r}", path)) for name, path in paths.items()]
     seen: dict[str, str] = {}
     queries = []

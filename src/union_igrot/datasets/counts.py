@@ -1,6 +1,6 @@
 """What each public benchmark should hold, and where it comes from.
 
-Counts are those of the official files (queries, gallery pictures) by split and part; None
+Counts are those of the official files (queries, gallery images) by split and part; None
 where no public count is known. Does not read files.
 """
 
@@ -30,19 +30,19 @@ COUNTS: Mapping[str, Counts] = {
     "quickdraw": {("test", ""): (92_291, 54_151)},
     "training_sketchy": {("train", ""): (5_000, None)},
 }
-"""Queries and gallery pictures by (split, part)."""
+"""Queries and gallery images by (split, part)."""
 
 FETCHED_FROM: Mapping[str, str] = {
-    "fashioniq": "annotations: GitHub, XiaoxiaoGuo/fashion-iq; pictures: its product links, many dead, or a mirror",
-    "cirr": "annotations: GitHub, Cuberick-Orion/CIRR, branch cirr_dataset; pictures: NLVR2's request form",
-    "circo": "annotations: GitHub, miccunifi/CIRCO; pictures: COCO 2017 unlabeled (19 GB), cocodataset.org",
-    "genecis": "annotations: GitHub, facebookresearch/genecis; pictures: COCO val2017 and Visual Genome",
-    "lasco": "annotations: GitHub, levymsn/LaSCo; pictures: COCO 2014 train and val, cocodataset.org",
-    "llavasco": "annotations: the UNION authors' Google Drive; pictures: COCO 2014 train and val, cocodataset.org",
-    "dtin": "lists: GitHub, google-research/composed_image_retrieval (Pic2Word); pictures: ImageNet val and ImageNet-R",
-    "sketchy": "lists and pictures: the archive that ZSE-SBIR's README names",
-    "tuberlin": "lists and pictures: the archive that ZSE-SBIR's README names",
-    "quickdraw": "lists and pictures: the archive that ZSE-SBIR's README names",
-    "training_sketchy": "triplets: the UNION authors' Google Drive, or data.build=5000; pictures: as for sketchy",
+    "fashioniq": "annotations: GitHub, XiaoxiaoGuo/fashion-iq; images: its product links, many dead, or a mirror",
+    "cirr": "annotations: GitHub, Cuberick-Orion/CIRR, branch cirr_dataset; images: NLVR2's request form",
+    "circo": "annotations: GitHub, miccunifi/CIRCO; images: COCO 2017 unlabeled (19 GB), cocodataset.org",
+    "genecis": "annotations: GitHub, facebookresearch/genecis; images: COCO val2017 and Visual Genome",
+    "lasco": "annotations: GitHub, levymsn/LaSCo; images: COCO 2014 train and val, cocodataset.org",
+    "llavasco": "annotations: the UNION authors' Google Drive; images: COCO 2014 train and val, cocodataset.org",
+    "dtin": "lists: GitHub, google-research/composed_image_retrieval (Pic2Word); images: ImageNet val and ImageNet-R",
+    "sketchy": "lists and images: the archive that ZSE-SBIR's README names",
+    "tuberlin": "lists and images: the archive that ZSE-SBIR's README names",
+    "quickdraw": "lists and images: the archive that ZSE-SBIR's README names",
+    "training_sketchy": "triplets: the UNION authors' Google Drive, or data.build=5000; images: as for sketchy",
 }
 """Where each is to be had."""

@@ -2,7 +2,7 @@
 
 Source: Pic2Word (`imgnet_real_query.txt`, `imgnet_targets.txt`). Of the two definitions of recall in use, the share
 of the answers found (Pic2Word) is the default; any answer found (MagicLens, UNION) is an option. Pic2Word adds 1e-5 to
-the divisor, which is left out here. Does not know how pictures are encoded.
+the divisor, which is left out here. Does not know how images are encoded.
 """
 
 from collections import defaultdict
@@ -32,8 +32,8 @@ def dtin(
     """Read one target domain.
 
     Args:
-        files: The data set's folder, with `imgnet/imgnet_real_query.txt`, `imgnet/imgnet_targets.txt` and the
-            pictures, whose folder may or may not begin with the lists' own first part, `imgnet/`.
+        files: The dataset's folder, with `imgnet/imgnet_real_query.txt`, `imgnet/imgnet_targets.txt` and the
+            images, whose folder may or may not begin with the lists' own first part, `imgnet/`.
         split: `val`, the only one.
         domain: `cartoon`, `origami`, `toy` or `sculpture`.
         recall_mode: `fraction` (default) or `any` (default under `union_reference`).

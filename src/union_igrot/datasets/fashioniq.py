@@ -1,7 +1,7 @@
 """FashionIQ: clothes and what should be different, in three categories.
 
-Source: XiaoxiaoGuo/fashion-iq. Two galleries are in use and their figures cannot be compared: `original` is the
-category's split file; `val` (yanbeic/VAL) is every picture that the queries name, with each caption a query of its
+Source: XiaoxiaoGuo/fashion-iq. Two galleries are in use and their metrics cannot be compared: `original` is the
+category's split file; `val` (yanbeic/VAL) is every image that the queries name, with each caption a query of its
 own and the reference excluded. Does not know how queries are embedded.
 """
 
@@ -41,9 +41,9 @@ def fashioniq(
     """Read one category of FashionIQ.
 
     Args:
-        files: The data set's folder, with `captions/` (or `json/`), `image_splits/` and `images/`.
+        files: The dataset's folder, with `captions/` (or `json/`), `image_splits/` and `images/`.
         split: `val`, `train`, or `test` (whose targets are not published).
-        category: `dress`, `shirt` or `toptee`. The published figure is the mean over the three.
+        category: `dress`, `shirt` or `toptee`. The published result is the mean over the three.
         gallery: `original` or `val`.
         captions: `joined`: a query a row, of both captions; `each`: a query a caption. By default `joined` for the
             original gallery and `each` for VAL's.
@@ -81,7 +81,7 @@ def fashioniq(
         exclude_reference=own,
         means=(("R@10", "R@50"),),
         prompt="caption as it stands" if each else prompt,
-        note=f"{note}; the data set's figure is the mean over {', '.join(CATEGORIES)}",
+        note=f"{note}; the dataset's metric is the mean over {', '.join(CATEGORIES)}",
     )
     return Benchmark(f"fashioniq_{category}", split, "cir", queries, items, protocol)
 

@@ -1,9 +1,9 @@
-"""The user's own pictures: a folder becomes benchmarks and a training set.
+"""The user's own images: a folder becomes benchmarks and a training set.
 
-Triplets give composed retrieval: the gallery of a split is every picture its rows name, enlarged by `gallery.txt`, and
+Triplets give composed retrieval: the gallery of a split is every image its rows name, enlarged by `gallery.txt`, and
 a query's own reference is excluded from its ranking. Photos and sketches with classes give sketch retrieval: sketches
 ask, the photos of the split answer, and those of the same class are relevant. How a folder is laid out and how splits
-come about stands in `layouts`. Does not know how pictures become tensors, nor how figures are computed.
+come about stands in `layouts`. Does not know how images become tensors, nor how metrics are computed.
 """
 
 import random
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeVar, final
 
 from union_igrot.datasets.layouts import SPLITS, Entry, Row, Rows, Sample, Samples, read_folder
-from union_igrot.errors import ConfigError, DataError, PictureError
-from union_igrot.images.decode import broken_pictures, check_picture
+from union_igrot.errors import ConfigError, DataError, ImageError
+from union_igrot.images.decode import broken_images, check_image
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, TrainingSet, Triplet
 
 _CIR = Protocol(metrics=("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP"), primary="mAP@10", exclude_reference=True)
@@ -32,9 +32,9 @@ def folder_benchmark(
         root: The folder, in one of the known layouts.
         split: `val` or `test`.
         text: Prompt of every sketch query. Triplets carry their own text.
-        on_missing: `error`, or `skip`: missing pictures are left out, and so are the queries that lose their own
-            picture or all of their answers; `skipped` counts both together, and the note says how many of each.
-        verify: Decode every picture now, and treat what cannot be decoded as missing.
+        on_missing: `error`, or `skip`: missing images are left out, and so are the queries that lose their own
+            image or all of their answers; `skipped` counts both together, and the note says how many of each.
+        verify: Decode every image now, and treat what cannot be decoded as missing.
 
     Returns:
         The benchmark. The note of its protocol says how the splits came about.
@@ -42,7 +42,7 @@ def folder_benchmark(
     Raises:
         ConfigError: Where `split` or `on_missing` is another word.
         DataError: Where the layout, a row or the split is wrong. Names the file and the line.
-        PictureError: Where a picture is missing under `error`. Names the file and the line.
+        ImageError: Where an image is missing under `error`. Names the file and the line.
     """
     _choose("split", split, ("val", "test"))
     _choose("on_missing", on_missing, ("error", "skip"))
@@ -81,7 +81,7 @@ def folder_training(
     Raises:
         ConfigError: Where `pairs` is below 1 or `on_missing` is another word.
         DataError: Where the layout, a row or the split is wrong. Names the file and the line.
-        PictureError: Where a picture is missing under `error`. Names the file and the line.
+        ImageError: Where an image is missing under `error`. Names the file and the line.
     """
     if pairs < 1:
         raise ConfigError(f"pairs is {pairs}; give a number >= 1")
@@ -95,7 +95,7 @@ def folder_training(
 
 @final
 class _Pick:
-    """Tells which pictures are there, and counts what is left out."""
+    """Tells which images are there, and counts what is left out."""
 
     def __init__(self, root: Path, on_missing: str, verify: bool) -> None:
         self.root, self.skip, self.verify = root, on_missing == "skip", verify
@@ -110,29 +110,29 @@ class _Pick:
         faults: dict[str, str] = {}
         for path in named:
             try:
-                check_picture(self.root / path)
-            except PictureError as error:
+                check_image(self.root / path)
+            except ImageError as error:
                 faults[path] = str(error)
         if self.verify:
             present = {self.root / path: path for path in named if path not in faults}
-            faults |= {present[file]: why for file, why in broken_pictures(present)}
+            faults |= {present[file]: why for file, why in broken_images(present)}
         if faults and not self.skip:
             first = next(path for path in named if path in faults)
             more = f" ({len(faults) - 1} more are missing or broken)" if len(faults) > 1 else ""
-            raise PictureError(f"{named[first]}: {faults[first]}, or set on_missing=skip{more}")
+            raise ImageError(f"{named[first]}: {faults[first]}, or set on_missing=skip{more}")
         self.pictures = len(faults)
         return set(faults)
 
     def keep(self, entries: Sequence[Entry], kept: list[Entry], split: str) -> list[Entry]:
-        """Count the queries that went with their pictures; at least one has to stay."""
+        """Count the queries that went with their images; at least one has to stay."""
         self.queries = len(entries) - len(kept)
         if not kept:
-            raise DataError(f"{self.root}: {self.note(split)}, which leaves no query; add the pictures")
+            raise DataError(f"{self.root}: {self.note(split)}, which leaves no query; add the images")
         return kept
 
     def note(self, split: str) -> str:
         """Say what was left out, for people."""
-        return f"{self.pictures} missing pictures of {split} left out, {self.queries} queries with them"
+        return f"{self.pictures} missing images of {split} left out, {self.queries} queries with them"
 
 
 # --- composed retrieval
@@ -255,7 +255,7 @@ def _noted(
     protocol: Protocol, note: str, trained: Collection[str], here: Collection[str], what: str, split: str, pick: _Pick
 ) -> Protocol:
     parts = [
-        "own pictures",
+        "own images",
         note,
         f"{len(set(trained).intersection(here))} of the {len(here)} {what} of {split} are in train too",
     ]

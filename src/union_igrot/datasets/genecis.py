@@ -9,7 +9,7 @@ from union_igrot.datasets.files import Files
 from union_igrot.datasets.prompts import default_prompt, template
 from union_igrot.errors import ConfigError
 from union_igrot.images.crop import Crop
-from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Source
+from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query
 
 TASKS = ("focus_attribute", "change_attribute", "focus_object", "change_object")
 SPLITS = ("val",)
@@ -23,7 +23,7 @@ def genecis(
     """Read one task of GeneCIS.
 
     Args:
-        files: The data set's folder, with `genecis/<task>.json`, and `val2017/` (object tasks) or `VG_100K/`
+        files: The dataset's folder, with `genecis/<task>.json`, and `val2017/` (object tasks) or `VG_100K/`
             (attribute tasks).
         split: `val`, the only one.
         task: `focus_attribute`, `change_attribute`, `focus_object` or `change_object`. The published headline is the
@@ -64,7 +64,7 @@ def genecis(
     return Benchmark(f"genecis_{task}", split, "cir", queries, list(gallery.values()), protocol)
 
 
-def _item(record: Record, files: Files, task: str) -> tuple[str, Source]:
+def _item(record: Record, files: Files, task: str) -> tuple[str, ImageSource]:
     if task.endswith("object"):
         number = record.number("val_image_id")
         return str(number), files.picture(record.where, *(f"{folder}/{number:012d}.jpg" for folder in _COCO))

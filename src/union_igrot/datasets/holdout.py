@@ -6,7 +6,7 @@ Knows triplets and their groups. Does not know files or models.
 import hashlib
 
 from union_igrot.errors import DataError
-from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Source, TrainingSet, Triplet
+from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query, TrainingSet, Triplet
 
 
 def hold_out(training: TrainingSet, share: float = 0.1) -> tuple[TrainingSet, Benchmark]:
@@ -50,7 +50,7 @@ def hold_out(training: TrainingSet, share: float = 0.1) -> tuple[TrainingSet, Be
 
 def _benchmark(name: str, triplets: list[Triplet]) -> Benchmark:
     cir = triplets[0].task == "cir"
-    gallery: dict[Source, GalleryItem] = {}
+    gallery: dict[ImageSource, GalleryItem] = {}
     for triplet in triplets:
         gallery.setdefault(triplet.target, GalleryItem(f"t{len(gallery)}", triplet.target, triplet.group))
     if cir:

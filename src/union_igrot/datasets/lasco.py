@@ -1,7 +1,7 @@
 """LaSCo and LlavaSCo: large sets of COCO triplets with written or generated differences.
 
 Sources: levymsn/LaSCo; LlavaSCo is the UNION authors' (paper arXiv 2511.22253). A validation query never holds a
-caption of its target, unless the authors' own protocol is asked for by name. Does not know how pictures are encoded.
+caption of its target, unless the authors' own protocol is asked for by name. Does not know how images are encoded.
 """
 
 from pathlib import Path
@@ -21,8 +21,8 @@ def lasco(files: Files, split: str = "val", *, prompt: str | None = None, preset
     """Read one split of LaSCo.
 
     Args:
-        files: The data set's folder, with `lasco_<split>.json`, `lasco_val_corpus.json` and the COCO 2014 pictures.
-        split: `val`, whose gallery is the corpus file; or `train`, whose gallery is the pictures that its rows name.
+        files: The dataset's folder, with `lasco_<split>.json`, `lasco_val_corpus.json` and the COCO 2014 images.
+        split: `val`, whose gallery is the corpus file; or `train`, whose gallery is the images that its rows name.
         prompt: See `prompts`.
         preset: `official` or `union_reference`; they are the same here.
 
@@ -65,14 +65,14 @@ def llavasco(
     """Read one split of LlavaSCo: a JSON list, or one object after another.
 
     Args:
-        files: The data set's folder, with `<split>_llavasco.json` and `<split>2014/`.
+        files: The dataset's folder, with `<split>_llavasco.json` and `<split>2014/`.
         split: `val` or `train`.
         stride: Take every n-th row. 1 by default; 70 under `union_reference`.
         limit: Look at the first rows alone, before the stride. All by default; 350,000 under `union_reference`.
-        gallery: `named`, the pictures that the taken rows name; or, for `val`, `corpus`, that of LaSCo.
+        gallery: `named`, the images that the taken rows name; or, for `val`, `corpus`, that of LaSCo.
         prompt: See `prompts`. `union_llava` adds the target's caption: for training, or under `union_reference`.
         preset: `official`, or `union_reference`, which validates with the target's caption in the text, as its authors
-            do. Such a figure is no measure of retrieval; the note says so.
+            do. Such a metric is no measure of retrieval; the note says so.
 
     Returns:
         The benchmark. Query ids are the row's numbers in the file, before the stride.
@@ -81,7 +81,7 @@ def llavasco(
     prompt = _prompt(prompt, reference, split)
     stride, limit = _slice(stride, limit, reference)
     if choose("gallery", gallery, ("named", "corpus")) == "corpus" and split != "val":
-        raise ConfigError("gallery=corpus holds validation pictures; take gallery=named for split=train")
+        raise ConfigError("gallery=corpus holds validation images; take gallery=named for split=train")
     word = template("llavasco", prompt)
     items = _corpus(files) if gallery == "corpus" else {}
     records = read_records(files.annotation(f"{split}_llavasco.json"), several=True)
@@ -146,7 +146,7 @@ def _corpus(files: Files) -> dict[str, GalleryItem]:
         records = [as_record(entry, f"{file}, row {row}") for row, entry in enumerate(value)]
         pairs = [(record.where, record.get("id"), record.get("path")) for record in records]
     if not pairs:
-        raise DataError(f"{file}: holds no picture; it must be a list of objects with id and path")
+        raise DataError(f"{file}: holds no image; it must be a list of objects with id and path")
     gallery: dict[str, GalleryItem] = {}
     seen: dict[str, str] = {}
     for where, number, path in pairs:
@@ -166,6 +166,6 @@ def _coco(split: str, number: int) -> str:
 
 
 def _picture(files: Files, where: str, path: str) -> Path:
-    """Find a COCO picture; the corpus file has an extra `val/` before the folder that the rows lack."""
+    """Find a COCO image; the corpus file has an extra `val/` before the folder that the rows lack."""
     plain = path.removeprefix("val/").removeprefix("train/")
     return files.picture(where, plain, f"{plain.partition('2014/')[0]}/{plain}", f"coco/{plain}")

@@ -1,4 +1,4 @@
-"""What stands in a folder of the user's own pictures: its rows, the place of each, and their splits.
+"""What stands in a folder of the user's own images: its rows, the place of each, and their splits.
 
 Three layouts are known; where several exist, the first of this list is taken:
 
@@ -7,11 +7,11 @@ Three layouts are known; where several exist, the first of this list is taken:
 2. `manifest.csv` with the header `domain,path,class` and optionally `split`; a domain is `photo` or `sketch`.
 3. Class folders `photos/<class>/...` and `sketches/<class>/...`.
 
-Paths are relative to the folder. Names that start with a dot and, in class folders, files that are no pictures are
+Paths are relative to the folder. Names that start with a dot and, in class folders, files that are no images are
 ignored. A split is `train`, `val` or `test`, given in all rows or in none. Where none is given, references
 (layout 1) or classes (2, 3) are dealt 70/10/20 into train/val/test by a hash of their names; from three names on,
 each split gets one at least. Where only `val` is not given, a fifth of the train references or classes, chosen by
-the same hash, is held out as `val`. Does not know whether a picture exists, nor what a query is.
+the same hash, is held out as `val`. Does not know whether an image exists, nor what a query is.
 """
 
 import csv
@@ -39,7 +39,7 @@ _Key = TypeVar("_Key")
 @final
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture of a class, and the place that names it."""
+    """An image of a class, and the place that names it."""
 
     where: str
     sketch: bool
@@ -88,14 +88,14 @@ class Rows:
 def read_folder(folder: str | Path) -> Rows | Samples:
     """Read what a folder names, in the first layout that is there, and deal it into splits.
 
-    Pictures are not looked at, so a missing one changes no split.
+    Images are not looked at, so a missing one changes no split.
 
     Raises:
         DataError: Where there is no folder, no layout, or a row is wrong. Names the file and the line.
     """
     root = from_home(folder).absolute()
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder; give the folder that holds the pictures")
+        raise DataError(f"{root}: there is no such folder; give the folder that holds the images")
     if (root / "triplets.jsonl").exists():
         rows = _triplets(root / "triplets.jsonl")
         extra = _listing(root / "gallery.txt") if (root / "gallery.txt").exists() else {}
@@ -110,7 +110,7 @@ def read_folder(folder: str | Path) -> Rows | Samples:
             "or the folders photos/<class>/ and sketches/<class>/"
         )
     if not samples:
-        raise DataError(f"{root}: names no picture; known suffixes are {' '.join(SUFFIXES)}")
+        raise DataError(f"{root}: names no image; known suffixes are {' '.join(SUFFIXES)}")
     return Samples(root, *_by_split(samples, {sample.key for sample in samples if sample.sketch}, "classes"))
 
 
@@ -175,7 +175,7 @@ def _row(line: str, where: str) -> Row:
         raise DataError(f"{where}: targets is {reprlib.repr(value['targets'])}; give a list of one path or more")
     targets = tuple(_path(target, "a target", where) for target in value["targets"])
     if len({reference, *targets}) <= len(targets):
-        raise DataError(f"{where}: a target stands twice or is the reference; name each other picture once")
+        raise DataError(f"{where}: a target stands twice or is the reference; name each other image once")
     if text is not None:
         text = _string(text, "text", where)
     number = where.rpartition(" ")[2]

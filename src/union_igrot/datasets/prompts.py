@@ -109,12 +109,12 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 
 
 def default_prompt(benchmark: str) -> str:
-    """Give the name of a benchmark's default prompt."""
+    """Return the name of a benchmark's default prompt."""
     return next(iter(PROMPTS[benchmark]))
 
 
 def template(benchmark: str, prompt: str) -> Template:
-    """Give the function that words a benchmark's queries.
+    """Return the function that words a benchmark's queries.
 
     Args:
         benchmark: Name of the benchmark.

@@ -55,14 +55,14 @@ def load_benchmark(
 ) -> Benchmark:
     """Read a public benchmark from its official annotation files.
 
-    No picture is opened. Options are those of the benchmark's own reader, among them for all `prompt` and
+    No image is opened. Options are those of the benchmark's own reader, among them for all `prompt` and
     `preset="official"|"union_reference"`; `fashioniq` needs `category`, `genecis` `task` and `dtin` `domain`.
 
     Args:
         name: One of `BENCHMARKS`.
-        root: The data set's folder, by default `$UNION_DATA/<name>` (`training_sketchy` lies in `sketchy`).
+        root: The dataset's folder, by default `$UNION_DATA/<name>` (`training_sketchy` lies in `sketchy`).
         split: Name of the split; by default the one that is usually reported and has published targets.
-        check_images: Look that every picture exists. Otherwise nothing but annotation files is touched.
+        check_images: Look that every image exists. Otherwise nothing but annotation files is touched.
         **options: The reader's options.
 
     Returns:
@@ -71,7 +71,7 @@ def load_benchmark(
     Raises:
         ConfigError: Where a name, a split or an option is not known. Lists what is.
         DataError: Where an annotation file is missing or not in its format. Names the file and the row.
-        PictureError: Where pictures are missing. Names the first and says how many.
+        ImageError: Where images are missing. Names the first and says how many.
     """
     reader = _READERS[choose("benchmark", name, BENCHMARKS)]
     split = choose(f"split of {name}", reader.splits[0] if split is None else split, reader.splits)
@@ -106,7 +106,7 @@ def load_training(name: str, root: str | Path | None = None, check_images: bool 
         ConfigError: As for `load_benchmark`, where the benchmark has no training split, and where the prompt gives
             several wordings.
         DataError: As for `load_benchmark`.
-        PictureError: As for `load_benchmark`.
+        ImageError: As for `load_benchmark`.
     """
     choose("training data", name, tuple(known for known, reader in _READERS.items() if reader.trains))
     benchmark = load_benchmark(name, root, "train", check_images, **options)
@@ -126,7 +126,7 @@ def load_training(name: str, root: str | Path | None = None, check_images: bool 
 
 
 def parts(name: str) -> list[dict[str, str]]:
-    """Give the options that select each part of a benchmark, over which its headline is averaged or listed.
+    """Return the options that select each part of a benchmark, over which its headline is averaged or listed.
 
     Returns:
         Keyword arguments of `load_benchmark`, such as a category; a single empty set where a benchmark
@@ -139,7 +139,7 @@ def parts(name: str) -> list[dict[str, str]]:
 
 
 def splits(name: str) -> tuple[str, ...]:
-    """Give the splits of a benchmark, the default first.
+    """Return the splits of a benchmark, the default first.
 
     Raises:
         ConfigError: Where there is no such benchmark.
@@ -150,7 +150,7 @@ def splits(name: str) -> tuple[str, ...]:
 def _root(name: str, reader: _Reader) -> Path:
     home = os.environ.get("UNION_DATA")
     if not home:
-        raise ConfigError(f"root of {name} is not given and UNION_DATA is not set; give the data set's folder")
+        raise ConfigError(f"root of {name} is not given and UNION_DATA is not set; give the dataset's folder")
     own = Path(home) / name
     return own if reader.folder is None or own.is_dir() else Path(home) / reader.folder
 

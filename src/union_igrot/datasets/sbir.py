@@ -45,7 +45,7 @@ def sketchy(
     """Read Sketchy (extended).
 
     Args:
-        files: The data set's folder, with `zeroshot0/`, `zeroshot1/`, `256x256/` and `EXTEND_image_sketchy_ready/`.
+        files: The dataset's folder, with `zeroshot0/`, `zeroshot1/`, `256x256/` and `EXTEND_image_sketchy_ready/`.
         split: `zeroshot1`, 25 unseen classes (mAP and P@100 by custom); or `zeroshot0`, 21 (mAP@200 and P@200).
         prompt: See `prompts`.
         preset: `official`: strict average precision; or `union_reference`: by trapezoids over the hits in the top k.
@@ -120,7 +120,7 @@ def training_sketchy(
     Args:
         files: Sketchy's folder. The authors' file is `<lists>/training_sketchy.txt`.
         split: `train`, the only one.
-        lists: Whose training classes: `zeroshot1` (100) or `zeroshot0` (104). For a clean figure on 21 unseen
+        lists: Whose training classes: `zeroshot1` (100) or `zeroshot0` (104). For a clean metric on 21 unseen
             classes train on `zeroshot0`.
         build: Draw this many pairs from the training lists instead of reading the authors' file.
         seed: Seed of the draw. Classes take turns; within one, all sketches and all photos are used equally often.

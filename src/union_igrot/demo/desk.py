@@ -168,7 +168,7 @@ class Desk:
         """Take a photo as what the next question starts from.
 
         Raises:
-            PictureError: Where it cannot be used; a sentence for the page.
+            ImageError: Where it cannot be used; a sentence for the page.
         """
         held = photo(data, name, self.limits)
         known, session = self._session(token)

@@ -118,7 +118,7 @@ class Engine(ABC):
 
         Raises:
             DataError: Where the gallery does not hold it.
-            PictureError: Where it cannot be opened any more.
+            ImageError: Where it cannot be opened any more.
         """
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 
 from union_igrot.demo.engines import Answer, Engine, Question, method, sketch_room
 from union_igrot.demo.pictures import KEPT_SIDE, decoded, encoded
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.base import Value, VectorIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, file_of
-from union_igrot.images.decode import open_picture
+from union_igrot.images.decode import open_image
 
 POOL: Final = 20_000
 """Rows among which the pictures to start from are chosen."""
@@ -54,7 +54,7 @@ class Album(ABC):
         """Open a row's picture in full.
 
         Raises:
-            PictureError: Where it cannot be opened any more.
+            ImageError: Where it cannot be opened any more.
         """
 
 
@@ -80,11 +80,11 @@ class Files(Album):
     def picture(self, name: str, columns: Columns) -> Image.Image:
         """See `Album`. Where it is no file, or the file is gone or broken, the thumbnail stands for it."""
         if (path := file_of(name)) is not None:
-            with suppress(PictureError):
-                return open_picture(path, at_least=KEPT_SIDE)
+            with suppress(ImageError):
+                return open_image(path, at_least=KEPT_SIDE)
         small = _small(columns)
         if small is None:
-            raise PictureError(f"{Path(name).name} cannot be opened, and the index keeps no small picture of it.")
+            raise ImageError(f"{Path(name).name} cannot be opened, and the index keeps no small picture of it.")
         return decoded(small)
 
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 from PIL import Image, ImageDraw
 
 from union_igrot.demo.session import Reference, Stroke
-from union_igrot.errors import DataError, PictureError
-from union_igrot.images.decode import as_picture
+from union_igrot.errors import DataError, ImageError
+from union_igrot.images.decode import as_image
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are opened (MPO, of some cameras, is JPEG), none that starts another program, as PostScript does."""
@@ -58,17 +58,17 @@ def photo(data: bytes, name: str, limits: Limits) -> Reference:
     above 1,024 pixels is reduced to them.
 
     Raises:
-        PictureError: Where it is too large, or no picture of a known format; a sentence for the page.
+        ImageError: Where it is too large, or no picture of a known format; a sentence for the page.
     """
     name = short_name(name)
     if len(data) > limits.bytes:
-        raise PictureError(f"{name} is larger than {limits.megabytes:g} MB; give a smaller file.")
+        raise ImageError(f"{name} is larger than {limits.megabytes:g} MB; give a smaller file.")
     if _pixels(data, name) > limits.megapixels * 1e6:
-        raise PictureError(f"{name} has more than {limits.megapixels:g} million pixels; give a smaller picture.")
+        raise ImageError(f"{name} has more than {limits.megapixels:g} million pixels; give a smaller picture.")
     try:
-        image = as_picture(data, at_least=KEPT_SIDE)
-    except PictureError:
-        raise PictureError(_unreadable(name)) from None
+        image = as_image(data, at_least=KEPT_SIDE)
+    except ImageError:
+        raise ImageError(_unreadable(name)) from None
     image = reduced(image, KEPT_SIDE)
     small, view = (encoded(reduced(image, side)) for side in (THUMBNAIL_SIDE, VIEW_SIDE))
     return Reference("photo", name, small, view, picture=encoded(image))
@@ -169,7 +169,7 @@ def _pixels(data: bytes, name: str) -> float:
     except Image.DecompressionBombError:
         return math.inf  # more than Pillow even considers
     except Exception:  # a broken file makes Pillow's readers raise nearly anything
-        raise PictureError(_unreadable(name)) from None
+        raise ImageError(_unreadable(name)) from None
 
 
 def _unreadable(name: str) -> str:

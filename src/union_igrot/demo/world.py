@@ -20,10 +20,10 @@ from union_igrot.features.extractor import Encoder
 from union_igrot.gallery.engines.base import Rows, Value
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.images.decode import open_picture
+from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
-from union_igrot.types import GalleryItem, Source
+from union_igrot.types import GalleryItem, ImageSource
 
 QUERIES: Final = 1000
 """Queries whose galleries are shown, some 6,000 pictures, which two cores embed in a quarter of a minute."""
@@ -56,7 +56,7 @@ class Drawn(Album):
     def picture(self, name: str, columns: Mapping[str, Value]) -> Image.Image:
         """See `Album`."""
         del columns
-        return open_picture(self._images[name])
+        return open_image(self._images[name])
 
 
 @final
@@ -82,7 +82,7 @@ class World:
             encoder: Of the model's backbone; pictures pass it once, and its store keeps their features.
         """
         sources = [item.image for item in self.items]
-        keys = encoder.fill_pictures(sources, tokens=model.target.needs_tokens, what="the generated world")
+        keys = encoder.fill_images(sources, tokens=model.target.needs_tokens, what="the generated world")
         rows = MemoryIndex(model.backbone.dim)
         columns = {"class": [item.label for item in self.items], "caption": [item.caption for item in self.items]}
         rows.upsert(Rows([item.id for item in self.items], _embedded(model, encoder, keys), columns))
@@ -90,9 +90,9 @@ class World:
 
 
 @lru_cache(8192)
-def _small(source: Source) -> bytes:
+def _small(source: ImageSource) -> bytes:
     """Draw a picture once, not in every answer: 5 kB each, 40 MB in all."""
-    return encoded(open_picture(source))
+    return encoded(open_image(source))
 
 
 @torch.inference_mode()

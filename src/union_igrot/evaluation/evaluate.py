@@ -1,8 +1,8 @@
-"""A benchmark under its protocol: embeddings to rankings to figures with intervals.
+"""A benchmark under its protocol: embeddings to rankings to metrics with intervals.
 
 Applies exclusions, subsets and conventions as the protocol states them, and sets the
 training-free baselines and chance beside a model. Does not know how a model was trained,
-how figures are shown or where benchmarks come from.
+how metrics are shown or where benchmarks come from.
 """
 
 import functools
@@ -21,7 +21,7 @@ import union_igrot
 from union_igrot.evaluation.scoring import Relevance, score
 from union_igrot.features.embedding import embed_each
 from union_igrot.features.extractor import Encoder
-from union_igrot.images.identity import picture_identity
+from union_igrot.images.identity import image_identity
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
 from union_igrot.models.devices import device_name
@@ -32,7 +32,7 @@ BASELINES = ("image", "text", "sum")
 
 
 def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
-    """Average each figure as the protocol says, in percent; nan where no query has a value."""
+    """Average each metric as the protocol says, in percent; nan where no query has a value."""
     labels, how = _labels(benchmark), benchmark.protocol.average
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
 
@@ -43,7 +43,7 @@ class Evaluation:
 
     Attributes:
         benchmark: What was asked.
-        scores: Figures of each method, `chance` first, `trained` (where there is one) last.
+        scores: Metrics of each method, `chance` first, `trained` (where there is one) last.
         rows: What `results.json` holds of it.
     """
 
@@ -65,7 +65,7 @@ def evaluate(
         trained: Whether the model's own heads are asked; else its backbone's baselines alone.
 
     Returns:
-        Per-query figures and result rows; figures in percent, 95 % bootstrap intervals
+        Per-query metrics and result rows; metrics in percent, 95 % bootstrap intervals
         over queries. The row of `trained` also holds its paired differences to every
         other method, and what of the test its heads were trained on.
     """
@@ -105,7 +105,7 @@ def _labels(benchmark: Benchmark) -> Tensor | None:
 def _gains(
     values: Mapping[str, Mapping[str, Tensor]], labels: Tensor | None, seed: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Give the paired differences trained - other in percent points: mean, low, high."""
+    """Return the paired differences trained - other in percent points: mean, low, high."""
     gains: dict[str, dict[str, list[float]]] = {}
     for other in values:
         if other == "trained":
@@ -126,11 +126,11 @@ def result_row(
     seconds: dict[str, float],
     seed: int,
 ) -> dict[str, Any]:
-    """Give one row of `results.json`; `evaluate` adds on what device and in which arithmetic it was computed.
+    """Return one row of `results.json`; `evaluate` adds on what device and in which arithmetic it was computed.
 
     Returns:
-        Benchmark, split, method, counts, protocol, figures and 95 % intervals in percent,
-        the primary figure by tag, the model's description, seconds, versions and seed;
+        Benchmark, split, method, counts, protocol, metrics and 95 % intervals in percent,
+        the primary metric by tag, the model's description, seconds, versions and seed;
         `seen_classes` is empty and `seen_images` None, as of a method without training.
     """
     labels = _labels(benchmark)
@@ -158,7 +158,7 @@ def result_row(
 def seen_classes(model: IGROTModel, benchmark: Benchmark) -> list[str]:
     """Name the classes of a benchmark that the model's card says it was trained on.
 
-    A zero-shot figure is one only where this is empty. Names are compared in lower case,
+    A zero-shot metric is one only where this is empty. Names are compared in lower case,
     blanks, hyphens and underscores alike.
     """
 
@@ -171,21 +171,21 @@ def seen_classes(model: IGROTModel, benchmark: Benchmark) -> list[str]:
 
 
 def seen_images(model: IGROTModel, benchmark: Benchmark) -> dict[str, int] | None:
-    """Count the pictures of a benchmark that the model's heads were trained on.
+    """Count the images of a benchmark that the model's heads were trained on.
 
-    What counts as the same picture, and what is not found, is told in `data.identity`. What the
+    What counts as the same image, and what is not found, is told in `data.identity`. What the
     backbone saw before is not known.
 
     Returns:
-        How many `queries` have such a picture and how many pictures of the `gallery` are such;
+        How many `queries` have such an image and how many images of the `gallery` are such;
         None where the model does not say what it was trained on.
     """
     known = model.training_images
     if known is None:
         return None
     return {
-        "queries": sum(picture_identity(query.image) in known for query in benchmark.queries),
-        "gallery": sum(picture_identity(item.image) in known for item in benchmark.gallery),
+        "queries": sum(image_identity(query.image) in known for query in benchmark.queries),
+        "gallery": sum(image_identity(item.image) in known for item in benchmark.gallery),
     }
 
 
@@ -249,7 +249,7 @@ def combine(evaluations: Sequence[Evaluation], name: str, seed: int = 0) -> list
 
 
 def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, int | float]]:
-    """Give count and mean of the primary figure over the queries of each tag, in percent."""
+    """Return count and mean of the primary metric over the queries of each tag, in percent."""
     rows: dict[str, list[int]] = defaultdict(list)
     for place, query in enumerate(benchmark.queries):
         for tag in query.tags:
@@ -263,7 +263,7 @@ def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, int | f
 
 
 def versions() -> dict[str, str]:
-    """Give the versions a figure depends on."""
+    """Return the versions a metric depends on."""
     packages = ("torch", "transformers", "lightning", "numpy", "pillow")
     found = {package: _version(package) for package in packages}
     return {"union-igrot": union_igrot.__version__, "python": python_version(), **found}
@@ -271,4 +271,4 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _version(package: str) -> str:
-    return version(package)  # reads and parses files, for every row of figures
+    return version(package)  # reads and parses files, for every row of metrics

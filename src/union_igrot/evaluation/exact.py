@@ -48,7 +48,7 @@ def exact_topk(
     """Find the k best answers to each query by dot product.
 
     Runs on the device that the tensors are on. Of unit vectors the scores are cosines;
-    nothing is normalised here.
+    nothing is normalized here.
 
     Args:
         queries: Embeddings of the queries, of any float type.
@@ -90,7 +90,7 @@ def checked_exclusions(
 ) -> list[list[int]] | None:
     """Refuse what cannot be ranked, and give each query's exclusions sorted, each once."""
     if not n_gallery:
-        raise DataError("the gallery holds no embedding; add pictures to it first")
+        raise DataError("the gallery holds no embedding; add images to it first")
     if exclude is None:
         return None
     if len(exclude) != n_queries:
@@ -113,7 +113,7 @@ def _check_k(k: int, n_gallery: int, excluded: list[list[int]] | None) -> None:
 
 
 def _budget(chunk_bytes: int) -> int:
-    """Give the number of scores that may be held at once."""
+    """Return the number of scores that may be held at once."""
     if chunk_bytes < 1:
         raise ConfigError(f"chunk_bytes is {chunk_bytes}; give a budget in bytes, such as {CHUNK_BYTES}")
     return chunk_bytes // _KEY_BYTES
@@ -162,7 +162,7 @@ def _keys(
 def products(
     queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"], rows: slice, columns: slice
 ) -> Iterator[tuple[slice, slice, Float32[Tensor, "_ _"]]]:
-    """Give the scores of some queries with some items, tile by tile; without gradients, under `full_precision`.
+    """Return the scores of some queries with some items, tile by tile; without gradients, under `full_precision`.
 
     Yields:
         Which rows and columns these are, counted from the first wanted ones, and their
@@ -215,7 +215,7 @@ def _scores_of(keys: Int64[Tensor, "rows columns"]) -> Float32[Tensor, "rows col
 def _put_last(
     keys: Int64[Tensor, "rows columns"], positions: Int64[Tensor, " columns"], excluded: list[list[int]]
 ) -> None:
-    """Give excluded items keys behind all others, still different from each other."""
+    """Return excluded items keys behind all others, still different from each other."""
     first, last = int(positions[0]), int(positions[-1])
     pairs = [(i, p - first) for i, one in enumerate(excluded) for p in one if first <= p <= last]
     if pairs:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from union_igrot.errors import DataError
-from union_igrot.evaluation.scoring import FigureTable, Found, Relevance
+from union_igrot.evaluation.scoring import Found, MetricTable, Relevance
 from union_igrot.metrics.functional import parse_metric
 from union_igrot.types import Benchmark, Ranking, Scores
 
@@ -19,15 +19,15 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
 
     Args:
         benchmark: Whose queries were answered.
-        rankings: For each query gallery ids, best first, of at least the depth of one figure.
+        rankings: For each query gallery ids, best first, of at least the depth of one metric.
             Lists that hold nothing but the query's subset are taken as subset rankings (CIRR).
 
     Returns:
-        The benchmark with the figures whose depth the lists reach (`mAP` without a depth is never
+        The benchmark with the metrics whose depth the lists reach (`mAP` without a depth is never
         among them), and their values.
 
     Raises:
-        DataError: Where the lists are too short for every figure, or not one a query.
+        DataError: Where the lists are too short for every metric, or not one a query.
     """
     if len(rankings) != len(benchmark.queries):
         raise DataError(f"{len(rankings)} lists for {len(benchmark.queries)} queries; give one a query, in order")
@@ -47,7 +47,7 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
     relevance = Relevance.of(benchmark)
     at = {item.id: place for place, item in enumerate(benchmark.gallery)}
     positions = torch.tensor([[at[name] for name in names[:depth]] for names in rankings])
-    figures = FigureTable(protocol, positions.device, len(pairs))
+    figures = MetricTable(protocol, positions.device, len(pairs))
     for row, (query, _) in enumerate(pairs):
         gone = torch.tensor(
             [at[name] for name in query.exclude] if protocol.exclude_reference else [], dtype=torch.long

@@ -59,11 +59,11 @@ class RankedChunk:
         return self._scores
 
     def close(self) -> None:
-        """Give up the memory."""
+        """Return up the memory."""
         self._scores = None
 
     def first(self, k: int) -> Int[Tensor, "chunk k"]:
-        """Give the positions of the first k items of each ranking, from 1 to all of them."""
+        """Return the positions of the first k items of each ranking, from 1 to all of them."""
         if self._best is None or self._best.shape[1] < k:
             self._best = self._find_first(k)
         return self._best[:, :k]
@@ -80,7 +80,7 @@ class RankedChunk:
         return places.gather(1, _order(self.scores.gather(1, places)))
 
     def ranks(self, places: Int[Tensor, "chunk places"]) -> Int[Tensor, "chunk places"]:
-        """Give the rank of items in their row's ranking, from 1.
+        """Return the rank of items in their row's ranking, from 1.
 
         Args:
             places: Gallery positions, any number a row.
@@ -137,7 +137,7 @@ def rank_chunks(
 
 
 def _longest(embeddings: Float[Tensor, "rows dim"]) -> float:
-    """Give the largest norm: a product of two such bounds every score. Nan where an embedding is not finite."""
+    """Return the largest norm: a product of two such bounds every score. Nan where an embedding is not finite."""
     largest = max(float(part.abs().max()) for part in embeddings.detach().split(4096))
     return largest * math.sqrt(embeddings.shape[1])
 
@@ -240,12 +240,12 @@ def _buckets(scores: _Floats, most: int) -> _Ints:
 
 
 def _order(scores: Float32[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
-    """Give the items best first, ties in their order."""
+    """Return the items best first, ties in their order."""
     order: Tensor = scores.argsort(dim=1, descending=True, stable=True)
     return order
 
 
 def _ranks(order: Int[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
-    """Give the place of each item in an order, from 0."""
+    """Return the place of each item in an order, from 0."""
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)

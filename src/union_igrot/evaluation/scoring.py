@@ -1,6 +1,6 @@
-"""Embeddings to figures, under a benchmark's protocol: exclusions, subsets, conventions.
+"""Embeddings to metrics, under a benchmark's protocol: exclusions, subsets, conventions.
 
-Knows rankings and metrics. Does not know models, how anything was encoded or how figures
+Knows rankings and metrics. Does not know models, how anything was encoded or how metrics
 are shown.
 """
 
@@ -16,11 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from union_igrot.errors import DataError
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
 from union_igrot.metrics.functional import parse_metric
-from union_igrot.metrics.retrieval import RetrievalFigures
+from union_igrot.metrics.retrieval import RetrievalMetrics
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 
 KEPT = 50
-"""Answers of each query that are kept for pictures and submission files."""
+"""Answers of each query that are kept for images and submission files."""
 _TABLE_BYTES = 2**28
 _SUBSET_ROWS = 1024
 
@@ -71,7 +71,7 @@ def score(
     gallery: Float[Tensor, "gallery dim"],
     positions: Int[Tensor, " queries"] | None = None,
 ) -> Scores:
-    """Rank each query's candidates and compute the protocol's figures.
+    """Rank each query's candidates and compute the protocol's metrics.
 
     Scores are dot products in float32, computed in chunks; ties are broken by gallery order,
     or against the model where the protocol is pessimistic.
@@ -81,10 +81,10 @@ def score(
         queries: Query embeddings.
         gallery: Gallery embeddings, in the gallery's order.
         positions: Which queries of the benchmark the rows are; all, in order, where None.
-            Under distributed training each process gives its own, and figures of all come back.
+            Under distributed training each process gives its own, and metrics of all come back.
 
     Returns:
-        One value a query and figure, in the order of the queries, and the first answers of
+        One value a query and metric, in the order of the queries, and the first answers of
         the given rows: `KEPT`, or as many as every query has candidates.
 
     Raises:
@@ -103,7 +103,7 @@ def _score_gallery(
 ) -> Scores:
     if protocol.ties != "gallery order":
         raise DataError("pessimistic ties are for subsets; choose candidates=subset or ties by gallery order")
-    figures = FigureTable(protocol, queries.device, len(queries))
+    figures = MetricTable(protocol, queries.device, len(queries))
     # Of all queries, so that every process keeps equally many.
     keep = min(KEPT, len(gallery) - max(map(len, relevance.exclude)))
     first = torch.empty(len(queries), keep, dtype=torch.long)
@@ -135,7 +135,7 @@ def _score_subsets(
     """Rank each query's own candidates alone (GeneCIS)."""
     if relevance.subset is None:
         raise DataError("each query ranks its own subset, but no query has one; give Query.subset")
-    figures = FigureTable(protocol, queries.device, len(queries))
+    figures = MetricTable(protocol, queries.device, len(queries))
     ordered = torch.empty(len(queries), relevance.subset.shape[1], dtype=torch.long)
     cosines = torch.empty(ordered.shape)
     for begin in range(0, len(queries), _SUBSET_ROWS):
@@ -144,7 +144,7 @@ def _score_subsets(
         subset = relevance.subset[part].to(queries.device)
         scores = torch.einsum("qd,qsd->qs", queries[span].float(), gallery[subset.clamp(min=0)].float())
         if not scores.isfinite().all():
-            raise DataError("an embedding holds nan or infinity; look for a broken model or picture")
+            raise DataError("an embedding holds nan or infinity; look for a broken model or image")
         scores = scores.masked_fill(subset < 0, float("-inf"))
         hits = torch.zeros(subset.shape, dtype=torch.bool, device=subset.device)
         for row, query in enumerate(part.tolist()):
@@ -162,7 +162,7 @@ class Found(NamedTuple):
     """What rankings hold of what was looked for.
 
     Attributes:
-        hits: True where an answer is, whole rankings or as deep as the figures look.
+        hits: True where an answer is, whole rankings or as deep as the metrics look.
         n_relevant: How many candidates answer each query, wherever they are ranked.
     """
 
@@ -170,8 +170,8 @@ class Found(NamedTuple):
     n_relevant: Int[Tensor, " chunk"]
 
 
-class FigureTable:
-    """The protocol's figures over any number of chunks and processes."""
+class MetricTable:
+    """The protocol's metrics over any number of chunks and processes."""
 
     def __init__(self, protocol: Protocol, device: torch.device, queries: int) -> None:
         self._protocol = protocol
@@ -179,7 +179,7 @@ class FigureTable:
         single = tuple(name for name in protocol.metrics if alone and name.startswith("R@"))
         rest = tuple(name for name in protocol.metrics if name not in single)
         self._all, self._first = (
-            RetrievalFigures(
+            RetrievalMetrics(
                 names,
                 protocol.ap_norm,
                 protocol.ap_rule,
@@ -210,7 +210,7 @@ class FigureTable:
             self._first.update(first.hits, first.n_relevant, at, None, classes)
 
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
-        """Give every query's values, of all processes, in the protocol's order, with its means."""
+        """Return every query's values, of all processes, in the protocol's order, with its means."""
         found: dict[str, Tensor] = {}
         for figures in (self._all, self._first):
             found |= {} if figures is None else figures.values()
@@ -236,7 +236,7 @@ class _Answers:
             self._kind = torch.tensor([number[id(places)] for places in targets], device=device)
 
     def of(self, part: Int[Tensor, " chunk"]) -> Int[Tensor, "chunk most"]:
-        """Give the positions that answer some queries, -1 behind."""
+        """Return the positions that answer some queries, -1 behind."""
         if self._table is not None:
             return self._table[self._kind[part.to(self._device)]]
         return _side_by_side([self._targets[query] for query in part.tolist()]).to(self._device)
@@ -247,7 +247,7 @@ def _side_by_side(rows: list[Int[Tensor, " _"]]) -> Int[Tensor, "rows most"]:
 
 
 def _depth(protocol: Protocol, gallery: int) -> int | None:
-    """Give how many first answers the figures look at; None where they look at the whole ranking."""
+    """Return how many first answers the metrics look at; None where they look at the whole ranking."""
     cuts = [k for kind, k in map(parse_metric, protocol.metrics) if kind != "Rs"]
     return None if None in cuts else min(gallery, max((k for k in cuts if k is not None), default=1))
 

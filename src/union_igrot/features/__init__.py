@@ -1,4 +1,4 @@
-"""What frozen backbones said of pictures and texts, kept on disk so that each is encoded once.
+"""What frozen backbones said of images and texts, kept on disk so that each is encoded once.
 
 Names nothing itself: import the module that is meant. Under one root lie
 

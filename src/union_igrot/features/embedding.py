@@ -1,9 +1,9 @@
-"""A benchmark's queries and gallery through models, each picture and text encoded once for all of them.
+"""A benchmark's queries and gallery through models, each image and text encoded once for all of them.
 
-Pictures whose tokens a model reads pass through in blocks: encoded, embedded by every model
+Images whose tokens a model reads pass through in blocks: encoded, embedded by every model
 that reads tokens, and forgotten, unless their tokens are few enough to be kept for a next
 time. Then finished embeddings are kept instead, so that an interrupted evaluation goes on.
-Knows models, the encoder and the store. Does not know rankings, nor what a figure is.
+Knows models, the encoder and the store. Does not know rankings, nor what a metric is.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from torch.nn import functional as F
 import union_igrot
 from union_igrot.features.extractor import Encoder, Shelf
 from union_igrot.features.store import FeatureStore
-from union_igrot.images.decode import picture_key
+from union_igrot.images.decode import image_key
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import folder_of
-from union_igrot.types import Benchmark, Features, Source
+from union_igrot.types import Benchmark, Features, ImageSource
 
 TOKEN_BYTES: Final = 4 * 2**30
-"""Disk that the tokens of a benchmark's pictures may take; those of some 40,000 at 50 tokens of 512 float32 numbers.
+"""Disk that the tokens of a benchmark's images may take; those of some 40,000 at 50 tokens of 512 float32 numbers.
 The tokens of its texts, some 20 each, are always kept."""
 
 
@@ -36,8 +36,8 @@ class Embedded(NamedTuple):
     """A benchmark as one model sees it.
 
     Attributes:
-        queries: An embedding a query; of several wordings the normalised mean of their unit embeddings.
-        gallery: An embedding a gallery picture.
+        queries: An embedding a query; of several wordings the normalized mean of their unit embeddings.
+        gallery: An embedding a gallery image.
         seconds: `encode` for the backbone, which all models share (0 where everything was in
             the store), and `embed` for this model's heads.
     """
@@ -64,14 +64,14 @@ def embed_each(
 ) -> Iterator[tuple[str, Embedded]]:
     """Embed a benchmark's queries and gallery with several models of one backbone.
 
-    Each picture, each text and the null text passes the backbone at most once, whatever
+    Each image, each text and the null text passes the backbone at most once, whatever
     number of models, queries and gallery items it belongs to.
 
     Args:
         models: The models by name.
         benchmark: Whose queries and gallery.
         encoder: Of the models' backbone.
-        room: Bytes on disk that the tokens of its pictures may take, at most the store's
+        room: Bytes on disk that the tokens of its images may take, at most the store's
             own limit. Where they take more, none are kept, and embeddings of finished
             blocks are kept in their place.
 
@@ -88,8 +88,8 @@ def embed_each(
     encoder.fill_texts(queries.texts, what=f"{benchmark.name} texts")
     jobs = {name: (_Job(model, queries, encoder), _Job(model, gallery, encoder)) for name, model in models.items()}
     hungry = [job for both in jobs.values() for job in both if job.reads_tokens]
-    _stream(hungry, sources, encoder, room if limit is None else min(room, limit), f"{benchmark.name} pictures")
-    keys = encoder.fill_pictures(sources, tokens=False, what=f"{benchmark.name} pictures")
+    _stream(hungry, sources, encoder, room if limit is None else min(room, limit), f"{benchmark.name} images")
+    keys = encoder.fill_images(sources, tokens=False, what=f"{benchmark.name} images")
     encoding = time.perf_counter() - start - sum(job.seconds for job in hungry)
     for name in models:
         both = jobs.pop(name)
@@ -103,11 +103,11 @@ def embed_each(
 
 @dataclass(frozen=True)
 class _Side:
-    """What is embedded of one side: rows of a picture and, of queries, a text, each pair once.
+    """What is embedded of one side: rows of an image and, of queries, a text, each pair once.
 
     Attributes:
         name: `queries` or `gallery`.
-        pictures: Number of each row's picture.
+        images: Number of each row's image.
         texts: Each row's text; empty for a gallery.
         names: What each row's embedding is called in a store.
         items: For each query or gallery item its rows: one, or one a wording.
@@ -120,20 +120,20 @@ class _Side:
     items: list[list[int]] = field(default_factory=list)
 
 
-_Item = tuple[Source, tuple[str | None, ...]]
+_Item = tuple[ImageSource, tuple[str | None, ...]]
 
 
-def _sides(benchmark: Benchmark) -> tuple[list[Source], _Side, _Side]:
-    """Give the distinct pictures of a benchmark, and both its sides."""
+def _sides(benchmark: Benchmark) -> tuple[list[ImageSource], _Side, _Side]:
+    """Return the distinct images of a benchmark, and both its sides."""
     numbers: dict[str, int] = {}
-    sources: list[Source] = []
+    sources: list[ImageSource] = []
     sides = _Side("queries"), _Side("gallery")
     known: dict[tuple[str, int, str], int] = {}
     asked: list[_Item] = [(query.image, query.wordings) for query in benchmark.queries]
     shown: list[_Item] = [(item.image, (None,)) for item in benchmark.gallery]
     for side, items in zip(sides, (asked, shown), strict=True):
         for source, wordings in items:
-            key = picture_key(source)
+            key = image_key(source)
             number = numbers.setdefault(key, len(numbers))
             if number == len(sources):
                 sources.append(source)
@@ -161,7 +161,7 @@ class _Job:
         self._embeddings: Tensor | None = None
 
     def run_all(self, keys: Sequence[str]) -> None:
-        """Embed every row from pooled features, given the pictures' keys."""
+        """Embed every row from pooled features, given the images' keys."""
         step = self._encoder.batch_size
         for at in range(0, len(self.side.pictures), step):
             rows = list(range(at, min(at + step, len(self.side.pictures))))
@@ -170,7 +170,7 @@ class _Job:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], pictures: Features, places: Sequence[int]) -> None:
-        """Embed some rows, given features of pictures and each row's place among them."""
+        """Embed some rows, given features of images and each row's place among them."""
         start = time.perf_counter()
         step = self._encoder.batch_size
         for at in range(0, len(rows), step):
@@ -191,13 +191,13 @@ class _Job:
         self._embeddings[torch.tensor(rows, device=embedded.device)] = embedded
 
     def of(self, rows: Sequence[int]) -> Float[Tensor, "rows dim"]:
-        """Give the embeddings of some rows."""
+        """Return the embeddings of some rows."""
         assert self._embeddings is not None
         return self._embeddings[torch.tensor(rows, device=self._embeddings.device)]
 
     @torch.inference_mode()
     def whole(self) -> Float[Tensor, "items dim"]:
-        """Give an embedding a query or gallery item."""
+        """Return an embedding a query or gallery item."""
         items = self.side.items
         assert self._embeddings is not None
         if all(rows == [place] for place, rows in enumerate(items)):
@@ -233,7 +233,7 @@ class _Finished:
         return self._shelf
 
     def take(self) -> set[int]:
-        """Give the job what is there; returns the rows that are not."""
+        """Return the job what is there; returns the rows that are not."""
         names = self.job.side.names
         todo = set(range(len(names))) if self._store is None else set(self._store.missing(names))
         there = [row for row in range(len(names)) if row not in todo]
@@ -253,8 +253,8 @@ class _Finished:
             self._shelf.flush()
 
 
-def _stream(jobs: Sequence[_Job], sources: Sequence[Source], encoder: Encoder, room: int, what: str) -> None:
-    """Pass the pictures of jobs that read tokens through the backbone, and embed each block for all jobs at once."""
+def _stream(jobs: Sequence[_Job], sources: Sequence[ImageSource], encoder: Encoder, room: int, what: str) -> None:
+    """Pass the images of jobs that read tokens through the backbone, and embed each block for all jobs at once."""
     finished = [_Finished(job, encoder) for job in jobs]
     waiting: list[dict[int, list[int]]] = []
     for one in finished:
@@ -264,8 +264,8 @@ def _stream(jobs: Sequence[_Job], sources: Sequence[Source], encoder: Encoder, r
     needed = sorted(set().union(*waiting))
     try:
         for block in encoder.stream([sources[number] for number in needed], room=room, what=what):
-            for one, by_picture in zip(finished, waiting, strict=True):
-                pairs = [(row, place) for place, at in enumerate(block.rows) for row in by_picture.get(needed[at], ())]
+            for one, by_image in zip(finished, waiting, strict=True):
+                pairs = [(row, place) for place, at in enumerate(block.rows) for row in by_image.get(needed[at], ())]
                 if pairs:
                     rows = [row for row, _ in pairs]
                     one.job.run(rows, block.features, [place for _, place in pairs])

@@ -1,9 +1,9 @@
-"""Pictures and texts through the frozen backbone, each once, into the feature store.
+"""Images and texts through the frozen backbone, each once, into the feature store.
 
 Decodes in worker processes ahead of the backbone, shows a progress bar and goes on where
 an interrupted run stopped. Does not know heads, benchmarks or training.
 
-Token features of many pictures fill a disk: those of QuickDraw's 92,291 sketches from a CLIP
+Token features of many images fill a disk: those of QuickDraw's 92,291 sketches from a CLIP
 ViT-B/32 take 9 GB, from a ViT-L/14 at 257 tokens 73 GB. `stream` hands them out block by
 block and keeps them only where all of them fit a given room.
 """
@@ -17,67 +17,72 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from union_igrot.errors import PictureError
+from union_igrot.errors import ImageError
 from union_igrot.features.store import Dtype, FeatureStore
-from union_igrot.images.decode import open_picture, picture_key
-from union_igrot.images.transforms import PictureToPixels, model_input
+from union_igrot.images.decode import image_key, open_image
+from union_igrot.images.transforms import ImageToPixels, model_input
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.devices import decoding_workers
 from union_igrot.models.precision import full_precision
 from union_igrot.progress import progress_bar
-from union_igrot.types import Features, Preprocess, Source
+from union_igrot.types import Features, ImageSource, Preprocess
 
-Loaded = Tensor | PictureError
+Loaded = Tensor | ImageError
 Arithmetic = Literal["float32", "bfloat16", "float16"]
 
 
 class _Pictures(Dataset[Loaded]):
-    """Decoded pictures of the model's size; an error is handed over instead of raised in a worker."""
+    """Decoded images of the model's size; an error is handed over instead of raised in a worker."""
 
-    def __init__(self, sources: Sequence[Source], preprocess: Preprocess) -> None:
-        self._sources, self._to_pixels, self._size = sources, PictureToPixels(preprocess), preprocess.size
+    def __init__(self, sources: Sequence[ImageSource], preprocess: Preprocess) -> None:
+        self._sources, self._to_pixels, self._size = sources, ImageToPixels(preprocess), preprocess.size
 
     def __len__(self) -> int:
         return len(self._sources)
 
     def __getitem__(self, at: int) -> Loaded:
         try:
-            return self._to_pixels(open_picture(self._sources[at], at_least=self._size))
-        except PictureError as error:
+            return self._to_pixels(open_image(self._sources[at], at_least=self._size))
+        except ImageError as error:
             return error
 
 
 def _together(loaded: list[Loaded]) -> Loaded:
     for picture in loaded:
-        if isinstance(picture, PictureError):
+        if isinstance(picture, ImageError):
             return picture
     return torch.stack([picture for picture in loaded if isinstance(picture, Tensor)])
 
 
-def load_pictures(
-    sources: Sequence[Source], preprocess: Preprocess, batch_size: int, workers: int, *, pinned: bool = False
+def load_images(
+    sources: Sequence[ImageSource], preprocess: Preprocess, batch_size: int, workers: int, *, pinned: bool = False
 ) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
-    """Decode pictures and bring them to a model's size, in order, in worker processes.
+    """Decode images and bring them to a model's size, in order, in worker processes.
 
     Args:
-        sources: The pictures.
+        sources: The images.
         preprocess: The model's.
-        batch_size: Pictures a batch.
+        batch_size: Images a batch.
         workers: Processes; 0 works in this one.
-        pinned: Whether a GPU will fetch the pictures.
+        pinned: Whether a GPU will fetch the images.
 
     Yields:
         Pixels, for `model_input`.
 
     Raises:
-        PictureError: For the first picture that cannot be read.
+        ImageError: For the first image that cannot be read.
     """
     spans = [list(range(at, min(at + batch_size, len(sources)))) for at in range(0, len(sources), batch_size)]
     return _load_batches(sources, spans, preprocess, workers, pinned=pinned)
 
 
 def _load_batches(
-    sources: Sequence[Source], batches: Sequence[Sequence[int]], preprocess: Preprocess, workers: int, *, pinned: bool
+    sources: Sequence[ImageSource],
+    batches: Sequence[Sequence[int]],
+    preprocess: Preprocess,
+    workers: int,
+    *,
+    pinned: bool,
 ) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
     # A generator of its own: what is already encoded must not shift the random numbers of a training.
     loader = DataLoader(
@@ -89,7 +94,7 @@ def _load_batches(
         generator=torch.Generator(),
     )
     for batch in loader:
-        if isinstance(batch, PictureError):
+        if isinstance(batch, ImageError):
             raise batch
         yield batch
 
@@ -124,7 +129,7 @@ class Shelf:
 
 
 class Block(NamedTuple):
-    """Some pictures of a stream.
+    """Some images of a stream.
 
     Attributes:
         rows: Their positions among the sources.
@@ -144,7 +149,7 @@ class Encoder:
     Args:
         backbone: The frozen model.
         store: Where features are kept; belongs to the backbone's fingerprint.
-        batch_size: Pictures or texts a forward pass.
+        batch_size: Images or texts a forward pass.
         workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`.
         shard: Items written at once; what an interruption can lose at most.
         precision: Arithmetic of the backbone: `float32`, or `bfloat16` and `float16` where
@@ -174,51 +179,51 @@ class Encoder:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """How features come about and are kept, for whoever states figures made of them."""
+        """How features come about and are kept, for whoever states metrics made of them."""
         return {"precision": self.precision, "kept": self.store.dtype}
 
-    def fill_pictures(self, sources: Sequence[Source], *, tokens: bool, what: str = "pictures") -> list[str]:
-        """Encode the pictures that the store does not hold yet.
+    def fill_images(self, sources: Sequence[ImageSource], *, tokens: bool, what: str = "pictures") -> list[str]:
+        """Encode the images that the store does not hold yet.
 
         Args:
-            sources: The pictures; one may stand several times.
+            sources: The images; one may stand several times.
             tokens: Whether token features are kept beside the pooled ones.
             what: What the progress bar calls them.
 
         Returns:
-            A key for each picture, for `lookup`.
+            A key for each image, for `lookup`.
 
         Raises:
-            PictureError: Where one is missing or broken; what was encoded before is kept.
+            ImageError: Where one is missing or broken; what was encoded before is kept.
         """
-        keys = [f"image/{picture_key(source)}" for source in sources]
+        keys = [f"image/{image_key(source)}" for source in sources]
         todo = self._todo(keys, tokens=tokens)
 
         def forward(rows: list[int]) -> Iterator[Features]:
             chosen = [sources[row] for row in rows]
             options = {"pinned": self.backbone.device.type == "cuda"}
-            for batch in load_pictures(chosen, self.backbone.preprocess, self.batch_size, self.workers, **options):
+            for batch in load_images(chosen, self.backbone.preprocess, self.batch_size, self.workers, **options):
                 yield self._encode_pixels(batch)
 
         self._fill(keys, todo, forward, tokens=tokens, what=what)
         return keys
 
-    def stream(self, sources: Sequence[Source], *, room: int, what: str = "pictures") -> Iterator[Block]:
-        """Give the features of pictures with their tokens, a block at a time, in order.
+    def stream(self, sources: Sequence[ImageSource], *, room: int, what: str = "pictures") -> Iterator[Block]:
+        """Return the features of images with their tokens, a block at a time, in order.
 
         What the store lacks is decoded ahead in workers and encoded. The pooled features
-        are kept; the tokens are too if those of all the pictures take no more than `room`,
+        are kept; the tokens are too if those of all the images take no more than `room`,
         so that a next time finds them, and are forgotten after their block otherwise.
 
         Args:
-            sources: The pictures, each once.
+            sources: The images, each once.
             room: Bytes on disk that their tokens may take.
             what: What the progress bar calls them.
 
         Raises:
-            PictureError: Where one is missing or broken; what was encoded before is kept.
+            ImageError: Where one is missing or broken; what was encoded before is kept.
         """
-        keys = [f"image/{picture_key(source)}" for source in sources]
+        keys = [f"image/{image_key(source)}" for source in sources]
         absent, unpooled = (set(self.store.missing(keys, tokens=tokens)) for tokens in (True, False))
         spans = [range(at, min(at + self.batch_size, len(keys))) for at in range(0, len(keys), self.batch_size)]
         todo = [[row for row in span if row in absent] for span in spans]
@@ -244,7 +249,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode_pixels(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Features:
-        """Encode pictures; what is made of their pixels is made on the device."""
+        """Encode images; what is made of their pixels is made on the device."""
         images = model_input(pixels.to(self.backbone.device, non_blocking=True), self.backbone.preprocess)
         return self._forward(self.backbone.encode_image, images)
 
@@ -331,7 +336,7 @@ class Encoder:
 
 
 def _token_bytes(features: Features, dtype: Dtype) -> int:
-    """Give the bytes that one item with tokens takes in a store."""
+    """Return the bytes that one item with tokens takes in a store."""
     if features.tokens is None:
         raise ValueError("a stream hands out token features, and the backbone gave none")
     size = 2 if dtype == "float16" else 4

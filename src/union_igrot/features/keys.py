@@ -39,7 +39,7 @@ class Index:
         self._runs.append((np.asfortranarray(digests[order]), places[order]))  # each half contiguous, to search fast
 
     def find(self, digests: UInt64[np.ndarray, "keys 2"]) -> Int64[np.ndarray, " keys"]:
-        """Give the place of each digest, -1 where there is none."""
+        """Return the place of each digest, -1 where there is none."""
         found = np.full(len(digests), -1, dtype=np.int64)
         for run, places in self._runs:
             wanted = np.flatnonzero(found < 0)

@@ -30,8 +30,8 @@ _CODES: Final = {
 }
 
 
-def serialise(shard: Shard) -> list[bytes | memoryview]:
-    """Give the pieces of a safetensors file without copying an array.
+def serialize(shard: Shard) -> list[bytes | memoryview]:
+    """Return the pieces of a safetensors file without copying an array.
 
     Source: the format section of https://github.com/huggingface/safetensors.
     """

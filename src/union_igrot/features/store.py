@@ -20,7 +20,7 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.features.keys import Index, digests_of
-from union_igrot.features.shards import Shard, map_shard, serialise
+from union_igrot.features.shards import Shard, map_shard, serialize
 from union_igrot.storage.cache import folder_of, make_room
 from union_igrot.storage.files import ADVICE, agree, hold, let_go, lock_of, log, sweep, touch, write_whole
 from union_igrot.storage.sizes import show_size
@@ -127,7 +127,7 @@ class FeatureStore:
             return
         parts = self._pack(features) | {"digests": torch.from_numpy(digests_of(keys).view(np.uint8))}
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"  # sorts by time: the oldest answers
-        pieces = serialise(parts)
+        pieces = serialize(parts)
         if self.limit is not None:
             self._keep_below(self.limit, sum(map(len, pieces)))
         write_whole(self.folder / name, pieces)
@@ -164,7 +164,7 @@ class FeatureStore:
         return self._with_tokens(pooled, groups) if tokens else Features(pooled)
 
     def rounded(self, features: Features) -> Features:
-        """Give features as `get` would after `add`, but for trailing padding; on the device they are on.
+        """Return features as `get` would after `add`, but for trailing padding; on the device they are on.
 
         Raises:
             DataError: Where a number is beyond float16's range.
@@ -233,7 +233,7 @@ class FeatureStore:
         self._width = pooled.shape[1]
 
     def _group(self, place: Int64[np.ndarray, " keys"]) -> Iterator[tuple[Tensor, Tensor, Shard]]:
-        """Give for each shard concerned: positions in the request, rows in the shard (ascending), its arrays."""
+        """Return for each shard concerned: positions in the request, rows in the shard (ascending), its arrays."""
         order = np.argsort(place, kind="stable")
         numbers, first = np.unique(place[order] >> 32, return_index=True)
         for number, at in zip(numbers.tolist(), np.split(order, first[1:]), strict=False):

@@ -1,4 +1,4 @@
-"""A gallery of one's own: pictures added, removed and searched with a model.
+"""A gallery of one's own: images added, removed and searched with a model.
 
 Names nothing itself: import the module that is meant.
 """

@@ -1,4 +1,4 @@
-"""Pictures in any form, as entries that indexing takes.
+"""Images in any form, as entries that indexing takes.
 
 Files stay files; what is in memory is handed on as the bytes of an image file, PNG where it was none. Knows the
 forms. Does not know models or indexes.
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from union_igrot.errors import DataError, PictureError
+from union_igrot.errors import DataError, ImageError
 from union_igrot.gallery.ingest.entries import (
     ADDED,
     FOLDER,
@@ -26,25 +26,25 @@ from union_igrot.gallery.ingest.entries import (
     refuse_taken,
     settle_kinds,
 )
-from union_igrot.images.decode import as_picture, file_bytes
+from union_igrot.images.decode import as_image, file_bytes
 from union_igrot.storage.paths import absolute
 
 
 def listing_of(
     pictures: Sequence[Any], ids: Iterable[str] | None = None, columns: Mapping[str, Iterable[Any]] | None = None
 ) -> Listing:
-    """List pictures that are given one by one.
+    """List images that are given one by one.
 
     Args:
-        pictures: In any form that `as_picture` takes.
+        images: In any form that `as_image` takes.
         ids: What they are called; their paths, or the hashes of their content, where None.
-        columns: Values by column name, one a picture, in the pictures' order.
+        columns: Values by column name, one an image, in the images' order.
 
     Returns:
-        The pictures; what is none has its fault noted.
+        The images; what is none has its fault noted.
 
     Raises:
-        DataError: Where ids repeat or are no texts, or ids or columns are not as many as pictures, or a column cannot
+        DataError: Where ids repeat or are no texts, or ids or columns are not as many as images, or a column cannot
             have its name.
     """
     # By place, whatever labels the rows of a table have.
@@ -55,7 +55,7 @@ def listing_of(
     for name, values in [("ids", names), *given.items()]:
         if values is not None and (isinstance(values, str) or len(values) != len(pictures)):
             count = "one text" if isinstance(values, str) else f"{len(values)} values"
-            raise DataError(f"{name}: {count} for {len(pictures)} pictures; give one each")
+            raise DataError(f"{name}: {count} for {len(pictures)} images; give one each")
     for what, texts in (("an id", names or ()), ("a column's name", list(given))):
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise DataError(f"{wrong[0]!r} ({type(wrong[0]).__name__}) is {what}; give a text")
@@ -63,14 +63,14 @@ def listing_of(
         raise DataError(f"the id {half[0]!r} holds half a letter; give another")
     refuse_taken(given, "the columns given")
     if names is not None and (twice := first_twice(names)) is not None:
-        raise DataError(f"the id {twice!r} stands twice among {len(names)}; give each picture its own")
+        raise DataError(f"the id {twice!r} stands twice among {len(names)}; give each image its own")
     rows = [{name: plain_value(values[place]) for name, values in given.items()} for place in range(len(pictures))]
     settle_kinds(rows)
     entries = [
         _entry(picture, None if names is None else names[place], rows[place], place)
         for place, picture in enumerate(pictures)
     ]
-    return Listing(ADDED, distinct(entries, "the pictures given"))
+    return Listing(ADDED, distinct(entries, "the images given"))
 
 
 def _several(values: Any, what: Any) -> list[Any]:
@@ -103,17 +103,17 @@ def _entry(picture: Any, name: str | None, columns: dict[str, Any], place: int) 
         return entry if name is None else replace(entry, id=name)
     try:
         data, content = _bytes_of(picture)
-    except PictureError as error:
+    except ImageError as error:
         called = name or f"number {place + 1} of what was given ({type(picture).__name__})"
         return Entry(called, columns=columns, fault=str(error))
     return data_entry(f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name, data, columns)
 
 
 def _bytes_of(picture: Any) -> tuple[bytes, bytes]:
-    """Give the bytes of an image file, and what says which picture it is."""
+    """Return the bytes of an image file, and what says which image it is."""
     if (data := file_bytes(picture)) is not None:
         return data, data
-    image = as_picture(picture)
+    image = as_image(picture)
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     # Of the pixels: how they are compressed depends on the version of a library.

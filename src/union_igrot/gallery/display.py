@@ -1,4 +1,4 @@
-"""Search results for people: a table, thumbnails made of half blocks, a line of pictures for notebooks.
+"""Search results for people: a table, thumbnails made of half blocks, a line of images for notebooks.
 
 Knows ids, scores, columns and thumbnails. Does not know how anything was found.
 """
@@ -26,7 +26,7 @@ class Shown(Interface):
 
     @property
     def id(self) -> str:
-        """What the picture is called, its path or the id that it was given."""
+        """What the image is called, its path or the id that it was given."""
         ...
 
     @property
@@ -46,15 +46,15 @@ class Shown(Interface):
 
     @property
     def thumbnail(self) -> Image.Image | None:
-        """The thumbnail as a picture, or None."""
+        """The thumbnail as an image, or None."""
         ...
 
 
 def half_blocks(image: Image.Image, cells: int = _CELLS) -> Text:
-    """Draw a picture with half-block characters, two pixels of true colour each.
+    """Draw an image with half-block characters, two pixels of true color each.
 
     Args:
-        image: The picture.
+        image: The image.
         cells: Width in characters that the longest side fills; half as many lines at most.
     """
     scale = cells / max(image.size)
@@ -72,7 +72,7 @@ def half_blocks(image: Image.Image, cells: int = _CELLS) -> Text:
 
 
 def _pixel(image: Image.Image, left: int, top: int) -> tuple[int, int, int]:
-    red, green, blue = image.getpixel((left, top))  # type: ignore[misc]  # an RGB picture's pixel is a triple
+    red, green, blue = image.getpixel((left, top))  # type: ignore[misc]  # an RGB image's pixel is a triple
     return red, green, blue
 
 
@@ -83,7 +83,7 @@ def hit_table(hits: Sequence[Shown], columns: Sequence[str], *, title: str = "",
         hits: The answers.
         columns: Names of the columns to show.
         title: What was asked.
-        thumbnails: Whether each line has its picture.
+        thumbnails: Whether each line has its image.
     """
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
@@ -115,7 +115,7 @@ def _printable(text: str) -> str:
 
 
 def hits_html(hits: Sequence[Shown]) -> str:
-    """Write the answers to one query as a line of pictures, each with rank, score and name; as notebooks show it."""
+    """Write the answers to one query as a line of images, each with rank, score and name; as notebooks show it."""
     cells = []
     for rank, hit in enumerate(hits, 1):
         name = _printable(hit.id)
@@ -128,7 +128,7 @@ def hits_html(hits: Sequence[Shown]) -> str:
                 f'style="height:{_HTML_SIZE}px;width:100%;object-fit:contain;margin:0">'
             )
         cells.append(
-            f'<figure style="width:{_HTML_SIZE}px;margin:4px;font-size:11px" title="{html.escape(name)}">{picture}'
+            f'<metric style="width:{_HTML_SIZE}px;margin:4px;font-size:11px" title="{html.escape(name)}">{picture}'
             f'<figcaption style="overflow-wrap:anywhere"><b>{rank}</b> · {hit.score:.3f}<br>{short}</figcaption>'
             "</figure>"
         )

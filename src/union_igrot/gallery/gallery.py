@@ -1,6 +1,6 @@
-"""`Gallery`: pictures of one's own, indexed with a model and searched with pictures, sketches and text.
+"""`Gallery`: images of one's own, indexed with a model and searched with images, sketches and text.
 
-Joins model, index and indexing. Does not know how an engine keeps rows, how pictures are decoded
+Joins model, index and indexing. Does not know how an engine keeps rows, how images are decoded
 ahead, nor how results are drawn.
 """
 
@@ -16,7 +16,7 @@ from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.engines.base import How, VectorIndex
 from union_igrot.gallery.engines.factory import open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing
-from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.gallery.ingest.work import Report, Work
 from union_igrot.gallery.lookup import judged_rows, named_rows, rows_named
 from union_igrot.gallery.metadata import card_of, check_card, load_checkpoint, load_named, open_made, refuse_early
@@ -31,13 +31,13 @@ _MEMORY = "memory:"
 
 @final
 class Gallery:
-    """Pictures that can be searched.
+    """Images that can be searched.
 
     Made by `Gallery.open`. Belongs to one thread; several processes may have one index open at once.
 
     Args:
-        index: Where the rows lie; None until the first picture is added.
-        model: The model that embeds pictures and queries.
+        index: Where the rows lie; None until the first image is added.
+        model: The model that embeds images and queries.
         uri: Where the index lies or will lie.
         checkpoint: Where the model is loaded from, for the index's card.
         weights: Weights of its backbone, where they were named, for the card too.
@@ -124,7 +124,7 @@ class Gallery:
         return self._card
 
     def _made(self) -> VectorIndex:
-        """Give the index, made if it is not there yet."""
+        """Return the index, made if it is not there yet."""
         if self._index is None:
             self._index = open_made(self._where, self.model.backbone.dim, self.card)
         return self._index
@@ -137,7 +137,7 @@ class Gallery:
             DataError: Where there is none yet.
         """
         if self._index is None:
-            raise DataError(f"there is no gallery at {self.uri} yet; add pictures first, or check its name")
+            raise DataError(f"there is no gallery at {self.uri} yet; add images first, or check its name")
         return self._index
 
     def add(
@@ -149,16 +149,16 @@ class Gallery:
         on_broken: Literal["fail", "skip"] | None = None,
         work: Work | None = None,
     ) -> Report:
-        """Add pictures, or bring those of the same id up to date.
+        """Add images, or bring those of the same id up to date.
 
         Args:
-            pictures: One or several, in any form that `as_picture` takes: paths, PIL images, bytes, open files,
+            images: One or several, in any form that `as_image` takes: paths, PIL images, bytes, open files,
                 arrays, tensors.
             ids: What they are called; a file's absolute path, and `sha256:` with the hash of its content for a
-                picture that is no file, where None.
-            columns: Values to keep beside them by column name, one a picture. Of a picture that is there already,
+                image that is no file, where None.
+            columns: Values to keep beside them by column name, one an image. Of an image that is there already,
                 columns that are not given keep their values; None empties one.
-            on_broken: Whether a picture that cannot be read is an error, or listed and left out; what `work` says, or
+            on_broken: Whether an image that cannot be read is an error, or listed and left out; what `work` says, or
                 an error, where None.
             work: How the work is done; for large additions.
 
@@ -166,9 +166,9 @@ class Gallery:
             How many were added, updated, unchanged and left out. A row that is right is not embedded again.
 
         Raises:
-            PictureError: Where a picture cannot be read, under `fail`; what was embedded before it is kept.
-            DataError: Where ids repeat, or ids or columns are not as many as pictures.
-            UnionError: Where another process is putting pictures into the gallery.
+            ImageError: Where an image cannot be read, under `fail`; what was embedded before it is kept.
+            DataError: Where ids repeat, or ids or columns are not as many as images.
+            UnionError: Where another process is putting images into the gallery.
         """
         listing = listing_of(several(pictures), ids, columns)
         work = work or Work(workers=0, progress=False, on_broken="fail")
@@ -184,16 +184,16 @@ class Gallery:
         Returns:
             How many were added, updated, unchanged, removed and left out since they cannot be read.
         """
-        return self._indexed(list_pictures(str(images)), work)
+        return self._indexed(list_images(str(images)), work)
 
     def _indexed(self, listing: Listing, work: Work | None) -> Report:
-        from union_igrot.gallery.ingest.run import index_pictures  # noqa: PLC0415 - Lightning, which no search needs
+        from union_igrot.gallery.ingest.run import ingest_images  # noqa: PLC0415 - Lightning, which no search needs
 
         index = self._made()
-        return index_pictures(index, self.model, listing, work, fingerprint=self.card["fingerprint"])
+        return ingest_images(index, self.model, listing, work, fingerprint=self.card["fingerprint"])
 
     def ids(self, where: str | None = None) -> list[str]:
-        """Name the pictures that pass a filter, in the order in which they were added.
+        """Name the images that pass a filter, in the order in which they were added.
 
         Raises:
             ConfigError: Where the filter is wrong.
@@ -201,7 +201,7 @@ class Gallery:
         return [str(name) for batch in self.index.scan(["id"], where) for name in batch["id"]]
 
     def delete(self, ids: object) -> int:
-        """Remove pictures from the gallery; files stay.
+        """Remove images from the gallery; files stay.
 
         Args:
             ids: Ids, paths or hits, one or several.
@@ -224,10 +224,10 @@ class Gallery:
         how: How = "auto",
         thumbnails: bool = True,
     ) -> Answers:
-        """Find pictures.
+        """Find images.
 
         Args:
-            image: A photo or a sketch, or several, in any form that `as_picture` takes. Several are asked as the mean
+            image: A photo or a sketch, or several, in any form that `as_image` takes. Several are asked as the mean
                 of their embeddings.
             text: With an image, what should be different; alone, what is looked for.
             k: How many answers.
@@ -236,15 +236,15 @@ class Gallery:
             disliked: Results to go away from; they are not among the answers.
             exclude: Rows that are not among the answers, such as the query itself.
             how: `exact`, `ann` (approximate) or `auto`.
-            thumbnails: Whether small pictures are read along.
+            thumbnails: Whether small images are read along.
 
         Returns:
-            The answers, best first; fewer than k where fewer pictures pass the filter.
+            The answers, best first; fewer than k where fewer images pass the filter.
 
         Raises:
             ConfigError: Where nothing is asked, or the filter is wrong.
-            PictureError: Where a picture cannot be read.
-            DataError: Where a liked or disliked picture is not in the gallery.
+            ImageError: Where an image cannot be read.
+            DataError: Where a liked or disliked image is not in the gallery.
         """
         given = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
         return self.search_many([given], k, where, how=how, thumbnails=thumbnails)[0]
@@ -259,14 +259,14 @@ class Gallery:
         thumbnails: bool = True,
         names: Sequence[str] | None = None,
     ) -> list[Answers]:
-        """Find pictures for many queries at once.
+        """Find images for many queries at once.
 
         Args:
             queries: Each with some of `image`, `text`, `liked`, `disliked` and `exclude`, as `search` takes them.
             k: How many answers to each.
             where: A filter for all of them.
             how: `exact`, `ann` or `auto`.
-            thumbnails: Whether small pictures are read along.
+            thumbnails: Whether small images are read along.
             names: What the queries are called in an error; `query 1` and so on where None and there are several.
 
         Returns:
@@ -298,7 +298,7 @@ class Gallery:
         return [answers[at] for at in range(len(wanted))]
 
     def describe(self) -> dict[str, Any]:
-        """Say what the gallery is: where it lies, how many pictures and which columns it has, and its model."""
+        """Say what the gallery is: where it lies, how many images and which columns it has, and its model."""
         index = self._index
         card = self.card if index is None else index.card
         return {
@@ -309,16 +309,16 @@ class Gallery:
             **{name: card.get(name) for name in ("model", "fingerprint", "checkpoint", "weights")},
         }
 
-    def optimise(self) -> None:
+    def optimize(self) -> None:
         """Build or renew the approximate index and tidy the storage."""
-        self.index.optimise()
+        self.index.optimize()
 
     def __len__(self) -> int:
         return 0 if self._index is None else len(self._index)
 
     def __repr__(self) -> str:
         try:
-            count = f"{len(self):,} pictures"
+            count = f"{len(self):,} images"
         except UnionError:  # the index is gone, or its server away: no reason to fail where something is shown
             count = "not to be reached"
         return f"Gallery({self.uri!r}: {count}, {self.model.backbone.name})"
@@ -336,5 +336,5 @@ class Gallery:
 
 
 def _spare(one: Wanted) -> int:
-    """Give how many rows more than asked are read, so that what is left out leaves enough: few different numbers."""
+    """Return how many rows more than asked are read, so that what is left out leaves enough: few different numbers."""
     return 0 if not one.without else 1 << (len(one.without) - 1).bit_length()

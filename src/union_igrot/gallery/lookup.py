@@ -1,6 +1,6 @@
 """Rows that people name: by their id, by the path of their file; and the embeddings of those that were judged.
 
-Knows indexes. Does not know models or pictures.
+Knows indexes. Does not know models or images.
 """
 
 import os
@@ -21,7 +21,7 @@ _AT_ONCE: Final = 500
 
 
 def rows_named(index: VectorIndex, names: Sequence[str], *, gone: bool = False) -> tuple[str, ...]:
-    """Give the ids of rows that are named as people do.
+    """Return the ids of rows that are named as people do.
 
     Args:
         index: The index.
@@ -45,7 +45,7 @@ def rows_named(index: VectorIndex, names: Sequence[str], *, gone: bool = False) 
 
 
 def named_rows(index: VectorIndex, wanted: Sequence[Wanted]) -> list[Wanted]:
-    """Give queries with the ids of the rows that they name."""
+    """Return queries with the ids of the rows that they name."""
     parts = [name for one in wanted for name in (*one.liked, *one.disliked, *one.exclude)]
     named = dict(zip(parts, rows_named(index, parts), strict=True))
 
@@ -79,7 +79,7 @@ def judged_rows(
             for name in (*one.liked, *one.disliked):
                 if not rows_there(index, name):
                     where = f"{called}: " if called else ""
-                    raise DataError(f"{where}{name!r} is not in {uri}; name a picture of it, or leave it out") from None
+                    raise DataError(f"{where}{name!r} is not in {uri}; name an image of it, or leave it out") from None
         raise
     return dict(zip(rows.ids, rows.vectors, strict=True))
 

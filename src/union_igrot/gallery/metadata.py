@@ -19,7 +19,7 @@ FORMAT: Final = 1
 
 
 def card_of(model: IGROTModel, checkpoint: str | None, weights: str | Path | None = None) -> dict[str, Any]:
-    """Give what is kept with an index: the model's fingerprint, its description, and where it is loaded from.
+    """Return what is kept with an index: the model's fingerprint, its description, and where it is loaded from.
 
     All weights are hashed for it, once.
 

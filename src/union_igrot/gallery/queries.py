@@ -1,6 +1,6 @@
-"""What is asked of a gallery: pictures, text, results that were liked or not; and its embedding.
+"""What is asked of a gallery: images, text, results that were liked or not; and its embedding.
 
-Knows the model and the forms a picture comes in. Does not know any index.
+Knows the model and the forms an image comes in. Does not know any index.
 """
 
 import os
@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from union_igrot.errors import ConfigError, PictureError
+from union_igrot.errors import ConfigError, ImageError
 from union_igrot.gallery.ingest.entries import as_text
 from union_igrot.gallery.results import Hit
-from union_igrot.images.decode import as_picture
-from union_igrot.images.transforms import PictureToTensor
+from union_igrot.images.decode import as_image
+from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.model import IGROTModel
 from union_igrot.models.precision import full_precision
 from union_igrot.storage.paths import absolute
@@ -45,8 +45,8 @@ class Wanted:
     """One query.
 
     Attributes:
-        images: Pictures, photos or sketches, in any form that `as_picture` takes.
-        text: What is looked for, or what should be different from the pictures; None for none.
+        images: Images, photos or sketches, in any form that `as_image` takes.
+        text: What is looked for, or what should be different from the images; None for none.
         liked: Ids of results to come closer to.
         disliked: Ids of results to go away from; never among the answers.
         exclude: Ids that are never among the answers.
@@ -68,7 +68,7 @@ def wanted_of(given: Mapping[str, Any]) -> Wanted:
     """Read one query.
 
     Args:
-        given: Some of `image` (one picture or several), `text`, `liked`, `disliked` and `exclude` (ids, paths
+        given: Some of `image` (one image or several), `text`, `liked`, `disliked` and `exclude` (ids, paths
             or hits, one or several).
 
     Raises:
@@ -111,7 +111,7 @@ def all_wanted(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
 
 
 def several(given: object) -> tuple[Any, ...]:
-    """Give one thing or several as a tuple; None is none. An array, a tensor and text are one thing."""
+    """Return one thing or several as a tuple; None is none. An array, a tensor and text are one thing."""
     if given is None:
         return ()
     kinds = (str, bytes, bytearray, memoryview, Path, Image.Image, np.ndarray, Tensor, Hit, Mapping)
@@ -122,7 +122,7 @@ def several(given: object) -> tuple[Any, ...]:
 
 
 def ids_of(given: object) -> tuple[str, ...]:
-    """Give the ids of rows that are named by id, path or hit, one or several.
+    """Return the ids of rows that are named by id, path or hit, one or several.
 
     Raises:
         ConfigError: Where one is something else.
@@ -136,7 +136,7 @@ def _id_of(one: object) -> str:
     if isinstance(one, Path):
         return path_id(one)
     if not isinstance(one, str):
-        raise ConfigError(f"{one!r} names no picture of the gallery; give its id, its path or a hit")
+        raise ConfigError(f"{one!r} names no image of the gallery; give its id, its path or a hit")
     return one
 
 
@@ -154,8 +154,8 @@ def embed_wanted(
 ) -> Float[Tensor, "queries dim"]:
     """Embed queries, refined by what was liked and disliked.
 
-    A picture without text is embedded with the null text, as the model was trained; text alone is its own embedding.
-    Several pictures give the normalised mean of their unit embeddings, each with the text.
+    An image without text is embedded with the null text, as the model was trained; text alone is its own embedding.
+    Several images give the normalized mean of their unit embeddings, each with the text.
 
     Args:
         model: The model.
@@ -167,7 +167,7 @@ def embed_wanted(
         Unit embeddings, float32, on the CPU.
 
     Raises:
-        PictureError: Where a picture cannot be read; says of which query.
+        ImageError: Where an image cannot be read; says of which query.
     """
     pairs = [(place, image) for place, one in enumerate(wanted) for image in one.images]
     spoken = [place for place, one in enumerate(wanted) if one.text and not one.images]
@@ -179,7 +179,7 @@ def embed_wanted(
         with full_precision(model.device):
             embedded = model.embed_queries(pictures, texts).float().cpu()
         for (place, _), row in zip(some, embedded, strict=True):
-            # A single picture's embedding stays as it is, to the last bit as in an evaluation.
+            # A single image's embedding stays as it is, to the last bit as in an evaluation.
             mean[place] += row if len(wanted[place].images) == 1 else normalize(row, dim=-1)
     for at in range(0, len(spoken), BATCH):
         chosen = spoken[at : at + BATCH]
@@ -196,16 +196,16 @@ def embed_wanted(
 
 def _pictures(
     some: Sequence[tuple[int, Any]], model: IGROTModel, names: Sequence[str]
-) -> Float[Tensor, "pictures 3 size size"]:
-    """Decode and preprocess the pictures of some queries."""
-    to_tensor, size = PictureToTensor(model.preprocess), model.preprocess.size
+) -> Float[Tensor, "images 3 size size"]:
+    """Decode and preprocess the images of some queries."""
+    to_tensor, size = ImageToTensor(model.preprocess), model.preprocess.size
 
     def ready(numbered: tuple[int, Any]) -> Tensor:
         place, picture = numbered
         try:
-            return to_tensor(as_picture(picture, at_least=size))
-        except PictureError as error:
-            raise PictureError(f"{names[place]}: {error}" if names[place] else str(error)) from error
+            return to_tensor(as_image(picture, at_least=size))
+        except ImageError as error:
+            raise ImageError(f"{names[place]}: {error}" if names[place] else str(error)) from error
 
     if len(some) == 1:
         return ready(some[0])[None]
@@ -220,7 +220,7 @@ def refine(
 ) -> Float[Tensor, " dim"]:
     """Move a query towards results that were liked and away from those that were not.
 
-    Rocchio's method on unit vectors: `ALPHA * query + BETA * mean(liked) - GAMMA * mean(disliked)`, normalised;
+    Rocchio's method on unit vectors: `ALPHA * query + BETA * mean(liked) - GAMMA * mean(disliked)`, normalized;
     sources at the constants.
 
     Args:

@@ -1,6 +1,6 @@
-"""Files of queries: lines with a picture, a text or both, as JSON lines or CSV.
+"""Files of queries: lines with an image, a text or both, as JSON lines or CSV.
 
-Paths in a file are relative to the file. Does not open pictures; knows no model and no index.
+Paths in a file are relative to the file. Does not open images; knows no model and no index.
 """
 
 import csv
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.queries import several, wanted_of
-from union_igrot.images.decode import check_picture
+from union_igrot.images.decode import check_image
 from union_igrot.storage.paths import from_home
 
 _JSON: Final = ("id", "image", "text", "liked", "disliked", "exclude")
@@ -25,7 +25,7 @@ class Line:
 
     Attributes:
         name: Its `id`, else its number in the file, from 1.
-        asked: Its parts, as `Gallery.search_many` takes them; pictures are paths.
+        asked: Its parts, as `Gallery.search_many` takes them; images are paths.
         place: File and line; empty where it is from none.
     """
 
@@ -44,7 +44,7 @@ def read_queries(path: Path) -> list[Line]:
 
     Raises:
         DataError: Where the file is missing or a line is wrong; names file and line.
-        PictureError: Where a picture is missing; names file and line.
+        ImageError: Where an image is missing; names file and line.
     """
     kinds = {".jsonl": _json_lines, ".csv": _csv_lines}
     if path.suffix.lower() not in kinds:
@@ -123,9 +123,9 @@ def _line(path: Path, number: int, place: int, given: dict[str, Any]) -> Line:
     try:
         wanted_of(given)
         for image in given.get("image", ()):
-            check_picture(image)
+            check_image(image)
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from None
-    except PictureError as error:
-        raise PictureError(f"{where}: {error}") from None
+    except ImageError as error:
+        raise ImageError(f"{where}: {error}") from None
     return Line(name, given, where)

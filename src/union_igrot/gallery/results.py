@@ -1,4 +1,4 @@
-"""What a search found: pictures with scores, shown by notebooks as pictures.
+"""What a search found: images with scores, shown by notebooks as images.
 
 Knows rows of an index. Does not know how they were found.
 """
@@ -21,7 +21,7 @@ THUMBNAIL: Final = "thumbnail"
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One picture that was found.
+    """One image that was found.
 
     Attributes:
         id: What it is called: its path, or the id it was given.
@@ -42,13 +42,13 @@ class Hit:
 
     @property
     def thumbnail(self) -> Image.Image | None:
-        """The small picture, 160 pixels at most; None where none was asked for."""
+        """The small image, 160 pixels at most; None where none was asked for."""
         return None if self.jpeg is None else Image.open(io.BytesIO(self.jpeg))
 
 
 @final
 class Answers(Sequence[Hit]):
-    """The answers to one query, best first: a sequence of `Hit`, which a notebook shows as pictures."""
+    """The answers to one query, best first: a sequence of `Hit`, which a notebook shows as images."""
 
     def __init__(self, hits: Sequence[Hit]) -> None:
         self._hits = tuple(hits)
@@ -85,7 +85,7 @@ class Answers(Sequence[Hit]):
 
 
 def file_of(name: str) -> Path | None:
-    """Give the file that a row is named after, where it can be seen.
+    """Return the file that a row is named after, where it can be seen.
 
     Files are indexed under their absolute paths; any other name is no file's, even if one of that name lies about.
     """

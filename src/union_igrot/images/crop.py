@@ -6,8 +6,8 @@ from typing import final
 
 from PIL import Image
 
-from union_igrot.errors import PictureError
-from union_igrot.images.decode import open_picture, picture_key
+from union_igrot.errors import ImageError
+from union_igrot.images.decode import image_key, open_image
 
 Box = tuple[int | float, int | float, int | float, int | float]
 DILATION = 0.7
@@ -35,12 +35,12 @@ class Crop:
     def key(self) -> str:
         """Its identity, of the file's own as of now, the box and the dilation.
 
-        Of a missing file it says so instead of raising, since asking whether this is a `Picture` reads it, too;
+        Of a missing file it says so instead of raising, since asking whether this is a `LazyImage` reads it, too;
         `open` raises.
         """
         try:
-            file = picture_key(self.path)
-        except PictureError:
+            file = image_key(self.path)
+        except ImageError:
             file = f"{self.path.absolute()}|missing"
         return f"crop|{file}|{','.join(map(str, self.box))}|{self.dilation}"
 
@@ -48,16 +48,16 @@ class Crop:
         """Cut the object out.
 
         Raises:
-            PictureError: Where the photo cannot be read, or the box lies outside of it.
+            ImageError: Where the photo cannot be read, or the box lies outside of it.
         """
-        photo = open_picture(self.path)
+        photo = open_image(self.path)
         x, y, width, height = self.box
         left, top = max(0, x - self.dilation * width), max(0, y - self.dilation * height)
         right = min(photo.width, left + (1 + self.dilation) * width)
         bottom = min(photo.height, top + (1 + self.dilation) * height)
         corners = tuple(map(round, (left, top, right, bottom)))  # halves go to the even number, as in Pillow's crop
         if corners[0] >= corners[2] or corners[1] >= corners[3]:
-            raise PictureError(f"{self.path}: the box {self.box} lies outside of {photo.width} x {photo.height} pixels")
+            raise ImageError(f"{self.path}: the box {self.box} lies outside of {photo.width} x {photo.height} pixels")
         cut = photo.crop((corners[0], corners[1], corners[2], corners[3]))
         side = max(cut.size)
         square = Image.new("RGB", (side, side))

@@ -1,7 +1,7 @@
-"""From a picture's source to an upright picture in RGB.
+"""From an image's source to an upright image in RGB.
 
-Opens files and pictures in memory, says what is wrong with those that cannot be opened, and names a
-picture for caches. Does not know what a picture is used for.
+Opens files and images in memory, says what is wrong with those that cannot be opened, and names a
+image for caches. Does not know what an image is used for.
 """
 
 import io
@@ -19,10 +19,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, PictureError
-from union_igrot.images.arrays import picture_of_array, picture_of_tensor
+from union_igrot.errors import ConfigError, ImageError
+from union_igrot.images.arrays import image_from_array, image_from_tensor
 from union_igrot.storage.paths import from_home
-from union_igrot.types import Picture, Source
+from union_igrot.types import ImageSource, LazyImage
 
 # How each EXIF orientation is undone (CIPA DC-008, tag 0x0112); 1 is upright.
 _UPRIGHT = {
@@ -36,27 +36,27 @@ _UPRIGHT = {
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _MARK, _SCAN = 0xFF, 0xDA
-_Source = TypeVar("_Source", bound=Source)
+_Source = TypeVar("_Source", bound=ImageSource)
 
 
-def open_picture(source: Source, at_least: int | None = None) -> Image.Image:
-    """Open a picture as upright RGB.
+def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
+    """Open an image as upright RGB.
 
     The first frame of an animation is taken, the EXIF orientation is applied (where the EXIF
-    data are corrupt, the picture stays as stored), transparency is laid over white, and 16-bit
-    grey is scaled by its full range. 32-bit and float grey take the smallest of 1, 255 and 65535
+    data are corrupt, the image stays as stored), transparency is laid over white, and 16-bit
+    gray is scaled by its full range. 32-bit and float gray take the smallest of 1, 255 and 65535
     that holds the largest value as white, or that value itself. Warnings of Pillow stay inside.
 
     Args:
-        source: A file, or a `Picture`, which is opened by its own `open`.
+        source: A file, or a `LazyImage`, which is opened by its own `open`.
         at_least: If given, a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size as long as its
             short side keeps this many pixels. Faster; the pixels after a resize differ slightly.
 
     Returns:
-        The decoded picture in mode RGB; the file is closed.
+        The decoded image in mode RGB; the file is closed.
 
     Raises:
-        PictureError: Where the file is missing, empty, unreadable, truncated or has more than twice
+        ImageError: Where the file is missing, empty, unreadable, truncated or has more than twice
             Pillow's `MAX_IMAGE_PIXELS` pixels. Names the file and the reason.
         ConfigError: Where `at_least` is below 1.
     """
@@ -64,45 +64,45 @@ def open_picture(source: Source, at_least: int | None = None) -> Image.Image:
         raise ConfigError(f"at_least is {at_least}; give a number of pixels >= 1, or None for the full size")
     if not isinstance(source, Path):
         return as_rgb(source.open())
-    check_picture(source)
+    check_image(source)
     return _decode(source, str(source), at_least)
 
 
-def as_picture(picture: object, at_least: int | None = None) -> Image.Image:
-    """Take a picture in any of the forms that people have it in, as upright RGB.
+def as_image(picture: object, at_least: int | None = None) -> Image.Image:
+    """Take an image in any of the forms that people have it in, as upright RGB.
 
     Args:
-        picture: A path or its text, a `Picture`, a PIL image (its EXIF orientation is applied), the bytes of an image
+        image: A path or its text, a `LazyImage`, a PIL image (its EXIF orientation is applied), the bytes of an image
             file, an open binary file, which is read to its end, an array of HxW, HxWx1, HxWx3 or HxWx4, or a tensor of
             HxW, 1xHxW, 3xHxW or 4xHxW. Arrays and tensors hold uint8, uint16, bool or floats of 0..1. Transparency
             is laid over white.
-        at_least: As for `open_picture`.
+        at_least: As for `open_image`.
 
     Raises:
-        PictureError: Where it is none of these, or cannot be read.
+        ImageError: Where it is none of these, or cannot be read.
         ConfigError: Where `at_least` is below 1.
     """
     if isinstance(picture, str | Path):
-        return open_picture(from_home(picture), at_least)
+        return open_image(from_home(picture), at_least)
     if isinstance(picture, Image.Image):
         return _upright(picture)
     if isinstance(picture, np.ndarray | Tensor):
-        return as_rgb(picture_of_tensor(picture) if isinstance(picture, Tensor) else picture_of_array(picture))
+        return as_rgb(image_from_tensor(picture) if isinstance(picture, Tensor) else image_from_array(picture))
     if (data := file_bytes(picture)) is not None:
         named = str(getattr(picture, "name", "an open file")) if hasattr(picture, "read") else f"{len(data):,} bytes"
         return _decode(io.BytesIO(data), named, at_least)
-    if isinstance(picture, Picture):
-        return open_picture(picture)
-    raise PictureError(
-        f"{type(picture).__name__} is no picture; give a path, a PIL image, bytes, an open file, an array or a tensor"
+    if isinstance(picture, LazyImage):
+        return open_image(picture)
+    raise ImageError(
+        f"{type(picture).__name__} is no image; give a path, a PIL image, bytes, an open file, an array or a tensor"
     )
 
 
 def file_bytes(picture: object) -> bytes | None:
-    """Give the bytes of an image file, from bytes or an open file; None for a picture in another form.
+    """Return the bytes of an image file, from bytes or an open file; None for an image in another form.
 
     Raises:
-        PictureError: Where a file is open as text, or cannot be read.
+        ImageError: Where a file is open as text, or cannot be read.
     """
     if isinstance(picture, Image.Image | np.ndarray | Tensor):
         return None
@@ -114,39 +114,39 @@ def file_bytes(picture: object) -> bytes | None:
     try:
         found = picture.read()
     except (OSError, ValueError) as error:  # ValueError where it is closed
-        raise PictureError(f"{named} cannot be read ({error}); give an open file or its path") from None
+        raise ImageError(f"{named} cannot be read ({error}); give an open file or its path") from None
     if not isinstance(found, bytes | bytearray | memoryview):
-        raise PictureError(f"{named} is open as text; open it with mode 'rb'")
+        raise ImageError(f"{named} is open as text; open it with mode 'rb'")
     return bytes(found)
 
 
 def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Image.Image:
     try:
-        return decode_picture(source, at_least)[0]
+        return decode_image(source, at_least)[0]
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-        line = f"{named}: cannot be read as a picture ({picture_fault(error)}); replace the file or leave it out"
-        raise PictureError(line) from error
+        line = f"{named}: cannot be read as an image ({image_fault(error)}); replace the file or leave it out"
+        raise ImageError(line) from error
 
 
-def decode_picture(
+def decode_image(
     source: Path | io.BytesIO | io.BufferedReader, at_least: int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode a picture as `open_picture` does, and tell its true size.
+    """Decode an image as `open_image` does, and tell its true size.
 
     Args:
         source: A file, or its bytes as a stream.
-        at_least: As for `open_picture`.
+        at_least: As for `open_image`.
 
     Returns:
-        The upright picture in mode RGB; the width and height that it has upright when nothing is left out.
+        The upright image in mode RGB; the width and height that it has upright when nothing is left out.
 
     Raises:
-        Exception: Nearly any, where the file is broken; `picture_fault` puts it into words.
+        Exception: Nearly any, where the file is broken; `image_fault` puts it into words.
     """
     with _quiet_pillow(), Image.open(source) as image:
         size = image.size
         if at_least is not None and image.format in ("JPEG", "MPO"):
-            image.draft(None, (at_least, at_least))  # a square bounds the short side, however the picture is turned
+            image.draft(None, (at_least, at_least))  # a square bounds the short side, however the image is turned
         turned = _turned(image)
         if _orientation(image) in _ON_ITS_SIDE:
             size = size[::-1]
@@ -154,13 +154,13 @@ def decode_picture(
 
 
 def plain_jpeg(data: bytes) -> int | None:
-    """Tell the JPEGs that every decoder reads alike: whole, of eight bits, grey or in three colours.
+    """Tell the JPEGs that every decoder reads alike: whole, of eight bits, gray or in three colors.
 
     Args:
         data: Bytes of a file.
 
     Returns:
-        Number of pixels; None where it is no such JPEG, or no picture at all.
+        Number of pixels; None where it is no such JPEG, or no image at all.
     """
     try:
         with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
@@ -171,7 +171,7 @@ def plain_jpeg(data: bytes) -> int | None:
 
 
 def _comes_to_its_end(jpeg: bytes) -> bool:
-    """Whether the mark of the end stands behind the first scan (ITU-T T.81, B.1): not in a picture within the EXIF."""
+    """Whether the mark of the end stands behind the first scan (ITU-T T.81, B.1): not in an image within the EXIF."""
     at = 2
     while at + 4 <= len(jpeg) and jpeg[at] == _MARK:
         kind = jpeg[at + 1]
@@ -184,13 +184,13 @@ def _comes_to_its_end(jpeg: bytes) -> bool:
 def _upright(image: Image.Image) -> Image.Image:
     """Take an image that a caller opened or made; its file may not have been read yet."""
     if not (image.width and image.height):
-        raise PictureError(f"the PIL image has {image.width} x {image.height} pixels; give one that has some")
+        raise ImageError(f"the PIL image has {image.width} x {image.height} pixels; give one that has some")
     try:
         with _quiet_pillow():
             return _turned(image)
     except Exception as error:
         named = getattr(image, "filename", "") or "the PIL image"
-        raise PictureError(f"{named}: cannot be read as a picture ({picture_fault(error)}); replace it") from error
+        raise ImageError(f"{named}: cannot be read as an image ({image_fault(error)}); replace it") from error
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -200,57 +200,57 @@ def _turned(image: Image.Image) -> Image.Image:
     return colours if turn is None else colours.transpose(turn)
 
 
-def check_picture(path: Path) -> os.stat_result:
-    """See, without opening it, that a file can be a picture: it exists, is a regular file and is not empty.
+def check_image(path: Path) -> os.stat_result:
+    """See, without opening it, that a file can be an image: it exists, is a regular file and is not empty.
 
     Returns:
         What `os.stat` says of the file.
 
     Raises:
-        PictureError: Where it cannot be one. Names the file and the reason.
+        ImageError: Where it cannot be one. Names the file and the reason.
     """
     try:
         found = os.stat(path)  # noqa: PTH116  (Path.stat is slower, and whole lists are checked)
     except (FileNotFoundError, NotADirectoryError):
-        raise PictureError(f"{path}: the picture is missing; check the path") from None
+        raise ImageError(f"{path}: the image is missing; check the path") from None
     except (OSError, ValueError) as error:
-        raise PictureError(f"{path}: the picture cannot be reached ({picture_fault(error)}); check the path") from None
+        raise ImageError(f"{path}: the image cannot be reached ({image_fault(error)}); check the path") from None
     if not stat.S_ISREG(found.st_mode):
-        raise PictureError(f"{path}: is not a regular file; name a picture file")
+        raise ImageError(f"{path}: is not a regular file; name an image file")
     if found.st_size == 0:
-        raise PictureError(f"{path}: the picture is empty (0 bytes); replace the file or leave it out")
+        raise ImageError(f"{path}: the image is empty (0 bytes); replace the file or leave it out")
     return found
 
 
-def picture_key(source: Source) -> str:
-    """Give the identity of a picture for caches: equal keys mean equal pixels.
+def image_key(source: ImageSource) -> str:
+    """Return the identity of an image for caches: equal keys mean equal pixels.
 
-    For a file its absolute path, size in bytes and time of change in nanoseconds; for a `Picture` its own key.
+    For a file its absolute path, size in bytes and time of change in nanoseconds; for a `LazyImage` its own key.
 
     Raises:
-        PictureError: Where the file is missing, empty or not a file.
+        ImageError: Where the file is missing, empty or not a file.
     """
     if not isinstance(source, Path):
         return source.key
-    found = check_picture(source)
+    found = check_image(source)
     return f"{source.absolute()}|{found.st_size}|{found.st_mtime_ns}"
 
 
-def broken_pictures(sources: Iterable[_Source], *, workers: int | None = None) -> list[tuple[_Source, str]]:
-    """Find the pictures that cannot be opened, by decoding each of them.
+def broken_images(sources: Iterable[_Source], *, workers: int | None = None) -> list[tuple[_Source, str]]:
+    """Find the images that cannot be opened, by decoding each of them.
 
     Args:
-        sources: The pictures.
+        sources: The images.
         workers: Number of threads; by default one a core, eight at most.
 
     Returns:
-        Each broken picture with the reason, in the order given.
+        Each broken image with the reason, in the order given.
     """
 
-    def fault(source: Source) -> str:
+    def fault(source: ImageSource) -> str:
         try:
-            open_picture(source, at_least=1)  # a smaller JPEG costs less, and all of its data are read
-        except PictureError as error:
+            open_image(source, at_least=1)  # a smaller JPEG costs less, and all of its data are read
+        except ImageError as error:
             return str(error)
         return ""
 
@@ -260,7 +260,7 @@ def broken_pictures(sources: Iterable[_Source], *, workers: int | None = None) -
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Bring a picture of any mode to RGB: transparency is laid over white, see `open_picture` for the rest."""
+    """Bring an image of any mode to RGB: transparency is laid over white, see `open_image` for the rest."""
     if image.mode.startswith(("I", "F")):
         return _eight_bit(image).convert("RGB")
     if image.has_transparency_data:
@@ -283,10 +283,10 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def picture_fault(error: Exception) -> str:
-    """Say in a few words why a picture could not be decoded."""
+def image_fault(error: Exception) -> str:
+    """Say in a few words why an image could not be decoded."""
     if isinstance(error, UnidentifiedImageError):
-        return "no known picture format"
+        return "no known image format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

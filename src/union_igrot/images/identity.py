@@ -1,6 +1,6 @@
-"""Which picture a file is, told by its name: so that a test picture that was trained on is found.
+"""Which image a file is, told by its name: so that a test image that was trained on is found.
 
-Knows how the public data sets name their pictures. Opens no file and does not know models.
+Knows how the public datasets name their images. Opens no file and does not know models.
 """
 
 import hashlib
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from union_igrot.images.crop import Crop
-from union_igrot.types import Source
+from union_igrot.types import ImageSource
 
-# Names that mean the same picture wherever they stand, the collection's own number in the group.
+# Names that mean the same image wherever they stand, the collection's own number in the group.
 _KNOWN = (
     ("coco", re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")),
     ("imagenet", re.compile(r"(n\d{8}_\d+|ILSVRC2012_[a-z]+_\d{8})")),
@@ -21,17 +21,17 @@ _KNOWN = (
 )
 
 
-def picture_identity(source: Source) -> str:
-    """Give a picture's identity across data sets, from its name alone.
+def image_identity(source: ImageSource) -> str:
+    """Return an image's identity across datasets, from its name alone.
 
-    Pictures of COCO, ImageNet, NLVR2 (CIRR) and Amazon's products (FashionIQ) are known by the collection's
+    Images of COCO, ImageNet, NLVR2 (CIRR) and Amazon's products (FashionIQ) are known by the collection's
     own number, in whichever folder they lie: `train2014/COCO_train2014_000000000009.jpg` is
     `train2017/000000000009.jpg`. Every other file is known by the name of its folder, its own name and its
-    size in bytes: `airplane/ext_12.jpg`. A `Picture` is known by its key, a `Crop` by the photo it is cut from.
+    size in bytes: `airplane/ext_12.jpg`. A `LazyImage` is known by its key, a `Crop` by the photo it is cut from.
 
-    Finds a picture again in another copy of its data set, another split, or another data set that kept the name.
+    Finds an image again in another copy of its dataset, another split, or another dataset that kept the name.
     Does not find a copy that was renamed or, outside the four collections, saved anew; nor Visual Genome's copies
-    of COCO photos, whose names say nothing of it. No file is read: 123,403 pictures take about a second.
+    of COCO photos, whose names say nothing of it. No file is read: 123,403 images take about a second.
 
     Returns:
         Sixteen hexadecimal digits.
@@ -42,9 +42,9 @@ def picture_identity(source: Source) -> str:
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
-def picture_identities(sources: Iterable[Source]) -> frozenset[str]:
-    """Give the identities of many pictures, each once."""
-    return frozenset(map(picture_identity, sources))
+def image_identities(sources: Iterable[ImageSource]) -> frozenset[str]:
+    """Return the identities of many images, each once."""
+    return frozenset(map(image_identity, sources))
 
 
 def _file_identity(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""From an upright picture to the tensor that a backbone wants: a `Preprocess`, applied.
+"""From an upright image to the tensor that a backbone wants: a `Preprocess`, applied.
 
-Does not know which backbone asked, nor where a picture comes from.
+Does not know which backbone asked, nor where an image comes from.
 """
 
 from collections.abc import Iterable
@@ -14,27 +14,27 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from union_igrot.errors import ConfigError
-from union_igrot.images.decode import as_picture, as_rgb
+from union_igrot.images.decode import as_image, as_rgb
 from union_igrot.types import Preprocess
 
 # Beyond this side ratio only the middle is resized: a strip of 1 x 60,000 pixels would else need gigabytes.
 _STRIP = 16
 Pixels = TypeVar("Pixels", Image.Image, Tensor)
-"""Torchvision's transforms take a picture or its pixels alike."""
+"""Torchvision's transforms take an image or its pixels alike."""
 _FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
 @final
-class PictureToPixels:
-    """Bring a picture to a backbone's size, as torchvision's transforms do it, pixel for pixel.
+class ImageToPixels:
+    """Bring an image to a backbone's size, as torchvision's transforms do it, pixel for pixel.
 
-    `squash` resizes both sides to `size`; `crop` resizes the short side and cuts the centre; `pad` first adds
-    black to a picture longer than `pad_ratio` until it has that ratio (TargetPad: Baldrati et al., CLIP4Cir,
+    `squash` resizes both sides to `size`; `crop` resizes the short side and cuts the center; `pad` first adds
+    black to an image longer than `pad_ratio` until it has that ratio (TargetPad: Baldrati et al., CLIP4Cir,
     CVPR 2022, `data_utils.py`, taken over by TransAgg), then does as `crop`. Resizing is antialiased. Of a strip
     longer than 16:1 only the middle 16:1 is resized, which bounds the memory. Can be pickled.
 
     What it gives is a quarter of the size of what `model_input` makes of it: between processes, and on the way to
-    a device, pictures travel so.
+    a device, images travel so.
 
     Args:
         preprocess: What the backbone asks for.
@@ -49,7 +49,7 @@ class PictureToPixels:
         self.preprocess = preprocess
 
     def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
-        """Apply it to a picture of any mode."""
+        """Apply it to an image of any mode."""
         size = self.preprocess.size
         image = as_rgb(image)
         if image.size != (size, size):
@@ -58,9 +58,9 @@ class PictureToPixels:
         return pixels
 
     def of_decoded(self, pixels: UInt8[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 size size"]:
-        """Apply it to decoded pictures of one size, on the device where they lie.
+        """Apply it to decoded images of one size, on the device where they lie.
 
-        Values differ from those of the same picture by a step or two, as it is resized in another arithmetic.
+        Values differ from those of the same image by a step or two, as it is resized in another arithmetic.
         """
         size = self.preprocess.size
         return pixels if pixels.shape[-2:] == (size, size) else self._fit(pixels)
@@ -89,7 +89,7 @@ def model_input(
     Equal to torchvision's `ToTensor` and `Normalize` to the last bit on a CPU.
 
     Args:
-        pixels: What `PictureToPixels` gave, one picture or a batch.
+        pixels: What `ImageToPixels` gave, one image or a batch.
         preprocess: What the backbone asks for.
     """
     scaled = pixels.to(torch.float32).div_(255)
@@ -100,39 +100,39 @@ def model_input(
 
 
 @final
-class PictureToTensor:
-    """Turn a picture into a backbone's input: `PictureToPixels`, then `model_input`. Can be pickled.
+class ImageToTensor:
+    """Turn an image into a backbone's input: `ImageToPixels`, then `model_input`. Can be pickled.
 
     Args:
         preprocess: What the backbone asks for.
 
     Raises:
-        ConfigError: As `PictureToPixels`.
+        ConfigError: As `ImageToPixels`.
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
-        self._to_pixels, self.preprocess = PictureToPixels(preprocess), preprocess
+        self._to_pixels, self.preprocess = ImageToPixels(preprocess), preprocess
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 size size"]:
-        """Apply it to a picture of any mode."""
+        """Apply it to an image of any mode."""
         return model_input(self._to_pixels(image), self.preprocess)
 
 
-def picture_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
-    """Turn pictures into one batch for a model.
+def image_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
+    """Turn images into one batch for a model.
 
     Args:
-        pictures: Paths, PIL images, bytes, arrays, ... as `as_picture` takes them; at least one.
+        images: Paths, PIL images, bytes, arrays, ... as `as_image` takes them; at least one.
         preprocess: The model's.
 
     Returns:
         The batch, in the order given.
 
     Raises:
-        PictureError: Where a picture cannot be read.
+        ImageError: Where an image cannot be read.
     """
-    to_pixels = PictureToPixels(preprocess)
-    pixels = [to_pixels(as_picture(picture, at_least=preprocess.size)) for picture in pictures]
+    to_pixels = ImageToPixels(preprocess)
+    pixels = [to_pixels(as_image(picture, at_least=preprocess.size)) for picture in pictures]
     return model_input(torch.stack(pixels), preprocess)
 
 

@@ -1,4 +1,4 @@
-"""Retrieval figures, from ranks and hit masks.
+"""Retrieval metrics, from ranks and hit masks.
 
 Names nothing itself: import the module that is meant.
 """

@@ -1,7 +1,7 @@
 """Recall, precision and average precision of hit masks, one value a query.
 
 A hit mask holds one row a query: the ranking of its candidates, best first, True where
-the candidate is relevant. Knows the conventions by which published figures differ. Does
+the candidate is relevant. Knows the conventions by which published results differ. Does
 not know scores, how ties were broken, or what made a candidate relevant.
 
 Every function here gives nan to a query without any relevant candidate; whether such a
@@ -29,14 +29,14 @@ REFERENCE_EPSILON = 1e-5
 
 
 def parse_metric(name: str) -> ParsedMetric:
-    """Read the name of a figure, as `types.Protocol` writes it.
+    """Read the name of a metric, as `types.Protocol` writes it.
 
     Args:
         name: `R@k`, `Rs@k` (recall within the query's subset), `P@k`, `mAP` or `mAP@k`,
             with k a whole number from 1.
 
     Returns:
-        The kind of figure and its k; None stands for the whole ranking.
+        The kind of metric and its k; None stands for the whole ranking.
 
     Raises:
         ConfigError: Where the name has none of these forms.
@@ -66,7 +66,7 @@ def recall_at_k(
         k: Length of the list looked at, from 1.
         mode: `any` gives 1 where at least one relevant candidate is among the first k
             (CIRR, FashionIQ, GeneCIS); `fraction` the share of the relevant ones that is
-            (Pic2Word's DTIN figure, there with 1e-5 added to the divisor).
+            (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
 
     Returns:
         Values 0..1; nan where a query has no relevant candidate.
@@ -88,7 +88,7 @@ def recall_at_k(
 def precision_at_k(
     hits: Bool[Tensor, "queries depth"], n_relevant: Int[Tensor, " queries"], k: int, cut: PrecisionCut = "k"
 ) -> Float[Tensor, " queries"]:
-    """Give the share of relevant candidates among the first ones.
+    """Return the share of relevant candidates among the first ones.
 
     With h the hits among the first k and R = `n_relevant`, the conventions in use are
 
@@ -132,7 +132,7 @@ def average_precision(
     norm: ApNorm = "min",
     rule: ApRule = "step",
 ) -> Float[Tensor, " queries"]:
-    """Give the average precision of each ranking, in any of the conventions in use.
+    """Return the average precision of each ranking, in any of the conventions in use.
 
     With P(i) the precision among the first i, R = `n_relevant`, h the hits among the first
     k, and a sum over those hits, the published conventions are
@@ -225,7 +225,7 @@ def _one_of(what: str, given: str, allowed: object) -> None:
 
 
 def _real(device: torch.device) -> torch.dtype:
-    """Give the widest float of a device: Apple's has no float64."""
+    """Return the widest float of a device: Apple's has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -238,7 +238,7 @@ def _top(hits: Bool[Tensor, "queries depth"], k: int | None) -> Bool[Tensor, "qu
 def _check_counts(
     found: Int[Tensor, " queries"], n_relevant: Int[Tensor, " queries"], depth: int, k: int | None
 ) -> None:
-    """Refuse masks that cannot give the figure, instead of giving a too low one.
+    """Refuse masks that cannot give the metric, instead of giving a too low one.
 
     A mask that ends before k is whole if it holds every relevant candidate: whatever
     would follow is irrelevant and changes nothing.

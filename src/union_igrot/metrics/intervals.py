@@ -1,7 +1,7 @@
-"""Bootstrap intervals of mean figures, and of the difference between two methods.
+"""Bootstrap intervals of mean metrics, and of the difference between two methods.
 
 The percentile bootstrap over queries (Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13). Knows one value a query. Does not know which figure it is.
+Bootstrap, 1993, chapter 13). Knows one value a query. Does not know which metric it is.
 """
 
 from collections import defaultdict
@@ -56,7 +56,7 @@ def bootstrap_interval(
     seed: int = 0,
     labels: Int[Tensor, " queries"] | None = None,
 ) -> Interval:
-    """Bound the mean of a figure by resampling the queries.
+    """Bound the mean of a metric by resampling the queries.
 
     The same arguments give the same bounds; torch's and NumPy's global random states are
     neither read nor changed.
@@ -86,9 +86,9 @@ def bootstrap_intervals(
     seed: int = 0,
     labels: Int[Tensor, " queries"] | None = None,
 ) -> dict[str, Interval]:
-    """Bound the means of several figures of the same queries.
+    """Bound the means of several metrics of the same queries.
 
-    Figures that are defined on the same queries share their resamples, and each gets what
+    Metrics that are defined on the same queries share their resamples, and each gets what
     `bootstrap_interval` gives it alone.
 
     Args:
@@ -103,7 +103,7 @@ def bootstrap_intervals(
 
     Raises:
         ConfigError: Where `level` or `resamples` is out of range.
-        DataError: Where the figures, or figures and labels, differ in length.
+        DataError: Where the metrics, or metrics and labels, differ in length.
     """
     if not 0 < level < 1:
         raise ConfigError(f"level is {level}; give a share between 0 and 1, such as 0.95")
@@ -111,8 +111,8 @@ def bootstrap_intervals(
         raise ConfigError(f"resamples is {resamples}; give a whole number from 1, such as 1000")
     lengths = {name: len(x) for name, x in values.items()} | ({} if labels is None else {"labels": len(labels)})
     if len(set(lengths.values())) > 1:
-        raise DataError(f"the figures are not of the same queries: {lengths}; give one value a query for each")
-    # Figures with values at the same queries are drawn together, once.
+        raise DataError(f"the metrics are not of the same queries: {lengths}; give one value a query for each")
+    # Metrics with values at the same queries are drawn together, once.
     together: dict[bytes, list[str]] = defaultdict(list)
     arrays = {name: x.detach().to("cpu", torch.float64).numpy() for name, x in values.items()}
     for name, array in arrays.items():
@@ -181,7 +181,7 @@ def _strata(classes: _Ints | None, n: int) -> tuple[_Ints, _Ints, _Ints]:
 
 
 def _resampled_means(columns: list[_Floats], classes: _Ints | None, resamples: int, seed: int) -> _Floats:
-    """Draw the queries again and again, some resamples at a time, and average each figure.
+    """Draw the queries again and again, some resamples at a time, and average each metric.
 
     The draws come from one stream, row by row, so that they do not depend on how many
     rows are drawn at once.

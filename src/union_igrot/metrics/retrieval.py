@@ -1,4 +1,4 @@
-"""The figures of an evaluation, gathered batch by batch and rank by rank.
+"""The metrics of an evaluation, gathered batch by batch and rank by rank.
 
 The torchmetrics face of `functional`. Knows how values of many processes are put
 together so that every query counts once. Does not know where hit masks come from.
@@ -28,7 +28,7 @@ from union_igrot.types import ApNorm, ApRule, Average
 
 
 @final
-class RetrievalFigures(Metric):
+class RetrievalMetrics(Metric):
     """Recall, precision and average precision over any number of batches and processes.
 
     Built on hit masks: torchmetrics' own retrieval metrics take scores and count every
@@ -40,7 +40,7 @@ class RetrievalFigures(Metric):
     ones of each batch would leave the heap in pieces that nothing fits in again.
 
     Args:
-        metrics: Names of the figures: `R@k`, `Rs@k`, `P@k`, `mAP`, `mAP@k`.
+        metrics: Names of the metrics: `R@k`, `Rs@k`, `P@k`, `mAP`, `mAP@k`.
         ap_norm: Divisor of average precision.
         ap_rule: Area rule of average precision.
         averaging: Mean over queries (`micro`) or mean of the classes' means (`macro`).
@@ -101,12 +101,12 @@ class RetrievalFigures(Metric):
             n_relevant: How many relevant candidates each query has in all.
             positions: Positions of the queries in the benchmark, which tell them apart.
             subset_hits: Whole rankings of the queries' subsets, needed for `Rs@k`. A query
-                whose row holds no hit has no subset figure (nan).
+                whose row holds no hit has no subset metric (nan).
             labels: A number for the class of each query, needed for `macro`.
 
         Raises:
             DataError: Where subset rankings or labels are needed and missing, or the masks
-                cannot give a figure (see `functional`).
+                cannot give a metric (see `functional`).
         """
         if subset_hits is None and any(kind == "Rs" for kind, _ in self.metrics.values()):
             raise DataError("Rs@k is asked for and no subset rankings were given; give subset_hits or drop Rs@k")
@@ -121,7 +121,7 @@ class RetrievalFigures(Metric):
         self.labels[-1][places] = 0 if labels is None else labels
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Give the mean of each figure over the queries seen by all processes.
+        """Return the mean of each metric over the queries seen by all processes.
 
         Returns:
             For each metric's name a value 0..1; queries without a value (nan) are left out.
@@ -133,7 +133,7 @@ class RetrievalFigures(Metric):
         return {name: average(rows[:, i], labels, self.averaging) for i, name in enumerate(self.metrics)}
 
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
-        """Give each query's values, in the order of the queries' positions.
+        """Return each query's values, in the order of the queries' positions.
 
         Every process has to call this where there are several: it synchronises.
 
@@ -165,7 +165,7 @@ class RetrievalFigures(Metric):
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _room_for(self, more: int) -> int:
-        """Give the first free place of the last block, which is a new one where `more` do not fit.
+        """Return the first free place of the last block, which is a new one where `more` do not fit.
 
         A free place is one whose position is -1. Blocks grow, so that they stay few.
         """

@@ -1,4 +1,4 @@
-"""Whether one method beats another by more than chance: a paired randomisation test.
+"""Whether one method beats another by more than chance: a paired randomization test.
 
 Knows values of the same queries under two methods. Does not know what the values measure.
 """
@@ -13,10 +13,10 @@ from union_igrot.errors import ConfigError, DataError
 _AT_ONCE = 2**24
 
 
-def randomisation_test(
+def randomization_test(
     first: Float[Tensor, " queries"], second: Float[Tensor, " others"], rounds: int = 10_000, seed: int = 0
 ) -> float:
-    """Give the two-sided p-value of the mean difference of two methods over the same queries.
+    """Return the two-sided p-value of the mean difference of two methods over the same queries.
 
     Under the null hypothesis the two methods' values of a query could be exchanged, so the
     sign of each query's difference is drawn at random, `rounds` times (Fisher's test; for
@@ -43,7 +43,7 @@ def randomisation_test(
     gaps = (first.detach().to("cpu", torch.float64) - second.detach().to("cpu", torch.float64)).numpy()
     gaps = gaps[~np.isnan(gaps)]
     if not len(gaps):
-        raise DataError("no query has a value under both methods; compare figures that both define")
+        raise DataError("no query has a value under both methods; compare metrics that both define")
     # Sums over signs differ from the observed sum in the last bits where they are equal on paper.
     bound = abs(gaps.sum()) - 1e-9 * np.abs(gaps).sum()
     moved = gaps[gaps != 0]

@@ -33,7 +33,7 @@ class SavedModel:
         options: Keyword arguments of each head.
         card: What a reader has to know of the training.
         state: The heads' weights, in 32 bits.
-        pictures: Identities of the pictures trained on; None where they are not recorded or not copied along.
+        images: Identities of the images trained on; None where they are not recorded or not copied along.
         readme: The model card that lies beside; None where there is none.
     """
 
@@ -74,11 +74,11 @@ def read_saved(folder: Path) -> SavedModel:
         raise CheckpointError(
             f"{folder} is in format {version}, this version reads up to {FORMAT}; install a later union-igrot"
         )
-    pictures = _read_pictures(folder, count)
+    pictures = _read_training_images(folder, count)
     return SavedModel(name, fingerprint, own, heads, kinds, options, card, state, pictures, readme)
 
 
-def _read_pictures(folder: Path, count: int | None) -> frozenset[str] | None:
+def _read_training_images(folder: Path, count: int | None) -> frozenset[str] | None:
     if count is None or not (folder / PICTURES).is_file():
         return None
     try:
@@ -86,7 +86,7 @@ def _read_pictures(folder: Path, count: int | None) -> frozenset[str] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / PICTURES} cannot be read ({error}); copy the model again") from None
     if len(found) != count:
-        raise CheckpointError(f"{folder}: {PICTURES} names {len(found)} pictures, {NOTES} {count}; copy both again")
+        raise CheckpointError(f"{folder}: {PICTURES} names {len(found)} images, {NOTES} {count}; copy both again")
     return found
 
 
@@ -97,9 +97,9 @@ def write_saved(
 
     Args:
         folder: An existing folder.
-        notes: What `model.json` says beside the format and the number of pictures.
+        notes: What `model.json` says beside the format and the number of images.
         state: The heads' weights.
-        pictures: Identities of the pictures trained on, or None.
+        images: Identities of the images trained on, or None.
     """
     count = None if pictures is None else len(pictures)
     text = json.dumps({"format": FORMAT, **notes, "training_images": count}, indent=2) + "\n"

@@ -58,7 +58,7 @@ def chosen_device(name: str = "auto") -> torch.device:
 
 
 def decoding_workers(device: torch.device, here: int = 1) -> int:
-    """Give how many processes decode pictures for a model, where nobody says: all cores but one.
+    """Return how many processes decode images for a model, where nobody says: all cores but one.
 
     Eight at most for a model on the CPU, which needs the cores itself, and 32 for one on an accelerator.
 

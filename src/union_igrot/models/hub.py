@@ -241,7 +241,7 @@ class HubModel(ModelHubMixin, ABC):
             card.unlink()
 
     def generate_model_card(self, *_: Any, name: str | None = None, **told: Any) -> ModelCard:
-        """Give the model card: the one that lay beside the model's files, or one written from what it knows.
+        """Return the model card: the one that lay beside the model's files, or one written from what it knows.
 
         Args:
             name: How the model is loaded, a folder or `owner/name`.

@@ -32,7 +32,7 @@ from union_igrot.types import Features, Preprocess
 
 @final
 class IGROTModel(nn.Module, HubModel):
-    """Embeds queries (image, text or both) and gallery pictures into one space.
+    """Embeds queries (image, text or both) and gallery images into one space.
 
     Args:
         backbone: The frozen vision-language model.
@@ -43,7 +43,7 @@ class IGROTModel(nn.Module, HubModel):
         null: Features of the empty text, where another model of this backbone has encoded it.
 
     Attributes:
-        training_images: Identities (`data.identity`) of the pictures the heads were trained on; None where
+        training_images: Identities (`data.identity`) of the images the heads were trained on; None where
             they are not recorded.
         tuned: Whether the backbone's weights are not those its name stands for: an encoder was tuned, or
             came inside another's file. `save` then writes them beside the heads.
@@ -68,7 +68,7 @@ class IGROTModel(nn.Module, HubModel):
 
     @property
     def preprocess(self) -> Preprocess:
-        """How a picture becomes this model's input."""
+        """How an image becomes this model's input."""
         return self.backbone.preprocess
 
     @property
@@ -89,7 +89,7 @@ class IGROTModel(nn.Module, HubModel):
         self._null = None
 
     def null_text(self) -> Features:
-        """Give the features of the empty text, encoded once and kept; while texts are tuned, encoded each time."""
+        """Return the features of the empty text, encoded once and kept; while texts are tuned, encoded each time."""
         if "text" in self.backbone.tuned_sides:
             return self.backbone.encode_text([""])
         if self._null is None or self._null.pooled.device != self.device:
@@ -106,7 +106,7 @@ class IGROTModel(nn.Module, HubModel):
         """Embed queries.
 
         Args:
-            images: Preprocessed pictures, or their features.
+            images: Preprocessed images, or their features.
             texts: What to change in each, or the texts' features; None and "" are the null
                 text, one by one or all together.
 
@@ -125,10 +125,10 @@ class IGROTModel(nn.Module, HubModel):
         return self._fuse(encoded, spoken)
 
     def embed_gallery(self, images: Float[Tensor, "batch 3 height width"] | Features) -> Float[Tensor, "batch dim"]:
-        """Embed gallery pictures.
+        """Embed gallery images.
 
         Args:
-            images: Preprocessed pictures, or their features.
+            images: Preprocessed images, or their features.
 
         Returns:
             Embeddings, of unit length but for the reference's training sum.
@@ -163,15 +163,15 @@ class IGROTModel(nn.Module, HubModel):
         return nn.functional.normalize(spoken.pooled, dim=-1)
 
     def heads(self) -> Iterator[nn.Parameter]:
-        """Give every weight that is not the backbone's."""
+        """Return every weight that is not the backbone's."""
         return (weight for name, weight in self.named_parameters() if not name.startswith("backbone."))
 
     def heads_state(self) -> dict[str, Tensor]:
-        """Give the heads' weights by name; the backbone is never among them."""
+        """Return the heads' weights by name; the backbone is never among them."""
         return {name: x for name, x in self.state_dict().items() if not name.startswith("backbone.")}
 
     def fingerprint(self) -> str:
-        """Give a hash of the backbone's weights, the preprocessing, and the heads with their kinds and options."""
+        """Return a hash of the backbone's weights, the preprocessing, and the heads with their kinds and options."""
         return fingerprint_of(self.describe())
 
     def describe(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class IGROTModel(nn.Module, HubModel):
 
         Args:
             folder: Where to write `heads.safetensors`, `model.json`, where they are recorded the identities of
-                the pictures trained on (`training_images.txt`), and where `tuned` is set the backbone's weights
+                the images trained on (`training_images.txt`), and where `tuned` is set the backbone's weights
                 (`backbone.safetensors`) and tokenizer; made if absent.
             half: Whether to write 16-bit weights.
 
@@ -274,7 +274,7 @@ class IGROTModel(nn.Module, HubModel):
 
 
 def fingerprint_of(described: Mapping[str, Any]) -> str:
-    """Give a model's fingerprint from its description, without hashing its weights again.
+    """Return a model's fingerprint from its description, without hashing its weights again.
 
     Args:
         described: What `IGROTModel.describe` gave.
@@ -285,7 +285,7 @@ def fingerprint_of(described: Mapping[str, Any]) -> str:
 
 
 def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGROTModel:
-    """Give a method without training: the image, the text or their sum against plain image embeddings.
+    """Return a method without training: the image, the text or their sum against plain image embeddings.
 
     Args:
         backbone: The frozen model.

@@ -74,7 +74,7 @@ def load_reference_checkpoint(
         mask: `exclude`, as the reference evaluates, or `legacy`, as it trains.
         sum_form: Which of the reference's two sums `target="sum"` is: `training`, the one in
             its model (not of unit length; ranks like `frozen`), or `inference`, the one in
-            its evaluation. `normalised` is ours.
+            its evaluation. `normalized` is ours.
         tokenizer: BLIP's word list, which is not in its files: a folder or a `vocab.txt`. Where
             None, what the Hugging Face cache holds of BLIP's repository.
         text_heads: Attention heads of a CLIP's text tower, the one size that no tensor tells. Where

@@ -1,4 +1,4 @@
-"""Results for people and programs: tables, files, pictures.
+"""Results for people and programs: tables, files, images.
 
 Names nothing itself: import the module that is meant.
 """

@@ -1,6 +1,6 @@
 """The curves of a training as points, ticks and words for a page's inline SVG.
 
-Knows lists of numbers and the room of a drawing. Does not know where the numbers are from, colours or HTML.
+Knows lists of numbers and the room of a drawing. Does not know where the numbers are from, colors or HTML.
 """
 
 import math
@@ -11,7 +11,7 @@ from itertools import pairwise
 from union_igrot.reporting.contact_sheets import Curve
 
 MOST_POINTS = 300
-"""Points of a drawn curve; where there are more, each is the mean of neighbours."""
+"""Points of a drawn curve; where there are more, each is the mean of neighbors."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420.0, 230.0, 58.0, 408.0, 12.0, 202.0
 _DOTTED = 40
 _SMALLEST = 1e-300
@@ -30,7 +30,7 @@ class Chart:
     """One curve, laid out in a drawing of `width` by `height` units, y downwards.
 
     Attributes:
-        name: Of the figure.
+        name: Of the metric.
         said: The curve in words: its first and last value, its lowest and highest, what is not drawn.
         line: The points of an SVG polyline; empty where no value is finite.
         dots: The points again where they are few, so that a single one is seen.
@@ -54,7 +54,7 @@ def lay_out(name: str, curve: Curve) -> Chart:
     """Lay out a curve.
 
     Args:
-        name: Of the figure.
+        name: Of the metric.
         curve: (step, value) in the order of the steps; values that are not finite are counted and not drawn.
 
     Returns:
@@ -87,7 +87,7 @@ def lay_out(name: str, curve: Curve) -> Chart:
 
 
 def thin(points: Curve, most: int = MOST_POINTS) -> Curve:
-    """Put means of neighbours in the place of points that are too many to draw.
+    """Put means of neighbors in the place of points that are too many to draw.
 
     Args:
         points: (step, value), finite.
@@ -104,7 +104,7 @@ def thin(points: Curve, most: int = MOST_POINTS) -> Curve:
 
 
 def nice_ticks(low: float, high: float, *, whole: bool = False, about: int = 4) -> list[float]:
-    """Give round numbers that hold a range between them.
+    """Return round numbers that hold a range between them.
 
     Args:
         low: The lowest value.

@@ -1,7 +1,7 @@
-"""Pictures of results: contact sheets of rankings and the curve of a training.
+"""Images of results: contact sheets of rankings and the curve of a training.
 
-Drawn with Pillow alone. Does not know how pictures are read from disk (an opener is given)
-or how a figure came about.
+Drawn with Pillow alone. Does not know how images are read from disk (an opener is given)
+or how a metric came about.
 """
 
 import csv
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from union_igrot.errors import PictureError
-from union_igrot.types import Benchmark, Ranking, Source
+from union_igrot.errors import ImageError
+from union_igrot.types import Benchmark, ImageSource, Ranking
 
 _RIGHT, _WRONG, _INK, _FAINT = (22, 140, 60), (200, 60, 50), (30, 30, 30), (205, 205, 205)
 _TILE, _GAP, _TEXT = 96, 8, 34
 SIDE = _TILE
-"""Pixels of a picture's side that a sheet shows."""
-Opener = Callable[[Source], Image.Image]
+"""Pixels of an image's side that a sheet shows."""
+Opener = Callable[[ImageSource], Image.Image]
 Curve = list[tuple[float, float]]
 
 
@@ -29,11 +29,11 @@ def _save(image: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
-def _opened(open_picture: Opener, source: Source) -> Image.Image:
-    """Open a picture; an empty place where it is gone by now, since the figures stand without it."""
+def _opened(open_image: Opener, source: ImageSource) -> Image.Image:
+    """Open an image; an empty place where it is gone by now, since the metrics stand without it."""
     try:
-        return open_picture(source)
-    except PictureError:
+        return open_image(source)
+    except ImageError:
         return Image.new("RGB", (1, 1), _FAINT)
 
 
@@ -47,7 +47,7 @@ def _tile(image: Image.Image, frame: tuple[int, int, int]) -> Image.Image:
 
 
 def contact_sheet(
-    path: Path, benchmark: Benchmark, ranking: Ranking, open_picture: Opener, queries: int = 12, answers: int = 8
+    path: Path, benchmark: Benchmark, ranking: Ranking, open_image: Opener, queries: int = 12, answers: int = 8
 ) -> None:
     """Draw some queries with their first answers, right ones framed green.
 
@@ -55,7 +55,7 @@ def contact_sheet(
         path: The PNG to write.
         benchmark: Whose queries were ranked.
         ranking: The first answers to all of its queries.
-        open_picture: Opens a source as an RGB picture.
+        open_image: Opens a source as an RGB image.
         queries: How many queries, spread evenly over the benchmark.
         answers: How many answers to each.
     """
@@ -71,14 +71,14 @@ def contact_sheet(
         words = " / ".join(filter(None, query.wordings)) or query.label or "(no text)"
         pen.text((_GAP, top), words[: width // 8], fill=_INK, font=font)
         top += 20
-        sheet.paste(_tile(_opened(open_picture, query.image), _INK), (_GAP, top))
+        sheet.paste(_tile(_opened(open_image, query.image), _INK), (_GAP, top))
         targets = set(query.targets)
         for at, position in enumerate(ranking.positions[place, :answers].tolist()):
             if position < 0:  # a subset smaller than others is filled up
                 break
             item = benchmark.gallery[position]
             frame = _FAINT if not targets else _RIGHT if item.id in targets else _WRONG
-            sheet.paste(_tile(_opened(open_picture, item.image), frame), (2 * _GAP + (at + 1) * (_TILE + _GAP), top))
+            sheet.paste(_tile(_opened(open_image, item.image), frame), (2 * _GAP + (at + 1) * (_TILE + _GAP), top))
     _save(sheet, path)
 
 
@@ -88,7 +88,7 @@ class SheetLine:
 
     Attributes:
         words: Its text; may be empty.
-        pictures: Its pictures.
+        images: Its images.
         answers: Score and thumbnail of each answer, best first; None where there is no thumbnail.
     """
 

@@ -1,7 +1,7 @@
-"""Queries worth looking at, and their first answers as small pictures inside a page.
+"""Queries worth looking at, and their first answers as small images inside a page.
 
 Chooses queries from all over a benchmark, those answered worst and best, and gives each as a piece of HTML. Knows
-benchmarks, rankings and figures query by query. Does not know how pictures are read from disk (an opener is given).
+benchmarks, rankings and metrics query by query. Does not know how images are read from disk (an opener is given).
 """
 
 import base64
@@ -16,17 +16,17 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from union_igrot.errors import PictureError
+from union_igrot.errors import ImageError
 from union_igrot.reporting.contact_sheets import Opener
 from union_igrot.reporting.tables import method_name, percent
-from union_igrot.types import Benchmark, Query, Scores, Source
+from union_igrot.types import Benchmark, ImageSource, Query, Scores
 
 SHOWN = 6
 """Queries of a sheet, where the page has room for them."""
 ANSWERS = 8
 """First answers shown of a query."""
 SIDE = 128
-"""Longest side of a small picture, in pixels."""
+"""Longest side of a small image, in pixels."""
 _OF_A_CLASS = 2
 _GOLDEN = (5**0.5 - 1) / 2
 _QUALITY = 75
@@ -54,7 +54,7 @@ def sheets(benchmark: Benchmark, scores: Mapping[str, Scores], method: str, coun
 
     Args:
         benchmark: Whose queries were answered.
-        scores: Figures of each method.
+        scores: Metrics of each method.
         method: Whose answers are shown.
         count: How many queries a sheet holds.
 
@@ -79,7 +79,7 @@ def sheets(benchmark: Benchmark, scores: Mapping[str, Scores], method: str, coun
     failed = sorted((p for p in known if own[p] < 1), key=lambda p: (float(own[p]), -float(rest[p]), p))
     solved = sorted((p for p in known if own[p] > 0), key=lambda p: (-float(own[p]), float(rest[p]), p))
     bounded = f" At most {_OF_A_CLASS} of a class." if any(query.label for query in benchmark.queries) else ""
-    among = " Among equals first those that another method answered {} by this figure." if others else ""
+    among = " Among equals first those that another method answered {} by this metric." if others else ""
     return [
         some,
         Sheet(
@@ -117,7 +117,7 @@ def _of_many_classes(benchmark: Benchmark, places: Sequence[int], count: int) ->
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as a data URI, and its size in pixels."""
+    """An image as a data URI, and its size in pixels."""
 
     uri: str
     width: int
@@ -130,10 +130,10 @@ class Drawer:
 
     Args:
         benchmark: Whose queries were answered.
-        scores: Figures of each method.
+        scores: Metrics of each method.
         method: Whose answers are shown.
         template: Of one example; gets `asked`, `measured` and `tiles`.
-        open_picture: Opens a source as an RGB picture.
+        open_image: Opens a source as an RGB image.
     """
 
     def __init__(
@@ -142,15 +142,15 @@ class Drawer:
         scores: Mapping[str, Scores],
         method: str,
         template: jinja2.Template,
-        open_picture: Opener,
+        open_image: Opener,
     ) -> None:
         self._benchmark, self._scores, self._method = benchmark, scores, method
-        self._template, self._open = template, open_picture
+        self._template, self._open = template, open_image
         self._at = {item.id: place for place, item in enumerate(benchmark.gallery)}
         self._drawn: dict[int, Thumbnail | None] = {}
 
     def draw(self, place: int) -> Markup:
-        """Give a query with its first answers as HTML, every word escaped."""
+        """Return a query with its first answers as HTML, every word escaped."""
         query = self._benchmark.queries[place]
         tiles = [
             {
@@ -169,7 +169,7 @@ class Drawer:
         return " / ".join(filter(None, query.wordings)) or query.label or query.id
 
     def _measured(self, place: int) -> str:
-        """Say the primary figure of every method for one query, and where the first right answer stands."""
+        """Say the primary metric of every method for one query, and where the first right answer stands."""
         query, primary = self._benchmark.queries[place], self._benchmark.protocol.primary
         if not query.targets:
             return f"{cut(query.id, _NAME)}; right answers are not known"
@@ -226,14 +226,14 @@ def cut(text: str, most: int) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
-def thumbnail(source: Source, open_picture: Opener) -> Thumbnail | None:
-    """Give a picture at most `SIDE` pixels wide and high, as WebP in a data URI; a smaller one keeps its size.
+def thumbnail(source: ImageSource, open_image: Opener) -> Thumbnail | None:
+    """Return an image at most `SIDE` pixels wide and high, as WebP in a data URI; a smaller one keeps its size.
 
-    None where it cannot be opened: rankings that another method wrote are scored without any picture.
+    None where it cannot be opened: rankings that another method wrote are scored without any image.
     """
     try:
-        image = open_picture(source).convert("RGB")
-    except PictureError:
+        image = open_image(source).convert("RGB")
+    except ImageError:
         return None
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()

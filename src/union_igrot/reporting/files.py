@@ -1,6 +1,6 @@
-"""Result rows as JSON and CSV, figures query by query, and files that are never left half-written.
+"""Result rows as JSON and CSV, metrics query by query, and files that are never left half-written.
 
-Knows the layout of a result row. Does not know how a figure came about.
+Knows the layout of a result row. Does not know how a metric came about.
 """
 
 import csv
@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `results.json` (whole rows) and `results.csv` (a line a figure).
+    """Write `results.json` (whole rows) and `results.csv` (a line a metric).
 
     Args:
         folder: An existing folder.
@@ -63,7 +63,7 @@ def _scores_path(folder: Path, benchmark: str, split: str) -> Path:
 def write_query_values(
     folder: Path, benchmark: str, split: str, values: Mapping[str, Mapping[str, Tensor]], identity: str
 ) -> None:
-    """Write every query's figures under every method, so that two runs can be compared query by query.
+    """Write every query's metrics under every method, so that two runs can be compared query by query.
 
     Args:
         folder: An existing folder.

@@ -1,7 +1,7 @@
 """`report.html`: everything a run found, in one file that needs no network, no script and no other file.
 
-Puts result rows, curves, example queries and the way they were made into a page, and fits the pictures into a bound.
-Knows the layout of a result row. Does not know how a figure came about or how pictures are read.
+Puts result rows, curves, example queries and the way they were made into a page, and fits the images into a bound.
+Knows the layout of a result row. Does not know how a metric came about or how images are read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from union_igrot.reporting.page_tables import (
     at_a_glance,
     class_groups,
     differences,
-    figures_table,
+    metrics_table,
     seconds_table,
     tag_groups,
 )
@@ -39,7 +39,7 @@ _AROUND = 80  # bytes that a first example brings along: its list
 
 @dataclass(frozen=True)
 class Making:
-    """How a run's figures were made.
+    """How a run's metrics were made.
 
     Attributes:
         title: The page's title.
@@ -48,7 +48,7 @@ class Making:
         folder: Where it was started, which its relative paths are meant from.
         config: The whole configuration.
         card: What the model says of its training; empty where no trained heads were asked.
-        versions: Of the packages that the figures depend on.
+        versions: Of the packages that the metrics depend on.
         seed: Seed of chance and of the bootstrap.
     """
 
@@ -90,11 +90,11 @@ class _Pictures:
     """What examples are drawn with."""
 
     template: jinja2.Template
-    open_picture: Opener
+    open_image: Opener
     limit: int
 
     def sheets(self, asked: Asked, method: str) -> list[_Drawn]:
-        drawer = Drawer(*asked, method, self.template, self.open_picture)
+        drawer = Drawer(*asked, method, self.template, self.open_image)
         return [_Drawn(sheet, drawer, self.limit) for sheet in sheets(*asked, method)]
 
 
@@ -119,7 +119,7 @@ def write_page(
     asked: Sequence[Asked],
     curves: Mapping[str, Curve],
     making: Making,
-    open_picture: Opener,
+    open_image: Opener,
 ) -> None:
     """Write the page, under a temporary name first.
 
@@ -129,10 +129,10 @@ def write_page(
         asked: The benchmarks, and each method's answers in the order of the rows. One whose targets are not published
             has no rows.
         curves: (step, value) of the training by name.
-        making: How the figures were made.
-        open_picture: Opens a source as an RGB picture.
+        making: How the metrics were made.
+        open_image: Opens a source as an RGB image.
     """
-    write_text(path, render_page(rows, asked, curves, making, open_picture))
+    write_text(path, render_page(rows, asked, curves, making, open_image))
 
 
 def render_page(
@@ -140,16 +140,16 @@ def render_page(
     asked: Sequence[Asked],
     curves: Mapping[str, Curve],
     making: Making,
-    open_picture: Opener,
+    open_image: Opener,
     limit: int = MAX_BYTES,
 ) -> str:
-    """Give the page as HTML, with as many examples as fit into `limit` bytes; see `write_page`."""
+    """Return the page as HTML, with as many examples as fit into `limit` bytes; see `write_page`."""
     room = jinja2.Environment(
         loader=jinja2.PackageLoader("union_igrot.reporting"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     groups = _by_benchmark(rows)
     held = {(benchmark.name, benchmark.split): (benchmark, scores) for benchmark, scores in asked}
-    pictures = _Pictures(room.get_template("example.html"), open_picture, limit)
+    pictures = _Pictures(room.get_template("example.html"), open_image, limit)
     hidden = [one for key, one in held.items() if key not in groups]
     sections = [_measured(number, group, held, pictures) for number, group in enumerate(groups.values(), 1)]
     sections += [_unmeasured(number, one, pictures) for number, one in enumerate(hidden, len(groups) + 1)]
@@ -186,7 +186,7 @@ def _fit(sections: Sequence[_Section], room: int) -> None:
 
 
 def _measured(number: int, rows: Sequence[Row], held: Mapping[tuple[str, str], Asked], pictures: _Pictures) -> _Section:
-    """Lay out a benchmark, or the mean over a benchmark's parts, which has no pictures of its own."""
+    """Lay out a benchmark, or the mean over a benchmark's parts, which has no images of its own."""
     first, last = rows[0], rows[-1]
     names = last.get("parts", [last["benchmark"]])
     parts = [held[name, last["split"]] for name in names if (name, last["split"]) in held]
@@ -197,11 +197,11 @@ def _measured(number: int, rows: Sequence[Row], held: Mapping[tuple[str, str], A
     return _Section(
         id=f"benchmark-{number}",
         title=f"{first['benchmark']} · {first['split']}",
-        size=f"{first['n_queries']:,} queries x {first['n_gallery']:,} pictures",
-        table=figures_table(rows),
+        size=f"{first['n_queries']:,} queries x {first['n_gallery']:,} images",
+        table=metrics_table(rows),
         notes=_notes(rows),
         differences=differences(last, parts) if trained else None,
-        differences_said=f"Query by query by {primary}, the primary figure: how often the trained model is above, "
+        differences_said=f"Query by query by {primary}, the primary metric: how often the trained model is above, "
         "equal, below. The difference is paired, with its 95 % bootstrap interval.",
         groups=[group for group in grouped if group is not None],
         sheets=pictures.sheets(parts[0], last["method"]) if alone else [],
@@ -214,9 +214,9 @@ def _unmeasured(number: int, asked: Asked, pictures: _Pictures) -> _Section:
     return _Section(
         id=f"benchmark-{number}",
         title=f"{benchmark.name} · {benchmark.split}",
-        size=f"{len(benchmark.queries):,} queries x {len(benchmark.gallery):,} pictures",
+        size=f"{len(benchmark.queries):,} queries x {len(benchmark.gallery):,} images",
         table=None,
-        notes=["The targets of this split are not published: no figures here, the submission file holds the answers."],
+        notes=["The targets of this split are not published: no metrics here, the submission file holds the answers."],
         sheets=pictures.sheets(asked, list(scores)[-1]),
     )
 
@@ -244,7 +244,7 @@ def _values(
     curves: Mapping[str, Curve],
     making: Making,
 ) -> dict[str, Any]:
-    """Give what the template needs beside the sections."""
+    """Return what the template needs beside the sections."""
     measured = list(groups.values())
     last = measured[-1][-1] if measured else None
     facts = _training_facts(making.card, last)
@@ -253,7 +253,7 @@ def _values(
         notes.append("There is no log of a training in this folder, so no curve.")
     return {
         "title": making.title,
-        "subtitle": f"union-igrot {making.versions['union-igrot']}; written {making.written}; figures in percent",
+        "subtitle": f"union-igrot {making.versions['union-igrot']}; written {making.written}; metrics in percent",
         "glance": at_a_glance(measured) if measured else None,
         "training_facts": facts,
         "training_notes": notes,

@@ -1,6 +1,6 @@
-"""The tables of a page, as words: figures, differences between methods, groups of queries, seconds.
+"""The tables of a page, as words: metrics, differences between methods, groups of queries, seconds.
 
-Knows the layout of a result row and figures query by query. Does not know HTML or how a figure came about.
+Knows the layout of a result row and metrics query by query. Does not know HTML or how a metric came about.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,8 +57,8 @@ class Group:
     table: Table
 
 
-def figures_table(rows: Sequence[Row]) -> Table:
-    """Give every figure of every method on one benchmark with its interval; the highest of a column is marked."""
+def metrics_table(rows: Sequence[Row]) -> Table:
+    """Return every metric of every method on one benchmark with its interval; the highest of a column is marked."""
     primary, names = rows[0]["protocol"]["primary"], list(rows[0]["metrics"])
     best = {name: max((_known(row["metrics"][name]) for row in rows), default=0.0) for name in names}
     lines = []
@@ -74,11 +74,11 @@ def figures_table(rows: Sequence[Row]) -> Table:
         lines.append(Line(method_name(row["method"]) + (" *" if is_seen(row) else ""), cells, row is rows[-1]))
     head = [Cell("method"), *(Cell(name, "primary" if name == primary else "") for name in names)]
     bold = "; bold: the highest of a column" if len(rows) > 1 else ""
-    return Table(f"Percent; below each figure its 95 % bootstrap interval over queries{bold}", head, lines)
+    return Table(f"Percent; below each metric its 95 % bootstrap interval over queries{bold}", head, lines)
 
 
 def at_a_glance(groups: Sequence[Sequence[Row]]) -> Table:
-    """Give the primary figure of every method, a line a benchmark, and the gain over the best one without training.
+    """Return the primary metric of every method, a line a benchmark, and the gain over the best one without training.
 
     Args:
         groups: The rows of each benchmark.
@@ -104,7 +104,7 @@ def at_a_glance(groups: Sequence[Sequence[Row]]) -> Table:
     head = [method_name(method) for method in methods]
     if gained:
         head.insert(1, "gain over the best untrained")
-    caption = "The primary figure of each benchmark in percent, with its 95 % interval"
+    caption = "The primary metric of each benchmark in percent, with its 95 % interval"
     if any(is_seen(row) for rows in groups for row in rows):
         caption += "; *: the heads were trained on some of what is asked for, see below"
     return Table(caption, [Cell("benchmark"), *map(Cell, head)], lines)
@@ -149,7 +149,7 @@ def _outcomes(parts: Sequence[Asked], method: str, other: str, primary: str) -> 
 
 
 def tag_groups(rows: Sequence[Row]) -> Group | None:
-    """Give the primary figure by tag (edit type, aspect) under every method; None where there are no tags."""
+    """Return the primary metric by tag (edit type, aspect) under every method; None where there are no tags."""
     tags = rows[-1]["by_tag"]
     if not tags:
         return None
@@ -162,10 +162,10 @@ def tag_groups(rows: Sequence[Row]) -> Group | None:
 
 
 def class_groups(asked: Asked, seen: Sequence[str]) -> Group | None:
-    """Give the primary figure by the queries' class under every method; None where queries have no class.
+    """Return the primary metric by the queries' class under every method; None where queries have no class.
 
     Args:
-        asked: The benchmark and every method's figures.
+        asked: The benchmark and every method's metrics.
         seen: Classes that were trained on, which are marked.
     """
     benchmark, scores = asked
@@ -193,14 +193,14 @@ def _group(
     found: Sequence[tuple[str, int, Sequence[float | None]]],
     seen: set[str],
 ) -> Group:
-    """Lay out groups from the lowest figure of the first method to the highest, the middle left out where many."""
+    """Lay out groups from the lowest metric of the first method to the highest, the middle left out where many."""
     ordered = sorted(found, key=lambda one: (_known(one[2][0]), one[0]))
     said = f"From the lowest {primary} of “{methods[0]}” to the highest."
     if len(ordered) > MOST_GROUPS:
         said += f" The lowest and the highest {MOST_GROUPS // 2} of {len(ordered):,}."
         ordered = ordered[: MOST_GROUPS // 2] + ordered[-(MOST_GROUPS // 2) :]
     if seen:
-        said += " With *: the heads were trained on this class; for it the figure is not zero-shot."
+        said += " With *: the heads were trained on this class; for it the metric is not zero-shot."
     lines = [
         Line(name + (" *" if name in seen else ""), [Cell(f"{count:,}"), *(Cell(percent(value)) for value in values)])
         for name, count, values in ordered
@@ -210,7 +210,7 @@ def _group(
 
 
 def seconds_table(groups: Sequence[Sequence[Row]]) -> Table | None:
-    """Give the seconds spent on each method: encoding what was not stored, the heads, ranking."""
+    """Return the seconds spent on each method: encoding what was not stored, the heads, ranking."""
     kept = [row for rows in groups for row in rows if row["seconds"] and "parts" not in row]
     if not kept:
         return None

@@ -1,7 +1,7 @@
-"""Published figures of other methods, to stand beside ours.
+"""Published results of other methods, to stand beside ours.
 
-Each says where it was read and what is known of its protocol. Two figures are comparable only where split, gallery,
-text and convention agree. Figures that nobody could look up again are not here. Knows the names of benchmarks and
+Each says where it was read and what is known of its protocol. Two metrics are comparable only where split, gallery,
+text and convention agree. Metrics that nobody could look up again are not here. Knows the names of benchmarks and
 metrics. Does not know our results.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 HIDDEN = ("cirr", "circo")
-"""Benchmarks whose published figures are of a split without public targets, so that they stand beside ours of `val`."""
+"""Benchmarks whose published results are of a split without public targets, so that they stand beside ours of `val`."""
 _UNION, _MAGICLENS = "the UNION authors' README", "the MagicLens authors' README"
 _PAPER, _AUTHORS = "another paper's table", "the authors' repository"
 
@@ -25,7 +25,7 @@ class Published:
         backbone: Its backbone.
         benchmark: Name of the benchmark, as in our result rows.
         split: Name of the split; `not stated` where the source does not say.
-        metrics: Figures in percent by name, as in our result rows.
+        metrics: Metrics in percent by name, as in our result rows.
         mark: `V`: read where the authors published it; `S`: read in another paper's table.
         source: Where it was read.
         note: What is known of the protocol; empty where nothing is.
@@ -41,11 +41,11 @@ class Published:
     note: str = ""
 
 
-_Line = tuple[str, str, str, Literal["V", "S"], str, str]  # method, backbone, figures, mark, source, note
+_Line = tuple[str, str, str, Literal["V", "S"], str, str]  # method, backbone, metrics, mark, source, note
 
 
 def _read(benchmark: str, split: str, metrics: str, lines: Sequence[_Line]) -> tuple[Published, ...]:
-    """Read lines whose figures stand in the order of the metrics' names; `-` is a figure that is not published."""
+    """Read lines whose metrics stand in the order of the metrics' names; `-` is a metric that is not published."""
     found = []
     for method, backbone, figures, mark, source, note in lines:
         pairs = zip(metrics.split(), figures.split(), strict=True)
@@ -213,14 +213,14 @@ _QUICKDRAW = _read(
     ),
 )
 PUBLISHED: tuple[Published, ...] = (*_CIRCO, *_CIRR, *_FASHIONIQ, *_GENECIS, *_SKETCHY, *_TUBERLIN, *_QUICKDRAW)
-"""All published figures, by benchmark."""
+"""All published results, by benchmark."""
 
 
 def published_for(benchmark: str, split: str) -> list[Published]:
-    """Give the published figures that belong beside ours on a benchmark.
+    """Return the published results that belong beside ours on a benchmark.
 
     Returns:
         Those of the same split. Of CIRR and CIRCO those of the hidden split or of one not stated, whatever `split`
-        is: others' figures are of no other. Such a figure is to be shown with its own split.
+        is: others' metrics are of no other. Such a metric is to be shown with its own split.
     """
     return [one for one in PUBLISHED if one.benchmark == benchmark and (one.split == split or benchmark in HIDDEN)]

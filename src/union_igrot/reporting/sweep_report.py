@@ -1,6 +1,6 @@
-"""A sweep's table as CSV, as Markdown and on the terminal, the published figures beside ours.
+"""A sweep's table as CSV, as Markdown and on the terminal, the published results beside ours.
 
-Knows lines of a table and published figures. Does not know how jobs are run or figures come about.
+Knows lines of a table and published results. Does not know how jobs are run or metrics come about.
 """
 
 import csv
@@ -39,7 +39,7 @@ _HEAD = (
 
 
 def write_sweep(folder: Path, jobs: Sequence[Job], command: str) -> None:
-    """Write `results.csv` (a line a figure, ours and published) and `results.md`, each replaced whole.
+    """Write `results.csv` (a line a metric, ours and published) and `results.md`, each replaced whole.
 
     Args:
         folder: The sweep's folder.
@@ -113,7 +113,7 @@ def _cell(figure: Figure | None, *, interval: bool) -> str:
 
 
 def _others(jobs: Sequence[Job]) -> list[tuple[str, str, dict[Column, str]]]:
-    """Give published primary figures by method and backbone; beside those of another split stands its name."""
+    """Return published primary metrics by method and backbone; beside those of another split stands its name."""
     found: dict[tuple[str, str], dict[Column, str]] = {}
     for column in headline_columns(jobs):
         primary = _primary(jobs, column)
@@ -133,16 +133,16 @@ def _markdown(jobs: Sequence[Job], command: str) -> str:
     gathered, heads = lines(jobs, command), headline_columns(jobs)
     out = [f"# Results of a sweep of `union-{command}`", "", *_headline(jobs, gathered, heads), ""]
     out += [
-        "Primary figures in percent. [low, high] is the 95 % bootstrap interval over queries; `50.0 ± 0.5 (3)` is the "
+        "Primary metrics in percent. [low, high] is the 95 % bootstrap interval over queries; `50.0 ± 0.5 (3)` is the "
         "mean and the standard deviation over three runs that differ in their seed. `*`: the heads were trained on "
-        "pictures or classes of the test, see below. A published figure of another split bears its name.",
+        "images or classes of the test, see below. A published result of another split bears its name.",
         "",
     ]
     for column in columns(jobs):
         out += [*_benchmark(jobs, gathered, column), ""]
     out += ["## Jobs", "", _line("job", "folder", "settings", "state"), _line(*["---"] * 4)]
     for job in jobs:
-        state = f"failed: {job.error}" if job.error else "done" if job.rows else "done; no figures"
+        state = f"failed: {job.error}" if job.error else "done" if job.rows else "done; no metrics"
         out.append(_line(str(job.number), job.run, f"`{' '.join(job.overrides)}`", state))
     versions = {json.dumps(row["versions"]): row["versions"] for job in jobs for row in job.rows}
     out += [""] + [", ".join(f"{name} {value}" for name, value in one.items()) for one in versions.values()]
@@ -170,7 +170,7 @@ def _benchmark(jobs: Sequence[Job], gathered: Sequence[Line], column: Column) ->
     yield ""
     protocols = (describe_protocol(row["protocol"], parts="parts" in row) for row in rows)
     for said in dict.fromkeys(protocols):
-        yield f"{rows[0]['n_queries']:,} queries x {rows[0]['n_gallery']:,} pictures; {said}."
+        yield f"{rows[0]['n_queries']:,} queries x {rows[0]['n_gallery']:,} images; {said}."
         yield ""
     others = published_for(*column)
     ours = (column[1], "this sweep") if others else ()
@@ -219,7 +219,7 @@ def _tags(gathered: Sequence[Line], column: Column, rows: Sequence[Row]) -> Iter
 
 
 def print_sweep(jobs: Sequence[Job], command: str, folder: Path, console: Console | None = None) -> None:
-    """Print the primary figures of a sweep, the published ones below, what failed, and where the files are."""
+    """Print the primary metrics of a sweep, the published ones below, what failed, and where the files are."""
     console = console or Console()
     heads = headline_columns(jobs)
     if heads:
@@ -235,7 +235,7 @@ def print_sweep(jobs: Sequence[Job], command: str, folder: Path, console: Consol
             told = " ".join(setting for setting in job.overrides if setting.startswith(differ))
             console.print(Text(f"job {job.number} ({told}) failed: {job.error}", style="red"))
     if heads:
-        said = f"percent; {done} of {len(jobs)} jobs done; every figure, interval and protocol in "
+        said = f"percent; {done} of {len(jobs)} jobs done; every metric, interval and protocol in "
         console.print(Text(f"{said}{folder / 'results.csv'} and results.md"), soft_wrap=True)
 
 

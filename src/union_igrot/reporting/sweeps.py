@@ -1,7 +1,7 @@
 """The results of a sweep's jobs in one table: a line a model and method, a column a benchmark.
 
 Knows the layout of a result row and which settings differ between jobs. Does not know how a
-table is shown or how a figure came about.
+table is shown or how a metric came about.
 """
 
 import math
@@ -43,10 +43,10 @@ class Job:
 @final
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure in percent, of one run or the mean over several that differ in their seed.
+    """A metric in percent, of one run or the mean over several that differ in their seed.
 
     Attributes:
-        value: The figure.
+        value: The metric.
         low: Lower bound of its 95 % interval; nan where it is a mean over runs.
         high: Upper bound.
         deviation: Standard deviation over runs; nan where it is of one run.
@@ -76,7 +76,7 @@ class Line:
     rows: dict[Column, list[Row]] = field(default_factory=dict)
 
     def figure(self, column: Column, metric: str) -> Figure | None:
-        """Give a figure; None where there is none."""
+        """Return a metric; None where there is none."""
         rows = [row for row in self.rows.get(column, []) if row["metrics"].get(metric) is not None]
         if not rows:
             return None
@@ -84,7 +84,7 @@ class Line:
         return _figure({row["seed"]: row["metrics"][metric] for row in rows}, low, high)
 
     def tag(self, column: Column, name: str) -> Figure | None:
-        """Give the primary figure over the queries of a tag; None where there is none."""
+        """Return the primary metric over the queries of a tag; None where there is none."""
         values: dict[int, float] = {}
         for row in self.rows.get(column, []):
             value = row["by_tag"].get(name, {}).get(row["protocol"]["primary"])
@@ -92,7 +92,7 @@ class Line:
         return _figure(values, math.nan, math.nan) if values else None
 
     def seen(self, column: Column) -> bool:
-        """Tell whether its models were trained on pictures or classes of the test."""
+        """Tell whether its models were trained on images or classes of the test."""
         return any(is_seen(row) for row in self.rows.get(column, []))
 
 
@@ -116,12 +116,12 @@ def _pair(override: str) -> tuple[str, str]:
 
 
 def columns(jobs: Sequence[Job]) -> list[Column]:
-    """Give all benchmarks, in the order in which the jobs hold them."""
+    """Return all benchmarks, in the order in which the jobs hold them."""
     return list(dict.fromkeys((row["benchmark"], row["split"]) for job in jobs for row in job.rows))
 
 
 def headline_columns(jobs: Sequence[Job]) -> list[Column]:
-    """Give the benchmarks without the parts of those whose mean is there."""
+    """Return the benchmarks without the parts of those whose mean is there."""
     inner = {part for job in jobs for row in job.rows for part in row.get("parts", ())}
     return [column for column in columns(jobs) if column[0] not in inner]
 
@@ -135,7 +135,7 @@ def lines(jobs: Sequence[Job], command: str) -> list[Line]:
 
     Returns:
         A line a model and method: trained ones apart by the settings that differ between jobs, but for
-        the seed, over which they are averaged; untrained ones together wherever their figures are equal.
+        the seed, over which they are averaged; untrained ones together wherever their metrics are equal.
         Chance comes last.
     """
     differ = [name for name in settings_that_differ(jobs) if name not in _shared(command)]
@@ -162,7 +162,7 @@ def _label(method: str, told: Sequence[tuple[str, str]]) -> str:
 
 
 def _merged(found: Mapping[_Key, Line]) -> list[Line]:
-    """Put untrained lines together that settings tell apart but figures do not; order by model and method."""
+    """Put untrained lines together that settings tell apart but metrics do not; order by model and method."""
     kept: dict[_Key, Line] = {}
     for key, line in found.items():
         alike = [one for other, one in kept.items() if other[:2] == key[:2] and _agree(one, line)]
@@ -181,7 +181,7 @@ def _merged(found: Mapping[_Key, Line]) -> list[Line]:
 
 
 def _agree(one: Line, other: Line) -> bool:
-    """Tell whether two lines hold the same figures wherever both hold any; chance does up to its own spread."""
+    """Tell whether two lines hold the same metrics wherever both hold any; chance does up to its own spread."""
     for column in one.rows.keys() & other.rows.keys():
         first, second = one.rows[column][0], other.rows[column][0]
         if first["protocol"] != second["protocol"] or first["n_queries"] != second["n_queries"]:

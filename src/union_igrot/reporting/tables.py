@@ -1,6 +1,6 @@
 """Result rows as rich tables on the terminal.
 
-Knows the layout of a result row. Does not know how a figure came about.
+Knows the layout of a result row. Does not know how a metric came about.
 """
 
 import sys
@@ -37,7 +37,7 @@ def method_name(method: str) -> str:
 def describe_protocol(protocol: Mapping[str, Any], *, parts: bool = False) -> str:
     """Say a protocol in one line: preset, prompt, conventions, exclusion, ties.
 
-    What none of its figures uses is left out.
+    What none of its metrics uses is left out.
 
     Args:
         protocol: As a result row holds it.
@@ -61,18 +61,18 @@ def describe_protocol(protocol: Mapping[str, Any], *, parts: bool = False) -> st
 
 
 def overlap_lines(row: Row) -> list[str]:
-    """Say which pictures and classes of a test a model was trained on; lines that touch a figure begin with `*`."""
+    """Say which images and classes of a test a model was trained on; lines that touch a metric begin with `*`."""
     images, classes = row.get("seen_images"), row.get("seen_classes", ())
     lines = []
     if images is None:
-        lines.append("which pictures the heads were trained on is not recorded with this model")
+        lines.append("which images the heads were trained on is not recorded with this model")
     elif any(images.values()):
         lines.append(
-            f"* the heads were trained on the pictures of {images['queries']:,} of {row['n_queries']:,} queries and on "
-            f"{images['gallery']:,} of {row['n_gallery']:,} gallery pictures"
+            f"* the heads were trained on the images of {images['queries']:,} of {row['n_queries']:,} queries and on "
+            f"{images['gallery']:,} of {row['n_gallery']:,} gallery images"
         )
     else:
-        lines.append("the heads were trained on none of these pictures")
+        lines.append("the heads were trained on none of these images")
     if classes:
         more = ", ..." if len(classes) > _NAMED_CLASSES else ""
         named = ", ".join(classes[:_NAMED_CLASSES]) + more
@@ -81,7 +81,7 @@ def overlap_lines(row: Row) -> list[str]:
 
 
 def is_seen(row: Row) -> bool:
-    """Tell whether a model was trained on pictures or classes of the test."""
+    """Tell whether a model was trained on images or classes of the test."""
     return bool(row.get("seen_classes")) or any((row.get("seen_images") or {}).values())
 
 
@@ -93,7 +93,7 @@ def result_tables(rows: Sequence[Row], console: Console) -> list[Table]:
         console: Where they will be shown.
 
     Returns:
-        Tables with a line a method, as few as fit the console's width; figures in percent, beside the primary one
+        Tables with a line a method, as few as fit the console's width; metrics in percent, beside the primary one
         its 95 % interval.
     """
     return [_table(rows, names) for names in columns_that_fit(console, list(rows[0]["metrics"]), partial(_table, rows))]
@@ -137,7 +137,7 @@ def columns_that_fit(
 
 def _table(rows: Sequence[Row], names: Sequence[str]) -> Table:
     primary = rows[0]["protocol"]["primary"]
-    # So that eight figures fit into 80 columns.
+    # So that eight metrics fit into 80 columns.
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
     for name in names:
@@ -162,14 +162,14 @@ def _number(value: float | None) -> float:
 
 
 def percent(value: float | None) -> str:
-    """Write a figure with one place after the point; a dash where there is none."""
+    """Write a metric with one place after the point; a dash where there is none."""
     if value is None or value != value:  # noqa: PLR0124 - nan
         return "-"
     return "100" if value > 99.95 else f"{value:.1f}"
 
 
 def gain_lines(row: Row) -> list[str]:
-    """Say by how much a trained model beats each other method in the primary figure, interval included."""
+    """Say by how much a trained model beats each other method in the primary metric, interval included."""
     primary = row["protocol"]["primary"]
     lines = []
     for other, figures in row.get("gain95", {}).items():
@@ -180,14 +180,14 @@ def gain_lines(row: Row) -> list[str]:
 
 
 def tag_line(row: Row) -> str:
-    """Say the primary figure over the queries of each tag; empty where there are no tags."""
+    """Say the primary metric over the queries of each tag; empty where there are no tags."""
     primary = row["protocol"]["primary"]
     parts = [f"{tag} {percent(part[primary])} ({part['n_queries']:,})" for tag, part in row["by_tag"].items()]
     return f"{primary} of {method_name(row['method'])} by tag (queries): {', '.join(parts)}" if parts else ""
 
 
 def _size(row: Row) -> str:
-    return f"{row['n_queries']:,} queries x {row['n_gallery']:,} pictures"
+    return f"{row['n_queries']:,} queries x {row['n_gallery']:,} images"
 
 
 def untrained_words(rows: Sequence[Row]) -> str:

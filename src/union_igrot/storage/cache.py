@@ -56,7 +56,7 @@ class Usage:
 
 
 def default_root() -> Path:
-    """Give the cache folder: `$UNION_CACHE`, else `~/.cache/union-igrot`.
+    """Return the cache folder: `$UNION_CACHE`, else `~/.cache/union-igrot`.
 
     Raises:
         ConfigError: Where it lies under a home folder that cannot be found.
@@ -69,7 +69,7 @@ def default_root() -> Path:
 
 
 def chosen_limit(setting: str | int | None = None) -> int | None:
-    """Give the most that the cache's features may take, in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
+    """Return the most that the cache's features may take, in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
 
     Raises:
         ConfigError: Where it is no size.
@@ -84,7 +84,7 @@ def chosen_limit(setting: str | int | None = None) -> int | None:
 
 
 def folder_of(root: Path, fingerprint: str) -> Path:
-    """Give the folder of a fingerprint under a root.
+    """Return the folder of a fingerprint under a root.
 
     Raises:
         ConfigError: Where the fingerprint cannot name a folder.

@@ -191,7 +191,7 @@ def in_use(lock: Path) -> bool:
 
 
 def let_go(held: int, lock: Path) -> None:
-    """Give a lock back and note the time."""
+    """Return a lock back and note the time."""
     touch(lock)
     os.close(held)
 

@@ -13,5 +13,5 @@ def from_home(path: str | Path) -> Path:
 
 
 def absolute(path: str | Path) -> str:
-    """Give a file's whole name, without `~` and `..`; links stay."""
+    """Return a file's whole name, without `~` and `..`; links stay."""
     return os.path.abspath(from_home(path))  # noqa: PTH100 - Path.absolute keeps ".."

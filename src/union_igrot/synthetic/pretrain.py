@@ -2,10 +2,10 @@
 
     python -m union_igrot.synthetic.pretrain
 
-Contrastive training of pictures against captions, in which every scene stands beside an
+Contrastive training of images against captions, in which every scene stands beside an
 edit of itself, so that the edit is a hard negative; plus a prompt loss over "a <shape>"
-(photos) and "a sketch of a <shape>" (sketches) for pictures of one thing. That second loss
-is supervision of one attribute, without which shape is learned long after colour and place.
+(photos) and "a sketch of a <shape>" (sketches) for images of one thing. That second loss
+is supervision of one attribute, without which shape is learned long after color and place.
 Only training scenes are used; sketches and prompts show the fourteen seen shapes alone.
 Does not know heads or benchmarks.
 """
@@ -98,7 +98,7 @@ class _Batches(IterableDataset[CaptionBatch]):
 
 
 def pretraining_loss(network: TinyVLM, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-    """Give the caption loss (symmetric InfoNCE) and the prompt loss (cross-entropy over seen shapes)."""
+    """Return the caption loss (symmetric InfoNCE) and the prompt loss (cross-entropy over seen shapes)."""
     scale = network.log_scale.exp().clamp(max=60)
     pictures = F.normalize(network.image(torch.cat([batch.photos, batch.sketches]))[:, 0], dim=-1)
     seen = len(SEEN_SHAPES)
@@ -117,7 +117,7 @@ def pretraining_loss(network: TinyVLM, batch: CaptionBatch) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def held_out_figures(network: TinyVLM, seed: str, split: str = "val", batches: int = 4) -> dict[str, float]:
+def held_out_metrics(network: TinyVLM, seed: str, split: str = "val", batches: int = 4) -> dict[str, float]:
     """Measure caption retrieval within 256 and shape recognition over all twenty shapes, in percent."""
     network.eval()
     sums: dict[str, list[float]] = {}
@@ -150,11 +150,11 @@ def held_out_figures(network: TinyVLM, seed: str, split: str = "val", batches: i
 
 
 def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
-    """Train the network from a seed and show its held-out figures now and then.
+    """Train the network from a seed and show its held-out metrics now and then.
 
     Args:
         steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 3.
-        seed: Seed of weights and pictures.
+        seed: Seed of weights and images.
         rate: Highest learning rate; warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
         every: Steps between two looks at the validation scenes.
 
@@ -188,7 +188,7 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
             progress.update(task, advance=1, description=f"loss {match.item():.3f} + {prompt.item():.3f}")
             if step % every == 0:
                 console.print(
-                    step, f"{match.item():.3f} {prompt.item():.3f}", held_out_figures(network, "look", batches=1)
+                    step, f"{match.item():.3f} {prompt.item():.3f}", held_out_metrics(network, "look", batches=1)
                 )
     return network
 
@@ -219,7 +219,7 @@ def main() -> None:
         "minutes": round(minutes, 1),
         "weights": weights_hash({n: t.float() if t.is_floating_point() else t for n, t in state.items()}),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "held_out_percent": held_out_figures(network, "note", "test", batches=8),
+        "held_out_percent": held_out_metrics(network, "note", "test", batches=8),
         "shapes_without_sketches": list(HELD_OUT_SHAPES),
     }
     args.out.mkdir(parents=True, exist_ok=True)

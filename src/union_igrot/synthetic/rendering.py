@@ -1,4 +1,4 @@
-"""Scenes as pixels: photo-like pictures and wobbly sketches.
+"""Scenes as pixels: photo-like images and wobbly sketches.
 
 Polygons are drawn by Pillow at four times the size on whole coordinates; everything else
 is integer arithmetic or single float32 operations over a guaranteed bit stream, so that
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from union_igrot.synthetic.scenes import Scene, Thing
 
 PIXELS = 48
-"""Height and width of a picture."""
+"""Height and width of an image."""
 _FINE = 4
 _TAU = 2 * math.pi
 Array = NDArray[np.float32]
@@ -174,7 +174,7 @@ def _ground_bank() -> dict[str, Array]:
 
 @cache
 def _fill_bank() -> dict[str, Array]:
-    """Where the second tone of a fill lies, 0 or 1, on a field twice the picture's size."""
+    """Where the second tone of a fill lies, 0 or 1, on a field twice the image's size."""
     y, x = np.mgrid[0 : 2 * PIXELS, 0 : 2 * PIXELS]
     ones = np.zeros((2 * PIXELS, 2 * PIXELS), dtype=np.float32)
     return {
@@ -186,7 +186,7 @@ def _fill_bank() -> dict[str, Array]:
 
 
 def _place(thing: Thing, bits: BitStream, crowd: float) -> tuple[list[Point], float]:
-    """Give the thing's outline in fine pixels, jittered, and its radius in pixels."""
+    """Return the thing's outline in fine pixels, jittered, and its radius in pixels."""
     side = PIXELS * _FINE
     radius = RADIUS[thing.size] * bits.uniform(0.92, 1.08) * crowd
     stretch = bits.uniform(0.9, 1.1)
@@ -201,7 +201,7 @@ def _place(thing: Thing, bits: BitStream, crowd: float) -> tuple[list[Point], fl
 
 
 def _coverage(points: list[Point]) -> Array:
-    """Give the covered share of each pixel, 0..1."""
+    """Return the covered share of each pixel, 0..1."""
     mask = Image.new("L", (PIXELS * _FINE, PIXELS * _FINE))
     ImageDraw.Draw(mask).polygon([(round(x), round(y)) for x, y in points], fill=255)
     return np.asarray(mask.reduce(_FINE), dtype=np.float32) * np.float32(1 / 255)
@@ -233,9 +233,9 @@ def _paint(canvas: Array, thing: Thing, bits: BitStream, crowd: float) -> None:
 
 
 def render_photo(scene: Scene, seed: int) -> Image.Image:
-    """Draw a scene as a photo-like picture of `PIXELS` x `PIXELS`, RGB.
+    """Draw a scene as a photo-like image of `PIXELS` x `PIXELS`, RGB.
 
-    The seed moves, scales, turns and stretches the things a little and draws colours,
+    The seed moves, scales, turns and stretches the things a little and draws colors,
     texture, light, blur and noise.
     """
     bits = BitStream(seed)

@@ -109,7 +109,7 @@ def random_scene(rng: random.Random, split: str, things: int | None = None, shap
     """Draw a scene of a split.
 
     Args:
-        rng: Source of randomness.
+        rng: ImageSource of randomness.
         split: `train`, `val` or `test`.
         things: One or two; drawn where None.
         shape: Shape of the first thing; drawn where None.
@@ -254,13 +254,13 @@ def edit_scene(rng: random.Random, scene: Scene, double: float = 0.25) -> Edit:
     """Draw an edit whose answers lie in the scene's own split.
 
     Args:
-        rng: Source of randomness.
+        rng: ImageSource of randomness.
         scene: The reference scene.
         double: Share of edits that change two things at once.
 
     Returns:
         An edit with at least one answer, every answer in `scene.split`. Answers that fall
-        into another split are left out; they never appear in this split's pictures.
+        into another split are left out; they never appear in this split's images.
     """
     while True:
         edit = double_edit(rng, scene) if rng.random() < double else random_edit(rng, scene)

@@ -1,7 +1,7 @@
 """The generated world as benchmarks: `shapes_cir` and `shapes_sbir`, and triplets to train on.
 
 Everything follows from a seed; scenes are split by a hash of their content, so that none
-of training recurs in validation or test. Does not know models or how figures are computed.
+of training recurs in validation or test. Does not know models or how metrics are computed.
 """
 
 import random
@@ -41,8 +41,8 @@ SBIR_PROTOCOL = Protocol(
 
 
 @dataclass(frozen=True, slots=True)
-class ShapesPicture:
-    """A picture of the generated world, drawn when it is opened.
+class ShapesImage:
+    """An image of the generated world, drawn when it is opened.
 
     Attributes:
         scene: What it shows.
@@ -73,7 +73,7 @@ def _check(split: str, **counts: int) -> None:
 
 
 class _Album:
-    """The pictures of a gallery as they are drawn up, found again by their scene."""
+    """The images of a gallery as they are drawn up, found again by their scene."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -82,7 +82,7 @@ class _Album:
 
     def add(self, scene: Scene, label: str | None = None) -> str:
         name = f"photo-{len(self.items):06d}"
-        picture = ShapesPicture(scene, self._rng.getrandbits(40))
+        picture = ShapesImage(scene, self._rng.getrandbits(40))
         self.items.append(GalleryItem(name, picture, label, caption(self._rng, scene)))
         self._by_code.setdefault(scene.code, []).append(name)
         return name
@@ -92,7 +92,7 @@ class _Album:
 
 
 def _hard_negative(rng: random.Random, reference: Scene, edit: Edit, *, keep_edit: bool) -> Scene | None:
-    """Give the reference edited with a wrong value, or the answer with something else lost."""
+    """Return the reference edited with a wrong value, or the answer with something else lost."""
     right = {answer.code for answer in edit.answers}
     for _ in range(40):
         start = edit.answers[0] if keep_edit else reference
@@ -113,11 +113,11 @@ class _Draft:
     reference: str
     edit: Edit
     rivals: list[str]
-    picture: ShapesPicture
+    picture: ShapesImage
 
 
 def _subset(rng: random.Random, draft: _Draft, targets: tuple[str, ...], everything: list[str]) -> tuple[str, ...]:
-    """Give six pictures: the reference, one target, the rivals, and others that are no targets."""
+    """Return six images: the reference, one target, the rivals, and others that are no targets."""
     subset = [draft.reference, targets[0], *draft.rivals]
     taken = {*subset, *targets}
     if len(everything) - len(taken) < 6 - len(subset):
@@ -138,18 +138,18 @@ def shapes_cir(
     """Make a composed-retrieval benchmark of the generated world.
 
     Each reference scene gets `edits` queries. The gallery holds the references (excluded
-    from their own rankings), one to three pictures that answer each query, the reference
+    from their own rankings), one to three images that answer each query, the reference
     scene drawn anew, hard negatives (a wrong value, something else lost) and random scenes.
 
     Args:
         split: `train`, `val` or `test`; scenes of different splits never coincide.
         queries: Number of queries.
         seed: Seed of the whole benchmark.
-        edits: Queries that share one reference picture.
+        edits: Queries that share one reference image.
         distractors: Random scenes added to the gallery.
 
     Returns:
-        A benchmark whose queries have targets, exclusions, and subsets of six pictures as in
+        A benchmark whose queries have targets, exclusions, and subsets of six images as in
         CIRR, the reference and a target among them.
 
     Raises:
@@ -166,7 +166,7 @@ def shapes_cir(
         scene = random_scene(rng, split)
         reference = album.add(scene)
         source = album.items[-1].image
-        assert isinstance(source, ShapesPicture)
+        assert isinstance(source, ShapesImage)
         anew = album.add(scene)
         for _ in range(min(edits, queries - len(drafts))):
             edit = edit_scene(rng, scene)
@@ -230,7 +230,7 @@ def shapes_sbir(split: str = "test", queries: int = 2000, seed: int = 0, gallery
     done = []
     for number in range(queries):
         shape = shapes[number % len(shapes)]
-        sketch = ShapesPicture(random_scene(rng, split, 1, shape), rng.getrandbits(40), "sketch")
+        sketch = ShapesImage(random_scene(rng, split, 1, shape), rng.getrandbits(40), "sketch")
         tag = "held-out" if shape in HELD_OUT_SHAPES else "seen"
         done.append(Query(f"sketch-{number:05d}", sketch, targets=targets[shape], label=shape, tags=(tag,)))
     return Benchmark("shapes_sbir", split, "sbir", tuple(done), tuple(album.items), SBIR_PROTOCOL)
@@ -260,11 +260,11 @@ def shapes_training(triplets: int = 5000, pairs: int = 2500, seed: int = 0) -> T
         scene = random_scene(rng, "train")
         edit = edit_scene(rng, scene)
         answer = edit.answers[int(rng.random() * len(edit.answers))]
-        reference, target = (ShapesPicture(s, rng.getrandbits(40)) for s in (scene, answer))
+        reference, target = (ShapesImage(s, rng.getrandbits(40)) for s in (scene, answer))
         samples.append(Triplet(reference, edit.text, target, answer.code, "cir"))
     for _ in range(pairs):
         shape = pick(rng, SEEN_SHAPES)
         drawn, shown = (random_scene(rng, "train", 1, shape) for _ in range(2))
-        sketch = ShapesPicture(drawn, rng.getrandbits(40), "sketch")
-        samples.append(Triplet(sketch, None, ShapesPicture(shown, rng.getrandbits(40)), shape, "sbir"))
+        sketch = ShapesImage(drawn, rng.getrandbits(40), "sketch")
+        samples.append(Triplet(sketch, None, ShapesImage(shown, rng.getrandbits(40)), shape, "sbir"))
     return TrainingSet("shapes", tuple(samples), classes=SEEN_SHAPES)

@@ -1,8 +1,8 @@
 """The LightningDataModule: batches for training and validation.
 
 What a frozen encoder says is encoded once; for an encoder that is being tuned, batches
-hold pictures and texts themselves. Knows triplets, benchmarks and the encoder. Does not
-know heads, losses or the optimiser.
+hold images and texts themselves. Knows triplets, benchmarks and the encoder. Does not
+know heads, losses or the optimizer.
 """
 
 import random
@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from union_igrot.errors import ConfigError, DataError, PictureError
+from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import Encoder
-from union_igrot.images.decode import open_picture
-from union_igrot.images.transforms import PictureToPixels, model_input
+from union_igrot.images.decode import open_image
+from union_igrot.images.transforms import ImageToPixels, model_input
 from union_igrot.models.backbones.base import Side
-from union_igrot.types import Batch, Benchmark, EvalBatch, Features, Preprocess, Query, Source, TrainingSet, Triplet
+from union_igrot.types import (
+    Batch,
+    Benchmark,
+    EvalBatch,
+    Features,
+    ImageSource,
+    Preprocess,
+    Query,
+    TrainingSet,
+    Triplet,
+)
 
 _SIDES = ("gallery", "queries")
 
@@ -90,37 +100,35 @@ class _Block(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """A batch on its way from a decoding process: which samples, and the pixels of their pictures side by side."""
+    """A batch on its way from a decoding process: which samples, and the pixels of their images side by side."""
 
     of: Any
-    pictures: list[Tensor] | PictureError
+    pictures: list[Tensor] | ImageError
 
 
 class _Decoder(Dataset[_Decoded]):
-    """Decodes the pictures of batches; an error is handed over, to be raised where the user sees it.
+    """Decodes the images of batches; an error is handed over, to be raised where the user sees it.
 
     Args:
         preprocess: The model's.
-        sides: Lists of pictures, of which rows are asked: of training one, of validation one a side and benchmark.
+        sides: Lists of images, of which rows are asked: of training one, of validation one a side and benchmark.
         together: Which of the lists belong to an item's kind.
     """
 
     def __init__(
-        self, preprocess: Preprocess, sides: Sequence[Sequence[Source]], together: dict[Any, list[int]]
+        self, preprocess: Preprocess, sides: Sequence[Sequence[ImageSource]], together: dict[Any, list[int]]
     ) -> None:
-        self._to_pixels, self._size = PictureToPixels(preprocess), preprocess.size
+        self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
         self._sides, self._together = sides, together
 
     def __getitem__(self, item: Any) -> _Decoded:
         kind, rows = (None, item) if isinstance(item, list) else ((item.benchmark, item.side), item.span)
         try:
             pictures = [
-                torch.stack(
-                    [self._to_pixels(open_picture(self._sides[side][row], at_least=self._size)) for row in rows]
-                )
+                torch.stack([self._to_pixels(open_image(self._sides[side][row], at_least=self._size)) for row in rows])
                 for side in self._together[kind]
             ]
-        except PictureError as error:
+        except ImageError as error:
             return _Decoded(item, error)
         return _Decoded(item, pictures)
 
@@ -177,7 +185,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         self._encode()
 
     def setup(self, stage: str) -> None:
-        """Look up every picture and text of training and validation; encode what is not in the store."""
+        """Look up every image and text of training and validation; encode what is not in the store."""
         if stage == "fit" and not self._ready:
             self._encode()
             self._ready = True
@@ -199,16 +207,16 @@ class IGROTDataModule(lightning.LightningDataModule):
             gallery = self._pictures(items, f"{name} gallery", tokens=self._target_tokens)
             self._sides.append({"queries": queries, "texts": texts, "gallery": gallery})
 
-    def _pictures(self, sources: Sequence[Source], what: str, *, tokens: bool) -> list[str]:
-        """Encode pictures and give their keys; none are needed where each step encodes them."""
-        return [] if "image" in self._live else self._encoder.fill_pictures(sources, tokens=tokens, what=what)
+    def _pictures(self, sources: Sequence[ImageSource], what: str, *, tokens: bool) -> list[str]:
+        """Encode images and give their keys; none are needed where each step encodes them."""
+        return [] if "image" in self._live else self._encoder.fill_images(sources, tokens=tokens, what=what)
 
     def _sentences(self, texts: Sequence[str | None], what: str) -> list[str]:
         """Encode texts and give their keys; where each step encodes them, the texts themselves."""
         return [text or "" for text in texts] if "text" in self._live else self._encoder.fill_texts(texts, what=what)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Give batches of one task each as `types.Batch`, whole once they passed `transfer_batch_to_device`."""
+        """Return batches of one task each as `types.Batch`, whole once they passed `transfer_batch_to_device`."""
         rank, world = self._place()
         tasks = [triplet.task for triplet in self._triplets]
         batches = TaskBatches(tasks, self._batch_size, self._seed, self._epoch, rank, world)
@@ -222,7 +230,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch, generator=own)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Give this process's share of the validation queries and galleries as `types.EvalBatch`, as above."""
+        """Return this process's share of the validation queries and galleries as `types.EvalBatch`, as above."""
         rank, world = self._place()
         mine = self._blocks(world)[rank::world]
         own = torch.Generator()
@@ -245,7 +253,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         del dataloader_idx
         if not isinstance(batch, _Decoded):
             return batch
-        if isinstance(batch.pictures, PictureError):
+        if isinstance(batch.pictures, ImageError):
             raise batch.pictures
         wanted = self._encoder.backbone.preprocess
         pictures = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.pictures]
@@ -262,7 +270,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         total = sum(count for _, _, count in counts)
         if total < world:
             raise DataError(
-                f"{total} validation queries and pictures cannot be shared by {world} processes; use fewer devices"
+                f"{total} validation queries and images cannot be shared by {world} processes; use fewer devices"
             )
         step = min(self._encoder.batch_size, total // world)
         return [

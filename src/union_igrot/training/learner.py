@@ -1,6 +1,6 @@
 """The LightningModule around the model, and the run of a training.
 
-Knows loss, optimiser, schedule, validation and checkpoints of what is trained. Does not know
+Knows loss, optimizer, schedule, validation and checkpoints of what is trained. Does not know
 where triplets come from, configurations or reports.
 """
 
@@ -53,8 +53,8 @@ class Recipe:
         clip: Largest norm of the gradient.
         accumulate: Batches whose gradients are added up before a step. Negatives come from
             one batch alone.
-        monitor: Validation figure by which the best epoch is chosen, such as `val/score`
-            (the mean of the benchmarks' primary figures) or `val/shapes_cir/mAP@10`.
+        monitor: Validation metric by which the best epoch is chosen, such as `val/score`
+            (the mean of the benchmarks' primary metrics) or `val/shapes_cir/mAP@10`.
     """
 
     epochs: int = 4
@@ -79,7 +79,7 @@ class Learner(lightning.LightningModule):
     Args:
         model: The model.
         loss: The contrastive loss.
-        recipe: Optimiser, schedule and the figure to choose by.
+        recipe: Optimizer, schedule and the metric to choose by.
         validation: The benchmarks that the data module's validation batches belong to.
 
     Raises:
@@ -101,7 +101,7 @@ class Learner(lightning.LightningModule):
             raise ConfigError(f"monitor {recipe.monitor!r} is not measured here; choose one of {', '.join(known)}")
 
     def figures(self) -> list[str]:
-        """Name the validation figures that are logged."""
+        """Name the validation metrics that are logged."""
         single = [f"val/{b.name}/{metric}" for b in self.benchmarks for metric in b.protocol.metrics]
         return ["val/score", *single]
 
@@ -116,7 +116,7 @@ class Learner(lightning.LightningModule):
         torch.manual_seed(random.Random(place).getrandbits(63))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
-        """Give the loss of one batch."""
+        """Return the loss of one batch."""
         del batch_idx
         queries = self.model.embed_queries(batch.images, batch.texts)
         targets = self.model.embed_gallery(batch.targets)
@@ -125,7 +125,7 @@ class Learner(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """Embed some queries or gallery pictures."""
+        """Embed some queries or gallery images."""
         del batch_idx
         if batch.side == "gallery":
             embedded = self.model.embed_gallery(batch.images)
@@ -134,7 +134,7 @@ class Learner(lightning.LightningModule):
         self._embedded.setdefault((batch.benchmark, batch.side), []).append((batch.positions, embedded))
 
     def on_validation_epoch_end(self) -> None:
-        """Score each benchmark under its protocol and log the figures in percent."""
+        """Score each benchmark under its protocol and log the metrics in percent."""
         primary = []
         for number, benchmark in enumerate(self.benchmarks):
             queries = self._whole(number, "queries", len(benchmark.queries))
@@ -147,7 +147,7 @@ class Learner(lightning.LightningModule):
         self._embedded.clear()
 
     def _whole(self, number: int, side: str, count: int) -> Tensor:
-        """Give one side's embeddings of all processes, each item once, in order."""
+        """Return one side's embeddings of all processes, each item once, in order."""
         parts = self._embedded.get((number, side), [])
         held = [(positions.cpu(), rows.float().cpu()) for positions, rows in parts]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -201,7 +201,7 @@ class Learner(lightning.LightningModule):
 
 
 def rate_share(recipe: Recipe, rate: float, step: int, *, steps: int) -> float:
-    """Give the share of a group's highest rate that a step takes.
+    """Return the share of a group's highest rate that a step takes.
 
     Args:
         recipe: The schedule.
@@ -220,7 +220,7 @@ def rate_share(recipe: Recipe, rate: float, step: int, *, steps: int) -> float:
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
-    """Give the share of the highest rate at a step: a rise, then half a cosine down to `floor`."""
+    """Return the share of the highest rate at a step: a rise, then half a cosine down to `floor`."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -251,12 +251,12 @@ def fit(
         datamodule: Its batches.
         folder: Where checkpoints are kept.
         machine: Devices and precision; the Trainer's choice where None.
-        logger: Where losses and figures are written.
+        logger: Where losses and metrics are written.
         callbacks: Further callbacks.
         progress: Whether a progress bar is shown.
 
     Returns:
-        The best epoch's number, from 0, and its monitored figure in percent.
+        The best epoch's number, from 0, and its monitored metric in percent.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C.

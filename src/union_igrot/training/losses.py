@@ -1,7 +1,7 @@
 """The contrastive loss: each query finds its target among the batch's targets.
 
 Knows embeddings, groups and, where training is distributed, the other ranks' targets.
-Does not know heads, backbones or the optimiser.
+Does not know heads, backbones or the optimizer.
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ class InfoNCE(nn.Module):
         targets: Float[Tensor, "batch dim"],
         groups: Int[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
-        """Give the loss of this rank's queries; row i of both sides belongs together."""
+        """Return the loss of this rank's queries; row i of both sides belongs together."""
         all_targets, start = _gather(targets)
         all_groups, _ = _gather(groups)
         answers = torch.arange(start, start + len(queries), device=queries.device)
@@ -103,7 +103,7 @@ class _EveryRank(torch.autograd.Function):
 
 
 def _gather(rows: Tensor) -> tuple[Tensor, int]:
-    """Give every rank's rows, with gradient, and where this rank's begin. Ranks hold equal counts."""
+    """Return every rank's rows, with gradient, and where this rank's begin. Ranks hold equal counts."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows, 0
     gathered: Tensor = _EveryRank.apply(rows)

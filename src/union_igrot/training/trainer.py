@@ -20,11 +20,11 @@ from union_igrot.models.devices import Machine
 _MEANT = (
     # A frozen backbone in evaluation mode.
     "Found .* module.* in eval mode",
-    # Features come from the store; pictures have workers of their own.
+    # Features come from the store; images have workers of their own.
     ".*does not have many workers",
     # Small data.
     "The number of training batches",
-    # Figures are the same on every process already.
+    # Metrics are the same on every process already.
     ".*sync_dist=True",
     # Lightning calls a deprecated part of torch.
     ".*isinstance\\(treespec, LeafSpec\\)",
@@ -38,7 +38,7 @@ class FSDPAsItIs(FSDPPrecision):
     """FSDP's precision, that leaves batches as they are: nobody may change ours, and FSDP casts by itself."""
 
     def convert_input(self, data: Any) -> Any:
-        """Give the batch back."""
+        """Return the batch back."""
         return data
 
 

@@ -34,7 +34,7 @@ def plan(seed: int, step: int) -> dict:
     """An operation, the same for whoever asks."""
     draw = random.Random(f"{seed} {step}")
     names = [f"photo {n}.jpg" for n in draw.sample(range(NAMES), draw.randint(1, 40))]
-    return {"do": draw.choices(["upsert", "delete", "optimise"], [6, 3, 1])[0], "names": names, "stamp": step}
+    return {"do": draw.choices(["upsert", "delete", "optimize"], [6, 3, 1])[0], "names": names, "stamp": step}
 
 
 def write(uri: str, log: str, seed: int) -> None:
@@ -54,7 +54,7 @@ def write(uri: str, log: str, seed: int) -> None:
         elif job["do"] == "delete":
             index.delete(job["names"])
         else:
-            index.optimise()
+            index.optimize()
         os.write(said, b'{"done": true}\n')
         step += 1
 

@@ -261,7 +261,7 @@ def test_approximate_search_finds_what_exact_search_finds(place, monkeypatch):
     if place.kind != "milvus":  # which always has some index
         with pytest.raises(ConfigError, match="no approximate index"):
             index.search(torch.ones(1, 16), 1, how="ann")
-    index.optimise()
+    index.optimize()
     if place.kind == "memory":
         return
     index.upsert(Rows(rows.ids[2500:], rows.vectors[2500:], {"group": rows.columns["group"][2500:]}))
@@ -281,7 +281,7 @@ def test_approximate_search_finds_what_exact_search_finds(place, monkeypatch):
                 assert hits.columns["group"] == [int(one[1:]) % 10 for one in hits.ids]
     (late,) = index.search(rows.vectors[2999:], 1, how="ann")
     assert late.ids == ["p2999"]  # written since the index was built
-    index.optimise()
+    index.optimize()
     assert index.search(rows.vectors[2999:], 1, how="ann")[0].ids == ["p2999"]
     assert len(index) == 2900
     assert column(index, "id") == rows.ids[100:]

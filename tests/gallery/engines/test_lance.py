@@ -169,7 +169,7 @@ def test_two_processes_write_while_one_reads_and_one_optimises(uri):
         reader.search(torch.ones(1, 4), 3, how="exact")
         reads += 1
         if reads % 10 == 0:
-            reader.optimise()
+            reader.optimize()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert reads > 5
     check_all_written(uri, 40)
@@ -222,27 +222,27 @@ def test_old_versions_go_after_an_hour(uri, monkeypatch):
     index = made(uri)
     for step in range(4):
         index.upsert(some("abc", seed=step))
-    index.optimise()
+    index.optimize()
     assert len(index._latest().versions()) > 4
     monkeypatch.setattr(engine, "_KEPT", timedelta(microseconds=1))
-    index.optimise()
+    index.optimize()
     assert len(index._latest().versions()) <= 2
     assert ids(index) == list("abc")
 
 
 def test_the_approximate_index_fits_the_size(uri, monkeypatch):
     index = made(uri, dim=16)
-    index.optimise()  # of nothing
+    index.optimize()  # of nothing
     assert lance_ann.built(index._latest()) is None
     index.upsert(some([f"p{i}" for i in range(400)], 16))
-    index.optimise()
+    index.optimize()
     assert lance_ann.built(index._latest()) == ("vector_ivf_flat_20", "IVF_FLAT", 20, 400)
     index.upsert(some([f"q{i}" for i in range(100)], 16, seed=1))
-    index.optimise()  # a few rows more are put into what there is
+    index.optimize()  # a few rows more are put into what there is
     assert lance_ann.built(index._latest()) == ("vector_ivf_flat_20", "IVF_FLAT", 20, 500)
     monkeypatch.setattr(lance_ann, "FLAT_ROWS", 1000)
     index.upsert(some([f"r{i}" for i in range(1500)], 16, seed=2))
-    index.optimise()  # many, and the index is made anew, of the other kind
+    index.optimize()  # many, and the index is made anew, of the other kind
     assert lance_ann.built(index._latest()) == ("vector_ivf_rq_44", "IVF_RQ", 44, 2000)
     queries = some([str(i) for i in range(20)], 16, seed=3).vectors
     exact, near = (index.search(queries, 10, how=how) for how in ("exact", "ann"))
@@ -252,7 +252,7 @@ def test_the_approximate_index_fits_the_size(uri, monkeypatch):
 def test_the_approximate_index_gives_as_many_answers_as_are_asked_for(uri):
     index = made(uri, dim=8)
     index.upsert(some([f"p{i}" for i in range(6000)], 8))
-    index.optimise()
+    index.optimize()
     for k in (1, 1000, 5000, 6000):  # at k = 5000, the least number of partitions holds fewer
         assert len(index.search(some("q", 8, seed=1).vectors, k, how="ann")[0].ids) == k
 
@@ -262,7 +262,7 @@ def test_the_approximate_index_finds_answers_where_most_pictures_are_equal(uri):
     vectors = some([f"p{i}" for i in range(5000)], 16).vectors
     vectors[1000:] = vectors[0]
     index.upsert(Rows([f"p{i}" for i in range(5000)], vectors, {}))
-    index.optimise()
+    index.optimize()
     for k in (10, 1100):
         for hits in index.search(some([str(i) for i in range(30)], 16, seed=3).vectors, k, how="ann"):
             assert len(hits.ids) == k
@@ -271,10 +271,10 @@ def test_the_approximate_index_finds_answers_where_most_pictures_are_equal(uri):
 def test_single_rows_added_one_by_one_leave_few_files(uri):
     index = made(uri)
     index.upsert(some([f"p{i}" for i in range(300)]))
-    index.optimise()
+    index.optimize()
     for step in range(30):
         index.upsert(some([f"q{step}"], seed=step))
-        index.optimise()
+        index.optimize()
     assert len(index._latest().get_fragments()) <= 8
     assert lance_ann.built(index._latest()).rows == len(index) == 330
 
@@ -288,7 +288,7 @@ def test_auto_takes_the_approximate_index_where_the_gallery_is_large(uri, monkey
     monkeypatch.setattr(engine, "AUTO_EXACT", 10)
     index.search(torch.ones(1, 4), 1)
     assert not asked  # there is none yet
-    index.optimise()
+    index.optimize()
     index.search(torch.ones(1, 4), 1)
     index.search(torch.ones(1, 4), 1, how="exact")
     assert len(asked) == 1

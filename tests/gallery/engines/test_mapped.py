@@ -53,7 +53,7 @@ def test_vectors_are_mapped_once_and_by_whoever_asks(uri):
     both = mapped_files(uri)
     assert len(both) == 2  # only what is new was written
     assert first.items() <= both.items()
-    index.optimise()
+    index.optimize()
     (hits,) = index.search(torch.ones(1, 4), 30)
     assert len(hits.ids) == 20
     after = mapped_files(uri)

@@ -34,7 +34,7 @@ def test_any_course_of_writes_leaves_what_a_dict_would_hold():
         else:
             assert index.delete(names) == sum(model.pop(name, None) is not None for name in names)
         if draw.random() < 0.1:
-            index.optimise()
+            index.optimize()
     (found,) = index.scan(["id", "step"])
     assert found == {"id": list(model), "step": list(model.values())}
     rows = index.fetch(list(model))

@@ -105,7 +105,7 @@ def test_exact_search_is_exact_while_the_server_still_indexes(served, monkeypatc
     write(0, 6000)
     check(6000)
     monkeypatch.setattr(engine, "AUTO_EXACT", 1000)
-    index.optimise()
+    index.optimize()
     assert index._index()["index_type"] == "IVF_FLAT"
     check(6000)
     write(6000, 12_000)
@@ -118,7 +118,7 @@ def test_a_small_gallery_is_tidied_without_waiting_for_an_index(served):
     index = served.make(8)
     vectors = normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     index.upsert(Rows([str(i) for i in range(3000)], vectors, {}))
-    index.optimise()
+    index.optimize()
     assert index._index()["index_type"] == "FLAT"
     expected = exact_topk(vectors[:5], vectors, 10)
     found = index.search(vectors[:5], 10, how="exact")
@@ -130,7 +130,7 @@ def test_an_index_of_codes_that_was_given_by_hand_stays(served):
     index = served.make(8)
     vectors = normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     index.upsert(Rows([str(i) for i in range(3000)], vectors, {}))
-    index.optimise()
+    index.optimize()
     client, name = index._client, index._name
     codes = client.prepare_index_params()
     codes.add_index("vector", index_type="IVF_PQ", metric_type="IP", params={"nlist": 16, "m": 8, "nbits": 8})
@@ -139,7 +139,7 @@ def test_an_index_of_codes_that_was_given_by_hand_stays(served):
     client.create_index(name, codes)
     client.load_collection(name)
     again = served.again()
-    again.optimise()
+    again.optimize()
     assert again._index()["index_type"] == "IVF_PQ"
     expected = exact_topk(vectors[:20], vectors, 1).positions[:, 0].tolist()
     for how in ("ann", "exact"):

@@ -20,8 +20,8 @@ from union_igrot.gallery.ingest import codec
 from union_igrot.gallery.ingest.codec import BatchDecoder
 from union_igrot.gallery.ingest.decode import Handed
 from union_igrot.gallery.ingest.entries import data_entry
-from union_igrot.images.decode import decode_picture, plain_jpeg
-from union_igrot.images.transforms import PictureToPixels
+from union_igrot.images.decode import decode_image, plain_jpeg
+from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
 pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
@@ -43,7 +43,7 @@ def test_rows_are_those_of_pillow(workers):
     cosines = (found["torchcodec"].vectors * found["pillow"].vectors).sum(1)
     assert cosines.min() > 0.995, dict(zip(found["pillow"].ids, cosines.tolist(), strict=True))
     others = found["torchcodec"].vectors @ found["pillow"].vectors.T
-    assert others.argmax(1).tolist()[:17] == list(range(17))  # each row is its own picture's
+    assert others.argmax(1).tolist()[:17] == list(range(17))  # each row is its own image's
     for pair in zip(found["torchcodec"].columns["thumbnail"], found["pillow"].columns["thumbnail"], strict=True):
         one, other = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int) for data in pair)
         assert one.shape == other.shape
@@ -51,7 +51,7 @@ def test_rows_are_those_of_pillow(workers):
 
 
 def test_a_file_that_is_cut_off_is_told_in_pillows_words():
-    """The picture within the EXIF ends properly, the one around it does not: a decoder may show its upper half."""
+    """The image within the EXIF ends properly, the one around it does not: a decoder may show its upper half."""
     whole = jpeg(scene(1, 300, 200))
     inner = jpeg(scene(2, 30, 20))
     start = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(inner) + 8) + b"Exif\0\0" + inner + whole[2:]
@@ -66,7 +66,7 @@ def test_a_file_that_is_cut_off_is_told_in_pillows_words():
 
 
 def test_what_torchcodec_refuses_goes_to_pillow(monkeypatch):
-    """It decodes a whole batch or none, and does not say of which picture it complains."""
+    """It decodes a whole batch or none, and does not say of which image it complains."""
     from torchcodec import decoders  # noqa: PLC0415
 
     asked = []
@@ -133,7 +133,7 @@ def test_a_batch_is_cut_at_so_many_pixels(sizes):
 )
 @settings(max_examples=60, deadline=None)
 def test_decoded_pixels_are_brought_to_a_size_as_pictures_are(width, height, size, fit, interpolation):
-    to_pixels = PictureToPixels(Preprocess(size, MEAN, STD, fit, interpolation))
+    to_pixels = ImageToPixels(Preprocess(size, MEAN, STD, fit, interpolation))
     picture = scene(width * 1000 + height, width, height)
     decoded = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     one, many = to_pixels(picture), to_pixels.of_decoded(torch.stack([decoded, decoded]))
@@ -156,4 +156,4 @@ def test_plain_jpegs_are_told_from_all_else():
     scene(1).save(file, "PNG")
     for other in (PICTURES["cmyk"], file.getvalue(), b"", b"\xff\xd8", b"text", PICTURES["large"][:-100]):
         assert plain_jpeg(other) is None
-    assert decode_picture(io.BytesIO(PICTURES["large"]))[1] == (700, 500)
+    assert decode_image(io.BytesIO(PICTURES["large"]))[1] == (700, 500)

@@ -12,8 +12,8 @@ from union_igrot.cli.index import main as index_images
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import as_text
-from union_igrot.gallery.ingest.run import Work, index_pictures
-from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.sources import list_images
 
 
 def check(fates, rows, listed):
@@ -42,13 +42,13 @@ def test_some_hostile_files(tmp_path, decoder):
     fates = hostile_folder(tmp_path / "p", 60)
     model = trainable("sum", "frozen")
     index = MemoryIndex(model.backbone.dim)
-    listing = list_pictures(str(tmp_path / "p"))
+    listing = list_images(str(tmp_path / "p"))
     # One by one, so that one reason a file is told.
     work = Work(batch_size=16, workers=0, decoder=decoder, progress=False)
-    report = index_pictures(index, model, listing, work)
+    report = ingest_images(index, model, listing, work)
     listed = {entry.id: entry.fault for entry in listing.entries if entry.fault}
     assert report.skipped == sum(fate == "listed" for fate in fates.values())
-    again = index_pictures(index, model, listing, work)
+    again = ingest_images(index, model, listing, work)
     assert again.unchanged == report.added
     check({path: fate for path, fate in fates.items() if fate == "row"}, rows_of(index), {})
     assert set(listed) <= {as_text(path) for path, fate in fates.items() if fate == "listed"}

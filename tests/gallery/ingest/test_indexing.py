@@ -1,4 +1,4 @@
-"""Pictures into rows: what is embedded, what is found again, what is removed, what cannot be read."""
+"""Images into rows: what is embedded, what is found again, what is removed, what cannot be read."""
 
 import hashlib
 import io
@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from indexing_world import counts, fill, picture
-from union_igrot.errors import DataError, PictureError
+from union_igrot.errors import DataError, ImageError
 from union_igrot.gallery.ingest import keep
 from union_igrot.gallery.ingest.entries import Entry, Listing, data_entry
-from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.gallery.ingest.sources import list_images
 
 
 def test_a_folder_becomes_rows_and_the_next_run_opens_nothing(world, monkeypatch):
@@ -104,7 +104,7 @@ def test_an_empty_folder_is_rather_a_disk_that_is_not_there(world):
 def test_rows_below_a_folder_that_cannot_be_read_stay(world):
     fill(world.pictures, ["a/1.png", "b/2.png"])
     world.run()
-    listing = list_pictures(str(world.pictures))
+    listing = list_images(str(world.pictures))
     shut = str(world.pictures / "b")
     fault = Entry(shut, shut, fault="the folder cannot be read (Permission denied)")
     report = world.run(Listing(listing.source, [listing.entries[0], fault], [shut]))
@@ -130,7 +130,7 @@ def test_columns_of_a_list_are_kept_and_followed_without_opening_a_picture(world
     columns = {Path(name).name: (row["label"], row["year"]) for name, row in world.rows().items()}
     assert columns == {"1.png": ("wolf", None), "2.png": ("cat", None)}
     monkeypatch.undo()
-    # The same pictures by their folder: the list's columns stay.
+    # The same images by their folder: the list's columns stay.
     assert counts(world.run()) == (1, 0, 2, 0, 0, 1)
     assert {Path(name).name: row["label"] for name, row in world.rows().items()}["1.png"] == "wolf"
 
@@ -150,10 +150,10 @@ def test_two_lists_of_the_same_pictures_keep_each_others_columns(world):
 def test_columns_that_cannot_be_kept_are_refused_before_anything_is_embedded(world):
     fill(world.pictures, ["1.png"])
     listed = world.pictures.parent / "list.jsonl"
-    listed.write_text('{"path": "pictures/1.png", "year": 3}\n')
+    listed.write_text('{"path": "images/1.png", "year": 3}\n')
     world.run(listed)
     for line, message in [('"year": "x"', "year"), ('"a.b": 1', "cannot be called"), ('"_x": 1', "cannot be called")]:
-        listed.write_text(f'{{"path": "pictures/1.png", {line}}}\n')
+        listed.write_text(f'{{"path": "images/1.png", {line}}}\n')
         with pytest.raises(DataError, match=message):
             world.run(listed)
         assert world.embedded == 0
@@ -202,7 +202,7 @@ def test_bytes_in_memory_become_rows(world):
 def test_what_cannot_be_read_is_listed_with_its_reason_and_not_tried_again(lance_world, monkeypatch):
     world = lance_world
     fill(world.pictures, ["1.png", "2.png"])
-    (world.pictures / "text.jpg").write_text("no picture")
+    (world.pictures / "text.jpg").write_text("no image")
     (world.pictures / "cut.png").write_bytes(picture(1, (50, 50))[:3000])
     (world.pictures / "empty.png").touch()
     report = world.run()
@@ -212,7 +212,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason_and_not_tried_again(lance
     assert {Path(line["path"]).name: line["reason"] for line in lines}.keys() == {"text.jpg", "cut.png", "empty.png"}
     assert all(line["source"] == str(world.pictures) for line in lines)
     reasons = {Path(name).name: reason for name, reason in report.reasons}
-    assert reasons["text.jpg"] == "no known picture format"
+    assert reasons["text.jpg"] == "no known image format"
     assert "truncated" in reasons["cut.png"]
     assert reasons["empty.png"] == "is empty (0 bytes)"
     world.check(broken=reasons)
@@ -245,10 +245,10 @@ def test_a_broken_picture_may_be_an_error_and_what_was_embedded_before_is_kept(l
     world = lance_world
     fill(world.pictures, [f"{n}.png" for n in range(9)])
     (world.pictures / "8.png").write_bytes(b"no picture")
-    with pytest.raises(PictureError, match=r"8\.png: no known picture format.*on_broken=skip"):
+    with pytest.raises(ImageError, match=r"8\.png: no known image format.*on_broken=skip"):
         world.run(on_broken="fail")
     world.run()
     assert world.embedded == 0, "all eight were kept"
     world.check(broken=("8.png",))
-    with pytest.raises(PictureError, match=r"8\.png"):
+    with pytest.raises(ImageError, match=r"8\.png"):
         world.run(on_broken="fail")

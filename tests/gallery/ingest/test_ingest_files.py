@@ -1,4 +1,4 @@
-"""The work files of indexing, and how pictures are dealt."""
+"""The work files of indexing, and how images are dealt."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.chunks import Chunk, Fact, read_chunk, write_chunk
 from union_igrot.gallery.ingest.entries import Entry, Listing, data_entry
 from union_igrot.gallery.ingest.plan import shares
-from union_igrot.gallery.ingest.run import Report, index_pictures
+from union_igrot.gallery.ingest.run import Report, ingest_images
 from union_igrot.gallery.ingest.skipped import Skip, SkippedFile
 
 
@@ -72,5 +72,5 @@ def test_a_report_of_nothing_has_no_rate():
 def test_an_index_in_memory_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("UNION_CACHE", str(tmp_path / "no" / "cache"))
     model = trainable("sum", "frozen", LinearBackbone())
-    index_pictures(MemoryIndex(model.backbone.dim), model, Listing("added", [data_entry("a", picture(1))]), QUIET)
+    ingest_images(MemoryIndex(model.backbone.dim), model, Listing("added", [data_entry("a", picture(1))]), QUIET)
     assert not (tmp_path / "no").exists()

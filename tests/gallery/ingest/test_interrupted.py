@@ -13,15 +13,15 @@ import torch
 
 from indexing_world import QUIET, counts, fill, picture
 from small_world import trainable
-from union_igrot.errors import DataError, PictureError, UnionError
+from union_igrot.errors import DataError, ImageError, UnionError
 from union_igrot.gallery.ingest import keep, place as places, share as sharing
 from union_igrot.gallery.ingest.batches import _quiet_fork
 from union_igrot.gallery.ingest.chunks import read_chunk
 from union_igrot.gallery.ingest.decode import Decoder
 from union_igrot.gallery.ingest.entries import file_entry
-from union_igrot.gallery.ingest.run import index_pictures
+from union_igrot.gallery.ingest.run import ingest_images
 from union_igrot.gallery.ingest.skipped import Skip, SkippedFile
-from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.models.devices import Machine
 from union_igrot.training.processes import Processes
 
@@ -43,14 +43,14 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
     world = lance_world
     fill(world.pictures, [f"{n}.png" for n in range(9)])
     (world.pictures / "4.png").write_bytes(b"deadly" + picture(4))
-    real = decoding.decode_picture
+    real = decoding.decode_image
 
     def dying(source, at_least=None):
         if source.getvalue().startswith(b"deadly"):
             os.kill(os.getpid(), 9)
         return real(source, at_least)
 
-    monkeypatch.setattr(decoding, "decode_picture", dying)
+    monkeypatch.setattr(decoding, "decode_image", dying)
     report = world.run(workers=2, batch_size=2)
     assert counts(report) == (8, 0, 0, 0, 1, 8)
     ((name, reason),) = report.reasons
@@ -110,7 +110,7 @@ def test_two_at_once_are_refused_but_not_after_a_kill(lance_world):
     world = lance_world
     fill(world.pictures, ["1.png"])
     with places.work_place(world.uri, "model", "elsewhere", None):
-        with pytest.raises(UnionError, match="another process is putting pictures into"):
+        with pytest.raises(UnionError, match="another process is putting images into"):
             world.run()
         with _quiet_fork():
             child = os.fork()
@@ -131,7 +131,7 @@ def test_a_picture_that_broke_before_an_interruption_loses_its_row(lance_world):
     world.run()
     broken = world.pictures / "1.png"
     broken.write_bytes(b"broken now")
-    skip = Skip(str(broken), "no known picture format", 10, broken.stat().st_mtime_ns)
+    skip = Skip(str(broken), "no known image format", 10, broken.stat().st_mtime_ns)
     SkippedFile(Path(f"{world.uri}.skipped.jsonl"), str(world.pictures)).add([skip])  # and was killed
     assert counts(world.run()) == (0, 0, 1, 1, 1, 0)
     world.check(broken=("1.png",))
@@ -290,9 +290,9 @@ def test_a_process_that_ends_early_ends_the_run_and_what_is_done_stays(world, wo
 
     beside = threading.Thread(target=other)
     beside.start()
-    listing = list_pictures(str(world.pictures))
+    listing = list_images(str(world.pictures))
     with pytest.raises(UnionError, match=said):
-        index_pictures(world.index, world.model, listing, QUIET, Processes(0, 2, 2, words))
+        ingest_images(world.index, world.model, listing, QUIET, Processes(0, 2, 2, words))
     beside.join()
     kept = len(world.index)
     assert (kept < 8) if "failed" in said else (0 < kept < 8)  # a failure may be told before anything is written
@@ -306,8 +306,8 @@ def test_a_process_that_fails_says_why(world, words, tmp_path):
     entry = file_entry(str(broken), {})
     (tmp_path / "t-00001.share").write_text(json.dumps([entry.id, entry.path, entry.size, entry.mtime, entry.offset]))
     words.set("union/indexing-0", json.dumps(["t", str(tmp_path), False]))
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         sharing.follow(world.model, replace(QUIET, on_broken="fail"), Processes(1, 2, 2, words))
     leader = Processes(0, 2, 2, words)
-    assert "1.png: no known picture format; replace it" in leader.complaint_of(1)
+    assert "1.png: no known image format; replace it" in leader.complaint_of(1)
     assert not (tmp_path / "t-00001.done").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.ingest.entries import Entry, data_entry, distinct, plain_value, settle_kinds
-from union_igrot.gallery.ingest.sources import list_pictures
+from union_igrot.gallery.ingest.sources import list_images
 
 BYTES = b"not looked at here"
 
@@ -29,7 +29,7 @@ def test_a_folder_is_read_with_all_below_it_but_what_is_hidden(tmp_path):
     for name in ("b.jpg", "a/c.png", "a/.hidden.jpg", ".git/d.jpg", "a/b/no suffix", "z/Über 雪.jpg"):
         write(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    listing = list_pictures(f"{tmp_path}/")
+    listing = list_images(f"{tmp_path}/")
     assert listing.source == str(tmp_path)
     assert names(listing, tmp_path) == ["b.jpg", "a/c.png", "a/b/no suffix", "z/Über 雪.jpg"]
     entry = listing.entries[0]
@@ -51,7 +51,7 @@ def test_links_are_followed_but_no_folder_is_entered_twice_and_none_that_holds_t
     (tmp_path / "outside" / "back").symlink_to(root)
     (root / "same.jpg").symlink_to(root / "deep" / "x.jpg")
     (root / "gone.jpg").symlink_to(root / "nothing")
-    listing = list_pictures(str(root))
+    listing = list_images(str(root))
     faults = {name: entry.fault for name, entry in zip(names(listing, root), listing.entries, strict=True)}
     assert faults == {
         "gone.jpg": "the file is missing",
@@ -66,10 +66,10 @@ def test_what_cannot_be_a_picture_is_seen_from_outside(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "empty.jpg").touch()
     write(tmp_path / "folder.jpg" / "inside.jpg")
-    listing = list_pictures(str(tmp_path))
+    listing = list_images(str(tmp_path))
     assert [entry.fault for entry in listing.entries] == ["is empty (0 bytes)", "is not a regular file", None]
     (tmp_path / "list.txt").write_text("folder.jpg\npipe.jpg\n\0.jpg\n")
-    faults = [entry.fault for entry in list_pictures(str(tmp_path / "list.txt")).entries]
+    faults = [entry.fault for entry in list_images(str(tmp_path / "list.txt")).entries]
     assert faults == ["is a folder", "is not a regular file", "the file cannot be reached (embedded null byte)"]
 
 
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_read_is_unseen_and_not_empty(tmp_path, monkeypa
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    listing = list_pictures(str(tmp_path))
+    listing = list_images(str(tmp_path))
     assert names(listing, tmp_path) == ["open/a.jpg", "shut"]
     assert listing.entries[1].fault == "the folder cannot be read (Permission denied)"
     assert listing.unseen == [str(tmp_path / "shut")]
@@ -94,7 +94,7 @@ def test_names_that_are_no_text_are_written_with_escapes_and_never_confused(tmp_
     odd = os.fsdecode(b"odd \xff.jpg")
     for name in (odd, "odd \\xff.jpg", "two\nlines.jpg", " blanks "):
         (tmp_path / name).write_bytes(BYTES)
-    listing = list_pictures(str(tmp_path))
+    listing = list_images(str(tmp_path))
     by_path = {Path(entry.path).name: entry for entry in listing.entries}
     assert set(by_path) == {odd, "odd \\xff.jpg", "two\nlines.jpg", " blanks "}
     ids = [entry.id for entry in listing.entries]
@@ -129,7 +129,7 @@ def test_patterns(tmp_path, pattern, expected):
         write(tmp_path / name)
     (tmp_path / "deep" / "loop1").symlink_to(tmp_path)
     (tmp_path / "deep" / "loop2").symlink_to(tmp_path)
-    listing = list_pictures(f"{tmp_path}/{pattern}")
+    listing = list_images(f"{tmp_path}/{pattern}")
     assert names(listing, tmp_path) == expected
     # A name written out is asked for: where it does not exist it is listed, not passed over.
     there = {entry.id for entry in listing.entries if entry.fault is None}
@@ -140,21 +140,21 @@ def test_patterns(tmp_path, pattern, expected):
 def test_what_names_nothing_is_a_mistake(tmp_path, monkeypatch, images):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"give|pattern"):
-        list_pictures(images)
+        list_images(images)
 
 
 def test_a_single_picture_and_what_is_not_unpacked(tmp_path):
     picture = write(tmp_path / "a.jpg")
-    assert [entry.path for entry in list_pictures(str(picture)).entries] == [str(picture)]
+    assert [entry.path for entry in list_images(str(picture)).entries] == [str(picture)]
     write(tmp_path / "a.tar.gz")
     with pytest.raises(ConfigError, match="compressed tar"):
-        list_pictures(str(tmp_path / "a.tar.gz"))
+        list_images(str(tmp_path / "a.tar.gz"))
 
 
 def test_the_home_folder_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "photos" / "a.jpg")
-    assert list_pictures("~/photos").source == str(tmp_path / "photos")
+    assert list_images("~/photos").source == str(tmp_path / "photos")
 
 
 def test_a_text_list(tmp_path):
@@ -162,7 +162,7 @@ def test_a_text_list(tmp_path):
         write(tmp_path / name)
     text = f"# a comment\na.jpg\r\n\n./sub/../sub/b.jpg\n blank.jpg\n{tmp_path}/a.jpg\nno.jpg\n"
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\xff.jpg")
-    listing = list_pictures(str(tmp_path / "list.txt"))
+    listing = list_images(str(tmp_path / "list.txt"))
     assert listing.source == str(tmp_path / "list.txt")
     assert names(listing, tmp_path) == ["a.jpg", "sub/b.jpg", " blank.jpg", "no.jpg", "\\xff.jpg"]
     assert [entry.fault is None for entry in listing.entries] == [True, True, True, False, False]
@@ -172,7 +172,7 @@ def test_a_csv_list_keeps_its_columns_with_their_kinds(tmp_path):
     rows = ["path,label,year,share,seen,zip,note", 'a.jpg,"dog, big",2020,0.5,true,00123,']
     rows += ["b.jpg,cat,,1,False,10115,x", "c.jpg,,-3,2e3,,7,"]
     (tmp_path / "list.csv").write_text("\n".join(rows))
-    listing = list_pictures(str(tmp_path / "list.csv"))
+    listing = list_images(str(tmp_path / "list.csv"))
     assert [dict(entry.columns) for entry in listing.entries] == [
         {"label": "dog, big", "year": 2020, "share": 0.5, "seen": True, "zip": "00123", "note": None},
         {"label": "cat", "year": None, "share": 1.0, "seen": False, "zip": "10115", "note": "x"},
@@ -193,12 +193,12 @@ def test_json_lines_and_parquet_keep_their_columns(tmp_path):
         {"n": 1.0, "x": 1.5, "tags": '["a", "b"]', "mix": "1", "big": str(2**70), "nan": None},
         {"n": 2.5, "x": None, "mix": "text", "big": "3"},
     ]
-    assert [entry.columns for entry in list_pictures(str(tmp_path / "list.jsonl")).entries] == expected
+    assert [entry.columns for entry in list_images(str(tmp_path / "list.jsonl")).entries] == expected
     table = pa.table(
         {"path": ["a.jpg", "b.jpg"], "n": [1, 2], "tags": [["a"], None], "when": pa.array([0, 1], "date32")}
     )
     pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
-    assert [entry.columns for entry in list_pictures(str(tmp_path / "list.parquet")).entries] == [
+    assert [entry.columns for entry in list_images(str(tmp_path / "list.parquet")).entries] == [
         {"n": 1, "tags": '["a"]', "when": "1970-01-01"},
         {"n": 2, "tags": None, "when": "1970-01-02"},
     ]
@@ -207,7 +207,7 @@ def test_json_lines_and_parquet_keep_their_columns(tmp_path):
 def test_lists_in_parts_agree_on_the_kinds(tmp_path):
     (tmp_path / "part-0.csv").write_text("path,year\na.jpg,1999\n")
     (tmp_path / "part-1.csv").write_text("path,year\nb.jpg,1999.5\n")
-    listing = list_pictures(f"{tmp_path}/part-*.csv")
+    listing = list_images(f"{tmp_path}/part-*.csv")
     assert [entry.columns["year"] for entry in listing.entries] == [1999.0, 1999.5]
     assert isinstance(listing.entries[0].columns["year"], float)
 
@@ -233,7 +233,7 @@ def test_lists_in_parts_agree_on_the_kinds(tmp_path):
 def test_a_list_that_is_not_what_it_says_is_one_clear_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        list_pictures(str(tmp_path / name))
+        list_images(str(tmp_path / name))
 
 
 def test_a_damaged_parquet_file_and_one_with_bytes_are_one_clear_line(tmp_path):
@@ -242,13 +242,13 @@ def test_a_damaged_parquet_file_and_one_with_bytes_are_one_clear_line(tmp_path):
 
     write(tmp_path / "bad.parquet")
     with pytest.raises(DataError, match="cannot be read"):
-        list_pictures(str(tmp_path / "bad.parquet"))
+        list_images(str(tmp_path / "bad.parquet"))
     pyarrow.parquet.write_table(pa.table({"path": ["a.jpg"], "raw": [b"x"]}), tmp_path / "raw.parquet")
     with pytest.raises(DataError, match="holds bytes"):
-        list_pictures(str(tmp_path / "raw.parquet"))
+        list_images(str(tmp_path / "raw.parquet"))
     pyarrow.parquet.write_table(pa.table({"file": ["a.jpg"]}), tmp_path / "file.parquet")
     with pytest.raises(DataError, match="no column path"):
-        list_pictures(str(tmp_path / "file.parquet"))
+        list_images(str(tmp_path / "file.parquet"))
 
 
 def shard(path, members):
@@ -265,7 +265,7 @@ def test_tar_shards(tmp_path):
     first = [("./s/001.jpg", b"one"), ("./s/001.json", about), ("./s/001.cls", b"7\n"), ("./s/001.seg.png", b"two")]
     shard(tmp_path / "s-00.tar", [*first, ("002.txt", "Hündchen".encode()), ("002.jpg", b"three"), ("._x.jpg", b"no")])
     shard(tmp_path / "s-01.tar", [("003.jpg", b""), ("003.json", b'{"n": 1.5}'), ("004.jpg", b"4"), ("004.json", b"[")])
-    listing = list_pictures(f"{tmp_path}/s-{{00..01}}.tar")
+    listing = list_images(f"{tmp_path}/s-{{00..01}}.tar")
     found = {entry.id.removeprefix(f"{tmp_path}/"): entry for entry in listing.entries}
     assert list(found) == [
         "s-00.tar/s/001.jpg",
@@ -292,7 +292,7 @@ def test_tar_shards(tmp_path):
 def test_a_shard_that_ends_early_or_is_missing_is_unseen(tmp_path):
     whole = shard(tmp_path / "a.tar", [(f"{n}.jpg", bytes(2000)) for n in range(5)]).read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:6000])
-    listing = list_pictures(f"{tmp_path}/{{a,b}}.tar")
+    listing = list_images(f"{tmp_path}/{{a,b}}.tar")
     assert [entry.id for entry in listing.entries][:2] == [f"{tmp_path}/a.tar/0.jpg", f"{tmp_path}/a.tar/1.jpg"]
     assert listing.unseen == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
     faults = {entry.id: entry.fault for entry in listing.entries if entry.fault}
@@ -306,7 +306,7 @@ def test_links_in_a_shard_are_no_pictures(tmp_path):
         info = tarfile.TarInfo("link.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/hosts"
         archive.addfile(info)
-    (entry,) = list_pictures(str(tmp_path / "a.tar")).entries
+    (entry,) = list_images(str(tmp_path / "a.tar")).entries
     assert entry.fault == "is not a regular member of its shard"
 
 
@@ -329,7 +329,7 @@ def test_columns_get_one_kind():
 def test_the_number_found_is_told(tmp_path):
     (tmp_path / "l.txt").write_text("".join(f"{n}.jpg\n" for n in range(2500)))
     told = []
-    list_pictures(str(tmp_path / "l.txt"), told.append)
+    list_images(str(tmp_path / "l.txt"), told.append)
     assert told == [1000, 2000]
 
 

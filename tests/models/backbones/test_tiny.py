@@ -12,7 +12,7 @@ from union_igrot.errors import CheckpointError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.tiny import CONTEXT, TinyBackbone, TinyVLM, shipped_note, tokenize
 from union_igrot.synthetic import scenes
-from union_igrot.synthetic.pretrain import caption_batch, held_out_figures
+from union_igrot.synthetic.pretrain import caption_batch, held_out_metrics
 
 TEXTS = ["make the star red", "", "a photo of a zeppelin over grass", "red " * 80]
 
@@ -34,7 +34,7 @@ def test_pictures_keep_the_contract(tiny):
     each = torch.arange(3)
     assert torch.equal(found.pooled, found.tokens[each, found.pooled_at])
     torch.testing.assert_close(tiny.encode_image(pictures(3)[1:2]).tokens, found.tokens[1:2], atol=1e-5, rtol=1e-4)
-    assert found.pooled.norm(dim=1).std() > 0  # not normalised
+    assert found.pooled.norm(dim=1).std() > 0  # not normalized
 
 
 def test_texts_keep_the_contract(tiny):
@@ -171,7 +171,7 @@ def test_shapes_are_recognised_far_above_chance(tiny):
     """Floors on a small look at validation scenes; chance is 5 for a shape and 0.4 for a caption."""
     network = TinyVLM()
     network.load_state_dict(tiny.network.state_dict())
-    figures = held_out_figures(network, "test of the floor", "val", batches=1)
+    figures = held_out_metrics(network, "test of the floor", "val", batches=1)
     floors = {
         "caption_retrieval_in_256": 70,
         "shape_of_photo": 70,

@@ -93,7 +93,7 @@ def test_union_equals_the_literal_computation(seed):
     mixed = shares * images.pooled.double() + (1 - shares) * null.pooled.double()
     wanted = mixed / mixed.norm(dim=1, keepdim=True)
     torch.testing.assert_close(made(images, null, never).double(), wanted, atol=1e-5, rtol=1e-4)
-    assert shares.std() > 0.01  # the share does depend on the picture
+    assert shares.std() > 0.01  # the share does depend on the image
 
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason="the reference's golden values are not on this machine")

@@ -1,7 +1,7 @@
 """The interface of a gallery's index: rows of embeddings with columns, written, removed and searched.
 
-One row is one picture. Engines differ in where the rows lie and how many machines hold
-them; callers see this class alone. Does not know models, pictures or folders, nor what an
+One row is one image. Engines differ in where the rows lie and how many machines hold
+them; callers see this class alone. Does not know models, images or folders, nor what an
 embedding stands for.
 """
 
@@ -79,7 +79,7 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Give the number of rows."""
+        """Return the number of rows."""
 
     @property
     @abstractmethod
@@ -152,7 +152,7 @@ class VectorIndex(ABC):
         """
 
     @abstractmethod
-    def optimise(self) -> None:
+    def optimize(self) -> None:
         """Build or renew the approximate index and tidy the storage; searching goes on meanwhile."""
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing open

@@ -66,7 +66,7 @@ def open_index(
 
 
 def without_password(uri: str) -> str:
-    """Give a URI as it may be shown: without user and password."""
+    """Return a URI as it may be shown: without user and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 

@@ -125,7 +125,7 @@ def milvus_text(condition: Condition, patterns: bool = True) -> str:
 
 
 def milvus_key(column: str) -> str:
-    """Give the key of a column in Milvus' dynamic field: a word that Milvus never takes for its own."""
+    """Return the key of a column in Milvus' dynamic field: a word that Milvus never takes for its own."""
     return f"c_{column}" if re.fullmatch("[A-Za-z0-9_]+", column) else f"x_{column.encode().hex()}"
 
 

@@ -52,7 +52,7 @@ _KINDS: Final[Mapping[Kind, pa.DataType]] = {
 _PATIENCE: Final = 120.0
 """Seconds for which a write that clashes with others' is tried again."""
 _KEPT: Final = timedelta(hours=1)
-"""How long versions that may still be read are kept by `optimise`."""
+"""How long versions that may still be read are kept by `optimize`."""
 _FRAGMENTS: Final = 128
 _FRAGMENT_ROWS: Final = 2**17
 _LOOKED_UP: Final = 1000
@@ -156,12 +156,12 @@ class LanceIndex(VectorIndex):
             chosen = None if where is None else self._filter(table, where)
             built = lance_ann.built(table) if how != "exact" else None
             if how == "ann" and built is None:
-                raise ConfigError(f"{self.uri}: {NO_ANN} yet; optimise builds it, or ask with exact or auto")
+                raise ConfigError(f"{self.uri}: {NO_ANN} yet; optimize builds it, or ask with exact or auto")
             if built is None or (how == "auto" and table.count_rows() <= AUTO_EXACT):
                 return self._exact(queries, k, chosen, columns)
             return self._approximate(table, queries, k, chosen, columns)
 
-    def optimise(self) -> None:
+    def optimize(self) -> None:
         """See `VectorIndex`."""
         self._compact(None)
         self._written(lance_ann.renew)
@@ -253,7 +253,7 @@ class LanceIndex(VectorIndex):
         log.warning("%s: its files are not yet brought together, as others are writing", self.uri)
 
     def _latest(self) -> Any:
-        """Give the newest version; what was given before stays as it is."""
+        """Return the newest version; what was given before stays as it is."""
         latest = self._table.latest_version
         if latest != self._table.version:
             self._table = self._table.checkout_version(latest)

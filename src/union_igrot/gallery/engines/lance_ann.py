@@ -47,7 +47,7 @@ class Built(NamedTuple):
 
 
 def built(table: Any) -> Built | None:
-    """Give the approximate index of a table, or None."""
+    """Return the approximate index of a table, or None."""
     for index in table.describe_indices():
         if found := _NAME.fullmatch(index.name):
             return Built(index.name, found.group(1).upper(), int(found.group(2)), index.num_rows_indexed)

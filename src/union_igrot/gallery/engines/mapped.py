@@ -115,7 +115,7 @@ class Layout:
 
 
 def folder_of(uri: str) -> Path:
-    """Give the folder of a table's mapped files: under `$UNION_CACHE`, else `~/.cache/union-igrot`.
+    """Return the folder of a table's mapped files: under `$UNION_CACHE`, else `~/.cache/union-igrot`.
 
     Raises:
         ConfigError: Where it lies under a home folder that cannot be found.
@@ -149,7 +149,7 @@ def _runs(values: Int64[np.ndarray, " rows"]) -> list[slice]:
 def _ranks(
     table: Any, fragment: Any, inside: Int64[np.ndarray, " rows"], rows: Int64[np.ndarray, " rows"]
 ) -> Int64[np.ndarray, " all"]:
-    """Give for each row of a fragment, removed ones included, its number when they stand as first written."""
+    """Return for each row of a fragment, removed ones included, its number when they stand as first written."""
     if len(rows) == fragment.physical_rows:
         values = np.empty_like(rows)
         values[inside] = rows

@@ -137,13 +137,13 @@ class MemoryIndex(VectorIndex):
             hits.append(Hits(self._ids[chosen].tolist(), scores, self._read(chosen, columns)))
         return hits
 
-    def optimise(self) -> None:
-        """Give back memory where less than half of it holds rows."""
+    def optimize(self) -> None:
+        """Return back memory where less than half of it holds rows."""
         if len(self._slots) < len(self._vectors) // 2:
             self._move(max(_ROOM, len(self._slots)))
 
     def _places(self, where: str | None) -> Int64[np.ndarray, " rows"]:
-        """Give where the rows lie that pass a filter, in order."""
+        """Return where the rows lie that pass a filter, in order."""
         there = self._there[: self._used]
         if where is not None:
             there = there & passing(read(where, {"id": "str", **self._kinds}), self._values)

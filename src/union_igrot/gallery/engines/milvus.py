@@ -10,9 +10,9 @@ the other engines do:
   one, the smaller id comes first.
 - A row's columns take 64 KiB together at most, and an answer has 16,384 rows at most.
 - Up to `AUTO_EXACT` rows the server compares a query with all of them, also under `ann`. When
-  `optimise` finds more it gives the collection an inverted file instead, once; while that is
+  `optimize` finds more it gives the collection an inverted file instead, once; while that is
   built and loaded, nobody can search.
-- The server brings its segments together and drops removed rows by itself; `optimise` does not
+- The server brings its segments together and drops removed rows by itself; `optimize` does not
   ask for it, since what is indexed then would have to be indexed again.
 - Exact search takes a few more answers from the server than wanted and scores those again
   here, so that order and ties are those of `exact_topk`. With an inverted file it first has
@@ -199,7 +199,7 @@ class MilvusIndex(VectorIndex):
                 hits += ask(some, min(k, MOST), text, fields, wanted)
         return hits
 
-    def optimise(self) -> None:
+    def optimize(self) -> None:
         """See `VectorIndex`."""
         with self._told():
             self._client.flush(self._name)
@@ -263,7 +263,7 @@ class MilvusIndex(VectorIndex):
         return [[{"id": hit["id"], "distance": hit["distance"], **hit["entity"]} for hit in hits] for hits in answers]
 
     def _level(self) -> str:
-        """Give how fresh an answer has to be; see this file's opening."""
+        """Return how fresh an answer has to be; see this file's opening."""
         now = time.monotonic()
         if now - self._fresh < _FRESH:
             return "Session"
@@ -291,7 +291,7 @@ class MilvusIndex(VectorIndex):
         return dict(self._client.describe_index(self._name, "vector"))
 
     def _stored(self) -> int:
-        """Give about how many rows there are, at once."""
+        """Return about how many rows there are, at once."""
         return int(self._client.get_collection_stats(self._name)["row_count"])
 
     def _build(self) -> None:

@@ -64,7 +64,7 @@ def named(ids: Sequence[str]) -> str:
 
 
 def entities_of(rows: Rows) -> Iterator[dict[str, Any]]:
-    """Give rows as Milvus takes them: what is None has no key, bytes are text.
+    """Return rows as Milvus takes them: what is None has no key, bytes are text.
 
     Raises:
         DataError: Where a row is larger than Milvus takes.

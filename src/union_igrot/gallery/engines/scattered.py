@@ -77,7 +77,7 @@ def _stretches(places: Int64[np.ndarray, " rows"]) -> Iterator[slice]:
 def _gathered(
     parts: Sequence[Float32[Tensor, "... dim"]], places: Int64[np.ndarray, " rows"]
 ) -> Float32[Tensor, "rows dim"]:
-    """Give rows as one matrix: a view where they lie together, else a copy.
+    """Return rows as one matrix: a view where they lie together, else a copy.
 
     A matrix product may add in another order where its numbers are not aligned as they were.
     """

@@ -1,4 +1,4 @@
-"""Pictures in batches, decoded ahead in worker processes; a picture that kills its decoder is found and left out.
+"""Images in batches, decoded ahead in worker processes; an image that kills its decoder is found and left out.
 
 Each content is handed on once. Knows entries and decoders. Does not know a model.
 """
@@ -23,7 +23,7 @@ from union_igrot.gallery.ingest.decode import Batch, Decoded, Decoder, Handed, S
 from union_igrot.gallery.ingest.entries import Entry
 
 _PART: Final = 32
-"""Pictures that a worker decodes at once; many workers share a batch, and the first one is soon there."""
+"""Images that a worker decodes at once; many workers share a batch, and the first one is soon there."""
 _AHEAD: Final = 4
 """Parts that each worker decodes ahead."""
 _CONTEXT: Final = "fork" if sys.platform == "linux" else None
@@ -36,7 +36,7 @@ class Waits:
     """Who waited for whom, in seconds.
 
     Attributes:
-        model: The model for decoded pictures.
+        model: The model for decoded images.
         decoding: Decoding for the model, mean of the workers.
         writing: The model for rows to be written.
         working: From the beginning to the last batch embedded.
@@ -53,15 +53,15 @@ class Waits:
 
 @final
 class Batches:
-    """The pictures in batches, decoded ahead; of equal ones only the first is left to be embedded.
+    """The images in batches, decoded ahead; of equal ones only the first is left to be embedded.
 
     Args:
         decoder: Decodes a batch.
-        entries: The pictures.
-        batch_size: Pictures a batch.
+        entries: The images.
+        batch_size: Images a batch.
         workers: Processes that decode; 0 decodes in this one.
-        force: Whether pictures are decoded even if equal ones are in the index.
-        pinned: Whether a GPU will fetch the pictures.
+        force: Whether images are decoded even if equal ones are in the index.
+        pinned: Whether a GPU will fetch the images.
         unpack: Makes what decodes the JPEGs that the decoder hands over, when the model's device is known.
     """
 
@@ -106,7 +106,7 @@ class Batches:
         return batch
 
     def _read(self) -> Iterator[Batch]:
-        """Give the batches as the workers leave them."""
+        """Return the batches as the workers leave them."""
         parts = self._read_parts()
         for start in range(0, len(self._entries), self._size):
             count = min(self._size, len(self._entries) - start)
@@ -127,7 +127,7 @@ class Batches:
             except RuntimeError as error:
                 if not _is_crash(error) or self._workers == 0:
                     raise
-                # The part that is missing or one that was decoded ahead: each is tried, picture by picture.
+                # The part that is missing or one that was decoded ahead: each is tried, image by image.
                 yield self._first_ones(self._one_by_one(self._wanted(*cuts[done])))
                 done += 1
 
@@ -149,7 +149,7 @@ class Batches:
         return [Wanted(number, one.path, one.size, one.offset, one.data, self._force) for number, one in entries]
 
     def _timed(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
-        """Give the batches, and count who waited."""
+        """Return the batches, and count who waited."""
         start = time.perf_counter()
         with _quiet_fork():
             batches = iter(loader)
@@ -161,7 +161,7 @@ class Batches:
                 start = time.perf_counter()
 
     def _one_by_one(self, wanted: Sequence[Wanted]) -> Decoded:
-        """Decode a part in a process that may die; a picture that kills it is broken."""
+        """Decode a part in a process that may die; an image that kills it is broken."""
         found: list[Decoded] = []
         while len(found) < len(wanted):
             rest = wanted[len(found) :]
@@ -176,11 +176,11 @@ class Batches:
                 # `+=` has kept what came before, and with one part ahead the next is the one that was at work.
                 reason = "decoding it ended the process; it may be too large for the memory, or made to do harm"
                 dead = Seen(wanted[len(found)].number, reason=reason)
-                found.append(Decoded(self._decoder.no_pictures(), [dead]))
+                found.append(Decoded(self._decoder.no_images(), [dead]))
         return Decoded(torch.cat([one.pictures for one in found]), [seen for one in found for seen in one.seen])
 
     def _first_ones(self, decoded: Decoded) -> Batch:
-        """Leave out pictures whose content was met before in this run."""
+        """Leave out images whose content was met before in this run."""
         handed = {one.place: one for one in decoded.handed()}
         seen, rows, row = list(decoded.seen), [], 0
         for place, one in enumerate(decoded.seen):

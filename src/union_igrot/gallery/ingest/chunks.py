@@ -1,4 +1,4 @@
-"""What became of some pictures, as a file of the work folder: safetensors, whole or not at all.
+"""What became of some images, as a file of the work folder: safetensors, whole or not at all.
 
 Knows facts, vectors and thumbnails. Does not know an index, nor who embedded them.
 """
@@ -22,7 +22,7 @@ SUFFIX: Final = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
         id: Its entry's.
@@ -47,12 +47,12 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some pictures, and the vectors of those that were embedded.
+    """Some images, and the vectors of those that were embedded.
 
     Attributes:
-        facts: One a picture.
-        vectors: Float32, one an embedded picture.
-        thumbnails: JPEG bytes, one an embedded picture.
+        facts: One an image.
+        vectors: Float32, one an embedded image.
+        thumbnails: JPEG bytes, one an embedded image.
     """
 
     facts: Sequence[Fact]
@@ -66,7 +66,7 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
     Raises:
         DataError: Where the disk is full or cannot be written.
     """
-    # A picture's name may have been text that is no Unicode: JSON's escapes bring it there and back.
+    # An image's name may have been text that is no Unicode: JSON's escapes bring it there and back.
     facts = json.dumps([[getattr(fact, name) for name in Fact.__slots__] for fact in chunk.facts])
     tensors = {
         "facts": _bytes(facts.encode()),
@@ -78,7 +78,7 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
 
 
 def read_chunk(path: Path) -> Chunk | None:
-    """Read a chunk; a damaged one is set aside, and its pictures will be read again.
+    """Read a chunk; a damaged one is set aside, and its images will be read again.
 
     Raises:
         DataError: Where the disk cannot be read.

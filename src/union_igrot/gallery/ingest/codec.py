@@ -21,8 +21,8 @@ from torchvision.transforms import InterpolationMode
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.ingest.decode import Batch, Handed, Seen, look_at, thumbnail_of, thumbnail_size
-from union_igrot.images.decode import picture_fault
-from union_igrot.images.transforms import PictureToPixels
+from union_igrot.images.decode import image_fault
+from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
 MOST_PIXELS: Final = 2**27
@@ -31,7 +31,7 @@ _THREADS: Final = 4
 """Threads that write thumbnails; the codec lets go of the interpreter."""
 
 Looked = tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]
-"""Width and height, thumbnail and pixels of a picture."""
+"""Width and height, thumbnail and pixels of an image."""
 
 
 def require_codec() -> None:
@@ -54,7 +54,7 @@ class BatchDecoder:
     """
 
     def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
-        self._to_pixels, self._device = PictureToPixels(preprocess), device
+        self._to_pixels, self._device = ImageToPixels(preprocess), device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="thumbnails")
 
@@ -117,7 +117,7 @@ class BatchDecoder:
         return self._looked(pictures)
 
     def _looked(self, pictures: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[Looked | str]:
-        """Bring decoded pictures to the model's size and to thumbnails, those of one size together."""
+        """Bring decoded images to the model's size and to thumbnails, those of one size together."""
         alike: dict[tuple[int, int], list[int]] = {}
         for at, picture in enumerate(pictures):
             alike.setdefault((picture.shape[2], picture.shape[1]), []).append(at)
@@ -136,11 +136,11 @@ class BatchDecoder:
         try:
             return look_at(jpeg.numpy().tobytes(), self._to_pixels)
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-            return picture_fault(error)
+            return image_fault(error)
 
 
 def _cut(handed: Sequence[Handed]) -> Iterator[Sequence[Handed]]:
-    """Cut a batch into parts of so many pixels as may be decoded at once; a larger picture is alone."""
+    """Cut a batch into parts of so many pixels as may be decoded at once; a larger image is alone."""
     begin, held = 0, 0
     for at, one in enumerate(handed):
         if at > begin and held + one.pixels > MOST_PIXELS:

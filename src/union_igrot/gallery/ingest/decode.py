@@ -1,7 +1,7 @@
 """From a file to a model's input: bytes read once, hashed, decoded, made a thumbnail of. Runs in worker processes.
 
 Where JPEGs are decoded later, together and on the model's device (`indexing.codec`), their bytes are handed over.
-Knows files and Pillow's pictures through `data.pictures`. Does not know a model or an index.
+Knows files and Pillow's images through `data.images`. Does not know a model or an index.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from union_igrot.gallery.ingest.entries import UNREACHED
-from union_igrot.images.decode import decode_picture, picture_fault, plain_jpeg
-from union_igrot.images.transforms import PictureToPixels
+from union_igrot.images.decode import decode_image, image_fault, plain_jpeg
+from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
 THUMBNAIL: Final = 160
 """Longest side of a thumbnail in pixels."""
 _QUALITY: Final = 80
 _LARGE: Final = 2**26
-"""Bytes from which a file is looked at before it is read; a film is not read to its end to be no picture."""
+"""Bytes from which a file is looked at before it is read; a film is not read to its end to be no image."""
 
 
 class Wanted(NamedTuple):
-    """What a worker is told of a picture; see `Entry`.
+    """What a worker is told of an image; see `Entry`.
 
     Attributes:
         number: Its place in the list of those to be read.
-        force: Whether it is decoded even if an equal picture is in the index.
+        force: Whether it is decoded even if an equal image is in the index.
     """
 
     number: int
@@ -49,7 +49,7 @@ class Wanted(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a worker found out about a picture; see `Fact`.
+    """What a worker found out about an image; see `Fact`.
 
     Attributes:
         number: Its place in the list of those to be read.
@@ -84,7 +84,7 @@ class Decoded:
     """What a worker gives at once.
 
     Attributes:
-        pictures: Pixels of the decoded ones, of the model's size, in order.
+        images: Pixels of the decoded ones, of the model's size, in order.
         seen: All of them, in order.
         waited: Seconds for which the worker had nothing to do before.
         left: Place, number of pixels and of bytes of those that are still to be decoded; `seen` holds their hash alone.
@@ -98,24 +98,24 @@ class Decoded:
     encoded: UInt8[Tensor, " bytes"] | None = None
 
     def handed(self) -> list[Handed]:
-        """Give those that are still to be decoded, each with its bytes."""
+        """Return those that are still to be decoded, each with its bytes."""
         if self.encoded is None:
             return []
         jpegs = self.encoded.split([length for _, _, length in self.left])
         return [Handed(place, pixels, jpeg) for (place, pixels, _), jpeg in zip(self.left, jpegs, strict=True)]
 
     def pin_memory(self) -> "Decoded":
-        """Lay the pictures where a GPU fetches them while it computes."""
+        """Lay the images where a GPU fetches them while it computes."""
         return replace(self, pictures=self.pictures.pin_memory())
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pictures that go through the model together.
+    """Images that go through the model together.
 
     Attributes:
-        pictures: Pixels of the decoded ones, of the model's size, in order; in one tensor or several.
+        images: Pixels of the decoded ones, of the model's size, in order; in one tensor or several.
         seen: All of them, in order.
         handed: Those that are still to be decoded, by the order of their places.
     """
@@ -137,7 +137,7 @@ class Decoder(Dataset[Decoded]):
 
     def __init__(self, preprocess: Preprocess, known: Path | None, *, hands_over: bool = False) -> None:
         self.preprocess, self._hands_over = preprocess, hands_over
-        self._to_pixels, self._size = PictureToPixels(preprocess), preprocess.size
+        self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
         self._known_at, self._known = known, np.empty(0, dtype=np.uint64)
         self._known_read = known is None
         self._shard: io.BufferedReader | None = None
@@ -150,7 +150,7 @@ class Decoder(Dataset[Decoded]):
             self._known, self._known_read = np.load(self._known_at, mmap_mode="r"), True
         found = [self._look(one) for one in wanted]
         pixels = [given for _, given in found if isinstance(given, Tensor)]
-        pictures = torch.stack(pixels) if pixels else self.no_pictures()
+        pictures = torch.stack(pixels) if pixels else self.no_images()
         jpegs = [(place, given) for place, (_, given) in enumerate(found) if isinstance(given, _Jpeg)]
         left = [(place, jpeg.pixels, len(jpeg.data)) for place, jpeg in jpegs]
         joined = bytearray().join(jpeg.data for _, jpeg in jpegs)
@@ -165,11 +165,11 @@ class Decoder(Dataset[Decoded]):
             self._shard = None
 
     def alone(self) -> "Decoder":
-        """Give one that hands nothing over, for pictures tried one by one."""
+        """Return one that hands nothing over, for images tried one by one."""
         return Decoder(self.preprocess, self._known_at)
 
-    def no_pictures(self) -> UInt8[Tensor, "0 3 height width"]:
-        """Give a batch of none."""
+    def no_images(self) -> UInt8[Tensor, "0 3 height width"]:
+        """Return a batch of none."""
         return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
 
     def _look(self, one: Wanted) -> "tuple[Seen, Tensor | _Jpeg | None]":
@@ -185,14 +185,14 @@ class Decoder(Dataset[Decoded]):
             size, thumbnail, pixels = look_at(data, self._to_pixels)
             return Seen(one.number, digest, *size, thumbnail), pixels
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-            fault = picture_fault(error)
-            # With a number it is the system's: the disk's fault, not the picture's. Nor is it, where memory is short.
+            fault = image_fault(error)
+            # With a number it is the system's: the disk's fault, not the image's. Nor is it, where memory is short.
             away = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
             return Seen(one.number, reason=f"{UNREACHED} ({fault})" if away else fault), None
 
     def _look_at_large(self, one: Wanted) -> tuple[Seen, Tensor | None]:
-        """Decode first, which ends at once where it is no picture; hash without holding all bytes."""
-        image, size = decode_picture(Path(one.path), self._size)
+        """Decode first, which ends at once where it is no image; hash without holding all bytes."""
+        image, size = decode_image(Path(one.path), self._size)
         with open(one.path, "rb") as file:  # noqa: PTH123 - odd bytes in a name
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
         return Seen(one.number, digest, *size, thumbnail_of(image)), self._to_pixels(image)
@@ -224,8 +224,8 @@ class _Jpeg(NamedTuple):
     pixels: int
 
 
-def look_at(data: bytes, to_pixels: PictureToPixels) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
-    """Decode a picture with Pillow.
+def look_at(data: bytes, to_pixels: ImageToPixels) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
+    """Decode an image with Pillow.
 
     Args:
         data: Bytes of a file.
@@ -237,21 +237,21 @@ def look_at(data: bytes, to_pixels: PictureToPixels) -> tuple[tuple[int, int], b
     Raises:
         Exception: Nearly any, where the file is broken.
     """
-    image, size = decode_picture(io.BytesIO(data), to_pixels.preprocess.size)
+    image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size)
     wide = image
     if max(image.size) < min(THUMBNAIL, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
-        wide, _ = decode_picture(io.BytesIO(data), THUMBNAIL)
+        wide, _ = decode_image(io.BytesIO(data), THUMBNAIL)
     return size, thumbnail_of(wide), to_pixels(image)
 
 
 def thumbnail_size(width: int, height: int) -> tuple[int, int]:
-    """Give width and height of a picture's thumbnail; one that is small already is not enlarged."""
+    """Return width and height of an image's thumbnail; one that is small already is not enlarged."""
     share = min(1.0, THUMBNAIL / max(width, height))
     return max(1, round(width * share)), max(1, round(height * share))
 
 
 def thumbnail_of(image: Image.Image) -> bytes:
-    """Give a small JPEG of a picture."""
+    """Return a small JPEG of an image."""
     width, height = thumbnail_size(*image.size)
     file = io.BytesIO()
     # As sharp as a bicubic filter and half its time; whole factors are left to averages, a tenth of it.

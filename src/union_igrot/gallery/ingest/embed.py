@@ -1,6 +1,6 @@
-"""Pictures through the model, under Lightning's Trainer.
+"""Images through the model, under Lightning's Trainer.
 
-Knows a model, a Trainer and batches of pictures. Does not know an index, nor what is done with the vectors.
+Knows a model, a Trainer and batches of images. Does not know an index, nor what is done with the vectors.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +35,12 @@ class _Embedder(lightning.LightningModule):
         self.model = model
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move the pictures, into one tensor."""
+        """Move the images, into one tensor."""
         del dataloader_idx
         return replace(batch, pictures=[torch.cat([part.to(device, non_blocking=True) for part in batch.pictures])])
 
     def on_predict_start(self) -> None:
-        """Encode the empty text, outside the half precision that the pictures may be encoded in."""
+        """Encode the empty text, outside the half precision that the images may be encoded in."""
         self.model.null_text()
 
     def predict_step(self, batch: Batch) -> Tensor:
@@ -97,11 +97,11 @@ class _Hand(lightning.Callback):
 
 
 def embed(model: IGROTModel, batches: Batches, take: Take, machine: Machine, folder: Path) -> None:
-    """Embed pictures and hand on the vectors.
+    """Embed images and hand on the vectors.
 
     Args:
         model: The model; it stays on its device and in evaluation mode.
-        batches: The pictures.
+        batches: The images.
         take: What takes each batch.
         machine: Devices and precision.
         folder: Where Lightning may write.

@@ -1,6 +1,6 @@
 """What should become a row of an index: a file, a tar shard's member or bytes, with the user's columns.
 
-Knows file systems' facts and columns' values. Does not open a picture, nor know where lists of them come from.
+Knows file systems' facts and columns' values. Does not open an image, nor know where lists of them come from.
 """
 
 import datetime as dt
@@ -21,7 +21,7 @@ Value = str | int | float | bool | None
 OWN: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
 """Columns that indexing writes itself."""
 ADDED: Final = "added"
-"""What a row's column `source` says of a picture that was added by itself, not with a folder or a list."""
+"""What a row's column `source` says of an image that was added by itself, not with a folder or a list."""
 MISSING: Final = "the file is missing"
 """The fault of what a list names and a disk lacks."""
 FOLDER: Final = "is a folder"
@@ -36,7 +36,7 @@ _INT64: Final = 2**63
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file, a part of a file (a tar shard's member) or bytes in memory that should be a picture.
+    """A file, a part of a file (a tar shard's member) or bytes in memory that should be an image.
 
     Attributes:
         id: What its row is called: the absolute path as text, `<shard>/<member>` for a member.
@@ -45,8 +45,8 @@ class Entry:
         mtime: Time of the file's change in ns; 0 for bytes in memory.
         offset: Where a member begins in its file, or None.
         columns: The user's own.
-        fault: Why it cannot be a picture, where that is seen without opening it.
-        data: The bytes of a picture in memory.
+        fault: Why it cannot be an image, where that is seen without opening it.
+        data: The bytes of an image in memory.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Pictures and where they come from.
+    """Images and where they come from.
 
     Attributes:
         source: What they were asked for by, resolved: a folder, a pattern, a list, or a name given by the caller.
@@ -99,7 +99,7 @@ def file_entry(path: str, columns: dict[str, Value] | None = None, found: os.sta
 
 
 def data_entry(name: str, data: bytes, columns: Mapping[str, Value] | None = None) -> Entry:
-    """Make an entry of an encoded picture in memory: bytes of a JPEG, a PNG, ...
+    """Make an entry of an encoded image in memory: bytes of a JPEG, a PNG, ...
 
     Args:
         name: The id of its row.
@@ -127,7 +127,7 @@ def distinct(entries: Iterable[Entry], where: str) -> list[Entry]:
         where: What lists them, for the error.
 
     Raises:
-        DataError: Where one picture is given two different rows of columns.
+        DataError: Where one image is given two different rows of columns.
     """
     kept: dict[str, Entry] = {}
     clashes = []
@@ -179,7 +179,7 @@ def _stands_for_nothing(value: Any) -> bool:
 
 
 def first_twice(names: Sequence[str]) -> str | None:
-    """Give the first name that stood before; None where all are distinct."""
+    """Return the first name that stood before; None where all are distinct."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
@@ -195,7 +195,7 @@ def refuse_taken(names: Iterable[str], where: str) -> None:
 
 
 def settle_kinds(rows: Sequence[MutableMapping[str, Value]]) -> None:
-    """Give each column one kind in all rows: whole numbers among numbers become floats, any other mixture text."""
+    """Return each column one kind in all rows: whole numbers among numbers become floats, any other mixture text."""
     kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""Embedded pictures gathered into chunks, written to the work folder and merged, beside the model's work.
+"""Embedded images gathered into chunks, written to the work folder and merged, beside the model's work.
 
 Knows chunks and one thread. Does not know an index: merging is handed in.
 """
@@ -19,7 +19,7 @@ from union_igrot.gallery.ingest.decode import Seen
 from union_igrot.gallery.ingest.entries import Entry
 
 ROWS: Final = 2048
-"""Pictures in a chunk."""
+"""Images in a chunk."""
 SECONDS: Final = 15.0
 """Age at which a chunk is written though it is not full, which is what a kill can cost."""
 _WAITING: Final = 4
@@ -30,7 +30,7 @@ class Keeper:
     """Takes batches, writes them in chunks.
 
     Args:
-        entries: The pictures, in the order of their numbers.
+        entries: The images, in the order of their numbers.
         folder: The work folder.
         stem: How the chunks' names begin.
         merge: What is done in the thread when chunks were written; None where another process does it.

@@ -1,7 +1,7 @@
-"""Lists of pictures: a text file of paths, or a table whose other columns are kept.
+"""Lists of images: a text file of paths, or a table whose other columns are kept.
 
 Text (`.txt`, a path a line, `#` comments), CSV, JSON lines and Parquet; a table has a column
-`path`. Paths are absolute or start from the list's folder. Does not open pictures.
+`path`. Paths are absolute or start from the list's folder. Does not open images.
 """
 
 import csv
@@ -24,7 +24,7 @@ _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
 
 def listed(path: str) -> list[Entry]:
-    """Read a list of pictures.
+    """Read a list of images.
 
     Args:
         path: The list; its suffix says what it is.

@@ -1,9 +1,9 @@
 """From chunks in the work folder to rows of an index, in an order that loses nothing.
 
-While pictures are read, only rows are written that replace no other content: a picture that was
+While images are read, only rows are written that replace no other content: an image that was
 moved or renamed finds the vector of its bytes as long as the row that holds it is there. Changed
-pictures wait in files of their own until all are read; then they are written, and then the rows of
-pictures that are gone are removed. Killed anywhere, the next run takes up the files it finds.
+images wait in files of their own until all are read; then they are written, and then the rows of
+images that are gone are removed. Killed anywhere, the next run takes up the files it finds.
 Knows chunks and an index. Does not decode or embed.
 """
 
@@ -46,19 +46,19 @@ class Merger:
     Args:
         index: The index.
         source: Whose rows they are.
-        entries: The pictures, by id.
+        entries: The images, by id.
         rows: What the index held at the start, by id.
         skipped: The list of what cannot be read.
         folder: The work folder.
-        merged: Told the name of each chunk that was taken, and its number of pictures.
+        merged: Told the name of each chunk that was taken, and its number of images.
 
     Attributes:
         added: Rows written that were not there.
         updated: Rows written that were there.
         embedded: Rows written with a vector of their own, of this run's.
-        broken: Pictures that cannot be read.
-        left: Ids of pictures whose equal is not in the index, against expectation.
-        done: Size and time of change, by id, of pictures found in the chunks of an interrupted run.
+        broken: Images that cannot be read.
+        left: Ids of images whose equal is not in the index, against expectation.
+        done: Size and time of change, by id, of images found in the chunks of an interrupted run.
         digests: Hashes found there.
     """
 
@@ -76,7 +76,7 @@ class Merger:
         self._skipped, self._folder, self._merged = skipped, folder, merged
         self._named = columns_of(entries.values())
         self._late: dict[str, tuple[Path, int]] = {}
-        """Where the content of a changed picture waits, by hash."""
+        """Where the content of a changed image waits, by hash."""
         self._taking_up = False
         self.added = self.updated = self.embedded = 0
         self.left: list[str] = []
@@ -107,7 +107,7 @@ class Merger:
             self._merge({path: chunk for path, chunk in read if chunk is not None})
 
     def finish(self, gone: Sequence[str]) -> int:
-        """Write changed pictures, then remove rows.
+        """Write changed images, then remove rows.
 
         Args:
             gone: Ids of rows to remove.
@@ -159,7 +159,7 @@ class Merger:
             self._merged(path.name, len(chunk.facts))
 
     def _wanted(self, fact: Fact) -> bool:
-        """Whether a fact is of a picture that is there, as it is now; of bytes in memory this cannot be known later."""
+        """Whether a fact is of an image that is there, as it is now; of bytes in memory this cannot be known later."""
         entry = self._entries.get(fact.id)
         if entry is None or (self._taking_up and entry.data is not None):
             return False
@@ -195,7 +195,7 @@ class Merger:
         self._late |= {fact.digest: (path, at) for at, fact in enumerate(chunk.facts)}
 
     def _contents(self, digests: set[str]) -> dict[str, Content]:
-        """Find contents by hash: in the index, else among the changed pictures that wait."""
+        """Find contents by hash: in the index, else among the changed images that wait."""
         found: dict[str, Content] = {}
         asked = sorted(digests) if "hash" in self._index.columns else []
         for at in range(0, len(asked), _LOOKED_UP):
@@ -245,7 +245,7 @@ class Merger:
         )
 
     def _said(self, name: str) -> tuple[Mapping[str, Value], str]:
-        """Give the user's columns of a row that is written, and its source."""
+        """Return the user's columns of a row that is written, and its source."""
         row, given = self._rows.get(name), self._entries[name].columns
         if row is None:
             return given, self._source

@@ -39,7 +39,7 @@ class Place:
 
     Attributes:
         folder: Work files of this index, model and source; gone when the work is done.
-        skipped: The list of pictures that could not be read; None for an index in memory.
+        skipped: The list of images that could not be read; None for an index in memory.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
     Args:
         uri: The index.
         fingerprint: The model's.
-        source: What brings the pictures.
+        source: What brings the images.
         cache: The cache folder; its default where None.
 
     Raises:
@@ -75,7 +75,7 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
     except OSError as error:
         raise DataError(f"cannot write to {house} ({error.strerror}); {ADVICE}") from error
     if held is None:
-        raise UnionError(f"another process is putting pictures into {uri}; wait for its end ({lock} is its lock)")
+        raise UnionError(f"another process is putting images into {uri}; wait for its end ({lock} is its lock)")
     _HELD.add(held)
     try:
         try:
@@ -94,7 +94,7 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
 
 
 def _local(uri: str) -> Path | None:
-    """Give the path of an index on this machine's disk."""
+    """Return the path of an index on this machine's disk."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
     return Path(absolute(uri)) if scheme is None else None
 

@@ -1,6 +1,6 @@
-"""What has to be done: the pictures that are there against the rows that are there.
+"""What has to be done: the images that are there against the rows that are there.
 
-Knows entries and an index. Opens no picture.
+Knows entries and an index. Opens no image.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from union_igrot.gallery.ingest.entries import ADDED, MISSING, OWN, Entry, Listi
 from union_igrot.gallery.ingest.skipped import Skip
 
 FEW: Final = 256
-"""Pictures for which an index is not read as a whole, where none of its rows is to be removed."""
+"""Images for which an index is not read as a whole, where none of its rows is to be removed."""
 _TAIL: Final = 4096
 
 
 class Row(NamedTuple):
-    """What an index holds of a picture.
+    """What an index holds of an image.
 
     Attributes:
         size: Bytes.
@@ -46,15 +46,15 @@ class Row(NamedTuple):
     columns: Mapping[str, Value]
 
     def with_columns(self, given: Mapping[str, Value], named: Collection[str]) -> tuple[dict[str, Value], str]:
-        """Give the user's columns and the source of this row when it is written.
+        """Return the user's columns and the source of this row when it is written.
 
         Columns that the source at hand does not name stay: another has given them. Of those that it names for other
-        pictures, its own rows lose theirs. What was added by itself stays so, whoever lists it too; and who says
+        images, its own rows lose theirs. What was added by itself stays so, whoever lists it too; and who says
         nothing new takes nothing over.
 
         Args:
-            given: The columns of the picture.
-            named: The columns that the source gives to any picture.
+            given: The columns of the image.
+            named: The columns that the source gives to any image.
         """
         lost = named if self.own and self.source != ADDED else ()
         kept = {name: value for name, value in self.columns.items() if name not in lost}
@@ -85,10 +85,10 @@ class Plan:
     """What has to be done.
 
     Attributes:
-        todo: Pictures that have to be read.
-        known: Pictures of which all is known but that have to be written again: their columns are new, or their source.
-        skips: Pictures that cannot be read: seen from outside, or tried before.
-        unchanged: Pictures whose rows are right.
+        todo: Images that have to be read.
+        known: Images of which all is known but that have to be written again: their columns are new, or their source.
+        skips: Images that cannot be read: seen from outside, or tried before.
+        unchanged: Images whose rows are right.
     """
 
     todo: list[Entry] = field(default_factory=list)
@@ -100,16 +100,16 @@ class Plan:
 def read_rows(index: VectorIndex, listing: Listing, *, prune: bool = True) -> There:
     """Read what an index holds, but for vectors and thumbnails.
 
-    Where few pictures are added and nothing is removed, only their own rows are read: a picture that stands there
+    Where few images are added and nothing is removed, only their own rows are read: an image that stands there
     under another name is then embedded again, which costs less than reading a large index does.
 
     Args:
         index: The index.
-        listing: The pictures; their columns are given the kinds that the index has.
+        listing: The images; their columns are given the kinds that the index has.
         prune: Whether rows of this source are to be removed, and so have to be known.
 
     Raises:
-        DataError: Where a column of the pictures has another kind than in the index, or a name that cannot be kept.
+        DataError: Where a column of the images has another kind than in the index, or a name that cannot be kept.
     """
     kinds = index.columns
     _fit_columns(listing, kinds, index.dim)
@@ -136,10 +136,10 @@ def make_plan(
     """Compare.
 
     Args:
-        listing: The pictures.
+        listing: The images.
         rows: What the index holds, by id.
-        done: Size and time of change of pictures that an interrupted run embedded, by id.
-        skipped: Pictures that could not be read at an earlier run, by id.
+        done: Size and time of change of images that an interrupted run embedded, by id.
+        skipped: Images that could not be read at an earlier run, by id.
     """
     plan, named = Plan(), columns_of(listing.entries)
     for entry in listing.entries:
@@ -162,10 +162,10 @@ def make_plan(
 
 
 def gone(listing: Listing, rows: Mapping[str, Row]) -> list[str]:
-    """Name this source's rows whose picture is no longer there; of one that cannot be reached this is not known.
+    """Name this source's rows whose image is no longer there; of one that cannot be reached this is not known.
 
     Raises:
-        DataError: Where the source is empty: rather a disk that is not there than the end of all pictures.
+        DataError: Where the source is empty: rather a disk that is not there than the end of all images.
     """
     there = {entry.id for entry in listing.entries if entry.fault != MISSING}
     unseen = tuple(f"{folder}/" for folder in listing.unseen)
@@ -179,19 +179,19 @@ def gone(listing: Listing, rows: Mapping[str, Row]) -> list[str]:
 
 
 def spoilt(skips: Iterable[Skip], rows: Mapping[str, Row]) -> list[str]:
-    """Name this source's rows whose picture was replaced by what cannot be read."""
+    """Name this source's rows whose image was replaced by what cannot be read."""
     return [skip.path for skip in skips if (row := rows.get(skip.path)) and row.own and (skip.size or skip.mtime)]
 
 
 def shares(entries: Sequence[Entry], count: int) -> list[list[Entry]]:
-    """Deal pictures to processes so that equal ones, which have equal sizes, come to the same.
+    """Deal images to processes so that equal ones, which have equal sizes, come to the same.
 
     Args:
-        entries: The pictures.
+        entries: The images.
         count: Processes.
 
     Returns:
-        One list a process, of about equal length; each picture in one of them.
+        One list a process, of about equal length; each image in one of them.
     """
     if count == 1:
         return [list(entries)]
@@ -212,7 +212,7 @@ def _is_current(entry: Entry, row: Row) -> bool:
 
 
 def columns_of(entries: Iterable[Entry]) -> set[str]:
-    """Name the columns that any of some pictures has."""
+    """Name the columns that any of some images has."""
     return {name for entry in entries for name in entry.columns}
 
 
@@ -233,7 +233,7 @@ def _tail(entry: Entry) -> int:
 
 
 def _fit_columns(listing: Listing, kinds: Mapping[str, Kind], dim: int) -> None:
-    """Give columns the kinds that they have in the index, and refuse early what it would refuse late."""
+    """Return columns the kinds that they have in the index, and refuse early what it would refuse late."""
     first: dict[str, Value] = {}
     for entry in listing.entries:
         for name, value in entry.columns.items():
@@ -249,5 +249,5 @@ def _fit_columns(listing: Listing, kinds: Mapping[str, Kind], dim: int) -> None:
 
 
 def digests_of(names: Collection[str]) -> np.ndarray:
-    """Give the sorted 64-bit beginnings of hashes."""
+    """Return the sorted 64-bit beginnings of hashes."""
     return np.array(sorted({int(name[:16], 16) for name in names}), dtype=np.uint64)

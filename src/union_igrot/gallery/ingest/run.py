@@ -1,6 +1,6 @@
-"""Pictures into the rows of an index: what is new is embedded, what moved is found again, what is gone is removed.
+"""Images into the rows of an index: what is new is embedded, what moved is found again, what is gone is removed.
 
-Knows the order of the steps. Does not know how a picture is decoded, a vector computed or a row written.
+Knows the order of the steps. Does not know how an image is decoded, a vector computed or a row written.
 """
 
 import time
@@ -29,13 +29,13 @@ from union_igrot.models.model import IGROTModel
 from union_igrot.progress import progress_bar
 from union_igrot.training.processes import Processes
 
-__all__ = ["EXAMPLES", "Report", "Work", "index_pictures"]
+__all__ = ["EXAMPLES", "Report", "Work", "ingest_images"]
 EXAMPLES: Final = 5
-"""Broken pictures that a report names."""
+"""Broken images that a report names."""
 _ROUNDS: Final = 5
 
 
-def index_pictures(
+def ingest_images(
     index: VectorIndex,
     model: IGROTModel,
     listing: Listing,
@@ -44,28 +44,28 @@ def index_pictures(
     *,
     fingerprint: str | None = None,
 ) -> Report:
-    """Bring an index up to date with pictures.
+    """Bring an index up to date with images.
 
-    Pictures whose size and time of change are those of their row are not opened. Others are read; one whose bytes
+    Images whose size and time of change are those of their row are not opened. Others are read; one whose bytes
     are in the index already, under whatever name, takes the vector that is there. What is finished is in the index
     within seconds, and readers see it while the work goes on. Interrupted anywhere, the same call goes on.
 
     Args:
         index: The index; made with this model.
         model: The model.
-        listing: The pictures; `data.sources.list_pictures` gives those of a folder, a list, tar shards.
+        listing: The images; `data.sources.list_images` gives those of a folder, a list, tar shards.
         work: How the work is done.
         processes: The processes that share it; this is the first, the others call `share.follow`.
         fingerprint: The model's, where it is known; hashing all weights takes seconds.
 
     Returns:
-        What became of the pictures.
+        What became of the images.
 
     Raises:
-        UnionError: Where another process is putting pictures into the index.
+        UnionError: Where another process is putting images into the index.
         ConfigError: Where the decoder asked for is not installed.
-        PictureError: For a picture that cannot be read, where none is to be left out.
-        DataError: Where columns cannot be kept, all pictures are gone, or a disk is full.
+        ImageError: For an image that cannot be read, where none is to be left out.
+        DataError: Where columns cannot be kept, all images are gone, or a disk is full.
     """
     work, words = work or Work(), Words(processes or Processes())
     start = time.perf_counter()
@@ -127,7 +127,7 @@ class _Run:
         worn = spoilt(skips, there.rows) if work.prune else []
         removed = merger.finish(list(dict.fromkeys([*doomed, *worn])))
         if merger.added + merger.updated + removed:
-            self._index.optimise()
+            self._index.optimize()
         broken = {skip.path for skip in skips}
         unseen = tuple(f"{folder}/" for folder in listing.unseen)
         skipped.settle({path for path in skipped.own if path in broken or self._stays(path, unseen, entries)})
@@ -148,16 +148,16 @@ class _Run:
         )
 
     def _stays(self, path: str, unseen: tuple[str, ...], entries: dict[str, Entry]) -> bool:
-        """Whether a picture that was skipped before stays listed though it was not looked at now."""
+        """Whether an image that was skipped before stays listed though it was not looked at now."""
         return path not in entries and (not self._work.prune or path.startswith(unseen))
 
     def _embed(self, todo: Sequence[Entry], merger: Merger, entries: dict[str, Entry]) -> Waits:
-        """Read and embed pictures; those whose equal was removed meanwhile are embedded after all."""
+        """Read and embed images; those whose equal was removed meanwhile are embedded after all."""
         waits = Waits()
         for number in range(_ROUNDS):
             if not todo:
                 return waits
-            self._bar.reset(self._task, total=len(todo), description="embedding pictures")
+            self._bar.reset(self._task, total=len(todo), description="embedding images")
             before = self._merged
             waits += lead_round(
                 self._model,
@@ -171,9 +171,9 @@ class _Run:
             )
             self._opened += len(todo)
             if self._merged - before < len(todo):  # an earlier run's may come late
-                raise DataError(f"results of {len(todo) - self._merged + before:,} pictures were lost; run it again")
+                raise DataError(f"results of {len(todo) - self._merged + before:,} images were lost; run it again")
             todo, merger.left = [entries[name] for name in merger.left], []
-        raise DataError(f"rows of {self._index.uri} vanish while pictures are put in; end what removes them, run again")
+        raise DataError(f"rows of {self._index.uri} vanish while images are put in; end what removes them, run again")
 
     def _write_known(self, plan: Plan) -> None:
         none = torch.empty(0, self._index.dim)

@@ -1,6 +1,6 @@
 """A round of reading and embedding, alone or shared with other processes.
 
-The first process deals the pictures and waits for the others; what they did comes back as chunks in the
+The first process deals the images and waits for the others; what they did comes back as chunks in the
 work folder, which all processes must see. Knows processes, rounds and the folder. Does not know an index.
 """
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, PictureError, UnionError
+from union_igrot.errors import ConfigError, ImageError, UnionError
 from union_igrot.gallery.ingest.batches import Batches, Waits
 from union_igrot.gallery.ingest.codec import BatchDecoder
 from union_igrot.gallery.ingest.decode import Decoder, Seen
@@ -81,17 +81,17 @@ def lead_round(
     *,
     force: bool = False,
 ) -> Waits:
-    """Have pictures read and embedded; when it returns, all chunks are merged.
+    """Have images read and embedded; when it returns, all chunks are merged.
 
     Args:
         model: The model.
-        entries: The pictures.
+        entries: The images.
         work: How the work is done.
         words: To the other processes.
         folder: The work folder.
         merge: Merges the chunks that lie in the folder.
-        seen: Told of pictures that this process has read.
-        force: Whether pictures are decoded even if equal ones are in the index.
+        seen: Told of images that this process has read.
+        force: Whether images are decoded even if equal ones are in the index.
 
     Returns:
         Who waited for whom, in this process.
@@ -199,7 +199,7 @@ def _work_through(
     force: bool,
     here: int,
 ) -> Waits:
-    """Read and embed pictures; what was embedded is kept, also where it ends by an error."""
+    """Read and embed images; what was embedded is kept, also where it ends by an error."""
     machine = work.machine or machine_of(model.device)
     codec = work.decoder == "torchcodec"
     device = torch.device("cuda" if machine.on_gpu else "cpu")
@@ -245,6 +245,6 @@ def _current_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def refused(name: str, reason: str) -> PictureError:
-    """Give the error for a picture that cannot be read where none is left out."""
-    return PictureError(f"{name}: {reason}; replace it, take it away, or leave such out with on_broken=skip")
+def refused(name: str, reason: str) -> ImageError:
+    """Return the error for an image that cannot be read where none is left out."""
+    return ImageError(f"{name}: {reason}; replace it, take it away, or leave such out with on_broken=skip")

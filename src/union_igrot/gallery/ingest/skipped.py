@@ -1,4 +1,4 @@
-"""The list of pictures that could not be read, and why: JSON lines beside the index.
+"""The list of images that could not be read, and why: JSON lines beside the index.
 
 Knows the file alone. Does not know what is done about them.
 """
@@ -16,7 +16,7 @@ _log: Final = logging.getLogger("union_igrot.indexing")
 
 
 class Skip(NamedTuple):
-    """A picture that could not be read.
+    """An image that could not be read.
 
     Attributes:
         path: The id its row would have.
@@ -57,7 +57,7 @@ class SkippedFile:
             self._take(line)
 
     def add(self, skips: Iterable[Skip]) -> None:
-        """Note pictures, at once on disk."""
+        """Note images, at once on disk."""
         new = [skip for skip in skips if self.own.get(skip.path) != skip]
         self.own |= {skip.path: skip for skip in new}
         if self.path is None or not new:

@@ -1,7 +1,7 @@
-"""What `images=` means: a folder, a pattern, a list or tar shards, as the pictures it names.
+"""What `images=` means: a folder, a pattern, a list or tar shards, as the images it names.
 
 Hidden files (a dot in front) are left out. Links are followed, but no folder is entered twice, nor
-one that holds the folder asked for. Knows file systems. Does not open pictures.
+one that holds the folder asked for. Knows file systems. Does not open images.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from union_igrot.gallery.ingest.tars import members
 from union_igrot.storage.paths import absolute
 
 FORMS: Final = (
-    'a folder, a picture, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
+    'a folder, an image, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
     'or tar shards ("shards-{0000..0009}.tar")'
 )
 """What `images=` can be."""
@@ -29,8 +29,8 @@ _MOST: Final = 1_000_000
 """Names that braces may stand for."""
 
 
-def list_pictures(images: str, tell: Callable[[int], None] | None = None) -> Listing:
-    """List the pictures that `images=` names.
+def list_images(images: str, tell: Callable[[int], None] | None = None) -> Listing:
+    """List the images that `images=` names.
 
     Args:
         images: See `FORMS`.
@@ -55,7 +55,7 @@ def list_pictures(images: str, tell: Callable[[int], None] | None = None) -> Lis
 
 
 def _files(path: str, images: str) -> list[str]:
-    """Give the files that a path or pattern names."""
+    """Return the files that a path or pattern names."""
     if os.path.lexists(path):
         return [path]
     found: dict[str, None] = {}
@@ -71,7 +71,7 @@ def _files(path: str, images: str) -> list[str]:
 
 
 def _named(files: Sequence[str], unseen: list[Entry]) -> Iterator[Entry]:
-    """List what files hold: shards, lists (where all files are lists), else pictures."""
+    """List what files hold: shards, lists (where all files are lists), else images."""
     suffixes = [Path(file).suffix.lower() for file in files]
     lists = all(suffix in READERS for suffix in suffixes)
     for file, suffix in zip(files, suffixes, strict=True):
@@ -115,7 +115,7 @@ def _walk(root: str, unseen: list[Entry]) -> Iterator[Entry]:
 
 
 def _contents(folder: str) -> tuple[list[Entry], list[str], list[str]]:
-    """Give the files of a folder, its folders, and the links to folders in it."""
+    """Return the files of a folder, its folders, and the links to folders in it."""
     files, folders, links = [], [], []
     with os.scandir(folder) as found:
         there = sorted((one for one in found if not one.name.startswith(".")), key=lambda one: one.name)
@@ -133,7 +133,7 @@ def _contents(folder: str) -> tuple[list[Entry], list[str], list[str]]:
 
 
 def _matches(pattern: str, images: str) -> list[str]:
-    """Give the files that match a pattern, in order; `**` follows no links, so that loops end."""
+    """Return the files that match a pattern, in order; `**` follows no links, so that loops end."""
     parts = pattern.split("/")
     wild = next(at for at, part in enumerate(parts) if re.search(r"[*?\[]", part))
     root, rest = "/".join(parts[:wild]) or "/", "/".join(parts[wild:])

@@ -1,8 +1,8 @@
 """WebDataset tar shards: what each member is, where it lies, and which columns stand beside it.
 
 Members whose names agree up to the first dot are one sample. Its `.json` (an object), `.txt`
-and `.cls` become columns of its pictures, every other member should be a picture. Only heads of
-members are read, and the columns. Does not open pictures.
+and `.cls` become columns of its images, every other member should be an image. Only heads of
+members are read, and the columns. Does not open images.
 """
 
 import json
@@ -26,7 +26,7 @@ def members(path: str) -> tuple[list[Entry], str | None]:
         path: Absolute path of an uncompressed tar.
 
     Returns:
-        The members that should be pictures, and why the shard could not be read to its end, or None.
+        The members that should be images, and why the shard could not be read to its end, or None.
     """
     entries: list[Entry] = []
     beside: dict[str, dict[str, Value]] = {}

@@ -17,14 +17,14 @@ class Work:
     """How the work is done.
 
     Attributes:
-        batch_size: Pictures a forward pass.
+        batch_size: Images a forward pass.
         workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`, at least one; 0
             decodes in this process, where a file that makes a decoder crash ends it.
         decoder: What decodes plain JPEGs: `pillow`, in the worker processes, or `torchcodec`, many at once on the
-            model's device, for GPUs, which have an engine for it. All else is Pillow's. Pixels of one picture differ
+            model's device, for GPUs, which have an engine for it. All else is Pillow's. Pixels of one image differ
             by a few steps between the two.
-        on_broken: Whether a picture that cannot be read is listed and left out, or ends the work.
-        prune: Whether rows of this source whose picture is gone are removed.
+        on_broken: Whether an image that cannot be read is listed and left out, or ends the work.
+        prune: Whether rows of this source whose image is gone are removed.
         cache: Cache folder, for work files and the lock; `$UNION_CACHE` or its default where None.
         progress: Whether a bar is shown.
         machine: Devices and precision; where the model lies, in float32, where None.
@@ -57,19 +57,19 @@ class Work:
 @final
 @dataclass(frozen=True)
 class Report:
-    """What became of it: numbers of pictures, times in seconds.
+    """What became of it: numbers of images, times in seconds.
 
     Attributes:
         added: Rows that are new.
-        updated: Rows that were written again: the picture or its columns changed, or it was touched.
+        updated: Rows that were written again: the image or its columns changed, or it was touched.
         unchanged: Rows that were right.
-        removed: Rows that were removed: the picture is gone, or broken now.
-        skipped: Pictures that cannot be read, now or at an earlier run.
-        embedded: Pictures that went through the model; other new rows took a vector that was there.
-        opened: Pictures that were read.
+        removed: Rows that were removed: the image is gone, or broken now.
+        skipped: Images that cannot be read, now or at an earlier run.
+        embedded: Images that went through the model; other new rows took a vector that was there.
+        opened: Images that were read.
         seconds: Of the whole work.
         working: Of reading and embedding, in the first process as what follows.
-        model_waited: How long the model waited for decoded pictures.
+        model_waited: How long the model waited for decoded images.
         decoding_waited: How long decoding waited for the model, mean of the workers.
         writing_waited: How long the model waited for rows to be written.
         skipped_file: Where those that cannot be read are listed with the reason; None for an index in memory.
@@ -99,5 +99,5 @@ class Report:
 
     @property
     def rate(self) -> float:
-        """Pictures read a second; 0 where none was read."""
+        """Images read a second; 0 where none was read."""
         return self.opened / self.working if self.working else 0.0

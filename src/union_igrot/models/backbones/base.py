@@ -1,4 +1,4 @@
-"""The contract of a vision-language model: pictures and texts to features in one space.
+"""The contract of a vision-language model: images and texts to features in one space.
 
 Frozen by construction: evaluation mode survives `train()`, no parameter asks for a
 gradient, unless an encoder is named to be tuned. Does not know heads, losses, files of
@@ -46,7 +46,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         name: What the model is called in configurations and saved models.
         dim: Width of the joint space.
-        preprocess: How a picture becomes this model's input.
+        preprocess: How an image becomes this model's input.
         tuned_sides: The encoders whose weights are being trained; none but after `tune`.
     """
 
@@ -57,10 +57,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode preprocessed pictures.
+        """Encode preprocessed images.
 
         Returns:
-            Pooled and token features in the joint space, not normalised; the mask is all True.
+            Pooled and token features in the joint space, not normalized; the mask is all True.
         """
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Backbone(nn.Module, ABC):
         """Encode texts; an empty string is the null text.
 
         Returns:
-            Pooled and token features in the joint space, not normalised; the mask is
+            Pooled and token features in the joint space, not normalized; the mask is
             False after the end of each text, by position.
         """
 
@@ -127,7 +127,7 @@ class Backbone(nn.Module, ABC):
         return super().train(mode=False)
 
     def fingerprint(self) -> str:
-        """Give a hash of the exact weights and of the preprocessing."""
+        """Return a hash of the exact weights and of the preprocessing."""
         return f"{weights_hash(self.state_dict())}-{self.preprocess.fingerprint()}"
 
     @property
@@ -137,7 +137,7 @@ class Backbone(nn.Module, ABC):
 
 
 def _layers(part: nn.Module) -> Iterator[nn.Module]:
-    """Give the layers of each stack; of a stack of stages that are mostly stacks themselves, the inner ones."""
+    """Return the layers of each stack; of a stack of stages that are mostly stacks themselves, the inner ones."""
     for child in part.children():
         if _is_stack(child) and not any(map(_is_stage, child.children())):
             yield from child.children()

@@ -1,7 +1,7 @@
 """BLIP, SigLIP (1 and 2) and CLIP through transformers, from a hub or a local folder.
 
 Knows where each model keeps its tokens and how they reach the joint space. Does not know
-heads, pictures' files or configurations. A model's class is imported when it is used.
+heads, images' files or configurations. A model's class is imported when it is used.
 """
 
 import json
@@ -38,7 +38,7 @@ class _Transformers(Backbone):
     tokenizer: Any
 
     def layout(self) -> dict[str, Any]:
-        """Give the network's configuration."""
+        """Return the network's configuration."""
         return {"kind": self.kind, "config": json.loads(self.network.config.to_json_string(use_diff=False))}
 
     def save_words(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class BlipBackbone(_Transformers):
     Args:
         network: A `BlipForImageTextRetrieval`; its unused parts are taken off.
         tokenizer: BERT's, as transformers gives it.
-        preprocess: How a picture becomes this model's input.
+        preprocess: How an image becomes this model's input.
         name: What the model is called in configurations and saved models.
     """
 
@@ -74,7 +74,7 @@ class BlipBackbone(_Transformers):
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode preprocessed pictures."""
+        """Encode preprocessed images."""
         seen = self.network.vision_model(pixel_values=images).last_hidden_state
         return _led_by_first(self.network.vision_proj(seen), None)
 
@@ -87,7 +87,7 @@ class BlipBackbone(_Transformers):
 
 @final
 class SiglipBackbone(_Transformers):
-    """SigLIP or SigLIP 2 of a fixed picture size, frozen.
+    """SigLIP or SigLIP 2 of a fixed image size, frozen.
 
     Its pooled embeddings are no tokens, so they stand in front of the tokens on both
     sides. An image's is an attention head's; a token passes that head as if the head
@@ -97,7 +97,7 @@ class SiglipBackbone(_Transformers):
     Args:
         network: A `SiglipModel`.
         tokenizer: The model's, as transformers gives it.
-        preprocess: How a picture becomes this model's input.
+        preprocess: How an image becomes this model's input.
         name: What the model is called in configurations and saved models.
     """
 
@@ -111,7 +111,7 @@ class SiglipBackbone(_Transformers):
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode preprocessed pictures."""
+        """Encode preprocessed images."""
         seen = self.network.vision_model(pixel_values=images)
         head = self.network.vision_model.head
         # Attention over one token gives that token's value, whatever the question is.
@@ -141,7 +141,7 @@ class HFClipBackbone(_Transformers):
     Args:
         network: A `CLIPModel`.
         tokenizer: CLIP's, as transformers gives it.
-        preprocess: How a picture becomes this model's input.
+        preprocess: How an image becomes this model's input.
         name: What the model is called in configurations and saved models.
     """
 
@@ -155,7 +155,7 @@ class HFClipBackbone(_Transformers):
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode preprocessed pictures."""
+        """Encode preprocessed images."""
         vision = self.network.vision_model
         seen = vision.post_layernorm(vision(pixel_values=images).last_hidden_state)
         return _led_by_first(self.network.visual_projection(seen), None)
@@ -183,7 +183,7 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     """Build a model of transformers with its trained weights.
 
     The preprocessing is the repository's own, but for `blip`: that name stands for the
-    reference's recipe, which pads pictures longer than 1.25 to 1 to that ratio, then
+    reference's recipe, which pads images longer than 1.25 to 1 to that ratio, then
     resizes and cuts; `hf:Salesforce/blip-itm-base-coco` squashes, as its authors do.
 
     Args:
@@ -218,7 +218,7 @@ def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Prep
         name: What the model is called.
         kind: Its architecture, as `layout` gave it.
         config: Its configuration, as `layout` gave it.
-        preprocess: How a picture becomes its input.
+        preprocess: How an image becomes its input.
         words: A folder with its tokenizer's files.
 
     Raises:
@@ -260,7 +260,7 @@ def _kind(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
     except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "config.json", error) from None
     if model_type not in _KINDS:
-        hint = " (its pictures vary in size; take a repository of a fixed one)" if model_type == "siglip2" else ""
+        hint = " (its images vary in size; take a repository of a fixed one)" if model_type == "siglip2" else ""
         raise ConfigError(f"backbone {name!r} is a {model_type} model{hint}; supported are {', '.join(_KINDS)}")
     class_name, kind = _KINDS[model_type]
     return getattr(transformers, class_name), kind
@@ -341,7 +341,7 @@ def _tokenize(
 
 
 def _led_by_first(tokens: Tensor, mask: Tensor | None) -> Features:
-    """Give features whose pooled embedding is the first token."""
+    """Return features whose pooled embedding is the first token."""
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))

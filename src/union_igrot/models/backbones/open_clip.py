@@ -1,7 +1,7 @@
 """CLIP models through OpenCLIP: OpenAI's, OpenCLIP's own and those in a local folder.
 
 Knows OpenCLIP's architectures, tags, words and files; how a tower's tokens reach the joint
-space is in `towers`. Does not know heads, pictures' files or configurations.
+space is in `towers`. Does not know heads, images' files or configurations.
 """
 
 import json
@@ -58,7 +58,7 @@ class OpenClipBackbone(Backbone):
 
     Args:
         config: An OpenCLIP configuration: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
-        preprocess: How a picture becomes this model's input.
+        preprocess: How an image becomes this model's input.
         name: What the model is called in configurations and saved models.
         state: Weights by OpenCLIP's names; drawn at random (torch's seed) where None.
         tokenizer: Texts to numbers, padded to the context; CLIP's byte pairs where None.
@@ -100,7 +100,7 @@ class OpenClipBackbone(Backbone):
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode preprocessed pictures."""
+        """Encode preprocessed images."""
         tokens = self._see(images)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
@@ -110,7 +110,7 @@ class OpenClipBackbone(Backbone):
         return self._read(self.tokenize(list(texts)).to(self.device))
 
     def layout(self) -> dict[str, Any]:
-        """Give the network's configuration."""
+        """Return the network's configuration."""
         return {"kind": "open_clip", "config": self.config}
 
     def save_words(self, folder: Path) -> None:
@@ -125,7 +125,7 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     """Build an OpenCLIP model with its trained weights.
 
     `base` and `large` are OpenAI's ViT-B/32 and ViT-L/14. Weights of OpenAI come with
-    QuickGELU and with the reference's preprocessing: a picture longer than 1.25 to 1 is
+    QuickGELU and with the reference's preprocessing: an image longer than 1.25 to 1 is
     padded to that ratio, then resized and cut (TransAgg's TargetPad). All others keep the
     preprocessing that OpenCLIP notes for the tag.
 
@@ -158,7 +158,7 @@ def restore_open_clip(name: str, config: Mapping[str, Any], preprocess: Preproce
     Args:
         name: What the model is called.
         config: Its configuration, as `layout` gave it.
-        preprocess: How a picture becomes its input.
+        preprocess: How an image becomes its input.
         words: A folder with what `save_words` wrote.
 
     Raises:
@@ -209,7 +209,7 @@ def parse_name(name: str) -> tuple[str, str]:
 
 
 def configuration(name: str) -> dict[str, Any]:
-    """Give a copy of the OpenCLIP configuration behind a name, QuickGELU set as its tag needs.
+    """Return a copy of the OpenCLIP configuration behind a name, QuickGELU set as its tag needs.
 
     Raises:
         ConfigError: As `parse_name`.
@@ -261,7 +261,7 @@ def _preprocess(config: Mapping[str, Any], known: Mapping[str, Any], tag: str) -
     size = known.get("size") or config["vision_cfg"].get("image_size", 224)
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if sides[0] != sides[1]:
-        raise ConfigError(f"pictures of {sides[0]} x {sides[1]} are not supported; choose a model of square pictures")
+        raise ConfigError(f"images of {sides[0]} x {sides[1]} are not supported; choose a model of square images")
     fits = {"shortest": "crop", "squash": "squash"}
     mode = known.get("resize_mode") or "shortest"
     if mode not in fits:
@@ -278,14 +278,14 @@ def _preprocess(config: Mapping[str, Any], known: Mapping[str, Any], tag: str) -
 
 
 def _agreed(arch: str) -> dict[str, Any]:
-    """Give the preprocessing that all tags of an architecture agree on, for weights without a tag."""
+    """Return the preprocessing that all tags of an architecture agree on, for weights without a tag."""
     tags = [dict(get_pretrained_cfg(arch, tag)) for tag in list_pretrained_tags_by_model(arch)]
     keys = ("mean", "std", "interpolation", "resize_mode", "size")
     return {key: tags[0].get(key) for key in keys if tags and all(tag.get(key) == tags[0].get(key) for tag in tags)}
 
 
 def _tokens(config: Mapping[str, Any]) -> Tokenizer | None:
-    """Give the tokenizer a configuration asks for; None for CLIP's own."""
+    """Return the tokenizer a configuration asks for; None for CLIP's own."""
     text = config["text_cfg"]
     source, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
     length = text.get("context_length", _CONTEXT)

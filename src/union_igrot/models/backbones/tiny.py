@@ -1,7 +1,7 @@
 """The embedded default: a CLIP-like model of about a million weights, shipped with the package.
 
 Knows its own layers, words and weights file. Pretrained on the generated world's captions
-by `pretrain_tiny.py`; it knows coloured shapes and nothing of photographs. Does not know
+by `pretrain_tiny.py`; it knows colored shapes and nothing of photographs. Does not know
 that script, the world's grammar, heads or benchmarks.
 """
 
@@ -25,7 +25,7 @@ CONTEXT = 32
 """Most words of a text, the end mark included; what is longer is cut."""
 _BUCKETS = 64
 _WORDS = """
-a an the of with and on in to it is at over front behind into should be put photo picture sketch drawing image scene
+a an the of with and on in to it is at over front behind into should be put photo image sketch drawing image scene
 circle square triangle star heart cross arrow crescent diamond drop flower house fish tree
 bolt hourglass gear boat mushroom bottle
 red orange yellow green cyan blue purple pink white black
@@ -111,7 +111,7 @@ class TinyVLM(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.6))
 
     def image(self, images: Float[Tensor, "batch 3 48 48"]) -> Float[Tensor, "batch 10 dim"]:
-        """Give the class token and 3 x 3 averaged patch tokens, projected."""
+        """Return the class token and 3 x 3 averaged patch tokens, projected."""
         patches = self.stem(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
         x = torch.cat([self.image_class.expand(len(images), -1, -1), patches], 1) + self.image_places
         for block in self.image_blocks:
@@ -121,7 +121,7 @@ class TinyVLM(nn.Module):
         return projected
 
     def text(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
-        """Give all word tokens, projected; the end mark's token stands for the text."""
+        """Return all word tokens, projected; the end mark's token stands for the text."""
         x = self.words(ids) + self.word_places[:, : ids.shape[1]]
         for block in self.text_blocks:
             x = block(x, ids != _PAD)
@@ -154,7 +154,7 @@ class TinyBackbone(Backbone):
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Encode pictures of 48 x 48: ten tokens, the class token first."""
+        """Encode images of 48 x 48: ten tokens, the class token first."""
         tokens = self.network.image(images)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
@@ -168,6 +168,6 @@ class TinyBackbone(Backbone):
 
 
 def shipped_note() -> dict[str, object]:
-    """Read how the shipped weights were made: command, seed and held-out figures."""
+    """Read how the shipped weights were made: command, seed and held-out metrics."""
     note: dict[str, object] = json.loads((files("union_igrot") / "weights" / "tiny" / "backbone.json").read_text())
     return note

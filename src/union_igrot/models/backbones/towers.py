@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from union_igrot.types import Features
 
 SeeImages = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch length dim"]]
-"""Pictures to their tokens in the joint space, the pooled embedding first."""
+"""Images to their tokens in the joint space, the pooled embedding first."""
 ReadTexts = Callable[[Int[Tensor, "batch length"]], Features]
 """Numbers of words to features in the joint space."""
 _ENDS, _FIRST, _APART = "ends", "first", "apart"
@@ -75,7 +75,7 @@ def _vision_transformer(visual: Any) -> SeeImages:
 
 
 def _attended(pool: Any, tokens: Tensor) -> Tensor:
-    """Give attention's answer where it sees one token: that token's value, whatever the question is."""
+    """Return attention's answer where it sees one token: that token's value, whatever the question is."""
     attention, width = pool.attn, pool.attn.embed_dim
     weight = attention.in_proj_weight[2 * width :] if attention.v_proj_weight is None else attention.v_proj_weight
     answer: Tensor = attention.out_proj(F.linear(tokens, weight, attention.in_proj_bias[2 * width :]))
@@ -191,7 +191,7 @@ def _text_pooling(network: Any, text: Any) -> str:
 
 
 def _text_projection(network: Any, text: Any, how: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Give what turns numbers into the pooled embedding and all tokens, both in the joint space."""
+    """Return what turns numbers into the pooled embedding and all tokens, both in the joint space."""
     if not isinstance(text, HFTextEncoder):
         projection = text.text_projection
 

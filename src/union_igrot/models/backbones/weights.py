@@ -168,7 +168,7 @@ class _Part:
         self.parts = parts
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Give all tensors below, by dotted name."""
+        """Return all tensors below, by dotted name."""
         found: dict[str, Tensor] = {}
         for name, x in self.parts.items():
             if isinstance(x, Tensor):

@@ -36,7 +36,7 @@ class FusionHead(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
-        """Give query embeddings of unit length."""
+        """Return query embeddings of unit length."""
 
 
 class ImageFusion(FusionHead):
@@ -45,7 +45,7 @@ class ImageFusion(FusionHead):
     kind = "image"
 
     def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:  # noqa: ARG002 - a baseline
-        """Give the image's pooled embedding, of unit length."""
+        """Return the image's pooled embedding, of unit length."""
         return F.normalize(images.pooled, dim=-1)
 
 
@@ -55,7 +55,7 @@ class TextFusion(FusionHead):
     kind = "text"
 
     def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:  # noqa: ARG002 - a baseline
-        """Give the text's pooled embedding, of unit length."""
+        """Return the text's pooled embedding, of unit length."""
         return F.normalize(texts.pooled, dim=-1)
 
 
@@ -65,7 +65,7 @@ class SumFusion(FusionHead):
     kind = "sum"
 
     def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
-        """Give the normalised sum of the normalised embeddings."""
+        """Return the normalized sum of the normalized embeddings."""
         return F.normalize(F.normalize(images.pooled, dim=-1) + F.normalize(texts.pooled, dim=-1), dim=-1)
 
 
@@ -127,7 +127,7 @@ class TransAggFusion(FusionHead):
 
     The tokens `[text ; separator ; image]` pass a transformer encoder; the outputs at the
     image's and the text's pooled tokens give a fused embedding `f`, and `f` gives weights
-    `w`; the query is `normalise(w0 text + w1 f + w2 image)`. After Liu et al., "Zero-shot
+    `w`; the query is `normalize(w0 text + w1 f + w2 image)`. After Liu et al., "Zero-shot
     Composed Text-Image Retrieval" (BMVC 2023) and its published code, parameter names
     included.
 
@@ -178,7 +178,7 @@ class TransAggFusion(FusionHead):
             nn.init.ones_(self.weighted_layer.bias)
 
     def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
-        """Give query embeddings of unit length.
+        """Return query embeddings of unit length.
 
         Raises:
             ValueError: Where one side comes without tokens.

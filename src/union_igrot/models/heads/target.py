@@ -1,4 +1,4 @@
-"""Target heads: how a gallery picture is represented.
+"""Target heads: how a gallery image is represented.
 
 The plain image embedding, its sum with the null text's, UNION's learned mixture of both,
 and the query's own fusion with the null text. Does not know where features come from,
@@ -22,7 +22,7 @@ Fuse = Callable[[Features, Features], Tensor]
 
 
 class TargetHead(nn.Module, ABC):
-    """Represents gallery pictures.
+    """Represents gallery images.
 
     Attributes:
         kind: Name of the head in configurations and saved models.
@@ -39,10 +39,10 @@ class TargetHead(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:
-        """Give target embeddings.
+        """Return target embeddings.
 
         Args:
-            images: Features of the pictures.
+            images: Features of the images.
             null: Features of the empty text, expanded to the batch.
             fuse: The model's query head, for a target that shares it.
         """
@@ -54,7 +54,7 @@ class FrozenTarget(TargetHead):
     kind = "frozen"
 
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
-        """Give the normalised pooled embedding."""
+        """Return the normalized pooled embedding."""
         return F.normalize(images.pooled, dim=-1)
 
 
@@ -62,9 +62,9 @@ class SumTarget(TargetHead):
     """Image embedding plus null text embedding.
 
     Args:
-        form: `normalised` sums unit vectors and normalises the sum. The reference has two
+        form: `normalized` sums unit vectors and normalizes the sum. The reference has two
             other forms: `training` leaves the sum of unit vectors as it is (a constant
-            shift of a query's logits, so no change at all), `inference` normalises the sum
+            shift of a query's logits, so no change at all), `inference` normalizes the sum
             of the raw vectors.
     """
 
@@ -75,7 +75,7 @@ class SumTarget(TargetHead):
         self.form = form
 
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
-        """Give the sum in the chosen form."""
+        """Return the sum in the chosen form."""
         if self.form == "inference":
             return F.normalize(images.pooled + null.pooled, dim=-1)
         total = F.normalize(images.pooled, dim=-1) + F.normalize(null.pooled, dim=-1)
@@ -87,7 +87,7 @@ class UnionTarget(TargetHead):
 
     The two embeddings pass a T5 encoder as a sequence of two tokens; both outputs, side by
     side, give one number `m` through a small network; the target is
-    `normalise(m image + (1 - m) null)`, `m` not bounded. After arXiv 2511.22253 and its
+    `normalize(m image + (1 - m) null)`, `m` not bounded. After arXiv 2511.22253 and its
     published code, parameter names included; the encoder is transformers' own.
 
     Args:
@@ -151,20 +151,20 @@ class UnionTarget(TargetHead):
             nn.init.ones_(last.bias)
 
     def weight(self, images: Float[Tensor, "batch dim"], null: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 1"]:
-        """Give each picture's share `m` of its own embedding, not bounded."""
+        """Return each image's share `m` of its own embedding, not bounded."""
         tokens = torch.stack([images, null], dim=1)
         encoded = self.t5_layers(inputs_embeds=tokens).last_hidden_state
         share: Tensor = self.union_weighted_layer(encoded.flatten(1))
         return share
 
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
-        """Give the normalised mixture."""
+        """Return the normalized mixture."""
         m = self.weight(images.pooled, null.pooled)
         return F.normalize(m * images.pooled + (1 - m) * null.pooled, dim=-1)
 
 
 class SharedTarget(TargetHead):
-    """The picture through the query's own fusion with the null text: one encoder for both sides.
+    """The image through the query's own fusion with the null text: one encoder for both sides.
 
     Has no weights of its own.
     """
@@ -173,5 +173,5 @@ class SharedTarget(TargetHead):
     needs_tokens = True
 
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:
-        """Give the query head's embedding of the picture with the empty text."""
+        """Return the query head's embedding of the image with the empty text."""
         return fuse(images, null)
