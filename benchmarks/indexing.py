@@ -108,7 +108,7 @@ def decoded(
         pinned=arguments.device.startswith("cuda"),
         unpack=(lambda: BatchDecoder(model.preprocess, model.device)) if codec else None,
     )
-    return (torch.cat(list(batch.pictures)) for batch in batches)
+    return (torch.cat(list(batch.images)) for batch in batches)
 
 
 def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:
@@ -150,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "pictures"
         folder.mkdir()
-        size = write_pictures(folder, arguments.pictures, arguments.side)
+        size = write_pictures(folder, arguments.images, arguments.side)
         some = decoded(model, folder, arguments)
         batches = [model_input(pixels.to(arguments.device), model.preprocess) for pixels in some]
 
@@ -199,7 +199,7 @@ def tell(
     bare = seconds["backbone forward, bare"]
     rows = []
     for name, spent in seconds.items():
-        rate = arguments.pictures / spent
+        rate = arguments.images / spent
         table.add_row(name, f"{rate:,.1f}", f"{spent / bare:.2f}")
         rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
     Console().print(table)

@@ -28,7 +28,7 @@ def main() -> None:
     given = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        options = {"pictures": given.pictures, "seed": given.seed, "workers": given.workers}
+        options = {"pictures": given.images, "seed": given.seed, "workers": given.workers}
         seen, starts = kill_many(Path(place), given.kills, **options)
     spent = time.perf_counter() - start
     print(

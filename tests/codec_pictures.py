@@ -36,8 +36,8 @@ def indexed(entries, decoder, model=None, **changed):
     return report, index
 
 
-def entries_of(**pictures):
-    return [data_entry(name, data) for name, data in pictures.items()]
+def entries_of(**images):
+    return [data_entry(name, data) for name, data in images.items()]
 
 
 def exif(orientation):

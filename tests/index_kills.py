@@ -187,7 +187,7 @@ def _rows(index: VectorIndex) -> list[tuple[str, str]]:
 
 
 def kill_many(
-    place: Path, kills: int, *, pictures: int = 300, seed: int = 0, workers: int = 1
+    place: Path, kills: int, *, images: int = 300, seed: int = 0, workers: int = 1
 ) -> tuple[Counter[str], int]:
     """Kill, go on, check.
 
@@ -205,7 +205,7 @@ def kill_many(
         AssertionError: At the first difference between rows and images.
     """
     trial = Trial(place, seed, workers)
-    trial.folder.add(pictures)
+    trial.folder.add(images)
     done, runs = 0, 0
     while done < kills:
         done += trial.kill_once()

@@ -158,10 +158,10 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
 def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, near):
     if decoder == "torchcodec":
         pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     for number, item in enumerate(shapes_cir("val", 10).gallery):
-        item.image.open().resize((200, 150)).save(pictures / f"{number}.jpg")
+        item.image.open().resize((200, 150)).save(images / f"{number}.jpg")
     found = {}
     for device in ("cpu", "cuda"):
         model = load_model("tiny")
@@ -169,9 +169,9 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, nea
         index = MemoryIndex(model.backbone.dim)
         chosen = decoder if device == "cuda" else "pillow"
         work = Work(batch_size=16, workers=2, decoder=chosen, progress=False, machine=machine)
-        report = ingest_images(index, model, list_images(str(pictures)), work)
+        report = ingest_images(index, model, list_images(str(images)), work)
         assert report.added == report.embedded == len(index) > 40
-        rows = index.fetch(sorted(str(path) for path in pictures.iterdir()))
+        rows = index.fetch(sorted(str(path) for path in images.iterdir()))
         found[device] = rows.vectors
         assert {Image.open(io.BytesIO(small)).size for small in rows.columns["thumbnail"]} == {(160, 120)}
     torch.testing.assert_close(found["cuda"], found["cpu"], atol=near, rtol=0)

@@ -27,7 +27,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
     rows = []
     for number in range(24):
@@ -42,13 +42,13 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("finetune", ["none", "both"])
-def test_base_is_trained_evaluated_and_loaded_again(tmp_path, weights, pictures, finetune):
+def test_base_is_trained_evaluated_and_loaded_again(tmp_path, weights, images, finetune):
     settings = [
         "model=base",
         f"model.weights={weights}",
         f"model.finetune={finetune}",
         "data=folder",
-        f"data.root={pictures}",
+        f"data.root={images}",
         "recipe=reference",
         "recipe.epochs=1",
         "recipe.batch_size=4",
@@ -64,7 +64,7 @@ def test_base_is_trained_evaluated_and_loaded_again(tmp_path, weights, pictures,
     rows = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {row["method"] for row in rows} == {"chance", "image", "text", "sum", "trained"}
     assert (tmp_path / "run" / "model" / "backbone.safetensors").exists() == (finetune == "both")
-    again = [f"checkpoint={tmp_path / 'run'}", "data=folder", f"data.root={pictures}", f"weights={weights}"]
+    again = [f"checkpoint={tmp_path / 'run'}", "data=folder", f"data.root={images}", f"weights={weights}"]
     evaluate([*again, "progress=false", f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'again'}"])
     second = json.loads((tmp_path / "again" / "results.json").read_text())
     assert [row["metrics"] for row in second] == [row["metrics"] for row in rows]

@@ -23,20 +23,20 @@ def far(request, tmp_path):
 
 
 def test_from_a_folder_to_an_answer_and_back(far, tmp_path, capsys):
-    pictures = tmp_path / "pictures"
-    fill(pictures, 40)
-    settings = [f"images={pictures}", f"index={far.uri}", *CPU]
+    images = tmp_path / "pictures"
+    fill(images, 40)
+    settings = [f"images={images}", f"index={far.uri}", *CPU]
     union_index(settings)
     assert f"{far.uri}: 40 rows; 40 added, 0 updated, 0 unchanged, 0 removed, 0 skipped" in capsys.readouterr().out
 
-    asked = pictures / "0007.png"
+    asked = images / "0007.png"
     union_search([f"index={far.uri}", f"image={asked}", "where=width = 16 and id like '/%'", "k=3", "format=jsonl"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["rank"] for line in lines] == [1, 2, 3]
     first = lines[0]["id"]
 
-    (pictures / "0003.png").unlink()
-    fill(pictures, 1, start=90)
+    (images / "0003.png").unlink()
+    fill(images, 1, start=90)
     union_index(settings)
     assert "40 rows; 1 added, 0 updated, 39 unchanged, 1 removed, 0 skipped" in capsys.readouterr().out
 
@@ -51,6 +51,6 @@ def test_from_a_folder_to_an_answer_and_back(far, tmp_path, capsys):
         assert len(gallery) == 38
     engine = open_engine(far.uri)
     assert [one.id for one in engine.search(Question(None, "red"), 0, 38)] != []
-    assert engine.picture(straight.ids[5]).size == (16, 12)
+    assert engine.image(straight.ids[5]).size == (16, 12)
     engine._gallery.close()
     engine._rows.close()

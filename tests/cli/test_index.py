@@ -49,7 +49,7 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     said = capsys.readouterr()
     assert f"{uri}: 12 rows; 12 added, 0 updated, 0 unchanged, 0 removed, 1 skipped" in said.out
     assert "12 embedded, 0 took a vector that was there;" in said.out
-    assert "pictures/s" in said.out
+    assert "images/s" in said.out
     assert "notes.txt: no known image format" in said.out
     assert said.err == ""
     (tmp_path / "it's, [mine]" / "0000.png").unlink()
@@ -108,9 +108,9 @@ def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     fill(tmp_path / "pictures", 4)
     uri = str(tmp_path / "photos.lance")
     main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
-    main([f"index={uri}", f"remove=source = '{tmp_path}/images' and size is null"])
+    main([f"index={uri}", f"remove=source = '{tmp_path}/pictures' and size is null"])
     assert f"{uri}: 4 rows; 0 removed" in capsys.readouterr().out
-    main([f"index={uri}", f"remove=source = '{tmp_path}/images'"])
+    main([f"index={uri}", f"remove=source = '{tmp_path}/pictures'"])
     assert f"{uri}: 0 rows; 4 removed" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([f"index={uri}", "remove=sauce = 'x'"])

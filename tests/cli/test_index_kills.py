@@ -10,5 +10,5 @@ KILLS = 10
 
 @pytest.mark.slow
 def test_no_kill_of_the_command_loses_or_doubles_a_row(tmp_path):
-    seen, starts = kill_many(tmp_path, KILLS, pictures=150)
+    seen, starts = kill_many(tmp_path, KILLS, images=150)
     assert sum(seen.values()) == KILLS <= starts

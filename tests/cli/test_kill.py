@@ -137,8 +137,8 @@ def test_the_same_command_goes_on_after_each_kill(tmp_path, folder):
     rows = json.loads((first / "results.json").read_text())
     assert len(rows) == 10
     assert json.loads((first / "run.json").read_text())["stage"] == "done"
-    for picture in first.glob("*.png"):
-        with Image.open(picture) as opened:
+    for image in first.glob("*.png"):
+        with Image.open(image) as opened:
             opened.load()
     left = [path for path in tmp_path.rglob("*") if path.suffix in {".tmp", ".partial", ".broken"}]
     assert left == []

@@ -36,8 +36,8 @@ def test_a_hidden_split_is_shown_without_a_verdict(tmp_path, capsys):
 
 def test_rankings_of_another_method_are_shown_even_without_pictures(tmp_path):
     WRITERS["circo"](tmp_path / "data", size=60)
-    for picture in (tmp_path / "data").rglob("*.jpg"):
-        picture.unlink()
+    for image in (tmp_path / "data").rglob("*.jpg"):
+        image.unlink()
     benchmark = load_benchmark("circo", tmp_path / "data", check_images=False)
     names = [int(item.id) for item in benchmark.gallery]
     answers = {query.id: names[5:55] for query in benchmark.queries}

@@ -21,10 +21,10 @@ def test_everything_a_reader_needs_is_written(small_run: Run):
     assert names >= {"model", "results.json", "results.csv", "curve.png", "config.yaml", "logs", "run.json"}
     assert names >= {"contact-shapes_cir.png", "contact-shapes_sbir.png"}
     assert not [name for name in names if name.endswith((".partial", ".tmp"))]
-    for picture in small_run.folder.glob("*.png"):
-        with Image.open(picture) as opened:
+    for image in small_run.folder.glob("*.png"):
+        with Image.open(image) as opened:
             opened.load()
-            assert len(opened.getcolors(2**24) or []) > 2, picture.name
+            assert len(opened.getcolors(2**24) or []) > 2, image.name
     assert json.loads((small_run.folder / "run.json").read_text())["stage"] == "done"
 
 
@@ -136,7 +136,7 @@ def test_a_sweep_runs_each_value_in_a_folder_of_its_own(small_run: Run, tmp_path
     assert Path.cwd() == tmp_path
 
 
-def pictures(root: Path, broken: bool = False) -> Path:
+def images(root: Path, broken: bool = False) -> Path:
     """Class folders of small drawings: six classes, four photos and three sketches of each."""
     for number, label in enumerate(["bell", "cup", "drum", "fish", "house", "star"]):
         for kind, count in (("photos", 4), ("sketches", 3)):
@@ -158,7 +158,7 @@ FOLDER = ("data=folder", "data.pairs=40", "recipe.epochs=1", "strategy=cpu", "pr
 
 
 def test_own_pictures_are_trained_on_and_reported_beside_chance(tmp_path, capsys):
-    root = pictures(tmp_path / "mine")
+    root = images(tmp_path / "mine")
     train([*FOLDER, f"data.root={root}", f"output_dir={tmp_path / 'run'}"])
     rows = rows_of(tmp_path / "run")
     assert [row["method"] for row in rows] == METHODS
@@ -168,7 +168,7 @@ def test_own_pictures_are_trained_on_and_reported_beside_chance(tmp_path, capsys
 
 
 def test_broken_pictures_end_the_run_in_one_line_or_are_counted(tmp_path, capsys):
-    root = pictures(tmp_path / "mine", broken=True)
+    root = images(tmp_path / "mine", broken=True)
     options = [*FOLDER, f"data.root={root}", f"output_dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stopped:
         train(options)

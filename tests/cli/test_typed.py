@@ -103,7 +103,7 @@ def test_lists_are_given_in_either_form():
         "a.jpg",
         "b, c.jpg",
     ]
-    with pytest.raises(ConfigError, match=r"image=\[A,B\], or image=An image=B"):
+    with pytest.raises(ConfigError, match=r"image=\[A,B\], or image=A image=B"):
         as_typed(["image=a.jpg", "image=[b.jpg]"], [], ["image"])
 
 

@@ -35,12 +35,12 @@ def write_pictures(root, paths):
         file = Path(root) / path
         file.parent.mkdir(parents=True, exist_ok=True)
         draw = random.Random(str(path))
-        picture = Image.new("RGB", SIZE, tuple(draw.randrange(256) for _ in range(3)))
-        picture.paste(tuple(draw.randrange(256) for _ in range(3)), (draw.randrange(20), 5, 35, 25))
-        picture.save(file)
+        image = Image.new("RGB", SIZE, tuple(draw.randrange(256) for _ in range(3)))
+        image.paste(tuple(draw.randrange(256) for _ in range(3)), (draw.randrange(20), 5, 35, 25))
+        image.save(file)
 
 
-def fashioniq(root, pictures=True, splits=("val",), suffixes=(".png", ".jpg")):
+def fashioniq(root, with_images=True, splits=("val",), suffixes=(".png", ".jpg")):
     for category in CATEGORIES:
         for split in splits:
             names = [f"B{category[0].upper()}{split[0]}{number:03d}" for number in range(8)]
@@ -52,12 +52,12 @@ def fashioniq(root, pictures=True, splits=("val",), suffixes=(".png", ".jpg")):
                 rows = [{key: row[key] for key in ("candidate", "captions")} for row in rows]
             write_json(root, f"captions/cap.{category}.{split}.json", rows)
             write_json(root, f"image_splits/split.{category}.{split}.json", names)
-            if pictures:
+            if with_images:
                 write_pictures(root, [f"images/{name}{suffixes[at % 2]}" for at, name in enumerate(names)])
     return [{"category": category} for category in CATEGORIES]
 
 
-def cirr(root, pictures=True, splits=("val", "test1"), size=12):
+def cirr(root, with_images=True, splits=("val", "test1"), size=12):
     for split in splits:
         folder = {"val": "dev", "test1": "test1", "train": "train/34"}[split]
         names = [f"{split}-{at}-0-img0" for at in range(size)]
@@ -73,12 +73,12 @@ def cirr(root, pictures=True, splits=("val", "test1"), size=12):
         write_json(root, f"cirr/captions/cap.rc2.{split}.json", rows)
         paths = {name: f"./{folder}/{name}.png" for name in names}
         write_json(root, f"cirr/image_splits/split.rc2.{split}.json", paths)
-        if pictures:
+        if with_images:
             write_pictures(root, paths.values())
     return [{"split": split} for split in splits]
 
 
-def circo(root, pictures=True, splits=("val", "test"), size=12):
+def circo(root, with_images=True, splits=("val", "test"), size=12):
     numbers = [1000 + 7 * at for at in range(size)]
     images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in numbers]
     write_json(root, "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"images": images})
@@ -96,12 +96,12 @@ def circo(root, pictures=True, splits=("val", "test"), size=12):
                 row |= {"target_img_id": truths[0], "gt_img_ids": truths, "semantic_aspects": ["addition", "negation"]}
             rows.append(row)
         write_json(root, f"annotations/{split}.json", rows)
-    if pictures:
+    if with_images:
         write_pictures(root, [f"COCO2017_unlabeled/unlabeled2017/{image['file_name']}" for image in images])
     return [{"split": split} for split in splits]
 
 
-def genecis(root, pictures=True):
+def genecis(root, with_images=True):
     for task in TASKS:
         whole = task.endswith("object")
         count = 10 if task == "focus_attribute" else 15
@@ -121,13 +121,13 @@ def genecis(root, pictures=True):
             for at in range(4)
         ]
         write_json(root, f"genecis/{task}.json", rows)
-        if pictures:
+        if with_images:
             names = [f"val2017/{at:012d}.jpg" if whole else f"VG_100K/{at}.jpg" for at in range(4 + count)]
             write_pictures(root, names)
     return [{"task": task} for task in TASKS]
 
 
-def lasco(root, pictures=True, splits=("val",)):
+def lasco(root, with_images=True, splits=("val",)):
     names = {number: f"val2014/COCO_val2014_{number:012d}.jpg" for number in range(40, 50)}
     for split in splits:
         rows = [
@@ -142,12 +142,12 @@ def lasco(root, pictures=True, splits=("val",)):
         write_json(root, f"lasco_{split}.json", rows)
     corpus = [{"id": number, "path": f"val/{name}"} for number, name in names.items()]
     write_json(root, "lasco_val_corpus.json", corpus)
-    if pictures:
+    if with_images:
         write_pictures(root, names.values())
     return [{"split": split} for split in splits]
 
 
-def llavasco(root, pictures=True, size=9):
+def llavasco(root, with_images=True, size=9):
     for split in ("train", "val"):
         rows = [
             {
@@ -160,13 +160,13 @@ def llavasco(root, pictures=True, size=9):
             for at in range(size)
         ]
         write_json(root, f"{split}_llavasco.json", rows)
-        if pictures:
+        if with_images:
             folder = f"{split}2014"
             write_pictures(root, [f"{folder}/COCO_{folder}_{10 + at:012d}.jpg" for at in range(size + 1)])
     return [{"split": "train"}, {"split": "val"}]
 
 
-def dtin(root, pictures=True, prefix="imgnet/"):
+def dtin(root, with_images=True, prefix="imgnet/"):
     queries, targets, paths = [], [], []
     for label in range(4):
         for number in range(2):
@@ -181,12 +181,12 @@ def dtin(root, pictures=True, prefix="imgnet/"):
     targets += [f"{path} {6000 + int(label)} " for path, label in (line.split() for line in queries)]
     write_lines(root, "imgnet/imgnet_real_query.txt", queries)
     write_lines(root, "imgnet/imgnet_targets.txt", targets)
-    if pictures:
+    if with_images:
         write_pictures(root, [prefix + path.removeprefix("imgnet/") for path in paths])
     return [{"domain": domain} for domain in DOMAINS]
 
 
-def _sbir(root, folder, lists, places, pictures, kinds=("zero", "train")):
+def _sbir(root, folder, lists, places, with_images, kinds=("zero", "train")):
     for kind in kinds:
         suffix = "_zero" if kind == "zero" else ""
         write_lines(root, f"{folder}/cname_cid{suffix}.txt", [f"{name} {at}" for at, name in enumerate(CLASSES)])
@@ -197,43 +197,43 @@ def _sbir(root, folder, lists, places, pictures, kinds=("zero", "train")):
                 for number in range(count)
             ]
             write_lines(root, f"{folder}/{listing.format(kind)}", [f"{path} {label} " for path, label in paths])
-            if pictures:
+            if with_images:
                 write_pictures(root, [path for path, _ in paths])
 
 
-def sketchy(root, pictures=True):
+def sketchy(root, with_images=True):
     lists = ("sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt")
     places = (
         "256x256/sketch/tx_000000000000_ready/{name}/{kind} {number}-1.png",
         "EXTEND_image_sketchy_ready/{name}/ext_{kind}_{number}.jpg",
     )
     for folder in ("zeroshot0", "zeroshot1"):
-        _sbir(root, folder, lists, places, pictures)
+        _sbir(root, folder, lists, places, with_images)
     return [{"split": "zeroshot1"}, {"split": "zeroshot0"}]
 
 
-def tuberlin(root, pictures=True):
+def tuberlin(root, with_images=True):
     lists = ("png_ready_filelist_{}.txt", "ImageResized_ready_filelist_{}.txt")
     places = ("png_ready/{name}/{kind}{number}.png", "ImageResized_ready/{name}/{kind}_{number}.JPEG")
-    _sbir(root, "zeroshot", lists, places, pictures)
+    _sbir(root, "zeroshot", lists, places, with_images)
     return [{}]
 
 
-def quickdraw(root, pictures=True):
+def quickdraw(root, with_images=True):
     lists = ("sketch_{}.txt", "all_photo_{}.txt")
     places = ("sketches/{name}/{kind}{number}.png", "images/{name}/{number}. {kind}-51311.jpeg")
-    _sbir(root, "zeroshot", lists, places, pictures)
+    _sbir(root, "zeroshot", lists, places, with_images)
     return [{}]
 
 
-def training_sketchy(root, pictures=True):
-    sketchy(root, pictures)
+def training_sketchy(root, with_images=True):
+    sketchy(root, with_images)
     lines = []
     for at in range(6):
         sketch = f"256x256/sketch/tx_000000000000_ready/cat/s{at}.png"
         photo = f"EXTEND_image_sketchy_ready/cat/p{at // 2}.jpg"
         lines.append(f"cat {sketch} {photo}")
-        if pictures:
+        if with_images:
             write_pictures(root, [sketch, photo])
     write_lines(root, "zeroshot1/training_sketchy.txt", lines)
     return [{}]

@@ -109,7 +109,7 @@ def test_every_picture_of_the_official_layout_is_found(name, tmp_path):
 
 @pytest.mark.parametrize("name", official.WRITERS)
 def test_missing_pictures_are_one_error(name, tmp_path):
-    options = official.WRITERS[name](tmp_path, pictures=False)[0]
+    options = official.WRITERS[name](tmp_path, with_images=False)[0]
     with pytest.raises(
         ImageError, match=r"is missing; .* (\d+) of \1 images are missing: .*check_images=False"
     ) as error:
@@ -126,7 +126,7 @@ def test_one_missing_picture_is_named(tmp_path):
 
 
 def test_unchecked_reading_touches_annotations_alone(tmp_path, monkeypatch):
-    official.circo(tmp_path, pictures=False)
+    official.circo(tmp_path, with_images=False)
     monkeypatch.setattr("union_igrot.datasets.files.check_image", lambda path: pytest.fail(f"{path} was looked at"))
     read("circo", tmp_path, check_images=False)
 
@@ -196,7 +196,7 @@ def test_circo_keeps_or_drops_the_reference(tmp_path):
 
 
 def test_circo_single_target_comes_first(tmp_path):
-    official.circo(tmp_path, pictures=False)
+    official.circo(tmp_path, with_images=False)
     file = tmp_path / "annotations/val.json"
     rows = json.loads(file.read_text())
     rows[0]["target_img_id"] = rows[0]["gt_img_ids"][2]
@@ -244,8 +244,8 @@ def test_llavasco_shapes_stride_and_limit(tmp_path):
 
 
 def test_llavasco_in_the_corpus_of_lasco(tmp_path):
-    official.llavasco(tmp_path, pictures=False)
-    official.lasco(tmp_path, pictures=False)
+    official.llavasco(tmp_path, with_images=False)
+    official.lasco(tmp_path, with_images=False)
     with pytest.raises(DataError, match=r"val_llavasco\.json, row 0: target 11 is not in the corpus"):
         read("llavasco", tmp_path, gallery="corpus", check_images=False)
     rows = json.loads((tmp_path / "val_llavasco.json").read_text())

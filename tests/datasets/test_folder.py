@@ -261,8 +261,8 @@ def test_verify_finds_what_cannot_be_decoded(tmp_path):
     assert (len(benchmark.gallery), benchmark.skipped) == (2, 1)
     for item in benchmark.gallery:
         open_image(item.image)
-    pictures = [item.image for item in folder_benchmark(root).gallery]
-    ((found, why),) = broken_images(pictures, workers=2)
+    images = [item.image for item in folder_benchmark(root).gallery]
+    ((found, why),) = broken_images(images, workers=2)
     assert found == broken
     assert str(broken) in why
     assert broken_images([]) == []
@@ -286,12 +286,12 @@ def test_settings_that_do_not_exist(tmp_path):
                           st.sampled_from(["ok", "missing", "broken"])), max_size=12),
        st.sampled_from(["error", "skip"]), st.booleans())  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_a_folder_gives_a_sound_benchmark_or_one_of_our_errors(tmp_path_factory, pictures, on_missing, verify):
+def test_a_folder_gives_a_sound_benchmark_or_one_of_our_errors(tmp_path_factory, images, on_missing, verify):
     root = tmp_path_factory.mktemp("any")
     (root / "photos").mkdir()
     (root / "sketches").mkdir()
     lines = ["domain,path,class,split"]
-    for n, (domain, label, state) in enumerate(pictures):
+    for n, (domain, label, state) in enumerate(images):
         name = f"{n}.png"
         lines.append(f"{domain},{name},{label},val")
         if state != "missing":
@@ -307,7 +307,7 @@ def test_a_folder_gives_a_sound_benchmark_or_one_of_our_errors(tmp_path_factory,
         labels = {item.id: item.label for item in benchmark.gallery}
         for query in benchmark.queries:
             assert query.targets == tuple(name for name, label in labels.items() if label == query.label)
-        lost = len(pictures) - len(benchmark.queries) - len(benchmark.gallery)
+        lost = len(images) - len(benchmark.queries) - len(benchmark.gallery)
         assert benchmark.skipped == lost if on_missing == "skip" else lost == 0
         if verify:
             assert broken_images([q.image for q in benchmark.queries] + [i.image for i in benchmark.gallery]) == []

@@ -92,7 +92,7 @@ def test_candidates(tmp_path):
 
 
 def test_a_target_among_the_other_candidates_is_kept(tmp_path):
-    official.genecis(tmp_path, pictures=False)
+    official.genecis(tmp_path, with_images=False)
     file = tmp_path / "genecis/change_object.json"
     rows = json.loads(file.read_text())
     rows[0]["gallery"][3] = rows[0]["target"]
@@ -106,7 +106,7 @@ def test_a_target_among_the_other_candidates_is_kept(tmp_path):
     "box", [None, [], [1, 2, 3], [1, 2, 0, 4], [1, 2, 3, -4], [1, 2, 3, "4"], [1, 2, 3, True], [1e99, 0, 1, 1]]
 )
 def test_a_wrong_box(tmp_path, box):
-    official.genecis(tmp_path, pictures=False)
+    official.genecis(tmp_path, with_images=False)
     file = tmp_path / "genecis/change_attribute.json"
     rows = json.loads(file.read_text())
     rows[2]["gallery"][4]["instance_bbox"] = box
@@ -116,7 +116,7 @@ def test_a_wrong_box(tmp_path, box):
 
 
 def test_options(tmp_path):
-    official.genecis(tmp_path, pictures=False)
+    official.genecis(tmp_path, with_images=False)
     with pytest.raises(ConfigError, match="task is not given; choose one of focus_attribute"):
         load_benchmark("genecis", tmp_path)
     with pytest.raises(ConfigError, match="no reader of GeneCIS"):

@@ -243,7 +243,7 @@ def test_a_wrong_triplet_names_file_and_line(tmp_path, line, says):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("picture,b.jpg,x,train", "domain is 'image'; write photo or sketch"),
+        ("picture,b.jpg,x,train", "domain is 'picture'; write photo or sketch"),
         ("photo,,x,train", "path is ''"),
         ("photo,b.jpg,,train", "class is ''"),
         ('photo,b.jpg,"a\tb",train', "control character"),

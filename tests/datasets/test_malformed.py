@@ -87,7 +87,7 @@ def fails(name, root, options, match):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_json_file_broken_as_a_whole(tmp_path, name):
     options, file, _ = ROWS[name]
-    official.WRITERS[name](tmp_path, pictures=False)
+    official.WRITERS[name](tmp_path, with_images=False)
     for content, match in WHOLE:
         (tmp_path / file).write_bytes(content)
         assert str(tmp_path / file) in fails(name, tmp_path, options, match)
@@ -96,7 +96,7 @@ def test_a_json_file_broken_as_a_whole(tmp_path, name):
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name in ROWS for key in ROWS[name][2]])
 def test_a_wrong_row_is_named(tmp_path, name, key):
     options, file, _ = ROWS[name]
-    official.WRITERS[name](tmp_path, pictures=False)
+    official.WRITERS[name](tmp_path, with_images=False)
     rows = json.loads((tmp_path / file).read_text())
     del rows[1][key]
     (tmp_path / file).write_text(json.dumps(rows))
@@ -179,7 +179,7 @@ def change(root, file, mutate):
 )
 def test_rows_that_contradict(tmp_path, place, mutate, match):
     name, options, file = place
-    official.WRITERS[name](tmp_path, pictures=False)
+    official.WRITERS[name](tmp_path, with_images=False)
     change(tmp_path, file, mutate)
     fails(name, tmp_path, options, match)
 
@@ -187,7 +187,7 @@ def test_rows_that_contradict(tmp_path, place, mutate, match):
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name in LISTS for file in LISTS[name][1]])
 def test_a_wrong_line_is_named(tmp_path, name, file):
     options = LISTS[name][0]
-    official.WRITERS[name](tmp_path, pictures=False)
+    official.WRITERS[name](tmp_path, with_images=False)
     good = (tmp_path / file).read_bytes().splitlines(keepends=True)
     path = good[1].rsplit(None, 1)[0]
     variants = [
@@ -217,7 +217,7 @@ def test_a_wrong_line_is_named(tmp_path, name, file):
     "line", ["cat a.png", "cat a.png b.jpg c", "cat a b.png c.jpg", "cat /a.png b.jpg", "cat a.png ../b.jpg"]
 )
 def test_a_wrong_training_pair(tmp_path, line):
-    official.training_sketchy(tmp_path, pictures=False)
+    official.training_sketchy(tmp_path, with_images=False)
     file = tmp_path / "zeroshot1/training_sketchy.txt"
     file.write_text(file.read_text() + line + "\n")
     fails("training_sketchy", tmp_path, {}, r"training_sketchy\.txt, line 7: ")
@@ -252,7 +252,7 @@ def test_json_mutations_raise_union_errors_alone(data):
     options, file, _ = ROWS[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        official.WRITERS[name](root, pictures=False)
+        official.WRITERS[name](root, with_images=False)
         value = json.loads((root / file).read_text())
         *path, last = data.draw(st.sampled_from([p for p in leaves(value) if p]))
         inner = value
@@ -271,7 +271,7 @@ def test_byte_mutations_raise_union_errors_alone(data):
     options, files = every[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        official.WRITERS[name](root, pictures=False)
+        official.WRITERS[name](root, with_images=False)
         file = root / data.draw(st.sampled_from(files))
         content = file.read_bytes()
         start = data.draw(st.integers(0, len(content)))

@@ -34,7 +34,7 @@ def test_all_eleven_are_called():
 
 @pytest.mark.parametrize(("name", "split", "options"), CALLS)
 def test_the_public_call_gives_queries_gallery_and_protocol(tmp_path, name, split, options):
-    official.WRITERS[name](tmp_path, pictures=False)
+    official.WRITERS[name](tmp_path, with_images=False)
     benchmark = union_igrot.load_benchmark(name, str(tmp_path), split=split, check_images=False, **options)
     assert isinstance(benchmark, union_igrot.Benchmark)
     assert benchmark.split == split
@@ -51,7 +51,7 @@ def test_the_public_call_gives_queries_gallery_and_protocol(tmp_path, name, spli
 
 
 def test_pictures_are_looked_for_unless_told_not_to(tmp_path):
-    official.circo(tmp_path, pictures=False)
+    official.circo(tmp_path, with_images=False)
     with pytest.raises(union_igrot.UnionError, match="images are missing"):
         union_igrot.load_benchmark("circo", tmp_path, split="val")
     assert union_igrot.load_benchmark("circo", tmp_path, "val", False).gallery

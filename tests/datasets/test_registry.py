@@ -48,7 +48,7 @@ def test_root_falls_back_to_the_environment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", official.WRITERS)
 def test_parts_are_options(tmp_path, name):
-    official.WRITERS[name](tmp_path, pictures=False)
+    official.WRITERS[name](tmp_path, with_images=False)
     found = [load_benchmark(name, tmp_path, check_images=False, **part) for part in parts(name)]
     assert len({(benchmark.name, benchmark.split) for benchmark in found}) == len(found)
     listed = inspect.signature(load_benchmark).parameters

@@ -54,7 +54,7 @@ def test_the_authors_average_precision(tmp_path):
 
 
 def test_a_class_of_sketches_needs_photos(tmp_path):
-    official.tuberlin(tmp_path, pictures=False)
+    official.tuberlin(tmp_path, with_images=False)
     file = tmp_path / "zeroshot/ImageResized_ready_filelist_zero.txt"
     file.write_text(
         "".join(line for line in file.read_text().splitlines(True) if not line.startswith("ImageResized_ready/bell"))

@@ -19,14 +19,14 @@ SHARED = Path(__file__).parents[2] / "../shared"
 @pytest.fixture(scope="module")
 def cirr(tmp_path_factory):
     root = tmp_path_factory.mktemp("cirr")
-    official.cirr(root, pictures=False, size=60)
+    official.cirr(root, with_images=False, size=60)
     return load_benchmark("cirr", root, split="test1", check_images=False)
 
 
 @pytest.fixture(scope="module")
 def circo(tmp_path_factory):
     root = tmp_path_factory.mktemp("circo")
-    official.circo(root, pictures=False, size=60)
+    official.circo(root, with_images=False, size=60)
     return load_benchmark("circo", root, split="test", check_images=False)
 
 
@@ -154,7 +154,7 @@ def test_files_that_are_no_submission(written, tmp_path, cirr, circo):
         (found,) = check_submission(path, circo)
         assert problem in found
     assert "cannot be read" in check_submission(tmp_path / "none.json", cirr)[0]
-    official.tuberlin(tmp_path, pictures=False)
+    official.tuberlin(tmp_path, with_images=False)
     with pytest.raises(ConfigError, match="give a benchmark of cirr or circo"):
         check_submission(path, load_benchmark("tuberlin", tmp_path, check_images=False))
 

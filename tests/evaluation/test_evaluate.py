@@ -264,8 +264,8 @@ def test_every_picture_and_text_is_encoded_once_for_all_methods(tmp_path):
     assert queries.shape == (23, DIM)
     assert gallery.shape == (31, DIM)
     assert set(seconds) == {"encode", "embed"}
-    pictures = {item.image for item in benchmark.gallery} | {query.image for query in benchmark.queries}
-    assert sum(backbone.image_batches) == len(pictures)
+    images = {item.image for item in benchmark.gallery} | {query.image for query in benchmark.queries}
+    assert sum(backbone.image_batches) == len(images)
     spoken = [text for batch in backbone.text_batches for text in batch if text]
     assert sorted(spoken) == sorted({query.text for query in benchmark.queries})
     before = len(backbone.image_batches)

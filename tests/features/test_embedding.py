@@ -87,11 +87,11 @@ def test_embeddings_are_what_the_model_says_of_each_query_and_picture(tmp_path):
     own = encoder(tmp_path / "own", backbone)
     with torch.inference_mode():
         for place, query in enumerate(benchmark.queries):
-            picture = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
-            torch.testing.assert_close(queries[place], model.embed_queries(picture, [query.text])[0], rtol=0, atol=1e-5)
+            image = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
+            torch.testing.assert_close(queries[place], model.embed_queries(image, [query.text])[0], rtol=0, atol=1e-5)
         for place, item in enumerate(benchmark.gallery):
-            picture = own.lookup(own.fill_images([item.image], tokens=False), tokens=False)
-            torch.testing.assert_close(gallery[place], model.embed_gallery(picture)[0], rtol=0, atol=1e-5)
+            image = own.lookup(own.fill_images([item.image], tokens=False), tokens=False)
+            torch.testing.assert_close(gallery[place], model.embed_gallery(image)[0], rtol=0, atol=1e-5)
 
 
 def test_half_precision_stores_round_a_stream_as_they_round_what_they_keep(tmp_path):
@@ -211,8 +211,8 @@ def test_embeddings_of_several_wordings_are_averaged(tmp_path, room):
     found, _, _ = embed(model, benchmark, encoder(tmp_path, backbone), room=room)
     own = encoder(tmp_path / "own", backbone)
     for place, query in enumerate(asked):
-        picture = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
+        image = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
         with torch.inference_mode():
-            each = [F.normalize(model.embed_queries(picture, [text])[0], dim=-1) for text in query.wordings]
+            each = [F.normalize(model.embed_queries(image, [text])[0], dim=-1) for text in query.wordings]
         expected = F.normalize(sum(each) / len(each), dim=-1)
         torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-5)

@@ -103,7 +103,7 @@ def test_trailing_padding_is_neither_kept_nor_given(tmp_path):
     assert load_file(shards(store)[0])["tokens"].shape == (3, 4, 4)
     assert torch.equal(store.get(names(3), tokens=True).tokens, features.tokens)
     short = int(features.mask[2].sum())
-    assert store.get(["image 2"], tokens=True).tokens.shape == (1, short, 4)
+    assert store.get(["picture 2"], tokens=True).tokens.shape == (1, short, 4)
 
 
 def test_the_token_that_pooled_was_read_from_is_kept_even_at_padding(tmp_path):

@@ -127,7 +127,7 @@ def test_a_large_jpeg_in_memory_may_be_decoded_small():
         (np.array([["a"]]), ("<U1",)),
         (torch.zeros(3, 4, 4, dtype=torch.int32), ("a tensor of 3x4x4, int32,",)),
         (np.full((4, 4), 255.0), ("255", "0..1")),
-        (torch.full((3, 4, 4), -2.1), ("-2.1", "normalisation")),
+        (torch.full((3, 4, 4), -2.1), ("-2.1", "normalization")),
         (np.full((4, 4), np.nan), ("nan",)),
         (np.full((4, 4), np.inf), ("inf",)),
         (b"", ("0 bytes",)),

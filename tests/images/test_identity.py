@@ -58,16 +58,16 @@ def test_other_files_are_known_by_folder_name_and_size(tmp_path):
 
 
 def test_no_file_is_opened(tmp_path, monkeypatch):
-    picture = tmp_path / "cup" / "1.jpg"
-    picture.parent.mkdir()
-    picture.write_bytes(b"x")
+    image = tmp_path / "cup" / "1.jpg"
+    image.parent.mkdir()
+    image.write_bytes(b"x")
 
     def opened(*_, **__):
         raise AssertionError("a file was opened")
 
     for name in ("builtins.open", "io.open", "os.open"):
         monkeypatch.setattr(name, opened)
-    assert len(image_identity(picture)) == 16
+    assert len(image_identity(image)) == 16
 
 
 def test_a_crop_is_its_photo_and_another_picture_its_key():

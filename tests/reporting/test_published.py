@@ -10,7 +10,7 @@ from union_igrot.reporting.published import HIDDEN, PUBLISHED, published_for
 @pytest.mark.parametrize("name", dict.fromkeys(one.benchmark for one in PUBLISHED))
 def test_names_are_those_of_our_rows(name, tmp_path):
     plain = name.removesuffix("_mean")
-    official.WRITERS[plain](tmp_path, pictures=False)
+    official.WRITERS[plain](tmp_path, with_images=False)
     part = parts(plain)[0] if name.endswith("_mean") else {}
     protocol = load_benchmark(plain, tmp_path, check_images=False, **part).protocol
     for one in PUBLISHED:

@@ -36,8 +36,8 @@ def many():
         yield Scene(BACKGROUNDS[i % 8], (thing, second) if i % 5 == 0 else (thing,))
 
 
-def pixels(picture):
-    return np.asarray(picture).astype(np.float64)
+def pixels(image):
+    return np.asarray(image).astype(np.float64)
 
 
 def ink(scene, seed):
@@ -48,8 +48,8 @@ def ink(scene, seed):
 def test_same_seed_same_pixels_for_ever():
     digest = hashlib.sha256()
     for seed, scene in enumerate(many()):
-        for picture in (render_photo(scene, seed), render_sketch(scene, seed)):
-            digest.update(picture.tobytes())
+        for image in (render_photo(scene, seed), render_sketch(scene, seed)):
+            digest.update(image.tobytes())
     assert digest.hexdigest() == GOLDEN
 
 

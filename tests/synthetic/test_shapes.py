@@ -174,14 +174,14 @@ def test_scenes_never_cross_splits(cir, sbir):
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.sampled_from(["photo", "sketch"]))
 def test_key_is_the_identity_of_the_pixels(seed, other, style):
     things = (Thing("star", "red", "small", "plain", "left"), Thing("boat", "pink", "large", "dotted", "right"))
-    picture = ShapesImage(Scene("sea", things), seed, style)
+    image = ShapesImage(Scene("sea", things), seed, style)
     twin = ShapesImage(Scene("sea", things), other, style)
-    assert (picture.key == twin.key) == (seed == other) == (picture.open().tobytes() == twin.open().tobytes())
+    assert (image.key == twin.key) == (seed == other) == (image.open().tobytes() == twin.open().tobytes())
     # Things are drawn in their order, so that turned about they are another image of the same scene.
     turned = ShapesImage(Scene("sea", things[::-1]), seed, style)
-    assert turned.scene.code == picture.scene.code
-    assert (picture.key == turned.key) <= (picture.open().tobytes() == turned.open().tobytes())
-    assert turned.key != picture.key
+    assert turned.scene.code == image.scene.code
+    assert (image.key == turned.key) <= (image.open().tobytes() == turned.open().tobytes())
+    assert turned.key != image.key
 
 
 @pytest.mark.parametrize(

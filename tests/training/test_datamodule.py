@@ -134,10 +134,10 @@ def test_set_up_alone_encodes_each_thing_once(tmp_path):
     backbone = LinearBackbone()
     data = module(tmp_path, backbone)
     data.setup("fit")
-    pictures = {side for sample in triplets().triplets for side in (sample.image, sample.target)}
+    images = {side for sample in triplets().triplets for side in (sample.image, sample.target)}
     for benchmark in (cir_benchmark(), sbir_benchmark()):
-        pictures |= {one.image for one in (*benchmark.queries, *benchmark.gallery)}
-    assert len(pictures) <= sum(backbone.image_batches) <= len(pictures) + len(cir_benchmark().queries)
+        images |= {one.image for one in (*benchmark.queries, *benchmark.gallery)}
+    assert len(images) <= sum(backbone.image_batches) <= len(images) + len(cir_benchmark().queries)
     texts = [text for batch in backbone.text_batches for text in batch]
     assert len(texts) == len(set(texts))
 

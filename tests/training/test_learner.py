@@ -104,9 +104,9 @@ def test_no_picture_is_encoded_while_training(tmp_path):
     model = trainable("transagg", "union")
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=1))
     data.setup("fit")
-    pictures, texts = len(model.backbone.image_batches), len(model.backbone.text_batches)
+    images, texts = len(model.backbone.image_batches), len(model.backbone.text_batches)
     fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
-    assert len(model.backbone.image_batches) == pictures
+    assert len(model.backbone.image_batches) == images
     assert model.backbone.text_batches[texts:] in ([], [[""]])  # the null text, once a model
 
 

@@ -70,9 +70,9 @@ def test_a_tuned_encoder_learns_at_its_own_rate_and_the_other_does_not(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("sides", "pictures", "texts"), [("both", 2, 2), ("image", 2, 0), ("text", 0, 2), ("none", 0, 0)]
+    ("sides", "images", "texts"), [("both", 2, 2), ("image", 2, 0), ("text", 0, 2), ("none", 0, 0)]
 )
-def test_the_passes_of_a_step(tmp_path, sides, pictures, texts):
+def test_the_passes_of_a_step(tmp_path, sides, images, texts):
     """At most two of images and two of texts, whatever is tuned; none where everything is in the store."""
     model, learner, data = parts(tmp_path, SIDES[sides])
     data.setup("fit")
@@ -84,7 +84,7 @@ def test_the_passes_of_a_step(tmp_path, sides, pictures, texts):
         queries = model.embed_queries(batch.images, batch.texts)
         gallery = model.embed_gallery(batch.targets)
         learner.loss(queries, gallery, batch.groups)
-        assert model.backbone.image_batches == [len(queries)] * pictures
+        assert model.backbone.image_batches == [len(queries)] * images
         # One of the two passes over texts is the null text alone, both are for sketches.
         asked = len(queries) if texts and any(batch.texts) else 1
         assert sorted(map(len, model.backbone.text_batches)) == [1, asked][:texts]

@@ -41,9 +41,9 @@ def check(config: DictConfig, fresh: Path) -> None:
     for (split, part), expected in COUNTS[name].items():
         options = {key: part} if part else {}
         state, found = "", (0, 0)
-        for pictures in (False, True):
+        for images in (False, True):
             try:
-                benchmark = load_benchmark(name, root, split, pictures, **options)
+                benchmark = load_benchmark(name, root, split, images, **options)
                 found = (len(benchmark.queries), len(benchmark.gallery))
             except UnionError as error:
                 state = str(error)

@@ -112,7 +112,7 @@ def _null(value: Any) -> str | None:
 def _figure(value: Any) -> str | None:
     if isinstance(value, str) and re.fullmatch(r"val/score|val/\w+/(R@\d+|Rs@\d+|P@\d+|mAP|mAP@\d+)", value):
         return None
-    return "val/score, or val/<benchmark>/<metric> such as val/shapes_cir/mAP@10"
+    return "val/score, or val/<benchmark>/<figure> such as val/shapes_cir/mAP@10"
 
 
 def _backbone(value: Any) -> str | None:

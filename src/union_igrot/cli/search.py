@@ -138,11 +138,11 @@ def _show(config: DictConfig, line: "Line", found: "Answers", *, many: bool) -> 
     from union_igrot.gallery.ingest.entries import OWN
 
     console = _console(config.thumbnails)
-    pictures = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
+    images = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
     named = dict.fromkeys(name for hit in found for name, value in hit.columns.items() if value is not None)
     title = f"{line.name}: {_words(line.asked)}" if many else _words(line.asked)
     own = [name for name in named if name not in OWN]
-    console.print(hit_table(found, own, title=title, thumbnails=pictures))
+    console.print(hit_table(found, own, title=title, thumbnails=images))
 
 
 def _json_line(row: dict[str, Any]) -> str:
@@ -179,8 +179,8 @@ def _sheet_line(line: "Line", found: "Answers") -> "SheetLine":
     from union_igrot.images.decode import as_image
     from union_igrot.reporting.contact_sheets import SheetLine
 
-    pictures = [as_image(image, at_least=256) for image in line.asked.get("image", ())]
-    return SheetLine(_words({**line.asked, "image": ()}), pictures, [(hit.score, hit.thumbnail) for hit in found])
+    images = [as_image(image, at_least=256) for image in line.asked.get("image", ())]
+    return SheetLine(_words({**line.asked, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in found])
 
 
 def _draw(path: Path, sheet: "list[SheetLine]", queries: int, said: "Console") -> None:

@@ -41,7 +41,7 @@ def circo(files: Files, split: str = "val", *, prompt: str | None = None, preset
     word = template("circo", prompt)
     records = read_records(files.annotation(f"annotations/{split}.json"))
     paths = _gallery(files)
-    gallery = [GalleryItem(name, files.picture(where, path)) for name, (where, path) in paths.items()]
+    gallery = [GalleryItem(name, files.image(where, path)) for name, (where, path) in paths.items()]
     exclude = preset == "union_reference"
     queries = [_query(record, at, split, files, paths, word, exclude) for at, record in enumerate(records)]
     ks = (5, 10, 25, 50)
@@ -99,7 +99,7 @@ def _query(
         if name not in paths:
             raise DataError(f"{record.where}: image {name} is not in image_info_unlabeled2017.json; fetch both again")
     fields = {key: record.text(key) for key in ("shared_concept", "relative_caption")}
-    image = files.picture(*paths[reference])
+    image = files.image(*paths[reference])
     return Query(str(at), image, word(fields), targets, (reference,) if exclude else (), tags=tags)
 
 

@@ -33,7 +33,7 @@ def cirr(files: Files, split: str = "val", *, prompt: str | None = None, preset:
     paths = {name: as_path(path, name, f"{listing}, {name!r}") for name, path in named.fields.items()}
     if not paths:
         raise DataError(f"{listing}: names no image; fetch the file again")
-    gallery = [GalleryItem(name, files.picture(f"{listing}, {name!r}", path)) for name, path in paths.items()]
+    gallery = [GalleryItem(name, files.image(f"{listing}, {name!r}", path)) for name, path in paths.items()]
     seen: dict[str, str] = {}
     queries = []
     for record in records:
@@ -64,7 +64,7 @@ def _query(record: Record, split: str, files: Files, paths: dict[str, str], word
         raise DataError(f"{record.where}: img_set.members lacks the reference or the target; fetch the file again")
     return Query(
         id=record.name("pairid"),
-        image=files.picture(record.where, paths[reference]),
+        image=files.image(record.where, paths[reference]),
         text=word({"caption": record.text("caption")}),
         targets=target,
         exclude=(reference,),

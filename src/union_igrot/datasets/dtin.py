@@ -59,11 +59,11 @@ def dtin(
             raise DataError(f"{row.where}: label {row.label} belongs to no domain; it must be class + 1000 * domain")
         if row.label // 1000 == number:
             answers[row.label % 1000].append(row.path)
-        gallery.append(GalleryItem(row.path, files.picture(row.where, *_places(row.path)), str(row.label % 1000)))
+        gallery.append(GalleryItem(row.path, files.image(row.where, *_places(row.path)), str(row.label % 1000)))
     targets = {label: tuple(paths) for label, paths in answers.items()}
     asked = [(row, _class(row)) for row in asking]
     queries = [
-        Query(row.path, files.picture(row.where, *_places(row.path)), text, targets.get(row.label, ()), label=label)
+        Query(row.path, files.image(row.where, *_places(row.path)), text, targets.get(row.label, ()), label=label)
         for row, label in asked
         if not only_with_gt or row.label in targets
     ]

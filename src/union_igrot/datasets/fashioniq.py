@@ -123,7 +123,7 @@ def _check_named(rows: list[_Row], names: dict[str, str]) -> None:
 
 
 def _picture(files: Files, name: str, where: str) -> Path:
-    return files.picture(where, f"images/{name}.png", f"images/{name}.jpg", f"images/{name}.jpeg")
+    return files.image(where, f"images/{name}.png", f"images/{name}.jpg", f"images/{name}.jpeg")
 
 
 def _queries(rows: list[_Row], files: Files, prefix: str, word: Template, each: bool, exclude: bool) -> list[Query]:

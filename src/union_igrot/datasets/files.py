@@ -39,7 +39,7 @@ class Files:
                 return self.root / place
         raise DataError(f"{self.root}: holds no {' or '.join(places)}; download it, or give another folder")
 
-    def picture(self, where: str, *places: str) -> Path:
+    def image(self, where: str, *places: str) -> Path:
         """Return an image's path: the first of its known places where it exists. Notes a missing one."""
         if places[0] in self._found:
             return self._found[places[0]]

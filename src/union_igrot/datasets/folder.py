@@ -99,11 +99,11 @@ class _Pick:
 
     def __init__(self, root: Path, on_missing: str, verify: bool) -> None:
         self.root, self.skip, self.verify = root, on_missing == "skip", verify
-        self.pictures = self.queries = 0
+        self.images = self.queries = 0
 
     @property
     def skipped(self) -> int:
-        return self.pictures + self.queries
+        return self.images + self.queries
 
     def absent(self, named: Mapping[str, str]) -> set[str]:
         """Of paths, and the places that name them, give the paths that cannot be used."""
@@ -120,7 +120,7 @@ class _Pick:
             first = next(path for path in named if path in faults)
             more = f" ({len(faults) - 1} more are missing or broken)" if len(faults) > 1 else ""
             raise ImageError(f"{named[first]}: {faults[first]}, or set on_missing=skip{more}")
-        self.pictures = len(faults)
+        self.images = len(faults)
         return set(faults)
 
     def keep(self, entries: Sequence[Entry], kept: list[Entry], split: str) -> list[Entry]:
@@ -132,7 +132,7 @@ class _Pick:
 
     def note(self, split: str) -> str:
         """Say what was left out, for people."""
-        return f"{self.pictures} missing images of {split} left out, {self.queries} queries with them"
+        return f"{self.images} missing images of {split} left out, {self.queries} queries with them"
 
 
 # --- composed retrieval
@@ -162,7 +162,7 @@ def _cir_benchmark(data: Rows, split: str, pick: _Pick) -> Benchmark:
     ]
     gallery = [GalleryItem(path, data.root / path) for path in named if path not in absent]
     trained = _pictures(data.splits["train"]).keys()
-    protocol = _noted(_CIR, data.note, trained, _pictures(rows).keys(), "pictures", split, pick)
+    protocol = _noted(_CIR, data.note, trained, _pictures(rows).keys(), "images", split, pick)
     return Benchmark("folder", split, "cir", queries, gallery, protocol, pick.skipped)
 
 

@@ -67,7 +67,7 @@ def genecis(
 def _item(record: Record, files: Files, task: str) -> tuple[str, ImageSource]:
     if task.endswith("object"):
         number = record.number("val_image_id")
-        return str(number), files.picture(record.where, *(f"{folder}/{number:012d}.jpg" for folder in _COCO))
+        return str(number), files.image(record.where, *(f"{folder}/{number:012d}.jpg" for folder in _COCO))
     number, box = record.number("image_id"), record.box("instance_bbox")
-    path = files.picture(record.where, *(f"{folder}/{number}.jpg" for folder in _GENOME))
+    path = files.image(record.where, *(f"{folder}/{number}.jpg" for folder in _GENOME))
     return f"{number}:{','.join(map(str, box))}", Crop(path, box)

@@ -168,4 +168,4 @@ def _coco(split: str, number: int) -> str:
 def _picture(files: Files, where: str, path: str) -> Path:
     """Find a COCO image; the corpus file has an extra `val/` before the folder that the rows lack."""
     plain = path.removeprefix("val/").removeprefix("train/")
-    return files.picture(where, plain, f"{plain.partition('2014/')[0]}/{plain}", f"coco/{plain}")
+    return files.image(where, plain, f"{plain.partition('2014/')[0]}/{plain}", f"coco/{plain}")

@@ -115,9 +115,9 @@ def load_training(name: str, root: str | Path | None = None, check_images: bool 
             f"prompt {benchmark.protocol.prompt!r} averages the embeddings of several wordings, which training does "
             "not; choose another prompt to train with"
         )
-    pictures = {item.id: item.image for item in benchmark.gallery}
+    images = {item.id: item.image for item in benchmark.gallery}
     triplets = [
-        Triplet(query.image, query.wordings[0], pictures[target], query.label or target, benchmark.task)
+        Triplet(query.image, query.wordings[0], images[target], query.label or target, benchmark.task)
         for query in benchmark.queries
         for target in query.targets
     ]

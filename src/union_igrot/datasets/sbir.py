@@ -83,13 +83,13 @@ def _unseen(
     word = template(name, prompt)
     classes, sketches, photos = _read(files, lists, "zero")
     targets = {label: tuple(row.path for row in rows) for label, rows in _by_class(photos).items()}
-    gallery = [GalleryItem(row.path, files.picture(row.where, row.path), classes[row.label]) for row in photos]
+    gallery = [GalleryItem(row.path, files.image(row.where, row.path), classes[row.label]) for row in photos]
     texts = {label: word({"class": title}) for label, title in classes.items()}
     queries = []
     for row in sketches:
         if row.label not in targets:
             raise DataError(f"{row.where}: class {classes[row.label]!r} has no photo in the list; fetch both again")
-        image = files.picture(row.where, row.path)
+        image = files.image(row.where, row.path)
         queries.append(Query(row.path, image, texts[row.label], targets[row.label], label=classes[row.label]))
     reference = preset == "union_reference"
     protocol = Protocol(
@@ -141,8 +141,8 @@ def training_sketchy(
     queries = []
     for at, (where, title, sketch, photo) in enumerate(pairs):
         if photo not in gallery:
-            gallery[photo] = GalleryItem(photo, files.picture(where, photo), title)
-        image = files.picture(where, sketch)
+            gallery[photo] = GalleryItem(photo, files.image(where, photo), title)
+        image = files.image(where, sketch)
         queries.append(Query(str(at), image, word({"class": title}), (photo,), label=title))
     how = "the authors' file" if build is None else f"{build} pairs drawn with seed {seed}"
     protocol = Protocol(

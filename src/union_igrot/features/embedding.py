@@ -114,7 +114,7 @@ class _Side:
     """
 
     name: str
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     items: list[list[int]] = field(default_factory=list)
@@ -139,10 +139,10 @@ def _sides(benchmark: Benchmark) -> tuple[list[ImageSource], _Side, _Side]:
                 sources.append(source)
             rows = []
             for text in wordings:
-                row = known.setdefault((side.name, number, text or ""), len(side.pictures))
+                row = known.setdefault((side.name, number, text or ""), len(side.images))
                 rows.append(row)
-                if row == len(side.pictures):
-                    side.pictures.append(number)
+                if row == len(side.images):
+                    side.images.append(number)
                     side.names.append(f"{side.name}/{key}/{text or ''}")
                     if side is sides[0]:
                         side.texts.append(text or "")
@@ -163,19 +163,19 @@ class _Job:
     def run_all(self, keys: Sequence[str]) -> None:
         """Embed every row from pooled features, given the images' keys."""
         step = self._encoder.batch_size
-        for at in range(0, len(self.side.pictures), step):
-            rows = list(range(at, min(at + step, len(self.side.pictures))))
-            pictures = self._encoder.lookup([keys[self.side.pictures[row]] for row in rows], tokens=False)
-            self.run(rows, pictures, list(range(len(rows))))
+        for at in range(0, len(self.side.images), step):
+            rows = list(range(at, min(at + step, len(self.side.images))))
+            images = self._encoder.lookup([keys[self.side.images[row]] for row in rows], tokens=False)
+            self.run(rows, images, list(range(len(rows))))
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[int], pictures: Features, places: Sequence[int]) -> None:
+    def run(self, rows: Sequence[int], images: Features, places: Sequence[int]) -> None:
         """Embed some rows, given features of images and each row's place among them."""
         start = time.perf_counter()
         step = self._encoder.batch_size
         for at in range(0, len(rows), step):
             some = list(rows[at : at + step])
-            seen = pictures.select(torch.tensor(places[at : at + step], device=pictures.pooled.device))
+            seen = images.select(torch.tensor(places[at : at + step], device=images.pooled.device))
             if self.side.texts:
                 keys = [f"text/{self.side.texts[row]}" for row in some]
                 embedded = self.model.embed_queries(seen, self._encoder.lookup(keys, tokens=self.reads_tokens))
@@ -187,7 +187,7 @@ class _Job:
     def put(self, rows: Sequence[int], embedded: Float[Tensor, "rows dim"]) -> None:
         """Take the embeddings of some rows."""
         if self._embeddings is None:
-            self._embeddings = embedded.new_empty(len(self.side.pictures), embedded.shape[1])
+            self._embeddings = embedded.new_empty(len(self.side.images), embedded.shape[1])
         self._embeddings[torch.tensor(rows, device=embedded.device)] = embedded
 
     def of(self, rows: Sequence[int]) -> Float[Tensor, "rows dim"]:
@@ -260,7 +260,7 @@ def _stream(jobs: Sequence[_Job], sources: Sequence[ImageSource], encoder: Encod
     for one in finished:
         waiting.append(defaultdict(list))
         for row in sorted(one.take()):
-            waiting[-1][one.job.side.pictures[row]].append(row)
+            waiting[-1][one.job.side.images[row]].append(row)
     needed = sorted(set().union(*waiting))
     try:
         for block in encoder.stream([sources[number] for number in needed], room=room, what=what):

@@ -48,10 +48,10 @@ class _Pictures(Dataset[Loaded]):
 
 
 def _together(loaded: list[Loaded]) -> Loaded:
-    for picture in loaded:
-        if isinstance(picture, ImageError):
-            return picture
-    return torch.stack([picture for picture in loaded if isinstance(picture, Tensor)])
+    for image in loaded:
+        if isinstance(image, ImageError):
+            return image
+    return torch.stack([image for image in loaded if isinstance(image, Tensor)])
 
 
 def load_images(

@@ -31,7 +31,7 @@ from union_igrot.storage.paths import absolute
 
 
 def listing_of(
-    pictures: Sequence[Any], ids: Iterable[str] | None = None, columns: Mapping[str, Iterable[Any]] | None = None
+    images: Sequence[Any], ids: Iterable[str] | None = None, columns: Mapping[str, Iterable[Any]] | None = None
 ) -> Listing:
     """List images that are given one by one.
 
@@ -53,9 +53,9 @@ def listing_of(
         name: values if isinstance(values, str) else _several(values, name) for name, values in (columns or {}).items()
     }
     for name, values in [("ids", names), *given.items()]:
-        if values is not None and (isinstance(values, str) or len(values) != len(pictures)):
+        if values is not None and (isinstance(values, str) or len(values) != len(images)):
             count = "one text" if isinstance(values, str) else f"{len(values)} values"
-            raise DataError(f"{name}: {count} for {len(pictures)} images; give one each")
+            raise DataError(f"{name}: {count} for {len(images)} images; give one each")
     for what, texts in (("an id", names or ()), ("a column's name", list(given))):
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise DataError(f"{wrong[0]!r} ({type(wrong[0]).__name__}) is {what}; give a text")
@@ -64,11 +64,10 @@ def listing_of(
     refuse_taken(given, "the columns given")
     if names is not None and (twice := first_twice(names)) is not None:
         raise DataError(f"the id {twice!r} stands twice among {len(names)}; give each image its own")
-    rows = [{name: plain_value(values[place]) for name, values in given.items()} for place in range(len(pictures))]
+    rows = [{name: plain_value(values[place]) for name, values in given.items()} for place in range(len(images))]
     settle_kinds(rows)
     entries = [
-        _entry(picture, None if names is None else names[place], rows[place], place)
-        for place, picture in enumerate(pictures)
+        _entry(image, None if names is None else names[place], rows[place], place) for place, image in enumerate(images)
     ]
     return Listing(ADDED, distinct(entries, "the images given"))
 
@@ -93,18 +92,18 @@ def _can_name_a_file(text: str) -> bool:
     return True
 
 
-def _entry(picture: Any, name: str | None, columns: dict[str, Any], place: int) -> Entry:
-    if isinstance(picture, str) and not _can_name_a_file(picture):
-        return Entry(name or ascii(picture), columns=columns, fault="half a letter is no part of a file's name")
-    if isinstance(picture, str | Path):
-        entry = file_entry(absolute(picture), columns)
+def _entry(image: Any, name: str | None, columns: dict[str, Any], place: int) -> Entry:
+    if isinstance(image, str) and not _can_name_a_file(image):
+        return Entry(name or ascii(image), columns=columns, fault="half a letter is no part of a file's name")
+    if isinstance(image, str | Path):
+        entry = file_entry(absolute(image), columns)
         if entry.fault == FOLDER:
             entry = replace(entry, fault=f"{FOLDER}; update(...) takes all of it")
         return entry if name is None else replace(entry, id=name)
     try:
-        data, content = _bytes_of(picture)
+        data, content = _bytes_of(image)
     except ImageError as error:
-        called = name or f"number {place + 1} of what was given ({type(picture).__name__})"
+        called = name or f"number {place + 1} of what was given ({type(image).__name__})"
         return Entry(called, columns=columns, fault=str(error))
     return data_entry(f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name, data, columns)
 

@@ -120,15 +120,15 @@ def hits_html(hits: Sequence[Shown]) -> str:
     for rank, hit in enumerate(hits, 1):
         name = _printable(hit.id)
         short = html.escape(PurePath(name).name or name)
-        picture = f'<div style="height:{_HTML_SIZE}px"></div>'
+        image = f'<div style="height:{_HTML_SIZE}px"></div>'
         if hit.jpeg is not None:
             data = base64.b64encode(hit.jpeg).decode()
-            picture = (
+            image = (
                 f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(name)}" '
                 f'style="height:{_HTML_SIZE}px;width:100%;object-fit:contain;margin:0">'
             )
         cells.append(
-            f'<metric style="width:{_HTML_SIZE}px;margin:4px;font-size:11px" title="{html.escape(name)}">{picture}'
+            f'<figure style="width:{_HTML_SIZE}px;margin:4px;font-size:11px" title="{html.escape(name)}">{image}'
             f'<figcaption style="overflow-wrap:anywhere"><b>{rank}</b> · {hit.score:.3f}<br>{short}</figcaption>'
             "</figure>"
         )

@@ -142,7 +142,7 @@ class Gallery:
 
     def add(
         self,
-        pictures: object,
+        images: object,
         ids: Iterable[str] | None = None,
         columns: Mapping[str, Iterable[Any]] | None = None,
         *,
@@ -170,7 +170,7 @@ class Gallery:
             DataError: Where ids repeat, or ids or columns are not as many as images.
             UnionError: Where another process is putting images into the gallery.
         """
-        listing = listing_of(several(pictures), ids, columns)
+        listing = listing_of(several(images), ids, columns)
         work = work or Work(workers=0, progress=False, on_broken="fail")
         return self._indexed(listing, replace(work, on_broken=on_broken or work.on_broken, prune=False))
 

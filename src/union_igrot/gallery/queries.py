@@ -175,9 +175,9 @@ def embed_wanted(
     for at in range(0, len(pairs), BATCH):
         some = pairs[at : at + BATCH]
         texts = [wanted[place].text for place, _ in some]
-        pictures = _pictures(some, model, names)
+        images = _pictures(some, model, names)
         with full_precision(model.device):
-            embedded = model.embed_queries(pictures, texts).float().cpu()
+            embedded = model.embed_queries(images, texts).float().cpu()
         for (place, _), row in zip(some, embedded, strict=True):
             # A single image's embedding stays as it is, to the last bit as in an evaluation.
             mean[place] += row if len(wanted[place].images) == 1 else normalize(row, dim=-1)
@@ -201,9 +201,9 @@ def _pictures(
     to_tensor, size = ImageToTensor(model.preprocess), model.preprocess.size
 
     def ready(numbered: tuple[int, Any]) -> Tensor:
-        place, picture = numbered
+        place, image = numbered
         try:
-            return to_tensor(as_image(picture, at_least=size))
+            return to_tensor(as_image(image, at_least=size))
         except ImageError as error:
             raise ImageError(f"{names[place]}: {error}" if names[place] else str(error)) from error
 

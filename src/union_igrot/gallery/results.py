@@ -96,13 +96,13 @@ def file_of(name: str) -> Path | None:
 def answers_of(found: Hits, k: int, without: Sequence[str]) -> Answers:
     """Take the first k rows found, some left out."""
     gone = set(without)
-    pictures = found.columns.get(THUMBNAIL)
+    images = found.columns.get(THUMBNAIL)
     others = {name: values for name, values in found.columns.items() if name != THUMBNAIL}
     hits = []
     for place, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True)):
         if name in gone:
             continue
-        jpeg = None if pictures is None else pictures[place]
+        jpeg = None if images is None else images[place]
         columns = {column: values[place] for column, values in others.items()}
         hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
     return Answers(hits[:k])

@@ -68,7 +68,7 @@ def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
     return _decode(source, str(source), at_least)
 
 
-def as_image(picture: object, at_least: int | None = None) -> Image.Image:
+def as_image(image: object, at_least: int | None = None) -> Image.Image:
     """Take an image in any of the forms that people have it in, as upright RGB.
 
     Args:
@@ -82,37 +82,37 @@ def as_image(picture: object, at_least: int | None = None) -> Image.Image:
         ImageError: Where it is none of these, or cannot be read.
         ConfigError: Where `at_least` is below 1.
     """
-    if isinstance(picture, str | Path):
-        return open_image(from_home(picture), at_least)
-    if isinstance(picture, Image.Image):
-        return _upright(picture)
-    if isinstance(picture, np.ndarray | Tensor):
-        return as_rgb(image_from_tensor(picture) if isinstance(picture, Tensor) else image_from_array(picture))
-    if (data := file_bytes(picture)) is not None:
-        named = str(getattr(picture, "name", "an open file")) if hasattr(picture, "read") else f"{len(data):,} bytes"
+    if isinstance(image, str | Path):
+        return open_image(from_home(image), at_least)
+    if isinstance(image, Image.Image):
+        return _upright(image)
+    if isinstance(image, np.ndarray | Tensor):
+        return as_rgb(image_from_tensor(image) if isinstance(image, Tensor) else image_from_array(image))
+    if (data := file_bytes(image)) is not None:
+        named = str(getattr(image, "name", "an open file")) if hasattr(image, "read") else f"{len(data):,} bytes"
         return _decode(io.BytesIO(data), named, at_least)
-    if isinstance(picture, LazyImage):
-        return open_image(picture)
+    if isinstance(image, LazyImage):
+        return open_image(image)
     raise ImageError(
-        f"{type(picture).__name__} is no image; give a path, a PIL image, bytes, an open file, an array or a tensor"
+        f"{type(image).__name__} is no image; give a path, a PIL image, bytes, an open file, an array or a tensor"
     )
 
 
-def file_bytes(picture: object) -> bytes | None:
+def file_bytes(image: object) -> bytes | None:
     """Return the bytes of an image file, from bytes or an open file; None for an image in another form.
 
     Raises:
         ImageError: Where a file is open as text, or cannot be read.
     """
-    if isinstance(picture, Image.Image | np.ndarray | Tensor):
+    if isinstance(image, Image.Image | np.ndarray | Tensor):
         return None
-    if isinstance(picture, bytes | bytearray | memoryview):
-        return bytes(picture)
-    if not hasattr(picture, "read"):
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if not hasattr(image, "read"):
         return None
-    named = str(getattr(picture, "name", "an open file"))
+    named = str(getattr(image, "name", "an open file"))
     try:
-        found = picture.read()
+        found = image.read()
     except (OSError, ValueError) as error:  # ValueError where it is closed
         raise ImageError(f"{named} cannot be read ({error}); give an open file or its path") from None
     if not isinstance(found, bytes | bytearray | memoryview):
@@ -254,9 +254,9 @@ def broken_images(sources: Iterable[_Source], *, workers: int | None = None) -> 
             return str(error)
         return ""
 
-    pictures = list(sources)
+    images = list(sources)
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        return [(picture, why) for picture, why in zip(pictures, pool.map(fault, pictures), strict=True) if why]
+        return [(image, why) for image, why in zip(images, pool.map(fault, images), strict=True) if why]
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

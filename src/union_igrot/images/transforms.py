@@ -118,7 +118,7 @@ class ImageToTensor:
         return model_input(self._to_pixels(image), self.preprocess)
 
 
-def image_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
+def image_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
     """Turn images into one batch for a model.
 
     Args:
@@ -132,7 +132,7 @@ def image_batch(pictures: Iterable[object], preprocess: Preprocess) -> Float[Ten
         ImageError: Where an image cannot be read.
     """
     to_pixels = ImageToPixels(preprocess)
-    pixels = [to_pixels(as_image(picture, at_least=preprocess.size)) for picture in pictures]
+    pixels = [to_pixels(as_image(image, at_least=preprocess.size)) for image in images]
     return model_input(torch.stack(pixels), preprocess)
 
 

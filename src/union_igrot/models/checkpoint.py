@@ -45,7 +45,7 @@ class SavedModel:
     options: dict[str, dict[str, Any]]
     card: dict[str, Any]
     state: dict[str, Tensor]
-    pictures: frozenset[str] | None
+    images: frozenset[str] | None
     readme: str | None
 
 
@@ -74,8 +74,8 @@ def read_saved(folder: Path) -> SavedModel:
         raise CheckpointError(
             f"{folder} is in format {version}, this version reads up to {FORMAT}; install a later union-igrot"
         )
-    pictures = _read_training_images(folder, count)
-    return SavedModel(name, fingerprint, own, heads, kinds, options, card, state, pictures, readme)
+    images = _read_training_images(folder, count)
+    return SavedModel(name, fingerprint, own, heads, kinds, options, card, state, images, readme)
 
 
 def _read_training_images(folder: Path, count: int | None) -> frozenset[str] | None:
@@ -91,7 +91,7 @@ def _read_training_images(folder: Path, count: int | None) -> frozenset[str] | N
 
 
 def write_saved(
-    folder: Path, notes: Mapping[str, Any], state: Mapping[str, Tensor], pictures: frozenset[str] | None
+    folder: Path, notes: Mapping[str, Any], state: Mapping[str, Tensor], images: frozenset[str] | None
 ) -> None:
     """Write a model's files, the description last.
 
@@ -101,13 +101,13 @@ def write_saved(
         state: The heads' weights.
         images: Identities of the images trained on, or None.
     """
-    count = None if pictures is None else len(pictures)
+    count = None if images is None else len(images)
     text = json.dumps({"format": FORMAT, **notes, "training_images": count}, indent=2) + "\n"
     write_tensors(folder / HEADS, state)
-    if pictures is None:
+    if images is None:
         (folder / PICTURES).unlink(missing_ok=True)
     else:
-        _write_text(folder / PICTURES, "".join(f"{name}\n" for name in sorted(pictures)))
+        _write_text(folder / PICTURES, "".join(f"{name}\n" for name in sorted(images)))
     _write_text(folder / NOTES, text)
 
 

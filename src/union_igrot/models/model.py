@@ -257,7 +257,7 @@ class IGROTModel(nn.Module, HubModel):
         target = build_target(saved.kinds["target"], backbone.dim, **saved.options["target"])
         projector = build_projector(saved.kinds["projector"], backbone.dim, **saved.options["projector"])
         model = cls(backbone, fusion, target, saved.card, projector)
-        model.tuned, model.training_images = saved.own is not None, saved.pictures
+        model.tuned, model.training_images = saved.own is not None, saved.images
         model.readme, model.readme_for = saved.readme, saved.heads
         model._take_heads(saved.state, folder)
         return model.eval()

@@ -93,7 +93,7 @@ class SheetLine:
     """
 
     words: str
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     answers: Sequence[tuple[float, Image.Image | None]]
 
 
@@ -107,7 +107,7 @@ def answer_sheet(path: Path, lines: Sequence[SheetLine], across: int = 8) -> Non
     """
     caption, head = 16, 22
     cell = _TILE + caption + _GAP
-    side = max(len(line.pictures) for line in lines)
+    side = max(len(line.images) for line in lines)
     width = (side + across) * (_TILE + _GAP) + 3 * _GAP
     rows = [max(1, math.ceil(len(line.answers) / across)) for line in lines]
     sheet = Image.new("RGB", (width, sum(head + count * cell for count in rows) + _GAP), "white")
@@ -115,8 +115,8 @@ def answer_sheet(path: Path, lines: Sequence[SheetLine], across: int = 8) -> Non
     top = _GAP
     for line, count in zip(lines, rows, strict=True):
         pen.text((_GAP, top), " ".join(line.words.split())[: width // 8] or "(no text)", fill=_INK, font=font)
-        for place, picture in enumerate(line.pictures):
-            sheet.paste(_tile(picture, _INK), (_GAP + place * (_TILE + _GAP), top + head))
+        for place, image in enumerate(line.images):
+            sheet.paste(_tile(image, _INK), (_GAP + place * (_TILE + _GAP), top + head))
         for place, (score, thumbnail) in enumerate(line.answers):
             left = 2 * _GAP + (side + place % across) * (_TILE + _GAP)
             upper = top + head + place // across * cell

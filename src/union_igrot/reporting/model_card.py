@@ -245,13 +245,13 @@ def _span(row: Row, name: str) -> str:
 
 def _rights(notes: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     data = card.get("data")
-    pictures = _RIGHTS.get(str(data), _OTHERS_RIGHTS.format(data=f"`{data}`" if data else "the training data"))
+    images = _RIGHTS.get(str(data), _OTHERS_RIGHTS.format(data=f"`{data}`" if data else "the training data"))
     backbone = (
         "The backbone is part of union-igrot (MIT)."
         if notes["backbone"] == "tiny"
         else f"The weights of `{notes['backbone']}` have a license of their own."
     )
-    return f"{pictures} {backbone}\n"
+    return f"{images} {backbone}\n"
 
 
 def _limits(notes: Mapping[str, Any], card: Mapping[str, Any], rows: Sequence[Row]) -> str:

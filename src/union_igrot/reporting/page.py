@@ -149,10 +149,10 @@ def render_page(
     )
     groups = _by_benchmark(rows)
     held = {(benchmark.name, benchmark.split): (benchmark, scores) for benchmark, scores in asked}
-    pictures = _Pictures(room.get_template("example.html"), open_image, limit)
+    images = _Pictures(room.get_template("example.html"), open_image, limit)
     hidden = [one for key, one in held.items() if key not in groups]
-    sections = [_measured(number, group, held, pictures) for number, group in enumerate(groups.values(), 1)]
-    sections += [_unmeasured(number, one, pictures) for number, one in enumerate(hidden, len(groups) + 1)]
+    sections = [_measured(number, group, held, images) for number, group in enumerate(groups.values(), 1)]
+    sections += [_unmeasured(number, one, images) for number, one in enumerate(hidden, len(groups) + 1)]
     page = room.get_template("page.html")
     values = _values(groups, [one[0] for one in asked], curves, making) | {
         "sections": sections,
@@ -185,7 +185,7 @@ def _fit(sections: Sequence[_Section], room: int) -> None:
             sheet.drawn.append(example)
 
 
-def _measured(number: int, rows: Sequence[Row], held: Mapping[tuple[str, str], Asked], pictures: _Pictures) -> _Section:
+def _measured(number: int, rows: Sequence[Row], held: Mapping[tuple[str, str], Asked], images: _Pictures) -> _Section:
     """Lay out a benchmark, or the mean over a benchmark's parts, which has no images of its own."""
     first, last = rows[0], rows[-1]
     names = last.get("parts", [last["benchmark"]])
@@ -204,11 +204,11 @@ def _measured(number: int, rows: Sequence[Row], held: Mapping[tuple[str, str], A
         differences_said=f"Query by query by {primary}, the primary metric: how often the trained model is above, "
         "equal, below. The difference is paired, with its 95 % bootstrap interval.",
         groups=[group for group in grouped if group is not None],
-        sheets=pictures.sheets(parts[0], last["method"]) if alone else [],
+        sheets=images.sheets(parts[0], last["method"]) if alone else [],
     )
 
 
-def _unmeasured(number: int, asked: Asked, pictures: _Pictures) -> _Section:
+def _unmeasured(number: int, asked: Asked, images: _Pictures) -> _Section:
     """Lay out a benchmark whose targets are not published."""
     benchmark, scores = asked
     return _Section(
@@ -217,7 +217,7 @@ def _unmeasured(number: int, asked: Asked, pictures: _Pictures) -> _Section:
         size=f"{len(benchmark.queries):,} queries x {len(benchmark.gallery):,} images",
         table=None,
         notes=["The targets of this split are not published: no metrics here, the submission file holds the answers."],
-        sheets=pictures.sheets(asked, list(scores)[-1]),
+        sheets=images.sheets(asked, list(scores)[-1]),
     )
 
 

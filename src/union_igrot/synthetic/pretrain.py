@@ -61,8 +61,8 @@ class CaptionBatch:
     sketch_labels: Tensor
 
 
-def _stack(pictures: list[Image.Image]) -> Float[Tensor, "batch 3 48 48"]:
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+def _stack(images: list[Image.Image]) -> Float[Tensor, "batch 3 48 48"]:
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
@@ -100,12 +100,12 @@ class _Batches(IterableDataset[CaptionBatch]):
 def pretraining_loss(network: TinyVLM, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
     """Return the caption loss (symmetric InfoNCE) and the prompt loss (cross-entropy over seen shapes)."""
     scale = network.log_scale.exp().clamp(max=60)
-    pictures = F.normalize(network.image(torch.cat([batch.photos, batch.sketches]))[:, 0], dim=-1)
+    images = F.normalize(network.image(torch.cat([batch.photos, batch.sketches]))[:, 0], dim=-1)
     seen = len(SEEN_SHAPES)
     ids = tokenize([*batch.captions, *_PHOTO_PROMPTS[:seen], *_SKETCH_PROMPTS[:seen]])
     tokens = network.text(ids)
     texts = F.normalize(tokens[torch.arange(len(ids)), (ids != 0).sum(1) - 1], dim=-1)
-    photos, sketches = pictures.split([len(batch.photos), len(batch.sketches)])
+    photos, sketches = images.split([len(batch.photos), len(batch.sketches)])
     captions, photo_prompts, sketch_prompts = texts.split([len(photos), seen, seen])
     logits = scale * photos @ captions.T
     answers = torch.arange(len(logits))
@@ -122,8 +122,8 @@ def held_out_metrics(network: TinyVLM, seed: str, split: str = "val", batches: i
     network.eval()
     sums: dict[str, list[float]] = {}
 
-    def embed(pictures: Tensor) -> Tensor:
-        return F.normalize(network.image(pictures)[:, 0], dim=-1)
+    def embed(images: Tensor) -> Tensor:
+        return F.normalize(network.image(images)[:, 0], dim=-1)
 
     def embed_text(texts: list[str]) -> Tensor:
         ids = tokenize(texts)

@@ -109,7 +109,7 @@ def random_scene(rng: random.Random, split: str, things: int | None = None, shap
     """Draw a scene of a split.
 
     Args:
-        rng: ImageSource of randomness.
+        rng: Source of randomness.
         split: `train`, `val` or `test`.
         things: One or two; drawn where None.
         shape: Shape of the first thing; drawn where None.
@@ -254,7 +254,7 @@ def edit_scene(rng: random.Random, scene: Scene, double: float = 0.25) -> Edit:
     """Draw an edit whose answers lie in the scene's own split.
 
     Args:
-        rng: ImageSource of randomness.
+        rng: Source of randomness.
         scene: The reference scene.
         double: Share of edits that change two things at once.
 

@@ -82,8 +82,8 @@ class _Album:
 
     def add(self, scene: Scene, label: str | None = None) -> str:
         name = f"photo-{len(self.items):06d}"
-        picture = ShapesImage(scene, self._rng.getrandbits(40))
-        self.items.append(GalleryItem(name, picture, label, caption(self._rng, scene)))
+        image = ShapesImage(scene, self._rng.getrandbits(40))
+        self.items.append(GalleryItem(name, image, label, caption(self._rng, scene)))
         self._by_code.setdefault(scene.code, []).append(name)
         return name
 
@@ -113,7 +113,7 @@ class _Draft:
     reference: str
     edit: Edit
     rivals: list[str]
-    picture: ShapesImage
+    image: ShapesImage
 
 
 def _subset(rng: random.Random, draft: _Draft, targets: tuple[str, ...], everything: list[str]) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ def shapes_cir(
         done.append(
             Query(
                 id=f"query-{number:05d}",
-                image=draft.picture,
+                image=draft.image,
                 text=draft.edit.text,
                 targets=targets,
                 exclude=(draft.reference,),

@@ -103,7 +103,7 @@ class _Decoded(NamedTuple):
     """A batch on its way from a decoding process: which samples, and the pixels of their images side by side."""
 
     of: Any
-    pictures: list[Tensor] | ImageError
+    images: list[Tensor] | ImageError
 
 
 class _Decoder(Dataset[_Decoded]):
@@ -124,13 +124,13 @@ class _Decoder(Dataset[_Decoded]):
     def __getitem__(self, item: Any) -> _Decoded:
         kind, rows = (None, item) if isinstance(item, list) else ((item.benchmark, item.side), item.span)
         try:
-            pictures = [
+            images = [
                 torch.stack([self._to_pixels(open_image(self._sides[side][row], at_least=self._size)) for row in rows])
                 for side in self._together[kind]
             ]
         except ImageError as error:
             return _Decoded(item, error)
-        return _Decoded(item, pictures)
+        return _Decoded(item, images)
 
 
 def _only_wording(query: Query) -> str | None:
@@ -253,13 +253,13 @@ class IGROTDataModule(lightning.LightningDataModule):
         del dataloader_idx
         if not isinstance(batch, _Decoded):
             return batch
-        if isinstance(batch.pictures, ImageError):
-            raise batch.pictures
+        if isinstance(batch.images, ImageError):
+            raise batch.images
         wanted = self._encoder.backbone.preprocess
-        pictures = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.pictures]
+        images = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.images]
         if isinstance(batch.of, _Block):
-            return self._eval_batch(batch.of, pictures[0])
-        return self._train_batch(batch.of, *pictures)
+            return self._eval_batch(batch.of, images[0])
+        return self._train_batch(batch.of, *images)
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else self.trainer.current_epoch

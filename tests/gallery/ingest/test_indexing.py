@@ -150,10 +150,10 @@ def test_two_lists_of_the_same_pictures_keep_each_others_columns(world):
 def test_columns_that_cannot_be_kept_are_refused_before_anything_is_embedded(world):
     fill(world.pictures, ["1.png"])
     listed = world.pictures.parent / "list.jsonl"
-    listed.write_text('{"path": "images/1.png", "year": 3}\n')
+    listed.write_text('{"path": "pictures/1.png", "year": 3}\n')
     world.run(listed)
     for line, message in [('"year": "x"', "year"), ('"a.b": 1', "cannot be called"), ('"_x": 1', "cannot be called")]:
-        listed.write_text(f'{{"path": "images/1.png", {line}}}\n')
+        listed.write_text(f'{{"path": "pictures/1.png", {line}}}\n')
         with pytest.raises(DataError, match=message):
             world.run(listed)
         assert world.embedded == 0

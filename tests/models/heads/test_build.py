@@ -51,7 +51,7 @@ def test_options_are_kept_and_build_the_same_again(build, kind, options):
         (build_fusion, "transagg", 16, {"mask": "include"}, ["mask is 'include'", "exclude, legacy"]),
         (build_fusion, "transagg", 16, {"start": "zero"}, ["start is 'zero'", "balanced, reference"]),
         (build_fusion, "transagg", 0, {}, ["width is 0", "at least 1"]),
-        (build_target, "sum", 16, {"form": "max"}, ["form is 'max'", "normalized, training, inference"]),
+        (build_target, "sum", 16, {"form": "max"}, ["form is 'max'", "normalised, training, inference"]),
         (build_target, "union", 16, {"encoder_dropout": -0.1}, ["encoder_dropout is -0.1", "at least 0"]),
         (build_target, "union", 16, {"start": "text"}, ["start is 'text'", "image, reference"]),
     ],

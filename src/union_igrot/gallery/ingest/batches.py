@@ -177,7 +177,7 @@ class Batches:
                 reason = "decoding it ended the process; it may be too large for the memory, or made to do harm"
                 dead = Seen(wanted[len(found)].number, reason=reason)
                 found.append(Decoded(self._decoder.no_images(), [dead]))
-        return Decoded(torch.cat([one.pictures for one in found]), [seen for one in found for seen in one.seen])
+        return Decoded(torch.cat([one.images for one in found]), [seen for one in found for seen in one.seen])
 
     def _first_ones(self, decoded: Decoded) -> Batch:
         """Leave out images whose content was met before in this run."""
@@ -193,8 +193,8 @@ class Batches:
                 rows.append(row)
             self._met.add(one.digest)
             row += one.thumbnail is not None
-        pictures = decoded.pictures if len(rows) == row else decoded.pictures[rows]
-        return Batch([pictures], seen, list(handed.values()))
+        images = decoded.images if len(rows) == row else decoded.images[rows]
+        return Batch([images], seen, list(handed.values()))
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:
@@ -204,7 +204,7 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     for part in parts:
         handed += [one._replace(place=one.place + len(seen)) for one in part.handed]
         seen += part.seen
-    return Batch([pictures for part in parts for pictures in part.pictures], seen, handed)
+    return Batch([images for part in parts for images in part.images], seen, handed)
 
 
 def _as_it_is(decoded: Decoded) -> Decoded:

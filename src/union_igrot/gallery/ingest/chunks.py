@@ -86,9 +86,9 @@ def read_chunk(path: Path) -> Chunk | None:
     try:
         tensors = load(path.read_bytes())
         facts = [Fact(*values) for values in json.loads(tensors["facts"].numpy().tobytes())]
-        pictures = tensors["thumbnails"].numpy().tobytes()
+        images = tensors["thumbnails"].numpy().tobytes()
         ends = tensors["lengths"].cumsum(0).tolist()
-        thumbnails = [pictures[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        thumbnails = [images[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return Chunk(facts, tensors["vectors"], thumbnails)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         set_aside(path, error)

@@ -74,7 +74,7 @@ class BatchDecoder:
             found: dict[int, Looked | str] = {}
             for some in _cut(batch.handed):
                 found |= zip([one.place for one in some], self._decoded([one.jpeg for one in some]), strict=True)
-            seen, pixels, ready = list(batch.seen), [], chain.from_iterable(batch.pictures)
+            seen, pixels, ready = list(batch.seen), [], chain.from_iterable(batch.images)
             for place, one in enumerate(batch.seen):
                 looked = found.get(place)
                 if one.thumbnail is not None:
@@ -85,18 +85,18 @@ class BatchDecoder:
                     (width, height), thumbnail, own = looked
                     seen[place] = one._replace(width=width, height=height, thumbnail=thumbnail)
                     pixels.append(own)
-            pictures = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8, device=self._device)
+            images = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8, device=self._device)
             for at, one_of_them in enumerate(pixels):
-                pictures[at] = one_of_them.to(self._device, non_blocking=True)
+                images[at] = one_of_them.to(self._device, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
-        return Batch([pictures], seen)
+        return Batch([images], seen)
 
     def used(self, batch: Batch) -> None:
         """Tell the allocator that the model's work will read what was decoded beside it; in the model's thread."""
-        for pictures in batch.pictures if self._stream is not None else ():
-            if pictures.is_cuda:
-                pictures.record_stream(torch.cuda.current_stream(self._device))
+        for images in batch.images if self._stream is not None else ():
+            if images.is_cuda:
+                images.record_stream(torch.cuda.current_stream(self._device))
 
     def _beside(self) -> AbstractContextManager[object]:
         if self._stream is None:
@@ -111,26 +111,26 @@ class BatchDecoder:
         from torchcodec.decoders import decode_jpeg  # noqa: PLC0415 - an extra
 
         try:
-            pictures: Any = decode_jpeg(jpegs, mode="RGB", device=self._device)
+            images: Any = decode_jpeg(jpegs, mode="RGB", device=self._device)
         except RuntimeError:  # of one of them at least, and it does not say of which
             return list(self._threads.map(self._by_pillow, jpegs))
-        return self._looked(pictures)
+        return self._looked(images)
 
-    def _looked(self, pictures: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[Looked | str]:
+    def _looked(self, images: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[Looked | str]:
         """Bring decoded images to the model's size and to thumbnails, those of one size together."""
         alike: dict[tuple[int, int], list[int]] = {}
-        for at, picture in enumerate(pictures):
-            alike.setdefault((picture.shape[2], picture.shape[1]), []).append(at)
+        for at, image in enumerate(images):
+            alike.setdefault((image.shape[2], image.shape[1]), []).append(at)
         looked: dict[int, Looked] = {}
         for (width, height), places in alike.items():
-            stack = torch.stack([pictures[at] for at in places])
+            stack = torch.stack([images[at] for at in places])
             small = list(reversed(thumbnail_size(width, height)))
             pixels = self._to_pixels.of_decoded(stack)
             shown = F.resize(stack, small, InterpolationMode.BILINEAR, antialias=True).cpu()
             files = self._threads.map(_written, shown.permute(0, 2, 3, 1).contiguous().unbind())
             for at, thumbnail, own in zip(places, files, pixels.unbind(), strict=True):
                 looked[at] = (width, height), thumbnail, own
-        return [looked[at] for at in range(len(pictures))]
+        return [looked[at] for at in range(len(images))]
 
     def _by_pillow(self, jpeg: UInt8[Tensor, " bytes"]) -> Looked | str:
         try:

@@ -91,7 +91,7 @@ class Decoded:
         encoded: The bytes of those, one behind the other.
     """
 
-    pictures: UInt8[Tensor, "decoded 3 height width"]
+    images: UInt8[Tensor, "decoded 3 height width"]
     seen: Sequence[Seen]
     waited: float = 0.0
     left: Sequence[tuple[int, int, int]] = ()
@@ -106,7 +106,7 @@ class Decoded:
 
     def pin_memory(self) -> "Decoded":
         """Lay the images where a GPU fetches them while it computes."""
-        return replace(self, pictures=self.pictures.pin_memory())
+        return replace(self, images=self.images.pin_memory())
 
 
 @final
@@ -120,7 +120,7 @@ class Batch:
         handed: Those that are still to be decoded, by the order of their places.
     """
 
-    pictures: Sequence[UInt8[Tensor, "_ 3 height width"]]
+    images: Sequence[UInt8[Tensor, "_ 3 height width"]]
     seen: Sequence[Seen]
     handed: Sequence[Handed] = ()
 
@@ -150,13 +150,13 @@ class Decoder(Dataset[Decoded]):
             self._known, self._known_read = np.load(self._known_at, mmap_mode="r"), True
         found = [self._look(one) for one in wanted]
         pixels = [given for _, given in found if isinstance(given, Tensor)]
-        pictures = torch.stack(pixels) if pixels else self.no_images()
+        images = torch.stack(pixels) if pixels else self.no_images()
         jpegs = [(place, given) for place, (_, given) in enumerate(found) if isinstance(given, _Jpeg)]
         left = [(place, jpeg.pixels, len(jpeg.data)) for place, jpeg in jpegs]
         joined = bytearray().join(jpeg.data for _, jpeg in jpegs)
         encoded = torch.frombuffer(joined, dtype=torch.uint8) if joined else None
         self._idle_since = time.perf_counter()
-        return Decoded(pictures, [seen for seen, _ in found], waited, left, encoded)
+        return Decoded(images, [seen for seen, _ in found], waited, left, encoded)
 
     def close(self) -> None:
         """Close the shard that was read last."""

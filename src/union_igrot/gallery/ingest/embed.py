@@ -37,7 +37,7 @@ class _Embedder(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the images, into one tensor."""
         del dataloader_idx
-        return replace(batch, pictures=[torch.cat([part.to(device, non_blocking=True) for part in batch.pictures])])
+        return replace(batch, images=[torch.cat([part.to(device, non_blocking=True) for part in batch.images])])
 
     def on_predict_start(self) -> None:
         """Encode the empty text, outside the half precision that the images may be encoded in."""
@@ -45,7 +45,7 @@ class _Embedder(lightning.LightningModule):
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Embed a batch, which may hold none that has to be."""
-        (pixels,) = batch.pictures
+        (pixels,) = batch.images
         if not len(pixels):
             return torch.empty(0, self.model.backbone.dim)
         device, whole = pixels.device, self.trainer.precision == "32-true"

@@ -25,7 +25,7 @@ CONTEXT = 32
 """Most words of a text, the end mark included; what is longer is cut."""
 _BUCKETS = 64
 _WORDS = """
-a an the of with and on in to it is at over front behind into should be put photo image sketch drawing image scene
+a an the of with and on in to it is at over front behind into should be put photo picture sketch drawing image scene
 circle square triangle star heart cross arrow crescent diamond drop flower house fish tree
 bolt hourglass gear boat mushroom bottle
 red orange yellow green cyan blue purple pink white black
