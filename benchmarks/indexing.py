@@ -39,7 +39,7 @@ from union_igrot.gallery.ingest.run import Report, Work, ingest_images
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.decode import decode_image
 from union_igrot.images.transforms import ImageToPixels, model_input
-from union_igrot.models.model import IGROTModel, load_model
+from union_igrot.models.model import IGROTModel, load
 
 DISTINCT = 128
 """Images that are drawn; more are these again, with other bytes at the end."""
@@ -143,7 +143,7 @@ def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespa
 def main() -> None:
     """Time everything and print a table and JSON."""
     arguments = read_arguments()
-    model = load_model("tiny") if arguments.arch == "tiny" else build_model(arguments.arch)
+    model = load("tiny") if arguments.arch == "tiny" else build_model(arguments.arch)
     model = model.to(arguments.device).eval()
     cast = CAST[arguments.precision]
     engine = "lance" if importlib.util.find_spec("lance") else "memory:"

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
-from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.heads.factory import build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel
 from union_igrot.training.losses import InfoNCE
 from union_igrot.types import Features, Preprocess
@@ -51,7 +51,7 @@ def build_model(arch: str) -> IGROTModel:
     size = config["vision_cfg"]["image_size"]
     backbone = OpenClipBackbone(config, Preprocess(size, OPENAI_MEAN, OPENAI_STD, fit="pad"), f"open_clip:{arch}")
     heads = 12 if backbone.dim == 768 else 8
-    fusion, target = build_fusion("transagg", backbone.dim), build_target("union", backbone.dim, heads=heads)
+    fusion, target = build_query_head("transagg", backbone.dim), build_target_head("union", backbone.dim, heads=heads)
     return IGROTModel(backbone, fusion, target)
 
 

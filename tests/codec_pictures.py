@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing, data_entry
 from union_igrot.gallery.ingest.run import Work, ingest_images
-from union_igrot.models.model import load_model
+from union_igrot.models.model import load
 
 QUIET = Work(batch_size=4, workers=0, progress=False)
 
@@ -30,7 +30,7 @@ def jpeg(image, **options):
 
 
 def indexed(entries, decoder, model=None, **changed):
-    model = model or load_model("tiny")
+    model = model or load("tiny")
     index = MemoryIndex(model.backbone.dim)
     report = ingest_images(index, model, Listing("here", entries), replace(QUIET, decoder=decoder, **changed))
     return report, index

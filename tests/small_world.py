@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from union_igrot.features.extractor import Encoder
 from union_igrot.features.store import FeatureStore
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.heads.factory import build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel
 from union_igrot.types import Benchmark, Features, GalleryItem, Preprocess, Protocol, Query, TrainingSet, Triplet
 
@@ -153,4 +153,4 @@ def trainable(
     options = {**TRANSAGG, "dropout": dropout} if fusion == "transagg" else {}
     mixture = {**UNION, "dropout": dropout, "encoder_dropout": dropout} if target == "union" else {}
     backbone = backbone or LinearBackbone()
-    return IGROTModel(backbone, build_fusion(fusion, DIM, **options), build_target(target, DIM, **mixture))
+    return IGROTModel(backbone, build_query_head(fusion, DIM, **options), build_target_head(target, DIM, **mixture))

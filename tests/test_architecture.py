@@ -13,8 +13,8 @@ import yaml
 import union_igrot
 from union_igrot.cli import assemble
 from union_igrot.cli.config import compose, conf_dir
-from union_igrot.models.heads.factory import FUSIONS, TARGETS
-from union_igrot.training.learner import Machine, Recipe
+from union_igrot.models.heads.factory import QUERY_HEADS, TARGET_HEADS
+from union_igrot.training.learner import Recipe, TrainerConfig
 from union_igrot.training.losses import InfoNCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,7 +193,7 @@ def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
             Recipe(**recipe)
             InfoNCE(**assemble.plain(config.loss))
             where = config.strategy
-            Machine(where.accelerator, where.devices, where.nodes, where.name, config.precision.trainer)
+            TrainerConfig(where.accelerator, where.devices, where.nodes, where.name, config.precision.trainer)
             model = assemble.new_model(config, {})
             assert (model.fusion.kind, model.target.kind) == (config.fusion.kind, config.target.kind)
             assert any(weight.requires_grad for weight in model.parameters())
@@ -220,7 +220,7 @@ def test_every_head_that_can_be_built_is_an_option():
     kinds = {
         group: {yaml.safe_load(p.read_text())["kind"] for p in OPTIONS if p.parent.name == group} for group in PARTNER
     }
-    assert kinds == {"fusion": set(FUSIONS), "target": set(TARGETS)}
+    assert kinds == {"fusion": set(QUERY_HEADS), "target": set(TARGET_HEADS)}
 
 
 def test_every_yaml_opens_with_a_line_for_the_help():

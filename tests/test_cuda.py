@@ -26,12 +26,12 @@ from union_igrot.gallery.ingest.entries import data_entry
 from union_igrot.gallery.ingest.run import Work, ingest_images
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.transforms import image_batch
-from union_igrot.models.model import load_model
+from union_igrot.models.model import load
 from union_igrot.models.precision import full_precision
 from union_igrot.models.reference import load_reference_checkpoint
 from union_igrot.synthetic.shapes import shapes_cir
 from union_igrot.training.datamodule import IGROTDataModule
-from union_igrot.training.learner import Learner, Machine, Recipe, fit
+from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit
 from union_igrot.training.losses import InfoNCE
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_scores_are_float32_whatever_the_settings():
 
 def test_the_embedded_model_embeds_the_same():
     world = shapes_cir("val", 40)
-    here, there = load_model("tiny"), load_model("tiny").to("cuda")
+    here, there = load("tiny"), load("tiny").to("cuda")
     images = image_batch([query.image for query in world.queries], here.preprocess)
     texts = [query.text for query in world.queries]
     with torch.inference_mode(), full_precision(torch.device("cuda")):
@@ -94,7 +94,7 @@ def test_features_and_figures_are_the_same_in_every_arithmetic(tmp_path, precisi
     """Half precision may change a feature by a percent; metrics of 40 queries then stay close."""
     found = {}
     for device in ("cpu", "cuda"):
-        model = load_model("tiny").to(device)
+        model = load("tiny").to(device)
         store = FeatureStore(tmp_path / device, model.backbone.fingerprint())
         arithmetic = precision if device == "cuda" else "float32"
         filling = Encoder(model.backbone, store, batch_size=64, workers=1, precision=arithmetic, progress=False)
@@ -138,7 +138,11 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
             target_tokens=False,
             batch_size=10,
         )
-        machine = Machine("cpu", 1) if device == "cpu" else Machine("gpu", 1, strategy=strategy, precision=precision)
+        machine = (
+            TrainerConfig("cpu", 1)
+            if device == "cpu"
+            else TrainerConfig("gpu", 1, strategy=strategy, precision=precision)
+        )
         learner = Learner(model, InfoNCE(scale=20.0), Recipe(epochs=1, rate=1e-4), benchmarks)
         best[device] = fit(learner, data, tmp_path / f"run {device}", machine=machine, progress=False)
         if torch.distributed.is_initialized():
@@ -164,8 +168,8 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, nea
         item.image.open().resize((200, 150)).save(images / f"{number}.jpg")
     found = {}
     for device in ("cpu", "cuda"):
-        model = load_model("tiny")
-        machine = Machine("cpu", 1) if device == "cpu" else Machine("gpu", 1, precision=precision)
+        model = load("tiny")
+        machine = TrainerConfig("cpu", 1) if device == "cpu" else TrainerConfig("gpu", 1, precision=precision)
         index = MemoryIndex(model.backbone.dim)
         chosen = decoder if device == "cuda" else "pillow"
         work = Work(batch_size=16, workers=2, decoder=chosen, progress=False, machine=machine)
@@ -183,7 +187,7 @@ def test_the_gpus_own_decoder_takes_what_the_cpus_takes():
     entries = [*entries_of(**PICTURES), data_entry("cut", PICTURES["large"][:-500])]
     found = {}
     for device in ("cpu", "cuda"):
-        report, index = indexed(entries, "torchcodec", load_model("tiny").to(device))
+        report, index = indexed(entries, "torchcodec", load("tiny").to(device))
         assert (report.added, report.skipped) == (len(PICTURES), 1)
         found[device] = index.fetch(list(PICTURES)), report.reasons
     (here, said), (there, said_there) = found["cpu"], found["cuda"]
@@ -194,7 +198,7 @@ def test_the_gpus_own_decoder_takes_what_the_cpus_takes():
 
 
 def test_an_encoder_is_tuned_on_a_gpu():
-    model = load_model("tiny").to("cuda")
+    model = load("tiny").to("cuda")
     model.tune(("image", "text"))
     world = shapes_cir("val", 8)
     images = image_batch([query.image for query in world.queries], model.preprocess).cuda()

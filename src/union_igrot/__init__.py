@@ -25,7 +25,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "evaluate_benchmark": ("evaluation.evaluate", "evaluate"),
     "folder_benchmark": ("datasets.folder", "folder_benchmark"),
     "folder_training": ("datasets.folder", "folder_training"),
-    "load": ("models.model", "load_model"),
+    "load": ("models.model", "load"),
     "load_benchmark": ("datasets.registry", "load_benchmark"),
     "load_reference_checkpoint": ("models.reference", "load_reference_checkpoint"),
     "load_training": ("datasets.registry", "load_training"),

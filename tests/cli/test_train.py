@@ -57,8 +57,8 @@ def test_the_saved_model_is_the_one_that_was_evaluated(small_run: Run):
     trained = [row for row in small_run.rows if row["method"] == "trained"]
     described = json.loads(json.dumps(model.describe()))
     assert all(row["model"] == {**described, "checkpoint": str(small_run.folder / "model")} for row in trained)
-    assert model.card["samples"] == 128
-    assert model.card["best"]["epoch"] == 0
+    assert model.metadata["samples"] == 128
+    assert model.metadata["best"]["epoch"] == 0
     state = load_file(small_run.folder / "model" / "heads.safetensors")
     assert not [name for name in state if "backbone" in name]
 

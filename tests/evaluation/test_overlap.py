@@ -9,7 +9,7 @@ from small_world import LinearBackbone, cir_benchmark, encoder, trainable
 from union_igrot.errors import CheckpointError
 from union_igrot.evaluation.evaluate import combine, evaluate, seen_images
 from union_igrot.images.identity import image_identities
-from union_igrot.models.model import IGROTModel, load_model
+from union_igrot.models.model import IGROTModel, load
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_they_are_saved_and_loaded_with_the_model(model, tmp_path):
 
 
 def test_the_embedded_model_says_what_it_was_trained_on():
-    tiny = load_model("tiny")
+    tiny = load("tiny")
     assert tiny.training_images is not None
     assert len(tiny.training_images) == 15_000
 

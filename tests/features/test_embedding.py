@@ -16,7 +16,7 @@ from union_igrot.features.extractor import Encoder, Shelf
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.heads.factory import build_fusion
+from union_igrot.models.heads.factory import build_query_head
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
@@ -169,7 +169,7 @@ def test_a_killed_stream_goes_on_after_what_was_written(tmp_path, monkeypatch):
 def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
     backbone, benchmark = LinearBackbone(), cir_benchmark()
     model = trainable("transagg", "union", backbone).eval()
-    fusion = build_fusion("transagg", DIM, **{**TRANSAGG, "dropout": 0.0, "mask": "legacy"})
+    fusion = build_query_head("transagg", DIM, **{**TRANSAGG, "dropout": 0.0, "mask": "legacy"})
     fusion.load_state_dict(model.fusion.state_dict())
     other = IGROTModel(backbone, fusion, model.target).eval()
     assert other.describe()["heads"] == model.describe()["heads"]  # of the same weights

@@ -96,7 +96,7 @@ class TestOnDisk:
     def test_another_backbone_is_refused_before_its_weights_are_fetched(self, model, tmp_path, monkeypatch):
         with Gallery.open(tmp_path / "x.lance", model) as gallery:
             gallery.add(picture(1), "x")
-        monkeypatch.setattr(cards, "load_model", None)
+        monkeypatch.setattr(cards, "load", None)
         for create in (True, False):
             with pytest.raises(
                 CheckpointError, match=r"was made with backbone linear .*, not with backbone base; search"

@@ -14,8 +14,8 @@ from small_world import LinearBackbone, trainable
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models import hub
 from union_igrot.models.backbones.factory import build_backbone
-from union_igrot.models.heads.factory import build_fusion, build_target
-from union_igrot.models.model import IGROTModel, load_model
+from union_igrot.models.heads.factory import build_query_head, build_target_head
+from union_igrot.models.model import IGROTModel, load
 
 CLIENT = import_module(hub._CLIENT.__module__.partition(".")[0])
 """The HTTP client of this version of the hub's library."""
@@ -25,13 +25,13 @@ FILES = {"README.md", "heads.safetensors", "model.json"}
 def small(tuned=False):
     """Small heads on the embedded backbone, tuned or not."""
     torch.manual_seed(0)
-    fusion = build_fusion("transagg", 128, layers=1, heads=2, feedforward=32)
-    model = IGROTModel(build_backbone("tiny"), fusion, build_target("sum", 128), {"data": "shapes", "samples": 12})
+    fusion = build_query_head("transagg", 128, layers=1, heads=2, feedforward=32)
+    model = IGROTModel(build_backbone("tiny"), fusion, build_target_head("sum", 128), {"data": "shapes", "samples": 12})
     if tuned:
         model.tune(["text"])
         with torch.no_grad():
             model.backbone.network.text_projection.weight.mul_(1.5)
-        model.settle()
+        model.finish_training()
     return model.eval()
 
 
@@ -99,7 +99,7 @@ def test_what_is_pushed_is_loaded_again(place, tuned):
     # A frozen backbone is named, not sent; a tuned one's weights are nowhere else.
     assert names(sent) == FILES | ({"backbone.safetensors"} if tuned else set())
     for name in ("someone/shapes", "someone/shapes@v1"):
-        again = load_model(name)
+        again = load(name)
         assert again.fingerprint() == model.fingerprint()
         assert (again.tuned, again.training) == (tuned, False)
         equal(again, model)
@@ -115,7 +115,7 @@ def test_the_card_that_is_pushed_loads_the_model_by_its_name(place, tmp_path):
     text = (tmp_path / "mine" / "README.md").read_text()
     assert 'union_igrot.load("OWNER/NAME")' in text
     (tmp_path / "mine" / "README.md").write_text(text + "\nWritten by hand.\n")
-    load_model(tmp_path / "mine").push_to_hub("someone/shapes")
+    load(tmp_path / "mine").push_to_hub("someone/shapes")
     sent = (place.folder / "someone" / "shapes" / "README.md").read_text()
     assert 'union_igrot.load("someone/shapes")' in sent
     assert "union-eval checkpoint=someone/shapes\n" in sent
@@ -126,7 +126,7 @@ def test_the_card_that_is_pushed_loads_the_model_by_its_name(place, tmp_path):
 def test_a_card_of_other_heads_is_written_anew(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path)
+    loaded = load(tmp_path)
     with torch.no_grad():
         loaded.fusion.sep_token += 1
     loaded.save_pretrained(tmp_path)
@@ -137,26 +137,26 @@ def test_a_card_of_other_heads_is_written_anew(tmp_path):
 
 def test_paths_of_this_machine_stay_here(place, tmp_path):
     model = small()
-    model.card["config"] = {
+    model.metadata["config"] = {
         "data": {"name": "folder", "root": "somewhere/of/mine/birds"},
         "model": {"weights": "somewhere/of/mine/weights.pt"},
     }
-    before = json.dumps(model.card)
+    before = json.dumps(model.metadata)
     model.push_to_hub("someone/birds")
     hub.push_folder(model.save(tmp_path / "model"), "someone/twice")
-    assert json.dumps(model.card) == before
+    assert json.dumps(model.metadata) == before
     for name in ("birds", "twice"):
         sent = place.folder / "someone" / name
         assert "of/mine" not in (sent / "model.json").read_text() + (sent / "README.md").read_text()
         assert json.loads((sent / "model.json").read_text())["card"]["config"]["data"]["root"] == "birds"
-        assert load_model(f"someone/{name}").fingerprint() == model.fingerprint()
+        assert load(f"someone/{name}").fingerprint() == model.fingerprint()
 
 
 def test_a_folder_is_pushed_without_its_backbone_being_there(place, tmp_path):
     folder = trainable(backbone=LinearBackbone()).save(tmp_path / "model")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="'linear' does not exist"):
-        load_model(folder)
+        load(folder)
     assert (
         hub.push_folder(folder, "someone/linear", private=False, branch="next") == "https://hub.example/someone/linear"
     )
@@ -208,7 +208,7 @@ FAILURES = [
 def test_a_failure_is_one_line_that_says_what_was_tried(place, failure, message):
     place.fails = failure
     with pytest.raises(CheckpointError, match=message) as told:
-        load_model("someone/x", revision="v1")
+        load("someone/x", revision="v1")
     assert "someone/x" in str(told.value)
     assert "\n" not in str(told.value)
     if not isinstance(failure, errors.RevisionNotFoundError):
@@ -223,7 +223,7 @@ def test_without_network_the_line_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"outputs/small is no folder here, and \S+/outputs/small") as told:
-        load_model("outputs/small")
+        load("outputs/small")
     assert "\n" not in str(told.value)
 
 
@@ -232,7 +232,7 @@ def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(place, name):
     with pytest.raises(
         CheckpointError, match=r"is not a saved model; give a folder .* owner/name .* or a backbone"
     ) as told:
-        load_model(name)
+        load(name)
     assert str(name) in str(told.value)
     assert place.asked == []
 
@@ -240,11 +240,11 @@ def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(place, name):
 def test_a_folder_comes_before_a_name(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small().save("someone/x")
-    assert load_model("someone/x").card == {"data": "shapes", "samples": 12}
+    assert load("someone/x").metadata == {"data": "shapes", "samples": 12}
     assert place.asked == []
 
 
 def test_a_repository_that_holds_something_else_is_named(place):
     (place.folder / "someone" / "x").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"someone/x is not a saved model"):
-        load_model("someone/x")
+        load("someone/x")

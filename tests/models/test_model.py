@@ -12,8 +12,8 @@ from union_igrot.cli import assemble
 from union_igrot.cli.config import compose
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.backbones.factory import build_backbone
-from union_igrot.models.heads.factory import build_fusion, build_target
-from union_igrot.models.model import IGROTModel, load_model
+from union_igrot.models.heads.factory import build_query_head, build_target_head
+from union_igrot.models.model import IGROTModel, load
 from union_igrot.training.losses import InfoNCE
 
 HEADS = [
@@ -156,7 +156,7 @@ def test_training_works_after_an_evaluation_in_inference_mode(pictures):
 @torch.no_grad()
 def test_a_saved_model_embeds_the_same(tmp_path, fusion, target, pictures):
     model = stirred(fusion, target)
-    model.card = {"data": "noise", "classes": ["a"]}
+    model.metadata = {"data": "noise", "classes": ["a"]}
     assert model.save(tmp_path / "deep" / "model") == tmp_path / "deep" / "model"
     again = IGROTModel.load(tmp_path / "deep" / "model", LinearBackbone())
     assert not again.training
@@ -164,7 +164,7 @@ def test_a_saved_model_embeds_the_same(tmp_path, fusion, target, pictures):
     assert again.embed_gallery(pictures).equal(model.embed_gallery(pictures))
     assert again.fingerprint() == model.fingerprint()
     assert again.describe() == model.describe()
-    assert again.card == model.card
+    assert again.metadata == model.metadata
     assert sorted(path.name for path in (tmp_path / "deep" / "model").iterdir()) == ["heads.safetensors", "model.json"]
     assert not [name for name in load_file(tmp_path / "deep" / "model" / "heads.safetensors") if "backbone" in name]
 
@@ -176,7 +176,7 @@ def test_half_a_model_is_half_as_large_and_nearly_the_same(tmp_path, pictures):
     assert all(x.dtype == torch.float16 for x in load_file(half).values())
     assert half.stat().st_size < 0.7 * whole.stat().st_size
     again = IGROTModel.load(half.parent, LinearBackbone())
-    assert all(x.dtype == torch.float32 for x in again.heads_state().values())
+    assert all(x.dtype == torch.float32 for x in again.heads_state_dict().values())
     torch.testing.assert_close(
         again.embed_queries(pictures, TEXTS), model.embed_queries(pictures, TEXTS), atol=1e-2, rtol=0
     )
@@ -270,7 +270,7 @@ def test_a_description_that_names_no_backbone_needs_one_given(tmp_path):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a saved model"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 def test_saving_again_replaces_the_model(tmp_path):
@@ -282,21 +282,21 @@ def test_saving_again_replaces_the_model(tmp_path):
 
 def test_unknown_heads_are_errors_that_name_the_known():
     with pytest.raises(ConfigError, match="image, text, sum, transagg"):
-        build_fusion("magic", DIM, **TRANSAGG)
+        build_query_head("magic", DIM, **TRANSAGG)
     with pytest.raises(ConfigError, match="frozen, sum, union, shared"):
-        build_target("magic", DIM, **UNION)
+        build_target_head("magic", DIM, **UNION)
 
 
 def tuned_tiny():
     """A model on the embedded backbone whose text encoder was tuned."""
     torch.manual_seed(0)
-    fusion = build_fusion("transagg", 128, layers=1, heads=2, feedforward=32)
-    model = IGROTModel(build_backbone("tiny"), fusion, build_target("frozen", 128))
+    fusion = build_query_head("transagg", 128, layers=1, heads=2, feedforward=32)
+    model = IGROTModel(build_backbone("tiny"), fusion, build_target_head("frozen", 128))
     assert not model.tuned
     model.tune(["text"])
     with torch.no_grad():
         model.backbone.network.text_projection.weight.mul_(1.5)
-    model.settle()
+    model.finish_training()
     return model
 
 

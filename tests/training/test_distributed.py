@@ -18,7 +18,7 @@ from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed
 from union_igrot.training.datamodule import IGROTDataModule
-from union_igrot.training.learner import Learner, Machine, Recipe, fit
+from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit
 from union_igrot.training.losses import InfoNCE
 
 pytestmark = pytest.mark.slow
@@ -38,9 +38,9 @@ rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group(
     "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
 )
-from test_distributed import Machine, train
+from test_distributed import TrainerConfig, train
 
-train(folder, Machine("cpu", 2, strategy="ddp"), 5, f"rank{rank}")
+train(folder, TrainerConfig("cpu", 2, strategy="ddp"), 5, f"rank{rank}")
 dist.destroy_process_group()
 # Gone at once: the threads of a backend may outlive the interpreter and end it with an abort.
 sys.stdout.flush()
@@ -114,7 +114,7 @@ def runs(tmp_path_factory):
             child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(said)
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("rank0", "rank1")}
-    model, filled = train(folder, Machine("cpu", 1), 10, "alone")
+    model, filled = train(folder, TrainerConfig("cpu", 1), 10, "alone")
     found["alone"] = json.loads((folder / "alone.json").read_text())
     gradients = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in found}
     return found, gradients, model, filled

@@ -18,7 +18,7 @@ from union_igrot.features.embedding import embed
 from union_igrot.features.extractor import Encoder
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.training.datamodule import IGROTDataModule
-from union_igrot.training.learner import Learner, Machine, Recipe, fit, warmup_cosine
+from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit, warmup_cosine
 from union_igrot.training.losses import InfoNCE
 
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
-CPU = Machine("cpu", 1)
+CPU = TrainerConfig("cpu", 1)
 
 
 class KilledError(Exception):
@@ -75,7 +75,7 @@ def parts(folder, model, recipe=None, benchmarks=None, batch_size=10):
 
 
 def heads(model):
-    return {name: x.detach().clone() for name, x in model.heads_state().items()}
+    return {name: x.detach().clone() for name, x in model.heads_state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_backbone_is_the_same_after_a_training_and_the_heads_are_not(trained
     _, model, (backbone, start), *_ = trained
     assert weights_hash(model.backbone.state_dict()) == backbone
     assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
-    changed = {name for name, x in model.heads_state().items() if not x.equal(start[name])}
+    changed = {name for name, x in model.heads_state_dict().items() if not x.equal(start[name])}
     assert {name.split(".")[0] for name in changed} == {"fusion", "target"}
     # Of two equal tokens T5's bias by distance and the last bias of a softmax change nothing; all else learns.
     assert len(changed) >= 0.9 * len(start)
@@ -114,7 +114,7 @@ def test_checkpoints_hold_the_heads_alone_and_open_without_pickle(trained):
     folder, model, *_ = trained
     for name in ("best.ckpt", "last.ckpt"):
         saved = torch.load(folder / name, weights_only=True)
-        assert set(saved["state_dict"]) == {f"model.{head}" for head in model.heads_state()}
+        assert set(saved["state_dict"]) == {f"model.{head}" for head in model.heads_state_dict()}
         assert {key.split(".")[1] for key in saved["state_dict"]} == {"fusion", "target"}
 
 
@@ -173,7 +173,7 @@ def test_the_best_epoch_is_kept_where_the_last_is_worse(tmp_path, monitor):
     assert best["epoch"] == column.index(max(column)) < 2
     assert best[monitor] == pytest.approx(max(column))
     saved = torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["state_dict"]
-    assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state().items())
+    assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state_dict().items())
     last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
     assert any(not x.equal(saved[name]) for name, x in last.items())
 
@@ -259,7 +259,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, dropout, ep
     resumed, best_resumed, losses_resumed = run(tmp_path / "cut", seed=99)  # the first run's seed counts
     assert losses_resumed == losses[6 * epoch :]
     assert best_resumed == best
-    assert all(x.equal(whole.heads_state()[name]) for name, x in resumed.heads_state().items())
+    assert all(x.equal(whole.heads_state_dict()[name]) for name, x in resumed.heads_state_dict().items())
     finals = [torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "cut")]
     assert finals[0]["state_dict"].keys() == finals[1]["state_dict"].keys()
     assert all(x.equal(finals[1]["state_dict"][name]) for name, x in finals[0]["state_dict"].items())
@@ -292,7 +292,7 @@ def test_a_finished_training_is_not_trained_again(trained):
     assert fit(again, data, folder, machine=CPU, callbacks=[log], progress=False) == best
     assert log.losses == []
     saved = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
-    assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state().items())
+    assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state_dict().items())
 
 
 def test_each_epoch_has_its_own_order(tmp_path):
@@ -316,7 +316,7 @@ def test_a_shared_target_trains_the_fusion_on_both_sides(tmp_path):
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=1))
     best = fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
     assert math.isfinite(best["val/score"])
-    assert any(not x.equal(before[name]) for name, x in model.heads_state().items())
+    assert any(not x.equal(before[name]) for name, x in model.heads_state_dict().items())
 
 
 def test_warnings_outside_are_as_before(trained, recwarn):

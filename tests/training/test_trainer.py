@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
 
-from union_igrot.models.devices import Machine
+from union_igrot.models.devices import TrainerConfig
 from union_igrot.training.trainer import FSDPAsItIs, make_trainer, manners
 from union_igrot.types import Batch, Features
 
@@ -26,7 +26,7 @@ def test_fsdp_leaves_batches_as_they_are(precision):
 
 def test_a_trainer_is_made_for_its_machine(tmp_path):
     with manners():
-        trainer = make_trainer(Machine("cpu", 1, precision="bf16-mixed"), tmp_path, [], logger=False)
+        trainer = make_trainer(TrainerConfig("cpu", 1, precision="bf16-mixed"), tmp_path, [], logger=False)
     assert (trainer.precision, trainer.num_devices, trainer.accelerator.name()) == ("bf16-mixed", 1, "cpu")
 
 

@@ -11,8 +11,8 @@ from union_igrot.features.extractor import Encoder
 from union_igrot.features.store import FeatureStore
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.backbones.factory import build_backbone
-from union_igrot.models.devices import Machine
-from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.devices import TrainerConfig
+from union_igrot.models.heads.factory import build_query_head, build_target_head
 from union_igrot.models.heads.projector import build_projector
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import chosen_limit, default_root
@@ -37,20 +37,20 @@ def new_model(config: DictConfig, card: dict[str, Any]) -> IGROTModel:
     width = backbone.dim
     return IGROTModel(
         backbone,
-        build_fusion(width=width, **fusion),
-        build_target(width=width, **target),
+        build_query_head(width=width, **fusion),
+        build_target_head(width=width, **target),
         card,
         build_projector(config.model.projector, width),
     )
 
 
-def machine(config: DictConfig, processes: Processes) -> Machine:
+def machine(config: DictConfig, processes: Processes) -> TrainerConfig:
     """Say where a training runs: as configured, or over the processes that were started for it."""
     where = config.strategy
     devices, nodes = where.devices, where.nodes
     if processes.world > 1:
         devices, nodes = processes.here, processes.world // processes.here
-    return Machine(where.accelerator, devices, nodes, where.name, config.precision.trainer)
+    return TrainerConfig(where.accelerator, devices, nodes, where.name, config.precision.trainer)
 
 
 def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> Encoder:

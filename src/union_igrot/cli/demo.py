@@ -115,10 +115,10 @@ def _world(config: DictConfig) -> "list[Engine]":
     from union_igrot.demo.engines import method
     from union_igrot.demo.world import World
     from union_igrot.gallery.metadata import load_checkpoint
-    from union_igrot.models.devices import chosen_device
+    from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import baseline
 
-    device = chosen_device(config.device)
+    device = resolve_device(config.device)
     world = World()
     first = load_checkpoint(config.checkpoint or "tiny")[0].to(device)
     models = {f"trained: {method(first)}": first}

@@ -31,7 +31,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report, report_predictions
-    from union_igrot.models.devices import chosen_device
+    from union_igrot.models.devices import resolve_device
     from union_igrot.reporting.files import write_text
 
     folder = fresh if config.output_dir is None else from_home(config.output_dir)
@@ -46,7 +46,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
         report_predictions(from_home(config.predictions), data.tested(config.data), folder, config.seed)
         return folder
     model, checkpoint = _model(config)
-    model.to(chosen_device(config.device))
+    model.to(resolve_device(config.device))
     test = data.tested(config.data)
     encoder = assemble.encoder(config, model.backbone)
     whole = data.whole(config.data)
@@ -57,14 +57,14 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
 def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
     """Load what is evaluated: trained heads and where they are from, or a backbone without any."""
     from union_igrot.models.backbones.factory import build_backbone, is_backbone
-    from union_igrot.models.model import baseline, load_model
+    from union_igrot.models.model import baseline, load
 
     if "model" in config:
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
     if config.checkpoint in (None, "tiny"):
-        return load_model("tiny", config.weights), "tiny"
+        return load("tiny", config.weights), "tiny"
     checkpoint = from_home(config.checkpoint)
     if is_backbone(str(config.checkpoint)) and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
     inner = checkpoint / "model"
-    return load_model(inner if inner.is_dir() else checkpoint, config.weights), str(config.checkpoint)
+    return load(inner if inner.is_dir() else checkpoint, config.weights), str(config.checkpoint)

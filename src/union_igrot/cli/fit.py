@@ -50,7 +50,7 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
     batch_size, checkpointing = recipe.pop("batch_size"), recipe.pop("checkpointing")
     model.tune(_SIDES[config.model.finetune])
     if checkpointing:
-        model.backbone.save_memory()
+        model.backbone.checkpoint_activations()
     learner = Learner(model, InfoNCE(**assemble.plain(config.loss)), Recipe(**recipe), validation)
     batches = IGROTDataModule(
         samples,
@@ -67,9 +67,9 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         best = fit(learner, batches, folder / "checkpoints", machine=machine, logger=logger, progress=config.progress)
     part()
     if config.strategy.name.startswith("fsdp") and processes.leads:
-        model = assemble.new_model(config, model.card)
+        model = assemble.new_model(config, model.metadata)
         load_best(model, folder / "checkpoints")
         model.tuned = config.model.finetune != "none"
-    model.card["best"] = best
+    model.metadata["best"] = best
     model.training_images = image_identities(side for one in samples.triplets for side in (one.image, one.target))
     return model

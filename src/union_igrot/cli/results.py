@@ -82,7 +82,7 @@ def evaluate_and_report(
     shown = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
     if shown:
         curve_picture(folder / "curve.png", shown)
-    page = write_run_page(folder, rows, asked, shown, model.card, seed)
+    page = write_run_page(folder, rows, asked, shown, model.metadata, seed)
     print_results(rows)
     Console().print(f"written to {folder}; to look at: {page}", highlight=False, markup=False, soft_wrap=True)
 

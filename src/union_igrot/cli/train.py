@@ -57,7 +57,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.cli.fit import PLACES, fit_heads
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.errors import UnionError
-    from union_igrot.models.devices import chosen_device
+    from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import IGROTModel
     from union_igrot.reporting.files import write_text
     from union_igrot.reporting.model_card import write_card
@@ -82,7 +82,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
             model.save(run.path / "model")
             run.reach("trained")
         # Where the training was: what comes from disk, or was in pieces, lies on the CPU.
-        model.to(chosen_device("cpu" if config.strategy.accelerator == "cpu" else "auto"))
+        model.to(resolve_device("cpu" if config.strategy.accelerator == "cpu" else "auto"))
         # Of its own: the weights of a tuned backbone are others now.
         encoder = assemble.encoder(config, model.backbone)
         whole, saved = data.whole(config.data), str(run.path / "model")

@@ -165,7 +165,7 @@ def seen_classes(model: IGROTModel, benchmark: Benchmark) -> list[str]:
     def plainly(name: str) -> str:
         return name.lower().replace(" ", "_").replace("-", "_")
 
-    trained = {plainly(name) for name in model.card.get("classes", [])}
+    trained = {plainly(name) for name in model.metadata.get("classes", [])}
     asked = {query.label for query in benchmark.queries if query.label is not None}
     return sorted(name for name in asked if plainly(name) in trained)
 

@@ -22,7 +22,7 @@ from union_igrot.features.store import Dtype, FeatureStore
 from union_igrot.images.decode import image_key, open_image
 from union_igrot.images.transforms import ImageToPixels, model_input
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.devices import decoding_workers
+from union_igrot.models.devices import default_workers
 from union_igrot.models.precision import full_precision
 from union_igrot.progress import progress_bar
 from union_igrot.types import Features, ImageSource, Preprocess
@@ -150,7 +150,7 @@ class Encoder:
         backbone: The frozen model.
         store: Where features are kept; belongs to the backbone's fingerprint.
         batch_size: Images or texts a forward pass.
-        workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`.
+        workers: Processes that decode; None takes all cores but one, see `processes.default_workers`.
         shard: Items written at once; what an interruption can lose at most.
         precision: Arithmetic of the backbone: `float32`, or `bfloat16` and `float16` where
             autocast finds them safe. Faster on an accelerator; features differ by a percent.
@@ -175,7 +175,7 @@ class Encoder:
     @property
     def workers(self) -> int:
         """Processes that decode; without a choice it depends on where the backbone lies by now."""
-        return decoding_workers(self.backbone.device) if self._workers is None else self._workers
+        return default_workers(self.backbone.device) if self._workers is None else self._workers
 
     @property
     def arithmetic(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from union_igrot.gallery.lookup import judged_rows, named_rows, rows_named
 from union_igrot.gallery.metadata import card_of, check_card, load_checkpoint, load_named, open_made, refuse_early
 from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of, several
 from union_igrot.gallery.results import THUMBNAIL, Answers, answers_of
-from union_igrot.models.devices import chosen_device
+from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute
 
@@ -95,7 +95,7 @@ class Gallery:
         if isinstance(model, str | Path):
             refuse_early(uri, str(model))
             model, checkpoint = load_checkpoint(model, weights)
-            model.to(chosen_device(device))
+            model.to(resolve_device(device))
         absent = uri == _MEMORY or (create and ":" not in uri and not os.path.exists(uri))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
             raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
@@ -108,7 +108,7 @@ class Gallery:
         try:
             if model is None:
                 model, checkpoint = load_named(index.card, uri, weights)
-                model.to(chosen_device(device))
+                model.to(resolve_device(device))
             gallery = cls(index, model, uri, checkpoint, weights)
             check_card(index.card, gallery.card, index.uri)
         except BaseException:

@@ -12,7 +12,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.models.backbones.factory import build_backbone, is_backbone
-from union_igrot.models.model import IGROTModel, baseline, fingerprint_of, load_model
+from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
 from union_igrot.storage.paths import from_home
 
 FORMAT: Final = 1
@@ -29,7 +29,7 @@ def card_of(model: IGROTModel, checkpoint: str | None, weights: str | Path | Non
         weights: Weights of its backbone, where they were named.
     """
     described = model.describe()
-    fingerprint = fingerprint_of(described)
+    fingerprint = model_fingerprint(described)
     card = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
     return card if weights is None else {**card, "weights": str(from_home(weights).absolute())}
 
@@ -126,9 +126,9 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     """
     folder = from_home(checkpoint)
     if str(checkpoint) == "tiny" or not folder.is_dir():
-        return load_model(str(checkpoint), weights), str(checkpoint)
+        return load(str(checkpoint), weights), str(checkpoint)
     inner = folder / "model"
-    return load_model(inner if inner.is_dir() else folder, weights), str(folder.absolute())
+    return load(inner if inner.is_dir() else folder, weights), str(folder.absolute())
 
 
 def load_named(card: Mapping[str, Any], uri: str, weights: str | Path | None = None) -> tuple[IGROTModel, str]:

@@ -14,7 +14,7 @@ _MOST_DECODING = 32
 
 @final
 @dataclass(frozen=True)
-class Machine:
+class TrainerConfig:
     """Where and how a Trainer of Lightning works.
 
     Attributes:
@@ -37,7 +37,7 @@ class Machine:
         return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
-def chosen_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str = "auto") -> torch.device:
     """Find the device that a name means.
 
     Args:
@@ -57,7 +57,7 @@ def chosen_device(name: str = "auto") -> torch.device:
     return torch.device(found)
 
 
-def decoding_workers(device: torch.device, here: int = 1) -> int:
+def default_workers(device: torch.device, here: int = 1) -> int:
     """Return how many processes decode images for a model, where nobody says: all cores but one.
 
     Eight at most for a model on the CPU, which needs the cores itself, and 32 for one on an accelerator.

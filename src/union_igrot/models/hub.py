@@ -173,7 +173,7 @@ class HubModel(ModelHubMixin, ABC):
         readme_for: Hash of the heads that this card is of.
     """
 
-    card: dict[str, Any]
+    metadata: dict[str, Any]
     readme: str | None = None
     readme_for: str = ""
 
@@ -231,11 +231,11 @@ class HubModel(ModelHubMixin, ABC):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the model's files for `save_pretrained` and `push_to_hub`; drop a card of other heads."""
-        kept, self.card = self.card, without_places(self.card)
+        kept, self.metadata = self.metadata, without_places(self.metadata)
         try:
             self.save(save_directory)
         finally:
-            self.card = kept
+            self.metadata = kept
         card = save_directory / README
         if card.is_file() and self.describe()["heads"] not in card.read_text(encoding="utf-8"):
             card.unlink()
@@ -251,7 +251,7 @@ class HubModel(ModelHubMixin, ABC):
         described = self.describe()
         if self.readme is not None and self.readme_for == described["heads"] and not told:
             return ModelCard(rename_card(self.readme, name))
-        return ModelCard(model_card({**described, "card": self.card}, name=name, **told))
+        return ModelCard(model_card({**described, "card": self.metadata}, name=name, **told))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Share the heads, their description and a model card on the Hugging Face hub.

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from union_igrot.errors import CheckpointError, first_line
-from union_igrot.models.backbones.base import Backbone, Side, weights_hash
+from union_igrot.models.backbones.base import Backbone, Modality, weights_hash
 from union_igrot.models.backbones.factory import build_backbone, is_backbone
 from union_igrot.models.backbones.portable import build_again, put_weights, remove_weights, write_weights
 from union_igrot.models.checkpoint import read_saved, write_saved
-from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.heads.factory import build_query_head, build_target_head
 from union_igrot.models.heads.projector import VisionProjector, build_projector
-from union_igrot.models.heads.query import FusionHead
+from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.hub import HubModel
 from union_igrot.types import Features, Preprocess
@@ -38,7 +38,7 @@ class IGROTModel(nn.Module, HubModel):
         backbone: The frozen vision-language model.
         fusion: The query head.
         target: The target head.
-        card: What a reader has to know of the training: data, classes, recipe.
+        metadata: Facts on the training: data, classes, settings ("card" in `model.json`).
         projector: Changes image features on the query and the target side, or None.
         null: Features of the empty text, where another model of this backbone has encoded it.
 
@@ -52,15 +52,15 @@ class IGROTModel(nn.Module, HubModel):
     def __init__(
         self,
         backbone: Backbone,
-        fusion: FusionHead,
+        fusion: QueryHead,
         target: TargetHead,
-        card: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
         projector: VisionProjector | None = None,
         null: Features | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.fusion, self.target, self.projector = backbone, fusion, target, projector
-        self.card: dict[str, Any] = card or {}
+        self.metadata: dict[str, Any] = metadata or {}
         self.training_images: frozenset[str] | None = None
         self.tuned = False
         self._hub_mixin_config = None  # model.json says all; the mixin writes no file of its own then
@@ -76,13 +76,13 @@ class IGROTModel(nn.Module, HubModel):
         """Where the model lies."""
         return self.backbone.device
 
-    def tune(self, sides: Collection[Side]) -> None:
-        """Let encoders of the backbone be trained with the heads, until `settle`."""
+    def tune(self, sides: Collection[Modality]) -> None:
+        """Let encoders of the backbone be trained with the heads, until `finish_training`."""
         self.backbone.tune(sides)
         self.tuned = self.tuned or bool(sides)
         self._null = None
 
-    def settle(self) -> None:
+    def finish_training(self) -> None:
         """End a training: evaluation mode, the backbone frozen as it now is."""
         self.backbone.freeze()
         self.eval()
@@ -90,7 +90,7 @@ class IGROTModel(nn.Module, HubModel):
 
     def null_text(self) -> Features:
         """Return the features of the empty text, encoded once and kept; while texts are tuned, encoded each time."""
-        if "text" in self.backbone.tuned_sides:
+        if "text" in self.backbone.tuned_encoders:
             return self.backbone.encode_text([""])
         if self._null is None or self._null.pooled.device != self.device:
             # Not in inference mode, even where the caller is: nothing could be trained with it later.
@@ -166,13 +166,13 @@ class IGROTModel(nn.Module, HubModel):
         """Return every weight that is not the backbone's."""
         return (weight for name, weight in self.named_parameters() if not name.startswith("backbone."))
 
-    def heads_state(self) -> dict[str, Tensor]:
+    def heads_state_dict(self) -> dict[str, Tensor]:
         """Return the heads' weights by name; the backbone is never among them."""
         return {name: x for name, x in self.state_dict().items() if not name.startswith("backbone.")}
 
     def fingerprint(self) -> str:
         """Return a hash of the backbone's weights, the preprocessing, and the heads with their kinds and options."""
-        return fingerprint_of(self.describe())
+        return model_fingerprint(self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Say which model this is, for results and saved files."""
@@ -180,7 +180,7 @@ class IGROTModel(nn.Module, HubModel):
             "backbone": self.backbone.name,
             "backbone_fingerprint": self.backbone.fingerprint(),
             "tuned": self.tuned,
-            "heads": weights_hash(self.heads_state()),
+            "heads": weights_hash(self.heads_state_dict()),
             "fusion": {"kind": self.fusion.kind, **self.fusion.options},
             "target": {"kind": self.target.kind, **self.target.options},
             "projector": None if self.projector is None else {"kind": self.projector.kind, **self.projector.options},
@@ -202,8 +202,8 @@ class IGROTModel(nn.Module, HubModel):
             CheckpointError: Where the folder cannot be written.
         """
         folder = Path(folder)
-        state = {name: (x.half() if half else x).cpu() for name, x in self.heads_state().items()}
-        notes = {**self.describe(), "card": self.card}
+        state = {name: (x.half() if half else x).cpu() for name, x in self.heads_state_dict().items()}
+        notes = {**self.describe(), "card": self.metadata}
         notes["heads"] = weights_hash({name: x.float() for name, x in state.items()})
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -253,8 +253,8 @@ class IGROTModel(nn.Module, HubModel):
             )
         if weights_hash(saved.state) != saved.heads:
             raise CheckpointError(f"{folder}: heads.safetensors does not belong to model.json; copy both again")
-        fusion = build_fusion(saved.kinds["fusion"], backbone.dim, **saved.options["fusion"])
-        target = build_target(saved.kinds["target"], backbone.dim, **saved.options["target"])
+        fusion = build_query_head(saved.kinds["fusion"], backbone.dim, **saved.options["fusion"])
+        target = build_target_head(saved.kinds["target"], backbone.dim, **saved.options["target"])
         projector = build_projector(saved.kinds["projector"], backbone.dim, **saved.options["projector"])
         model = cls(backbone, fusion, target, saved.card, projector)
         model.tuned, model.training_images = saved.own is not None, saved.images
@@ -263,7 +263,7 @@ class IGROTModel(nn.Module, HubModel):
         return model.eval()
 
     def _take_heads(self, state: dict[str, Tensor], folder: Path) -> None:
-        known = self.heads_state()
+        known = self.heads_state_dict()
         wrong = [key for key in state.keys() & known.keys() if state[key].shape != known[key].shape]
         if wrong:
             raise CheckpointError(f"{folder}: weights of another shape than model.json describes: {sorted(wrong)[:3]}")
@@ -273,7 +273,7 @@ class IGROTModel(nn.Module, HubModel):
             raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
 
 
-def fingerprint_of(described: Mapping[str, Any]) -> str:
+def model_fingerprint(described: Mapping[str, Any]) -> str:
     """Return a model's fingerprint from its description, without hashing its weights again.
 
     Args:
@@ -292,11 +292,11 @@ def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGR
         kind: `image`, `text` or `sum`.
         null: The null text's features, where they are known.
     """
-    heads = build_fusion(kind, backbone.dim), build_target("frozen", backbone.dim)
+    heads = build_query_head(kind, backbone.dim), build_target_head("frozen", backbone.dim)
     return IGROTModel(backbone, *heads, null=null).eval()
 
 
-def load_model(name: str | Path = "tiny", weights: str | Path | None = None, revision: str | None = None) -> IGROTModel:
+def load(name: str | Path = "tiny", weights: str | Path | None = None, revision: str | None = None) -> IGROTModel:
     """Load a model.
 
     Args:

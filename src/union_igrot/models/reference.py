@@ -21,9 +21,9 @@ from union_igrot.models.backbones.open_clip import (
     OpenClipBackbone,
     configuration,
 )
-from union_igrot.models.backbones.weights import fill, name_some, read_state, unwrap_state
-from union_igrot.models.heads.factory import build_fusion, build_target
-from union_igrot.models.heads.query import FusionHead, MaskMode
+from union_igrot.models.backbones.weights import fill, read_state_dict, summarize_names, unwrap_state_dict
+from union_igrot.models.heads.factory import build_query_head, build_target_head
+from union_igrot.models.heads.query import MaskMode, QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.model import IGROTModel
 from union_igrot.types import Preprocess
@@ -92,9 +92,9 @@ def load_reference_checkpoint(
     if target not in _KINDS:
         raise ConfigError(f"target {target!r} is not one of the reference's; choose {', '.join(_KINDS)}")
     if isinstance(path_or_state_dict, Mapping):
-        where, state = "the state dict", unwrap_state(path_or_state_dict, "the state dict")
+        where, state = "the state dict", unwrap_state_dict(path_or_state_dict, "the state dict")
     else:
-        where, state = str(path_or_state_dict), read_state(path_or_state_dict)
+        where, state = str(path_or_state_dict), read_state_dict(path_or_state_dict)
     encoder, heads = _split(state, where)
     backbone = _backbone(encoder, model, tokenizer, text_heads, where)
     fusion = _fusion(heads, backbone.dim, mask, where)
@@ -118,7 +118,7 @@ def _split(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], 
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(f"{where} holds tensors that the reference does not know: {name_some(unknown)}")
+        raise CheckpointError(f"{where} holds tensors that the reference does not know: {summarize_names(unknown)}")
     if not encoder or not heads:
         lacks = "no backbone (model.*, pretrained_model.*, blip_model.*)" if not encoder else "no heads (fusion.*, ...)"
         raise CheckpointError(f"{where} holds {lacks}; give the state dict of the whole reference model")
@@ -137,7 +137,7 @@ def _backbone(
     if not is_blip and "visual.conv1.weight" not in encoder:
         raise CheckpointError(
             f"{where}: the backbone is neither CLIP with a vision transformer (visual.conv1.weight) "
-            f"nor BLIP (visual_encoder.cls_token), but begins {name_some(encoder)}"
+            f"nor BLIP (visual_encoder.cls_token), but begins {summarize_names(encoder)}"
         )
     kind = "BLIP" if is_blip else "CLIP"
     encoder = blip_names(encoder) if is_blip else {n: x for n, x in encoder.items() if n not in _CLIP_SIZES}
@@ -267,7 +267,7 @@ def _blip_tokenizer(tokenizer: str | Path | None) -> Any:
     return load_tokenizer(Path(kept).parent, "blip")
 
 
-def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, where: str) -> FusionHead:
+def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, where: str) -> QueryHead:
     own = {name: x for name, x in heads.items() if name.startswith(_FUSION)}
     layers = _count(own, r"^fusion\.layers\.(\d+)\.")
     first = own.get("fusion.layers.0.linear1.weight")
@@ -275,14 +275,14 @@ def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, where: str)
         raise CheckpointError(
             f"the fusion head in {where} misses fusion.layers.0.linear1.weight; give the whole state dict"
         )
-    fusion = build_fusion("transagg", width, layers=layers, feedforward=first.shape[0], mask=mask)
+    fusion = build_query_head("transagg", width, layers=layers, feedforward=first.shape[0], mask=mask)
     fill(fusion, own, f"the fusion head in {where}")
     return fusion
 
 
 def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str, where: str) -> TargetHead:
     if target != "union":
-        return build_target(target, width, **({"form": sum_form} if target == "sum" else {}))
+        return build_target_head(target, width, **({"form": sum_form} if target == "sum" else {}))
     own = {name: x for name, x in heads.items() if name.startswith(_TARGET)}
     query, inner = (
         own.get(f"t5_layers.block.0.layer.{part}.weight") for part in ("0.SelfAttention.q", "1.DenseReluDense.wi")
@@ -294,6 +294,6 @@ def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str,
         )
     layers = _count(own, r"^t5_layers\.block\.(\d+)\.")
     # Heads of T5 are 64 wide at every width of the joint space.
-    head = build_target("union", width, layers=layers, heads=query.shape[0] // 64, feedforward=inner.shape[0])
+    head = build_target_head("union", width, layers=layers, heads=query.shape[0] // 64, feedforward=inner.shape[0])
     fill(head, own, f"the UNION head in {where}")
     return head

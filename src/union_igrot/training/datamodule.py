@@ -18,7 +18,7 @@ from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import Encoder
 from union_igrot.images.decode import open_image
 from union_igrot.images.transforms import ImageToPixels, model_input
-from union_igrot.models.backbones.base import Side
+from union_igrot.models.backbones.base import Modality
 from union_igrot.types import (
     Batch,
     Benchmark,
@@ -167,7 +167,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         target_tokens: bool,
         batch_size: int = 128,
         seed: int = 0,
-        live: Collection[Side] = (),
+        live: Collection[Modality] = (),
     ) -> None:
         super().__init__()
         self._live = frozenset(live)

@@ -24,7 +24,7 @@ from torch import Tensor
 from union_igrot.errors import ConfigError
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
-from union_igrot.models.devices import Machine
+from union_igrot.models.devices import TrainerConfig
 from union_igrot.models.model import IGROTModel
 from union_igrot.training.losses import InfoNCE
 from union_igrot.training.trainer import make_trainer, manners
@@ -233,7 +233,7 @@ def fit(
     datamodule: lightning.LightningDataModule,
     folder: Path,
     *,
-    machine: Machine | None = None,
+    machine: TrainerConfig | None = None,
     logger: Logger | Sequence[Logger] | bool = False,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -261,7 +261,7 @@ def fit(
     Raises:
         KeyboardInterrupt: After Ctrl-C.
     """
-    machine = machine or Machine()
+    machine = machine or TrainerConfig()
     keep = ModelCheckpoint(
         folder, filename="best", monitor=learner.recipe.monitor, mode="max", enable_version_counter=False
     )
@@ -302,4 +302,4 @@ def load_best(model: IGROTModel, folder: Path) -> None:
     """
     best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): x for name, x in best.items()}, strict=False)
-    model.settle()
+    model.finish_training()

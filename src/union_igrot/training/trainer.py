@@ -15,7 +15,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import FSDPPrecision
 
-from union_igrot.models.devices import Machine
+from union_igrot.models.devices import TrainerConfig
 
 _MEANT = (
     # A frozen backbone in evaluation mode.
@@ -42,7 +42,9 @@ class FSDPAsItIs(FSDPPrecision):
         return data
 
 
-def make_trainer(machine: Machine, folder: Path, callbacks: Sequence[Callback], **options: Any) -> lightning.Trainer:
+def make_trainer(
+    machine: TrainerConfig, folder: Path, callbacks: Sequence[Callback], **options: Any
+) -> lightning.Trainer:
     """Make a Trainer that shares its work as the data say and shows nothing unasked.
 
     Args:

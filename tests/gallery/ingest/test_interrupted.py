@@ -22,7 +22,7 @@ from union_igrot.gallery.ingest.entries import file_entry
 from union_igrot.gallery.ingest.run import ingest_images
 from union_igrot.gallery.ingest.skipped import Skip, SkippedFile
 from union_igrot.gallery.ingest.sources import list_images
-from union_igrot.models.devices import Machine
+from union_igrot.models.devices import TrainerConfig
 from union_igrot.training.processes import Processes
 
 
@@ -90,7 +90,7 @@ def test_where_locks_do_not_work_one_is_warned_and_goes_on(lance_world, monkeypa
 def test_half_precision_gives_rows_of_length_one_and_leaves_the_model_as_it_was(world):
     fill(world.pictures, [f"{n}.png" for n in range(3)])
     world.model.train()
-    world.run(machine=Machine("cpu", 1, precision="bf16-mixed"))
+    world.run(machine=TrainerConfig("cpu", 1, precision="bf16-mixed"))
     vectors = world.index.fetch(sorted(world.rows())).vectors
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-5, rtol=0)

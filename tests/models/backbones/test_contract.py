@@ -142,7 +142,7 @@ def asking(backbone):
 def test_every_weight_of_a_tuned_encoder_learns_and_no_other_does(backbone, side):
     other = {"image": "text", "text": "image"}[side]
     assert backbone.tune([side]) is backbone
-    assert backbone.tuned_sides == {side}
+    assert backbone.tuned_encoders == {side}
     assert len(asking(backbone)) > 4
     assert set(gradients(backbone, side)) == asking(backbone)
     mine = asking(backbone)
@@ -160,7 +160,7 @@ def test_a_tuned_encoder_stays_in_evaluation_mode_and_is_frozen_again(backbone):
     assert not any(part.training for part in backbone.modules())
     torch.testing.assert_close(features(backbone, "image").pooled.detach(), before)
     backbone.freeze()
-    assert (asking(backbone), backbone.tuned_sides) == (set(), frozenset())
+    assert (asking(backbone), backbone.tuned_encoders) == (set(), frozenset())
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
@@ -176,7 +176,7 @@ def test_saving_memory_changes_no_gradient(backbone, side):
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         features(backbone, side)
     kept, held[0] = held[0], 0
-    backbone.save_memory()
+    backbone.checkpoint_activations()
     assert set(backbone.state_dict()) == names
     found = gradients(backbone, side)
     assert found.keys() == wanted.keys()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from union_igrot.errors import CheckpointError
-from union_igrot.models.backbones.weights import read_state
+from union_igrot.models.backbones.weights import read_state_dict
 
 
 class Bomb:
@@ -20,7 +20,7 @@ def test_a_torchscript_archive_that_asks_for_code_is_refused(tmp_path, monkeypat
         archive.writestr("bad/constants.pkl", pickle.dumps(()))
         archive.writestr("bad/data.pkl", pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(CheckpointError, match=r"asks for .*, which weights do not need"):
-        read_state("bad.pt")
+        read_state_dict("bad.pt")
     assert not Path("boom").exists()
 
 
@@ -49,7 +49,7 @@ def test_a_torchscript_archive_is_read_without_running_it(tmp_path):
 
     module = Outer()
     torch.jit.save(torch.jit.script(module), tmp_path / "archive.pt")
-    found = read_state(tmp_path / "archive.pt")
+    found = read_state_dict(tmp_path / "archive.pt")
     assert set(found) == set(module.state_dict())
     for name, x in module.state_dict().items():
         assert torch.equal(found[name], x)

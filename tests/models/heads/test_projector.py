@@ -3,7 +3,7 @@ import torch
 
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.open_clip import OpenClipBackbone
-from union_igrot.models.heads.factory import build_fusion, build_target
+from union_igrot.models.heads.factory import build_query_head, build_target_head
 from union_igrot.models.heads.projector import VisionProjector, build_projector
 from union_igrot.models.model import IGROTModel
 from union_igrot.types import Features, Preprocess
@@ -74,8 +74,8 @@ def model(projector, target="shared"):
     }
     torch.manual_seed(0)
     backbone = OpenClipBackbone(config, Preprocess(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "mine")
-    fusion = build_fusion("transagg", 16, heads=2, feedforward=8)
-    return IGROTModel(backbone, fusion, build_target(target, 16), projector=projector).eval()
+    fusion = build_query_head("transagg", 16, heads=2, feedforward=8)
+    return IGROTModel(backbone, fusion, build_target_head(target, 16), projector=projector).eval()
 
 
 def bent():

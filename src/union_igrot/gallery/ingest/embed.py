@@ -17,7 +17,7 @@ from torch import Tensor
 from union_igrot.gallery.ingest.batches import Batches
 from union_igrot.gallery.ingest.decode import Batch, Seen
 from union_igrot.images.transforms import model_input
-from union_igrot.models.devices import Machine
+from union_igrot.models.devices import TrainerConfig
 from union_igrot.models.model import IGROTModel
 from union_igrot.models.precision import full_precision
 from union_igrot.training.trainer import make_trainer, manners
@@ -96,7 +96,7 @@ class _Hand(lightning.Callback):
             self._take(held[0], held[1].to("cpu"))
 
 
-def embed(model: IGROTModel, batches: Batches, take: Take, machine: Machine, folder: Path) -> None:
+def embed(model: IGROTModel, batches: Batches, take: Take, machine: TrainerConfig, folder: Path) -> None:
     """Embed images and hand on the vectors.
 
     Args:
@@ -119,8 +119,8 @@ def embed(model: IGROTModel, batches: Batches, take: Take, machine: Machine, fol
         model.to(device).eval()
 
 
-def machine_of(device: torch.device, precision: Any = "32-true") -> Machine:
+def machine_of(device: torch.device, precision: Any = "32-true") -> TrainerConfig:
     """Say where a model already lies."""
     if device.type == "cpu":
-        return Machine("cpu", 1, precision=precision)
-    return Machine(device.type, [device.index or 0] if device.type == "cuda" else 1, precision=precision)
+        return TrainerConfig("cpu", 1, precision=precision)
+    return TrainerConfig(device.type, [device.index or 0] if device.type == "cuda" else 1, precision=precision)

@@ -25,7 +25,7 @@ from union_igrot.gallery.ingest.entries import Entry
 from union_igrot.gallery.ingest.keep import Keeper
 from union_igrot.gallery.ingest.plan import shares
 from union_igrot.gallery.ingest.work import Work
-from union_igrot.models.devices import decoding_workers
+from union_igrot.models.devices import default_workers
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.files import write_whole
 from union_igrot.training.processes import Processes
@@ -203,7 +203,7 @@ def _work_through(
     machine = work.machine or machine_of(model.device)
     codec = work.decoder == "torchcodec"
     device = torch.device("cuda" if machine.on_gpu else "cpu")
-    workers = max(1, decoding_workers(device, here)) if work.workers is None else work.workers
+    workers = max(1, default_workers(device, here)) if work.workers is None else work.workers
     known = folder / KNOWN
 
     def unpack() -> BatchDecoder:

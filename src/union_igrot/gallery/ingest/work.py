@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, final
 
 from union_igrot.errors import ConfigError
-from union_igrot.models.devices import Machine
+from union_igrot.models.devices import TrainerConfig
 
 
 @final
@@ -18,7 +18,7 @@ class Work:
 
     Attributes:
         batch_size: Images a forward pass.
-        workers: Processes that decode; None takes all cores but one, see `processes.decoding_workers`, at least one; 0
+        workers: Processes that decode; None takes all cores but one, see `processes.default_workers`, at least one; 0
             decodes in this process, where a file that makes a decoder crash ends it.
         decoder: What decodes plain JPEGs: `pillow`, in the worker processes, or `torchcodec`, many at once on the
             model's device, for GPUs, which have an engine for it. All else is Pillow's. Pixels of one image differ
@@ -40,7 +40,7 @@ class Work:
     prune: bool = True
     cache: Path | None = None
     progress: bool = True
-    machine: Machine | None = None
+    machine: TrainerConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would be taken for something else."""

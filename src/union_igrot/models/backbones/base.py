@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from union_igrot.types import Features, Preprocess
 
-Side = Literal["image", "text"]
+Modality = Literal["image", "text"]
 """The two encoders of a backbone."""
 
 
@@ -47,13 +47,13 @@ class Backbone(nn.Module, ABC):
         name: What the model is called in configurations and saved models.
         dim: Width of the joint space.
         preprocess: How an image becomes this model's input.
-        tuned_sides: The encoders whose weights are being trained; none but after `tune`.
+        tuned_encoders: The encoders whose weights are being trained; none but after `tune`.
     """
 
     name: str
     dim: int
     preprocess: Preprocess
-    tuned_sides: frozenset[Side] = frozenset()
+    tuned_encoders: frozenset[Modality] = frozenset()
 
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
@@ -72,20 +72,20 @@ class Backbone(nn.Module, ABC):
             False after the end of each text, by position.
         """
 
-    def layout(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         """Say in plain values how the model is built, weights and words aside; empty where its name says it."""
         return {}
 
-    def save_words(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> None:
         """Write what texts are cut by into a folder; nothing where it is part of the code."""
 
     def freeze(self) -> "Backbone":
         """Fix every weight and stay in evaluation mode. Call at the end of a constructor."""
         self.requires_grad_(requires_grad=False)
-        self.tuned_sides = frozenset()
+        self.tuned_encoders = frozenset()
         return self.train(mode=False)
 
-    def tune(self, sides: Collection[Side]) -> "Backbone":
+    def tune(self, sides: Collection[Modality]) -> "Backbone":
         """Let the weights of encoders be trained, until `freeze`.
 
         The weights of an encoder are those that its features depend on; what a pretraining
@@ -100,23 +100,23 @@ class Backbone(nn.Module, ABC):
         self.requires_grad_(requires_grad=True)
         with torch.inference_mode(mode=False), torch.enable_grad():
             for side in sides:
-                seen = self._glance(side)
+                seen = self._probe(side)
                 outputs = [out.sum() for out in (seen.pooled, seen.tokens) if out is not None]
                 told: Sequence[Tensor | None] = torch.autograd.grad(outputs, named, allow_unused=True)
                 chosen |= {id(weight) for weight, gradient in zip(named, told, strict=True) if gradient is not None}
         self.freeze()
         for weight in named:
             weight.requires_grad_(id(weight) in chosen)
-        self.tuned_sides = frozenset(sides)
+        self.tuned_encoders = frozenset(sides)
         return self
 
-    def _glance(self, side: Side) -> Features:
+    def _probe(self, side: Modality) -> Features:
         size = self.preprocess.size
         if side == "image":
             return self.encode_image(torch.zeros(1, 3, size, size, device=self.device))
         return self.encode_text(["a"])
 
-    def save_memory(self) -> "Backbone":
+    def checkpoint_activations(self) -> "Backbone":
         """Compute each layer anew in the backward pass instead of keeping what it saw: less memory, more time."""
         for layer in list(_layers(self)):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

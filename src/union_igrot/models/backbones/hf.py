@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, name_some
+from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, summarize_names
 from union_igrot.types import Features, Preprocess
 
 NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-base-patch16-224"}
@@ -37,11 +37,11 @@ class _Transformers(Backbone):
     network: Any
     tokenizer: Any
 
-    def layout(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         """Return the network's configuration."""
         return {"kind": self.kind, "config": json.loads(self.network.config.to_json_string(use_diff=False))}
 
-    def save_words(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
@@ -216,8 +216,8 @@ def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Prep
 
     Args:
         name: What the model is called.
-        kind: Its architecture, as `layout` gave it.
-        config: Its configuration, as `layout` gave it.
+        kind: Its architecture, as `architecture` gave it.
+        config: Its configuration, as `architecture` gave it.
         preprocess: How an image becomes its input.
         words: A folder with its tokenizer's files.
 
@@ -275,7 +275,7 @@ def _network(name: str, source: str, model_class: Any) -> Any:
     missing = [*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])]
     if missing := [key for key in missing if not key.endswith("position_ids")]:
         raise CheckpointError(
-            f"the weights of {source} miss {name_some(missing)} or hold another shape; copy them again"
+            f"the weights of {source} miss {summarize_names(missing)} or hold another shape; copy them again"
         )
     return network
 

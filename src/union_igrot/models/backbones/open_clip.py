@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.backbones.towers import NotSupportedError, image_tower, text_tower
-from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, fill, name_some, read_state
+from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, fill, read_state_dict, summarize_names
 from union_igrot.types import Features, Preprocess
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "batch length"]]
@@ -109,11 +109,11 @@ class OpenClipBackbone(Backbone):
         """Encode texts; what is longer than the context is cut, its end mark kept."""
         return self._read(self.tokenize(list(texts)).to(self.device))
 
-    def layout(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         """Return the network's configuration."""
         return {"kind": "open_clip", "config": self.config}
 
-    def save_words(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> None:
         """Write the files of a tokenizer and a text tower of transformers; CLIP's byte pairs are part of OpenCLIP."""
         if isinstance(self.tokenize, HFTokenizer):
             self.tokenize.save_pretrained(folder)
@@ -145,11 +145,11 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     config = configuration(name)
     known = dict(get_pretrained_cfg(arch, tag)) if tag else {}
     if weights is None and not known:
-        tags = name_some(list_pretrained_tags_by_model(arch))
+        tags = summarize_names(list_pretrained_tags_by_model(arch))
         raise ConfigError(f"backbone {name!r}: {arch} has no tag {tag!r}; choose one of {tags} or give model.weights")
     path = Path(weights) if weights is not None else _download(name, known)
     preprocess = _preprocess(config, known or _agreed(arch), tag)
-    return OpenClipBackbone(config, preprocess, name, read_state(path), _tokens(config), str(path))
+    return OpenClipBackbone(config, preprocess, name, read_state_dict(path), _tokens(config), str(path))
 
 
 def restore_open_clip(name: str, config: Mapping[str, Any], preprocess: Preprocess, words: Path) -> OpenClipBackbone:
@@ -157,9 +157,9 @@ def restore_open_clip(name: str, config: Mapping[str, Any], preprocess: Preproce
 
     Args:
         name: What the model is called.
-        config: Its configuration, as `layout` gave it.
+        config: Its configuration, as `architecture` gave it.
         preprocess: How an image becomes its input.
-        words: A folder with what `save_words` wrote.
+        words: A folder with what `save_tokenizer` wrote.
 
     Raises:
         ConfigError: Where the configuration is not one.
@@ -331,4 +331,4 @@ def _load_folder(name: str, tag: str, folder: Path) -> OpenClipBackbone:
             f"model_cfg there, or set model.weights to {path} itself"
         ) from None
     config["quick_gelu"] = bool(config.get("quick_gelu") or tag == "openai")
-    return _in_folder(name, config, _preprocess(config, known, tag), folder, read_state(path), str(path))
+    return _in_folder(name, config, _preprocess(config, known, tag), folder, read_state_dict(path), str(path))

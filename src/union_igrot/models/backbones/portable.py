@@ -17,7 +17,7 @@ from torch import Tensor
 from union_igrot.errors import CheckpointError, first_line
 from union_igrot.models.backbones.base import Backbone, weights_hash
 from union_igrot.models.backbones.factory import build_backbone
-from union_igrot.models.backbones.weights import fill, read_state
+from union_igrot.models.backbones.weights import fill, read_state_dict
 from union_igrot.types import Preprocess
 
 FILE, WORDS = "backbone.safetensors", "tokenizer"
@@ -49,7 +49,7 @@ def write_weights(backbone: Backbone, folder: Path, *, half: bool = False) -> tu
     words = folder / f"{WORDS}.partial"
     shutil.rmtree(words, ignore_errors=True)
     words.mkdir()
-    backbone.save_words(words)
+    backbone.save_tokenizer(words)
     shutil.rmtree(folder / WORDS, ignore_errors=True)
     if any(words.iterdir()):
         words.rename(folder / WORDS)
@@ -57,7 +57,7 @@ def write_weights(backbone: Backbone, folder: Path, *, half: bool = False) -> tu
         words.rmdir()
     own = {name: x.to(backbone.state_dict()[name].dtype) for name, x in state.items()}
     fingerprint = f"{weights_hash(own)}-{backbone.preprocess.fingerprint()}"
-    return fingerprint, {"file": FILE, **backbone.layout(), "preprocess": asdict(backbone.preprocess)}
+    return fingerprint, {"file": FILE, **backbone.architecture(), "preprocess": asdict(backbone.preprocess)}
 
 
 def remove_weights(folder: Path) -> None:
@@ -104,7 +104,7 @@ def put_weights(backbone: Backbone, folder: Path) -> Backbone:
     Raises:
         CheckpointError: Where the file is missing, damaged or does not fit.
     """
-    fill(backbone, _own_names(backbone, read_state(folder / FILE)), str(folder / FILE))
+    fill(backbone, _own_names(backbone, read_state_dict(folder / FILE)), str(folder / FILE))
     return backbone
 
 

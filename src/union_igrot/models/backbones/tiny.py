@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.backbones.weights import fill, read_state
+from union_igrot.models.backbones.weights import fill, read_state_dict
 from union_igrot.types import Features, Preprocess
 
 CONTEXT = 32
@@ -145,9 +145,9 @@ class TinyBackbone(Backbone):
         self.network = TinyVLM(self.dim)
         if weights is None:
             with as_file(files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as shipped:
-                state = read_state(shipped)
+                state = read_state_dict(shipped)
         else:
-            state = read_state(weights)
+            state = read_state_dict(weights)
         hint = "give a file written by `python -m union_igrot.synthetic.pretrain`"
         fill(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.network.to(memory_format=torch.channels_last)  # convolutions on a CPU are half as fast without

@@ -58,7 +58,7 @@ _STORAGES = {
 }
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file.
 
     A TorchScript archive is read as data alone: its tensors are taken from the archive by a
@@ -89,10 +89,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
         ) from None
-    return unwrap_state(found, str(path))
+    return unwrap_state_dict(found, str(path))
 
 
-def unwrap_state(found: object, where: str) -> dict[str, Tensor]:
+def unwrap_state_dict(found: object, where: str) -> dict[str, Tensor]:
     """Take off what training programs put around a state dict.
 
     Args:
@@ -112,7 +112,9 @@ def unwrap_state(found: object, where: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{where} holds no state dict but {type(found).__name__}; save `model.state_dict()`")
     odd = [str(name) for name, x in found.items() if not isinstance(x, Tensor) or not isinstance(name, str)]
     if odd:
-        raise CheckpointError(f"{where} holds entries that are not tensors: {name_some(odd)}; save a plain state dict")
+        raise CheckpointError(
+            f"{where} holds entries that are not tensors: {summarize_names(odd)}; save a plain state dict"
+        )
     if all(name.startswith("module.") for name in found):
         found = {name.removeprefix("module."): x for name, x in found.items()}
     return dict(found)
@@ -133,18 +135,18 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], where: str, hint: str 
     own = network.state_dict()
     problems = []
     if missing := [name for name in own if name not in state]:
-        problems.append(f"missing {name_some(missing)}")
+        problems.append(f"missing {summarize_names(missing)}")
     if unknown := [name for name in state if name not in own]:
-        problems.append(f"not known {name_some(unknown)}")
+        problems.append(f"not known {summarize_names(unknown)}")
     shapes = [(n, tuple(state[n].shape), tuple(x.shape)) for n, x in own.items() if n in state]
     if unlike := [f"{name} {given} for {wanted}" for name, given, wanted in shapes if given != wanted]:
-        problems.append(f"of another shape {name_some(unlike)}")
+        problems.append(f"of another shape {summarize_names(unlike)}")
     if problems:
         raise CheckpointError(f"{where} does not fit: {'; '.join(problems)}" + (f"; {hint}" if hint else ""))
     network.load_state_dict({name: x.to(own[name].dtype) for name, x in state.items()})
 
 
-def name_some(names: Iterable[str]) -> str:
+def summarize_names(names: Iterable[str]) -> str:
     """Name the first few of many, and say how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -7,15 +7,15 @@ from inspect import signature
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from union_igrot.errors import ConfigError
-from union_igrot.models.heads.query import FusionHead, ImageFusion, SumFusion, TextFusion, TransAggFusion
+from union_igrot.models.heads.query import ImageFusion, QueryHead, SumFusion, TextFusion, TransAggFusion
 from union_igrot.models.heads.target import FrozenTarget, SharedTarget, SumTarget, TargetHead, UnionTarget
 
-Head = TypeVar("Head", FusionHead, TargetHead)
-FUSIONS: dict[str, type[FusionHead]] = {h.kind: h for h in (ImageFusion, TextFusion, SumFusion, TransAggFusion)}
-TARGETS: dict[str, type[TargetHead]] = {h.kind: h for h in (FrozenTarget, SumTarget, UnionTarget, SharedTarget)}
+Head = TypeVar("Head", QueryHead, TargetHead)
+QUERY_HEADS: dict[str, type[QueryHead]] = {h.kind: h for h in (ImageFusion, TextFusion, SumFusion, TransAggFusion)}
+TARGET_HEADS: dict[str, type[TargetHead]] = {h.kind: h for h in (FrozenTarget, SumTarget, UnionTarget, SharedTarget)}
 
 
-def build_fusion(kind: str, width: int, **options: Any) -> FusionHead:
+def build_query_head(kind: str, width: int, **options: Any) -> QueryHead:
     """Build a query head.
 
     Args:
@@ -26,10 +26,10 @@ def build_fusion(kind: str, width: int, **options: Any) -> FusionHead:
     Raises:
         ConfigError: Where the name or an option is not known, or the head refuses a value.
     """
-    return _build("fusion", FUSIONS, kind, width, options)
+    return _build("fusion", QUERY_HEADS, kind, width, options)
 
 
-def build_target(kind: str, width: int, **options: Any) -> TargetHead:
+def build_target_head(kind: str, width: int, **options: Any) -> TargetHead:
     """Build a target head.
 
     Args:
@@ -40,7 +40,7 @@ def build_target(kind: str, width: int, **options: Any) -> TargetHead:
     Raises:
         ConfigError: Where the name or an option is not known, or the head refuses a value.
     """
-    return _build("target", TARGETS, kind, width, options)
+    return _build("target", TARGET_HEADS, kind, width, options)
 
 
 def _build(what: str, known: dict[str, type[Head]], kind: str, width: int, options: dict[str, Any]) -> Head:

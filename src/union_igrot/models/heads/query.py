@@ -18,7 +18,7 @@ from union_igrot.types import Features
 MaskMode = Literal["exclude", "legacy"]
 
 
-class FusionHead(nn.Module, ABC):
+class QueryHead(nn.Module, ABC):
     """Fuses the features of a batch of images and texts.
 
     Attributes:
@@ -39,7 +39,7 @@ class FusionHead(nn.Module, ABC):
         """Return query embeddings of unit length."""
 
 
-class ImageFusion(FusionHead):
+class ImageFusion(QueryHead):
     """The image alone; a baseline without training."""
 
     kind = "image"
@@ -49,7 +49,7 @@ class ImageFusion(FusionHead):
         return F.normalize(images.pooled, dim=-1)
 
 
-class TextFusion(FusionHead):
+class TextFusion(QueryHead):
     """The text alone; a baseline without training."""
 
     kind = "text"
@@ -59,7 +59,7 @@ class TextFusion(FusionHead):
         return F.normalize(texts.pooled, dim=-1)
 
 
-class SumFusion(FusionHead):
+class SumFusion(QueryHead):
     """The sum of both unit embeddings, of unit length; a baseline without training."""
 
     kind = "sum"
@@ -122,7 +122,7 @@ class _Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-class TransAggFusion(FusionHead):
+class TransAggFusion(QueryHead):
     """TransAgg's query head: token fusion and three learned weights.
 
     The tokens `[text ; separator ; image]` pass a transformer encoder; the outputs at the
