@@ -30,7 +30,7 @@ def test_draw_search_refine_undo(visit, star):
     title = first.get_attribute("title")
     user.pick(1)
     assert user.page.locator("#reference img").get_attribute("alt") == title
-    assert user.titles() == found  # the answers stay until the next question
+    assert user.titles() == found  # the answers stay until the next request
     colour = next(name for name in ("blue", "green", "purple") if name not in title)
     user.search(f"make the star {colour}")
     assert user.turns() == ["sketch", f"+ “make the star {colour}”"]
@@ -65,7 +65,7 @@ def test_marks_and_a_filter_refine_and_are_undone(visit):
     less.click()
     user.settled()
     assert [more.get_attribute("aria-pressed"), less.get_attribute("aria-pressed")] == ["true", "true"]
-    assert user.titles() == plain  # the answers stay until the next question
+    assert user.titles() == plain  # the answers stay until the next request
     assert user.page.locator("#marks li").count() == 2
     box = user.page.locator("#marks img").first.bounding_box()
     middle = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
@@ -133,9 +133,9 @@ def test_steps_wait_for_one_another_and_none_is_lost(visit):
     user.page.get_by_label("Sentence").fill("a star")
     user.page.evaluate(
         """document.getElementById('query').requestSubmit();
-        const rival = document.getElementById('rival');
-        rival.value = "1";
-        rival.dispatchEvent(new Event("change"));"""
+        const compared = document.getElementById('compared');
+        compared.value = "1";
+        compared.dispatchEvent(new Event("change"));"""
     )
     user.settled()
     assert user.page.locator(".columns h3").count() == 2
@@ -276,15 +276,15 @@ def test_the_pad_takes_strokes_back(visit):
     user = visit()
     assert user.page.get_by_role("button", name="Undo stroke").is_disabled()
     user.draw([(0.2, 0.2), (0.8, 0.8)], [(0.2, 0.8), (0.8, 0.2)])
-    drawn = "document.querySelector('canvas').toDataURL()"
-    both = user.page.evaluate(drawn)
+    draw_strokes = "document.querySelector('canvas').toDataURL()"
+    both = user.page.evaluate(draw_strokes)
     user.page.get_by_role("button", name="Undo stroke").click()
-    one = user.page.evaluate(drawn)
+    one = user.page.evaluate(draw_strokes)
     user.page.get_by_role("button", name="Clear").click()
-    none = user.page.evaluate(drawn)
+    none = user.page.evaluate(draw_strokes)
     assert len(both) > len(one) > len(none)
     user.draw([(0.2, 0.2), (0.8, 0.8)])
-    assert user.page.evaluate(drawn) == one
+    assert user.page.evaluate(draw_strokes) == one
 
 
 def test_all_of_it_by_keyboard(visit):

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 
-from demo_engines import Squares
+from demo_backends import Squares
 from union_igrot.cli import demo as command
 from union_igrot.cli.demo import PASSWORD, main as demo
 from union_igrot.demo import serve as serving
-from union_igrot.demo.desk import Desk
+from union_igrot.demo.controller import DemoController
 from union_igrot.demo.serve import listen, serve
 from union_igrot.demo.server import make_app
 from union_igrot.errors import ConfigError
@@ -145,7 +145,7 @@ def test_the_port_is_free_again_after_serving(monkeypatch):
     monkeypatch.setattr(uvicorn.Server, "run", run)
     held = listen("127.0.0.1", 0)
     port, addresses = held.getsockname()[1], []
-    serve(make_app(Desk([Squares()])), held, addresses.append)
+    serve(make_app(DemoController([Squares()])), held, addresses.append)
     assert (ran, addresses) == ([[held]], [f"http://127.0.0.1:{port}"])
     with socket.socket() as again:
         again.bind(("127.0.0.1", port))

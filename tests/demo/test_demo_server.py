@@ -9,11 +9,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from demo_engines import Squares
+from demo_backends import Squares
 from union_igrot.demo import server
-from union_igrot.demo.desk import Desk
-from union_igrot.demo.pictures import Limits
-from union_igrot.demo.server import STEP_BYTES, Login, make_app
+from union_igrot.demo.controller import DemoController
+from union_igrot.demo.server import MAX_REQUEST_BYTES, Login, make_app
+from union_igrot.demo.uploads import Limits
 
 HERE = {"X-Session": "new"}
 
@@ -36,13 +36,13 @@ def step(action, given=None, token="new"):
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk([Squares()], page=5, limits=Limits(megabytes=0.05))
+def controller() -> DemoController:
+    return DemoController([Squares()], page=5, limits=Limits(megabytes=0.05))
 
 
 @pytest.fixture
-def app(desk):
-    return make_app(desk)
+def app(controller):
+    return make_app(controller)
 
 
 def test_the_page_comes_with_its_files_and_a_policy_that_admits_no_other_host(app):
@@ -103,7 +103,7 @@ def test_a_photo_over_http(app):
     assert asked(app, broken).json()["problem"].startswith("x.png cannot be read as a picture")
 
 
-def test_mistakes_are_sentences(app, desk, caplog):
+def test_mistakes_are_sentences(app, controller, caplog):
     assert asked(app, step("search")).json()["problem"].startswith("There is nothing to search with")
     for body in (
         b"",
@@ -132,7 +132,7 @@ def test_what_is_too_large_is_refused_unread(app):
             read += 1000
             yield b"x" * 1000
 
-    for address, most in (("/act", STEP_BYTES), ("/photo", 50_000)):
+    for address, most in (("/act", MAX_REQUEST_BYTES), ("/photo", 50_000)):
         told = asked(app, ("POST", address, {"content": b"x" * (most + 1), "headers": HERE}))
         assert told.status_code == 413
         read = 0
@@ -141,7 +141,7 @@ def test_what_is_too_large_is_refused_unread(app):
 
 
 def test_a_request_that_does_not_arrive_is_given_up(app, monkeypatch):
-    monkeypatch.setattr(server, "PATIENCE", 0.05)
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT", 0.05)
 
     async def stalled():
         yield b"x"
@@ -159,19 +159,19 @@ def test_only_the_page_itself_may_take_steps(app):
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_a_foreign_name_for_this_machine_is_refused(desk):
-    app = make_app(desk)
+def test_a_foreign_name_for_this_machine_is_refused(controller):
+    app = make_app(controller)
     assert asked(app, ("GET", "/"), base="http://evil.example").status_code == 400
     for host in ("", "[::1", "evil.example:7860", "127.0.0.1.evil.example", "[::2]:80"):
         assert asked(app, ("GET", "/", {"headers": {"Host": host}})).status_code == 400
     for name in ("127.0.0.1:1", "localhost:7860", "[::1]:7860", "LOCALHOST"):
         assert asked(app, ("GET", "/"), base=f"http://{name}").status_code == 200
-    assert asked(make_app(desk, hosts=None), ("GET", "/"), base="http://pc.example").status_code == 200
+    assert asked(make_app(controller, hosts=None), ("GET", "/"), base="http://pc.example").status_code == 200
 
 
-def test_a_password_guards_every_address(desk, monkeypatch):
-    monkeypatch.setattr(server, "DELAY", 0.01)
-    app = make_app(desk, login=Login("anna", "ge:heim ä"))
+def test_a_password_guards_every_address(controller, monkeypatch):
+    monkeypatch.setattr(server, "LOGIN_DELAY", 0.01)
+    app = make_app(controller, login=Login("anna", "ge:heim ä"))
     right = {"Authorization": "Basic " + base64.b64encode("anna:ge:heim ä".encode()).decode()}
     for address in ("/", "/static/page.js", "/act", "/photo", "/nothing"):
         refused = asked(app, ("GET", address))
@@ -185,10 +185,10 @@ def test_a_password_guards_every_address(desk, monkeypatch):
     assert "heim" not in repr(Login("anna", "geheim"))
 
 
-def test_the_line_is_bounded_and_steps_never_overlap(desk, monkeypatch):
+def test_the_line_is_bounded_and_steps_never_overlap(controller, monkeypatch):
     inside, most, steps = 0, 0, 0
     guard = threading.Lock()
-    plain = desk.act
+    plain = controller.act
 
     def slow(*given):
         nonlocal inside, most, steps
@@ -200,13 +200,13 @@ def test_the_line_is_bounded_and_steps_never_overlap(desk, monkeypatch):
             inside -= 1
         return plain(*given)
 
-    monkeypatch.setattr(desk, "act", slow)
-    app = make_app(desk, bound=5)
+    monkeypatch.setattr(controller, "act", slow)
+    app = make_app(controller, bound=5)
 
     async def all_at_once():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
-            method, address, more = step("show")
-            return await asyncio.gather(*(client.request(method, address, **more) for _ in range(12)))
+            heads_name, address, more = step("show")
+            return await asyncio.gather(*(client.request(heads_name, address, **more) for _ in range(12)))
 
     answers = [answer.json() for answer in asyncio.run(all_at_once())]
     assert most == 1
@@ -220,8 +220,8 @@ def test_many_users_at_once_keep_their_own_histories(app):
     async def one(client, number):
         text, token, seen = "x" * (number + 1), "new", []
         for _ in range(4):
-            method, address, more = step("search", {"text": text}, token)
-            shown = (await client.request(method, address, **more)).json()
+            heads_name, address, more = step("search", {"text": text}, token)
+            shown = (await client.request(heads_name, address, **more)).json()
             token = shown["token"]
             seen.append(shown["history"])
         return token, text, seen

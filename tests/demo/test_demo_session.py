@@ -27,12 +27,12 @@ def test_marks_are_asked_with_and_come_back_with_their_turn():
     assert other.mark(other.marks[1]).marks == (less,)
     assert other.unmark("b").marks == other.marks[1:]
     assert other.unmark().ask(SKETCH, "").undo().marks == (more, less)
-    assert other.undo() == asked  # first what no question has asked yet
+    assert other.undo() == asked  # first what no request has asked yet
     assert asked.undo().marks == ()
     assert asked.hold(PICKED).marks == asked.marks
     assert asked.restart().marks == ()
     with pytest.raises(DataError, match="nothing to search with"):
-        Session().mark(less).ask(None, "")  # less of something alone is no question
+        Session().mark(less).ask(None, "")  # less of something alone is no request
     full = Session()
     for number in range(MAX_MARKS):
         full = full.mark(Mark(str(number), "", b"", liked=True))
@@ -75,12 +75,12 @@ def test_going_back_gives_the_question_its_reference_again():
 
 def test_undo_takes_first_back_what_was_not_asked_yet():
     asked = Session().ask(SKETCH, "").ask(PICKED, "in red")
-    assert not asked.unasked
+    assert not asked.has_pending_changes
     for changed in (asked.hold(PHOTO), asked.hold(None), asked.mark(Mark("a", "a", b"", liked=True))):
-        assert changed.unasked
+        assert changed.has_pending_changes
         assert changed.undo() == asked
-    drawn = asked.undo()
-    assert (drawn.unasked, drawn.present.reference) == (False, SKETCH)  # the pad is no pick
+    draw_strokes = asked.undo()
+    assert (draw_strokes.has_pending_changes, draw_strokes.present.reference) == (False, SKETCH)  # the pad is no pick
     assert Session().hold(PHOTO).can_undo
     assert Session().hold(PHOTO).undo() == Session()
 
@@ -104,10 +104,10 @@ def test_pages_belong_to_their_turn():
 
 def test_comparing_starts_at_the_first_page_and_outlives_a_new_start():
     session = Session().ask(SKETCH, "").turn_page(4).compare(2)
-    assert (session.rival, session.present.page) == (2, 0)
-    assert Session().compare(1).rival == 1
+    assert (session.compared, session.present.page) == (2, 0)
+    assert Session().compare(1).compared == 1
     fresh = session.restart()
-    assert (fresh.rival, fresh.turns, fresh.at, fresh.deal) == (2, (), -1, 1)
+    assert (fresh.compared, fresh.turns, fresh.at, fresh.sample_seed) == (2, (), -1, 1)
     with pytest.raises(DataError):
         session.compare(0)
 
@@ -115,9 +115,9 @@ def test_comparing_starts_at_the_first_page_and_outlives_a_new_start():
 def test_the_oldest_questions_are_forgotten_first():
     session = Session()
     for number in range(MAX_TURNS + 7):
-        session = session.ask(None, f"question {number}")
+        session = session.ask(None, f"request {number}")
     assert len(session.turns) == MAX_TURNS
-    assert (session.turns[0].text, session.present.text) == ("question 7", f"question {MAX_TURNS + 6}")
+    assert (session.turns[0].text, session.present.text) == ("request 7", f"request {MAX_TURNS + 6}")
 
 
 class Tape:

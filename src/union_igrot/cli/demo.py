@@ -18,9 +18,9 @@ from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
-    from union_igrot.demo.engines import Engine
+    from union_igrot.demo.backends import SearchBackend
     from union_igrot.demo.server import Login
-    from union_igrot.demo.world import World
+    from union_igrot.demo.synthetic_gallery import SyntheticGallery
     from union_igrot.models.model import IGROTModel
 
 LITERAL = ("index", "checkpoint", "second_index", "second_checkpoint", "user", "name")
@@ -44,20 +44,22 @@ def demo(config: DictConfig, fresh: Path) -> None:
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from rich.console import Console
 
-    from union_igrot.demo.desk import Desk
-    from union_igrot.demo.pictures import Limits
+    from union_igrot.demo.controller import DemoController
     from union_igrot.demo.serve import listen, serve
     from union_igrot.demo.server import LOOPBACK, make_app
+    from union_igrot.demo.uploads import Limits
 
     _check(config)
     said = Console(stderr=True)
     login = _login(config.user)
     held = listen(config.host, config.port)  # before the long work: a port in use is told at once
     engines = _world(config) if config.index is None else _galleries(config)
-    desk = Desk(engines, page=config.page, limits=Limits(float(config.megabytes), float(config.megapixels)))
+    controller = DemoController(
+        engines, page=config.page, limits=Limits(float(config.megabytes), float(config.megapixels))
+    )
     # A name that another site points at this machine is no way in; on an open address any name may be this machine's.
     names = [*LOOPBACK, config.host, *([config.name] if config.name else [])] if _own(config.host) else None
-    app = make_app(desk, bound=config.waiting, hosts=names and list(dict.fromkeys(names)), login=login)
+    app = make_app(controller, bound=config.waiting, hosts=names and list(dict.fromkeys(names)), login=login)
 
     def ready(address: str) -> None:
         said.print(f"open {address} in a browser; Ctrl-C ends", highlight=False, soft_wrap=True)
@@ -101,35 +103,35 @@ def _login(user: str | None) -> "Login | None":
     return Login(user, password)
 
 
-def _galleries(config: DictConfig) -> "list[Engine]":
-    from union_igrot.demo.indexed import open_engine
+def _galleries(config: DictConfig) -> "list[SearchBackend]":
+    from union_igrot.demo.gallery_backend import open_backend
 
-    engines: list[Engine] = [open_engine(config.index, config.checkpoint, config.device)]
+    engines: list[SearchBackend] = [open_backend(config.index, config.checkpoint, config.device)]
     if config.second_index is not None:
-        engines.append(open_engine(config.second_index, config.second_checkpoint, config.device))
+        engines.append(open_backend(config.second_index, config.second_checkpoint, config.device))
     return engines
 
 
-def _world(config: DictConfig) -> "list[Engine]":
+def _world(config: DictConfig) -> "list[SearchBackend]":
     """Give the generated world under the model, under a second one where wanted, and under its untrained baselines."""
-    from union_igrot.demo.engines import method
-    from union_igrot.demo.world import World
+    from union_igrot.demo.backends import heads_name
+    from union_igrot.demo.synthetic_gallery import SyntheticGallery
     from union_igrot.gallery.metadata import load_checkpoint
     from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import baseline
 
     device = resolve_device(config.device)
-    world = World()
+    world = SyntheticGallery()
     first = load_checkpoint(config.checkpoint or "tiny")[0].to(device)
-    models = {f"trained: {method(first)}": first}
+    models = {f"trained: {heads_name(first)}": first}
     if config.second_checkpoint is not None:
         second = load_checkpoint(config.second_checkpoint)[0].to(device)
-        models[f"second: {method(second)}"] = second
+        models[f"second: {heads_name(second)}"] = second
     models |= {f"{name}, untrained": baseline(first.backbone, kind) for name, kind in UNTRAINED.items()}
     return [_engine(config, world, name, model) for name, model in models.items()]
 
 
-def _engine(config: DictConfig, world: "World", name: str, model: "IGROTModel") -> "Engine":
+def _engine(config: DictConfig, world: "SyntheticGallery", name: str, model: "IGROTModel") -> "SearchBackend":
     from union_igrot.cli.assemble import encoder
 
     filling = encoder(config, model.backbone)

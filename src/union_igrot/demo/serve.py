@@ -13,7 +13,7 @@ import uvicorn
 from union_igrot.demo.server import App
 from union_igrot.errors import ConfigError
 
-CONNECTIONS: Final = 200
+MAX_CONNECTIONS: Final = 200
 """Connections at once; further ones are refused with status 503."""
 
 
@@ -62,7 +62,7 @@ def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
         access_log=False,
         lifespan="off",
         ws="none",
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
         server_header=False,

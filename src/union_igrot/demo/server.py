@@ -25,15 +25,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from union_igrot.demo.desk import Desk, Screen
-from union_igrot.demo.view import STATIC, View, static_file
+from union_igrot.demo.controller import DemoController, Screen
+from union_igrot.demo.rendering import STATIC, PageRenderer, static_file
 from union_igrot.errors import UnionError
 
-STEP_BYTES: Final = 2**20
+MAX_REQUEST_BYTES: Final = 2**20
 """Largest request for a step; strokes are the most of it."""
-PATIENCE: Final = 60.0
+REQUEST_TIMEOUT: Final = 60.0
 """Seconds within which a request has to arrive."""
-DELAY: Final = 1.0
+LOGIN_DELAY: Final = 1.0
 """Seconds before a wrong password is refused, one guess after another."""
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 """Names of this machine that no other reaches."""
@@ -84,7 +84,7 @@ class Login:
 
 
 @final
-class Line:
+class RequestQueue:
     """Does steps one after another in one thread; only so many may wait.
 
     Args:
@@ -111,16 +111,16 @@ class Line:
 
 
 @final
-class Doors:
+class Routes:
     """Answers the page's addresses.
 
     Args:
-        desk: Takes the steps.
+        controller: Takes the steps.
         bound: Steps that may wait or run.
     """
 
-    def __init__(self, desk: Desk, bound: int) -> None:
-        self._desk, self._view, self._line = desk, View(desk), Line(bound)
+    def __init__(self, controller: DemoController, bound: int) -> None:
+        self._desk, self._view, self._queue = controller, PageRenderer(controller), RequestQueue(bound)
         self._page = self._view.page()
         self._files = {name: static_file(name) for name in STATIC}
 
@@ -147,7 +147,7 @@ class Doors:
 
     async def act(self, request: Request) -> Response:
         """Take a step."""
-        body = await _body(request, STEP_BYTES)
+        body = await _body(request, MAX_REQUEST_BYTES)
         if isinstance(body, Response):
             return body
         try:
@@ -167,11 +167,11 @@ class Doors:
         if isinstance(body, Response):
             return body
         token, name = request.headers.get("x-session", ""), request.query_params.get("name", "")
-        return await self._step(lambda: self._desk.give_photo(token, name, body))
+        return await self._step(lambda: self._desk.upload_photo(token, name, body))
 
     async def _step(self, step: Callable[[], Screen]) -> Response:
         try:
-            return _json(await self._line.do(lambda: self._view.regions(step())))
+            return _json(await self._queue.do(lambda: self._view.regions(step())))
         except UnionError as error:
             return _problem(str(error))
         except Exception:  # whatever fails inside, the page goes on
@@ -179,17 +179,19 @@ class Doors:
             return _problem("Something went wrong on the server; its terminal says what. The page still works.")
 
 
-def make_app(desk: Desk, *, bound: int = 64, hosts: Sequence[str] | None = LOOPBACK, login: Login | None = None) -> App:
+def make_app(
+    controller: DemoController, *, bound: int = 64, hosts: Sequence[str] | None = LOOPBACK, login: Login | None = None
+) -> App:
     """Make the server's application.
 
     Args:
-        desk: Takes the steps.
+        controller: Takes the steps.
         bound: Steps that may wait or run; further ones are answered with a sentence.
         hosts: Names under which the server may be addressed, against pages of other sites that
             point a name of theirs at this machine; None allows any.
         login: Who may use the page; None lets in whoever reaches it.
     """
-    return _Guard(Starlette(routes=Doors(desk, bound).routes()), hosts, login)
+    return _Guard(Starlette(routes=Routes(controller, bound).routes()), hosts, login)
 
 
 @final
@@ -222,7 +224,7 @@ class _Guard:
             if not self._login.opens(given):
                 if given:
                     async with self._guesses:  # guessing takes time, also where many guess at once
-                        await asyncio.sleep(DELAY)
+                        await asyncio.sleep(LOGIN_DELAY)
                 ask = {"WWW-Authenticate": 'Basic realm="union-demo", charset="UTF-8"'}
                 await Response("user and password, please", 401, ask)(scope, receive, with_headers)
                 return
@@ -249,7 +251,7 @@ async def _body(request: Request, most: int) -> bytes | Response:
         return Response("too large", 413)
     parts, size = [], 0
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(REQUEST_TIMEOUT):
             async for part in request.stream():
                 size += len(part)
                 if size > most:
@@ -265,5 +267,5 @@ def _problem(sentence: str) -> Response:
 
 
 def _json(value: Mapping[str, Any]) -> Response:
-    """Answer in ASCII: a name of a file may hold what UTF-8 cannot write."""
+    """DisplayedImage in ASCII: a name of a file may hold what UTF-8 cannot write."""
     return Response(json.dumps(value), media_type="application/json")

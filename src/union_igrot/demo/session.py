@@ -1,7 +1,7 @@
-"""What one user did: the questions asked, turn after turn, and where among them the user stands.
+"""What one user did: the requests asked, turn after turn, and where among them the user stands.
 
 Plain values; every step gives a new session and leaves the old one as it was. Does not know
-how a question is answered, what a page looks like or who the user is.
+how a request is answered, what a page looks like or who the user is.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Stroke = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a question starts from.
+    """What a request starts from.
 
     Attributes:
         kind: A sketch drawn on the page, a photo given by the user, or a picture of the gallery.
@@ -67,7 +67,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question and how far its answers were turned.
+    """One request and how far its answers were turned.
 
     Attributes:
         reference: What it starts from, or None where there is none.
@@ -99,35 +99,35 @@ class Session:
     """All that is remembered of one user.
 
     Attributes:
-        turns: The questions, oldest first.
+        turns: The requests, oldest first.
         at: Which of them is shown; -1 is the start, before the first.
-        reference: The photo or the picture that the next question starts from; None while the pad is used.
-        marks: What the answers to the next question are to be more or less like.
-        rival: Number of the engine whose answers are shown beside the first one's, or None.
-        deal: Which pictures are shown at the start: another number, others.
+        reference: The photo or the picture that the next request starts from; None while the pad is used.
+        marks: What the answers to the next request are to be more or less like.
+        compared: Number of the engine whose answers are shown beside the first one's, or None.
+        sample_seed: Which pictures are shown at the start: another number, others.
     """
 
     turns: tuple[Turn, ...] = ()
     at: int = -1
     reference: Reference | None = None
     marks: tuple[Mark, ...] = ()
-    rival: int | None = None
-    deal: int = 0
+    compared: int | None = None
+    sample_seed: int = 0
 
     @property
     def present(self) -> Turn | None:
-        """The question whose answers are shown; None at the start."""
+        """The request whose answers are shown; None at the start."""
         return self.turns[self.at] if self.at >= 0 else None
 
     @property
-    def unasked(self) -> bool:
-        """Whether something was picked, given, laid aside or marked that no question has asked yet."""
+    def has_pending_changes(self) -> bool:
+        """Whether something was picked, given, laid aside or marked that no request has asked yet."""
         return (self.reference, self.marks) != (self._held, () if self.present is None else self.present.marks)
 
     @property
     def can_undo(self) -> bool:
         """Whether there is something to take back."""
-        return self.at >= 0 or self.unasked
+        return self.at >= 0 or self.has_pending_changes
 
     @property
     def can_redo(self) -> bool:
@@ -144,12 +144,12 @@ class Session:
 
     @property
     def _held(self) -> Reference | None:
-        """What was at hand when the present question was asked; a sketch is on the pad."""
+        """What was at hand when the present request was asked; a sketch is on the pad."""
         reference = None if self.present is None else self.present.reference
         return None if reference is None or reference.kind == "sketch" else reference
 
     def ask(self, reference: Reference | None, text: str, where: str = "") -> "Session":
-        """Ask a question with the marks there are; what was taken back before is forgotten.
+        """Ask a request with the marks there are; what was taken back before is forgotten.
 
         Raises:
             DataError: Where there is neither a reference nor a text, nor a picture that more is wanted of.
@@ -163,7 +163,7 @@ class Session:
         return replace(asked, reference=asked._held)
 
     def go(self, to: int) -> "Session":
-        """Show the answers of another turn, or the start (-1), with its question at hand again.
+        """Show the answers of another turn, or the start (-1), with its request at hand again.
 
         Raises:
             DataError: Where there is no such turn.
@@ -174,14 +174,14 @@ class Session:
         return replace(moved, reference=moved._held, marks=() if moved.present is None else moved.present.marks)
 
     def undo(self) -> "Session":
-        """Take back what was picked and marked since the last question; where nothing was, the question.
+        """Take back what was picked and marked since the last request; where nothing was, the request.
 
         Raises:
             DataError: At the start.
         """
         if not self.can_undo:
             raise DataError("There is nothing to undo.")
-        return self.go(self.at if self.unasked else self.at - 1)
+        return self.go(self.at if self.has_pending_changes else self.at - 1)
 
     def redo(self) -> "Session":
         """Take the step again that was taken back.
@@ -194,11 +194,11 @@ class Session:
         return self.go(self.at + 1)
 
     def hold(self, reference: Reference | None) -> "Session":
-        """Choose what the next question starts from; None lays it aside and gives the pad back."""
+        """Choose what the next request starts from; None lays it aside and gives the pad back."""
         return replace(self, reference=reference)
 
     def mark(self, marked: Mark) -> "Session":
-        """Mark a picture for the next question; the same mark once more takes it away.
+        """Mark a picture for the next request; the same mark once more takes it away.
 
         Raises:
             DataError: Where too many are marked.
@@ -226,21 +226,21 @@ class Session:
         turns[self.at] = replace(self.present, page=page)
         return replace(self, turns=tuple(turns))
 
-    def compare(self, rival: int | None) -> "Session":
+    def compare(self, compared: int | None) -> "Session":
         """Choose whose answers are shown beside the first engine's, from the first page; None shows those alone.
 
         Raises:
             DataError: Where the first engine would be compared with itself.
         """
-        if rival is not None and rival < 1:
+        if compared is not None and compared < 1:
             raise DataError("There is no such method to compare with.")
         # Of two columns a page holds half as many: numbers of pages would mean others than before.
-        return replace(self, rival=rival, turns=tuple(replace(turn, page=0) for turn in self.turns))
+        return replace(self, compared=compared, turns=tuple(replace(turn, page=0) for turn in self.turns))
 
-    def deal_again(self) -> "Session":
+    def resample(self) -> "Session":
         """Show other pictures at the start."""
-        return replace(self, deal=self.deal + 1)
+        return replace(self, sample_seed=self.sample_seed + 1)
 
     def restart(self) -> "Session":
         """Forget everything but what is compared."""
-        return Session(rival=self.rival, deal=self.deal + 1)
+        return Session(compared=self.compared, sample_seed=self.sample_seed + 1)

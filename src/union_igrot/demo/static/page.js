@@ -172,7 +172,7 @@ function allow(can) {
   if (focused?.disabled) $("history").focus({ preventScroll: true }); // a button that is off loses it
 }
 
-let rival = "";
+let compared = "";
 let reference = "";
 
 function show(shown) {
@@ -201,8 +201,8 @@ function show(shown) {
     if (shown.where) $("filter").open = true; // a filter that holds is not hidden
     folded();
   }
-  rival = shown.rival ?? "";
-  if ($("rival")) $("rival").value = rival;
+  compared = shown.compared ?? "";
+  if ($("compared")) $("compared").value = compared;
   if (shown.strokes !== null) {
     strokes = shown.strokes;
     drawing = null;
@@ -243,10 +243,10 @@ $("query").addEventListener("submit", async (event) => {
   if (found && !wide.matches) $("past").scrollIntoView({ block: "start" });
 });
 
-$("rival")?.addEventListener("change", async () => {
-  const chosen = $("rival").value;
-  const shown = await act("compare", { rival: chosen === "" ? null : Number(chosen) });
-  if (!shown) $("rival").value = rival; // what is shown beside is still the one before
+$("compared")?.addEventListener("change", async () => {
+  const chosen = $("compared").value;
+  const shown = await act("compare", { compared: chosen === "" ? null : Number(chosen) });
+  if (!shown) $("compared").value = compared; // what is shown beside is still the one before
 });
 
 // ---- photos ----------------------------------------------------------------------------------

@@ -12,23 +12,23 @@ from typing import Final, final
 
 from PIL import Image
 
-from union_igrot.demo.engines import Answer, Engine, Question, method, sketch_room
-from union_igrot.demo.pictures import KEPT_SIDE, decoded, encoded
+from union_igrot.demo.backends import DisplayedImage, SearchBackend, SearchRequest, heads_name, sketch_scale
+from union_igrot.demo.uploads import KEPT_SIDE, decode_thumbnail, encode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.base import Value, VectorIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, file_of
 from union_igrot.images.decode import open_image
 
-POOL: Final = 20_000
+SAMPLE_POOL: Final = 20_000
 """Rows among which the pictures to start from are chosen."""
-_UNSAID: Final = {THUMBNAIL, "hash", "size", "mtime", "width", "height", "source"}
+_INTERNAL_COLUMNS: Final = {THUMBNAIL, "hash", "size", "mtime", "width", "height", "source"}
 """Columns that indexing writes for itself."""
 
 Columns = Mapping[str, Value]
 
 
-class Album(ABC):
+class ItemRenderer(ABC):
     """What the pictures of a gallery look like on the page.
 
     Attributes:
@@ -46,7 +46,7 @@ class Album(ABC):
     thumbnails: bool = True
 
     @abstractmethod
-    def answer(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> Answer:
+    def answer(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
         """Show a row by its id, its columns and its thumbnail."""
 
     @abstractmethod
@@ -59,8 +59,8 @@ class Album(ABC):
 
 
 @final
-class Files(Album):
-    """Files that `union-index` put into an index.
+class FileItems(ItemRenderer):
+    """FileItems that `union-index` put into an index.
 
     Args:
         title: What the gallery is called.
@@ -71,39 +71,48 @@ class Files(Album):
     def __init__(self, title: str) -> None:
         self.title = title
 
-    def answer(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> Answer:
-        """See `Album`."""
-        said = {column: str(value) for column, value in columns.items() if column not in _UNSAID and value is not None}
-        small = encoded(Image.new("RGB", (8, 8), "grey")) if jpeg is None else jpeg
-        return Answer(name, Path(name).name or name, small, score, name, said)
+    def answer(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
+        """See `ItemRenderer`."""
+        said = {
+            column: str(value)
+            for column, value in columns.items()
+            if column not in _INTERNAL_COLUMNS and value is not None
+        }
+        small = encode_thumbnail(Image.new("RGB", (8, 8), "grey")) if jpeg is None else jpeg
+        return DisplayedImage(name, Path(name).name or name, small, score, name, said)
 
     def picture(self, name: str, columns: Columns) -> Image.Image:
-        """See `Album`. Where it is no file, or the file is gone or broken, the thumbnail stands for it."""
+        """See `ItemRenderer`. Where it is no file, or the file is gone or broken, the thumbnail stands for it."""
         if (path := file_of(name)) is not None:
             with suppress(ImageError):
                 return open_image(path, at_least=KEPT_SIDE)
         small = _small(columns)
         if small is None:
             raise ImageError(f"{Path(name).name} cannot be opened, and the index keeps no small picture of it.")
-        return decoded(small)
+        return decode_thumbnail(small)
 
 
 @final
-class GalleryEngine(Engine):
+class GalleryBackend(SearchBackend):
     """A gallery in memory, on disk or on a server.
 
     Args:
         gallery: Searches.
         rows: The same index, for reading single rows.
-        album: How its pictures are shown.
+        renderer: How its pictures are shown.
         name: What its method is called on the page; the gallery and the model's heads where empty.
     """
 
-    def __init__(self, gallery: Gallery, rows: VectorIndex, album: Album, name: str = "") -> None:
-        self.gallery, self.hint, self.example, self.pixelated = album.title, album.hint, album.example, album.pixelated
-        self.sketch_room = sketch_room(gallery.model)
-        self.name = name or f"{album.title}: {method(gallery.model)}"
-        self._gallery, self._rows, self._album = gallery, rows, album
+    def __init__(self, gallery: Gallery, rows: VectorIndex, renderer: ItemRenderer, name: str = "") -> None:
+        self.gallery, self.hint, self.example, self.pixelated = (
+            renderer.title,
+            renderer.hint,
+            renderer.example,
+            renderer.pixelated,
+        )
+        self.sketch_scale = sketch_scale(gallery.model)
+        self.name = name or f"{renderer.title}: {heads_name(gallery.model)}"
+        self._gallery, self._rows, self._album = gallery, rows, renderer
         self._pool: list[str] = []
 
     def __len__(self) -> int:
@@ -111,12 +120,12 @@ class GalleryEngine(Engine):
 
     @property
     def columns(self) -> Sequence[str]:
-        """See `Engine`."""
+        """See `SearchBackend`."""
         return ["id", *(name for name, kind in self._rows.columns.items() if kind != "bytes")]
 
-    def search(self, question: Question, skip: int, count: int) -> list[Answer]:
-        """See `Engine`."""
-        marked = [*question.liked, *question.disliked]
+    def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
+        """See `SearchBackend`."""
+        marked = [*request.liked, *request.disliked]
         if marked:
             try:
                 self._rows.fetch(marked)
@@ -126,47 +135,47 @@ class GalleryEngine(Engine):
                 ) from None
         try:
             found = self._gallery.search(
-                question.picture,
-                question.text,
+                request.picture,
+                request.text,
                 skip + count,
-                question.where,
-                liked=question.liked,
-                disliked=question.disliked,
-                exclude=question.exclude,
+                request.where,
+                liked=request.liked,
+                disliked=request.disliked,
+                exclude=request.exclude,
                 thumbnails=self._album.thumbnails,
             )
         except ConfigError as error:
             raise ConfigError(str(error).replace("where=", "Filter ", 1)) from None
         return [self._album.answer(hit.id, hit.columns, hit.jpeg, hit.score) for hit in found[skip:]]
 
-    def some(self, count: int, deal: int) -> list[Answer]:
-        """See `Engine`."""
+    def some(self, count: int, sample_seed: int) -> list[DisplayedImage]:
+        """See `SearchBackend`."""
         for fresh in (False, True):
             if fresh or not self._pool:
                 self._pool = self._some_ids()
-            chosen = random.Random(deal).sample(self._pool, min(count, len(self._pool)))
+            chosen = random.Random(sample_seed).sample(self._pool, min(count, len(self._pool)))
             with suppress(DataError):  # a picture that was removed since: its name is forgotten with the others
                 return self._answers(chosen)
         raise DataError(f"{self.gallery} is being changed; try again in a moment.")
 
-    def answer(self, name: str) -> Answer:
-        """See `Engine`."""
+    def answer(self, name: str) -> DisplayedImage:
+        """See `SearchBackend`."""
         (one,) = self._answers([name])
         return one
 
     def picture(self, name: str) -> Image.Image:
-        """See `Engine`."""
+        """See `SearchBackend`."""
         return self._album.picture(name, self._row(name))  # first the row: no name is opened that the index lacks
 
     def _some_ids(self) -> list[str]:
         found: list[str] = []
         for batch in self._rows.scan(["id"]):
             found += [str(name) for name in batch["id"]]
-            if len(found) >= POOL:
+            if len(found) >= SAMPLE_POOL:
                 break
         return found
 
-    def _answers(self, names: Sequence[str]) -> list[Answer]:
+    def _answers(self, names: Sequence[str]) -> list[DisplayedImage]:
         if not names:
             return []
         found = self._rows.fetch(names).columns
@@ -177,7 +186,7 @@ class GalleryEngine(Engine):
         return {column: values[0] for column, values in self._rows.fetch([name]).columns.items()}
 
 
-def open_engine(uri: str, checkpoint: str | None = None, device: str = "auto") -> GalleryEngine:
+def open_backend(uri: str, checkpoint: str | None = None, device: str = "auto") -> GalleryBackend:
     """Open a gallery of files for the page.
 
     Args:
@@ -192,7 +201,7 @@ def open_engine(uri: str, checkpoint: str | None = None, device: str = "auto") -
     if not len(gallery):
         gallery.close()
         raise DataError(f"{uri} holds no picture; add some with union-index")
-    return GalleryEngine(gallery, gallery.index, Files(Path(gallery.uri).name))
+    return GalleryBackend(gallery, gallery.index, FileItems(Path(gallery.uri).name))
 
 
 def _small(columns: Columns) -> bytes | None:

@@ -60,18 +60,18 @@ def photo(data: bytes, name: str, limits: Limits) -> Reference:
     Raises:
         ImageError: Where it is too large, or no picture of a known format; a sentence for the page.
     """
-    name = short_name(name)
+    name = short_file_name(name)
     if len(data) > limits.bytes:
         raise ImageError(f"{name} is larger than {limits.megabytes:g} MB; give a smaller file.")
-    if _pixels(data, name) > limits.megapixels * 1e6:
+    if _query_image(data, name) > limits.megapixels * 1e6:
         raise ImageError(f"{name} has more than {limits.megapixels:g} million pixels; give a smaller picture.")
     try:
         image = as_image(data, at_least=KEPT_SIDE)
     except ImageError:
         raise ImageError(_unreadable(name)) from None
-    image = reduced(image, KEPT_SIDE)
-    small, view = (encoded(reduced(image, side)) for side in (THUMBNAIL_SIDE, VIEW_SIDE))
-    return Reference("photo", name, small, view, picture=encoded(image))
+    image = downscale(image, KEPT_SIDE)
+    small, view = (encode_thumbnail(downscale(image, side)) for side in (THUMBNAIL_SIDE, VIEW_SIDE))
+    return Reference("photo", name, small, view, picture=encode_thumbnail(image))
 
 
 def sketch(given: Any) -> Reference | None:
@@ -97,10 +97,12 @@ def sketch(given: Any) -> Reference | None:
     strokes = tuple(stroke for stroke in strokes if stroke)
     if not strokes:
         return None
-    return Reference("sketch", "your sketch", encoded(reduced(drawn(strokes), THUMBNAIL_SIDE)), strokes=strokes)
+    return Reference(
+        "sketch", "your sketch", encode_thumbnail(downscale(draw_strokes(strokes), THUMBNAIL_SIDE)), strokes=strokes
+    )
 
 
-def drawn(strokes: Sequence[Stroke], room: float = 1.0) -> Image.Image:
+def draw_strokes(strokes: Sequence[Stroke], room: float = 1.0) -> Image.Image:
     """Draw strokes with a round pen on white, 512 x 512, RGB.
 
     Args:
@@ -128,7 +130,7 @@ def _fitted(strokes: Sequence[Stroke], room: float) -> list[list[tuple[float, fl
     return [[(GRID / 2 + by * (x - middle[0]), GRID / 2 + by * (y - middle[1])) for x, y in s] for s in strokes]
 
 
-def reduced(image: Image.Image, side: int) -> Image.Image:
+def downscale(image: Image.Image, side: int) -> Image.Image:
     """Reduce a picture until its longest side is at most `side` pixels; a smaller one stays as it is."""
     if max(image.size) <= side:
         return image
@@ -137,7 +139,7 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
     return smaller
 
 
-def encoded(image: Image.Image) -> bytes:
+def encode_thumbnail(image: Image.Image) -> bytes:
     """Give a picture as a file: PNG where it is small, else JPEG."""
     file = io.BytesIO()
     if max(image.size) <= THUMBNAIL_SIDE // 2:
@@ -147,19 +149,19 @@ def encoded(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def decoded(data: bytes) -> Image.Image:
+def decode_thumbnail(data: bytes) -> Image.Image:
     """Undo `encoded`."""
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         return image.convert("RGB")
 
 
-def short_name(name: str) -> str:
+def short_file_name(name: str) -> str:
     """Give a file's name without folders and control characters, cut to 60 characters."""
     plain = "".join(letter for letter in name.replace("\\", "/").rsplit("/", 1)[-1] if letter.isprintable()).strip()
     return (plain if len(plain) <= MAX_NAME else f"{plain[: MAX_NAME - 1]}…") or "The photo"
 
 
-def _pixels(data: bytes, name: str) -> float:
+def _query_image(data: bytes, name: str) -> float:
     """Count a picture's pixels by its header alone."""
     try:
         with warnings.catch_warnings():

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from union_igrot.demo.engines import Answer
-from union_igrot.demo.indexed import Album, GalleryEngine
-from union_igrot.demo.pictures import encoded
+from union_igrot.demo.backends import DisplayedImage
+from union_igrot.demo.gallery_backend import GalleryBackend, ItemRenderer
+from union_igrot.demo.uploads import encode_thumbnail
 from union_igrot.features.extractor import Encoder
 from union_igrot.gallery.engines.base import Rows, Value
 from union_igrot.gallery.engines.memory import MemoryIndex
@@ -31,7 +31,7 @@ _STEP: Final = 256
 
 
 @final
-class Drawn(Album):
+class SyntheticItems(ItemRenderer):
     """Pictures that are drawn when they are looked at.
 
     Args:
@@ -47,20 +47,22 @@ class Drawn(Album):
     def __init__(self, items: Sequence[GalleryItem]) -> None:
         self._images = {item.id: item.image for item in items}
 
-    def answer(self, name: str, columns: Mapping[str, Value], jpeg: bytes | None, score: float | None = None) -> Answer:
-        """See `Album`."""
+    def answer(
+        self, name: str, columns: Mapping[str, Value], jpeg: bytes | None, score: float | None = None
+    ) -> DisplayedImage:
+        """See `ItemRenderer`."""
         del jpeg
         details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
-        return Answer(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's pictures are frozen values
+        return DisplayedImage(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's pictures are frozen values
 
     def picture(self, name: str, columns: Mapping[str, Value]) -> Image.Image:
-        """See `Album`."""
+        """See `ItemRenderer`."""
         del columns
         return open_image(self._images[name])
 
 
 @final
-class World:
+class SyntheticGallery:
     """The generated world's test galleries of both tasks as one gallery, for any number of models.
 
     Args:
@@ -73,7 +75,7 @@ class World:
         pictures = [*cir.gallery, *sbir.gallery]
         self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(pictures)]
 
-    def engine(self, name: str, model: IGROTModel, encoder: Encoder) -> GalleryEngine:
+    def engine(self, name: str, model: IGROTModel, encoder: Encoder) -> GalleryBackend:
         """Embed it with a model.
 
         Args:
@@ -86,13 +88,13 @@ class World:
         rows = MemoryIndex(model.backbone.dim)
         columns = {"class": [item.label for item in self.items], "caption": [item.caption for item in self.items]}
         rows.upsert(Rows([item.id for item in self.items], _embedded(model, encoder, keys), columns))
-        return GalleryEngine(Gallery(rows, model, rows.uri), rows, Drawn(self.items), name)
+        return GalleryBackend(Gallery(rows, model, rows.uri), rows, SyntheticItems(self.items), name)
 
 
 @lru_cache(8192)
 def _small(source: ImageSource) -> bytes:
     """Draw a picture once, not in every answer: 5 kB each, 40 MB in all."""
-    return encoded(open_image(source))
+    return encode_thumbnail(open_image(source))
 
 
 @torch.inference_mode()

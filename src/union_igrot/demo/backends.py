@@ -12,12 +12,12 @@ from PIL import Image
 
 from union_igrot.models.model import IGROTModel
 
-_SKETCHES: Final = {"tiny": 0.55}
+_SKETCH_SCALES: Final = {"tiny": 0.55}
 """How large drawings were in the sketches that a backbone was made with, as a share of the page."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DisplayedImage:
     """One picture on the page.
 
     Attributes:
@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SearchRequest:
     """What is asked of an engine.
 
     Attributes:
@@ -58,7 +58,7 @@ class Question:
     exclude: Sequence[str] = ()
 
 
-class Engine(ABC):
+class SearchBackend(ABC):
     """A gallery and a model that searches it. Used by one thread at a time.
 
     Attributes:
@@ -66,7 +66,7 @@ class Engine(ABC):
         gallery: What its gallery is called on the page.
         hint: A sentence on what can be asked, or an empty one.
         example: A filter to show as an example.
-        sketch_room: Share of the page that a sketch's drawing may take; see `pictures.drawn`.
+        sketch_scale: Share of the page that a sketch's drawing may take; see `pictures.drawn`.
         pixelated: Whether its pictures are so small that they are shown with their pixels' edges.
     """
 
@@ -74,7 +74,7 @@ class Engine(ABC):
     gallery: str
     hint: str = ""
     example: str = ""
-    sketch_room: float = 1.0
+    sketch_scale: float = 1.0
     pixelated: bool = False
 
     @abstractmethod
@@ -87,11 +87,11 @@ class Engine(ABC):
         return ()
 
     @abstractmethod
-    def search(self, question: Question, skip: int, count: int) -> list[Answer]:
+    def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
         """Find the best answers, best first.
 
         Args:
-            question: What is asked.
+            request: What is asked.
             skip: How many of the best are left out, because other pages show them.
             count: How many are wanted, at least 1; fewer are given where there are no more.
 
@@ -101,11 +101,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def some(self, count: int, deal: int) -> list[Answer]:
-        """Give some pictures to start from; the same ones for the same `deal`."""
+    def some(self, count: int, sample_seed: int) -> list[DisplayedImage]:
+        """Give some pictures to start from; the same ones for the same `sample_seed`."""
 
     @abstractmethod
-    def answer(self, name: str) -> Answer:
+    def answer(self, name: str) -> DisplayedImage:
         """Give one picture by its id.
 
         Raises:
@@ -122,11 +122,11 @@ class Engine(ABC):
         """
 
 
-def sketch_room(model: IGROTModel) -> float:
+def sketch_scale(model: IGROTModel) -> float:
     """Give the share of the page that a drawing may take for a model: it is lost with larger ones than it knows."""
-    return _SKETCHES.get(model.backbone.name, 1.0)
+    return _SKETCH_SCALES.get(model.backbone.name, 1.0)
 
 
-def method(model: IGROTModel) -> str:
+def heads_name(model: IGROTModel) -> str:
     """Name a model by its heads, such as `transagg + union`."""
     return f"{model.fusion.kind} + {model.target.kind}"

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from union_igrot.demo.pictures import (
+from union_igrot.demo.uploads import (
     GRID,
     KEPT_SIDE,
     MAX_STROKES,
     THUMBNAIL_SIDE,
     Limits,
-    decoded,
-    drawn,
-    encoded,
+    decode_thumbnail,
+    draw_strokes,
+    encode_thumbnail,
     photo,
-    short_name,
+    short_file_name,
     sketch,
 )
 from union_igrot.errors import DataError, ImageError
@@ -45,19 +45,19 @@ def test_a_photo_of_any_usual_format_is_taken(kind):
     given = Image.new("RGB", (300, 200), (200, 30, 40))
     held = photo(as_file(given, kind), f"cat.{kind.lower()}", Limits())
     assert (held.kind, held.name) == ("photo", f"cat.{kind.lower()}")
-    kept = decoded(held.picture)
+    kept = decode_thumbnail(held.picture)
     assert kept.size == (300, 200)
     assert np.abs(np.asarray(kept).mean((0, 1)) - (200, 30, 40)).max() < 4
-    assert max(decoded(held.thumbnail).size) == THUMBNAIL_SIDE
+    assert max(decode_thumbnail(held.thumbnail).size) == THUMBNAIL_SIDE
 
 
 def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
     held = photo(as_file(Image.new("RGB", (3000, 1500), "blue"), "JPEG", exif=exif), "big.jpg", Limits())
-    assert decoded(held.picture).size == (KEPT_SIDE // 2, KEPT_SIDE)
+    assert decode_thumbnail(held.picture).size == (KEPT_SIDE // 2, KEPT_SIDE)
     clear = photo(as_file(Image.new("RGBA", (100, 100), (0, 0, 0, 0))), "clear.png", Limits())
-    assert np.asarray(decoded(clear.picture)).min() >= 254
+    assert np.asarray(decode_thumbnail(clear.picture)).min() >= 254
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_a_large_file_is_refused_before_it_is_opened():
     ],
 )
 def test_a_name_is_shown_without_folders(given_name, shown):
-    assert short_name(given_name) == shown
+    assert short_file_name(given_name) == shown
 
 
 def test_strokes_are_drawn_where_they_went():
-    page = np.asarray(drawn([((0, 500), (1000, 500)), ((500, 500),)]).convert("L"))
+    page = np.asarray(draw_strokes([((0, 500), (1000, 500)), ((500, 500),)]).convert("L"))
     assert page.shape == (512, 512)
     dark = page < 128
     assert dark[256].all()
     assert not dark[:240].any()
     assert not dark[272:].any()
-    dot = np.asarray(drawn([((250, 750),)]).convert("L")) < 128
+    dot = np.asarray(draw_strokes([((250, 750),)]).convert("L")) < 128
     rows, columns = np.nonzero(dot)
     assert np.abs(np.array([rows.mean(), columns.mean()]) - (384, 128)).max() < 1
     assert 12 <= np.ptp(rows) <= 16
@@ -128,18 +128,18 @@ POINTS = st.lists(st.tuples(*[st.integers(0, GRID)] * 2), min_size=1, max_size=6
 @settings(deadline=None, max_examples=50)
 @given(st.lists(POINTS.map(tuple), min_size=1, max_size=4))
 def test_a_large_drawing_is_made_to_fit_and_a_small_one_stays(strokes):
-    rows, columns = np.nonzero(np.asarray(drawn(strokes, 0.5).convert("L")) < 128)
+    rows, columns = np.nonzero(np.asarray(draw_strokes(strokes, 0.5).convert("L")) < 128)
     assert max(np.ptp(rows), np.ptp(columns)) <= 0.5 * 512 + 18
     side = max(max(p[a] for s in strokes for p in s) - min(p[a] for s in strokes for p in s) for a in (0, 1))
     if side <= 500:
-        assert drawn(strokes, 0.5).tobytes() == drawn(strokes).tobytes()
+        assert draw_strokes(strokes, 0.5).tobytes() == draw_strokes(strokes).tobytes()
 
 
 def test_a_sketch_is_read_from_strokes():
     assert sketch(None) is sketch([]) is sketch([[]]) is None
     held = sketch([[[1, 2], [3, 4]], [], [[5, 6]]])
     assert (held.kind, held.strokes) == ("sketch", (((1, 2), (3, 4)), ((5, 6),)))
-    assert max(decoded(held.thumbnail).size) == THUMBNAIL_SIDE
+    assert max(decode_thumbnail(held.thumbnail).size) == THUMBNAIL_SIDE
 
 
 @pytest.mark.parametrize(
@@ -158,5 +158,5 @@ def test_endless_strokes_are_refused():
 @pytest.mark.parametrize("side", [48, 80, 81, 500])
 def test_pictures_come_back_from_their_files(side):
     image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
-    there = np.asarray(decoded(encoded(image)), dtype=int)
+    there = np.asarray(decode_thumbnail(encode_thumbnail(image)), dtype=int)
     assert np.abs(there - np.asarray(image, dtype=int)).max() <= (0 if side <= 80 else 12)

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from union_igrot.demo.desk import MAX_TEXT, MAX_WHERE, Desk, Screen
+from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
 
 STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 """The page's own files and their types."""
@@ -28,15 +28,15 @@ def static_file(name: str) -> bytes:
 
 
 @final
-class View:
+class PageRenderer:
     """Makes the page and its regions.
 
     Args:
-        desk: Whose engines and limits the page tells.
+        controller: Whose engines and limits the page tells.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, controller: DemoController) -> None:
+        self._desk = controller
         self._made = Environment(
             loader=PackageLoader("union_igrot.demo"),
             autoescape=True,
@@ -54,7 +54,7 @@ class View:
             gallery=first.gallery,
             hint=first.hint,
             count=len(first),
-            rivals=[(number, engine.name) for number, engine in enumerate(self._desk.engines)][1:],
+            others=[(number, engine.name) for number, engine in enumerate(self._desk.engines)][1:],
             limits=self._desk.limits,
             max_text=MAX_TEXT,
             columns=[name if name.isidentifier() else f'"{name}"' for name in first.columns],
@@ -88,7 +88,7 @@ class View:
             "marks": {mark.id: mark.liked for mark in session.marks},
             "results": results,
             "large": None if screen.large is None else self._render("large", large=screen.large),
-            "rival": session.rival,
+            "compared": session.compared,
             "text": screen.text,
             "where": screen.where,
             "strokes": screen.strokes,

@@ -4,24 +4,24 @@ import re
 
 import pytest
 
-from demo_engines import Squares
-from union_igrot.demo.desk import Desk
-from union_igrot.demo.view import STATIC, View, data_uri, static_file
+from demo_backends import Squares
+from union_igrot.demo.controller import DemoController
+from union_igrot.demo.rendering import STATIC, PageRenderer, data_uri, static_file
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk([Squares(), Squares("other <b>", step=-1)], page=6)
+def controller() -> DemoController:
+    return DemoController([Squares(), Squares("other <b>", step=-1)], page=6)
 
 
-def test_nothing_given_becomes_markup(desk):
-    view = View(desk)
-    token = desk.act("new", "search", {"text": HOSTILE}).token
-    desk.act(token, "compare", {"rival": 1})
-    desk.act(token, "pick", {"engine": 0, "id": view_ids(view.regions(desk.act(token, "show", {})))[0]})
-    shown = view.regions(desk.act(token, "show", {}))
+def test_nothing_given_becomes_markup(controller):
+    view = PageRenderer(controller)
+    token = controller.act("new", "search", {"text": HOSTILE}).token
+    controller.act(token, "compare", {"compared": 1})
+    controller.act(token, "pick", {"engine": 0, "id": view_ids(view.regions(controller.act(token, "show", {})))[0]})
+    shown = view.regions(controller.act(token, "show", {}))
     whole = view.page() + "".join(shown[name] for name in ("history", "reference", "results"))
     assert "onerror=alert" in html.unescape(whole)
     assert "<img src=x" not in whole
@@ -35,9 +35,9 @@ def view_ids(regions) -> list[str]:
     return re.findall(r'"id": "(\w+)"', regions["results"])
 
 
-def test_pictures_travel_inside_the_page(desk):
-    view = View(desk)
-    screen = desk.act("new", "search", {"text": "a"})
+def test_pictures_travel_inside_the_page(controller):
+    view = PageRenderer(controller)
+    screen = controller.act("new", "search", {"text": "a"})
     results = view.regions(screen)["results"]
     sources = re.findall(r'src="([^"]*)"', results)
     assert len(sources) == 6
@@ -47,61 +47,61 @@ def test_pictures_travel_inside_the_page(desk):
     assert data_uri(b"\xff\xd8\xff").startswith("data:image/jpeg;base64,")
 
 
-def test_the_page_and_its_files_name_no_other_host(desk):
-    whole = View(desk).page() + "".join(static_file(name).decode() for name in STATIC)
+def test_the_page_and_its_files_name_no_other_host(controller):
+    whole = PageRenderer(controller).page() + "".join(static_file(name).decode() for name in STATIC)
     whole = whole.replace("http://www.w3.org/2000/svg", "")  # a name, which is never asked for
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", whole)
 
 
-def test_regions_tell_what_changed(desk):
-    view = View(desk)
-    found = view.regions(desk.act("new", "search", {"text": "abc", "strokes": [[[1, 2], [3, 4]]]}))
+def test_regions_tell_what_changed(controller):
+    view = PageRenderer(controller)
+    found = view.regions(controller.act("new", "search", {"text": "abc", "strokes": [[[1, 2], [3, 4]]]}))
     assert "Answers 1 to 6 of 60" in found["results"]
     assert (found["told"], found["can"]) == ("Answers 1 to 6", {"undo": True, "redo": False, "restart": True})
-    assert (found["text"], found["strokes"], found["large"], found["rival"]) == (None, None, None, None)
+    assert (found["text"], found["strokes"], found["large"], found["compared"]) == (None, None, None, None)
     assert found["history"].count('aria-current="step"') == 1
-    picked = view.regions(desk.act(found["token"], "pick", {"engine": 0, "id": "s4"}))
+    picked = view.regions(controller.act(found["token"], "pick", {"engine": 0, "id": "s4"}))
     assert (picked["results"], picked["history"]) == (None, None)
     assert "square &lt;s4&gt;" in picked["reference"]
     assert "/pictures/s4.png" in picked["reference"]
-    laid = view.regions(desk.act(found["token"], "undo", {}))
+    laid = view.regions(controller.act(found["token"], "undo", {}))
     assert (laid["results"], laid["history"], laid["reference"].strip()) == (None, None, "")
-    undone = view.regions(desk.act(found["token"], "undo", {}))
+    undone = view.regions(controller.act(found["token"], "undo", {}))
     assert 'class="undone"' in undone["history"]
     assert undone["can"] == {"undo": False, "redo": True, "restart": True}
-    redone = view.regions(desk.act(found["token"], "redo", {}))
+    redone = view.regions(controller.act(found["token"], "redo", {}))
     assert redone["strokes"] == (((1, 2), (3, 4)),)
-    large = view.regions(desk.act(found["token"], "large", {"engine": 0, "id": "s4"}))
+    large = view.regions(controller.act(found["token"], "large", {"engine": 0, "id": "s4"}))
     assert "640 \u00d7 480" in large["large"]
     assert "c&amp;s4" in large["large"]
 
 
-def test_marks_and_filters_are_shown(desk):
-    view = View(desk)
+def test_marks_and_filters_are_shown(controller):
+    view = PageRenderer(controller)
     assert "Columns: class, &#34;taken &lt;by&gt;&#34;" in view.page()
-    token = desk.act("new", "search", {"text": "a"}).token
-    desk.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
-    shown = view.regions(desk.act(token, "mark", {"engine": 0, "id": "s3", "liked": False}))
+    token = controller.act("new", "search", {"text": "a"}).token
+    controller.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
+    shown = view.regions(controller.act(token, "mark", {"engine": 0, "id": "s3", "liked": False}))
     assert shown["marks"] == {"s2": True, "s3": False}
     assert [shown["marked"].count(words) for words in ("<p>More like</p>", "<p>Less like</p>")] == [1, 1]
     assert "Take the mark away: square &lt;s2&gt;" in shown["marked"]
-    found = view.regions(desk.act(token, "search", {"text": "red", "where": "class = '<b>'"}))
+    found = view.regions(controller.act(token, "search", {"text": "red", "where": "class = '<b>'"}))
     assert "1&nbsp;liked, 1&nbsp;disliked" in re.sub(r"<[^>]*>", "", found["history"])
     assert "class = &#39;&lt;b&gt;&#39;" in found["history"]
     assert "of 60" not in found["results"]  # how many pass the filter is not counted
-    none = view.regions(desk.act(token, "search", {"text": "red", "where": "nothing"}))
+    none = view.regions(controller.act(token, "search", {"text": "red", "where": "nothing"}))
     assert "No picture passes the filter" in none["results"]
-    assert view.regions(desk.act(token, "unmark", {}))["marked"].strip() == ""
+    assert view.regions(controller.act(token, "unmark", {}))["marked"].strip() == ""
 
 
-def test_every_control_has_a_name(desk):
+def test_every_control_has_a_name(controller):
     """Each input has a label, each button words or an aria-label, each picture an alt."""
-    view = View(desk)
-    token = desk.act("new", "search", {"text": "a"}).token
-    desk.act(token, "pick", {"engine": 0, "id": "s3"})
-    desk.act(token, "mark", {"engine": 0, "id": "s4", "liked": True})
-    shown = view.regions(desk.act(token, "large", {"engine": 0, "id": "s3"}))
-    regions = view.regions(desk.act(token, "show", {}))
+    view = PageRenderer(controller)
+    token = controller.act("new", "search", {"text": "a"}).token
+    controller.act(token, "pick", {"engine": 0, "id": "s3"})
+    controller.act(token, "mark", {"engine": 0, "id": "s4", "liked": True})
+    shown = view.regions(controller.act(token, "large", {"engine": 0, "id": "s3"}))
+    regions = view.regions(controller.act(token, "show", {}))
     whole = view.page() + regions["history"] + regions["reference"] + regions["results"] + shown["large"]
     whole += regions["marked"]
     labelled = set(re.findall(r'<label for="(\w+)"', whole))

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from small_world import trainable
-from union_igrot.demo.engines import Question
-from union_igrot.demo.indexed import Files, GalleryEngine, open_engine
+from union_igrot.demo.backends import SearchRequest
+from union_igrot.demo.gallery_backend import FileItems, GalleryBackend, open_backend
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
@@ -22,23 +22,23 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def engine(folder) -> GalleryEngine:
+def engine(folder) -> GalleryBackend:
     model = trainable()
     rows = MemoryIndex(model.backbone.dim)
     gallery = Gallery(rows, model, "/somewhere/photos.lance")
     paths = sorted(folder.glob("*.png"))
     gallery.add(paths, columns={"artist": [f"artist {n}" for n in range(11)] + [None], "year": list(range(12))})
-    return GalleryEngine(gallery, rows, Files("photos.lance"))
+    return GalleryBackend(gallery, rows, FileItems("photos.lance"))
 
 
 def test_answers_are_the_gallerys(engine, folder):
     asked = open_image(folder / "picture 3.png")
-    found = engine.search(Question(asked, "in red"), 0, 5)
+    found = engine.search(SearchRequest(asked, "in red"), 0, 5)
     straight = engine._gallery.search(asked, "in red", 5)
     assert [(one.id, one.score) for one in found] == [(hit.id, hit.score) for hit in straight]
     assert [one.thumbnail for one in found] == [hit.jpeg for hit in straight]
-    assert [one.id for one in engine.search(Question(asked, "in red"), 3, 2)] == straight.ids[3:]
-    without = engine.search(Question(asked, "in red", exclude=straight.ids[:1]), 0, 12)
+    assert [one.id for one in engine.search(SearchRequest(asked, "in red"), 3, 2)] == straight.ids[3:]
+    without = engine.search(SearchRequest(asked, "in red", exclude=straight.ids[:1]), 0, 12)
     assert [one.id for one in without][:4] == straight.ids[1:]
     assert len(engine) == 12
     assert (engine.name, engine.gallery) == ("photos.lance: transagg + union", "photos.lance")
@@ -46,16 +46,16 @@ def test_answers_are_the_gallerys(engine, folder):
 
 def test_marks_and_filters_are_the_gallerys(engine, folder):
     names = engine._gallery.ids()
-    question = Question(None, "red", "year >= 4", liked=names[5:7], disliked=names[8:9])
+    request = SearchRequest(None, "red", "year >= 4", liked=names[5:7], disliked=names[8:9])
     straight = engine._gallery.search(None, "red", 12, "year >= 4", liked=names[5:7], disliked=names[8:9])
-    assert [one.id for one in engine.search(question, 0, 12)] == straight.ids
+    assert [one.id for one in engine.search(request, 0, 12)] == straight.ids
     assert set(straight.ids) == set(names[4:]) - {names[8]}
-    liked_alone = engine.search(Question(liked=names[5:6]), 0, 1)
+    liked_alone = engine.search(SearchRequest(liked=names[5:6]), 0, 1)
     assert [one.id for one in liked_alone] == names[5:6]
     with pytest.raises(ConfigError, match=r"^Filter 'yeer = 1': there is no column 'yeer'"):
-        engine.search(Question(None, "red", "yeer = 1"), 0, 1)
+        engine.search(SearchRequest(None, "red", "yeer = 1"), 0, 1)
     with pytest.raises(DataError, match=r"photos\.lance does not hold every picture that is marked"):
-        engine.search(Question(None, "red", liked=["gone.jpg"]), 0, 1)
+        engine.search(SearchRequest(None, "red", liked=["gone.jpg"]), 0, 1)
     assert {"artist", "year", "width"} <= set(engine.columns)
     assert "thumbnail" not in engine.columns
 
@@ -108,7 +108,7 @@ def test_rows_without_thumbnail(folder, engine):
 
 
 def test_pictures_to_start_from(engine):
-    dealt = [[one.id for one in engine.some(5, deal)] for deal in (1, 1, 2)]
+    dealt = [[one.id for one in engine.some(5, sample_seed)] for sample_seed in (1, 1, 2)]
     assert dealt[0] == dealt[1] != dealt[2]
     assert len(engine.some(50, 0)) == 12
     engine._rows.delete(dealt[0][:2])  # by somebody else, while the page is served
@@ -120,7 +120,7 @@ def test_pictures_to_start_from(engine):
 
 def test_an_index_that_is_not_there_or_empty(monkeypatch):
     with pytest.raises(ConfigError):
-        open_engine("nonsense")
+        open_backend("nonsense")
     monkeypatch.setattr(Gallery, "open", lambda uri, *_, **__: Gallery(None, trainable(), uri))
     with pytest.raises(DataError, match="holds no picture; add some with union-index"):
-        open_engine("empty.lance")
+        open_backend("empty.lance")

@@ -12,9 +12,19 @@ from typing import Any, Final, final
 
 from PIL import Image
 
-from union_igrot.demo.engines import Answer, Engine, Question
-from union_igrot.demo.pictures import KEPT_SIDE, VIEW_SIDE, Limits, decoded, drawn, encoded, photo, reduced, sketch
+from union_igrot.demo.backends import DisplayedImage, SearchBackend, SearchRequest
 from union_igrot.demo.session import Mark, Reference, Session, Stroke
+from union_igrot.demo.uploads import (
+    KEPT_SIDE,
+    VIEW_SIDE,
+    Limits,
+    decode_thumbnail,
+    downscale,
+    draw_strokes,
+    encode_thumbnail,
+    photo,
+    sketch,
+)
 from union_igrot.errors import ConfigError, DataError, UnionError
 
 MAX_SESSIONS: Final = 256
@@ -29,12 +39,12 @@ MAX_WHERE: Final = 500
 """Letters of a filter."""
 MAX_RANK: Final = 2400
 """How far down a ranking the pages go."""
-UNMARKED: Final = "No longer marked."
-LOST: Final = "The history of this page is gone: the server was started anew, or has since served many others."
+MARK_REMOVED: Final = "No longer marked."
+SESSION_LOST: Final = "The history of this page is gone: the server was started anew, or has since served many others."
 
 
 @dataclass(frozen=True)
-class Column:
+class ResultColumn:
     """Some answers of one engine.
 
     Attributes:
@@ -46,7 +56,7 @@ class Column:
 
     engine: int
     name: str
-    answers: Sequence[Answer]
+    answers: Sequence[DisplayedImage]
     first: int = 1
 
 
@@ -71,13 +81,13 @@ class Screen:
     token: str
     session: Session
     say: str = ""
-    columns: Sequence[Column] | None = None
+    columns: Sequence[ResultColumn] | None = None
     last: bool = True
     shared: frozenset[str] = frozenset()
     strokes: Sequence[Stroke] | None = None
     text: str | None = None
     where: str | None = None
-    large: "Large | None" = None
+    large: "LargeImage | None" = None
     moved: bool = False
 
     @property
@@ -94,21 +104,21 @@ class Screen:
 
 
 @dataclass(frozen=True)
-class Large:
+class LargeImage:
     """A picture of the gallery in full, reduced to 1,024 pixels."""
 
     engine: int
-    answer: Answer
+    answer: DisplayedImage
     picture: bytes
     width: int
     height: int
 
 
-Given = Mapping[str, Any]
+Parameters = Mapping[str, Any]
 
 
 @final
-class Desk:
+class DemoController:
     """All users' sessions over some engines.
 
     Args:
@@ -117,7 +127,7 @@ class Desk:
         limits: What a photo may be at most.
     """
 
-    def __init__(self, engines: Sequence[Engine], *, page: int = 24, limits: Limits | None = None) -> None:
+    def __init__(self, engines: Sequence[SearchBackend], *, page: int = 24, limits: Limits | None = None) -> None:
         if not engines:
             raise ConfigError("a demo needs at least one engine")
         self.engines, self.page, self.limits = tuple(engines), page, limits or Limits()
@@ -125,7 +135,7 @@ class Desk:
         self._sizes: dict[str, int] = {}
         self._shown: dict[str, deque[frozenset[tuple[int, str]]]] = {}
         """The pictures on each session's last pages: no others can be asked for."""
-        self._actions: dict[str, Callable[[str, Session, Given], Screen]] = {
+        self._actions: dict[str, Callable[[str, Session, Parameters], Screen]] = {
             "show": self._show,
             "search": self._search,
             "pick": self._pick,
@@ -133,24 +143,24 @@ class Desk:
             "mark": self._mark,
             "unmark": self._unmark,
             "undo": self._undo,
-            "redo": lambda token, session, _: self._moved(token, session.redo(), "Done again."),
-            "back": lambda token, session, given: self._moved(token, session.go(_whole(given, "turn")), ""),
+            "redo": lambda token, session, _: self._at_turn(token, session.redo(), "Done again."),
+            "back": lambda token, session, given: self._at_turn(token, session.go(_integer(given, "turn")), ""),
             "page": self._turn_page,
             "compare": self._compare,
-            "deal": lambda token, session, _: self._answered(token, session.deal_again(), "Other pictures."),
+            "resample": lambda token, session, _: self._with_results(token, session.resample(), "Other pictures."),
             "restart": self._restart,
             "large": self._large,
         }
 
-    def act(self, token: str, action: str, given: Given) -> Screen:
+    def act(self, token: str, action: str, given: Parameters) -> Screen:
         """Take one step for one user.
 
         Args:
             token: The session's name; where it is not known, a new session begins under another name.
             action: `show` (all anew), `search`, `pick`, `drop`, `mark`, `unmark`, `undo`, `redo`, `back`, `page`,
-                `compare`, `deal`, `restart` or `large`.
+                `compare`, `resample`, `restart` or `large`.
             given: What the action needs: `text`, `where` and `strokes`; `engine`, `id` and `liked`; `turn`; `page`;
-                `rival`.
+                `compared`.
 
         Returns:
             What to show. A step that fails leaves the session as it was.
@@ -162,10 +172,10 @@ class Desk:
             raise DataError("The page asked for something unknown; reload it.")
         known, session = self._session(token)
         screen = self._actions[action](known, session, given)
-        return self._keep(token, screen)
+        return self._store(token, screen)
 
-    def give_photo(self, token: str, name: str, data: bytes) -> Screen:
-        """Take a photo as what the next question starts from.
+    def upload_photo(self, token: str, name: str, data: bytes) -> Screen:
+        """Take a photo as what the next request starts from.
 
         Raises:
             ImageError: Where it cannot be used; a sentence for the page.
@@ -174,8 +184,10 @@ class Desk:
         known, session = self._session(token)
         say = f"{held.name} is what the next search starts from."
         if known == token:
-            return self._keep(token, Screen(token, session.hold(held), say))
-        return self._keep(token, self._answered(known, session.hold(held), say))  # its pictures were another session's
+            return self._store(token, Screen(token, session.hold(held), say))
+        return self._store(
+            token, self._with_results(known, session.hold(held), say)
+        )  # its pictures were another session's
 
     def _session(self, token: str) -> tuple[str, Session]:
         if token in self._sessions:
@@ -183,7 +195,7 @@ class Desk:
             return token, self._sessions[token]
         return secrets.token_urlsafe(24), Session()
 
-    def _keep(self, told: str, screen: Screen) -> Screen:
+    def _store(self, told: str, screen: Screen) -> Screen:
         """Remember where a step led; `told` is the name under which the page knows its session."""
         token = screen.token
         self._sessions[token] = screen.session
@@ -198,16 +210,16 @@ class Desk:
             self._shown.pop(gone, None)
         if told in ("new", token):
             return screen
-        return replace(screen, say=f"{LOST} {screen.say}".strip(), moved=True)
+        return replace(screen, say=f"{SESSION_LOST} {screen.say}".strip(), moved=True)
 
-    def _show(self, token: str, session: Session, given: Given) -> Screen:
+    def _show(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
         try:
-            return self._moved(token, session, "")
+            return self._at_turn(token, session, "")
         except UnionError as error:  # the gallery has changed: its history is still there, and what can be asked
-            return self._moved(token, session.go(-1), str(error))
+            return self._at_turn(token, session.go(-1), str(error))
 
-    def _search(self, token: str, session: Session, given: Given) -> Screen:
+    def _search(self, token: str, session: Session, given: Parameters) -> Screen:
         text = given.get("text", "")
         if not isinstance(text, str) or len(text) > MAX_TEXT:
             raise DataError(f"A sentence has at most {MAX_TEXT} letters; shorten it.")
@@ -217,60 +229,60 @@ class Desk:
         if any("\ud800" <= letter <= "\udfff" for letter in text + where):
             raise DataError("There is half a letter in the sentence or the filter; type it again.")
         reference = session.reference if session.reference is not None else sketch(given.get("strokes"))
-        return self._answered(token, session.ask(reference, text, where), "")
+        return self._with_results(token, session.ask(reference, text, where), "")
 
-    def _pick(self, token: str, session: Session, given: Given) -> Screen:
-        number, one = self._on_page(token, given)
-        view = encoded(reduced(self.engines[number].picture(one.id), VIEW_SIDE))
+    def _pick(self, token: str, session: Session, given: Parameters) -> Screen:
+        number, one = self._displayed(token, given)
+        view = encode_thumbnail(downscale(self.engines[number].picture(one.id), VIEW_SIDE))
         held = Reference(
             "result", one.title, one.thumbnail, view, id=one.id, engine=number, path=one.path, details=one.details
         )
         say = "Picked. Say what should be different, or search for more like it."
         return Screen(token, session.hold(held), say, text="")
 
-    def _drop(self, token: str, session: Session, given: Given) -> Screen:
+    def _drop(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
         return Screen(token, session.hold(None), "The pad is back.")
 
-    def _mark(self, token: str, session: Session, given: Given) -> Screen:
-        _, one = self._on_page(token, given)
+    def _mark(self, token: str, session: Session, given: Parameters) -> Screen:
+        _, one = self._displayed(token, given)
         marked = Mark(one.id, one.title, one.thumbnail, given.get("liked") is True)
         changed = session.mark(marked)
         if all(mark.id != marked.id for mark in changed.marks):
-            return Screen(token, changed, UNMARKED)
+            return Screen(token, changed, MARK_REMOVED)
         return Screen(token, changed, f"The next search {'comes closer to' if marked.liked else 'goes away from'} it.")
 
-    def _unmark(self, token: str, session: Session, given: Given) -> Screen:
+    def _unmark(self, token: str, session: Session, given: Parameters) -> Screen:
         name = given.get("id")
-        return Screen(token, session.unmark(name if isinstance(name, str) else None), UNMARKED)
+        return Screen(token, session.unmark(name if isinstance(name, str) else None), MARK_REMOVED)
 
-    def _undo(self, token: str, session: Session, given: Given) -> Screen:
+    def _undo(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
-        if not session.unasked:
-            return self._moved(token, session.undo(), "Taken back.")
+        if not session.has_pending_changes:
+            return self._at_turn(token, session.undo(), "Taken back.")
         text, where = (None, None) if session.present is None else (session.present.text, session.present.where)
         say = "What was picked and marked since the last search is taken back."
         return Screen(token, session.undo(), say, text=text, where=where)
 
-    def _turn_page(self, token: str, session: Session, given: Given) -> Screen:
-        page = _whole(given, "page")
+    def _turn_page(self, token: str, session: Session, given: Parameters) -> Screen:
+        page = _integer(given, "page")
         if page * self._per_page(session) >= min(MAX_RANK, len(self.engines[0])):
             raise DataError("There is no such page.")
-        return self._answered(token, session.turn_page(page), "", moved=False)
+        return self._with_results(token, session.turn_page(page), "", moved=False)
 
-    def _compare(self, token: str, session: Session, given: Given) -> Screen:
-        rival = None if given.get("rival") is None else _whole(given, "rival")
-        if rival is not None and rival >= len(self.engines):
+    def _compare(self, token: str, session: Session, given: Parameters) -> Screen:
+        compared = None if given.get("compared") is None else _integer(given, "compared")
+        if compared is not None and compared >= len(self.engines):
             raise DataError("There is no such method to compare with.")
-        return self._answered(token, session.compare(rival), "", moved=False)
+        return self._with_results(token, session.compare(compared), "", moved=False)
 
-    def _large(self, token: str, session: Session, given: Given) -> Screen:
-        number, answer = self._on_page(token, given)
+    def _large(self, token: str, session: Session, given: Parameters) -> Screen:
+        number, answer = self._displayed(token, given)
         image = self.engines[number].picture(answer.id)
-        data = encoded(reduced(image, KEPT_SIDE))
-        return Screen(token, session, large=Large(number, answer, data, *image.size))
+        data = encode_thumbnail(downscale(image, KEPT_SIDE))
+        return Screen(token, session, large=LargeImage(number, answer, data, *image.size))
 
-    def _on_page(self, token: str, given: Given) -> tuple[int, Answer]:
+    def _displayed(self, token: str, given: Parameters) -> tuple[int, DisplayedImage]:
         """Find a picture that stands on the user's page; any other name is refused before it is looked up."""
         number, name = given.get("engine"), given.get("id")
         held = self._sessions[token].reference if token in self._sessions else None
@@ -280,35 +292,35 @@ class Desk:
             raise DataError("This picture is not on the page any more; search again.")
         return number, self.engines[number].answer(name)
 
-    def _moved(self, token: str, session: Session, say: str) -> Screen:
+    def _at_turn(self, token: str, session: Session, say: str) -> Screen:
         """Show a turn as it was asked: its answers, its sketch on the pad, its sentence in the field."""
         present = session.present
-        if present is None:  # what was drawn and typed before the first question is not taken away
-            return self._answered(token, session, say)
+        if present is None:  # what was drawn and typed before the first request is not taken away
+            return self._with_results(token, session, say)
         asked = present.reference
         strokes = None if asked is None or asked.kind != "sketch" else asked.strokes
-        return self._answered(token, session, say, strokes=strokes, text=present.text, where=present.where)
+        return self._with_results(token, session, say, strokes=strokes, text=present.text, where=present.where)
 
-    def _restart(self, token: str, session: Session, given: Given) -> Screen:
+    def _restart(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
-        return self._answered(token, session.restart(), "Started over.", strokes=(), text="", where="")
+        return self._with_results(token, session.restart(), "Started over.", strokes=(), text="", where="")
 
-    def _answered(self, token: str, session: Session, say: str, *, moved: bool = True, **more: Any) -> Screen:
+    def _with_results(self, token: str, session: Session, say: str, *, moved: bool = True, **more: Any) -> Screen:
         """Find what the session's page shows."""
         turn, per_page = session.present, self._per_page(session)
         if turn is None:
             first = self.engines[0]
-            column = Column(0, first.name, first.some(self.page, session.deal))
+            column = ResultColumn(0, first.name, first.some(self.page, session.sample_seed))
             return Screen(token, session, say, [column], moved=moved, **more)
         skip = turn.page * per_page
         columns, further = [], False
-        for number in [0] if session.rival is None else [0, session.rival]:
+        for number in [0] if session.compared is None else [0, session.compared]:
             engine = self.engines[number]
-            picture = None if turn.reference is None else self._pixels(turn.reference, engine)
+            picture = None if turn.reference is None else self._query_image(turn.reference, engine)
             exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
-            asked = Question(picture, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
+            asked = SearchRequest(picture, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
             found = engine.search(asked, skip, per_page + 1)
-            columns.append(Column(number, engine.name, found[:per_page], skip + 1))
+            columns.append(ResultColumn(number, engine.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
         found_by = [frozenset(one.id for one in column.answers) for column in columns]
         shared = found_by[0] & found_by[1] if len(found_by) == 2 else frozenset()
@@ -316,21 +328,21 @@ class Desk:
         return Screen(token, session, say, columns, last, shared, moved=moved, **more)
 
     def _per_page(self, session: Session) -> int:
-        return self.page if session.rival is None or session.present is None else max(1, self.page // 2)
+        return self.page if session.compared is None or session.present is None else max(1, self.page // 2)
 
-    def _pixels(self, reference: Reference, engine: Engine) -> Image.Image:
+    def _query_image(self, reference: Reference, engine: SearchBackend) -> Image.Image:
         if reference.kind == "sketch":
-            return drawn(reference.strokes, engine.sketch_room)
+            return draw_strokes(reference.strokes, engine.sketch_scale)
         if reference.kind == "photo":
-            return decoded(reference.picture)
+            return decode_thumbnail(reference.picture)
         assert reference.id is not None
         try:
             return self.engines[reference.engine].picture(reference.id)
         except DataError:  # it has left the gallery since it was clicked
-            return decoded(reference.picture)
+            return decode_thumbnail(reference.picture)
 
 
-def _whole(given: Given, name: str) -> int:
+def _integer(given: Parameters, name: str) -> int:
     value = given.get(name)
     if type(value) is not int or abs(value) > 10**6:
         raise DataError("The page sent something unexpected; reload it.")
