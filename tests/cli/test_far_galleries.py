@@ -4,8 +4,8 @@ import json
 
 import pytest
 from test_index import CPU, fill
-from union_igrot.demo.engines import Question
-from union_igrot.demo.indexed import open_engine
+from union_igrot.demo.backends import SearchRequest
+from union_igrot.demo.gallery_backend import open_backend
 
 from engine_places import FAR, clear, place_of
 from union_igrot.cli.index import main as union_index
@@ -49,8 +49,8 @@ def test_from_a_folder_to_an_answer_and_back(far, tmp_path, capsys):
         assert straight.ids[0] not in refined.ids
         assert gallery.delete(straight[:2]) == 2
         assert len(gallery) == 38
-    engine = open_engine(far.uri)
-    assert [one.id for one in engine.search(Question(None, "red"), 0, 38)] != []
+    engine = open_backend(far.uri)
+    assert [one.id for one in engine.search(SearchRequest(None, "red"), 0, 38)] != []
     assert engine.image(straight.ids[5]).size == (16, 12)
     engine._gallery.close()
     engine._rows.close()
