@@ -4,12 +4,12 @@ import json
 
 import pytest
 from test_index import CPU, fill
-from union_igrot.demo.backends import SearchRequest
-from union_igrot.demo.gallery_backend import open_backend
 
 from engine_places import FAR, clear, place_of
 from union_igrot.cli.index import main as union_index
 from union_igrot.cli.search import main as union_search
+from union_igrot.demo.backends import SearchRequest
+from union_igrot.demo.gallery_backend import open_backend
 from union_igrot.gallery.gallery import Gallery
 
 
