@@ -8,6 +8,7 @@ Run it with a checkout of that commit first on the path, never with the current 
 Images are generated, and every path that reaches a file lies in `SCRATCH`, so that nothing of the machine is written.
 """
 
+# ruff: noqa: I001, PLC0415 - the names of that commit, imported where the old code is needed
 import json
 import shutil
 import sys
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 DATA = Path(__file__).with_name("data")
-SCRATCH = Path("/dev/shm/union-formats")  # noqa: S108 - a fixed name, so that it may stand in the fixtures
+SCRATCH = Path("/dev/shm/union-formats")
 WORDS = ("make", "it", "red", "a", "small", "dog")
 TRAIN = [
     "model.projector=mlp",
@@ -106,10 +107,11 @@ def clip(folder: Path) -> Path:
 
 def index() -> dict[str, object]:
     """An index that `union-index` filled from a list with columns, and two searches in it."""
+    from union_igrot.data.shapes import shapes_cir
+    from union_igrot.model import load_model
+
     from union_igrot.cli.index import main as union_index
     from union_igrot.gallery.gallery import Gallery
-    from union_igrot.model import load_model
-    from union_igrot.data.shapes import shapes_cir
 
     photos = SCRATCH / "photos"
     photos.mkdir()
@@ -136,6 +138,7 @@ def index() -> dict[str, object]:
 def features() -> dict[str, object]:
     """A feature store of two additions, the second with tokens."""
     from union_igrot.store.features import FeatureStore
+
     from union_igrot.types import Features
 
     def numbers(*shape: int) -> torch.Tensor:
@@ -156,9 +159,10 @@ def features() -> dict[str, object]:
 
 def run() -> None:
     """The folder of a finished `union-train`, with a smaller projector and without checkpoints and reports."""
-    from union_igrot.cli.train import main as union_train
     from union_igrot.heads.projector import build_projector
     from union_igrot.model import IGROTModel
+
+    from union_igrot.cli.train import main as union_train
 
     folder = SCRATCH / "run"
     settings = [*TRAIN, f"output_dir={folder}", f"cache_dir={SCRATCH}/cache"]
