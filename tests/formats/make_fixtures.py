@@ -8,7 +8,7 @@ Run it with a checkout of that commit first on the path, never with the current 
 Images are generated, and every path that reaches a file lies in `SCRATCH`, so that nothing of the machine is written.
 """
 
-# ruff: noqa: I001, PLC0415 - the names of that commit, imported where the old code is needed
+# ruff: noqa: PLC0415 - the names of that commit, imported where the old code is needed
 import json
 import shutil
 import sys
