@@ -65,8 +65,7 @@ ROOMS = {
         "scoring",
         "predictions",
         "metrics.functional",
-        "metrics.intervals",
-        "metrics.significance",
+        "metrics.statistics",
     ],
     "Training": ["losses", "datamodule", "learner", "processes"],
     "Galleries": [

@@ -30,7 +30,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "load_reference_checkpoint": ("models.reference", "load_reference_checkpoint"),
     "load_training": ("datasets.registry", "load_training"),
     "image_batch": ("images.transforms", "image_batch"),
-    "rank": ("evaluation.exact", "exact_topk"),
+    "rank": ("evaluation.exact", "rank"),
     "shapes_cir": ("synthetic.shapes", "shapes_cir"),
     "shapes_sbir": ("synthetic.shapes", "shapes_sbir"),
     "shapes_training": ("synthetic.shapes", "shapes_training"),

@@ -15,7 +15,7 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import scoring as room
 from union_igrot.evaluation.evaluate import evaluate, means, result_row
 from union_igrot.evaluation.ranking import rank_chunks
-from union_igrot.evaluation.scoring import KEPT, Relevance, score
+from union_igrot.evaluation.scoring import RANKING_DEPTH, Relevance, score
 from union_igrot.features.embedding import embed
 from union_igrot.models.model import baseline
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
@@ -153,7 +153,7 @@ def test_the_first_answers_never_hold_what_is_excluded():
     assert all(not set(row) & set(out) for row, out in zip(found.ranking.positions.tolist(), excluded, strict=True))
     assert (found.ranking.scores.diff(dim=1) <= 0).all()
     large = cir_benchmark(queries=6, gallery=80)
-    assert score(large, *small_integers(large)).ranking.positions.shape == (6, KEPT)
+    assert score(large, *small_integers(large)).ranking.positions.shape == (6, RANKING_DEPTH)
 
 
 def test_chunks_change_nothing(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import exact
-from union_igrot.evaluation.exact import exact_topk
+from union_igrot.evaluation.exact import exact_topk, rank
 from union_igrot.evaluation.ranking import rank_chunks
 
 
@@ -107,7 +107,7 @@ def test_autocast_and_faster_matmuls_do_not_reach_the_scores():
 
 def test_packed_scores_fall_as_scores_rise_and_negative_zero_equals_zero():
     scores = torch.tensor([[3e38, 1.0, 1e-30, 0.0, -0.0, -1e-30, -0.5, -3e38]])
-    rising = exact._rising(scores)
+    rising = exact._as_rising_integers(scores)
     assert rising[0].tolist() == sorted(rising[0].tolist())
     assert len(set(rising[0].tolist())) == 7
     assert rising[0, 3] == rising[0, 4]
@@ -158,34 +158,58 @@ def test_no_score_matrix_above_the_budget(monkeypatch):
 @pytest.mark.parametrize("k", [0, -1, 9])
 def test_k_beyond_the_candidates_is_an_error(k):
     queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
-    with pytest.raises(ConfigError, match=f"k is {k} for a gallery of 10 items.*up to 2; choose k from 1 to 8"):
+    with pytest.raises(ConfigError, match=rf"k: {k} \(expected 1 to 8; the gallery has 10 items.*up to 2"):
         exact_topk(queries, gallery, k, exclude=[[1], [2, 3, 2]])
 
 
-def test_wrong_exclusions_are_errors():
+def first_only(queries, gallery, **options):
+    return exact_topk(queries, gallery, 1, **options)
+
+
+@pytest.mark.parametrize("search", [first_only, rank_chunks])
+def test_wrong_arguments_are_errors_at_once(search):
     queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
-    with pytest.raises(DataError, match="given for 1 of 2 queries"):
-        exact_topk(queries, gallery, 1, exclude=[[]])
+    with pytest.raises(DataError, match="1 lists of exclusions for 2 queries"):
+        search(queries, gallery, exclude=[[]])
     for wrong in (-1, 10):
-        with pytest.raises(DataError, match=f"query 1 excludes position {wrong} of a gallery of 10"):
-            exact_topk(queries, gallery, 1, exclude=[[], [3, wrong]])
+        with pytest.raises(DataError, match=f"query 1 excludes position {wrong}, but the gallery has 10"):
+            search(queries, gallery, exclude=[[], [3, wrong]])
+    with pytest.raises(DataError, match="the gallery is empty"):
+        search(queries, gallery[:0])
+    with pytest.raises(ConfigError, match="chunk_bytes: 0"):
+        search(queries, gallery, chunk_bytes=0)
 
 
-def test_other_wrong_arguments_are_errors():
-    queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
-    with pytest.raises(DataError, match="the gallery holds no embedding"):
-        exact_topk(queries, gallery[:0], 1)
-    with pytest.raises(ConfigError, match="chunk_bytes is 0"):
-        exact_topk(queries, gallery, 1, chunk_bytes=0)
-
-
+@pytest.mark.parametrize("search", [first_only, rank_chunks])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_embeddings_that_are_not_finite_are_errors(value):
+def test_embeddings_that_are_not_finite_are_errors_at_once(search, value):
     queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
     gallery[7, 2] = value
-    with pytest.raises(DataError, match=r"1 of the gallery \(first at position 7\) hold nan or infinity"):
-        exact_topk(queries, gallery, 1)
+    with pytest.raises(DataError, match=r"1 of the gallery \(first at position 7\) contain nan"):
+        search(queries, gallery)
     with pytest.raises(DataError, match=r"1 of the queries \(first at position 0\)"):
-        exact_topk(gallery[7:], unit(10, 4, 1), 1)
+        search(gallery[7:], unit(10, 4, 1))
     with pytest.raises(DataError, match="too large for float32"):
-        exact_topk(torch.full((1, 2), 1e30), torch.full((1, 2), 1e30), 1)
+        search(torch.full((1, 2), 1e30), torch.full((1, 2), 1e30))
+
+
+def test_rank_is_the_public_form():
+    queries, gallery = unit(3, 8, 0), unit(20, 8, 1)
+    found, expected = rank(queries, gallery, k=4), exact_topk(queries, gallery, 4)
+    assert found.positions.equal(expected.positions)
+    assert found.scores.equal(expected.scores)
+    assert rank(queries[0], gallery, 4).positions.equal(exact_topk(queries[:1], gallery, 4).positions)
+
+
+@pytest.mark.parametrize(
+    ("queries", "gallery", "said"),
+    [
+        (torch.ones(2, 4), torch.ones(4), r"gallery.*\(4,\)"),
+        (torch.ones(1, 2, 4), torch.ones(3, 4), r"queries.*\(1, 2, 4\)"),
+        (torch.ones(2, 4), torch.ones(3, 5), "4 and 5"),
+        (torch.ones(2, 4, dtype=torch.int64), torch.ones(3, 4), "int64"),
+    ],
+)
+def test_rank_says_what_it_expects(queries, gallery, said):
+    with pytest.raises(DataError, match=said):
+        rank(queries, gallery, 1)

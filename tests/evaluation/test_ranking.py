@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import exact, ranking as room
 from union_igrot.evaluation.exact import exact_topk
 from union_igrot.evaluation.ranking import rank_chunks
@@ -122,7 +121,7 @@ def test_a_chunk_is_not_used_after_the_next_was_asked_for():
     first = next(chunks)
     memory = first.scores.data_ptr()
     assert next(chunks).scores.data_ptr() == memory
-    with pytest.raises(RuntimeError, match="gone to the next"):
+    with pytest.raises(RuntimeError, match="reused by the next"):
         first.ranks(torch.zeros(2, 1, dtype=torch.int64))
 
 
@@ -136,26 +135,3 @@ def test_no_score_matrix_above_the_budget():
 
 def test_no_query_no_chunk():
     assert list(rank_chunks(unit(2, 8, 0)[:0], unit(9, 8, 1))) == []
-
-
-def test_wrong_arguments_are_errors_at_once():
-    queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
-    with pytest.raises(DataError, match="the gallery holds no embedding"):
-        rank_chunks(queries, gallery[:0])
-    with pytest.raises(ConfigError, match="chunk_bytes is 0"):
-        rank_chunks(queries, gallery, None, 0)
-    for wrong in (-1, 10):
-        with pytest.raises(DataError, match=f"query 1 excludes position {wrong} of a gallery of 10"):
-            rank_chunks(queries, gallery, exclude=[[], [3, wrong]])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_embeddings_that_are_not_finite_are_errors_at_once(value):
-    queries, gallery = unit(2, 4, 0), unit(10, 4, 1)
-    gallery[7, 2] = value
-    with pytest.raises(DataError, match=r"1 of the gallery \(first at position 7\) hold nan or infinity"):
-        rank_chunks(queries, gallery)
-    with pytest.raises(DataError, match=r"1 of the queries \(first at position 0\)"):
-        rank_chunks(gallery[7:], unit(10, 4, 1))
-    with pytest.raises(DataError, match="too large for float32"):
-        rank_chunks(torch.full((1, 2), 1e30), torch.full((1, 2), 1e30))

@@ -1,7 +1,6 @@
 """Metrics of hit masks against the published worked example, slow oracles and properties."""
 
 import math
-import re
 
 import jaxtyping
 import pytest
@@ -13,7 +12,6 @@ from union_igrot.metrics.functional import (
     REFERENCE_EPSILON,
     average,
     average_precision,
-    parse_metric,
     precision_at_k,
     recall_at_k,
 )
@@ -235,11 +233,11 @@ def test_a_perfect_ranking_gets_1_and_a_batch_without_queries_nothing():
 def test_a_mask_cut_too_early_is_an_error():
     hits = mask([1, 0, 1], [0, 0, 1])
     for k in (None, 4):
-        with pytest.raises(DataError, match=r"cut at 3 and row 1 holds 1 of 2 .* k <= 3"):
+        with pytest.raises(DataError, match=r"end at rank 3 and row 1 holds 1 of 2 .* k <= 3"):
             average_precision(hits, count(2, 2), k)
-    with pytest.raises(DataError, match="cut at 3"):
+    with pytest.raises(DataError, match="end at rank 3"):
         recall_at_k(hits, count(2, 2), 4)
-    with pytest.raises(DataError, match="cut at 3"):
+    with pytest.raises(DataError, match="end at rank 3"):
         precision_at_k(hits, count(2, 2), 4)
     assert precision_at_k(hits, count(2, 1), 4).tolist() == [0.5, 0.25]
 
@@ -252,7 +250,7 @@ def test_more_hits_than_relevant_candidates_is_an_error():
 
 @pytest.mark.parametrize("figure", [recall_at_k, precision_at_k, average_precision])
 def test_k_below_1_is_an_error(figure):
-    with pytest.raises(ConfigError, match="k is 0; give a whole number from 1"):
+    with pytest.raises(ConfigError, match="k: 0 "):
         figure(mask([1]), count(1), 0)
 
 
@@ -267,24 +265,8 @@ def test_unknown_conventions_are_errors(monkeypatch):
         lambda: average_precision(hits, one, 1, "min", "spline"),
         lambda: average(torch.ones(1), how="median"),
     ):
-        with pytest.raises(ConfigError, match="choose one of"):
+        with pytest.raises(ConfigError, match="expected one of"):
             call()
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("R@1", ("R", 1)), ("Rs@3", ("Rs", 3)), ("P@200", ("P", 200)), ("mAP", ("mAP", None)), ("mAP@10", ("mAP", 10))],
-)
-def test_metric_names(name, expected):
-    assert parse_metric(name) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["", "R", "P", "Rs", "R@0", "R@01", "R@-1", "r@1", "map", "mAP@", "mAP@k", "R@1 ", "R@\u0661"]
-)
-def test_other_metric_names_are_errors(name):
-    with pytest.raises(ConfigError, match=re.escape(repr(name)) + r".*R@k, Rs@k, P@k, mAP, mAP@k"):
-        parse_metric(name)
 
 
 @settings(max_examples=60, deadline=None)

@@ -24,8 +24,7 @@ def compare(config: DictConfig, fresh: Path) -> None:
     from rich.table import Table
 
     from union_igrot.errors import DataError
-    from union_igrot.metrics.intervals import paired_interval
-    from union_igrot.metrics.significance import randomization_test
+    from union_igrot.metrics.statistics import paired_interval, randomization_test
     from union_igrot.reporting.files import read_query_values
 
     del fresh

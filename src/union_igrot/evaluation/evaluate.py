@@ -23,7 +23,7 @@ from union_igrot.features.embedding import embed_each
 from union_igrot.features.extractor import Encoder
 from union_igrot.images.identity import image_identity
 from union_igrot.metrics.functional import average
-from union_igrot.metrics.intervals import bootstrap_intervals, paired_interval
+from union_igrot.metrics.statistics import bootstrap_intervals, paired_interval
 from union_igrot.models.devices import device_name
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.types import Benchmark, Scores

@@ -1,20 +1,17 @@
-"""Exact search: every query against every item, in chunks; the truth for other indexes.
+"""Exact search: every query against every gallery item, in chunks; the ground truth for other indexes.
 
-Knows embeddings, exclusions and a memory budget. Does not know what was embedded, nor
-which answers are right. Whole rankings are in `index.ranks`.
+Guarantees for the order, with `TILE` the fixed shape of the products below:
 
-What is guaranteed of the order, with `TILE` the fixed shape of the products below:
-
-- Scores are float32 products, whatever the inputs' type, autocast or the precision set
-  for matmuls, and equal scores are ordered by gallery position. -0.0 equals 0.0.
-- The result does not depend on `chunk_bytes`, and the first k are the first of any larger
-  k and of the whole ranking, to the last bit: a score is always computed in the same tile
-  of the same shape. Chunks only decide how many tiles are kept at once.
-- Items with equal embeddings get equal scores, and so stand in gallery order, wherever the
-  matmul treats the columns of a tile alike. BLAS libraries do (seen with MKL) but do not
-  promise it. Where every partial sum is exact, as with small whole numbers, it is certain.
-- A query asked with others may differ in a score's last bit from the same query asked
-  alone, as a matmul of another shape may add in another order.
+- Scores are float32 products, whatever the inputs' type, autocast or the precision set for matmuls, and equal scores
+  are ordered by gallery position. -0.0 equals 0.0.
+- The result does not depend on `chunk_bytes`, and the first k are the first of any larger k and of the whole ranking
+  (`ranking`), to the last bit: a score is always computed in the same tile of the same shape. Chunks only decide how
+  many tiles are held at once.
+- Items with equal embeddings get equal scores, and therefore come in gallery order, if the matmul treats the columns
+  of a tile alike. BLAS libraries do (observed with MKL) but do not promise it. It is certain if every partial sum is
+  exact, as with small integers.
+- The score of a query among others may differ in its last bit from the score of the same query alone, since a matmul
+  of another shape may add in another order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,14 +25,46 @@ from union_igrot.models.precision import full_precision
 from union_igrot.types import Ranking
 
 TILE = (128, 2048)
-"""Queries and items in one product, whose result stays in a core's cache until it is used."""
+"""Queries and items of one product, whose result stays in a core's cache until it is used."""
 CHUNK_BYTES = 128 * 2**20
-"""Default bound of the scores held at once."""
+"""Default bound on the scores held at once."""
 
 _KEY_BYTES = 8
 _LOW = 0xFFFFFFFF
 _LAST = 0x7FFFFFFF
 """Upper half of an excluded item's key, behind every score."""
+
+
+def rank(queries: Tensor, gallery: Tensor, k: int = 10, exclude: Sequence[Sequence[int]] | None = None) -> Ranking:
+    """Rank a gallery for each query by exact search.
+
+    Args:
+        queries: Query embeddings, one per row, or a single one. Their order and that of the gallery is that of the
+            positions in the result.
+        gallery: Gallery embeddings, one per row.
+        k: Number of results per query, at most the size of the gallery.
+        exclude: For each query the gallery positions to leave out.
+
+    Returns:
+        Gallery positions and scores (dot products) of the first k, best first.
+
+    Raises:
+        ConfigError: If k is out of range.
+        DataError: If the embeddings have the wrong type or shape, or contain nan or infinity.
+    """
+    for name, given in (("queries", queries), ("gallery", gallery)):
+        if not isinstance(given, Tensor):
+            raise DataError(f"invalid type for {name}: {type(given).__name__} (expected a tensor)")
+        if not given.is_floating_point():
+            raise DataError(f"invalid dtype for {name}: {given.dtype} (expected floating point)")
+        if given.ndim != 2 and (name, given.ndim) != ("queries", 1):
+            raise DataError(f"invalid shape for {name}: {tuple(given.shape)} (expected (items, dim))")
+    if queries.shape[-1] != gallery.shape[1]:
+        raise DataError(
+            f"queries and gallery have {queries.shape[-1]} and {gallery.shape[1]} dimensions; encode both "
+            "with the same model"
+        )
+    return exact_topk(queries if queries.ndim == 2 else queries[None], gallery, k, exclude)
 
 
 def exact_topk(
@@ -45,32 +74,29 @@ def exact_topk(
     exclude: Sequence[Sequence[int]] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Ranking:
-    """Find the k best answers to each query by dot product.
+    """Find the k gallery items with the largest dot product for each query.
 
-    Runs on the device that the tensors are on. Of unit vectors the scores are cosines;
-    nothing is normalized here.
+    Runs on the device of the tensors. The scores of unit vectors are cosines; nothing is normalized here.
 
     Args:
         queries: Embeddings of the queries, of any float type.
         gallery: Embeddings of the gallery, of any float type.
-        k: How many answers, from 1 to the number of candidates of every query.
-        exclude: For each query the gallery positions that are never an answer to it.
-        chunk_bytes: Bound of the scores held at once, 8 bytes each. At least one query's
-            scores with one tile are held.
+        k: Number of results, from 1 to the smallest number of candidates of a query.
+        exclude: For each query the gallery positions that are no candidates.
+        chunk_bytes: Bound on the scores held at once, 8 bytes each. At least one query's scores with one tile are
+            held.
 
     Returns:
-        Positions (int64) and scores (float32), best first; see this file's opening for
-        what is guaranteed of their order.
+        Positions (int64) and scores (float32), best first; the module docstring states the guarantees for their order.
 
     Raises:
-        ConfigError: Where k or the budget is out of range. A list is never made shorter
-            than k, or filled up, in silence.
-        DataError: Where the gallery is empty, an exclusion is not a gallery position, or
+        ConfigError: If k or the budget is out of range. Lists are never silently shortened or padded.
+        DataError: If the gallery is empty, an exclusion is not a gallery position, or
             an embedding holds nan or infinity.
     """
-    excluded = checked_exclusions(len(queries), len(gallery), exclude)
+    excluded = check_exclusions(len(queries), len(gallery), exclude)
     _check_k(k, len(gallery), excluded)
-    # Strips as wide as a block of queries allows: fewer, larger partial selections.
+    # Strips as wide as a block of queries allows, for fewer and larger partial selections.
     span = _whole_tiles(_budget(chunk_bytes) // TILE[0], TILE[1], len(gallery))
     positions = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
@@ -85,22 +111,23 @@ def exact_topk(
     return Ranking(positions=positions, scores=scores)
 
 
-def checked_exclusions(
-    n_queries: int, n_gallery: int, exclude: Sequence[Sequence[int]] | None
-) -> list[list[int]] | None:
-    """Refuse what cannot be ranked, and give each query's exclusions sorted, each once."""
+def check_exclusions(n_queries: int, n_gallery: int, exclude: Sequence[Sequence[int]] | None) -> list[list[int]] | None:
+    """Return each query's exclusions sorted and without repetitions, after checking them."""
     if not n_gallery:
-        raise DataError("the gallery holds no embedding; add images to it first")
+        raise DataError("the gallery is empty; add images to it first")
     if exclude is None:
         return None
     if len(exclude) != n_queries:
-        raise DataError(f"exclusions are given for {len(exclude)} of {n_queries} queries; give one list a query")
+        raise DataError(
+            f"there are {len(exclude)} lists of exclusions for {n_queries} queries; pass one list per query"
+        )
     excluded = [sorted(set(one)) for one in exclude]
     for query, one in enumerate(excluded):
         if one and not 0 <= one[0] <= one[-1] < n_gallery:
             wrong = one[0] if one[0] < 0 else one[-1]
             raise DataError(
-                f"query {query} excludes position {wrong} of a gallery of {n_gallery}; give positions from 0"
+                f"query {query} excludes position {wrong}, but the gallery has {n_gallery} items "
+                f"(expected 0 to {n_gallery - 1})"
             )
     return excluded
 
@@ -108,24 +135,26 @@ def checked_exclusions(
 def _check_k(k: int, n_gallery: int, excluded: list[list[int]] | None) -> None:
     most = n_gallery - max((len(one) for one in excluded or ()), default=0)
     if not 1 <= k <= most:
-        left = f"{n_gallery} items, of which a query excludes up to {n_gallery - most}"
-        raise ConfigError(f"k is {k} for a gallery of {left}; choose k from 1 to {most}")
+        size = f"the gallery has {n_gallery} items and a query excludes up to {n_gallery - most} of them"
+        raise ConfigError(f"invalid value for k: {k} (expected 1 to {most}; {size})")
 
 
 def _budget(chunk_bytes: int) -> int:
     """Return the number of scores that may be held at once."""
     if chunk_bytes < 1:
-        raise ConfigError(f"chunk_bytes is {chunk_bytes}; give a budget in bytes, such as {CHUNK_BYTES}")
+        raise ConfigError(
+            f"invalid value for chunk_bytes: {chunk_bytes} (expected an integer >= 1, such as {CHUNK_BYTES})"
+        )
     return chunk_bytes // _KEY_BYTES
 
 
-def _whole_tiles(wanted: int, tile: int, most: int) -> int:
+def _whole_tiles(length: int, tile: int, most: int) -> int:
     """Round down to whole tiles, at least one, at most all."""
-    return min(most, max(tile, wanted // tile * tile))
+    return min(most, max(tile, length // tile * tile))
 
 
 def blocks(n_queries: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
-    """Cut the queries into blocks whose scores with `width` items fit the budget."""
+    """Divide the queries into blocks whose scores with `width` items fit the budget."""
     step = max(1, _budget(chunk_bytes) // width)
     if step > TILE[0]:
         step = step // TILE[0] * TILE[0]
@@ -141,9 +170,8 @@ def _keys(
 ) -> Int64[Tensor, "rows columns"]:
     """Score some queries with some items and pack each score with its position.
 
-    A key's upper 32 bits rise as the score falls, its lower 32 bits are the position. So
-    keys are all different and their order is the ranking, ties included: neither the
-    sort nor the selection has to be stable.
+    A key's upper 32 bits rise as the score falls, its lower 32 bits are the position. So all keys differ and their
+    order is the ranking, ties included: neither the sort nor the selection has to be stable.
     """
     keys = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.int64, device=queries.device)
     positions = torch.arange(columns.start, columns.stop, device=queries.device)
@@ -151,7 +179,7 @@ def _keys(
     with torch.no_grad(), full_precision(queries.device):
         for i, j, tile in products(queries, gallery, rows, columns):
             total += tile.sum()
-            torch.add(positions[j], _rising(tile), alpha=1 << 32, out=keys[i, j])
+            torch.add(positions[j], _as_rising_integers(tile), alpha=1 << 32, out=keys[i, j])
     if not total.isfinite():
         raise DataError(not_finite(queries, gallery))
     if excluded is not None:
@@ -162,19 +190,18 @@ def _keys(
 def products(
     queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"], rows: slice, columns: slice
 ) -> Iterator[tuple[slice, slice, Float32[Tensor, "_ _"]]]:
-    """Return the scores of some queries with some items, tile by tile; without gradients, under `full_precision`.
+    """Compute the scores of some queries with some items tile by tile; call it under `full_precision` and `no_grad`.
 
     Yields:
-        Which rows and columns these are, counted from the first wanted ones, and their
-        scores, which are overwritten by the next.
+        Rows and columns of the tile, relative to the requested ones, and its scores, which the next tile overwrites.
     """
-    # One place for all tiles: each is computed in the same memory, and nothing is allocated between.
-    room = torch.empty(min(TILE[0], len(queries)), min(TILE[1], len(gallery)), device=queries.device)
+    # All tiles share this memory, so nothing is allocated in between.
+    buffer = torch.empty(min(TILE[0], len(queries)), min(TILE[1], len(gallery)), device=queries.device)
     for i, q in _tiles(rows, len(queries), TILE[0]):
         some = queries[q].float()
         for j, g in _tiles(columns, len(gallery), TILE[1]):
-            torch.mm(some, gallery[g].float().T, out=room)
-            tile = room[i.start - q.start : i.stop - q.start, j.start - g.start : j.stop - g.start]
+            torch.mm(some, gallery[g].float().T, out=buffer)
+            tile = buffer[i.start - q.start : i.stop - q.start, j.start - g.start : j.stop - g.start]
             yield (
                 slice(i.start - rows.start, i.stop - rows.start),
                 slice(j.start - columns.start, j.stop - columns.start),
@@ -182,32 +209,32 @@ def products(
             )
 
 
-def _tiles(wanted: slice, length: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a range along the fixed grid: each part, and the whole tile that covers it.
+def _tiles(rows: slice, length: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Divide a range along the fixed grid into parts, each with the whole tile that covers it.
 
-    Every tile has the same size: the last one reaches back instead of being shorter.
+    Every tile has the same size: the last one overlaps its predecessor instead of being shorter.
     """
-    begin = wanted.start
-    while begin < wanted.stop:
+    begin = rows.start
+    while begin < rows.stop:
         grid = begin // size * size
-        end = min(grid + size, wanted.stop)
+        end = min(grid + size, rows.stop)
         origin = max(0, min(grid, length - size))
         yield slice(begin, end), slice(origin, min(origin + size, length))
         begin = end
 
 
-def _rising(scores: Float32[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
-    """Map scores to whole numbers of 32 bits that rise as the scores fall, equal for equal.
+def _as_rising_integers(scores: Float32[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
+    """Map scores to 32-bit integers that rise as the scores fall; equal scores get equal integers.
 
-    The bits of a positive float32 rise with it; those of a negative one fall, and are
-    turned. Taking from 0 gives -0.0 the bits of 0.0.
+    The bits of a positive float32 rise with it; those of a negative one fall and are inverted. Subtracting from 0 maps
+    -0.0 to 0.0.
     """
     bits = (0.0 - scores).view(torch.int32)
     return (bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)).to(torch.int64)
 
 
 def _scores_of(keys: Int64[Tensor, "rows columns"]) -> Float32[Tensor, "rows columns"]:
-    """Undo `_rising`."""
+    """Invert `_as_rising_integers`."""
     bits = (keys >> 32).to(torch.int32)
     return 0.0 - (bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
 
@@ -215,7 +242,7 @@ def _scores_of(keys: Int64[Tensor, "rows columns"]) -> Float32[Tensor, "rows col
 def _put_last(
     keys: Int64[Tensor, "rows columns"], positions: Int64[Tensor, " columns"], excluded: list[list[int]]
 ) -> None:
-    """Return excluded items keys behind all others, still different from each other."""
+    """Set the keys of excluded items behind all others, still different from each other."""
     first, last = int(positions[0]), int(positions[-1])
     pairs = [(i, p - first) for i, one in enumerate(excluded) for p in one if first <= p <= last]
     if pairs:
@@ -224,11 +251,11 @@ def _put_last(
 
 
 def not_finite(queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"]) -> str:
-    """Say which embeddings cannot be ranked."""
+    """Return an error message that names the embeddings with nan or infinity."""
     found = []
     for name, part in (("queries", queries), ("gallery", gallery)):
         wrong = (~part.isfinite()).any(1).nonzero().flatten().tolist()
         if wrong:
             found.append(f"{len(wrong)} of the {name} (first at position {wrong[0]})")
-    what = " and ".join(found) or "products too large for float32, so some"
-    return f"{what} hold nan or infinity; encode them again, in a wider type if they overflow"
+    what = " and ".join(found) or "products too large for float32, so some scores"
+    return f"{what} contain nan or infinity; encode them again, in a wider type if they overflow"

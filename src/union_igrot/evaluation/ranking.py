@@ -1,9 +1,8 @@
-"""Whole rankings, a few queries at a time: the first answers, and the ranks of given items.
+"""Whole rankings, a few queries at a time: the first results, and the ranks of given items.
 
-An average precision over a whole gallery asks where the relevant items stand, not for the
-order of all others. So the scores of a query are counted in narrow buckets, and only those
-that share a bucket with an item asked for are sorted. Knows scores and exclusions. Does not
-know which answers are right. What `index.exact` guarantees of the order holds here too.
+Average precision over a whole gallery needs the ranks of the relevant items, not the order of all others. So the
+scores of a query are counted in narrow buckets, and only those that share a bucket with a requested item are sorted.
+The guarantees of `exact` for the order hold here too.
 """
 
 import math
@@ -18,11 +17,11 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from union_igrot.errors import DataError
-from union_igrot.evaluation.exact import CHUNK_BYTES, blocks, checked_exclusions, not_finite, products
+from union_igrot.evaluation.exact import CHUNK_BYTES, blocks, check_exclusions, not_finite, products
 from union_igrot.models.precision import full_precision
 
 _FEW_TIES = 64
-"""Tied items asked for in one row up to which each is looked up alone; a stable sort costs about as much."""
+"""Number of tied items in a row above which one stable sort is cheaper than single lookups."""
 _BUCKETS = 1 << 16
 _LARGE = 1e38
 _Floats: TypeAlias = npt.NDArray[np.float32]
@@ -31,14 +30,13 @@ _Ints: TypeAlias = npt.NDArray[np.int64]
 
 @final
 class RankedChunk:
-    """Rankings of a few queries over the whole gallery; ties stand in gallery order.
+    """Rankings of a few queries over the whole gallery; ties in gallery order.
 
-    Valid until the next chunk is asked for, which takes over its memory.
+    Valid until the next chunk is requested, which reuses its memory.
 
     Attributes:
         queries: Which queries these are.
-        candidates: How many of a row's items are candidates, that is not excluded. Excluded
-            ones stand behind all candidates, in gallery order.
+        candidates: Number of candidates of each row. Excluded items come behind them, in gallery order.
     """
 
     def __init__(
@@ -53,13 +51,15 @@ class RankedChunk:
 
     @property
     def scores(self) -> Float32[Tensor, "chunk gallery"]:
-        """Scores of each query with each item; minus infinity where excluded."""
+        """Scores of each query with each item; minus infinity if excluded."""
         if self._scores is None:
-            raise RuntimeError("this chunk's memory has gone to the next one; use each before asking for another")
+            raise RuntimeError(
+                "the memory of this chunk was reused by the next one; process each before requesting another"
+            )
         return self._scores
 
     def close(self) -> None:
-        """Return up the memory."""
+        """Release the memory."""
         self._scores = None
 
     def first(self, k: int) -> Int[Tensor, "chunk k"]:
@@ -73,29 +73,29 @@ class RankedChunk:
         if k == width:
             return _order(self.scores)
         last = self.scores.topk(k, dim=1).values[:, -1:]
-        row, place = (self.scores >= last).nonzero(as_tuple=True)
-        if len(place) > rows * k:
-            place = self._without_late_ties(row, place, last, k)
-        places = place.view(rows, k)
-        return places.gather(1, _order(self.scores.gather(1, places)))
+        row, item = (self.scores >= last).nonzero(as_tuple=True)
+        if len(item) > rows * k:
+            item = self._without_late_ties(row, item, last, k)
+        items = item.view(rows, k)
+        return items.gather(1, _order(self.scores.gather(1, items)))
 
-    def ranks(self, places: Int[Tensor, "chunk places"]) -> Int[Tensor, "chunk places"]:
+    def ranks(self, items: Int[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
         """Return the rank of items in their row's ranking, from 1.
 
         Args:
-            places: Gallery positions, any number a row.
+            items: Gallery positions, any number per row.
         """
         if self.scores.device.type != "cpu":
-            # Sorting positions along costs an accelerator little, and looking up one tie after the other much.
-            return _ranks(_order(self.scores)).gather(1, places) + 1
-        return _count_better(self.scores, places) + 1
+            # An accelerator sorts fast, and looks up single ties slowly.
+            return _ranks(_order(self.scores)).gather(1, items) + 1
+        return _count_better(self.scores, items) + 1
 
     def _without_late_ties(
-        self, row: Int[Tensor, " found"], place: Int[Tensor, " found"], last: Float[Tensor, "chunk 1"], k: int
+        self, row: Int[Tensor, " found"], item: Int[Tensor, " found"], last: Float[Tensor, "chunk 1"], k: int
     ) -> Int[Tensor, " kept"]:
-        """Keep k items a row: of those that tie for the last places the first ones."""
+        """Keep k items per row: of those that tie for the last ranks the first ones."""
         counts = row.bincount(minlength=len(last))
-        kept = list(place.split(counts.tolist()))
+        kept = list(item.split(counts.tolist()))
         for at in (counts > k).nonzero().flatten().tolist():
             scores = self.scores[at, kept[at]]
             better, tied = kept[at][scores > last[at]], kept[at][scores == last[at]]
@@ -114,22 +114,21 @@ def rank_chunks(
     Args:
         queries: Embeddings of the queries, of any float type.
         gallery: Embeddings of the gallery, of any float type.
-        exclude: For each query the gallery positions that are no candidates; they stand
-            behind all candidates, in gallery order.
-        chunk_bytes: Bound of what is held at once, 8 bytes a score: the scores and about as
-            much to work with. Ranks on an accelerator take about four times that for a
-            while. At least one query's scores are held.
+        exclude: For each query the gallery positions that are no candidates; they come behind all candidates, in
+            gallery order.
+        chunk_bytes: Bound on what is held at once, 8 bytes per score: the scores and about as much working memory.
+            Ranks on an accelerator temporarily need about four times that. At least one query's scores are held.
 
     Returns:
-        An iterator over chunks that cover the queries in order. Arguments are checked
-        at once, not at the first chunk.
+        An iterator over chunks that cover the queries in order. Arguments are checked immediately, not at the first
+        chunk.
 
     Raises:
-        ConfigError: Where the budget is out of range.
-        DataError: Where the gallery is empty, an exclusion is not a gallery position, or
-            an embedding holds nan or infinity, or is so large that a score might.
+        ConfigError: If the budget is out of range.
+        DataError: If the gallery is empty, an exclusion is not a gallery position, or an embedding contains nan or
+            infinity or is so large that a score might.
     """
-    excluded = checked_exclusions(len(queries), len(gallery), exclude)
+    excluded = check_exclusions(len(queries), len(gallery), exclude)
     chunks = blocks(len(queries), len(gallery), chunk_bytes)
     if len(queries) and not (_longest(queries) * _longest(gallery) < torch.finfo(torch.float32).max):
         raise DataError(not_finite(queries, gallery))
@@ -137,7 +136,7 @@ def rank_chunks(
 
 
 def _longest(embeddings: Float[Tensor, "rows dim"]) -> float:
-    """Return the largest norm: a product of two such bounds every score. Nan where an embedding is not finite."""
+    """Return a bound on the norms, so that a product of two bounds every score; nan if an embedding is not finite."""
     largest = max(float(part.abs().max()) for part in embeddings.detach().split(4096))
     return largest * math.sqrt(embeddings.shape[1])
 
@@ -150,21 +149,21 @@ def _ranked(
 ) -> Iterator[RankedChunk]:
     if not chunks:
         return
-    # Used again for each chunk: memory as large as this is got from the system, and given back, at a price.
-    room = torch.empty(max(rows.stop - rows.start for rows in chunks), len(gallery), device=queries.device)
+    # Reused for each chunk, since allocating that much memory is slow.
+    buffer = torch.empty(max(rows.stop - rows.start for rows in chunks), len(gallery), device=queries.device)
     chunk: RankedChunk | None = None
     for rows in chunks:
         if chunk is not None:
             chunk.close()
         count = rows.stop - rows.start
-        scores = room[:count]
+        scores = buffer[:count]
         _fill(scores, queries, gallery, rows)
         out = [[] for _ in range(count)] if excluded is None else excluded[rows]
-        pairs = [(row, place) for row, places in enumerate(out) for place in places]
+        pairs = [(row, item) for row, items in enumerate(out) for item in items]
         if pairs:
-            row, place = torch.tensor(pairs, device=scores.device).unbind(1)
-            scores[row, place] = -torch.inf
-        sizes = torch.tensor([len(places) for places in out], dtype=torch.int64, device=scores.device)
+            row, item = torch.tensor(pairs, device=scores.device).unbind(1)
+            scores[row, item] = -torch.inf
+        sizes = torch.tensor([len(items) for items in out], dtype=torch.int64, device=scores.device)
         chunk = RankedChunk(rows, len(gallery) - sizes, scores)
         yield chunk
 
@@ -177,15 +176,15 @@ def _fill(
 ) -> None:
     with torch.no_grad(), full_precision(queries.device):
         for i, j, tile in products(queries, gallery, rows, slice(0, len(gallery))):
-            torch.add(tile, 0.0, out=scores[i, j])  # copies, and makes -0.0 what it equals
+            torch.add(tile, 0.0, out=scores[i, j])  # copies, and replaces -0.0 by 0.0
 
 
 def _count_better(
-    scores: Float32[Tensor, "chunk gallery"], places: Int[Tensor, "chunk places"]
-) -> Int[Tensor, "chunk places"]:
-    """Count in each row the items that stand before some items; torch's threads share the rows."""
-    better = torch.empty_like(places)
-    rows, columns, out = scores.numpy(), places.numpy(), better.numpy()
+    scores: Float32[Tensor, "chunk gallery"], items: Int[Tensor, "chunk items"]
+) -> Int[Tensor, "chunk items"]:
+    """Count in each row the candidates that are ranked before each of some items, with as many threads as torch."""
+    better = torch.empty_like(items)
+    rows, columns, out = scores.numpy(), items.numpy(), better.numpy()
 
     def work(part: range) -> None:
         for row in part:
@@ -197,33 +196,33 @@ def _count_better(
     return better
 
 
-def _row_better(scores: _Floats, places: _Ints) -> _Ints:
-    """Count for one row: items of a higher bucket stand before, those of the same bucket are compared."""
+def _row_better(scores: _Floats, items: _Ints) -> _Ints:
+    """Count for one row: candidates of a higher bucket come first, those of the same bucket are compared."""
     bucket = _buckets(scores, min(_BUCKETS, len(scores)))
     counts = np.bincount(bucket)
-    own_bucket = bucket[places]
-    asked = np.zeros(len(counts), np.bool_)
-    asked[own_bucket] = True
-    shared = asked[bucket]
+    own_bucket = bucket[items]
+    requested = np.zeros(len(counts), np.bool_)
+    requested[own_bucket] = True
+    shared = requested[bucket]
     near = scores[shared]
     near.sort()
-    counts[asked] = 0
+    counts[requested] = 0
     elsewhere = counts.sum() - counts.cumsum()  # items of higher buckets that are not compared
-    own = scores[places]
-    order = own.argsort()  # what is looked up in ascending order is found faster
+    own = scores[items]
+    order = own.argsort()  # searching in ascending order is faster
     own = own[order]
     not_above = near.searchsorted(own, side="right")
-    better = np.empty_like(places)
+    better = np.empty_like(items)
     better[order] = len(near) - not_above + elsewhere[own_bucket[order]]
     tied = order[(not_above > 1) & (near[not_above - 2] == own)]
     if len(tied) > _FEW_TIES:
         positions = np.flatnonzero(shared)
         ahead = np.empty_like(positions)
         ahead[np.argsort(-scores[positions], kind="stable")] = np.arange(len(positions))
-        better[:] = ahead[positions.searchsorted(places)] + elsewhere[own_bucket]
+        better[:] = ahead[positions.searchsorted(items)] + elsewhere[own_bucket]
         return better
     for at in tied.tolist():
-        better[at] += np.count_nonzero(scores[: places[at]] == scores[places[at]])
+        better[at] += np.count_nonzero(scores[: items[at]] == scores[items[at]])
     return better
 
 
@@ -234,7 +233,7 @@ def _buckets(scores: _Floats, most: int) -> _Ints:
     steps = (most - 1) / (high - low) if high > low else 0.0
     if not 0 < steps < _LARGE or high - low > _LARGE:
         return np.zeros(len(scores), np.int64)
-    placed = (scores - np.float32(low)) * np.float32(steps)  # each step of it keeps the order
+    placed = (scores - np.float32(low)) * np.float32(steps)  # each step keeps the order
     numbers: _Ints = np.maximum(placed, 0, out=placed).astype(np.int64)
     return numbers
 
@@ -246,6 +245,6 @@ def _order(scores: Float32[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]
 
 
 def _ranks(order: Int[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
-    """Return the place of each item in an order, from 0."""
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+    """Return the rank of each item in an order, from 0."""
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)

@@ -1,4 +1,1 @@
-"""Retrieval metrics, from ranks and hit masks.
-
-Names nothing itself: import the module that is meant.
-"""
+"""Retrieval metrics of ranks and hit masks, their registry, and statistics over queries."""

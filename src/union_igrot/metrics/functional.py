@@ -1,80 +1,43 @@
-"""Recall, precision and average precision of hit masks, one value a query.
+"""Recall, precision and average precision of hit masks, one value per query.
 
-A hit mask holds one row a query: the ranking of its candidates, best first, True where
-the candidate is relevant. Knows the conventions by which published results differ. Does
-not know scores, how ties were broken, or what made a candidate relevant.
-
-Every function here gives nan to a query without any relevant candidate; whether such a
-query is left out (`average` does) or counts as 0 (`values.nan_to_num(0)`, as DTIN does)
-is the caller's decision.
+A hit mask has one row per query: the ranking of its candidates, best first, True at relevant candidates. Every
+function returns nan for a query without a relevant candidate; the caller decides whether such a query is left out
+(`average` does) or counts as 0 (`values.nan_to_num(0)`, as DTIN does).
 """
 
-import re
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.types import ApNorm, ApRule, Average
-
-RecallMode: TypeAlias = Literal["any", "fraction"]
-PrecisionCut: TypeAlias = Literal["k", "relevant", "attainable"]
-ParsedMetric: TypeAlias = tuple[Literal["R", "Rs", "P"], int] | tuple[Literal["mAP"], int | None]
+from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 
 REFERENCE_EPSILON = 1e-5
-"""What the UNION authors' code adds to the number of hits before it divides by it."""
-
-
-def parse_metric(name: str) -> ParsedMetric:
-    """Read the name of a metric, as `types.Protocol` writes it.
-
-    Args:
-        name: `R@k`, `Rs@k` (recall within the query's subset), `P@k`, `mAP` or `mAP@k`,
-            with k a whole number from 1.
-
-    Returns:
-        The kind of metric and its k; None stands for the whole ranking.
-
-    Raises:
-        ConfigError: Where the name has none of these forms.
-    """
-    match = re.fullmatch(r"(R|Rs|P|mAP)@([1-9][0-9]*)|mAP", name, flags=re.ASCII)
-    if match is None:
-        allowed = "R@k, Rs@k, P@k, mAP, mAP@k with k a whole number from 1, such as R@10"
-        raise ConfigError(f"unknown metric {name!r}; write one of {allowed}")
-    kind, k = match.groups()
-    if kind == "R":
-        return "R", int(k)
-    if kind == "Rs":
-        return "Rs", int(k)
-    if kind == "P":
-        return "P", int(k)
-    return "mAP", None if k is None else int(k)
+"""Added to the number of hits in the divisor by the UNION authors' code."""
 
 
 def recall_at_k(
     hits: Bool[Tensor, "queries depth"], n_relevant: Int[Tensor, " queries"], k: int, mode: RecallMode = "any"
 ) -> Float[Tensor, " queries"]:
-    """Say how far the first k candidates answer each query.
+    """Return the recall within the first k candidates.
 
     Args:
-        hits: Rankings as hit masks, cut at any depth that holds the first k candidates.
-        n_relevant: How many relevant candidates each query has in all.
-        k: Length of the list looked at, from 1.
-        mode: `any` gives 1 where at least one relevant candidate is among the first k
-            (CIRR, FashionIQ, GeneCIS); `fraction` the share of the relevant ones that is
-            (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
+        hits: Rankings as hit masks, of any depth that includes the first k candidates.
+        n_relevant: Number of relevant candidates of each query in its whole ranking.
+        k: Cut-off, at least 1.
+        mode: `any` returns 1 if at least one relevant candidate is among the first k (CIRR, FashionIQ, GeneCIS);
+            `fraction` returns the share of them that is (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
 
     Returns:
-        Values 0..1; nan where a query has no relevant candidate.
+        Values 0..1; nan for a query without a relevant candidate.
 
     Raises:
-        ConfigError: Where k is below 1 or the mode unknown.
-        DataError: Where `hits` and `n_relevant` contradict each other, or `hits` is cut
-            before k with relevant candidates beyond.
+        ConfigError: If k is below 1 or the mode is unknown.
+        DataError: If `hits` and `n_relevant` contradict each other, or `hits` ends before k with relevant candidates
+            beyond.
     """
     _one_of("mode", mode, RecallMode)
     top = _top(hits, k)
@@ -88,30 +51,29 @@ def recall_at_k(
 def precision_at_k(
     hits: Bool[Tensor, "queries depth"], n_relevant: Int[Tensor, " queries"], k: int, cut: PrecisionCut = "k"
 ) -> Float[Tensor, " queries"]:
-    """Return the share of relevant candidates among the first ones.
+    """Return the precision within the first k candidates.
 
     With h the hits among the first k and R = `n_relevant`, the conventions in use are
 
     - `k`: h / k (P1; UNION, SAKE, torchmetrics). The divisor stays k in a smaller gallery.
-    - `relevant`: the share among the first min(k, R), so that the list looked at gets
-      shorter too (P2; ZSE-SBIR).
+    - `relevant`: the share among the first min(k, R), so that the list gets shorter too (P2; ZSE-SBIR).
     - `attainable`: h / min(k, R) (P3; doodle2search).
 
-    They agree on P1 = P2 = P3 where R >= k.
+    If R >= k, P1 = P2 = P3.
 
     Args:
-        hits: Rankings as hit masks, cut at any depth that holds the first k candidates.
-        n_relevant: How many relevant candidates each query has in all.
-        k: Length of the list looked at, from 1.
+        hits: Rankings as hit masks, of any depth that includes the first k candidates.
+        n_relevant: Number of relevant candidates of each query in its whole ranking.
+        k: Cut-off, at least 1.
         cut: The convention.
 
     Returns:
-        Values 0..1; nan where a query has no relevant candidate.
+        Values 0..1; nan for a query without a relevant candidate.
 
     Raises:
-        ConfigError: Where k is below 1 or the convention unknown.
-        DataError: Where `hits` and `n_relevant` contradict each other, or `hits` is cut
-            before k with relevant candidates beyond.
+        ConfigError: If k is below 1 or the convention is unknown.
+        DataError: If `hits` and `n_relevant` contradict each other, or `hits` ends before k with relevant candidates
+            beyond.
     """
     _one_of("cut", cut, PrecisionCut)
     top = _top(hits, k)
@@ -132,10 +94,10 @@ def average_precision(
     norm: ApNorm = "min",
     rule: ApRule = "step",
 ) -> Float[Tensor, " queries"]:
-    """Return the average precision of each ranking, in any of the conventions in use.
+    """Return the average precision of each ranking, under any of the conventions in use.
 
-    With P(i) the precision among the first i, R = `n_relevant`, h the hits among the first
-    k, and a sum over those hits, the published conventions are
+    With P(i) the precision among the first i, R = `n_relevant`, h the hits among the first k, and sums over those
+    hits, the published conventions are
 
     - `min`, `step`: sum P(i) / min(k, R). CIRCO, SEARLE, LinCIR (strict)
     - `hits`, `step`: sum P(i) / h. SEM-PCYC, torchmetrics (lenient)
@@ -144,36 +106,35 @@ def average_precision(
     - `hits`, `trapezoid`: sum of means / (h + 1e-5). UNION's released code
     - `all`, `trapezoid`: sum of means / R. cnnimageretrieval-pytorch, i-CIR
 
-    where a mean is that of the precision at a hit and the precision just before it (1
-    before the first place). The 1e-5 is part of the pair (`hits`, `trapezoid`) because the
-    one published user of that pair has it; no other pair has any. A query with R > 0 and
+    where "means" are of the precision at a hit and the precision just before it (1 before the first rank). The 1e-5 is
+    part of the pair (`hits`, `trapezoid`) because the one published user of that pair has it. A query with R > 0 and
     no hit among the first k gets 0 under every convention.
 
     Args:
-        hits: Rankings as hit masks, cut at any depth that holds the first k candidates.
-        n_relevant: How many relevant candidates each query has in all.
-        k: Length of the list looked at, from 1; None for the whole ranking.
+        hits: Rankings as hit masks, of any depth that includes the first k candidates.
+        n_relevant: Number of relevant candidates of each query in its whole ranking.
+        k: Cut-off, at least 1; None for the whole ranking.
         norm: Divisor.
-        rule: How the area under the precision-recall curve is taken.
+        rule: How the area under the precision-recall curve is computed.
 
     Returns:
-        Values 0..1; nan where a query has no relevant candidate.
+        Values 0..1; nan for a query without a relevant candidate.
 
     Raises:
-        ConfigError: Where k is below 1 or a convention unknown.
-        DataError: Where `hits` and `n_relevant` contradict each other, or `hits` is cut
-            before k with relevant candidates beyond.
+        ConfigError: If k is below 1 or a convention is unknown.
+        DataError: If `hits` and `n_relevant` contradict each other, or `hits` ends before k with relevant candidates
+            beyond.
     """
     _one_of("norm", norm, ApNorm)
     _one_of("rule", rule, ApRule)
     ranks, found = _ranks_of_hits(_top(hits, k))
     _check_counts(found, n_relevant, hits.shape[1], k)
     real = _real(hits.device)
-    places = ranks.to(real)
+    positions = ranks.to(real)
     nth = torch.arange(1, ranks.shape[1] + 1, dtype=real, device=hits.device)
-    heights = nth / places
+    heights = nth / positions
     if rule == "trapezoid":
-        before = torch.where(ranks == 1, 1, (nth - 1) / (places - 1))
+        before = torch.where(ranks == 1, 1, (nth - 1) / (positions - 1))
         heights = (heights + before) / 2
     heights = heights.masked_fill(nth > found[:, None], 0)
     if rule == "voc" and heights.shape[1]:
@@ -189,26 +150,26 @@ def average_precision(
 def average(
     values: Float[Tensor, " queries"], labels: Int[Tensor, " queries"] | None = None, how: Average = "micro"
 ) -> Float[Tensor, ""]:
-    """Average the queries' values, leaving out nan.
+    """Average the queries' values, without nan.
 
     Args:
-        values: One value a query.
-        labels: A number for the class of each query; needed for `macro` alone.
-        how: `micro` is the mean over queries, `macro` the mean of the classes' means. A
-            class without any value is left out.
+        values: One value per query.
+        labels: The class index of each query; needed for `macro` alone.
+        how: `micro` is the mean over queries, `macro` the mean of the classes' means, without classes that have no
+            value.
 
     Returns:
-        The mean; nan where no query has a value.
+        The mean; nan if no query has a value.
 
     Raises:
-        ConfigError: Where `macro` comes without labels, or `how` is unknown.
+        ConfigError: If labels are missing for `macro`, or `how` is unknown.
     """
     _one_of("how", how, Average)
     if how == "micro":
         return values.nanmean()
     if labels is None:
         raise ConfigError(
-            "a macro average is a mean of classes' means and no labels were given; give them or use micro"
+            "a macro average needs the classes of the queries, and no labels were given; pass labels or use micro"
         )
     kept = ~values.isnan()
     found: tuple[Tensor, Tensor, Tensor] = torch.unique(labels[kept], return_inverse=True, return_counts=True)
@@ -218,54 +179,52 @@ def average(
 
 
 def _one_of(what: str, given: str, allowed: object) -> None:
-    """Refuse a name that is not among those of a Literal, which Python itself does not."""
     names: Sequence[str] = get_args(allowed)
     if given not in names:
-        raise ConfigError(f"{what} is {given!r}; choose one of {', '.join(names)}")
+        raise ConfigError(f"invalid value for {what}: {given!r} (expected one of {', '.join(names)})")
 
 
 def _real(device: torch.device) -> torch.dtype:
-    """Return the widest float of a device: Apple's has no float64."""
+    """Return the widest float type of a device (MPS has no float64)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _top(hits: Bool[Tensor, "queries depth"], k: int | None) -> Bool[Tensor, "queries top"]:
     if k is not None and k < 1:
-        raise ConfigError(f"k is {k}; give a whole number from 1")
+        raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
     return hits if k is None else hits[:, :k]
 
 
 def _check_counts(
     found: Int[Tensor, " queries"], n_relevant: Int[Tensor, " queries"], depth: int, k: int | None
 ) -> None:
-    """Refuse masks that cannot give the metric, instead of giving a too low one.
+    """Refuse masks that would yield too low a metric.
 
-    A mask that ends before k is whole if it holds every relevant candidate: whatever
-    would follow is irrelevant and changes nothing.
+    A mask that ends before k is complete if it holds every relevant candidate.
     """
     more = found > n_relevant
     if more.any():
         row = int(more.nonzero()[0])
         raise DataError(
             f"row {row} has {int(found[row])} hits but n_relevant says {int(n_relevant[row])}; "
-            "count the relevant candidates of the same ranking, after exclusions"
+            "count the relevant candidates of the same rankings, after exclusions"
         )
     fewer = found < n_relevant
     if (k is None or k > depth) and fewer.any():
         row = int(fewer.nonzero()[0])
         raise DataError(
-            f"the rankings are cut at {depth} and row {row} holds {int(found[row])} of {int(n_relevant[row])} relevant "
-            f"candidates, which is too few for {'the whole ranking' if k is None else f'k = {k}'}; "
-            f"give longer rankings or k <= {depth}"
+            f"the rankings end at rank {depth} and row {row} holds {int(found[row])} of {int(n_relevant[row])} "
+            f"relevant candidates, too few for {'the whole ranking' if k is None else f'k = {k}'}; "
+            f"pass longer rankings or k <= {depth}"
         )
 
 
 def _ranks_of_hits(
     top: Bool[Tensor, "queries top"],
 ) -> tuple[Int[Tensor, "queries most"], Int[Tensor, " queries"]]:
-    """List the ranks (from 1) of each row's hits, filled up with 1, and count the hits.
+    """Return the ranks (from 1) of each row's hits, padded with 1, and the number of hits.
 
-    Works on the hits alone: they are few where the ranking is a whole large gallery.
+    Works on the hits alone, which are few even in the ranking of a large gallery.
     """
     rows, columns = top.nonzero(as_tuple=True)
     found = rows.bincount(minlength=top.shape[0])

@@ -1,8 +1,4 @@
-"""The metrics of an evaluation, gathered batch by batch and rank by rank.
-
-The torchmetrics face of `functional`. Knows how values of many processes are put
-together so that every query counts once. Does not know where hit masks come from.
-"""
+"""Registered metrics as one `torchmetrics.Metric`, accumulated over batches and processes."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -14,50 +10,41 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.metrics.functional import (
-    ParsedMetric,
-    PrecisionCut,
-    RecallMode,
-    average,
-    average_precision,
-    parse_metric,
-    precision_at_k,
-    recall_at_k,
-)
-from union_igrot.types import ApNorm, ApRule, Average
+from union_igrot.metrics.functional import average
+from union_igrot.metrics.names import ParsedMetric, parse_metric
+from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 
 
 @final
 class RetrievalMetrics(Metric):
-    """Recall, precision and average precision over any number of batches and processes.
+    """Recall, precision, average precision and registered metrics over any number of batches and processes.
 
-    Built on hit masks: torchmetrics' own retrieval metrics take scores and count every
-    candidate with a score of 0 or less as irrelevant, which cosines often are.
+    Takes hit masks: torchmetrics' own retrieval metrics take scores and count every candidate with a score of 0 or
+    less as irrelevant, which cosines often are.
 
-    The states are the queries' values and positions, so that a query which a distributed
-    sampler hands out twice to fill the last batch is found and counted once. They are
-    written into blocks made in advance: many small tensors that live on between the large
-    ones of each batch would leave the heap in pieces that nothing fits in again.
+    The states are the queries' values and positions, so that a query which a distributed sampler repeats to fill the
+    last batch is counted once. They are stored in preallocated blocks: small tensors that live on between the large
+    ones of each batch would fragment the heap.
 
     Args:
-        metrics: Names of the metrics: `R@k`, `Rs@k`, `P@k`, `mAP`, `mAP@k`.
+        metrics: Names of the metrics: `R@k`, `Rs@k`, `P@k`, `mAP`, `mAP@k` or those of registered families.
         ap_norm: Divisor of average precision.
         ap_rule: Area rule of average precision.
         averaging: Mean over queries (`micro`) or mean of the classes' means (`macro`).
         recall: Whether R@k is 1 with `any` hit or the `fraction` found.
         precision_cut: Convention of P@k.
-        expected: How many queries are expected; more are taken too.
+        expected: Expected number of queries; more are accepted.
         **options: Passed to `torchmetrics.Metric`.
 
     Raises:
-        ConfigError: Where there is no metric, or one that is unknown.
+        ConfigError: If there is no metric, or one that is unknown.
     """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
 
-    # While synchronised each of these is one tensor, which dim_zero_cat passes through.
+    # While synchronized, each of these is one tensor, which dim_zero_cat passes through.
     rows: list[Tensor]
     positions: list[Tensor]
     labels: list[Tensor]
@@ -75,7 +62,7 @@ class RetrievalMetrics(Metric):
     ) -> None:
         super().__init__(**options)
         if not metrics:
-            raise ConfigError("there is no metric to compute; name one, such as R@10")
+            raise ConfigError("there is no metric to compute; pass at least one, such as R@10")
         self.metrics: dict[str, ParsedMetric] = {name: parse_metric(name) for name in metrics}
         self.ap_norm: ApNorm = ap_norm
         self.ap_rule: ApRule = ap_rule
@@ -98,36 +85,37 @@ class RetrievalMetrics(Metric):
 
         Args:
             hits: Rankings as hit masks, at least as deep as the largest k (whole for mAP).
-            n_relevant: How many relevant candidates each query has in all.
-            positions: Positions of the queries in the benchmark, which tell them apart.
-            subset_hits: Whole rankings of the queries' subsets, needed for `Rs@k`. A query
-                whose row holds no hit has no subset metric (nan).
-            labels: A number for the class of each query, needed for `macro`.
+            n_relevant: Number of relevant candidates of each query in its whole ranking.
+            positions: Positions of the queries in the benchmark, which identify them.
+            subset_hits: Whole rankings of the queries' subsets, needed for `Rs@k`. A query whose row has no hit gets
+                nan.
+            labels: The class index of each query, needed for `macro`.
 
         Raises:
-            DataError: Where subset rankings or labels are needed and missing, or the masks
-                cannot give a metric (see `functional`).
+            DataError: If subset rankings or labels are needed and missing, or the masks are too short for a metric
+                (see `functional`).
         """
-        if subset_hits is None and any(kind == "Rs" for kind, _ in self.metrics.values()):
-            raise DataError("Rs@k is asked for and no subset rankings were given; give subset_hits or drop Rs@k")
+        within = [name for name, parsed in self.metrics.items() if parsed.family.ranking == "subset"]
+        if subset_hits is None and within:
+            raise DataError(f"{within[0]} needs subset rankings; pass subset_hits or drop {within[0]}")
         if labels is None and self.averaging == "macro":
-            raise DataError("a macro average is asked for and no labels were given; give labels or choose micro")
+            raise DataError("a macro average needs the classes of the queries; pass labels or use micro")
         columns = [self._values_of(metric, hits, n_relevant, subset_hits) for metric in self.metrics.values()]
-        begin = self._room_for(len(positions))
-        places = slice(begin, begin + len(positions))
+        begin = self._reserve(len(positions))
+        rows = slice(begin, begin + len(positions))
         for i, column in enumerate(columns):
-            self.rows[-1][places, i] = column
-        self.positions[-1][places] = positions
-        self.labels[-1][places] = 0 if labels is None else labels
+            self.rows[-1][rows, i] = column
+        self.positions[-1][rows] = positions
+        self.labels[-1][rows] = 0 if labels is None else labels
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Return the mean of each metric over the queries seen by all processes.
 
         Returns:
-            For each metric's name a value 0..1; queries without a value (nan) are left out.
+            For each metric's name a value 0..1; queries without a value (nan) are skipped.
 
         Raises:
-            DataError: Where there was no query.
+            DataError: If there is no query.
         """
         rows, labels = self._by_position()
         return {name: average(rows[:, i], labels, self.averaging) for i, name in enumerate(self.metrics)}
@@ -135,13 +123,13 @@ class RetrievalMetrics(Metric):
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
         """Return each query's values, in the order of the queries' positions.
 
-        Every process has to call this where there are several: it synchronises.
+        With several processes, every process has to call this, since it synchronizes.
 
         Returns:
-            For each metric's name one value a query seen by any process, 0..1 or nan.
+            For each metric's name one value per query seen by any process, 0..1 or nan.
 
         Raises:
-            DataError: Where there was no query.
+            DataError: If there is no query.
         """
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
@@ -151,8 +139,8 @@ class RetrievalMetrics(Metric):
 
     def sync(self, *args: Any, **options: Any) -> None:
         """Gather the states of all processes; see `torchmetrics.Metric.sync`."""
-        # torchmetrics would stand in for an empty state with a tensor of other type and
-        # shape, which a process that got no query then cannot exchange with the rest.
+        # torchmetrics would replace an empty state by a tensor of another type and shape, which a process without
+        # queries could not exchange with the others.
         empty = torch.empty(0, dtype=torch.int64, device=self.device)
         values = torch.empty(0, len(self.metrics), dtype=self._real, device=self.device)
         for state, filler in ((self.rows, values), (self.positions, empty), (self.labels, empty)):
@@ -164,10 +152,10 @@ class RetrievalMetrics(Metric):
     def _real(self) -> torch.dtype:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
-    def _room_for(self, more: int) -> int:
-        """Return the first free place of the last block, which is a new one where `more` do not fit.
+    def _reserve(self, more: int) -> int:
+        """Return the first free row of the last block, after adding a block if `more` rows do not fit.
 
-        A free place is one whose position is -1. Blocks grow, so that they stay few.
+        A row is free if its position is -1. Blocks grow, so that they stay few.
         """
         if self.positions:
             free = int((self.positions[-1] < 0).sum())
@@ -186,23 +174,22 @@ class RetrievalMetrics(Metric):
         n_relevant: Int[Tensor, " queries"],
         subset_hits: Bool[Tensor, "queries subset"] | None,
     ) -> Float[Tensor, " queries"]:
-        if metric[0] == "mAP":
-            return average_precision(hits, n_relevant, metric[1], self.ap_norm, self.ap_rule)
-        if metric[0] == "P":
-            return precision_at_k(hits, n_relevant, metric[1], self.precision_cut)
-        if metric[0] == "Rs" and subset_hits is not None:
-            return recall_at_k(subset_hits, subset_hits.sum(1), metric[1], self.recall)
-        return recall_at_k(hits, n_relevant, metric[1], self.recall)
+        family = metric.family
+        options = {option: getattr(self, convention) for option, convention in family.conventions.items()}
+        if family.ranking == "subset" and subset_hits is not None:
+            hits, n_relevant = subset_hits, subset_hits.sum(1)
+        values: Tensor = family.function()(hits, n_relevant, metric.k, **options)
+        return values
 
     def _by_position(self) -> tuple[Float[Tensor, "queries metrics"], Int[Tensor, " queries"]]:
-        """Put the queries in order and drop free places and those that came twice."""
+        """Sort by position, without free rows and repeated queries."""
         if isinstance(self.positions, list) and not self.positions:
-            raise DataError("there is no query to average over; call update with some rankings first")
+            raise DataError("there is no query to average over; call update first")
         positions, order = dim_zero_cat(self.positions).sort(stable=True)
-        taken = int((positions < 0).sum())
-        positions, order = positions[taken:], order[taken:]
+        free = int((positions < 0).sum())
+        positions, order = positions[free:], order[free:]
         if not len(positions):
-            raise DataError("there is no query to average over; call update with some rankings first")
+            raise DataError("there is no query to average over; call update first")
         new = torch.ones_like(positions, dtype=torch.bool)
         new[1:] = positions[1:] != positions[:-1]
         kept = order[new]

@@ -87,7 +87,7 @@ def read_query_values(path: Path) -> tuple[str, dict[str, Tensor]]:
         The hash of the queries, and values by `method/metric`.
 
     Raises:
-        DataError: Where the file is missing or damaged.
+        DataError: If the file is missing or damaged.
     """
     try:
         with safe_open(path, "pt") as held:

@@ -111,8 +111,8 @@ def write_card(folder: Path, results: Path, *, name: str | None = None) -> Path:
         The card's path.
 
     Raises:
-        CheckpointError: Where the folder holds no saved model.
-        DataError: Where the rows cannot be read.
+        CheckpointError: If the folder holds no saved model.
+        DataError: If the rows cannot be read.
     """
     try:
         notes = json.loads((folder / "model.json").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
     """Read an evaluation's rows; none where there is no such file.
 
     Raises:
-        DataError: Where the file is no list of result rows.
+        DataError: If the file is no list of result rows.
     """
     if not results.is_file():
         return []

@@ -1,15 +1,21 @@
-"""Bootstrap intervals: known cases, invariances, coverage."""
+"""Bootstrap intervals (known cases, invariances, coverage), and the randomization test against every sign pattern."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.metrics import intervals
+from union_igrot.metrics import statistics
 from union_igrot.metrics.functional import average
-from union_igrot.metrics.intervals import bootstrap_interval, bootstrap_intervals, paired_interval
+from union_igrot.metrics.statistics import (
+    bootstrap_interval,
+    bootstrap_intervals,
+    paired_interval,
+    randomization_test,
+)
 
 
 def some(n=200, seed=0):
@@ -64,7 +70,7 @@ def test_how_many_are_drawn_at_once_changes_nothing(monkeypatch):
     x, labels = some(90), torch.arange(90) % 7
     whole = bootstrap_interval(x, resamples=100), bootstrap_interval(x, resamples=100, labels=labels)
     for at_once in (1, 900, 5000):
-        monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", at_once)
+        monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", at_once)
         assert (
             bootstrap_interval(x, resamples=100),
             bootstrap_interval(x, resamples=100, labels=labels),
@@ -132,9 +138,50 @@ def test_a_paired_macro_difference_is_of_the_macro_means():
 def test_wrong_arguments_are_errors():
     x = some(4)
     for level in (0.0, 1.0, 95.0):
-        with pytest.raises(ConfigError, match="give a share between 0 and 1"):
+        with pytest.raises(ConfigError, match="level"):
             bootstrap_interval(x, level=level)
-    with pytest.raises(ConfigError, match="resamples is 0"):
+    with pytest.raises(ConfigError, match="resamples: 0"):
         bootstrap_interval(x, resamples=0)
     with pytest.raises(DataError, match="not of the same queries"):
         bootstrap_intervals({"a": x, "b": x[:3]})
+
+
+def every_pattern(gaps):
+    """The share of all sign patterns at least as far from zero."""
+    observed = abs(sum(gaps))
+    totals = [abs(sum(s * g for s, g in zip(signs, gaps, strict=True))) for signs in product((-1, 1), repeat=len(gaps))]
+    return sum(total >= observed - 1e-9 for total in totals) / len(totals)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=8))
+def test_near_the_share_of_all_sign_patterns(gaps):
+    first = torch.tensor(gaps, dtype=torch.float64)
+    found = randomization_test(first, torch.zeros_like(first), rounds=4000)
+    assert found == pytest.approx(every_pattern(gaps), abs=0.05)
+
+
+def test_equal_methods_and_clear_differences():
+    values = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    assert randomization_test(values, values) == 1
+    assert randomization_test(values + 0.1, values, rounds=999) == pytest.approx(1 / 1000)
+    assert randomization_test(values, values + 0.1, rounds=999) == pytest.approx(1 / 1000)
+
+
+def test_seeded_and_without_undefined_queries():
+    first, second = torch.rand(2, 60, generator=torch.Generator().manual_seed(1)).double()
+    assert randomization_test(first, second, 500, 3) == randomization_test(first, second, 500, 3)
+    holes = torch.cat([first, torch.tensor([float("nan")]).double()])
+    assert randomization_test(holes, torch.cat([second, torch.ones(1).double()]), 500, 3) == randomization_test(
+        first, second, 500, 3
+    )
+
+
+def test_wrong_arguments_of_the_test_are_errors():
+    ones = torch.ones(3)
+    with pytest.raises(ConfigError, match="rounds: 0"):
+        randomization_test(ones, ones, rounds=0)
+    with pytest.raises(DataError, match="3 and 2"):
+        randomization_test(ones, torch.ones(2))
+    with pytest.raises(DataError, match="no query"):
+        randomization_test(ones * float("nan"), ones)

@@ -1,0 +1,149 @@
+"""Metric names such as `R@10`, and the registry of the metric families behind them; imports no torch."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal, NamedTuple, final
+
+from union_igrot.errors import ConfigError
+
+ENTRY_POINTS = "union_igrot.metrics"
+"""Entry point group in which other packages offer a `MetricFamily`."""
+
+
+@final
+@dataclass(frozen=True)
+class MetricFamily:
+    """Metrics that differ in their cut-off k alone, such as `R@1` and `R@10`.
+
+    Attributes:
+        name: What a metric's name begins with.
+        compute: Takes hit masks, the number of relevant candidates of each query, k and the options of `conventions`;
+            returns one value per query, 0..1 or nan. Or `module:function`, imported at the first use.
+        cutoff: Whether names have an `@k`; without one the whole ranking counts and `compute` gets None.
+        ranking: Whether the hit masks are of the whole `gallery` or of each query's `subset`.
+        conventions: Options of `compute` that a protocol decides, by name: `recall`, `precision_cut`, `ap_norm`
+            or `ap_rule` of `types.Protocol`.
+        first_target: Whether `Protocol.recall_targets` applies.
+        describe: Returns a phrase on the conventions of a protocol, for captions; empty if there is nothing to say.
+    """
+
+    name: str
+    compute: Callable[..., Any] | str
+    cutoff: Literal["required", "optional", "none"] = "required"
+    ranking: Literal["gallery", "subset"] = "gallery"
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    first_target: bool = False
+    describe: Callable[[Any], str] | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z]\w*", self.name, flags=re.ASCII):
+            raise ConfigError(f"invalid name for a metric family: {self.name!r} (expected letters and digits)")
+        unknown = set(self.conventions.values()) - {"recall", "precision_cut", "ap_norm", "ap_rule"}
+        if unknown:
+            raise ConfigError(f"metric family {self.name}: {sorted(unknown)} are no conventions of a protocol")
+
+    @property
+    def forms(self) -> list[str]:
+        """The names of this family, with `k` as a placeholder."""
+        plain = [] if self.cutoff == "required" else [self.name]
+        return plain + ([] if self.cutoff == "none" else [f"{self.name}@k"])
+
+    def function(self) -> Callable[..., Any]:
+        """Return `compute`, imported if necessary."""
+        if not isinstance(self.compute, str):
+            return self.compute
+        module, _, name = self.compute.partition(":")
+        found: Callable[..., Any] = getattr(import_module(module), name)
+        return found
+
+
+class ParsedMetric(NamedTuple):
+    """The name of a metric, taken apart; `k` is None if the whole ranking counts."""
+
+    kind: str
+    k: int | None
+
+    @property
+    def family(self) -> MetricFamily:
+        """The family of this metric."""
+        return _FAMILIES[self.kind]
+
+
+def _recall(protocol: Any) -> str:
+    return "R@k is the share of the targets found" if protocol.recall == "fraction" else ""
+
+
+def _precision(protocol: Any) -> str:
+    cuts = {"k": "", "relevant": "P@k over the first min(k, R)", "attainable": "P@k divided by min(k, R)"}
+    return cuts[protocol.precision_cut]
+
+
+def _average_precision(protocol: Any) -> str:
+    norm = {"min": "min(k, R)", "hits": "hits in the top k", "all": "R"}[protocol.ap_norm]
+    return f"AP divided by {norm}, {protocol.ap_rule} rule"
+
+
+_HERE = "union_igrot.metrics.functional"
+_FAMILIES: dict[str, MetricFamily] = {
+    family.name: family
+    for family in (
+        MetricFamily("R", f"{_HERE}:recall_at_k", conventions={"mode": "recall"}, first_target=True, describe=_recall),
+        MetricFamily("Rs", f"{_HERE}:recall_at_k", ranking="subset", conventions={"mode": "recall"}),
+        MetricFamily("P", f"{_HERE}:precision_at_k", conventions={"cut": "precision_cut"}, describe=_precision),
+        MetricFamily(
+            "mAP",
+            f"{_HERE}:average_precision",
+            cutoff="optional",
+            conventions={"norm": "ap_norm", "rule": "ap_rule"},
+            describe=_average_precision,
+        ),
+    )
+}
+
+
+def metric_families() -> tuple[MetricFamily, ...]:
+    """Return all registered metric families."""
+    return tuple(_FAMILIES.values())
+
+
+def register_metric(family: MetricFamily) -> None:
+    """Make a metric family available to protocols; a package can do the same with an entry point.
+
+    Raises:
+        ConfigError: If another family has the name.
+    """
+    if _FAMILIES.setdefault(family.name, family) != family:
+        raise ConfigError(f"a metric family named {family.name} exists already; choose another name")
+
+
+def parse_metric(name: str) -> ParsedMetric:
+    """Parse the name of a metric, as `types.Protocol` writes it.
+
+    Args:
+        name: `R@k`, `Rs@k` (recall within the query's subset), `P@k`, `mAP`, `mAP@k` with an integer k >= 1, or a
+            name of a registered family.
+
+    Raises:
+        ConfigError: If no family has such a name.
+    """
+    parsed = _parse(name)
+    if parsed is None:
+        for entry in entry_points(group=ENTRY_POINTS):
+            register_metric(entry.load())
+        parsed = _parse(name)
+    if parsed is None:
+        forms = ", ".join(form for family in metric_families() for form in family.forms)
+        raise ConfigError(f"unknown metric {name!r} (expected {forms} with an integer k >= 1, such as R@10)")
+    return parsed
+
+
+def _parse(name: str) -> ParsedMetric | None:
+    match = re.fullmatch(r"(\w+?)(?:@([1-9][0-9]*))?", name, flags=re.ASCII)
+    family = _FAMILIES.get(match[1]) if match else None
+    if match is None or family is None:
+        return None
+    refused = "required" if match[2] is None else "none"
+    return None if family.cutoff == refused else ParsedMetric(family.name, None if match[2] is None else int(match[2]))

@@ -1,0 +1,245 @@
+"""Statistics of metrics over queries: bootstrap intervals, paired differences and a randomization test.
+
+The intervals are percentile bootstraps over queries (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+chapter 13).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.metrics.functional import average
+
+_DRAWS_AT_ONCE = 1 << 22  # 32 MiB of float64; a few such arrays are alive at a time
+_SIGNS_AT_ONCE = 2**24
+
+_Floats: TypeAlias = npt.NDArray[np.float64]
+_Ints: TypeAlias = npt.NDArray[np.int64]
+
+
+class Interval(NamedTuple):
+    """Bounds of a mean; both nan if there is no value.
+
+    Attributes:
+        low: Lower bound.
+        high: Upper bound.
+    """
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """Mean difference between two methods and its bounds; nan if there is no pair.
+
+    Attributes:
+        mean: Mean of the first minus mean of the second, over the same queries.
+        low: Lower bound.
+        high: Upper bound.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Float[Tensor, " queries"],
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    labels: Int[Tensor, " queries"] | None = None,
+) -> Interval:
+    """Bound the mean of a metric by resampling the queries.
+
+    Deterministic; the global random states of torch and NumPy are neither read nor changed.
+
+    Args:
+        values: One value per query; nan is removed first.
+        level: Share of resampled means between the bounds, 0..1.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        labels: If given, the mean is that of the classes' means (macro). Each class is then resampled on its own and
+            keeps its size.
+
+    Returns:
+        The bounds, in the units of `values`.
+
+    Raises:
+        ConfigError: If `level` or `resamples` is out of range.
+    """
+    return bootstrap_intervals({"values": values}, level, resamples, seed, labels)["values"]
+
+
+def bootstrap_intervals(
+    values: Mapping[str, Float[Tensor, " queries"]],
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    labels: Int[Tensor, " queries"] | None = None,
+) -> dict[str, Interval]:
+    """Bound the means of several metrics of the same queries.
+
+    Metrics that are defined on the same queries share their resamples; each gets the same bounds as alone.
+
+    Args:
+        values: For each name one value per query; nan is removed.
+        level: Share of resampled means between the bounds, 0..1.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        labels: If given, the means are macro means; see `bootstrap_interval`.
+
+    Returns:
+        The bounds by name, in the order of `values`.
+
+    Raises:
+        ConfigError: If `level` or `resamples` is out of range.
+        DataError: If the metrics, or metrics and labels, differ in length.
+    """
+    if not 0 < level < 1:
+        raise ConfigError(f"invalid value for level: {level} (expected a number between 0 and 1, such as 0.95)")
+    if resamples < 1:
+        raise ConfigError(f"invalid value for resamples: {resamples} (expected an integer >= 1)")
+    lengths = {name: len(x) for name, x in values.items()} | ({} if labels is None else {"labels": len(labels)})
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"the metrics are not of the same queries: {lengths}; pass one value per query for each")
+    # Metrics that are defined on the same queries are resampled together.
+    together: dict[bytes, list[str]] = defaultdict(list)
+    arrays = {name: x.detach().to("cpu", torch.float64).numpy() for name, x in values.items()}
+    for name, array in arrays.items():
+        together[np.isnan(array).tobytes()].append(name)
+    classes = None if labels is None else labels.cpu().numpy().astype(np.int64)
+    bounds: dict[str, Interval] = {}
+    for names in together.values():
+        kept = ~np.isnan(arrays[names[0]])
+        if not kept.any():
+            bounds |= dict.fromkeys(names, Interval(float("nan"), float("nan")))
+            continue
+        columns = [arrays[name][kept] for name in names]
+        means = _resampled_means(columns, None if classes is None else classes[kept], resamples, seed)
+        edges = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1)
+        bounds |= {name: Interval(float(edges[0, i]), float(edges[1, i])) for i, name in enumerate(names)}
+    return {name: bounds[name] for name in values}
+
+
+def paired_interval(
+    first: Float[Tensor, " queries"],
+    second: Float[Tensor, " queries"],
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    labels: Int[Tensor, " queries"] | None = None,
+) -> Difference:
+    """Bound the mean difference of two methods over the same queries.
+
+    Much narrower than two separate intervals suggest, since easy queries are easy for both. The difference is clear if
+    both bounds are on one side of 0.
+
+    Args:
+        first: One value per query.
+        second: One value per query, of the same queries in the same order.
+        level: Share of resampled differences between the bounds, 0..1.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        labels: If given, the means are macro means; see `bootstrap_interval`.
+
+    Returns:
+        Mean of `first` minus `second`, and its bounds. Queries for which either is nan are left out.
+
+    Raises:
+        ConfigError: If `level` or `resamples` is out of range.
+        DataError: If the two differ in length.
+    """
+    gaps = _differences(first, second)
+    low, high = bootstrap_interval(gaps, level, resamples, seed, labels)
+    mean = average(gaps, None if labels is None else labels.cpu(), "micro" if labels is None else "macro")
+    return Difference(float(mean), low, high)
+
+
+def randomization_test(
+    first: Float[Tensor, " queries"], second: Float[Tensor, " others"], rounds: int = 10_000, seed: int = 0
+) -> float:
+    """Return the two-sided p-value of the mean difference of two methods over the same queries.
+
+    Under the null hypothesis the two methods' values of a query are exchangeable, so the sign of each query's
+    difference is drawn at random, `rounds` times (Fisher's paired randomization test; for retrieval: Smucker, Allan,
+    Carterette, CIKM 2007).
+
+    Args:
+        first: One value per query.
+        second: One value per query, of the same queries in the same order.
+        rounds: Number of random sign assignments.
+        seed: Seed of the draws.
+
+    Returns:
+        The share of draws at least as far from 0 as the observed difference, the observation itself included: from
+        1 / (rounds + 1) to 1. Queries for which either is nan are left out.
+
+    Raises:
+        ConfigError: If `rounds` is below 1.
+        DataError: If the lengths differ or no query has both values.
+    """
+    if rounds < 1:
+        raise ConfigError(f"invalid value for rounds: {rounds} (expected an integer >= 1)")
+    gaps = _differences(first, second).numpy()
+    gaps = gaps[~np.isnan(gaps)]
+    if not len(gaps):
+        raise DataError("no query has a value under both methods; compare metrics that are defined for both")
+    # Sums that are equal on paper differ in their last bits.
+    bound = abs(gaps.sum()) - 1e-9 * np.abs(gaps).sum()
+    moved = gaps[gaps != 0]
+    draw = np.random.default_rng(seed)
+    as_far = 0
+    step = max(1, _SIGNS_AT_ONCE // max(1, len(moved)))
+    for begin in range(0, rounds, step):
+        count = min(step, rounds - begin)
+        signs = draw.integers(0, 2, (count, len(moved)), dtype=np.int8).astype(np.float64) * 2 - 1
+        as_far += int((np.abs(signs @ moved) >= bound).sum())
+    return (as_far + 1) / (rounds + 1)
+
+
+def _differences(first: Float[Tensor, " queries"], second: Float[Tensor, " others"]) -> Float[Tensor, " queries"]:
+    if len(first) != len(second):
+        raise DataError(f"{len(first)} and {len(second)} values are not of the same queries; pass one per query")
+    return first.detach().to("cpu", torch.float64) - second.detach().to("cpu", torch.float64)
+
+
+def _strata(classes: _Ints | None, n: int) -> tuple[_Ints, _Ints, _Ints]:
+    """Return the order of the queries by class, and the start and size of each class (one class without labels)."""
+    if classes is None:
+        return np.arange(n), np.zeros(1, np.int64), np.array([n])
+    order = np.argsort(classes, kind="stable")
+    _, starts, sizes = np.unique(classes[order], return_index=True, return_counts=True)
+    return order, starts, sizes
+
+
+def _resampled_means(columns: list[_Floats], classes: _Ints | None, resamples: int, seed: int) -> _Floats:
+    """Resample the queries and average each metric; the draws do not depend on how many are drawn at once."""
+    n = len(columns[0])
+    order, starts, sizes = _strata(classes, n)
+    start_of, size_of = np.repeat(starts, sizes), np.repeat(sizes, sizes)
+    ordered = [column[order] for column in columns]
+    means = np.empty((len(columns), resamples))
+    generator = np.random.default_rng(seed)
+    step = max(1, _DRAWS_AT_ONCE // n)
+    for begin in range(0, resamples, step):
+        rows = slice(begin, min(begin + step, resamples))
+        draws = generator.random((rows.stop - rows.start, n))
+        draws *= size_of
+        drawn = draws.astype(np.int64)
+        drawn += start_of
+        for i, column in enumerate(ordered):
+            # The draws are used up, so their memory is reused; `clip` avoids a copy.
+            np.take(column, drawn, out=draws, mode="clip")
+            if len(starts) == 1:
+                means[i, rows] = draws.mean(axis=1)
+            else:
+                means[i, rows] = (np.add.reduceat(draws, starts, axis=1) / sizes).mean(axis=1)
+    return means
