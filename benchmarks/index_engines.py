@@ -160,7 +160,7 @@ def with_index(
     for how in hows:
 
         def ask(i: int, how: str = how, where: str | None = None) -> Sequence[int]:
-            return [int(one) for one in index.search(asked[i : i + 1], K, where=where, how=how)[0].ids]
+            return [int(one) for one in index.search(asked[i : i + 1], K, where=where, mode=how)[0].ids]
 
         def ask_filtered(i: int, ask: Any = ask) -> Sequence[int]:
             return ask(i, where=WHERE)

@@ -43,8 +43,8 @@ class Place:
     uri: str
     opened: list[VectorIndex] = field(default_factory=list)
 
-    def make(self, dim: int, card: dict | None = None) -> VectorIndex:
-        self.opened.append(open_index(self.uri, dim=dim, card=card, create=True))
+    def make(self, dim: int, metadata: dict | None = None) -> VectorIndex:
+        self.opened.append(open_index(self.uri, dim=dim, metadata=metadata, create=True))
         return self.opened[-1]
 
     def again(self) -> VectorIndex:

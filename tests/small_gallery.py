@@ -6,7 +6,7 @@ from PIL import Image
 
 from small_world import Noise
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.results import Answers
+from union_igrot.gallery.results import SearchResult
 from union_igrot.images.transforms import image_batch
 
 COUNT = 12
@@ -40,7 +40,7 @@ def ranked(model, query, numbers=range(COUNT)) -> list[tuple[str, float]]:
     return sorted(scores, key=lambda pair: -pair[1])
 
 
-def same(answers: Answers, wanted: list[tuple[str, float]]) -> bool:
+def same(answers: SearchResult, wanted: list[tuple[str, float]]) -> bool:
     return answers.ids == [name for name, _ in wanted] and np.allclose(
         answers.scores, [value for _, value in wanted], atol=1e-5
     )

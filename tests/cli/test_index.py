@@ -58,8 +58,8 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     assert f"{uri}: 11 rows; 0 added, 0 updated, 11 unchanged, 1 removed, 1 skipped" in said
     assert "embedded" not in said
     with open_index(str(uri)) as index:
-        assert index.card["checkpoint"] == "tiny"
-        assert index.card["fingerprint"] == union_igrot.load("tiny").fingerprint()
+        assert index.metadata["checkpoint"] == "tiny"
+        assert index.metadata["fingerprint"] == union_igrot.load("tiny").fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_second_process_is_refused_by_one_line(tmp_path, capsys):
 def test_another_model_is_refused(tmp_path, capsys):
     fill(tmp_path / "pictures", 1)
     uri = str(tmp_path / "photos.lance")
-    open_index(uri, dim=union_igrot.load("tiny").backbone.dim, card={"fingerprint": "other"}, create=True).close()
+    open_index(uri, dim=union_igrot.load("tiny").backbone.dim, metadata={"fingerprint": "other"}, create=True).close()
     with pytest.raises(SystemExit) as ended:
         main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
     assert ended.value.code == 2

@@ -44,7 +44,7 @@ def gallery(kept, tmp_path, monkeypatch):
 
     monkeypatch.setattr(room, "open_index", opened)
     # The model is loaded once: that an index finds its own is a test of `Gallery`.
-    monkeypatch.setattr(room, "load_named", lambda *_: (kept.model, "linear"))
+    monkeypatch.setattr(room, "load_recorded_model", lambda *_: (kept.model, "linear"))
     monkeypatch.chdir(tmp_path)
     Noise(40, 1).open().save(tmp_path / "a.png")
     Noise(41, 2).open().save(tmp_path / "it's b, c=[1].png")
@@ -112,7 +112,7 @@ def test_a_person_gets_a_table(gallery, capsys):
         (["text=red", 'where="class" = \'a "dog"\' and year > 1'], {"text": "red", "where": "year in (4, 7)"}),
         (["text=red", "liked=[p1,p2]", "disliked=p3"], {"text": "red", "liked": ["p1", "p2"], "disliked": ["p3"]}),
         (["liked=p1", "liked=p2", "exclude=p1"], {"liked": ["p1", "p2"], "exclude": "p1"}),
-        (["text=red", "search=exact"], {"text": "red", "how": "exact"}),
+        (["text=red", "search=exact"], {"text": "red", "mode": "exact"}),
     ],
 )
 def test_what_is_typed_is_what_is_asked(gallery, capsys, arguments, asked):

@@ -137,7 +137,7 @@ def differing(model: IGROTModel, benchmark: Benchmark, folder: Path, uri: str) -
         found = gallery.search_many(
             [{"image": q.image, "text": q.text, "exclude": q.exclude if left_out else ()} for q in benchmark.queries],
             truth.shape[1],
-            how="exact",
+            mode="exact",
             thumbnails=False,
         )
     wanted = [[benchmark.gallery[position].id for position in row] for row in truth.tolist()]

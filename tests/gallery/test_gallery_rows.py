@@ -203,7 +203,7 @@ def test_the_model_is_hashed_once(model, monkeypatch):
     for number in range(4):
         gallery.add(picture(number))
     assert len(hashed) == 1
-    assert gallery.card["fingerprint"] == model.fingerprint()
+    assert gallery.metadata["fingerprint"] == model.fingerprint()
 
 
 def test_what_is_wrong_with_pictures_ids_and_columns_is_told_of_each(model):

@@ -121,7 +121,7 @@ def test_a_batch_in_parts_is_the_batch(model, gallery, monkeypatch):
         ({"text": "red", "liked": [3]}, ConfigError, "names no image"),
         ({"text": "red", "liked": ["p1"], "disliked": ["p1"]}, ConfigError, "liked and disliked"),
         ({"text": "red", "k": 0}, ConfigError, "k is 0"),
-        ({"text": "red", "how": "ann"}, ConfigError, "no approximate index"),
+        ({"text": "red", "mode": "ann"}, ConfigError, "no approximate index"),
     ],
 )
 def test_a_mistake_in_a_search_is_one_line(gallery, asked, error, part):
@@ -130,7 +130,9 @@ def test_a_mistake_in_a_search_is_one_line(gallery, asked, error, part):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("asked", "part"), [({"k": 2.0}, "whole number"), ({"how": "fast"}, "give one of exact, ann")])
+@pytest.mark.parametrize(
+    ("asked", "part"), [({"k": 2.0}, "whole number"), ({"mode": "fast"}, "give one of exact, ann")]
+)
 def test_values_of_a_wrong_type_are_told_to_who_checks_no_types(gallery, asked, part):
     with pytest.raises(ConfigError, match=part):
         inspect.unwrap(Gallery.search_many)(gallery, [{"text": "red"}], **asked)

@@ -94,19 +94,19 @@ def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
     """List the images, open the index and fill it: what one process does, or the first of several."""
     from union_igrot.gallery.ingest.run import ingest_images
     from union_igrot.gallery.ingest.share import Words
-    from union_igrot.gallery.metadata import card_of, load_checkpoint, open_made, refuse_early
+    from union_igrot.gallery.metadata import check_backbone_name, index_metadata, load_checkpoint, open_or_create
 
     try:
         listing = _listed(config.images, shown=config.progress)
-        refuse_early(config.index, config.checkpoint)
+        check_backbone_name(config.index, config.checkpoint)
         model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
-        card = card_of(model, checkpoint, config.weights)
-        index = open_made(config.index, model.backbone.dim, card)
+        metadata = index_metadata(model, checkpoint, config.weights)
+        index = open_or_create(config.index, model.backbone.dim, metadata)
     except BaseException:
         Words(processes).say(None)
         raise
     with index:
-        report = ingest_images(index, model, listing, work, processes, fingerprint=card["fingerprint"])
+        report = ingest_images(index, model, listing, work, processes, fingerprint=metadata["fingerprint"])
         _tell(report, index.uri, len(index))
 
 

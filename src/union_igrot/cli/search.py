@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from union_igrot.gallery.query_files import Line
-    from union_igrot.gallery.results import Answers
+    from union_igrot.gallery.results import SearchResult
     from union_igrot.reporting.contact_sheets import SheetLine
 
 EXIT_NOTHING = 1
@@ -66,7 +66,7 @@ def search(config: DictConfig, fresh: Path) -> None:
                     [line.asked for line in some],
                     config.k,
                     config.where,
-                    how=config.search,
+                    mode=config.search,
                     names=[line.place for line in some],
                 )
                 for line, found in zip(some, answers, strict=True):
@@ -126,7 +126,7 @@ def _output() -> Iterator[None]:
         raise SystemExit(EXIT_UNREAD) from None
 
 
-def _show(config: DictConfig, line: "Line", found: "Answers", *, many: bool) -> None:
+def _show(config: DictConfig, line: "Line", found: "SearchResult", *, many: bool) -> None:
     """Print the answers to one query."""
     if config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty()):
         for rank, hit in enumerate(found, 1):
@@ -175,7 +175,7 @@ def _words(asked: dict[str, Any]) -> str:
     return " + ".join(parts)
 
 
-def _sheet_line(line: "Line", found: "Answers") -> "SheetLine":
+def _sheet_line(line: "Line", found: "SearchResult") -> "SheetLine":
     from union_igrot.images.decode import as_image
     from union_igrot.reporting.contact_sheets import SheetLine
 

@@ -15,7 +15,7 @@ from PIL import Image
 from union_igrot.demo.backends import DisplayedImage, SearchBackend, SearchRequest, heads_name, sketch_scale
 from union_igrot.demo.uploads import KEPT_SIDE, decode_thumbnail, encode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
-from union_igrot.gallery.engines.base import Value, VectorIndex
+from union_igrot.gallery.engines.base import ColumnValue, VectorIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, file_of
 from union_igrot.images.decode import open_image
@@ -25,7 +25,7 @@ SAMPLE_POOL: Final = 20_000
 _INTERNAL_COLUMNS: Final = {THUMBNAIL, "hash", "size", "mtime", "width", "height", "source"}
 """Columns that indexing writes for itself."""
 
-Columns = Mapping[str, Value]
+Columns = Mapping[str, ColumnValue]
 
 
 class ItemRenderer(ABC):

@@ -17,7 +17,7 @@ from union_igrot.demo.backends import DisplayedImage
 from union_igrot.demo.gallery_backend import GalleryBackend, ItemRenderer
 from union_igrot.demo.uploads import encode_thumbnail
 from union_igrot.features.extractor import Encoder
-from union_igrot.gallery.engines.base import Rows, Value
+from union_igrot.gallery.engines.base import ColumnValue, Rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.images.decode import open_image
@@ -48,14 +48,14 @@ class SyntheticItems(ItemRenderer):
         self._images = {item.id: item.image for item in items}
 
     def answer(
-        self, name: str, columns: Mapping[str, Value], jpeg: bytes | None, score: float | None = None
+        self, name: str, columns: Mapping[str, ColumnValue], jpeg: bytes | None, score: float | None = None
     ) -> DisplayedImage:
         """See `ItemRenderer`."""
         del jpeg
         details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
         return DisplayedImage(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's pictures are frozen values
 
-    def picture(self, name: str, columns: Mapping[str, Value]) -> Image.Image:
+    def picture(self, name: str, columns: Mapping[str, ColumnValue]) -> Image.Image:
         """See `ItemRenderer`."""
         del columns
         return open_image(self._images[name])

@@ -13,15 +13,22 @@ from typing import Any, Literal, final, get_args
 
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.additions import listing_of
-from union_igrot.gallery.engines.base import How, VectorIndex
+from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.gallery.ingest.work import Report, Work
 from union_igrot.gallery.lookup import judged_rows, named_rows, rows_named
-from union_igrot.gallery.metadata import card_of, check_card, load_checkpoint, load_named, open_made, refuse_early
+from union_igrot.gallery.metadata import (
+    check_backbone_name,
+    check_metadata,
+    index_metadata,
+    load_checkpoint,
+    load_recorded_model,
+    open_or_create,
+)
 from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of, several
-from union_igrot.gallery.results import THUMBNAIL, Answers, answers_of
+from union_igrot.gallery.results import THUMBNAIL, SearchResult, search_result
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute
@@ -39,8 +46,8 @@ class Gallery:
         index: Where the rows lie; None until the first image is added.
         model: The model that embeds images and queries.
         uri: Where the index lies or will lie.
-        checkpoint: Where the model is loaded from, for the index's card.
-        weights: Weights of its backbone, where they were named, for the card too.
+        checkpoint: Where the model is loaded from, for the index's metadata.
+        weights: Weights of its backbone, where they were named, for the metadata too.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class Gallery:
         if ":" not in uri:
             uri = absolute(uri)  # whoever changes the folder later means the same gallery
         if isinstance(model, str | Path):
-            refuse_early(uri, str(model))
+            check_backbone_name(uri, str(model))
             model, checkpoint = load_checkpoint(model, weights)
             model.to(resolve_device(device))
         absent = uri == _MEMORY or (create and ":" not in uri and not os.path.exists(uri))  # noqa: PTH110 - Path's raises for long names
@@ -107,26 +114,26 @@ class Gallery:
         index = open_index(uri)
         try:
             if model is None:
-                model, checkpoint = load_named(index.card, uri, weights)
+                model, checkpoint = load_recorded_model(index.metadata, uri, weights)
                 model.to(resolve_device(device))
             gallery = cls(index, model, uri, checkpoint, weights)
-            check_card(index.card, gallery.card, index.uri)
+            check_metadata(index.metadata, gallery.metadata, index.uri)
         except BaseException:
             index.close()
             raise
         return gallery
 
     @property
-    def card(self) -> Mapping[str, Any]:
-        """What says which model this is; see `card_of`."""
+    def metadata(self) -> Mapping[str, Any]:
+        """What says which model this is; see `index_metadata`."""
         if not self._card:  # once: all weights are hashed for it
-            self._card = card_of(self.model, *self._origin)
+            self._card = index_metadata(self.model, *self._origin)
         return self._card
 
     def _made(self) -> VectorIndex:
         """Return the index, made if it is not there yet."""
         if self._index is None:
-            self._index = open_made(self._where, self.model.backbone.dim, self.card)
+            self._index = open_or_create(self._where, self.model.backbone.dim, self.metadata)
         return self._index
 
     @property
@@ -160,7 +167,7 @@ class Gallery:
                 columns that are not given keep their values; None empties one.
             on_broken: Whether an image that cannot be read is an error, or listed and left out; what `work` says, or
                 an error, where None.
-            work: How the work is done; for large additions.
+            work: SearchMode the work is done; for large additions.
 
         Returns:
             How many were added, updated, unchanged and left out. A row that is right is not embedded again.
@@ -179,7 +186,7 @@ class Gallery:
 
         Args:
             images: A folder (with all below), a pattern, a list or tar shards, as `union-index images=` takes them.
-            work: How the work is done.
+            work: SearchMode the work is done.
 
         Returns:
             How many were added, updated, unchanged, removed and left out since they cannot be read.
@@ -190,7 +197,7 @@ class Gallery:
         from union_igrot.gallery.ingest.run import ingest_images  # noqa: PLC0415 - Lightning, which no search needs
 
         index = self._made()
-        return ingest_images(index, self.model, listing, work, fingerprint=self.card["fingerprint"])
+        return ingest_images(index, self.model, listing, work, fingerprint=self.metadata["fingerprint"])
 
     def ids(self, where: str | None = None) -> list[str]:
         """Name the images that pass a filter, in the order in which they were added.
@@ -221,9 +228,9 @@ class Gallery:
         liked: object = (),
         disliked: object = (),
         exclude: object = (),
-        how: How = "auto",
+        mode: SearchMode = "auto",
         thumbnails: bool = True,
-    ) -> Answers:
+    ) -> SearchResult:
         """Find images.
 
         Args:
@@ -235,7 +242,7 @@ class Gallery:
             liked: Results to come closer to: ids, paths or hits. They alone are a query too.
             disliked: Results to go away from; they are not among the answers.
             exclude: Rows that are not among the answers, such as the query itself.
-            how: `exact`, `ann` (approximate) or `auto`.
+            mode: `exact`, `ann` (approximate) or `auto`.
             thumbnails: Whether small images are read along.
 
         Returns:
@@ -247,7 +254,7 @@ class Gallery:
             DataError: Where a liked or disliked image is not in the gallery.
         """
         given = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
-        return self.search_many([given], k, where, how=how, thumbnails=thumbnails)[0]
+        return self.search_many([given], k, where, mode=mode, thumbnails=thumbnails)[0]
 
     def search_many(
         self,
@@ -255,17 +262,17 @@ class Gallery:
         k: int = 10,
         where: str | None = None,
         *,
-        how: How = "auto",
+        mode: SearchMode = "auto",
         thumbnails: bool = True,
         names: Sequence[str] | None = None,
-    ) -> list[Answers]:
+    ) -> list[SearchResult]:
         """Find images for many queries at once.
 
         Args:
             queries: Each with some of `image`, `text`, `liked`, `disliked` and `exclude`, as `search` takes them.
             k: How many answers to each.
             where: A filter for all of them.
-            how: `exact`, `ann` or `auto`.
+            mode: `exact`, `ann` or `auto`.
             thumbnails: Whether small images are read along.
             names: What the queries are called in an error; `query 1` and so on where None and there are several.
 
@@ -277,8 +284,8 @@ class Gallery:
         """
         if type(k) is not int or k < 1:
             raise ConfigError(f"k is {k}; ask for a whole number of answers, at least 1")
-        if how not in get_args(How):
-            raise ConfigError(f"how is {how!r}; give one of {', '.join(get_args(How))}")
+        if mode not in get_args(SearchMode):
+            raise ConfigError(f"mode is {mode!r}; give one of {', '.join(get_args(SearchMode))}")
         if names is None:
             names = [""] if len(queries) == 1 else [f"query {place}" for place in range(1, len(queries) + 1)]
         wanted = all_wanted(queries, names)
@@ -288,25 +295,25 @@ class Gallery:
         wanted = named_rows(index, wanted)
         embedded = embed_wanted(self.model, wanted, judged_rows(index, wanted, names, self.uri), names)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
-        answers: dict[int, Answers] = {}
+        answers: dict[int, SearchResult] = {}
         groups: dict[int, list[int]] = {}
         for place, one in enumerate(wanted):
             groups.setdefault(_spare(one), []).append(place)
         for spare, places in groups.items():  # each reads as many rows more as the one that leaves out most
-            found = index.search(embedded[places], k + spare, where=where, how=how, columns=columns)
-            answers |= {at: answers_of(hits, k, wanted[at].without) for at, hits in zip(places, found, strict=True)}
+            found = index.search(embedded[places], k + spare, where=where, mode=mode, columns=columns)
+            answers |= {at: search_result(hits, k, wanted[at].without) for at, hits in zip(places, found, strict=True)}
         return [answers[at] for at in range(len(wanted))]
 
     def describe(self) -> dict[str, Any]:
         """Say what the gallery is: where it lies, how many images and which columns it has, and its model."""
         index = self._index
-        card = self.card if index is None else index.card
+        metadata = self.metadata if index is None else index.metadata
         return {
             "uri": self.uri,
             "pictures": len(self),
             "dim": self.model.backbone.dim,
             "columns": {} if index is None else dict(index.columns),
-            **{name: card.get(name) for name in ("model", "fingerprint", "checkpoint", "weights")},
+            **{name: metadata.get(name) for name in ("model", "fingerprint", "checkpoint", "weights")},
         }
 
     def optimize(self) -> None:

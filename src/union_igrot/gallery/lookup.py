@@ -13,7 +13,7 @@ from torch import Tensor
 
 from union_igrot.errors import DataError
 from union_igrot.gallery.engines.base import VectorIndex
-from union_igrot.gallery.engines.filter_language import one_of
+from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.queries import Wanted, path_id
 
 _AT_ONCE: Final = 500
@@ -39,7 +39,7 @@ def rows_named(index: VectorIndex, names: Sequence[str], *, gone: bool = False) 
     there: set[str] = set()
     asked = [*unsure, *unsure.values()]
     for at in range(0, len(asked), _AT_ONCE):
-        for batch in index.scan(["id"], one_of("id", asked[at : at + _AT_ONCE])):
+        for batch in index.scan(["id"], match_any("id", asked[at : at + _AT_ONCE])):
             there.update(str(one) for one in batch["id"])
     return tuple(unsure[name] if name not in there and unsure.get(name) in there else name for name in names)
 
@@ -86,4 +86,4 @@ def judged_rows(
 
 def rows_there(index: VectorIndex, name: str) -> bool:
     """Whether a row is there."""
-    return any(batch["id"] for batch in index.scan(["id"], one_of("id", [name])))
+    return any(batch["id"] for batch in index.scan(["id"], match_any("id", [name])))

@@ -18,7 +18,7 @@ from union_igrot.storage.paths import from_home
 FORMAT: Final = 1
 
 
-def card_of(model: IGROTModel, checkpoint: str | None, weights: str | Path | None = None) -> dict[str, Any]:
+def index_metadata(model: IGROTModel, checkpoint: str | None, weights: str | Path | None = None) -> dict[str, Any]:
     """Return what is kept with an index: the model's fingerprint, its description, and where it is loaded from.
 
     All weights are hashed for it, once.
@@ -29,49 +29,49 @@ def card_of(model: IGROTModel, checkpoint: str | None, weights: str | Path | Non
         weights: Weights of its backbone, where they were named.
     """
     described = model.describe()
-    fingerprint = model_fingerprint(described)
-    card = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
-    return card if weights is None else {**card, "weights": str(from_home(weights).absolute())}
+    fingerprint = fingerprint_of(described)
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
+    return metadata if weights is None else {**metadata, "weights": str(from_home(weights).absolute())}
 
 
-def check_card(card: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
+def check_metadata(metadata: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
     """Refuse a model that an index was not made with.
 
     Args:
-        card: The index's.
-        asked: The model's, from `card_of`.
+        metadata: The index's.
+        asked: The model's, from `index_metadata`.
         uri: The index, for the error.
 
     Raises:
         CheckpointError: Naming both.
     """
-    if card.get("fingerprint") == asked["fingerprint"]:
+    if metadata.get("fingerprint") == asked["fingerprint"]:
         return
-    if "fingerprint" not in card:
+    if "fingerprint" not in metadata:
         raise CheckpointError(f"{uri} does not say which model it was made with; make it again with union-index")
-    made, where = _named(card.get("model", {})), card.get("checkpoint")
+    made, where = _named(metadata.get("model", {})), metadata.get("checkpoint")
     raise CheckpointError(
         f"{uri} was made with {made}" + (f" (checkpoint {where})" if where else "") + f", not with "
         f"{_named(asked['model'])}; search it with the model it was made with, or index again under another name"
     )
 
 
-def open_made(uri: str, dim: int, card: Mapping[str, Any]) -> VectorIndex:
+def open_or_create(uri: str, dim: int, metadata: Mapping[str, Any]) -> VectorIndex:
     """Open the index of a model, or make it.
 
     Args:
         uri: Where it lies.
         dim: Width of the model's embeddings.
-        card: The model's, from `card_of`.
+        metadata: The model's, from `index_metadata`.
 
     Raises:
         CheckpointError: Where it was made with another model.
         UnionError: Where it cannot be opened or made.
     """
     uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is no path
-    index = open_index(uri, dim=dim, card=card, create=True)
+    index = open_index(uri, dim=dim, metadata=metadata, create=True)
     try:
-        check_card(index.card, card, index.uri)  # another process may have made it
+        check_metadata(index.metadata, metadata, index.uri)  # another process may have made it
     except BaseException:
         index.close()
         raise
@@ -86,7 +86,7 @@ def _named(described: Mapping[str, Any]) -> str:
     )
 
 
-def refuse_early(uri: str, name: str) -> None:
+def check_backbone_name(uri: str, name: str) -> None:
     """Refuse a backbone alone whose name is not that of an index's, before its weights are fetched.
 
     Args:
@@ -100,7 +100,7 @@ def refuse_early(uri: str, name: str) -> None:
         return
     try:
         with open_index(uri) as index:
-            described = index.card.get("model", {})
+            described = index.metadata.get("model", {})
     except ConfigError:  # there is none yet, or what is wrong with its name is told when it is made
         return
     if described.get("backbone") not in (name, None):
@@ -131,17 +131,19 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     return load(inner if inner.is_dir() else folder, weights), str(folder.absolute())
 
 
-def load_named(card: Mapping[str, Any], uri: str, weights: str | Path | None = None) -> tuple[IGROTModel, str]:
+def load_recorded_model(
+    metadata: Mapping[str, Any], uri: str, weights: str | Path | None = None
+) -> tuple[IGROTModel, str]:
     """Load the model that an index says it was made with.
 
     Raises:
         ConfigError: Where it does not say which.
         CheckpointError: Where that model is not there any more.
     """
-    where = card.get("checkpoint")
+    where = metadata.get("checkpoint")
     if not where:
-        raise ConfigError(f"{uri} does not say where its model lies ({_named(card.get('model', {}))}); name it")
-    weights = weights or card.get("weights")
+        raise ConfigError(f"{uri} does not say where its model lies ({_named(metadata.get('model', {}))}); name it")
+    weights = weights or metadata.get("weights")
     if is_backbone(str(where)):  # and no folder of that name: of one the whole path is kept
         return baseline(build_backbone(str(where), weights), "sum"), str(where)
     return load_checkpoint(str(where), weights)

@@ -13,7 +13,7 @@ from typing import Final, final, overload
 from PIL import Image
 
 from union_igrot.gallery.display import hits_html
-from union_igrot.gallery.engines.base import Hits, Value
+from union_igrot.gallery.engines.base import ColumnValue, IndexHits
 
 THUMBNAIL: Final = "thumbnail"
 """The column that holds a small JPEG."""
@@ -32,7 +32,7 @@ class Hit:
 
     id: str
     score: float
-    columns: Mapping[str, Value] = field(hash=False)  # so that hits can stand in sets
+    columns: Mapping[str, ColumnValue] = field(hash=False)  # so that hits can stand in sets
     jpeg: bytes | None = field(default=None, repr=False)
 
     @property
@@ -47,7 +47,7 @@ class Hit:
 
 
 @final
-class Answers(Sequence[Hit]):
+class SearchResult(Sequence[Hit]):
     """The answers to one query, best first: a sequence of `Hit`, which a notebook shows as images."""
 
     def __init__(self, hits: Sequence[Hit]) -> None:
@@ -72,9 +72,9 @@ class Answers(Sequence[Hit]):
     @overload
     def __getitem__(self, place: int) -> Hit: ...
     @overload
-    def __getitem__(self, place: slice) -> "Answers": ...
-    def __getitem__(self, place: int | slice) -> "Hit | Answers":
-        return Answers(self._hits[place]) if isinstance(place, slice) else self._hits[place]
+    def __getitem__(self, place: slice) -> "SearchResult": ...
+    def __getitem__(self, place: int | slice) -> "Hit | SearchResult":
+        return SearchResult(self._hits[place]) if isinstance(place, slice) else self._hits[place]
 
     def __repr__(self) -> str:
         lines = [f"{rank:>4}  {hit.score:7.4f}  {hit.id}" for rank, hit in enumerate(self._hits, 1)]
@@ -93,7 +93,7 @@ def file_of(name: str) -> Path | None:
     return Path(name) if there else None
 
 
-def answers_of(found: Hits, k: int, without: Sequence[str]) -> Answers:
+def search_result(found: IndexHits, k: int, without: Sequence[str]) -> SearchResult:
     """Take the first k rows found, some left out."""
     gone = set(without)
     images = found.columns.get(THUMBNAIL)
@@ -105,4 +105,4 @@ def answers_of(found: Hits, k: int, without: Sequence[str]) -> Answers:
         jpeg = None if images is None else images[place]
         columns = {column: values[place] for column, values in others.items()}
         hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
-    return Answers(hits[:k])
+    return SearchResult(hits[:k])

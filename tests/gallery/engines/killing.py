@@ -103,7 +103,7 @@ def read(uri: str) -> Model:
             assert torch.equal(index.fetch([name for name, _ in found]).vectors, expected), "a vector is not its row's"
             query = torch.ones(1, DIM)
             best = exact_topk(query, expected, min(10, len(found)))
-            (hits,) = index.search(query, 10, how="exact")
+            (hits,) = index.search(query, 10, mode="exact")
             assert hits.ids == [found[i][0] for i in best.positions[0]]
     return model
 

@@ -42,7 +42,7 @@ def column(index, name, where=None):
 
 def test_rows_are_written_read_replaced_and_removed(place):
     index = place.make(3, CARD)
-    assert (len(index), index.dim, index.card, index.columns) == (0, 3, CARD, {})
+    assert (len(index), index.dim, index.metadata, index.columns) == (0, 3, CARD, {})
     assert column(index, "id") == []
     assert [hits.ids for hits in index.search(torch.ones(2, 3), 5, columns=["id", "nope"])] == [[], []]
     assert index.delete(["a"]) == 0
@@ -51,7 +51,7 @@ def test_rows_are_written_read_replaced_and_removed(place):
     index.upsert(Rows(["c", "b"], torch.tensor([[0, 0, 2.0], [3, 0, 0]]), {"class": ["cat", "wolf"], "size": [1, 0.5]}))
 
     for now in (index, place.again()):
-        assert (len(now), now.dim, now.card) == (3, 3, CARD)
+        assert (len(now), now.dim, now.metadata) == (3, 3, CARD)
         assert now.columns == {"class": "str", "year": "int", "size": "float"}
         assert column(now, "id") == ["b", "a", "c"]  # b keeps its place
         assert column(now, "year") == [None, None, None]  # it was replaced whole
@@ -200,14 +200,14 @@ def test_exact_search_is_that_of_exact_topk_to_the_last_id(place, dim):
     queries = normalize(torch.randn(5, dim, generator=torch.Generator().manual_seed(9)), dim=-1)
     for k in (1, 10, len(order), len(order) + 50):
         expected = exact_topk(queries, gallery, min(k, len(order)))
-        found = index.search(queries, k, how="exact", columns=["group"])
+        found = index.search(queries, k, mode="exact", columns=["group"])
         assert [hits.ids for hits in found] == [[order[p] for p in row] for row in expected.positions]
         for hits, scores in zip(found, expected.scores, strict=True):
             torch.testing.assert_close(hits.scores, scores)
             assert hits.columns["group"] == [int(one[1:]) % 10 for one in hits.ids]
     chosen = [p for p, one in enumerate(order) if int(one[1:]) % 10 in (3, 4)]
     expected = exact_topk(queries, gallery[chosen], 10)
-    found = index.search(queries, 10, where="group between 3 and 4", how="auto")
+    found = index.search(queries, 10, where="group between 3 and 4", mode="auto")
     assert [hits.ids for hits in found] == [[order[chosen[p]] for p in row] for row in expected.positions]
 
 
@@ -219,7 +219,7 @@ def test_equal_scores_stand_in_the_order_of_first_writing(place):
     index.upsert(Rows(ids[150:160], torch.ones(10, 2), {}))  # written again, they keep their places
     index.upsert(Rows(["best"], torch.full((1, 2), 2.0), {}))
     for k in (1, 5, 20, 299, 301):
-        (hits,) = index.search(torch.ones(1, 2), k, how="exact")
+        (hits,) = index.search(torch.ones(1, 2), k, mode="exact")
         assert hits.ids == ["best", *ids][:k]
 
 
@@ -260,7 +260,7 @@ def test_approximate_search_finds_what_exact_search_finds(place, monkeypatch):
     index.upsert(Rows(rows.ids[:2500], rows.vectors[:2500], {"group": rows.columns["group"][:2500]}))
     if place.kind != "milvus":  # which always has some index
         with pytest.raises(ConfigError, match="no approximate index"):
-            index.search(torch.ones(1, 16), 1, how="ann")
+            index.search(torch.ones(1, 16), 1, mode="ann")
     index.optimize()
     if place.kind == "memory":
         return
@@ -269,8 +269,8 @@ def test_approximate_search_finds_what_exact_search_finds(place, monkeypatch):
     for now in (index, place.again()):
         queries = some([str(i) for i in range(20)], 16, seed=3).vectors
         for where in (None, "group = 3"):
-            exact = now.search(queries, 10, where=where, how="exact")
-            near = now.search(queries, 10, where=where, how="ann", columns=["group"])
+            exact = now.search(queries, 10, where=where, mode="exact")
+            near = now.search(queries, 10, where=where, mode="ann", columns=["group"])
             recall = sum(len(set(a.ids) & set(b.ids)) for a, b in zip(exact, near, strict=True)) / 200
             assert recall >= 0.95
             for hits in near:
@@ -279,10 +279,10 @@ def test_approximate_search_finds_what_exact_search_finds(place, monkeypatch):
                 torch.testing.assert_close(hits.scores, vectors @ query, atol=1e-5, rtol=1e-5)
                 assert (hits.scores.diff() <= 0).all()
                 assert hits.columns["group"] == [int(one[1:]) % 10 for one in hits.ids]
-    (late,) = index.search(rows.vectors[2999:], 1, how="ann")
+    (late,) = index.search(rows.vectors[2999:], 1, mode="ann")
     assert late.ids == ["p2999"]  # written since the index was built
     index.optimize()
-    assert index.search(rows.vectors[2999:], 1, how="ann")[0].ids == ["p2999"]
+    assert index.search(rows.vectors[2999:], 1, mode="ann")[0].ids == ["p2999"]
     assert len(index) == 2900
     assert column(index, "id") == rows.ids[100:]
 

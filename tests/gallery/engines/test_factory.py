@@ -50,9 +50,9 @@ def test_a_missing_package_is_named_as_pip_takes_it(uri, said, monkeypatch):
 
 
 def test_an_index_in_memory_is_made_anew():
-    first, second = (open_index("memory:", dim=2, card={"a": 1}, create=True) for _ in range(2))
+    first, second = (open_index("memory:", dim=2, metadata={"a": 1}, create=True) for _ in range(2))
     first.upsert(Rows(["a"], torch.ones(1, 2), {}))
-    assert (len(first), len(second), second.card) == (1, 0, {"a": 1})
+    assert (len(first), len(second), second.metadata) == (1, 0, {"a": 1})
     with pytest.raises(ConfigError, match="give dim, the width"):
         open_index("memory:", create=True)
     with pytest.raises(ConfigError, match="dim is 0"):

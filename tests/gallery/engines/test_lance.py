@@ -27,12 +27,12 @@ def test_what_is_there_is_opened_as_it_is(uri):
         open_index(uri)
     with pytest.raises(ConfigError, match="give dim, the width"):
         open_index(uri, create=True)
-    made(uri, card={"model": "tiny"})
-    assert made(uri, card={"model": "another"}).card == {"model": "tiny"}
+    made(uri, metadata={"model": "tiny"})
+    assert made(uri, metadata={"model": "another"}).metadata == {"model": "tiny"}
     with pytest.raises(ConfigError, match="holds embeddings of width 4, not 5"):
         open_index(uri, dim=5)
     with pytest.raises(ConfigError, match="cannot be kept as JSON"):
-        made(uri.replace("photos", "more"), card={"x": {1, 2}})
+        made(uri.replace("photos", "more"), metadata={"x": {1, 2}})
 
 
 def test_what_is_no_index_of_ours_is_left_alone(tmp_path):
@@ -152,7 +152,7 @@ def test_two_writers_and_a_reader_at_once(uri):
     reader = open_index(uri)
     while any(writer.is_alive() for writer in writers):
         check_groups(reader)
-        reader.search(torch.ones(1, 4), 3, how="exact")
+        reader.search(torch.ones(1, 4), 3, mode="exact")
     assert not failures
     check_all_written(uri, 8)
 
@@ -166,7 +166,7 @@ def test_two_processes_write_while_one_reads_and_one_optimises(uri):
     reader, reads = open_index(uri), 0
     while any(writer.is_alive() for writer in writers):
         check_groups(reader)
-        reader.search(torch.ones(1, 4), 3, how="exact")
+        reader.search(torch.ones(1, 4), 3, mode="exact")
         reads += 1
         if reads % 10 == 0:
             reader.optimize()
@@ -245,7 +245,7 @@ def test_the_approximate_index_fits_the_size(uri, monkeypatch):
     index.optimize()  # many, and the index is made anew, of the other kind
     assert lance_ann.built(index._latest()) == ("vector_ivf_rq_44", "IVF_RQ", 44, 2000)
     queries = some([str(i) for i in range(20)], 16, seed=3).vectors
-    exact, near = (index.search(queries, 10, how=how) for how in ("exact", "ann"))
+    exact, near = (index.search(queries, 10, mode=how) for how in ("exact", "ann"))
     assert sum(len(set(a.ids) & set(b.ids)) for a, b in zip(exact, near, strict=True)) >= 190
 
 
@@ -254,7 +254,7 @@ def test_the_approximate_index_gives_as_many_answers_as_are_asked_for(uri):
     index.upsert(some([f"p{i}" for i in range(6000)], 8))
     index.optimize()
     for k in (1, 1000, 5000, 6000):  # at k = 5000, the least number of partitions holds fewer
-        assert len(index.search(some("q", 8, seed=1).vectors, k, how="ann")[0].ids) == k
+        assert len(index.search(some("q", 8, seed=1).vectors, k, mode="ann")[0].ids) == k
 
 
 def test_the_approximate_index_finds_answers_where_most_pictures_are_equal(uri):
@@ -264,7 +264,7 @@ def test_the_approximate_index_finds_answers_where_most_pictures_are_equal(uri):
     index.upsert(Rows([f"p{i}" for i in range(5000)], vectors, {}))
     index.optimize()
     for k in (10, 1100):
-        for hits in index.search(some([str(i) for i in range(30)], 16, seed=3).vectors, k, how="ann"):
+        for hits in index.search(some([str(i) for i in range(30)], 16, seed=3).vectors, k, mode="ann"):
             assert len(hits.ids) == k
 
 
@@ -290,7 +290,7 @@ def test_auto_takes_the_approximate_index_where_the_gallery_is_large(uri, monkey
     assert not asked  # there is none yet
     index.optimize()
     index.search(torch.ones(1, 4), 1)
-    index.search(torch.ones(1, 4), 1, how="exact")
+    index.search(torch.ones(1, 4), 1, mode="exact")
     assert len(asked) == 1
     monkeypatch.setattr(engine, "AUTO_EXACT", 100)
     index.search(torch.ones(1, 4), 1)

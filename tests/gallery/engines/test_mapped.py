@@ -64,7 +64,7 @@ def test_vectors_are_mapped_once_and_by_whoever_asks(uri):
 def test_a_reader_of_an_older_version_has_all_of_it(uri):
     index = made(uri)
     index.upsert(some("abcdef"))
-    with engine.LanceIndex(uri, dim=None, card=None, create=False) as old:
+    with engine.LanceIndex(uri, dim=None, metadata=None, create=False) as old:
         table, layout = old._laid_out()
         index.delete(list("bcd"))
         index.search(torch.ones(1, 4), 1)  # writes the mapped file, from the newer version

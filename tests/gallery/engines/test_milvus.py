@@ -74,7 +74,7 @@ def test_what_is_no_index_of_ours_is_left_alone(served):
     index = served.make(4, {"model": "tiny"})
     with pytest.raises(ConfigError, match="holds embeddings of width 4, not 5"):
         open_index(served.uri, dim=5)
-    assert open_index(served.uri, dim=4, card={"model": "other"}, create=True).card == {"model": "tiny"}
+    assert open_index(served.uri, dim=4, metadata={"model": "other"}, create=True).metadata == {"model": "tiny"}
     client = index._client
     client.create_collection("foreign_one", dimension=4)
     try:
@@ -95,7 +95,7 @@ def test_exact_search_is_exact_while_the_server_still_indexes(served, monkeypatc
     def check(rows):
         kept = [i for i in range(rows) if i % 10 == 3]
         expected = exact_topk(queries, vectors[kept], 10)
-        found = index.search(queries, 10, where="tenth = 3", how="exact")
+        found = index.search(queries, 10, where="tenth = 3", mode="exact")
         assert [hits.ids for hits in found] == [[str(kept[p]) for p in row] for row in expected.positions]
 
     def write(first, last):
@@ -121,7 +121,7 @@ def test_a_small_gallery_is_tidied_without_waiting_for_an_index(served):
     index.optimize()
     assert index._index()["index_type"] == "FLAT"
     expected = exact_topk(vectors[:5], vectors, 10)
-    found = index.search(vectors[:5], 10, how="exact")
+    found = index.search(vectors[:5], 10, mode="exact")
     assert [hits.ids for hits in found] == [[str(p) for p in row] for row in expected.positions.tolist()]
 
 
@@ -143,7 +143,7 @@ def test_an_index_of_codes_that_was_given_by_hand_stays(served):
     assert again._index()["index_type"] == "IVF_PQ"
     expected = exact_topk(vectors[:20], vectors, 1).positions[:, 0].tolist()
     for how in ("ann", "exact"):
-        found = again.search(vectors[:20], 10, how=how)
+        found = again.search(vectors[:20], 10, mode=how)
         assert sum(str(wanted) in hits.ids for wanted, hits in zip(expected, found, strict=True)) >= 18
 
 
@@ -204,9 +204,9 @@ import torch
 from union_igrot.gallery.engines.base import Rows
 from union_igrot.gallery.engines.factory import open_index
 
-index = open_index(sys.argv[1], dim=4, card={"model": "tiny"}, create=True)
+index = open_index(sys.argv[1], dim=4, metadata={"model": "tiny"}, create=True)
 index.upsert(Rows(["a"], torch.ones(1, 4), {}))
-print(open_index(sys.argv[1]).search(torch.ones(1, 4), 1)[0].ids, index.card)
+print(open_index(sys.argv[1]).search(torch.ones(1, 4), 1)[0].ids, index.metadata)
 index._client.drop_collection(index._name)
 """
 

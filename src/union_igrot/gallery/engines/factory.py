@@ -21,14 +21,14 @@ _STORES: Final = ("s3", "gs", "az")
 
 
 def open_index(
-    uri: str, *, dim: int | None = None, card: Mapping[str, Any] | None = None, create: bool = False
+    uri: str, *, dim: int | None = None, metadata: Mapping[str, Any] | None = None, create: bool = False
 ) -> VectorIndex:
     """Open an index, or make it.
 
     Args:
         uri: Where it lies; see `FORMS`.
         dim: Width of the embeddings; needed where it is made, compared where it is there.
-        card: What to keep with it where it is made: JSON values. One that is there keeps its own.
+        metadata: What to keep with it where it is made: JSON values. One that is there keeps its own.
         create: Whether to make it where there is none.
 
     Raises:
@@ -42,18 +42,18 @@ def open_index(
 
         if not create:
             raise ConfigError("memory: holds nothing that could be opened; make one, with create=True")
-        return MemoryIndex(_given(uri, dim), card)
+        return MemoryIndex(_given(uri, dim), metadata)
     shown = without_password(uri)
     if scheme in ("milvus", "milvus+tls"):
         _installed("pymilvus", "milvus", shown)
         from union_igrot.gallery.engines.milvus import MilvusIndex  # noqa: PLC0415
 
-        opened: VectorIndex = MilvusIndex(uri, dim=dim, card=card, create=create)
+        opened: VectorIndex = MilvusIndex(uri, dim=dim, metadata=metadata, create=create)
     elif scheme in ("", *_STORES) and uri.rstrip("/").endswith(".lance"):
         _installed("lance", "gallery", uri)
         from union_igrot.gallery.engines.lance import LanceIndex  # noqa: PLC0415
 
-        opened = LanceIndex(uri, dim=dim, card=card, create=create)
+        opened = LanceIndex(uri, dim=dim, metadata=metadata, create=create)
     else:
         raise ConfigError(f"{shown!r} is not the name of an index; give {FORMS}")
     if dim is not None and opened.dim != dim:

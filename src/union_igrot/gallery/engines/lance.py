@@ -31,18 +31,27 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.engines import lance_ann
-from union_igrot.gallery.engines.base import AUTO_EXACT, Hits, How, Rows, Value, VectorIndex
-from union_igrot.gallery.engines.filter_language import Kind, read
-from union_igrot.gallery.engines.filters import lance_text
+from union_igrot.gallery.engines.base import (
+    AUTO_EXACT,
+    ColumnValue,
+    IndexHits,
+    Rows,
+    SearchMode,
+    VectorIndex,
+    dump_metadata,
+    validate_ids,
+    validate_queries,
+    validate_rows,
+)
+from union_igrot.gallery.engines.filters import ColumnKind, lance_text, parse_filter
 from union_igrot.gallery.engines.mapped import InUse, Layout, folder_of
 from union_igrot.gallery.engines.memory import BATCH, NO_ANN, missing
 from union_igrot.gallery.engines.scattered import scattered_topk
-from union_igrot.gallery.engines.schema import check_ids, fitted, fitted_queries, written_card
 
 _CARD: Final = b"union-igrot"
 _PRIMARY: Final = {b"lance-schema:unenforced-primary-key": b"true"}
 """Makes Lance refuse the later of two writers who add one id at once."""
-_KINDS: Final[Mapping[Kind, pa.DataType]] = {
+_KINDS: Final[Mapping[ColumnKind, pa.DataType]] = {
     "str": pa.string(),
     "int": pa.int64(),
     "float": pa.float64(),
@@ -66,18 +75,18 @@ log: Final = logging.getLogger("union_igrot.index")
 class LanceIndex(VectorIndex):
     """Embeddings in a Lance table. See `open_index` for arguments and errors."""
 
-    def __init__(self, uri: str, *, dim: int | None, card: Mapping[str, Any] | None, create: bool) -> None:
+    def __init__(self, uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> None:
         self.uri = uri
         with self._told():
             table = _opened(uri)
             if table is None and create:
-                table = self._made(dim, card)
+                table = self._made(dim, metadata)
         if table is None:
             raise ConfigError(f"there is no index {uri}; make one (union-index), or check the name")
         kept = (table.schema.metadata or {}).get(_CARD)
         if kept is None:
             raise ConfigError(f"{uri} is a Lance table, but no index made here; give another name")
-        self.card = json.loads(kept)
+        self.metadata = json.loads(kept)
         self.dim = table.schema.field("vector").type.list_size
         self._table: Any = table
         self._folder = folder_of(uri)
@@ -90,14 +99,14 @@ class LanceIndex(VectorIndex):
             return int(self._latest().count_rows())
 
     @property
-    def columns(self) -> Mapping[str, Kind]:
+    def columns(self) -> Mapping[str, ColumnKind]:
         """See `VectorIndex`."""
         with self._told():
             return _columns_of(self._latest())
 
     def upsert(self, rows: Rows) -> None:
         """See `VectorIndex`."""
-        fitted(rows, self.dim, self.columns)
+        validate_rows(rows, self.dim, self.columns)
         if rows.ids:
             self._written(lambda table: self._upserted(table, rows))
             self._writes += 1
@@ -106,7 +115,7 @@ class LanceIndex(VectorIndex):
 
     def delete(self, ids: Sequence[str]) -> int:
         """See `VectorIndex`."""
-        check_ids(ids)
+        validate_ids(ids)
         if not ids:
             return 0
         given = pa.table({"id": pa.array(dict.fromkeys(ids), pa.string())})
@@ -119,7 +128,7 @@ class LanceIndex(VectorIndex):
 
     def fetch(self, ids: Sequence[str]) -> Rows:
         """See `VectorIndex`."""
-        check_ids(ids)
+        validate_ids(ids)
         with self._told():
             table = self._latest()
             names = list(_columns_of(table))
@@ -133,7 +142,7 @@ class LanceIndex(VectorIndex):
         taken = found.select(names).take(pa.array(order, pa.int64()))
         return Rows(list(ids), torch.from_numpy(vectors[np.array(order, dtype=np.int64)]), taken.to_pydict())
 
-    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[Value]]]:
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
         """See `VectorIndex`."""
         with self._told():
             table, layout = self._laid_out()
@@ -146,18 +155,18 @@ class LanceIndex(VectorIndex):
         k: int,
         *,
         where: str | None = None,
-        how: How = "auto",
+        mode: SearchMode = "auto",
         columns: Sequence[str] = (),
-    ) -> list[Hits]:
+    ) -> list[IndexHits]:
         """See `VectorIndex`."""
-        queries = fitted_queries(queries, self.dim, k)
+        queries = validate_queries(queries, self.dim, k)
         with self._told():
             table = self._latest()
             chosen = None if where is None else self._filter(table, where)
-            built = lance_ann.built(table) if how != "exact" else None
-            if how == "ann" and built is None:
+            built = lance_ann.built(table) if mode != "exact" else None
+            if mode == "ann" and built is None:
                 raise ConfigError(f"{self.uri}: {NO_ANN} yet; optimize builds it, or ask with exact or auto")
-            if built is None or (how == "auto" and table.count_rows() <= AUTO_EXACT):
+            if built is None or (mode == "auto" and table.count_rows() <= AUTO_EXACT):
                 return self._exact(queries, k, chosen, columns)
             return self._approximate(table, queries, k, chosen, columns)
 
@@ -173,7 +182,7 @@ class LanceIndex(VectorIndex):
         """See `VectorIndex`."""
         self._layout = self._in_use = None
 
-    def _exact(self, queries: Tensor, k: int, chosen: str | None, columns: Sequence[str]) -> list[Hits]:
+    def _exact(self, queries: Tensor, k: int, chosen: str | None, columns: Sequence[str]) -> list[IndexHits]:
         table, layout = self._laid_out()
         rows = np.arange(len(layout.places)) if chosen is None else np.flatnonzero(layout.chosen(chosen))
         if not len(rows):
@@ -187,7 +196,7 @@ class LanceIndex(VectorIndex):
 
     def _approximate(
         self, table: Any, queries: Tensor, k: int, chosen: str | None, columns: Sequence[str]
-    ) -> list[Hits]:
+    ) -> list[IndexHits]:
         names = list(_columns_of(table))
         wanted = ["id", "row", "_distance", *dict.fromkeys(name for name in columns if name in names)]
         hits = []
@@ -201,14 +210,14 @@ class LanceIndex(VectorIndex):
 
     def _batches(
         self, table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[str]
-    ) -> Iterator[Mapping[str, Sequence[Value]]]:
+    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
         for at in range(0, len(offsets), BATCH):
             with self._told():
                 batch = _taken(table, offsets[at : at + BATCH], columns)
             yield batch
 
     def _upserted(self, table: Any, rows: Rows) -> None:
-        rows, new = fitted(rows, self.dim, _columns_of(table))
+        rows, new = validate_rows(rows, self.dim, _columns_of(table))
         if new:
             table.add_columns(pa.schema([pa.field(name, _KINDS[kind]) for name, kind in new.items()]))
         known = _looked_up(table, rows.ids, ["id", "row"])
@@ -267,9 +276,9 @@ class LanceIndex(VectorIndex):
         return table, self._layout[1]
 
     def _filter(self, table: Any, where: str) -> str:
-        return lance_text(read(where, {"id": "str", **_columns_of(table)}))
+        return lance_text(parse_filter(where, {"id": "str", **_columns_of(table)}))
 
-    def _made(self, dim: int | None, card: Mapping[str, Any] | None) -> Any:
+    def _made(self, dim: int | None, metadata: Mapping[str, Any] | None) -> Any:
         if dim is None or dim < 1:
             raise ConfigError(f"{self.uri} has to be made: give dim, the width of the embeddings")
         fields = [
@@ -277,7 +286,7 @@ class LanceIndex(VectorIndex):
             pa.field("row", pa.int64(), nullable=False),
             pa.field("vector", pa.list_(pa.float32(), dim), nullable=False),
         ]
-        schema = pa.schema(fields, metadata={_CARD: written_card(card)})
+        schema = pa.schema(fields, metadata={_CARD: dump_metadata(metadata)})
         try:
             return lance.write_dataset(schema.empty_table(), self.uri, mode="create")
         except OSError:
@@ -312,8 +321,8 @@ def _opened(uri: str) -> Any:
         return None
 
 
-def _columns_of(table: Any) -> dict[str, Kind]:
-    kinds: dict[pa.DataType, Kind] = {kept: kind for kind, kept in _KINDS.items()}
+def _columns_of(table: Any) -> dict[str, ColumnKind]:
+    kinds: dict[pa.DataType, ColumnKind] = {kept: kind for kind, kept in _KINDS.items()}
     return {field.name: kinds[field.type] for field in table.schema if field.name not in ("id", "row", "vector")}
 
 
@@ -327,7 +336,7 @@ def _looked_up(table: Any, ids: Sequence[str], columns: Sequence[str]) -> Any:
     return pa.concat_tables(found)
 
 
-def _taken(table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[str]) -> dict[str, list[Value]]:
+def _taken(table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[str]) -> dict[str, list[ColumnValue]]:
     """Read columns of some rows; None for columns that are not there."""
     there = [name for name in dict.fromkeys(columns) if name == "id" or name in _columns_of(table)]
     found = table.take(pa.array(offsets, pa.uint64()), columns=there).to_pydict() if there else {}
@@ -335,16 +344,19 @@ def _taken(table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[st
 
 
 def _hits(
-    read_once: Mapping[str, Sequence[Value]], rows: Int64[np.ndarray, " rows"], scores: Tensor, columns: Sequence[str]
-) -> Hits:
+    read_once: Mapping[str, Sequence[ColumnValue]],
+    rows: Int64[np.ndarray, " rows"],
+    scores: Tensor,
+    columns: Sequence[str],
+) -> IndexHits:
     chosen = rows.tolist()
-    absent: list[Value] = [None] * len(read_once["id"])
+    absent: list[ColumnValue] = [None] * len(read_once["id"])
     values = {name: [read_once.get(name, absent)[i] for i in chosen] for name in columns}
-    return Hits([str(read_once["id"][i]) for i in chosen], scores, values)
+    return IndexHits([str(read_once["id"][i]) for i in chosen], scores, values)
 
 
-def _nothing(columns: Sequence[str]) -> Hits:
-    return Hits([], torch.empty(0), {name: [] for name in columns})
+def _nothing(columns: Sequence[str]) -> IndexHits:
+    return IndexHits([], torch.empty(0), {name: [] for name in columns})
 
 
 def _clashed(error: OSError) -> bool:

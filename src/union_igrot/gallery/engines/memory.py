@@ -13,24 +13,31 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.engines.base import Hits, How, Rows, Value, VectorIndex
-from union_igrot.gallery.engines.filter_language import Kind, read
-from union_igrot.gallery.engines.filters import Values, passing
+from union_igrot.gallery.engines.base import (
+    ColumnValue,
+    IndexHits,
+    Rows,
+    SearchMode,
+    VectorIndex,
+    validate_ids,
+    validate_queries,
+    validate_rows,
+)
+from union_igrot.gallery.engines.filters import ColumnKind, Values, parse_filter, passing
 from union_igrot.gallery.engines.scattered import scattered_topk
-from union_igrot.gallery.engines.schema import check_ids, fitted, fitted_queries
 
 BATCH: Final = 4096
 """Rows in a batch of `scan`."""
 NO_ANN: Final = "there is no approximate index here"
 
-_DTYPES: Final[Mapping[Kind, type]] = {
+_DTYPES: Final[Mapping[ColumnKind, type]] = {
     "str": object,
     "bytes": object,
     "int": np.int64,
     "float": np.float64,
     "bool": np.bool_,
 }
-_BLANK: Final[Mapping[Kind, Value]] = {"str": "", "bytes": b"", "int": 0, "float": 0.0, "bool": False}
+_BLANK: Final[Mapping[ColumnKind, ColumnValue]] = {"str": "", "bytes": b"", "int": 0, "float": 0.0, "bool": False}
 _ROOM: Final = 16
 
 
@@ -40,15 +47,15 @@ class MemoryIndex(VectorIndex):
 
     Args:
         dim: Width of the embeddings.
-        card: What to keep with them.
+        metadata: What to keep with them.
         uri: What it is called.
     """
 
-    def __init__(self, dim: int, card: Mapping[str, Any] | None = None, uri: str = "memory:") -> None:
+    def __init__(self, dim: int, metadata: Mapping[str, Any] | None = None, uri: str = "memory:") -> None:
         if dim < 1:
             raise ConfigError(f"dim is {dim}; give the width of the embeddings")
-        self.uri, self.dim, self.card = uri, dim, dict(card or {})
-        self._kinds: dict[str, Kind] = {}
+        self.uri, self.dim, self.metadata = uri, dim, dict(metadata or {})
+        self._kinds: dict[str, ColumnKind] = {}
         self._slots: dict[str, int] = {}
         """Where each row lies; rows lie in the order in which they were first written."""
         self._used = 0
@@ -62,13 +69,13 @@ class MemoryIndex(VectorIndex):
         return len(self._slots)
 
     @property
-    def columns(self) -> Mapping[str, Kind]:
+    def columns(self) -> Mapping[str, ColumnKind]:
         """See `VectorIndex`."""
         return dict(self._kinds)
 
     def upsert(self, rows: Rows) -> None:
         """See `VectorIndex`."""
-        rows, new = fitted(rows, self.dim, self._kinds)
+        rows, new = validate_rows(rows, self.dim, self._kinds)
         self._make_room(sum(one not in self._slots for one in rows.ids))
         for name, kind in new.items():
             self._columns[name] = _blank(kind, len(self._vectors))
@@ -90,7 +97,7 @@ class MemoryIndex(VectorIndex):
 
     def delete(self, ids: Sequence[str]) -> int:
         """See `VectorIndex`."""
-        check_ids(ids)
+        validate_ids(ids)
         gone = [self._slots.pop(one) for one in dict.fromkeys(ids) if one in self._slots]
         self._ids[gone] = ""
         self._there[gone] = False
@@ -100,14 +107,14 @@ class MemoryIndex(VectorIndex):
 
     def fetch(self, ids: Sequence[str]) -> Rows:
         """See `VectorIndex`."""
-        check_ids(ids)
+        validate_ids(ids)
         absent = [one for one in ids if one not in self._slots]
         if absent:
             raise DataError(missing(absent, self.uri))
         places = np.array([self._slots[one] for one in ids], dtype=np.int64)
         return Rows(list(ids), self._vectors[torch.from_numpy(places)], self._read(places, list(self._columns)))
 
-    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[Value]]]:
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
         """See `VectorIndex`."""
         places = self._places(where)
         found = self._read(places, columns)
@@ -120,21 +127,21 @@ class MemoryIndex(VectorIndex):
         k: int,
         *,
         where: str | None = None,
-        how: How = "auto",
+        mode: SearchMode = "auto",
         columns: Sequence[str] = (),
-    ) -> list[Hits]:
+    ) -> list[IndexHits]:
         """See `VectorIndex`."""
-        queries = fitted_queries(queries, self.dim, k)
-        if how == "ann":
+        queries = validate_queries(queries, self.dim, k)
+        if mode == "ann":
             raise ConfigError(f"{self.uri}: {NO_ANN}; ask with exact or auto")
         places = self._places(where)
         if not len(places):
-            return [Hits([], torch.empty(0), {name: [] for name in columns}) for _ in queries]
+            return [IndexHits([], torch.empty(0), {name: [] for name in columns}) for _ in queries]
         found = scattered_topk(queries, [self._vectors], places, min(k, len(places)))
         hits = []
         for positions, scores in zip(found.positions, found.scores, strict=True):
             chosen = places[positions.numpy()]
-            hits.append(Hits(self._ids[chosen].tolist(), scores, self._read(chosen, columns)))
+            hits.append(IndexHits(self._ids[chosen].tolist(), scores, self._read(chosen, columns)))
         return hits
 
     def optimize(self) -> None:
@@ -146,7 +153,7 @@ class MemoryIndex(VectorIndex):
         """Return where the rows lie that pass a filter, in order."""
         there = self._there[: self._used]
         if where is not None:
-            there = there & passing(read(where, {"id": "str", **self._kinds}), self._values)
+            there = there & passing(parse_filter(where, {"id": "str", **self._kinds}), self._values)
         return np.flatnonzero(there)
 
     def _values(self, name: str) -> Values:
@@ -155,8 +162,8 @@ class MemoryIndex(VectorIndex):
         values, known = self._columns[name]
         return Values(values[: self._used], known[: self._used])
 
-    def _read(self, places: Int64[np.ndarray, " rows"], columns: Sequence[str]) -> dict[str, list[Value]]:
-        found: dict[str, list[Value]] = {}
+    def _read(self, places: Int64[np.ndarray, " rows"], columns: Sequence[str]) -> dict[str, list[ColumnValue]]:
+        found: dict[str, list[ColumnValue]] = {}
         for name in columns:
             if name == "id":
                 found[name] = self._ids[places].tolist()
@@ -194,5 +201,5 @@ def missing(absent: Sequence[str], uri: str) -> str:
     return f"{len(absent)} rows are not in {uri}: {named}; scan(['id']) lists what is"
 
 
-def _blank(kind: Kind, room: int) -> Values:
+def _blank(kind: ColumnKind, room: int) -> Values:
     return Values(np.full(room, _BLANK[kind], dtype=_DTYPES[kind]), np.zeros(room, dtype=bool))

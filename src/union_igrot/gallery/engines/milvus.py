@@ -40,9 +40,19 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.exact import exact_topk
-from union_igrot.gallery.engines.base import AUTO_EXACT, Hits, How, Rows, Value, VectorIndex
-from union_igrot.gallery.engines.filter_language import Kind, read
-from union_igrot.gallery.engines.filters import milvus_key, milvus_text
+from union_igrot.gallery.engines.base import (
+    AUTO_EXACT,
+    ColumnValue,
+    IndexHits,
+    Rows,
+    SearchMode,
+    VectorIndex,
+    dump_metadata,
+    validate_ids,
+    validate_queries,
+    validate_rows,
+)
+from union_igrot.gallery.engines.filters import ColumnKind, milvus_key, milvus_text, parse_filter
 from union_igrot.gallery.engines.memory import BATCH, missing
 from union_igrot.gallery.engines.milvus_forms import (
     ID_BYTES,
@@ -54,7 +64,6 @@ from union_igrot.gallery.engines.milvus_forms import (
     vectors_of,
     version_of,
 )
-from union_igrot.gallery.engines.schema import check_ids, fitted, fitted_queries, written_card
 
 NLIST: Final = 1024
 """Partitions of the inverted file in each of Milvus' segments, of some 250,000 rows of width 512."""
@@ -67,7 +76,7 @@ SPARE: Final = 4
 MOST: Final = 16_384
 """Rows that Milvus gives in one answer."""
 
-_CARD: Final = "union.card"
+_CARD: Final = "union.metadata"
 _KIND: Final = "union.kind."
 _LOOKED_UP: Final = 512
 _MORE: Final = 16
@@ -79,7 +88,7 @@ _ANSWERED_BYTES: Final = 32 * 2**20
 _EDGE: Final = 1e-5
 """How far apart the server's score and ours may lie, relative to the largest."""
 
-Wanted = Mapping[str, Kind | None]
+Wanted = Mapping[str, ColumnKind | None]
 """Columns to read, and what each holds."""
 
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs each refused call with a traceback
@@ -89,7 +98,7 @@ logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs each refused
 class MilvusIndex(VectorIndex):
     """Embeddings in a Milvus collection. See `open_index` for arguments and errors."""
 
-    def __init__(self, uri: str, *, dim: int | None, card: Mapping[str, Any] | None, create: bool) -> None:
+    def __init__(self, uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> None:
         address, self._name, user, password = address_of(uri)
         self.uri = re.sub(r"//[^/@]*@", "//", uri)
         self._last = 0
@@ -100,14 +109,14 @@ class MilvusIndex(VectorIndex):
             if not self._client.has_collection(self._name):
                 if not create:
                     raise ConfigError(f"there is no index {self.uri}; make one (union-index), or check the name")
-                self._make(dim, card)
+                self._make(dim, metadata)
             kept = self._described()
             if _CARD not in kept["properties"]:
                 raise ConfigError(f"{self.uri} is a Milvus collection, but no index made here; give another name")
             if not self._client.list_indexes(self._name):  # who made them anew was killed
                 self._build()
             self._client.load_collection(self._name)
-        self.card = json.loads(kept["properties"][_CARD])
+        self.metadata = json.loads(kept["properties"][_CARD])
         self.dim = next(int(field["params"]["dim"]) for field in kept["fields"] if field["name"] == "vector")
 
     def __len__(self) -> int:
@@ -115,7 +124,7 @@ class MilvusIndex(VectorIndex):
             return self._count("row >= 0")
 
     @property
-    def columns(self) -> Mapping[str, Kind]:
+    def columns(self) -> Mapping[str, ColumnKind]:
         """See `VectorIndex`."""
         with self._told():
             kept = self._described()["properties"]
@@ -123,7 +132,7 @@ class MilvusIndex(VectorIndex):
 
     def upsert(self, rows: Rows) -> None:
         """See `VectorIndex`."""
-        rows, new = fitted(rows, self.dim, self.columns)
+        rows, new = validate_rows(rows, self.dim, self.columns)
         entities = list(entities_of(rows))
         with self._told():
             if new:
@@ -138,7 +147,7 @@ class MilvusIndex(VectorIndex):
 
     def delete(self, ids: Sequence[str]) -> int:
         """See `VectorIndex`."""
-        check_ids(ids)
+        validate_ids(ids)
         with self._told():
             there = [one["id"] for one in self._looked_up(list(dict.fromkeys(ids)), ["id"], "Strong")]
             self._fresh = -_FRESH
@@ -148,7 +157,7 @@ class MilvusIndex(VectorIndex):
 
     def fetch(self, ids: Sequence[str]) -> Rows:
         """See `VectorIndex`."""
-        check_ids(ids)
+        validate_ids(ids)
         columns = self.columns
         with self._told():
             found = self._looked_up(ids, ["id", "vector", *map(milvus_key, columns)], self._level())
@@ -160,7 +169,7 @@ class MilvusIndex(VectorIndex):
         vectors = torch.from_numpy(vectors_of([one["vector"] for one in chosen], self.dim))
         return Rows(list(ids), vectors, _values(chosen, columns))
 
-    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[Value]]]:
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
         """See `VectorIndex`."""
         text = self._filter(where)
         found: list[tuple[int, str]] = []
@@ -177,23 +186,23 @@ class MilvusIndex(VectorIndex):
         k: int,
         *,
         where: str | None = None,
-        how: How = "auto",
+        mode: SearchMode = "auto",
         columns: Sequence[str] = (),
-    ) -> list[Hits]:
+    ) -> list[IndexHits]:
         """See `VectorIndex`."""
-        queries = fitted_queries(queries, self.dim, k)
+        queries = validate_queries(queries, self.dim, k)
         text = self._filter(where)
         fields = ["row", *(milvus_key(name) for name in columns if name != "id")]
-        wanted, hits = self._wanted(columns), list[Hits]()
+        wanted, hits = self._wanted(columns), list[IndexHits]()
         with self._told():
             if k > MOST and self._count(text or "row >= 0") > MOST:
                 raise ConfigError(f"k is {k}, and Milvus gives {MOST:,} answers at most; ask for fewer, or filter")
             flat = self._index()["index_type"] == "FLAT"
-            if how == "auto":
-                how = "exact" if flat and self._stored() <= AUTO_EXACT else "ann"
-            if how == "exact" and not flat:
+            if mode == "auto":
+                mode = "exact" if flat and self._stored() <= AUTO_EXACT else "ann"
+            if mode == "exact" and not flat:
                 self._finish()
-            ask = self._exact if how == "exact" else self._approximate
+            ask = self._exact if mode == "exact" else self._approximate
             step = max(1, _ANSWERED_BYTES // ((min(k, MOST) + _MORE) * (4 * self.dim + 1024)))
             for some in queries.split(step) if len(queries) else ():
                 hits += ask(some, min(k, MOST), text, fields, wanted)
@@ -215,7 +224,7 @@ class MilvusIndex(VectorIndex):
         """See `VectorIndex`."""
         self._client.close()
 
-    def _exact(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[Hits]:
+    def _exact(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[IndexHits]:
         """Take so many candidates that none left out can be among the best, and score them here."""
         limit = min(k + _MORE, MOST)
         hits = []
@@ -223,7 +232,7 @@ class MilvusIndex(VectorIndex):
             found, taken = first, limit
             while True:
                 if not found:
-                    hits.append(Hits([], torch.empty(0), {name: [] for name in columns}))
+                    hits.append(IndexHits([], torch.empty(0), {name: [] for name in columns}))
                     break
                 found.sort(key=lambda one: (one["row"], one["id"]))
                 vectors = torch.from_numpy(vectors_of([one["vector"] for one in found], self.dim))
@@ -232,20 +241,20 @@ class MilvusIndex(VectorIndex):
                 last = min(one["distance"] for one in found)
                 if len(found) < taken or taken == MOST or last < float(best.scores[0, -1]) - edge:
                     chosen = [found[i] for i in best.positions[0].tolist()]
-                    hits.append(Hits([one["id"] for one in chosen], best.scores[0], _values(chosen, columns)))
+                    hits.append(IndexHits([one["id"] for one in chosen], best.scores[0], _values(chosen, columns)))
                     break
                 taken = min(4 * taken, MOST)
                 (found,) = self._asked(query[None], taken, text, ["vector", *fields], NLIST)
         return hits
 
-    def _approximate(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[Hits]:
+    def _approximate(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[IndexHits]:
         hits, probes = [], FILTERED_PROBES if text else PROBES
         if SPARE * k * NLIST > AUTO_EXACT * probes:  # a smaller collection has no inverted file
             probes = min(NLIST, max(probes, -(-SPARE * k * NLIST // max(1, self._stored()))))
         for found in self._asked(queries, k, text, fields, probes):
             found.sort(key=lambda one: (-one["distance"], one["row"], one["id"]))
             scores = torch.tensor([one["distance"] for one in found], dtype=torch.float32)
-            hits.append(Hits([one["id"] for one in found], scores, _values(found, columns)))
+            hits.append(IndexHits([one["id"] for one in found], scores, _values(found, columns)))
         return hits
 
     def _asked(
@@ -263,7 +272,7 @@ class MilvusIndex(VectorIndex):
         return [[{"id": hit["id"], "distance": hit["distance"], **hit["entity"]} for hit in hits] for hits in answers]
 
     def _level(self) -> str:
-        """Return how fresh an answer has to be; see this file's opening."""
+        """Return mode fresh an answer has to be; see this file's opening."""
         now = time.monotonic()
         if now - self._fresh < _FRESH:
             return "Session"
@@ -291,7 +300,7 @@ class MilvusIndex(VectorIndex):
         return dict(self._client.describe_index(self._name, "vector"))
 
     def _stored(self) -> int:
-        """Return about how many rows there are, at once."""
+        """Return about mode many rows there are, at once."""
         return int(self._client.get_collection_stats(self._name)["row_count"])
 
     def _build(self) -> None:
@@ -305,7 +314,7 @@ class MilvusIndex(VectorIndex):
             index.add_index("vector", index_type="IVF_FLAT", metric_type="IP", params={"nlist": NLIST})
         return index
 
-    def _batches(self, ids: Sequence[str], columns: Wanted) -> Iterator[Mapping[str, Sequence[Value]]]:
+    def _batches(self, ids: Sequence[str], columns: Wanted) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
         fields = [milvus_key(name) for name in columns if name != "id"]
         for at in range(0, len(ids), _LOOKED_UP):
             some = ids[at : at + _LOOKED_UP]
@@ -346,7 +355,7 @@ class MilvusIndex(VectorIndex):
     def _filter(self, where: str | None) -> str:
         if where is None:
             return ""
-        return milvus_text(read(where, {"id": "str", **self.columns}), self._patterns)
+        return milvus_text(parse_filter(where, {"id": "str", **self.columns}), self._patterns)
 
     def _count(self, text: str) -> int:
         (found,) = self._client.query(self._name, text, ["count(*)"], consistency_level="Strong")
@@ -356,14 +365,14 @@ class MilvusIndex(VectorIndex):
         found = self._client.describe_collection(self._name)
         return {**found, "properties": dict(found.get("properties") or {})}
 
-    def _make(self, dim: int | None, card: Mapping[str, Any] | None) -> None:
+    def _make(self, dim: int | None, metadata: Mapping[str, Any] | None) -> None:
         if dim is None or dim < 1:
             raise ConfigError(f"{self.uri} has to be made: give dim, the width of the embeddings")
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=ID_BYTES)
         schema.add_field("row", DataType.INT64)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-        properties = {_CARD: written_card(card)}
+        properties = {_CARD: dump_metadata(metadata)}
         try:
             self._client.create_collection(
                 self._name, schema=schema, index_params=self._kind(0), consistency_level="Strong", properties=properties
@@ -382,5 +391,5 @@ class MilvusIndex(VectorIndex):
             raise DataError(f"{self.uri}: {said}; is the server there, and is it well?") from error
 
 
-def _values(found: Sequence[Mapping[str, Any]], columns: Wanted) -> dict[str, list[Value]]:
+def _values(found: Sequence[Mapping[str, Any]], columns: Wanted) -> dict[str, list[ColumnValue]]:
     return {name: values_of(found, name, kind) for name, kind in columns.items()}

@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.engines.base import Rows, Value
-from union_igrot.gallery.engines.filter_language import Kind
-from union_igrot.gallery.engines.filters import milvus_key
+from union_igrot.gallery.engines.base import ColumnValue, Rows
+from union_igrot.gallery.engines.filters import ColumnKind, milvus_key
 
 PORT: Final = 19530
 ID_BYTES: Final = 65_535
@@ -84,7 +83,7 @@ def entities_of(rows: Rows) -> Iterator[dict[str, Any]]:
         yield {"id": one, "vector": rows.vectors[i].numpy(), **kept}
 
 
-def values_of(found: Sequence[Mapping[str, Any]], column: str, kind: Kind | None) -> list[Value]:
+def values_of(found: Sequence[Mapping[str, Any]], column: str, kind: ColumnKind | None) -> list[ColumnValue]:
     """Take a column from rows as Milvus gave them."""
     kept = [one.get("id" if column == "id" else milvus_key(column)) for one in found]
     if kind == "bytes":

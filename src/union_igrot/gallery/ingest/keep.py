@@ -32,7 +32,7 @@ class Keeper:
     Args:
         entries: The images, in the order of their numbers.
         folder: The work folder.
-        stem: How the chunks' names begin.
+        stem: SearchMode the chunks' names begin.
         merge: What is done in the thread when chunks were written; None where another process does it.
 
     Attributes:

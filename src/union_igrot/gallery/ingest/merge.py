@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from union_igrot.gallery.engines.base import Rows, VectorIndex
-from union_igrot.gallery.engines.filter_language import one_of
+from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.chunks import SUFFIX, Chunk, Fact, read_chunk, write_chunk
 from union_igrot.gallery.ingest.entries import ADDED, OWN, UNREACHED, Entry, Value
 from union_igrot.gallery.ingest.plan import Row, columns_of
@@ -213,7 +213,7 @@ class Merger:
 
     def _in_index(self, digests: Sequence[str]) -> Iterator[tuple[str, Content]]:
         ids: dict[str, str] = {}
-        for batch in self._index.scan(["id", "hash"], where=one_of("hash", digests)):
+        for batch in self._index.scan(["id", "hash"], where=match_any("hash", digests)):
             ids |= {str(digest): str(name) for digest, name in zip(batch["hash"], batch["id"], strict=True)}
         if not ids:
             return

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from union_igrot.errors import DataError
-from union_igrot.gallery.engines.base import Rows, VectorIndex
-from union_igrot.gallery.engines.filter_language import Kind, one_of
-from union_igrot.gallery.engines.schema import fitted
+from union_igrot.gallery.engines.base import Rows, VectorIndex, validate_rows
+from union_igrot.gallery.engines.filters import ColumnKind, match_any
 from union_igrot.gallery.ingest.chunks import Fact
 from union_igrot.gallery.ingest.entries import ADDED, MISSING, OWN, Entry, Listing, Value
 from union_igrot.gallery.ingest.skipped import Skip
@@ -117,7 +116,7 @@ def read_rows(index: VectorIndex, listing: Listing, *, prune: bool = True) -> Th
     wanted = {entry.id for entry in listing.entries}
     rows: dict[str, Row] = {}
     digests = []
-    where = one_of("id", wanted) if wanted and len(wanted) <= FEW and not prune else None
+    where = match_any("id", wanted) if wanted and len(wanted) <= FEW and not prune else None
     for batch in index.scan(["id", "size", "mtime", "hash", "source", *users], where) if len(index) else ():
         digests.append(np.array([int(str(one)[:16], 16) for one in batch["hash"] if one], dtype=np.uint64))
         for at, name in enumerate(batch["id"]):
@@ -232,7 +231,7 @@ def _tail(entry: Entry) -> int:
         return 0  # whoever gets it will say why
 
 
-def _fit_columns(listing: Listing, kinds: Mapping[str, Kind], dim: int) -> None:
+def _fit_columns(listing: Listing, kinds: Mapping[str, ColumnKind], dim: int) -> None:
     """Return columns the kinds that they have in the index, and refuse early what it would refuse late."""
     first: dict[str, Value] = {}
     for entry in listing.entries:
@@ -243,7 +242,7 @@ def _fit_columns(listing: Listing, kinds: Mapping[str, Kind], dim: int) -> None:
                     entry.columns[name] = str(value).lower() if isinstance(value, bool) else str(value)
                 first.setdefault(name, entry.columns[name])
     try:
-        fitted(Rows(["a"], torch.zeros(1, dim), {name: [value] for name, value in first.items()}), dim, kinds)
+        validate_rows(Rows(["a"], torch.zeros(1, dim), {name: [value] for name, value in first.items()}), dim, kinds)
     except DataError as error:
         raise DataError(f"{listing.source}: {error}; change it there, or make another index") from None
 

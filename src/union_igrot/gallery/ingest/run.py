@@ -54,7 +54,7 @@ def ingest_images(
         index: The index; made with this model.
         model: The model.
         listing: The images; `data.sources.list_images` gives those of a folder, a list, tar shards.
-        work: How the work is done.
+        work: SearchMode the work is done.
         processes: The processes that share it; this is the first, the others call `share.follow`.
         fingerprint: The model's, where it is known; hashing all weights takes seconds.
 

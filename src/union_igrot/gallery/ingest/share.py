@@ -86,7 +86,7 @@ def lead_round(
     Args:
         model: The model.
         entries: The images.
-        work: How the work is done.
+        work: SearchMode the work is done.
         words: To the other processes.
         folder: The work folder.
         merge: Merges the chunks that lie in the folder.

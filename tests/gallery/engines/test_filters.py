@@ -7,8 +7,7 @@ from hypothesis import given, settings
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.filter_language import Every, Some, pattern, read
-from union_igrot.gallery.engines.filters import lance_text, milvus_text, passing
+from union_igrot.gallery.engines.filters import Every, Some, lance_text, milvus_text, parse_filter, passing, pattern
 from union_igrot.gallery.engines.memory import MemoryIndex
 
 COLUMNS = {"id": "str", **KINDS}
@@ -50,7 +49,7 @@ COLUMNS = {"id": "str", **KINDS}
     ],
 )
 def test_a_filter_is_written_for_each_engine(text, lance, milvus):
-    condition = read(text, COLUMNS)
+    condition = parse_filter(text, COLUMNS)
     assert lance_text(condition) == lance
     assert milvus_text(condition) == milvus
 
@@ -98,21 +97,21 @@ def test_a_filter_is_written_for_each_engine(text, lance, milvus):
 )
 def test_what_is_not_of_the_language_is_one_line_that_names_it(text, said):
     with pytest.raises(ConfigError, match=said) as caught:
-        read(text, COLUMNS)
+        parse_filter(text, COLUMNS)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("where=")
     assert len(str(caught.value)) < 600
 
 
 def test_like_beyond_a_beginning_is_refused_for_an_old_milvus():
-    milvus_text(read("class like 'do%' and class not like 'dog'", COLUMNS), patterns=False)
+    milvus_text(parse_filter("class like 'do%' and class not like 'dog'", COLUMNS), patterns=False)
     with pytest.raises(ConfigError, match=r"needs Milvus 2\.4"):
-        milvus_text(read("class like '%og'", COLUMNS), patterns=False)
+        milvus_text(parse_filter("class like '%og'", COLUMNS), patterns=False)
 
 
 @pytest.mark.parametrize(("last", "following"), [("a", "b"), ("\ud7ff", "\ue000"), ("x\U0010ffff", "y")])
 def test_a_beginning_ends_before_the_next_text(last, following):
-    assert f'< "{following}"' in milvus_text(read(f"id like '{last}%'", COLUMNS))
+    assert f'< "{following}"' in milvus_text(parse_filter(f"id like '{last}%'", COLUMNS))
 
 
 def test_a_pattern_is_taken_apart():
@@ -122,10 +121,10 @@ def test_a_pattern_is_taken_apart():
 
 def test_many_parts_are_read_without_recursion():
     text = " or ".join(f"year = {n}" for n in range(1000))
-    condition = read(text, COLUMNS)
+    condition = parse_filter(text, COLUMNS)
     assert isinstance(condition, Some)
     assert len(condition.parts) == 1000
-    assert isinstance(read("year = 1 and (size = 2 and flag)", COLUMNS), Every)
+    assert isinstance(parse_filter("year = 1 and (size = 2 and flag)", COLUMNS), Every)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def test_the_meaning_is_that_of_sql(filled):
     @given(filters())
     def agrees(case):
         text, holds = case
-        condition = read(text, COLUMNS)
+        condition = parse_filter(text, COLUMNS)
         assert passing(condition, filled._values).tolist() == [holds(row) is True for row in ROWS], text
         lance_text(condition)
         milvus_text(condition)
@@ -162,4 +161,4 @@ def test_the_slow_meaning_is_itself_three_valued():
 )
 def test_parts_that_change_the_meaning_are_not_passed_over(text):
     with pytest.raises(ConfigError, match=r"is not part of the language|stands where"):
-        read(text, COLUMNS)
+        parse_filter(text, COLUMNS)
