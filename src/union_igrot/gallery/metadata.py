@@ -12,7 +12,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.models.backbones.factory import build_backbone, is_backbone
-from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
+from union_igrot.models.model import IGROTModel, baseline, load
 from union_igrot.storage.paths import from_home
 
 FORMAT: Final = 1
@@ -29,7 +29,7 @@ def index_metadata(model: IGROTModel, checkpoint: str | None, weights: str | Pat
         weights: Weights of its backbone, where they were named.
     """
     described = model.describe()
-    fingerprint = fingerprint_of(described)
+    fingerprint = model_fingerprint(described)
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
     return metadata if weights is None else {**metadata, "weights": str(from_home(weights).absolute())}
 
