@@ -12,7 +12,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.models.backbones.factory import build_backbone, is_backbone
-from union_igrot.models.model import IGROTModel, baseline, load
+from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
 from union_igrot.storage.paths import from_home
 
 FORMAT: Final = 1
