@@ -45,7 +45,7 @@ def walk(page: Page, *, compare: bool) -> None:
     settled(page)
     page.locator(".cards .marks button:first-child").nth(5).click()
     settled(page)
-    page.get_by_label("Sentence").fill("make the star blue")
+    page.get_by_label("Text").fill("make the star blue")
     page.click("#search")
     settled(page)
     if compare:

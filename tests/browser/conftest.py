@@ -76,7 +76,7 @@ class Visitor:
 
     def search(self, text: str | None = None) -> None:
         if text is not None:
-            self.page.get_by_label("Sentence").fill(text)
+            self.page.get_by_label("Text").fill(text)
         self.page.get_by_role("button", name="Search", exact=True).click()
         self.settled()
 

@@ -43,7 +43,7 @@ def test_draw_search_refine_undo(visit, star):
     assert user.page.locator("#pad").is_visible()
     user.press("Redo")
     assert user.titles() == refined
-    assert user.page.get_by_label("Sentence").input_value() == f"make the star {colour}"
+    assert user.page.get_by_label("Text").input_value() == f"make the star {colour}"
     user.page.get_by_role("button", name="Start", exact=True).click()
     user.settled()
     assert user.page.inner_text("#results h2") == "Some pictures of the gallery"
@@ -115,7 +115,7 @@ def test_a_filter_that_cannot_be_read_is_answered_with_a_sentence(visit, where, 
     assert user.page.locator("#where").input_value() == where
     user.filter("class = 'no such thing'")
     user.search()
-    assert user.page.inner_text("#results h2") == "No picture passes the filter"
+    assert user.page.inner_text("#results h2") == "No image matches the filter"
 
 
 def test_steps_wait_for_one_another_and_none_is_lost(visit):
@@ -130,7 +130,7 @@ def test_steps_wait_for_one_another_and_none_is_lost(visit):
     )
     user.settled()
     assert user.turns() == ["more like these · 5\u00a0liked"]
-    user.page.get_by_label("Sentence").fill("a star")
+    user.page.get_by_label("Text").fill("a star")
     user.page.evaluate(
         """document.getElementById('query').requestSubmit();
         const compared = document.getElementById('compared');
@@ -203,7 +203,7 @@ def test_the_picture_large(visit):
     user.page.keyboard.press("Escape")
     assert dialog.count() == 0
     user.page.locator(".zoom").nth(3).click()
-    dialog.get_by_role("button", name="Start from this picture").click()
+    dialog.get_by_role("button", name="Use as query").click()
     user.settled()
     assert user.page.locator("#reference img").get_attribute("alt") == title
     assert dialog.count() == 0
@@ -228,8 +228,8 @@ def test_two_methods_side_by_side(visit, star):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("broken.jpg", png(60, 60)[:70], "broken.jpg cannot be read as a picture"),
-        ("words.png", b"these are words", "words.png cannot be read as a picture"),
+        ("broken.jpg", png(60, 60)[:70], "broken.jpg Cannot decode"),
+        ("words.png", b"these are words", "words.png Cannot decode"),
         ("huge.png", bytes(1_000_001), "huge.png is larger than 1 MB"),
         ("bomb.png", png(9000, 6000), "bomb.png has more than 50 million pixels"),
     ],

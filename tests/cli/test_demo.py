@@ -128,9 +128,9 @@ def test_the_help_is_light():
 def test_a_port_in_use_is_told_at_once():
     with listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} is in use; give another, such as port={port + 1}"):
+        with pytest.raises(ConfigError, match=rf"port {port} is in use; use another one, such as port={port + 1}"):
             listen("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="cannot be listened on"):
+    with pytest.raises(ConfigError, match="cannot bind"):
         listen("192.0.2.1", 0)  # an address of documentation, never this machine's
 
 

@@ -112,7 +112,7 @@ def test_a_mistake_changes_nothing(controller):
         ("search", {"text": "x" * (MAX_TEXT + 1)}),
         ("search", {"text": "a", "strokes": "scribble"}),
         ("search", {"text": "a", "where": 7}),
-        ("search", {"text": "half a letter \ud800"}),
+        ("search", {"text": "invalid Unicode \ud800"}),
         ("search", {"text": "a", "where": "class = '\udfff'"}),
         ("search", {"text": "a", "where": "x" * (MAX_WHERE + 1)}),
         ("mark", {"engine": 0, "id": "s59", "liked": True}),
@@ -132,7 +132,7 @@ def test_a_mistake_changes_nothing(controller):
 def test_marks_and_a_filter_go_with_the_question(controller):
     token = controller.act("new", "search", {"text": "a"}).token
     liked = controller.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
-    assert (liked.columns, liked.say) == (None, "The next search comes closer to it.")
+    assert (liked.columns, liked.say) == (None, "The next search prefers images like this one.")
     assert [(mark.id, mark.title, mark.liked) for mark in liked.session.marks] == [("s2", "square <s2>", True)]
     controller.act(token, "mark", {"engine": 0, "id": "s3", "liked": False})
     found = controller.act(token, "search", {"text": "", "where": " class = 'c&s4' "})

@@ -54,7 +54,7 @@ def test_marks_and_filters_are_the_gallerys(engine, folder):
     assert [one.id for one in liked_alone] == names[5:6]
     with pytest.raises(ConfigError, match=r"^Filter 'yeer = 1': there is no column 'yeer'"):
         engine.search(SearchRequest(None, "red", "yeer = 1"), 0, 1)
-    with pytest.raises(DataError, match=r"photos\.lance does not hold every picture that is marked"):
+    with pytest.raises(DataError, match=r"photos\.lance no longer contains all marked images"):
         engine.search(SearchRequest(None, "red", liked=["gone.jpg"]), 0, 1)
     assert {"artist", "year", "width"} <= set(engine.columns)
     assert "thumbnail" not in engine.columns
@@ -122,5 +122,5 @@ def test_an_index_that_is_not_there_or_empty(monkeypatch):
     with pytest.raises(ConfigError):
         open_backend("nonsense")
     monkeypatch.setattr(Gallery, "open", lambda uri, *_, **__: Gallery(None, trainable(), uri))
-    with pytest.raises(DataError, match="holds no picture; add some with union-index"):
+    with pytest.raises(DataError, match="contains no images; add some with union-index"):
         open_backend("empty.lance")

@@ -56,8 +56,8 @@ def test_the_page_and_its_files_name_no_other_host(controller):
 def test_regions_tell_what_changed(controller):
     view = PageRenderer(controller)
     found = view.regions(controller.act("new", "search", {"text": "abc", "strokes": [[[1, 2], [3, 4]]]}))
-    assert "Answers 1 to 6 of 60" in found["results"]
-    assert (found["told"], found["can"]) == ("Answers 1 to 6", {"undo": True, "redo": False, "restart": True})
+    assert "Results 1 to 6 of 60" in found["results"]
+    assert (found["told"], found["can"]) == ("Results 1 to 6", {"undo": True, "redo": False, "restart": True})
     assert (found["text"], found["strokes"], found["large"], found["compared"]) == (None, None, None, None)
     assert found["history"].count('aria-current="step"') == 1
     picked = view.regions(controller.act(found["token"], "pick", {"engine": 0, "id": "s4"}))
@@ -84,13 +84,13 @@ def test_marks_and_filters_are_shown(controller):
     shown = view.regions(controller.act(token, "mark", {"engine": 0, "id": "s3", "liked": False}))
     assert shown["marks"] == {"s2": True, "s3": False}
     assert [shown["marked"].count(words) for words in ("<p>More like</p>", "<p>Less like</p>")] == [1, 1]
-    assert "Take the mark away: square &lt;s2&gt;" in shown["marked"]
+    assert "Remove mark: square &lt;s2&gt;" in shown["marked"]
     found = view.regions(controller.act(token, "search", {"text": "red", "where": "class = '<b>'"}))
     assert "1&nbsp;liked, 1&nbsp;disliked" in re.sub(r"<[^>]*>", "", found["history"])
     assert "class = &#39;&lt;b&gt;&#39;" in found["history"]
     assert "of 60" not in found["results"]  # how many pass the filter is not counted
     none = view.regions(controller.act(token, "search", {"text": "red", "where": "nothing"}))
-    assert "No picture passes the filter" in none["results"]
+    assert "No image matches the filter" in none["results"]
     assert view.regions(controller.act(token, "unmark", {}))["marked"].strip() == ""
 
 

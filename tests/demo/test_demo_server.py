@@ -100,7 +100,7 @@ def test_a_photo_over_http(app):
     held = asked(app, send).json()
     assert "my cat.png" in held["reference"]
     broken = ("POST", "/photo?name=x.png", {"content": b"broken", "headers": HERE})
-    assert asked(app, broken).json()["problem"].startswith("x.png cannot be read as a picture")
+    assert asked(app, broken).json()["problem"].startswith("Cannot decode x.png")
 
 
 def test_mistakes_are_sentences(app, controller, caplog):
@@ -115,9 +115,9 @@ def test_mistakes_are_sentences(app, controller, caplog):
         b"[" * 10**5,
     ):
         answer = asked(app, ("POST", "/act", {"content": body, "headers": HERE}))
-        assert (answer.status_code, answer.json()["problem"][:8]) == (200, "The page")
+        assert (answer.status_code, answer.json()["problem"][:8]) == (200, "Invalid ")
     inside = asked(app, step("search", {"text": "break"})).json()["problem"]
-    assert "went wrong on the server" in inside
+    assert "Internal error" in inside
     assert "defect" not in inside
     assert "a defect inside" in caplog.text  # the terminal has the whole story
     assert "results" in asked(app, step("show")).json()
@@ -212,7 +212,7 @@ def test_the_line_is_bounded_and_steps_never_overlap(controller, monkeypatch):
     assert most == 1
     refused = [answer for answer in answers if "problem" in answer]
     assert steps == len(answers) - len(refused) == 5
-    assert all(answer["problem"].startswith("Too many others") for answer in refused)
+    assert all(answer["problem"].startswith("The server is busy") for answer in refused)
     assert "token" in asked(app, step("show")).json()  # and then it goes on
 
 

@@ -73,14 +73,14 @@ def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
     ids=["empty", "text", "no header", "truncated", "postscript", "svg"],
 )
 def test_a_broken_or_foreign_file_is_answered_with_a_sentence(data):
-    with pytest.raises(ImageError, match=r"^holiday\.jpg cannot be read as a picture; give a JPEG.*\.$"):
+    with pytest.raises(ImageError, match=r"^Cannot decode holiday\.jpg; use a JPEG"):
         photo(data, "holiday.jpg", Limits())
 
 
 @pytest.mark.parametrize(("width", "height"), [(8000, 8000), (12_000, 9000), (60_000, 60_000)])
 def test_a_bomb_is_refused_by_its_header(width, height, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("its pixels were decoded"))
-    with pytest.raises(ImageError, match=r"^bomb\.png has more than 50 million pixels; give a smaller picture\.$"):
+    with pytest.raises(ImageError, match="more than 50 million pixels"):
         photo(bomb(width, height), "bomb.png", Limits())
 
 
@@ -146,12 +146,12 @@ def test_a_sketch_is_read_from_strokes():
     "given_strokes", [7, "ab", [7], [[7]], [[[1]]], [[[1, 2, 3]]], [[[1, 2.5]]], [[[-1, 0]]], {"a": 1}]
 )
 def test_what_is_no_strokes_is_answered_with_a_sentence(given_strokes):
-    with pytest.raises(DataError, match="did not arrive as strokes"):
+    with pytest.raises(DataError, match="sketch is invalid"):
         sketch(given_strokes)
 
 
 def test_endless_strokes_are_refused():
-    with pytest.raises(DataError, match="more strokes than"):
+    with pytest.raises(DataError, match="too many strokes"):
         sketch([[[1, 1]]] * (MAX_STROKES + 1))
 
 

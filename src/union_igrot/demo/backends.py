@@ -1,7 +1,4 @@
-"""What the page searches: a gallery with a model behind one small interface.
-
-Does not know how an engine finds its answers, nor pages, turns or users.
-"""
+"""The interface between the page and a gallery that is searched with a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,20 +10,20 @@ from PIL import Image
 from union_igrot.models.model import IGROTModel
 
 _SKETCH_SCALES: Final = {"tiny": 0.55}
-"""How large drawings were in the sketches that a backbone was made with, as a share of the page."""
+"""Relative size of the drawings that a backbone was trained on."""
 
 
 @dataclass(frozen=True, slots=True)
 class DisplayedImage:
-    """One picture on the page.
+    """A gallery image on the page.
 
     Attributes:
         id: Unique in its gallery.
-        title: What it is called on the page.
-        thumbnail: A small PNG or JPEG of it.
-        score: Cosine similarity to the query, -1..1; None where nothing was asked.
-        path: Its file, or None where it has none.
-        details: Whatever else is known of it, by name.
+        title: Title on the page.
+        thumbnail: A small PNG or JPEG.
+        score: Cosine similarity to the query, -1..1; None without a query.
+        path: Its file, or None.
+        details: Further columns to show, by name.
     """
 
     id: str
@@ -39,15 +36,15 @@ class DisplayedImage:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """What is asked of an engine.
+    """A query to a backend.
 
     Attributes:
         picture: The reference photo or the sketch, or None.
-        text: What to change, or what to look for where there is no picture; None for none.
-        where: A filter on the gallery's columns, see `index.where`; None for none.
-        liked: Ids of pictures to come closer to.
-        disliked: Ids of pictures to go away from; never among the answers.
-        exclude: Ids that are never among the answers either.
+        text: Modification text, or a text query without an image; None for none.
+        where: A filter on the gallery's columns; None for none.
+        liked: Ids of images to move towards.
+        disliked: Ids of images to move away from; never among the results.
+        exclude: Further ids to leave out of the results.
     """
 
     picture: Image.Image | None = None
@@ -62,12 +59,12 @@ class SearchBackend(ABC):
     """A gallery and a model that searches it. Used by one thread at a time.
 
     Attributes:
-        name: What its method is called on the page.
-        gallery: What its gallery is called on the page.
-        hint: A sentence on what can be asked, or an empty one.
-        example: A filter to show as an example.
-        sketch_scale: Share of the page that a sketch's drawing may take; see `pictures.drawn`.
-        pixelated: Whether its pictures are so small that they are shown with their pixels' edges.
+        name: Name of the method on the page.
+        gallery: Name of the gallery on the page.
+        hint: A hint on supported queries, or an empty string.
+        example: An example filter.
+        sketch_scale: Relative size to which sketches are reduced; see `uploads.draw_strokes`.
+        pixelated: Whether images are shown without smoothing.
     """
 
     name: str
@@ -79,54 +76,54 @@ class SearchBackend(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Give the number of pictures."""
+        """Return the number of images."""
 
     @property
     def columns(self) -> Sequence[str]:
-        """Names of the columns that a filter may ask for; none where there is nothing to filter by."""
+        """Names of the columns that filters can use."""
         return ()
 
     @abstractmethod
     def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
-        """Find the best answers, best first.
+        """Return the best results, best first.
 
         Args:
-            request: What is asked.
-            skip: How many of the best are left out, because other pages show them.
-            count: How many are wanted, at least 1; fewer are given where there are no more.
+            request: The query.
+            skip: Number of results to skip (previous pages).
+            count: Number of results, at least 1; fewer are returned if there are no more.
 
         Raises:
-            ConfigError: Where the filter is wrong.
-            DataError: Where the gallery does not hold a liked or disliked picture.
+            ConfigError: If the filter is invalid.
+            DataError: If a liked or disliked image is not in the gallery.
         """
 
     @abstractmethod
     def some(self, count: int, sample_seed: int) -> list[DisplayedImage]:
-        """Give some pictures to start from; the same ones for the same `sample_seed`."""
+        """Return some images to start from; deterministic in `sample_seed`."""
 
     @abstractmethod
     def answer(self, name: str) -> DisplayedImage:
-        """Give one picture by its id.
+        """Return one image by its id.
 
         Raises:
-            DataError: Where the gallery does not hold it.
+            DataError: If it is not in the gallery.
         """
 
     @abstractmethod
     def picture(self, name: str) -> Image.Image:
-        """Open one picture by its id, in full.
+        """Decode one image by its id at full size.
 
         Raises:
-            DataError: Where the gallery does not hold it.
-            ImageError: Where it cannot be opened any more.
+            DataError: If it is not in the gallery.
+            ImageError: If it cannot be decoded any more.
         """
 
 
 def sketch_scale(model: IGROTModel) -> float:
-    """Give the share of the page that a drawing may take for a model: it is lost with larger ones than it knows."""
+    """Return the relative size of sketches for a model, which handles larger drawings than it was trained on poorly."""
     return _SKETCH_SCALES.get(model.backbone.name, 1.0)
 
 
 def heads_name(model: IGROTModel) -> str:
-    """Name a model by its heads, such as `transagg + union`."""
+    """Return the names of a model's heads, such as `transagg + union`."""
     return f"{model.fusion.kind} + {model.target.kind}"

@@ -1,8 +1,4 @@
-"""What happens when a user acts: the session's next step, the answers to show, the sentence to say.
-
-Keeps the sessions, each under a secret name, and the engines. One thread uses it. Does not know
-HTML or HTTP, nor how an engine finds its answers.
-"""
+"""The demo without HTML or HTTP: user actions change sessions and produce screens. Used by one thread."""
 
 import secrets
 from collections import OrderedDict, deque
@@ -28,29 +24,29 @@ from union_igrot.demo.uploads import (
 from union_igrot.errors import ConfigError, DataError, UnionError
 
 MAX_SESSIONS: Final = 256
-"""Users that are remembered; whoever has not acted for longest is forgotten first."""
+"""Sessions kept; the least recently used are dropped first."""
 MAX_BYTES: Final = 2**30
-"""Bytes of pictures that are remembered for all users together."""
+"""Bytes of images kept for all sessions together."""
 MAX_PAGES: Final = 4
-"""Pages of one user whose pictures can be asked for; a second window on one session has another page."""
+"""Recent pages of a session whose images can be opened; two browser windows share one session."""
 MAX_TEXT: Final = 300
-"""Letters of a sentence."""
+"""Characters of a text."""
 MAX_WHERE: Final = 500
-"""Letters of a filter."""
+"""Characters of a filter."""
 MAX_RANK: Final = 2400
-"""How far down a ranking the pages go."""
-MARK_REMOVED: Final = "No longer marked."
-SESSION_LOST: Final = "The history of this page is gone: the server was started anew, or has since served many others."
+"""Last rank that the pages reach."""
+MARK_REMOVED: Final = "Mark removed."
+SESSION_LOST: Final = "The history of this page was lost: the server was restarted or dropped old sessions."
 
 
 @dataclass(frozen=True)
 class ResultColumn:
-    """Some answers of one engine.
+    """Results of one backend.
 
     Attributes:
-        engine: Its number.
-        name: What its method is called.
-        answers: The pictures of this page.
+        engine: Number of the backend.
+        name: Name of its method.
+        answers: The images of this page.
         first: Rank of the first of them, from 1.
     """
 
@@ -62,20 +58,20 @@ class ResultColumn:
 
 @dataclass(frozen=True)
 class Screen:
-    """What the page shows after a step; None stays as it was.
+    """What the page shows after an action; None leaves a region unchanged.
 
     Attributes:
-        token: The session's secret name.
+        token: Secret id of the session.
         session: The session.
-        say: A sentence on what was done.
-        columns: The answers: one column, or two where two engines are compared.
-        last: Whether there is no further page.
-        shared: Ids of the pictures that stand in both columns, where there are two.
-        strokes: What the pad is to show.
-        text: What the sentence's field is to hold.
-        where: What the filter's field is to hold.
-        large: A picture to show large.
-        moved: Whether the history may look different.
+        say: A status message.
+        columns: The results: one column, or two when backends are compared.
+        last: Whether this is the last page.
+        shared: Ids of the images in both columns.
+        strokes: New content of the sketch pad.
+        text: New content of the text field.
+        where: New content of the filter field.
+        large: An image to show large.
+        moved: Whether the history has to be rendered again.
     """
 
     token: str
@@ -92,20 +88,20 @@ class Screen:
 
     @property
     def heading(self) -> str:
-        """What the answers are called, their ranks, or that there are none; empty where none are shown."""
+        """Heading of the results; empty if none are shown."""
         if self.columns is None:
             return ""
         turn, first = self.session.present, self.columns[0]
         if turn is None:
-            return "Some pictures of the gallery"
+            return "Some images of the gallery"
         if first.answers:
-            return f"Answers {first.first:,} to {first.first + len(first.answers) - 1:,}"
-        return "No picture passes the filter" if turn.where and turn.page == 0 else "No further answers"
+            return f"Results {first.first:,} to {first.first + len(first.answers) - 1:,}"
+        return "No image matches the filter" if turn.where and turn.page == 0 else "No further results"
 
 
 @dataclass(frozen=True)
 class LargeImage:
-    """A picture of the gallery in full, reduced to 1,024 pixels."""
+    """A gallery image, reduced to 1,024 pixels."""
 
     engine: int
     answer: DisplayedImage
@@ -119,22 +115,22 @@ Parameters = Mapping[str, Any]
 
 @final
 class DemoController:
-    """All users' sessions over some engines.
+    """Sessions of all users over one or more backends.
 
     Args:
-        engines: At least one; the first answers, and the others can be compared with it.
-        page: Pictures a page.
-        limits: What a photo may be at most.
+        engines: Backends; the first is searched, the others can be compared with it.
+        page: Images per page.
+        limits: Limits of uploaded photos.
     """
 
     def __init__(self, engines: Sequence[SearchBackend], *, page: int = 24, limits: Limits | None = None) -> None:
         if not engines:
-            raise ConfigError("a demo needs at least one engine")
+            raise ConfigError("the demo needs at least one backend")
         self.engines, self.page, self.limits = tuple(engines), page, limits or Limits()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._sizes: dict[str, int] = {}
         self._shown: dict[str, deque[frozenset[tuple[int, str]]]] = {}
-        """The pictures on each session's last pages: no others can be asked for."""
+        """Images on the last pages of each session; only these can be opened."""
         self._actions: dict[str, Callable[[str, Session, Parameters], Screen]] = {
             "show": self._show,
             "search": self._search,
@@ -143,51 +139,51 @@ class DemoController:
             "mark": self._mark,
             "unmark": self._unmark,
             "undo": self._undo,
-            "redo": lambda token, session, _: self._at_turn(token, session.redo(), "Done again."),
-            "back": lambda token, session, given: self._at_turn(token, session.go(_integer(given, "turn")), ""),
+            "redo": lambda token, session, _: self._at_turn(token, session.redo(), "Redone."),
+            "back": lambda token, session, given: self._at_turn(token, session.go_to(_integer(given, "turn")), ""),
             "page": self._turn_page,
             "compare": self._compare,
-            "resample": lambda token, session, _: self._with_results(token, session.resample(), "Other pictures."),
+            "resample": lambda token, session, _: self._with_results(token, session.resample(), "Other images."),
             "restart": self._restart,
             "large": self._large,
         }
 
     def act(self, token: str, action: str, given: Parameters) -> Screen:
-        """Take one step for one user.
+        """Perform one action of a user.
 
         Args:
-            token: The session's name; where it is not known, a new session begins under another name.
-            action: `show` (all anew), `search`, `pick`, `drop`, `mark`, `unmark`, `undo`, `redo`, `back`, `page`,
+            token: Id of the session; an unknown one starts a new session with another id.
+            action: `show` (everything), `search`, `pick`, `drop`, `mark`, `unmark`, `undo`, `redo`, `back`, `page`,
                 `compare`, `resample`, `restart` or `large`.
-            given: What the action needs: `text`, `where` and `strokes`; `engine`, `id` and `liked`; `turn`; `page`;
+            given: Parameters of the action: `text`, `where` and `strokes`; `engine`, `id` and `liked`; `turn`; `page`;
                 `compared`.
 
         Returns:
-            What to show. A step that fails leaves the session as it was.
+            What to show. A failed action leaves the session unchanged.
 
         Raises:
-            UnionError: A sentence for the page.
+            UnionError: With a message for the page.
         """
         if action not in self._actions:
-            raise DataError("The page asked for something unknown; reload it.")
+            raise DataError("Unknown action; reload the page.")
         known, session = self._session(token)
         screen = self._actions[action](known, session, given)
         return self._store(token, screen)
 
     def upload_photo(self, token: str, name: str, data: bytes) -> Screen:
-        """Take a photo as what the next request starts from.
+        """Set an uploaded photo as the query image.
 
         Raises:
-            ImageError: Where it cannot be used; a sentence for the page.
+            ImageError: If it cannot be used; with a message for the page.
         """
         held = photo(data, name, self.limits)
         known, session = self._session(token)
-        say = f"{held.name} is what the next search starts from."
+        say = f"The next search uses {held.name}."
         if known == token:
-            return self._store(token, Screen(token, session.hold(held), say))
+            return self._store(token, Screen(token, session.set_reference(held), say))
         return self._store(
-            token, self._with_results(known, session.hold(held), say)
-        )  # its pictures were another session's
+            token, self._with_results(known, session.set_reference(held), say)
+        )  # the page still shows images of another session
 
     def _session(self, token: str) -> tuple[str, Session]:
         if token in self._sessions:
@@ -196,7 +192,7 @@ class DemoController:
         return secrets.token_urlsafe(24), Session()
 
     def _store(self, told: str, screen: Screen) -> Screen:
-        """Remember where a step led; `told` is the name under which the page knows its session."""
+        """Store the new state; `told` is the session id that the page sent."""
         token = screen.token
         self._sessions[token] = screen.session
         self._sessions.move_to_end(token)
@@ -216,20 +212,20 @@ class DemoController:
         del given
         try:
             return self._at_turn(token, session, "")
-        except UnionError as error:  # the gallery has changed: its history is still there, and what can be asked
-            return self._at_turn(token, session.go(-1), str(error))
+        except UnionError as error:  # the gallery has changed; show the start page and keep the history
+            return self._at_turn(token, session.go_to(-1), str(error))
 
     def _search(self, token: str, session: Session, given: Parameters) -> Screen:
         text = given.get("text", "")
         if not isinstance(text, str) or len(text) > MAX_TEXT:
-            raise DataError(f"A sentence has at most {MAX_TEXT} letters; shorten it.")
+            raise DataError(f"The text is longer than {MAX_TEXT} characters; shorten it.")
         where = given.get("where", "")
         if not isinstance(where, str) or len(where) > MAX_WHERE:
-            raise DataError(f"A filter has at most {MAX_WHERE} letters; shorten it.")
+            raise DataError(f"The filter is longer than {MAX_WHERE} characters; shorten it.")
         if any("\ud800" <= letter <= "\udfff" for letter in text + where):
-            raise DataError("There is half a letter in the sentence or the filter; type it again.")
+            raise DataError("The text or the filter contains invalid Unicode; type it again.")
         reference = session.reference if session.reference is not None else sketch(given.get("strokes"))
-        return self._with_results(token, session.ask(reference, text, where), "")
+        return self._with_results(token, session.search(reference, text, where), "")
 
     def _pick(self, token: str, session: Session, given: Parameters) -> Screen:
         number, one = self._displayed(token, given)
@@ -237,12 +233,12 @@ class DemoController:
         held = Reference(
             "result", one.title, one.thumbnail, view, id=one.id, engine=number, path=one.path, details=one.details
         )
-        say = "Picked. Say what should be different, or search for more like it."
-        return Screen(token, session.hold(held), say, text="")
+        say = "Selected. Type what should change, or search for similar images."
+        return Screen(token, session.set_reference(held), say, text="")
 
     def _drop(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
-        return Screen(token, session.hold(None), "The pad is back.")
+        return Screen(token, session.set_reference(None), "Back to the sketch pad.")
 
     def _mark(self, token: str, session: Session, given: Parameters) -> Screen:
         _, one = self._displayed(token, given)
@@ -250,7 +246,9 @@ class DemoController:
         changed = session.mark(marked)
         if all(mark.id != marked.id for mark in changed.marks):
             return Screen(token, changed, MARK_REMOVED)
-        return Screen(token, changed, f"The next search {'comes closer to' if marked.liked else 'goes away from'} it.")
+        return Screen(
+            token, changed, f"The next search {'prefers' if marked.liked else 'avoids'} images like this one."
+        )
 
     def _unmark(self, token: str, session: Session, given: Parameters) -> Screen:
         name = given.get("id")
@@ -259,9 +257,9 @@ class DemoController:
     def _undo(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
         if not session.has_pending_changes:
-            return self._at_turn(token, session.undo(), "Taken back.")
+            return self._at_turn(token, session.undo(), "Undone.")
         text, where = (None, None) if session.present is None else (session.present.text, session.present.where)
-        say = "What was picked and marked since the last search is taken back."
+        say = "Changes since the last search are undone."
         return Screen(token, session.undo(), say, text=text, where=where)
 
     def _turn_page(self, token: str, session: Session, given: Parameters) -> Screen:
@@ -283,19 +281,19 @@ class DemoController:
         return Screen(token, session, large=LargeImage(number, answer, data, *image.size))
 
     def _displayed(self, token: str, given: Parameters) -> tuple[int, DisplayedImage]:
-        """Find a picture that stands on the user's page; any other name is refused before it is looked up."""
+        """Find an image on the user's pages; any other id is refused before it is looked up."""
         number, name = given.get("engine"), given.get("id")
         held = self._sessions[token].reference if token in self._sessions else None
         known = {(held.engine, held.id)} if held and held.id else set()
         known = known.union(*self._shown.get(token, ()))
         if not isinstance(number, int) or not isinstance(name, str) or (number, name) not in known:
-            raise DataError("This picture is not on the page any more; search again.")
+            raise DataError("This image is not on the page any more; search again.")
         return number, self.engines[number].answer(name)
 
     def _at_turn(self, token: str, session: Session, say: str) -> Screen:
-        """Show a turn as it was asked: its answers, its sketch on the pad, its sentence in the field."""
+        """Restore a query: its results, its sketch and its text."""
         present = session.present
-        if present is None:  # what was drawn and typed before the first request is not taken away
+        if present is None:  # keep what was drawn and typed before the first search
             return self._with_results(token, session, say)
         asked = present.reference
         strokes = None if asked is None or asked.kind != "sketch" else asked.strokes
@@ -306,7 +304,7 @@ class DemoController:
         return self._with_results(token, session.restart(), "Started over.", strokes=(), text="", where="")
 
     def _with_results(self, token: str, session: Session, say: str, *, moved: bool = True, **more: Any) -> Screen:
-        """Find what the session's page shows."""
+        """Compute the results that the session shows."""
         turn, per_page = session.present, self._per_page(session)
         if turn is None:
             first = self.engines[0]
@@ -338,12 +336,12 @@ class DemoController:
         assert reference.id is not None
         try:
             return self.engines[reference.engine].picture(reference.id)
-        except DataError:  # it has left the gallery since it was clicked
+        except DataError:  # it was removed from the gallery after it was selected
             return decode_thumbnail(reference.picture)
 
 
 def _integer(given: Parameters, name: str) -> int:
     value = given.get(name)
     if type(value) is not int or abs(value) > 10**6:
-        raise DataError("The page sent something unexpected; reload it.")
+        raise DataError("The page sent an unexpected value; reload it.")
     return value

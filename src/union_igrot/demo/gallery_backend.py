@@ -1,7 +1,4 @@
-"""A gallery and its model as something to search: of files that were indexed, or of pictures held elsewhere.
-
-Knows galleries and the rows of their index. Does not know pages, turns or users.
-"""
+"""A `Gallery` as a backend of the demo."""
 
 import random
 from abc import ABC, abstractmethod
@@ -21,22 +18,22 @@ from union_igrot.gallery.results import THUMBNAIL, file_of
 from union_igrot.images.decode import open_image
 
 SAMPLE_POOL: Final = 20_000
-"""Rows among which the pictures to start from are chosen."""
+"""Rows from which the images of the start page are sampled."""
 _INTERNAL_COLUMNS: Final = {THUMBNAIL, "hash", "size", "mtime", "width", "height", "source"}
-"""Columns that indexing writes for itself."""
+"""Columns that are not shown."""
 
 Columns = Mapping[str, ColumnValue]
 
 
 class ItemRenderer(ABC):
-    """What the pictures of a gallery look like on the page.
+    """How rows of an index are shown on the page.
 
     Attributes:
-        title: What the gallery is called.
-        hint: A sentence on what can be asked, or an empty one.
-        example: A filter to show as an example.
-        pixelated: Whether its pictures are so small that they are shown with their pixels' edges.
-        thumbnails: Whether the index keeps the small pictures.
+        title: Name of the gallery.
+        hint: A hint on supported queries, or an empty string.
+        example: An example filter.
+        pixelated: Whether images are shown without smoothing.
+        thumbnails: Whether the index holds thumbnails.
     """
 
     title: str
@@ -47,23 +44,23 @@ class ItemRenderer(ABC):
 
     @abstractmethod
     def answer(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
-        """Show a row by its id, its columns and its thumbnail."""
+        """Return a row as shown on the page."""
 
     @abstractmethod
     def picture(self, name: str, columns: Columns) -> Image.Image:
-        """Open a row's picture in full.
+        """Decode the image of a row at full size.
 
         Raises:
-            ImageError: Where it cannot be opened any more.
+            ImageError: If it cannot be decoded any more.
         """
 
 
 @final
 class FileItems(ItemRenderer):
-    """FileItems that `union-index` put into an index.
+    """Files indexed by `union-index`.
 
     Args:
-        title: What the gallery is called.
+        title: Name of the gallery.
     """
 
     example = "width >= 1000"
@@ -82,13 +79,13 @@ class FileItems(ItemRenderer):
         return DisplayedImage(name, Path(name).name or name, small, score, name, said)
 
     def picture(self, name: str, columns: Columns) -> Image.Image:
-        """See `ItemRenderer`. Where it is no file, or the file is gone or broken, the thumbnail stands for it."""
+        """See `ItemRenderer`. Falls back to the thumbnail if there is no readable file."""
         if (path := file_of(name)) is not None:
             with suppress(ImageError):
                 return open_image(path, at_least=KEPT_SIDE)
         small = _small(columns)
         if small is None:
-            raise ImageError(f"{Path(name).name} cannot be opened, and the index keeps no small picture of it.")
+            raise ImageError(f"{Path(name).name} cannot be opened, and the index has no thumbnail of it.")
         return decode_thumbnail(small)
 
 
@@ -97,10 +94,10 @@ class GalleryBackend(SearchBackend):
     """A gallery in memory, on disk or on a server.
 
     Args:
-        gallery: Searches.
-        rows: The same index, for reading single rows.
-        renderer: How its pictures are shown.
-        name: What its method is called on the page; the gallery and the model's heads where empty.
+        gallery: The gallery.
+        rows: Its index, to read single rows.
+        renderer: How its rows are shown.
+        name: Name of the method on the page; by default the gallery and the model's heads.
     """
 
     def __init__(self, gallery: Gallery, rows: VectorIndex, renderer: ItemRenderer, name: str = "") -> None:
@@ -130,9 +127,7 @@ class GalleryBackend(SearchBackend):
             try:
                 self._rows.fetch(marked)
             except DataError:
-                raise DataError(
-                    f"{self.gallery} does not hold every picture that is marked; clear the marks."
-                ) from None
+                raise DataError(f"{self.gallery} no longer contains all marked images; clear the marks.") from None
         try:
             found = self._gallery.search(
                 request.picture,
@@ -165,7 +160,7 @@ class GalleryBackend(SearchBackend):
 
     def picture(self, name: str) -> Image.Image:
         """See `SearchBackend`."""
-        return self._album.picture(name, self._row(name))  # first the row: no name is opened that the index lacks
+        return self._album.picture(name, self._row(name))  # the row first: nothing is opened that is not in the index
 
     def _some_ids(self) -> list[str]:
         found: list[str] = []
@@ -187,20 +182,20 @@ class GalleryBackend(SearchBackend):
 
 
 def open_backend(uri: str, checkpoint: str | None = None, device: str = "auto") -> GalleryBackend:
-    """Open a gallery of files for the page.
+    """Open an index for the page.
 
     Args:
-        uri: Its index.
-        checkpoint: The model to search it with; the one it was made with where None.
-        device: What embeds the queries; see `Gallery.open`.
+        uri: The index.
+        checkpoint: The model; by default the one that the index was made with.
+        device: Device of the model; see `Gallery.open`.
 
     Raises:
-        UnionError: Where it cannot be opened, was made with another model, or is empty.
+        UnionError: If it cannot be opened, was made with another model, or is empty.
     """
     gallery = Gallery.open(uri, checkpoint, create=False, device=device)
     if not len(gallery):
         gallery.close()
-        raise DataError(f"{uri} holds no picture; add some with union-index")
+        raise DataError(f"{uri} contains no images; add some with union-index")
     return GalleryBackend(gallery, gallery.index, FileItems(Path(gallery.uri).name))
 
 

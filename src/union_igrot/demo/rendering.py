@@ -1,7 +1,4 @@
-"""Screens as HTML: each region of the page from a template that escapes whatever it is given.
-
-Knows the templates. Does not know how a screen came about or how it is sent.
-"""
+"""Screens as HTML, rendered by templates that escape their values."""
 
 import base64
 from importlib.resources import files
@@ -13,26 +10,26 @@ from markupsafe import Markup
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
 
 STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-"""The page's own files and their types."""
+"""Static files and their media types."""
 
 
 def data_uri(picture: bytes) -> Markup:
-    """Give a PNG or JPEG as an address that holds it whole, so that no picture has an address on the server."""
+    """Return a PNG or JPEG as a data URI, so that no image has a URL on the server."""
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return Markup(f"data:image/{kind};base64,{base64.b64encode(picture).decode()}")
 
 
 def static_file(name: str) -> bytes:
-    """Read one of the page's own files."""
+    """Read a static file."""
     return (files("union_igrot.demo") / "static" / name).read_bytes()
 
 
 @final
 class PageRenderer:
-    """Makes the page and its regions.
+    """Renders the page and its regions.
 
     Args:
-        controller: Whose engines and limits the page tells.
+        controller: Provides backends and limits.
     """
 
     def __init__(self, controller: DemoController) -> None:
@@ -47,7 +44,7 @@ class PageRenderer:
         self._made.filters["uri"] = data_uri
 
     def page(self) -> str:
-        """Give the whole page, before anybody did anything."""
+        """Return the initial page."""
         first = self._desk.engines[0]
         return self._render(
             "page",
@@ -64,7 +61,7 @@ class PageRenderer:
         )
 
     def regions(self, screen: Screen) -> dict[str, Any]:
-        """Give what the page puts in its places after a step; None stays as it was."""
+        """Return the regions that change after an action; None leaves one unchanged."""
         session = screen.session
         results = None
         if screen.columns is not None:

@@ -1,7 +1,4 @@
-"""Runs the page's server until it is stopped.
-
-Knows uvicorn and sockets. Does not know what is served.
-"""
+"""Runs the server until it is stopped."""
 
 import errno
 import socket
@@ -14,18 +11,18 @@ from union_igrot.demo.server import App
 from union_igrot.errors import ConfigError
 
 MAX_CONNECTIONS: Final = 200
-"""Connections at once; further ones are refused with status 503."""
+"""Concurrent connections; further ones are refused with status 503."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take a port.
+    """Bind and listen on a port.
 
     Args:
-        host: Address of this machine; `127.0.0.1` is reached from this machine alone.
-        port: The port, or 0 for any that is free.
+        host: Address to bind; `127.0.0.1` is reachable from this machine only.
+        port: The port, or 0 for any free one.
 
     Raises:
-        ConfigError: Where it is in use or may not be taken.
+        ConfigError: If it is in use or not permitted.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     held = socket.socket(family)
@@ -37,24 +34,22 @@ def listen(host: str, port: int) -> socket.socket:
         held.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"port {port} is in use; give another, such as port={port + 1}, or port=0 for any"
+                f"port {port} is in use; use another one, such as port={port + 1}, or port=0 for any free one"
             ) from None
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); give another host or port"
-        ) from None
+        raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}); use another host or port") from None
     return held
 
 
 def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
-    """Serve until Ctrl-C or a signal to end.
+    """Serve until Ctrl-C or SIGTERM.
 
     Args:
-        app: What is served.
-        held: The port, from `listen`; closed at the end.
-        ready: Told the page's address before the first request.
+        app: The application.
+        held: The socket from `listen`; closed at the end.
+        ready: Called with the URL of the page before the first request.
     """
     host, port = held.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # every address of this machine: its name is what others open
+    if host in ("0.0.0.0", "::"):  # all interfaces: others use the host name
         host = socket.gethostname()
     config = uvicorn.Config(
         app,
@@ -71,7 +66,7 @@ def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
     ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     try:
         uvicorn.Server(config).run(sockets=[held])
-    except KeyboardInterrupt:  # uvicorn has closed everything and hands the signal on
+    except KeyboardInterrupt:  # uvicorn has shut down and re-raises the signal
         pass
     finally:
         held.close()

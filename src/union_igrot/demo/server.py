@@ -1,11 +1,8 @@
-"""The page over HTTP: a few fixed addresses, bounds on everything that comes in, and one line of work.
+"""The HTTP server of the demo.
 
-Knows Starlette and uvicorn. Does not know what a step does.
-
-There is no address for a file: the page's own files are read when the server starts, and
-pictures travel inside the page. Steps run one after another in a thread of their own, which
-alone touches sessions, models and galleries. A user's mistake is answered with status 200 and
-a sentence, because a browser logs any other status as an error of the page.
+No URL refers to a file: static files are read at startup and images are embedded in the page. Actions run one after
+another in one thread, which alone uses sessions, models and galleries. A user's mistake is answered with status 200 and
+a message, because browsers log any other status as an error of the page.
 """
 
 import asyncio
@@ -30,16 +27,16 @@ from union_igrot.demo.rendering import STATIC, PageRenderer, static_file
 from union_igrot.errors import UnionError
 
 MAX_REQUEST_BYTES: Final = 2**20
-"""Largest request for a step; strokes are the most of it."""
+"""Largest request body of an action in bytes; mostly strokes."""
 REQUEST_TIMEOUT: Final = 60.0
-"""Seconds within which a request has to arrive."""
+"""Seconds within which a request body has to arrive."""
 LOGIN_DELAY: Final = 1.0
-"""Seconds before a wrong password is refused, one guess after another."""
+"""Seconds before a wrong password is refused, one attempt at a time."""
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-"""Names of this machine that no other reaches."""
+"""Host names that only this machine reaches."""
 
 HEADERS: Final = {
-    # The browser itself refuses anything from another host, and any script that is not the page's own file.
+    # The browser refuses content of other hosts and inline scripts.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -60,10 +57,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Who may use the page.
+    """Credentials.
 
     Attributes:
-        user: The name.
+        user: The user name.
         password: The password.
     """
 
@@ -74,7 +71,7 @@ class Login:
         return f"Login({self.user!r})"
 
     def opens(self, header: str) -> bool:
-        """Whether a request's Authorization header (RFC 7617) gives name and password."""
+        """Whether an Authorization header (RFC 7617) holds these credentials."""
         kind, _, given = header.partition(" ")
         try:
             told = base64.b64decode(given, validate=True)
@@ -85,10 +82,10 @@ class Login:
 
 @final
 class RequestQueue:
-    """Does steps one after another in one thread; only so many may wait.
+    """Bounded queue of actions that run one after another in one thread.
 
     Args:
-        bound: Steps that may wait or run.
+        bound: Actions that may wait or run.
     """
 
     def __init__(self, bound: int) -> None:
@@ -96,13 +93,13 @@ class RequestQueue:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="demo")
 
     async def do(self, step: Callable[[], T]) -> T:
-        """Wait for one's turn and take the step.
+        """Run an action when its turn comes.
 
         Raises:
-            UnionError: Where too many wait already; a sentence for the page.
+            UnionError: If the queue is full; with a message for the page.
         """
         if self._waiting >= self._bound:
-            raise UnionError("Too many others are searching just now; try again in a moment.")
+            raise UnionError("The server is busy; try again in a moment.")
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, step)
@@ -112,11 +109,11 @@ class RequestQueue:
 
 @final
 class Routes:
-    """Answers the page's addresses.
+    """Request handlers.
 
     Args:
-        controller: Takes the steps.
-        bound: Steps that may wait or run.
+        controller: Performs the actions.
+        bound: Actions that may wait or run.
     """
 
     def __init__(self, controller: DemoController, bound: int) -> None:
@@ -125,7 +122,7 @@ class Routes:
         self._files = {name: static_file(name) for name in STATIC}
 
     def routes(self) -> list[Route]:
-        """Give the addresses; there are no others."""
+        """Return all routes."""
         return [
             Route("/", self.page),
             Route("/static/{name}", self.file),
@@ -134,19 +131,19 @@ class Routes:
         ]
 
     async def page(self, request: Request) -> Response:
-        """Give the page."""
+        """Return the page."""
         del request
         return HTMLResponse(self._page)
 
     async def file(self, request: Request) -> Response:
-        """Give one of the page's own files, by its name alone."""
+        """Return a static file."""
         name = request.path_params["name"]
         if name not in self._files:
             return Response("not found", 404)
         return Response(self._files[name], media_type=STATIC[name])
 
     async def act(self, request: Request) -> Response:
-        """Take a step."""
+        """Perform an action."""
         body = await _body(request, MAX_REQUEST_BYTES)
         if isinstance(body, Response):
             return body
@@ -154,14 +151,14 @@ class Routes:
             told = json.loads(body)
             action, given = told["action"], told["given"]
         except (ValueError, RecursionError, TypeError, KeyError):
-            return _problem("The page and the server do not understand each other; reload the page.")
+            return _problem("Invalid request; reload the page.")
         if not isinstance(action, str) or not isinstance(given, Mapping):
-            return _problem("The page and the server do not understand each other; reload the page.")
+            return _problem("Invalid request; reload the page.")
         token = request.headers.get("x-session", "")
         return await self._step(lambda: self._desk.act(token, action, given))
 
     async def photo(self, request: Request) -> Response:
-        """Take a photo."""
+        """Receive a photo."""
         limits = self._desk.limits
         body = await _body(request, limits.bytes)
         if isinstance(body, Response):
@@ -174,29 +171,28 @@ class Routes:
             return _json(await self._queue.do(lambda: self._view.regions(step())))
         except UnionError as error:
             return _problem(str(error))
-        except Exception:  # whatever fails inside, the page goes on
-            log.exception("a step of the demo failed")
-            return _problem("Something went wrong on the server; its terminal says what. The page still works.")
+        except Exception:  # the page keeps working after an internal error
+            log.exception("an action of the demo failed")
+            return _problem("Internal error; the terminal of the server shows the details. The page still works.")
 
 
 def make_app(
     controller: DemoController, *, bound: int = 64, hosts: Sequence[str] | None = LOOPBACK, login: Login | None = None
 ) -> App:
-    """Make the server's application.
+    """Build the ASGI application.
 
     Args:
-        controller: Takes the steps.
-        bound: Steps that may wait or run; further ones are answered with a sentence.
-        hosts: Names under which the server may be addressed, against pages of other sites that
-            point a name of theirs at this machine; None allows any.
-        login: Who may use the page; None lets in whoever reaches it.
+        controller: Performs the actions.
+        bound: Actions that may wait or run; further ones are refused with a message.
+        hosts: Accepted Host headers, against DNS rebinding; None accepts any.
+        login: Credentials; None requires no login.
     """
     return _Guard(Starlette(routes=Routes(controller, bound).routes()), hosts, login)
 
 
 @final
 class _Guard:
-    """Refuses foreign names of this machine, asks for the password and adds the headers to every answer."""
+    """Checks the Host header and the password, and adds the security headers to every response."""
 
     def __init__(self, inner: App, hosts: Sequence[str] | None, login: Login | None) -> None:
         self._inner, self._hosts, self._login = inner, hosts, login
@@ -216,23 +212,23 @@ class _Guard:
         told = dict(scope["headers"])
         if self._hosts is not None and _host(told.get(b"host", b"").decode("latin-1")) not in self._hosts:
             known = " or ".join(self._hosts)
-            sentence = f"This page is not offered under that name, but under {known}."
+            sentence = f"Unknown host name; this page is served as {known}."
             await PlainTextResponse(sentence, 400)(scope, receive, with_headers)
             return
         if self._login is not None:
             given = told.get(b"authorization", b"").decode("latin-1")
             if not self._login.opens(given):
                 if given:
-                    async with self._guesses:  # guessing takes time, also where many guess at once
+                    async with self._guesses:  # one wrong attempt at a time, also for parallel requests
                         await asyncio.sleep(LOGIN_DELAY)
                 ask = {"WWW-Authenticate": 'Basic realm="union-demo", charset="UTF-8"'}
-                await Response("user and password, please", 401, ask)(scope, receive, with_headers)
+                await Response("user and password required", 401, ask)(scope, receive, with_headers)
                 return
         await self._inner(scope, receive, with_headers)
 
 
 def _host(told: str) -> str:
-    """Give a Host header's name without its port; empty where it is none."""
+    """Return the name of a Host header without its port; empty if it is invalid."""
     try:
         return urlsplit(f"//{told}").hostname or ""
     except ValueError:
@@ -240,9 +236,9 @@ def _host(told: str) -> str:
 
 
 async def _body(request: Request, most: int) -> bytes | Response:
-    """Read a request up to a size; an answer where it is larger, too slow or cut off.
+    """Read a request body up to a size; return an error response if it is larger, too slow or incomplete.
 
-    Only the page's own script can set `X-Session`: a page of another site would first have to ask, and is not allowed.
+    Only the page's own script can set `X-Session`; a page of another origin would need CORS permission.
     """
     if "x-session" not in request.headers:
         return Response("not from this page", 403)
@@ -258,7 +254,7 @@ async def _body(request: Request, most: int) -> bytes | Response:
                     return Response("too large", 413)
                 parts.append(part)
     except (TimeoutError, ClientDisconnect):
-        return Response("the request did not arrive whole", 408)
+        return Response("incomplete request", 408)
     return b"".join(parts)
 
 
@@ -267,5 +263,5 @@ def _problem(sentence: str) -> Response:
 
 
 def _json(value: Mapping[str, Any]) -> Response:
-    """DisplayedImage in ASCII: a name of a file may hold what UTF-8 cannot write."""
+    """Encode as ASCII JSON: a file name may contain what UTF-8 cannot encode."""
     return Response(json.dumps(value), media_type="application/json")

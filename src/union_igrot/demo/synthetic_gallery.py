@@ -1,7 +1,4 @@
-"""The generated world as a gallery: drawn, embedded once, held in memory.
-
-Knows models, features and the world. Does not know pages, turns or users.
-"""
+"""The generated world as a gallery in memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,20 +23,20 @@ from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
 from union_igrot.types import GalleryItem, ImageSource
 
 QUERIES: Final = 1000
-"""Queries whose galleries are shown, some 6,000 pictures, which two cores embed in a quarter of a minute."""
+"""Queries whose gallery is used: about 6,000 images, embedded in 15 s on two cores."""
 _STEP: Final = 256
 
 
 @final
 class SyntheticItems(ItemRenderer):
-    """Pictures that are drawn when they are looked at.
+    """Images that are rendered on demand.
 
     Args:
-        items: The pictures; captions are their titles.
+        items: The images; captions are their titles.
     """
 
-    title = "a generated world of coloured shapes"
-    hint = "The model knows “make the star blue”, “remove the house”, “put it on sand”, “add a red circle on the left”."
+    title = "a generated world of colored shapes"
+    hint = "Try “make the star blue”, “remove the house”, “put it on sand”, “add a red circle on the left”."
     example = "class = 'star' or caption like '%red%'"
     pixelated = True
     thumbnails = False
@@ -53,7 +50,7 @@ class SyntheticItems(ItemRenderer):
         """See `ItemRenderer`."""
         del jpeg
         details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
-        return DisplayedImage(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's pictures are frozen values
+        return DisplayedImage(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's images are frozen values
 
     def picture(self, name: str, columns: Mapping[str, ColumnValue]) -> Image.Image:
         """See `ItemRenderer`."""
@@ -63,10 +60,10 @@ class SyntheticItems(ItemRenderer):
 
 @final
 class SyntheticGallery:
-    """The generated world's test galleries of both tasks as one gallery, for any number of models.
+    """The test galleries of both generated benchmarks as one gallery.
 
     Args:
-        queries: Composed queries whose gallery is taken; as many photos of single things are added.
+        queries: Composed queries whose gallery is used; as many photos of single objects are added.
     """
 
     def __init__(self, queries: int = QUERIES) -> None:
@@ -76,12 +73,12 @@ class SyntheticGallery:
         self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(pictures)]
 
     def engine(self, name: str, model: IGROTModel, encoder: Encoder) -> GalleryBackend:
-        """Embed it with a model.
+        """Embed the gallery with a model.
 
         Args:
-            name: What the model is called on the page.
+            name: Name of the model on the page.
             model: The model.
-            encoder: Of the model's backbone; pictures pass it once, and its store keeps their features.
+            encoder: Encodes images with the model's backbone and caches their features.
         """
         sources = [item.image for item in self.items]
         keys = encoder.fill_images(sources, tokens=model.target.needs_tokens, what="the generated world")
@@ -93,7 +90,7 @@ class SyntheticGallery:
 
 @lru_cache(8192)
 def _small(source: ImageSource) -> bytes:
-    """Draw a picture once, not in every answer: 5 kB each, 40 MB in all."""
+    """Render each image once: 5 kB each, 40 MB in total."""
     return encode_thumbnail(open_image(source))
 
 

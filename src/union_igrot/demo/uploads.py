@@ -1,7 +1,4 @@
-"""What users hand in, made safe: files up to a size and a number of pixels, and strokes of a pen.
-
-Knows Pillow. Does not know who handed it in or what is searched with it.
-"""
+"""Validated user input: uploaded photos and sketch strokes."""
 
 import io
 import math
@@ -17,29 +14,29 @@ from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import as_image
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that are opened (MPO, of some cameras, is JPEG), none that starts another program, as PostScript does."""
+"""Accepted formats (MPO of some cameras is JPEG). None starts another program, as PostScript would."""
 KEPT_SIDE: Final = 1024
-"""Longest side in pixels of a photo that is kept; a larger one is reduced first."""
+"""Longest side in pixels to which photos are reduced."""
 THUMBNAIL_SIDE, VIEW_SIDE = 160, 480
-"""Longest sides of a thumbnail, and of the picture at hand, in pixels."""
+"""Longest sides of a thumbnail and of the query image, in pixels."""
 GRID: Final = 1000
-"""Strokes are given on a grid of so many steps a side."""
+"""Stroke coordinates are 0..GRID."""
 MAX_STROKES, MAX_POINTS = 500, 20_000
 MAX_NAME: Final = 60
 
 _CANVAS: Final = 512
 _PEN: Final = 0.028
-"""Width of a stroke as a share of the pad's side."""
+"""Stroke width relative to the pad's side."""
 _INK, _PAPER = (24, 24, 24), "white"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a photo may be at most.
+    """Limits of uploaded photos.
 
     Attributes:
-        megabytes: Size of its file in 10^6 bytes.
-        megapixels: Number of its pixels in 10^6.
+        megabytes: File size in 10^6 bytes.
+        megapixels: Number of pixels in 10^6.
     """
 
     megabytes: float = 10.0
@@ -47,24 +44,24 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Size of the largest file."""
+        """Largest file size in bytes."""
         return round(self.megabytes * 1e6)
 
 
 def photo(data: bytes, name: str, limits: Limits) -> Reference:
-    """Read a photo that a user gave.
+    """Read an uploaded photo.
 
-    Its pixels are counted before any is decoded. It is turned upright, transparency is laid over white, and one
-    above 1,024 pixels is reduced to them.
+    Pixels are counted before decoding. The photo is turned upright, transparency becomes white, and larger ones are
+    reduced to 1,024 pixels.
 
     Raises:
-        ImageError: Where it is too large, or no picture of a known format; a sentence for the page.
+        ImageError: If it is too large or has no accepted format; with a message for the page.
     """
     name = short_file_name(name)
     if len(data) > limits.bytes:
-        raise ImageError(f"{name} is larger than {limits.megabytes:g} MB; give a smaller file.")
-    if _query_image(data, name) > limits.megapixels * 1e6:
-        raise ImageError(f"{name} has more than {limits.megapixels:g} million pixels; give a smaller picture.")
+        raise ImageError(f"{name} is larger than {limits.megabytes:g} MB; use a smaller file.")
+    if _pixel_count(data, name) > limits.megapixels * 1e6:
+        raise ImageError(f"{name} has more than {limits.megapixels:g} million pixels; use a smaller image.")
     try:
         image = as_image(data, at_least=KEPT_SIDE)
     except ImageError:
@@ -75,25 +72,25 @@ def photo(data: bytes, name: str, limits: Limits) -> Reference:
 
 
 def sketch(given: Any) -> Reference | None:
-    """Read strokes as the page sends them.
+    """Read the strokes that the page sends.
 
     Args:
-        given: Strokes, each a list of points, each two whole numbers of 0..1000; None is an empty pad.
+        given: Strokes, each a list of points, each two integers 0..1000; None is an empty pad.
 
     Returns:
-        The sketch; None where the pad is empty.
+        The sketch; None if the pad is empty.
 
     Raises:
-        DataError: Where they are something else, or more than a pen can draw; a sentence for the page.
+        DataError: If they are invalid or too many; with a message for the page.
     """
     if given is None or given == []:
         return None
     try:
         strokes = tuple(tuple(_point(point) for point in stroke) for stroke in given)
     except (TypeError, ValueError):
-        raise DataError("The sketch did not arrive as strokes; reload the page and draw again.") from None
+        raise DataError("The sketch is invalid; reload the page and draw again.") from None
     if len(strokes) > MAX_STROKES or sum(map(len, strokes)) > MAX_POINTS:
-        raise DataError("This sketch has more strokes than can be searched with; clear the pad and draw fewer.")
+        raise DataError("The sketch has too many strokes; clear the pad and draw fewer.")
     strokes = tuple(stroke for stroke in strokes if stroke)
     if not strokes:
         return None
@@ -107,8 +104,8 @@ def draw_strokes(strokes: Sequence[Stroke], room: float = 1.0) -> Image.Image:
 
     Args:
         strokes: At least one, each of at least one point.
-        room: Share of the page's side that the drawing may take, above 0 and at most 1. One that takes more is
-            drawn smaller, in the middle, with the same pen.
+        room: Largest size of the drawing relative to the page, above 0 and at most 1. A larger drawing is scaled
+            down and centered, with the same pen width.
     """
     page = Image.new("RGB", (_CANVAS, _CANVAS), _PAPER)
     pen = ImageDraw.Draw(page)
@@ -131,7 +128,7 @@ def _fitted(strokes: Sequence[Stroke], room: float) -> list[list[tuple[float, fl
 
 
 def downscale(image: Image.Image, side: int) -> Image.Image:
-    """Reduce a picture until its longest side is at most `side` pixels; a smaller one stays as it is."""
+    """Reduce an image to a longest side of at most `side` pixels; smaller ones are unchanged."""
     if max(image.size) <= side:
         return image
     smaller = image.copy()
@@ -140,7 +137,7 @@ def downscale(image: Image.Image, side: int) -> Image.Image:
 
 
 def encode_thumbnail(image: Image.Image) -> bytes:
-    """Give a picture as a file: PNG where it is small, else JPEG."""
+    """Encode an image: PNG if it is small, else JPEG."""
     file = io.BytesIO()
     if max(image.size) <= THUMBNAIL_SIDE // 2:
         image.save(file, "PNG")
@@ -156,26 +153,26 @@ def decode_thumbnail(data: bytes) -> Image.Image:
 
 
 def short_file_name(name: str) -> str:
-    """Give a file's name without folders and control characters, cut to 60 characters."""
+    """Return a file name without folders and control characters, cut to 60 characters."""
     plain = "".join(letter for letter in name.replace("\\", "/").rsplit("/", 1)[-1] if letter.isprintable()).strip()
     return (plain if len(plain) <= MAX_NAME else f"{plain[: MAX_NAME - 1]}…") or "The photo"
 
 
-def _query_image(data: bytes, name: str) -> float:
-    """Count a picture's pixels by its header alone."""
+def _pixel_count(data: bytes, name: str) -> float:
+    """Read the number of pixels from the header."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's advice on large pictures
+            warnings.simplefilter("ignore")  # Pillow's warning about large images
             with Image.open(io.BytesIO(data), formats=FORMATS) as found:
                 return float(found.width * found.height)
     except Image.DecompressionBombError:
-        return math.inf  # more than Pillow even considers
-    except Exception:  # a broken file makes Pillow's readers raise nearly anything
+        return math.inf  # more than Pillow accepts
+    except Exception:  # Pillow's readers raise nearly any exception for a broken file
         raise ImageError(_unreadable(name)) from None
 
 
 def _unreadable(name: str) -> str:
-    return f"{name} cannot be read as a picture; give a JPEG, PNG, WebP, GIF, BMP or TIFF file that is whole."
+    return f"Cannot decode {name}; use a JPEG, PNG, WebP, GIF, BMP or TIFF file."
 
 
 def _point(given: Any) -> tuple[int, int]:

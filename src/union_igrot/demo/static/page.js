@@ -1,9 +1,8 @@
-// The page's hands: the sketch pad, photos that are dropped or pasted, and steps sent to the server.
-// What is found and shown is made by the server; this file puts it in its place.
+// The sketch pad, dropped and pasted photos, and actions sent to the server, which renders the regions of the page.
 
 const $ = (id) => document.getElementById(id);
-const MISTAKE = "The page and the server do not understand each other; reload the page.";
-const SILENCE = "The server does not answer; is union-demo still running?";
+const MISTAKE = "Invalid response; reload the page.";
+const SILENCE = "No response from the server; is union-demo still running?";
 const GRID = 1000, PEN = 28, NEAR = 4;
 
 // ---- the sketch pad -------------------------------------------------------------------------
