@@ -22,7 +22,7 @@ def test_draw_search_refine_undo(visit, star):
     found = user.titles()
     assert len(found) == 24
     assert sum("star" in title for title in found) >= 12, found
-    assert re.search(r"Answers 1 to 24 of [\d,]+", user.page.inner_text("#results h2"))
+    assert re.search(r"Results 1 to 24 of [\d,]+", user.page.inner_text("#results h2"))
     scores = [float(text) for text in user.page.locator(".score").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
 
@@ -46,7 +46,7 @@ def test_draw_search_refine_undo(visit, star):
     assert user.page.get_by_label("Text").input_value() == f"make the star {colour}"
     user.page.get_by_role("button", name="Start", exact=True).click()
     user.settled()
-    assert user.page.inner_text("#results h2") == "Some pictures of the gallery"
+    assert user.page.inner_text("#results h2") == "Some images of the gallery"
     user.press("Start over")
     assert user.turns() == []
     assert user.page.locator("#pad-empty").is_visible()
@@ -147,13 +147,13 @@ def test_who_cannot_see_is_told_and_the_focus_stays(visit, star):
     told = user.page.locator("#told")
     user.draw(star)
     user.search()
-    assert told.inner_text() == "Answers 1 to 24"
+    assert told.inner_text() == "Results 1 to 24"
     user.press("Next page")
-    assert told.inner_text() == "Answers 25 to 48"
+    assert told.inner_text() == "Results 25 to 48"
     user.page.get_by_role("button", name="Undo", exact=True).focus()
     user.page.keyboard.press("Enter")
     user.settled()
-    assert told.inner_text() == "Some pictures of the gallery"
+    assert told.inner_text() == "Some images of the gallery"
     focused = "document.activeElement.id || document.activeElement.dataset.act"
     assert user.page.evaluate(focused) == "history"  # Undo is off now
     user.pick(1)
@@ -218,7 +218,7 @@ def test_two_methods_side_by_side(visit, star):
     assert user.page.locator(".columns h3").all_inner_texts() == ["trained: transagg + union", "image alone, untrained"]
     assert [column.locator("li").count() for column in user.page.locator(".columns section").all()] == [12, 12]
     said = user.page.locator("#results > p").last.inner_text()
-    shared = int(re.match(r"(\d+) of these 12 pictures were found by both", said)[1])
+    shared = int(re.match(r"(\d+) of these 12 images were found by both", said)[1])
     assert user.page.locator(".both").count() == 2 * shared
     user.page.get_by_label("Compare with").select_option(label="nothing")
     user.settled()
@@ -228,8 +228,8 @@ def test_two_methods_side_by_side(visit, star):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("broken.jpg", png(60, 60)[:70], "broken.jpg Cannot decode"),
-        ("words.png", b"these are words", "words.png Cannot decode"),
+        ("broken.jpg", png(60, 60)[:70], "Cannot decode broken.jpg"),
+        ("words.png", b"these are words", "Cannot decode words.png"),
         ("huge.png", bytes(1_000_001), "huge.png is larger than 1 MB"),
         ("bomb.png", png(9000, 6000), "bomb.png has more than 50 million pixels"),
     ],
