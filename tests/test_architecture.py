@@ -34,12 +34,12 @@ PACKAGES = {
     "evaluation": {"features", "models", "datasets", "metrics", "images", "storage"},
     "training": {"evaluation", "features", "models", "datasets", "synthetic", "metrics", "images", "storage"},
     "gallery": {"models", "images", "evaluation", "features", "storage"},
-    "reporting": {"evaluation", "metrics", "images"},
+    "reporting": {"evaluation", "metrics", "images", "storage"},
 }
 LEAVES = {"types", "errors", "progress"}
 TOP = {"cli", "demo", "__init__"}
 # Imports that the layout does not allow and that are still to go.
-PENDING = {("gallery", "training"), ("models", "reporting"), ("training", "reporting")}
+PENDING = {("gallery", "training"), ("models", "reporting")}
 LINES, FUNCTION_LINES = 600, 60
 
 

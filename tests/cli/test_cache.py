@@ -16,7 +16,7 @@ from union_igrot.cli.config import compose
 from union_igrot.errors import ConfigError
 from union_igrot.features.store import FeatureStore
 from union_igrot.storage.cache import usage
-from union_igrot.storage.files import hold_alone
+from union_igrot.storage.locks import acquire_exclusive
 from union_igrot.types import Features
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_limit_is_told_before_anything_is_removed(root, monkeypatch, cap
     before = left(root)
     with pytest.raises(SystemExit):
         cache([f"cache_dir={root}", "prune=all"])
-    assert "UNION_CACHE_LIMIT: 'plenty'" in capsys.readouterr().err
+    assert "UNION_CACHE_LIMIT: invalid size: 'plenty'" in capsys.readouterr().err
     assert left(root) == before
 
 
@@ -119,8 +119,9 @@ def test_a_mistake_is_one_line_with_code_2(argument, capsys):
 
 def test_what_another_process_uses_is_kept_and_said(root, capsys):
     code = (
-        "import sys; from pathlib import Path; from union_igrot.storage.files import hold, lock_of\n"
-        "held = hold(lock_of(Path(sys.argv[1], 'features', 'print-1'))); print('open', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from union_igrot.storage.locks import acquire_shared, lock_path\n"
+        "held = acquire_shared(lock_path(Path(sys.argv[1], 'features', 'print-1')))\n"
+        "print('open', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -144,14 +145,14 @@ def test_what_an_interrupted_indexing_left_is_listed_and_pruned(root, capsys):
     (left_over / "manifest.json").write_text('{"index": "photos.lance", "model": "m", "source": "s"}')
     (left_over / "chunk").write_bytes(bytes(5000))
     lock = root / "indexing" / "0123456789abcdef.lock"
-    held = hold_alone(lock)
+    held = acquire_exclusive(lock)
     run(f"cache_dir={root}", "prune=all", code=1)
     said = capsys.readouterr().out
     assert "indexing, interrupted" in said
     assert "photos.lance" in said
     assert "5.1 KB" in said
     assert left_over.exists()
-    os.close(held)
+    held.release()
     run(f"cache_dir={root}", "prune=all")
     assert not left_over.exists()
     assert lock.exists()

@@ -70,7 +70,7 @@ def test_a_folder_of_somebody_else_ends_nobody_elses_work(tmp_path, caplog, monk
 
     monkeypatch.setattr(space, "_measure", refused)
     assert there(tmp_path) == ["mine"]
-    assert "belongs to somebody else" in caplog.text
+    assert "belongs to another user" in caplog.text
 
     def kept(*_):
         raise DataError("cannot remove")
@@ -130,7 +130,7 @@ def test_where_the_limit_comes_from(monkeypatch):
     monkeypatch.setenv("UNION_CACHE_LIMIT", "2GB")
     assert (chosen_limit(), chosen_limit("1GB")) == (2 * 10**9, 10**9)
     monkeypatch.setenv("UNION_CACHE_LIMIT", "much")
-    with pytest.raises(ConfigError, match=r"UNION_CACHE_LIMIT: 'much'"):
+    with pytest.raises(ConfigError, match=r"UNION_CACHE_LIMIT: invalid size: 'much'"):
         chosen_limit()
 
 

@@ -288,9 +288,9 @@ def test_a_damaged_shard_is_moved_aside_and_its_keys_are_missing_again(tmp_path,
         cut = {"empty": 0, "short": 5, "half": len(whole) // 2, "last byte": len(whole) - 1, "garbage": 0}[damage]
         path.write_bytes(whole[:cut] + (b"\xff" * 500 if damage == "garbage" else b""))
 
-    with caplog.at_level(logging.ERROR, logger="union_igrot.store"):
+    with caplog.at_level(logging.ERROR, logger="union_igrot.storage"):
         store = FeatureStore(tmp_path, "f")
-    assert [record.name for record in caplog.records] == ["union_igrot.store"]
+    assert [record.name for record in caplog.records] == ["union_igrot.storage"]
     assert path.name in caplog.text
     assert path.with_name(path.name + ".broken").exists()
     assert store.missing(["a", "b", "c"]) == [0, 1]

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from union_igrot.reporting.files import write_results, write_text
+from union_igrot.reporting.files import write_results
+from union_igrot.storage.atomic import write_atomic
 
 ROW = {
     "benchmark": "b",
@@ -44,8 +45,8 @@ def test_json_holds_whole_rows_and_csv_a_line_a_figure(tmp_path):
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path):
-    write_text(tmp_path / "a.txt", "ä" * 10_000)
-    write_text(tmp_path / "a.txt", "kurz")
+    write_atomic(tmp_path / "a.txt", "ä" * 10_000)
+    write_atomic(tmp_path / "a.txt", "kurz")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "kurz"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 

@@ -13,8 +13,8 @@ import torch
 
 from union_igrot.errors import ConfigError
 from union_igrot.features.store import FeatureStore
-from union_igrot.storage import files
 from union_igrot.storage.cache import default_root, prune, usage
+from union_igrot.storage.locks import acquire_exclusive, is_locked
 from union_igrot.types import Features
 
 
@@ -78,15 +78,15 @@ def test_who_asks_whether_it_is_in_use_keeps_nobody_from_working(tmp_path):
 
     def ask():
         while not stop.is_set():
-            files.in_use(lock)
+            is_locked(lock)
 
     asking = threading.Thread(target=ask)
     asking.start()
     try:
         for _ in range(50):
-            held = files.hold_alone(lock)
+            held = acquire_exclusive(lock)
             assert held is not None
-            os.close(held)
+            held.release()
     finally:
         stop.set()
         asking.join()
@@ -134,22 +134,15 @@ def test_a_root_that_cannot_be_made_is_a_clear_error(tmp_path):
         FeatureStore(tmp_path / "file", "f")
 
 
-def test_sweeping_spares_living_writers(tmp_path):
-    store = FeatureStore(tmp_path, "f")
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    here, tail = files._realm(), "0" * 32
-    swept = [f"s.safetensors.{here}-{int(dead.stdout)}-{tail}.tmp", "old.tmp"]
-    spared = [
-        f"s.safetensors.{here}-{os.getpid()}-{tail}.tmp",
-        f"s.safetensors.{here}-1-{tail}.tmp",
-        f"s.safetensors.00000000-{int(dead.stdout)}-{tail}.tmp",  # a process of another machine
-        "unknown.tmp",
-    ]
-    for name in swept + spared:
-        (store.folder / name).touch()
-    os.utime(store.folder / "old.tmp", (0, time.time() - 3700))
-    FeatureStore(tmp_path, "f")
-    assert sorted(path.name for path in store.folder.glob("*.tmp")) == sorted(spared)
+def test_temporary_files_of_living_writers_are_kept(tmp_path):
+    with FeatureStore(tmp_path, "f") as store:
+        for name in ("new.tmp", "old.tmp"):
+            (store.folder / name).touch()
+        os.utime(store.folder / "old.tmp", (0, time.time() - 3700))
+        FeatureStore(tmp_path, "f").close()
+        assert [path.name for path in store.folder.glob("*.tmp")] == ["new.tmp"]
+    FeatureStore(tmp_path, "f").close()
+    assert not list(store.folder.glob("*.tmp"))
 
 
 def test_listing_and_pruning_need_no_torch():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from union_igrot.errors import ConfigError
-from union_igrot.storage.sizes import parse_size, parse_span, show_size, show_span
+from union_igrot.storage.sizes import format_duration, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -33,18 +33,18 @@ def test_what_is_no_size(text):
     ("text", "seconds"), [("30d", 2_592_000), ("12 h", 43_200), ("90S", 90), ("1.5m", 90), ("2w", 1_209_600)]
 )
 def test_spans(text, seconds):
-    assert parse_span(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1y", "all", None, 30])
 def test_what_is_no_span(text):
     with pytest.raises(ConfigError, match="30d"):
-        parse_span(text)
+        parse_duration(text)
 
 
 @given(st.integers(0, 10**15))
 def test_a_shown_size_is_read_back_to_three_digits(count):
-    read = parse_size(show_size(count).replace(",", ""))
+    read = parse_size(format_size(count).replace(",", ""))
     assert abs(read - count) <= max(0, 0.06 * count)
 
 
@@ -53,7 +53,7 @@ def test_a_shown_size_is_read_back_to_three_digits(count):
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (999_960, "1.0 MB"), (73_400_000_000, "73.4 GB")],
 )
 def test_sizes_shown(count, shown):
-    assert show_size(count) == shown
+    assert format_size(count) == shown
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_sizes_shown(count, shown):
     [(-5, "moments"), (59, "moments"), (60, "1 minute"), (7300, "2 hours"), (86_400 * 3.9, "3 days")],
 )
 def test_spans_shown(seconds, shown):
-    assert show_span(seconds) == shown
+    assert format_duration(seconds) == shown

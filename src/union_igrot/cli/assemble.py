@@ -16,7 +16,7 @@ from union_igrot.models.heads.factory import build_query_head, build_target_head
 from union_igrot.models.heads.projector import build_projector
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import chosen_limit, default_root
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 from union_igrot.training.processes import Processes
 
 
@@ -55,7 +55,7 @@ def machine(config: DictConfig, processes: Processes) -> TrainerConfig:
 
 def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> Encoder:
     """Open the feature store of a backbone; progress is shown where the configuration and `shown` say so."""
-    root = default_root() if config.cache_dir is None else from_home(config.cache_dir)
+    root = default_root() if config.cache_dir is None else expand_user(config.cache_dir)
     options = config.features
     kind = options.dtype if options.precision == "float32" else f"{options.dtype}-{options.precision}"
     limit = chosen_limit(config.cache_limit)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,10 +35,10 @@ def cache(config: DictConfig, fresh: Path) -> None:
     from rich.console import Console
 
     from union_igrot.storage.cache import PARTS, chosen_limit, default_root, prune, usage
-    from union_igrot.storage.sizes import parse_size, parse_span, show_size
+    from union_igrot.storage.sizes import format_size, parse_duration, parse_size
 
     del fresh
-    root = default_root() if config.cache_dir is None else from_home(config.cache_dir)
+    root = default_root() if config.cache_dir is None else expand_user(config.cache_dir)
     console = Console()
 
     def say(text: str) -> None:
@@ -48,16 +48,16 @@ def cache(config: DictConfig, fresh: Path) -> None:
     asked = config.prune is not None or config.older_than is not None
     wanted = 0 if config.prune in (None, "all") else parse_size(config.prune)
     if asked:
-        removed = prune(root, wanted, 0 if config.older_than is None else parse_span(config.older_than), PARTS)
-        say(f"removed {_stores(len(removed))}, {show_size(sum(one.bytes for one in removed))}")
+        removed = prune(root, wanted, 0 if config.older_than is None else parse_duration(config.older_than), PARTS)
+        say(f"removed {_stores(len(removed))}, {format_size(sum(one.bytes for one in removed))}")
     kept = usage(root, PARTS)
     total = sum(one.bytes for one in kept)
     if kept:
         console.print(_table(kept))
     say(
-        f"{root}: {show_size(total)} in {_stores(len(kept))}"
-        + (f", {show_size(shutil.disk_usage(root).free)} free on the disk" if root.is_dir() else "")
-        + (f", limit {show_size(limit)}" if limit is not None else "")
+        f"{root}: {format_size(total)} in {_stores(len(kept))}"
+        + (f", {format_size(shutil.disk_usage(root).free)} free on the disk" if root.is_dir() else "")
+        + (f", limit {format_size(limit)}" if limit is not None else "")
     )
     if config.prune is not None and config.older_than is None and total > wanted:
         busy = sum(one.in_use for one in kept)
@@ -74,7 +74,7 @@ def _table(kept: "Sequence[Usage]") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from union_igrot.storage.sizes import show_size, show_span
+    from union_igrot.storage.sizes import format_duration, format_size
 
     table = Table("what", "of", "items", "size", "last used", "", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (2, 3):
@@ -86,8 +86,8 @@ def _table(kept: "Sequence[Usage]") -> "Table":
             f"{what} {one.dtype}".rstrip() if one.part == "features" else kept_for[one.part],
             one.backbone or one.fingerprint,
             f"{one.entries:,}" if one.part == "features" else "",
-            show_size(one.bytes),
-            f"{show_span(time.time() - one.last_used)} ago",
+            format_size(one.bytes),
+            f"{format_duration(time.time() - one.last_used)} ago",
             "in use" if one.in_use else "",
         )
         table.add_row(*map(Text, cells))

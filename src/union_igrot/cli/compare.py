@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def compare(config: DictConfig, fresh: Path) -> None:
     from union_igrot.reporting.files import read_query_values
 
     del fresh
-    folders = [from_home(config[side]) for side in ("first", "second")]
+    folders = [expand_user(config[side]) for side in ("first", "second")]
     held = [{path.name for path in folder.glob("queries-*.safetensors")} for folder in folders]
     if not held[0] & held[1]:
         raise DataError(f"{folders[0]} and {folders[1]} hold no benchmark in common; evaluate both on one")

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,12 +27,12 @@ def convert(config: DictConfig, fresh: Path) -> None:
     from union_igrot.reporting.model_card import write_card
 
     del fresh
-    folder = from_home(config.output_dir)
+    folder = expand_user(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir {folder} is not an empty folder; give a new one")
-    tokenizer = None if config.tokenizer is None else from_home(config.tokenizer)
+    tokenizer = None if config.tokenizer is None else expand_user(config.tokenizer)
     model = load_reference_checkpoint(
-        from_home(config.checkpoint),
+        expand_user(config.checkpoint),
         config.model.name,
         config.target.kind,
         config.mask,

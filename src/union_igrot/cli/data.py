@@ -11,7 +11,7 @@ from union_igrot.datasets.folder import folder_benchmark, folder_training
 from union_igrot.datasets.holdout import hold_out
 from union_igrot.datasets.registry import load_benchmark, load_training, parts
 from union_igrot.errors import ConfigError
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.types import Benchmark, TrainingSet
 
@@ -32,7 +32,7 @@ def benchmarks(data: DictConfig, split: str | None = None) -> list[Benchmark]:
         composed = shapes_cir(split, count, data.seed, distractors=min(500, 2 * count))
         return [composed, shapes_sbir(split, count, data.seed, gallery=max(count, 20))]
     if data.name == "folder":
-        return [folder_benchmark(from_home(data.root), split, **_folder_options(data))]
+        return [folder_benchmark(expand_user(data.root), split, **_folder_options(data))]
     options = _public_options(data)
     divided = parts(data.name)
     if len(divided) == 1 or not set(divided[0]) - {"split"} or set(divided[0]) <= set(options):
@@ -49,7 +49,7 @@ def training(data: DictConfig) -> tuple[TrainingSet, list[Benchmark]]:
     if data.name == "shapes":
         return shapes_training(data.triplets, data.pairs, data.seed), benchmarks(data, "val")
     if data.name == "folder":
-        root, options = from_home(data.root), _folder_options(data)
+        root, options = expand_user(data.root), _folder_options(data)
         return folder_training(root, pairs=data.pairs, seed=data.seed, **options), benchmarks(data, "val")
     if data.name not in TRAINED_ON:
         raise ConfigError(f"data={data.name} is for evaluation only; train on one of {', '.join(TRAINED_ON)}")

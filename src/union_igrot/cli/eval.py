@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from union_igrot.models.model import IGROTModel
@@ -32,18 +32,18 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     from union_igrot.cli import assemble, data
     from union_igrot.cli.results import evaluate_and_report, report_predictions
     from union_igrot.models.devices import resolve_device
-    from union_igrot.reporting.files import write_text
+    from union_igrot.storage.atomic import write_atomic
 
-    folder = fresh if config.output_dir is None else from_home(config.output_dir)
+    folder = fresh if config.output_dir is None else expand_user(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written ({error.strerror}); give another") from None
     if "model" in config:
         config.checkpoint = None  # the default, which is not asked
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(config))
     if config.predictions is not None:
-        report_predictions(from_home(config.predictions), data.tested(config.data), folder, config.seed)
+        report_predictions(expand_user(config.predictions), data.tested(config.data), folder, config.seed)
         return folder
     model, checkpoint = _model(config)
     model.to(resolve_device(config.device))
@@ -63,7 +63,7 @@ def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
     if config.checkpoint in (None, "tiny"):
         return load("tiny", config.weights), "tiny"
-    checkpoint = from_home(config.checkpoint)
+    checkpoint = expand_user(config.checkpoint)
     if is_backbone(str(config.checkpoint)) and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
     inner = checkpoint / "model"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from union_igrot.gallery.ingest.entries import Listing
@@ -58,7 +58,7 @@ def index_images(config: DictConfig, fresh: Path) -> None:
         config.decoder,
         config.on_broken,
         config.prune,
-        None if config.cache_dir is None else from_home(config.cache_dir),
+        None if config.cache_dir is None else expand_user(config.cache_dir),
         config.progress,
         assemble.machine(config, processes),
     )

@@ -94,7 +94,7 @@ def _wandb(wanted: dict[str, Any], folder: Path, settings: dict[str, Any]) -> It
     from lightning.pytorch.loggers import WandbLogger
     from rich.console import Console
 
-    from union_igrot.reporting.files import write_text
+    from union_igrot.storage.atomic import write_atomic
 
     offline = wanted["mode"] == "offline"
     if offline:
@@ -104,7 +104,7 @@ def _wandb(wanted: dict[str, Any], folder: Path, settings: dict[str, Any]) -> It
     place.mkdir(parents=True, exist_ok=True)
     number = place / "wandb-id"
     if not number.is_file():
-        write_text(number, uuid.uuid4().hex[:8])
+        write_atomic(number, uuid.uuid4().hex[:8])
     try:
         run = wandb.init(
             project=wanted["project"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,13 +27,13 @@ def push(config: DictConfig, fresh: Path) -> None:
     from union_igrot.reporting.model_card import read_rows
 
     del fresh
-    folder = from_home(config.checkpoint)
+    folder = expand_user(config.checkpoint)
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if config.license is not None and config.results is None:
         raise ConfigError("license goes into a card that is written anew; give results=results.json along with it")
     told = {}
     if config.results is not None:
-        results = from_home(config.results)
+        results = expand_user(config.results)
         results = results / "results.json" if results.is_dir() else results
         told = {"rows": read_rows(results), "license": config.license}
         if not told["rows"]:

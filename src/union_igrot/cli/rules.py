@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from union_igrot.errors import UnionError
-from union_igrot.storage.paths import from_home
-from union_igrot.storage.sizes import SIZES, SPANS, parse_size, parse_span
+from union_igrot.storage.paths import expand_user
+from union_igrot.storage.sizes import DURATION_FORMAT, SIZE_FORMAT, parse_duration, parse_size
 
 _BACKBONES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
 Check = Callable[[Any], str | None]
@@ -68,7 +68,7 @@ def _texts(value: Any) -> str | None:
 
 
 def _folder(value: Any) -> str | None:
-    if isinstance(value, str) and from_home(value).is_dir():
+    if isinstance(value, str) and expand_user(value).is_dir():
         return None
     return "an existing folder"
 
@@ -78,7 +78,7 @@ def _folder_or_null(value: Any) -> str | None:
 
 
 def _file_or_null(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and from_home(value).exists()):
+    if value is None or (isinstance(value, str) and expand_user(value).exists()):
         return None
     return "an existing file, or null"
 
@@ -98,7 +98,7 @@ def _reads(parse: Callable[[Any], Any], allowed: str, *words: Any) -> Check:
     return check
 
 
-_size_or_null = _reads(parse_size, SIZES, None)
+_size_or_null = _reads(parse_size, SIZE_FORMAT, None)
 
 
 def _file(value: Any) -> str | None:
@@ -207,8 +207,8 @@ RULES: dict[str, dict[str, Check]] = {
     "check": {},
     "cache": {
         "cache_dir": _text_or_null,
-        "prune": _reads(parse_size, SIZES, None, "all"),
-        "older_than": _reads(parse_span, SPANS, None),
+        "prune": _reads(parse_size, SIZE_FORMAT, None, "all"),
+        "older_than": _reads(parse_duration, DURATION_FORMAT, None),
     },
     "index": {
         **_MACHINE,

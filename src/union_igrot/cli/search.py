@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +112,7 @@ def _lines(config: DictConfig) -> "list[Line]":
 
 
 def _path(typed: str) -> Path:
-    return from_home(typed)
+    return expand_user(typed)
 
 
 @contextmanager

@@ -5,11 +5,9 @@ written anew from it after each job, so that a failed job or a killed sweep lose
 run side by side. Knows Hydra and files. Does not know what a job does.
 """
 
-import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -19,6 +17,7 @@ from hydra.types import RunMode
 from union_igrot.errors import UnionError
 
 _STATE, _RESULTS, _LOCK = "sweep.json", "results.json", ".lock"
+_WAIT_SECONDS = 60
 
 
 def in_sweep() -> bool:
@@ -86,22 +85,19 @@ def _shown(folder: Path, sweep: Path) -> str:
     return str(whole.relative_to(sweep)) if whole.is_relative_to(sweep) else str(whole)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _note(folder: Path, command: str, entry: dict[str, Any]) -> None:
-    from union_igrot.reporting.files import write_text
     from union_igrot.reporting.sweep_report import write_sweep
+    from union_igrot.storage.atomic import write_atomic
+    from union_igrot.storage.locks import acquire_exclusive
 
-    with _alone(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    held = acquire_exclusive(folder / _LOCK, wait=_WAIT_SECONDS)
+    if held is None:
+        raise UnionError(f"{folder / _LOCK} is locked by another process for {_WAIT_SECONDS} s; end that process")
+    with held:
         others = [one for one in _entries(folder) if one["job"] != entry["job"]]
         entries = sorted([*others, entry], key=lambda one: int(one["job"]))
-        write_text(folder / _STATE, json.dumps({"command": command, "jobs": entries}, indent=2) + "\n")
+        write_atomic(folder / _STATE, json.dumps({"command": command, "jobs": entries}, indent=2) + "\n")
         jobs = _jobs(folder)
         if any(job.rows for job in jobs):
             write_sweep(folder, jobs, command)

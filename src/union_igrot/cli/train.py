@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.cli.command import EXIT_MISTAKE, run_command
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from union_igrot.training.processes import Processes
@@ -59,12 +59,12 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.errors import UnionError
     from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import IGROTModel
-    from union_igrot.reporting.files import write_text
     from union_igrot.reporting.model_card import write_card
+    from union_igrot.storage.atomic import write_atomic
     from union_igrot.training.run_folder import identity_of, open_run
 
     deciding = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
-    chosen = None if config.output_dir is None else from_home(config.output_dir)
+    chosen = None if config.output_dir is None else expand_user(config.output_dir)
     try:
         run = open_run(chosen, fresh, identity_of(deciding))
     except UnionError:
@@ -74,7 +74,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
         processes.share("run", json.dumps([str(run.path), run.stage]))
         where = f"{'going on in' if run.resumed else 'run folder'} {run.path}"
         Console(stderr=True).print(where, highlight=False, markup=False, soft_wrap=True)
-        write_text(run.path / "config.yaml", OmegaConf.to_yaml(config))
+        write_atomic(run.path / "config.yaml", OmegaConf.to_yaml(config))
         if run.stage == "trained":
             model = IGROTModel.load(run.path / "model", weights=config.model.weights)
         else:

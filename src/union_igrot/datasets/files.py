@@ -9,7 +9,7 @@ from typing import final
 
 from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import check_image
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 
 @final
@@ -25,7 +25,7 @@ class Files:
     """
 
     def __init__(self, root: str | Path, check: bool) -> None:
-        self.root = from_home(root).absolute()
+        self.root = expand_user(root).absolute()
         self.check = check
         self._found: dict[str, Path] = {}
         self._missing: list[str] = []

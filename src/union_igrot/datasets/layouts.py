@@ -27,7 +27,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NoReturn, TypeVar, final
 
 from union_igrot.errors import DataError
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -93,7 +93,7 @@ def read_folder(folder: str | Path) -> Rows | Samples:
     Raises:
         DataError: Where there is no folder, no layout, or a row is wrong. Names the file and the line.
     """
-    root = from_home(folder).absolute()
+    root = expand_user(folder).absolute()
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; give the folder that holds the images")
     if (root / "triplets.jsonl").exists():

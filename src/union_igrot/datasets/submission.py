@@ -13,6 +13,7 @@ from typing import Any, final
 
 from union_igrot.datasets.annotations import as_record, read_json
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark, Query
 
 CIRR_VERSION = "rc2"
@@ -258,6 +259,6 @@ def _refuse(path: Path, problems: list[str]) -> None:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
+        write_atomic(path, json.dumps(content))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None

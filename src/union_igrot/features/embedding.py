@@ -24,7 +24,7 @@ from union_igrot.features.extractor import Encoder, Shelf
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.cache import folder_of
+from union_igrot.storage.cache import feature_folder
 from union_igrot.types import Benchmark, Features, ImageSource
 
 TOKEN_BYTES: Final = 4 * 2**30
@@ -221,7 +221,7 @@ class _Finished:
         self._name = f"embedded-{hashlib.sha256(described.encode()).hexdigest()[:32]}"
         self._store: FeatureStore | None = None
         self._shelf: Shelf | None = None
-        if folder_of(encoder.store.root, self._name).is_dir():
+        if feature_folder(encoder.store.root, self._name).is_dir():
             self._open()
 
     def _open(self) -> Shelf:

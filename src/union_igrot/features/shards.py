@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from union_igrot.errors import DataError
-from union_igrot.storage.files import set_aside
+from union_igrot.storage.atomic import move_aside
 
 Shard = Mapping[str, Tensor]
 """`digests` (rows, 16), `pooled` (rows, dim); where kept `tokens` (rows, length, dim), `mask` (rows, length) and
@@ -69,7 +69,7 @@ def map_shard(path: Path) -> Shard | None:
     except OSError as error:
         raise DataError(f"cannot read {path} ({error}); check the disk and the permissions") from error
     except (SafetensorError, ValueError) as error:
-        set_aside(path, error)
+        move_aside(path, error)
         return None
     return shard
 

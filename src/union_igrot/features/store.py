@@ -6,7 +6,6 @@ what they are used for.
 
 import time
 import uuid
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,10 @@ from torch import Tensor
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.features.keys import Index, digests_of
 from union_igrot.features.shards import Shard, map_shard, serialize
-from union_igrot.storage.cache import folder_of, make_room
-from union_igrot.storage.files import ADVICE, agree, hold, let_go, lock_of, log, sweep, touch, write_whole
-from union_igrot.storage.sizes import show_size
+from union_igrot.storage.atomic import log, remove_temporary
+from union_igrot.storage.cache import ADVICE, check_manifest, feature_folder, make_room, write_cached
+from union_igrot.storage.locks import acquire_shared, lock_path, note_use
+from union_igrot.storage.sizes import format_size
 from union_igrot.types import Features
 
 Dtype = Literal["float32", "float16"]
@@ -61,9 +61,9 @@ class FeatureStore:
         if dtype not in _DTYPES:
             raise ConfigError(f"the store's dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
         self.root, self.fingerprint, self.dtype = root, fingerprint, dtype
-        self.folder = folder_of(root, fingerprint)
+        self.folder = feature_folder(root, fingerprint)
         self.backbone, self.limit, self._told = backbone, limit, False
-        self._lock = lock_of(self.folder)
+        self._lock = lock_path(self.folder)
         self._width: int | None = None
         self._shards: list[str] = []
         self._known: set[str] = set()
@@ -72,17 +72,18 @@ class FeatureStore:
         self._full = Index()  # only entries with tokens
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._release = weakref.finalize(self, let_go, hold(self._lock), self._lock)
+            self._held, alone = acquire_shared(self._lock)
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the cache folder {self.folder} ({error.strerror}); {ADVICE}") from error
-        agree(self.folder / "manifest.json", {"format": 1, "dtype": dtype}, {"backbone": backbone} if backbone else {})
-        sweep(self.folder)
+        notes = {"backbone": backbone} if backbone else {}
+        check_manifest(self.folder / "manifest.json", {"format": 1, "dtype": dtype}, notes)
+        remove_temporary(self.folder, all_of_them=alone)
         self.refresh()
 
     def close(self) -> None:
         """Let other processes prune this fingerprint. Also done when the store is collected or the process ends."""
-        self._release()
+        self._held.release()
 
     def __enter__(self) -> "FeatureStore":
         return self
@@ -130,9 +131,9 @@ class FeatureStore:
         pieces = serialize(parts)
         if self.limit is not None:
             self._keep_below(self.limit, sum(map(len, pieces)))
-        write_whole(self.folder / name, pieces)
+        write_cached(self.folder / name, pieces)
         self._admit([name])
-        touch(self._lock)
+        note_use(self._lock)
 
     def get(self, keys: Sequence[str], tokens: bool = False) -> Features:
         """Read features back.
@@ -187,8 +188,8 @@ class FeatureStore:
             log.warning(
                 "the cache %s takes %s, more than its limit of %s: all of it is in use",
                 self.root,
-                show_size(taken),
-                show_size(limit),
+                format_size(taken),
+                format_size(limit),
             )
 
     def _find(self, digests: UInt64[np.ndarray, "keys 2"], tokens: bool) -> Int64[np.ndarray, " keys"]:

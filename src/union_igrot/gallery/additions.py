@@ -27,7 +27,7 @@ from union_igrot.gallery.ingest.entries import (
     settle_kinds,
 )
 from union_igrot.images.decode import as_image, file_bytes
-from union_igrot.storage.paths import absolute
+from union_igrot.storage.paths import absolute_path
 
 
 def listing_of(
@@ -96,7 +96,7 @@ def _entry(image: Any, name: str | None, columns: dict[str, Any], place: int) ->
     if isinstance(image, str) and not _can_name_a_file(image):
         return Entry(name or ascii(image), columns=columns, fault="half a letter is no part of a file's name")
     if isinstance(image, str | Path):
-        entry = file_entry(absolute(image), columns)
+        entry = file_entry(absolute_path(image), columns)
         if entry.fault == FOLDER:
             entry = replace(entry, fault=f"{FOLDER}; update(...) takes all of it")
         return entry if name is None else replace(entry, id=name)

@@ -31,7 +31,7 @@ from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of
 from union_igrot.gallery.results import THUMBNAIL, SearchResult, search_result
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.paths import absolute
+from union_igrot.storage.paths import absolute_path
 
 _MEMORY = "memory:"
 
@@ -98,7 +98,7 @@ class Gallery:
         uri = str(uri)
         checkpoint = None
         if ":" not in uri:
-            uri = absolute(uri)  # whoever changes the folder later means the same gallery
+            uri = absolute_path(uri)  # whoever changes the folder later means the same gallery
         if isinstance(model, str | Path):
             check_backbone_name(uri, str(model))
             model, checkpoint = load_checkpoint(model, weights)

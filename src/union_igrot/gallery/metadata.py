@@ -13,7 +13,7 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.models.backbones.factory import build_backbone, is_backbone
 from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 FORMAT: Final = 1
 
@@ -31,7 +31,7 @@ def index_metadata(model: IGROTModel, checkpoint: str | None, weights: str | Pat
     described = model.describe()
     fingerprint = model_fingerprint(described)
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
-    return metadata if weights is None else {**metadata, "weights": str(from_home(weights).absolute())}
+    return metadata if weights is None else {**metadata, "weights": str(expand_user(weights).absolute())}
 
 
 def check_metadata(metadata: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
@@ -124,7 +124,7 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     Raises:
         CheckpointError: Where there is no such model.
     """
-    folder = from_home(checkpoint)
+    folder = expand_user(checkpoint)
     if str(checkpoint) == "tiny" or not folder.is_dir():
         return load(str(checkpoint), weights), str(checkpoint)
     inner = folder / "model"

@@ -24,7 +24,7 @@ from union_igrot.images.decode import as_image
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.model import IGROTModel
 from union_igrot.models.precision import full_precision
-from union_igrot.storage.paths import absolute
+from union_igrot.storage.paths import absolute_path
 
 ALPHA: Final = 1.0
 """Weight of the query itself in a refined one."""
@@ -142,7 +142,7 @@ def _id_of(one: object) -> str:
 
 def path_id(path: str | Path) -> str:
     """Name the row of a file: its absolute path as text."""
-    return as_text(absolute(path))
+    return as_text(absolute_path(path))
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from typing import Any, Final
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.queries import several, wanted_of
 from union_igrot.images.decode import check_image
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 _JSON: Final = ("id", "image", "text", "liked", "disliked", "exclude")
 _CSV: Final = ("id", "image", "text")
@@ -119,7 +119,7 @@ def _line(path: Path, number: int, place: int, given: dict[str, Any]) -> Line:
         if values is not None and not all(isinstance(one, str) for one in several(values)):
             raise DataError(f"{where}: {part} is {values!r}; give a text, or a list of texts")
     if "image" in given:
-        given["image"] = [path.parent / from_home(image) for image in several(given["image"])]
+        given["image"] = [path.parent / expand_user(image) for image in several(given["image"])]
     try:
         wanted_of(given)
         for image in given.get("image", ()):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, ImageError
 from union_igrot.images.arrays import image_from_array, image_from_tensor
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 from union_igrot.types import ImageSource, LazyImage
 
 # How each EXIF orientation is undone (CIPA DC-008, tag 0x0112); 1 is upright.
@@ -83,7 +83,7 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
         ConfigError: Where `at_least` is below 1.
     """
     if isinstance(image, str | Path):
-        return open_image(from_home(image), at_least)
+        return open_image(expand_user(image), at_least)
     if isinstance(image, Image.Image):
         return _upright(image)
     if isinstance(image, np.ndarray | Tensor):

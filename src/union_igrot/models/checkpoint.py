@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from union_igrot.errors import CheckpointError
+from union_igrot.storage.atomic import write_atomic
 
 FORMAT = 1
 NOTES, HEADS, PICTURES, README = "model.json", "heads.safetensors", "training_images.txt", "README.md"
@@ -107,19 +108,11 @@ def write_saved(
     if images is None:
         (folder / PICTURES).unlink(missing_ok=True)
     else:
-        _write_text(folder / PICTURES, "".join(f"{name}\n" for name in sorted(images)))
-    _write_text(folder / NOTES, text)
+        write_atomic(folder / PICTURES, "".join(f"{name}\n" for name in sorted(images)))
+    write_atomic(folder / NOTES, text)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, readable for everyone."""
-    partial = path.with_suffix(".partial")
-    save_file({name: x.contiguous() for name, x in state.items()}, partial)
-    partial.chmod(0o644)  # safetensors writes for the owner alone
-    partial.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    tensors = {name: x.contiguous() for name, x in state.items()}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary))

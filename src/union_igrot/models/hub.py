@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from union_igrot.errors import CheckpointError, first_line
 from union_igrot.models.checkpoint import NOTES, README, read_saved
 from union_igrot.reporting.model_card import model_card, rename_card
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 M = TypeVar("M", bound="HubModel")
 
@@ -218,7 +218,7 @@ class HubModel(ModelHubMixin, ABC):
             CheckpointError: As `load`; where there is no such model; where the hub cannot be reached and the
                 model was not fetched before.
         """
-        folder = from_home(pretrained_model_name_or_path)
+        folder = expand_user(pretrained_model_name_or_path)
         if folder.is_dir():
             return cls.load(folder, backbone, weights)
         named = split_name(str(pretrained_model_name_or_path))

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from union_igrot.errors import ImageError
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark, ImageSource, Ranking
 
 _RIGHT, _WRONG, _INK, _FAINT = (22, 140, 60), (200, 60, 50), (30, 30, 30), (205, 205, 205)
@@ -24,9 +25,8 @@ Curve = list[tuple[float, float]]
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG", compress_level=3)  # a tenth larger than the smallest, in a third of the time
-    partial.replace(path)
+    # Level 3 is a tenth larger than the smallest, in a third of the time.
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", compress_level=3))
 
 
 def _opened(open_image: Opener, source: ImageSource) -> Image.Image:

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from union_igrot.errors import DataError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+from union_igrot.storage.atomic import write_atomic
 
 
 def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -33,7 +26,7 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         folder: An existing folder.
         rows: Result rows of any benchmarks and methods.
     """
-    write_text(folder / "results.json", json.dumps(_without_nan(list(rows)), indent=2, allow_nan=False) + "\n")
+    write_atomic(folder / "results.json", json.dumps(_without_nan(list(rows)), indent=2, allow_nan=False) + "\n")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(
@@ -44,7 +37,7 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         for name, value in row["metrics"].items():
             low, high = row["ci95"][name]
             writer.writerow([*head, name, f"{value:.4f}", f"{low:.4f}", f"{high:.4f}", row["seed"]])
-    write_text(folder / "results.csv", table.getvalue())
+    write_atomic(folder / "results.csv", table.getvalue())
 
 
 def _without_nan(value: Any) -> Any:
@@ -74,10 +67,7 @@ def write_query_values(
     """
     flat = {f"{method}/{metric}": x.contiguous() for method, part in values.items() for metric, x in part.items()}
     path = _scores_path(folder, benchmark, split)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file(flat, partial, metadata={"queries": identity})
-    partial.chmod(0o644)  # safetensors writes for the owner alone
-    partial.replace(path)
+    write_atomic(path, lambda temporary: save_file(flat, temporary, metadata={"queries": identity}))
 
 
 def read_query_values(path: Path) -> tuple[str, dict[str, Tensor]]:

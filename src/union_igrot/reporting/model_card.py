@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from union_igrot.errors import CheckpointError, DataError
-from union_igrot.reporting.files import write_text
 from union_igrot.reporting.tables import (
     Row,
     describe_protocol,
@@ -23,6 +22,7 @@ from union_igrot.reporting.tables import (
     percent,
     tag_line,
 )
+from union_igrot.storage.atomic import write_atomic
 
 NOBODY = "OWNER/NAME"
 """Stands where the model has no name on a hub yet."""
@@ -119,7 +119,7 @@ def write_card(folder: Path, results: Path, *, name: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'model.json'} cannot be read ({error}); give a saved model") from None
     shown = Path(os.path.relpath(folder)) if folder.absolute().is_relative_to(Path.cwd()) else folder
-    write_text(folder / "README.md", model_card(notes, rows=read_rows(results), name=name or shown.as_posix()))
+    write_atomic(folder / "README.md", model_card(notes, rows=read_rows(results), name=name or shown.as_posix()))
     return folder / "README.md"
 
 

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from union_igrot.reporting.charts import lay_out
 from union_igrot.reporting.contact_sheets import Curve, Opener
 from union_igrot.reporting.examples import Drawer, Sheet, sheets
-from union_igrot.reporting.files import write_text
 from union_igrot.reporting.page_tables import (
     Asked,
     Group,
@@ -29,6 +28,7 @@ from union_igrot.reporting.page_tables import (
     tag_groups,
 )
 from union_igrot.reporting.tables import Row, describe_protocol, method_name, overlap_lines, untrained_words
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark
 
 MAX_BYTES = 5_000_000
@@ -132,7 +132,7 @@ def write_page(
         making: How the metrics were made.
         open_image: Opens a source as an RGB image.
     """
-    write_text(path, render_page(rows, asked, curves, making, open_image))
+    write_atomic(path, render_page(rows, asked, curves, making, open_image))
 
 
 def render_page(

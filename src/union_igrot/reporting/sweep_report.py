@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from union_igrot.reporting.files import write_text
 from union_igrot.reporting.published import Published, published_for
 from union_igrot.reporting.sweeps import (
     Column,
@@ -30,6 +29,7 @@ from union_igrot.reporting.sweeps import (
     settings_that_differ,
 )
 from union_igrot.reporting.tables import columns_that_fit, describe_protocol, overlap_lines, percent
+from union_igrot.storage.atomic import write_atomic
 
 _HEAD = (
     *("run", "model", "checkpoint", "benchmark", "split", "method", "n_queries", "n_gallery", "metric"),
@@ -46,8 +46,8 @@ def write_sweep(folder: Path, jobs: Sequence[Job], command: str) -> None:
         jobs: The jobs so far.
         command: `train` or `eval`.
     """
-    write_text(folder / "results.csv", _csv(jobs))
-    write_text(folder / "results.md", _markdown(jobs, command))
+    write_atomic(folder / "results.csv", _csv(jobs))
+    write_atomic(folder / "results.md", _markdown(jobs, command))
 
 
 def _csv(jobs: Sequence[Job]) -> str:

@@ -1,1 +1,1 @@
-"""Package."""
+"""Atomic writes, file locks, the cache folder, sizes and paths."""

@@ -1,17 +1,17 @@
-"""Where the store lies on disk, what it takes there, and how to make room.
+"""The cache folder: where it is, what it holds, and how it is kept below its limit.
 
-The cache folder also holds what an interrupted indexing has done, `indexing/<index>-<model and source>`, locked as
-`indexing/<index>.lock`, and the vectors of Lance indexes as exact search maps them, `vectors/<index>`.
-Knows folders, sizes and times of use. Does not know features, and needs no torch.
+Under the root are `features/<fingerprint>`, the feature stores. Earlier versions also kept the work of interrupted
+indexing in `indexing/<index>-<model and source>` and vectors of Lance indexes in `vectors/<index>`.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +20,31 @@ from typing import Final, Literal
 from safetensors import SafetensorError, safe_open
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.storage.files import ADVICE, hold_alone, in_use, lock_of, log
-from union_igrot.storage.sizes import parse_size, show_size
+from union_igrot.storage.atomic import log, move_aside, write_atomic
+from union_igrot.storage.locks import acquire_exclusive, is_locked, lock_path
+from union_igrot.storage.sizes import format_size, parse_size
 
 Part = Literal["features", "indexing", "vectors"]
 PARTS: Final[tuple[Part, ...]] = ("features", "indexing", "vectors")
+ADVICE: Final = "set cache_dir or UNION_CACHE to a folder on another disk"
 
 _FINGERPRINT: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_DISK_FULL: Final = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one folder takes.
+    """Disk usage of one folder of the cache.
 
     Attributes:
         fingerprint: Name of the folder.
         bytes: Size of all its files.
         entries: Rows in its shards; a key stored twice counts twice.
         last_used: When it was last opened, added to or closed, in seconds since 1970.
-        backbone: Name of the backbone whose features these are, or of the index; empty where it was not noted.
-        dtype: How numbers are kept; empty where that cannot be read.
+        backbone: Name of the backbone or of the index; empty if not recorded.
+        dtype: Type of the stored numbers; empty if it cannot be read.
         in_use: Whether a living process has it open.
-        part: `features`; `indexing`, the work of an interrupted indexing; or `vectors`, an index's for exact search,
-            which is written again when it is needed.
+        part: `features`, `indexing` or `vectors`.
     """
 
     fingerprint: str
@@ -59,56 +61,103 @@ def default_root() -> Path:
     """Return the cache folder: `$UNION_CACHE`, else `~/.cache/union-igrot`.
 
     Raises:
-        ConfigError: Where it lies under a home folder that cannot be found.
+        ConfigError: If there is no home folder.
     """
     chosen = Path(os.environ.get("UNION_CACHE") or "~/.cache/union-igrot")
     try:
         return chosen.expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"the cache folder {chosen} needs a home folder, and there is none; {ADVICE}") from error
+        raise ConfigError(f"cannot find the home folder of the cache folder {chosen}; {ADVICE}") from error
 
 
 def chosen_limit(setting: str | int | None = None) -> int | None:
-    """Return the most that the cache's features may take, in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
+    """Return the limit of the cached features in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
 
     Raises:
-        ConfigError: Where it is no size.
+        ConfigError: If it is not a size.
     """
     if setting is not None:
         return parse_size(setting)
-    told = os.environ.get("UNION_CACHE_LIMIT")
+    text = os.environ.get("UNION_CACHE_LIMIT")
     try:
-        return parse_size(told) if told else None
+        return parse_size(text) if text else None
     except ConfigError as error:
         raise ConfigError(f"UNION_CACHE_LIMIT: {error}") from None
 
 
-def folder_of(root: Path, fingerprint: str) -> Path:
-    """Return the folder of a fingerprint under a root.
+def feature_folder(root: Path, fingerprint: str) -> Path:
+    """Return the folder of a fingerprint's features.
 
     Raises:
-        ConfigError: Where the fingerprint cannot name a folder.
+        ConfigError: If the fingerprint cannot name a folder.
     """
     if not _FINGERPRINT.fullmatch(fingerprint):
-        raise ConfigError(
-            f"the fingerprint {fingerprint!r} cannot name a folder; use 1 to 128 letters, digits, '_' and '-'"
-        )
+        raise ConfigError(f"invalid fingerprint: {fingerprint!r} (expected 1 to 128 letters, digits, '_' and '-')")
     return root / "features" / fingerprint
 
 
+def write_cached(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a file of the cache atomically.
+
+    Raises:
+        DataError: If the disk is full or cannot be written.
+    """
+    try:
+        write_atomic(path, pieces)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise DataError(f"cannot write to {path.parent} ({error.strerror}); {ADVICE}") from error
+        needed, free = sum(map(len, pieces)), "unknown"
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(path.parent).free:,}"
+        raise DataError(
+            f"no room in {path.parent} for a file of {needed:,} bytes ({error.strerror}; {free} bytes are free); "
+            f"{ADVICE}, or prune the cache; files written before are unharmed"
+        ) from error
+
+
+def check_manifest(path: Path, expected: Mapping[str, str | int], notes: Mapping[str, str] | None = None) -> None:
+    """Compare a folder's manifest with the expected values; write it if it is missing or damaged.
+
+    Args:
+        path: The manifest.
+        expected: Values that have to be equal.
+        notes: Further values to write, for people; not compared.
+
+    Raises:
+        ConfigError: If a value differs.
+        DataError: If it cannot be read or written.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or not found.keys() >= expected.keys():
+            raise ValueError(f"an object with {sorted(expected)} expected")
+    except FileNotFoundError:
+        found = None
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); check the disk and the permissions") from error
+    except ValueError as error:
+        move_aside(path, error)
+        found = None
+    if found is None:
+        write_cached(path, [json.dumps({**expected, **(notes or {})}).encode()])
+    elif any(found[name] != value for name, value in expected.items()):
+        values = {name: found[name] for name in expected}
+        raise ConfigError(f"{path.parent} has {values}, not {dict(expected)}; use these values or another fingerprint")
+
+
 def usage(root: Path, parts: Sequence[Part] = ("features",)) -> list[Usage]:
-    """List the folders kept under a root, the least recently used first."""
+    """List the folders of the cache, the least recently used first."""
     found = []
     for part in parts:
-        house = root / part
-        inside = house.iterdir() if house.is_dir() else ()
+        inside = (root / part).iterdir() if (root / part).is_dir() else ()
         for folder in [path for path in inside if path.is_dir() and _FINGERPRINT.fullmatch(path.name)]:
             try:
                 found.append(_measure(folder, part))
-            except FileNotFoundError:  # removed by another process just now
+            except FileNotFoundError:  # removed by another process in the meantime
                 continue
             except PermissionError:
-                log.warning("%s is not counted: it belongs to somebody else and cannot be read", folder)
+                log.warning("%s is not counted: it belongs to another user and cannot be read", folder)
     return sorted(found, key=lambda entry: (entry.last_used, entry.fingerprint))
 
 
@@ -117,31 +166,31 @@ def prune(
 ) -> list[Usage]:
     """Remove the least recently used folders until the rest fits.
 
-    One that a living process has open is never removed, so that more than `max_bytes` may remain.
+    A folder that a living process has open is never removed, so more than `max_bytes` may remain.
 
     Args:
         root: The cache folder.
         max_bytes: What may remain, in bytes. 0 removes everything that is not in use.
-        older_than: Only what was not used for this many seconds is removed.
+        older_than: Remove only what was not used for this many seconds.
         parts: What is counted and removed.
 
     Returns:
-        What was removed.
+        The removed folders.
 
     Raises:
-        ConfigError: Where `max_bytes` is negative.
-        DataError: Where a folder cannot be removed.
+        ConfigError: If `max_bytes` is negative.
+        DataError: If a folder cannot be removed.
     """
     if max_bytes < 0:
-        raise ConfigError(f"max_bytes is {max_bytes}; give 0 (keep nothing) or more")
+        raise ConfigError(f"invalid value for max_bytes: {max_bytes} (expected 0, which keeps nothing, or more)")
     for part in PARTS:
         for leftover in (root / part).glob("*.pruned"):  # of a prune that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    kept = usage(root, parts)
-    total = sum(entry.bytes for entry in kept)
+    entries = usage(root, parts)
+    total = sum(entry.bytes for entry in entries)
     removed = []
     latest = time.time() - older_than
-    for entry in kept:
+    for entry in entries:
         if total <= max_bytes or entry.last_used > latest:
             break
         if _remove(root / entry.part / entry.fingerprint, entry.part):
@@ -151,71 +200,70 @@ def prune(
 
 
 def make_room(root: Path, needed: int, limit: int) -> int:
-    """Keep a cache below its limit before something is written: remove the least recently used that nobody has open.
+    """Remove the least recently used features that are not in use, so that a write stays below the limit.
 
     Args:
         root: The cache folder.
         needed: Bytes about to be written.
-        limit: What the cache may take, in bytes.
+        limit: Largest size of the cached features, in bytes.
 
     Returns:
-        How many bytes the cache will take; more than the limit where all that is left is in use.
+        The size after the write; above the limit if the rest is in use.
     """
-    taken = _taken(root) + needed
-    if taken <= limit:
-        return taken
+    size = _feature_bytes(root) + needed
+    if size <= limit:
+        return size
     try:
         removed = prune(root, max(0, limit - needed))
-    except DataError as error:  # no reason to end what needs the room
-        log.warning("the cache has reached its limit of %s: %s", show_size(limit), error)
+    except DataError as error:  # not a reason to fail
+        log.warning("the cache has reached its limit of %s: %s", format_size(limit), error)
         removed = []
-    for gone in removed:
+    for entry in removed:
         log.warning(
             "the cache has reached its limit of %s: removed the features of %s, the least recently used (%s)",
-            show_size(limit),
-            gone.backbone or gone.fingerprint,
-            show_size(gone.bytes),
+            format_size(limit),
+            entry.backbone or entry.fingerprint,
+            format_size(entry.bytes),
         )
-    return _taken(root) + needed
+    return _feature_bytes(root) + needed
 
 
-def _taken(root: Path) -> int:
-    """Count the bytes of all fingerprints, without opening a file."""
+def _feature_bytes(root: Path) -> int:
+    """Return the size of all features, without opening a file."""
     total = 0
     with suppress(FileNotFoundError):
         for folder in (path for path in (root / "features").iterdir() if path.is_dir()):
             with suppress(FileNotFoundError, PermissionError), os.scandir(folder) as files:
                 for file in files:
-                    with suppress(FileNotFoundError):  # named or removed by another process just now
+                    with suppress(FileNotFoundError):  # renamed or removed by another process
                         total += file.stat().st_size
     return total
 
 
 def _lock(folder: Path, part: Part) -> Path:
-    """Name the lock of a folder; one index has one, whatever is put into it."""
-    return lock_of(folder.with_name(folder.name.rpartition("-")[0]) if part == "indexing" else folder)
+    """Return the lock of a folder; all work on one index shares one."""
+    return lock_path(folder.with_name(folder.name.rpartition("-")[0]) if part == "indexing" else folder)
 
 
 def _measure(folder: Path, part: Part) -> Usage:
     size = entries = 0
     for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # named or removed by another process just now
+        with suppress(FileNotFoundError):  # renamed or removed by another process
             size += path.stat().st_size
             if path.suffix == ".safetensors":
                 entries += _rows(path)
     lock = _lock(folder, part)
-    # Work on an index has its times in the folder: the lock is shared by all that goes into it.
     used = (lock if lock.exists() and part == "features" else folder).stat().st_mtime
-    said = _manifest(folder)
-    name = said.get("backbone" if part == "features" else "index", "")
-    return Usage(folder.name, size, entries, used, name, said.get("dtype", ""), in_use(lock), part)
+    notes = _manifest(folder)
+    name = notes.get("backbone" if part == "features" else "index", "")
+    return Usage(folder.name, size, entries, used, name, notes.get("dtype", ""), is_locked(lock), part)
 
 
 def _manifest(folder: Path) -> dict[str, str]:
     try:
-        said = json.loads((folder / "manifest.json").read_bytes())
-        return {name: str(value) for name, value in dict(said).items()}
-    except (OSError, ValueError, TypeError):  # damaged: written anew when the store is next opened
+        found = json.loads((folder / "manifest.json").read_bytes())
+        return {name: str(value) for name, value in dict(found).items()}
+    except (OSError, ValueError, TypeError):  # damaged: written again when the store is next opened
         return {}
 
 
@@ -229,22 +277,18 @@ def _rows(path: Path) -> int:
 
 def _remove(folder: Path, part: Part) -> bool:
     """Remove a folder unless a living process has it open."""
-    lock = _lock(folder, part)
-    held = None
     try:
-        held = hold_alone(lock)
+        held = acquire_exclusive(_lock(folder, part), required=True)
         if held is None:
             return False
-        doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.pruned")
-        try:
-            folder.rename(doomed)  # out of sight at once: a killed prune leaves no half of a folder
-        except FileNotFoundError:  # another prune was faster
-            return False
-        with suppress(FileNotFoundError):  # another prune helps along
-            shutil.rmtree(doomed)
+        with held:
+            doomed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.pruned")
+            try:
+                folder.rename(doomed)  # at once: a killed prune leaves no half of a folder
+            except FileNotFoundError:  # another prune was faster
+                return False
+            with suppress(FileNotFoundError):  # another prune removes it, too
+                shutil.rmtree(doomed)
     except OSError as error:
         raise DataError(f"cannot remove {folder} ({error.strerror}); check the permissions") from error
-    finally:
-        if held is not None:
-            os.close(held)
     return True

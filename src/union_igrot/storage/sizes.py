@@ -1,16 +1,12 @@
-"""Sizes and spans of time as people write them: `50GB`, `30d`.
-
-Imports nothing heavy. Does not know what is measured.
-"""
+"""Sizes and durations as people write them: `50GB`, `30d`."""
 
 import re
-from datetime import timedelta
 from typing import Final
 
 from union_igrot.errors import ConfigError
 
-SIZES: Final = "a number of bytes such as 50GB (also KB, MB, TB, and KiB, MiB, GiB, TiB)"
-SPANS: Final = "a span of time such as 30d (also s, m, h, w)"
+SIZE_FORMAT: Final = "a number of bytes such as 50GB (also KB, MB, TB, and KiB, MiB, GiB, TiB)"
+DURATION_FORMAT: Final = "a duration such as 30d (also s, m, h, w)"
 
 _BYTES: Final = {"": 1, "b": 1} | {
     f"{letter}{middle}b": base**power
@@ -21,34 +17,31 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def parse_size(text: object) -> int:
-    """Read a size.
-
-    Returns:
-        Bytes; `1GB` is 10^9 and `1GiB` 2^30 of them.
+    """Parse a size in bytes; `1GB` is 10^9 and `1GiB` is 2^30 bytes.
 
     Raises:
-        ConfigError: Where it is no size.
+        ConfigError: If the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if found is None or found[2] not in _BYTES:
-        raise ConfigError(f"{text!r} is not a size; give {SIZES}")
+        raise ConfigError(f"invalid size: {text!r} (expected {SIZE_FORMAT})")
     return int(float(found[1]) * _BYTES[found[2]]) if "." in found[1] else int(found[1]) * _BYTES[found[2]]
 
 
-def parse_span(text: object) -> float:
-    """Read a span of time, in seconds.
+def parse_duration(text: object) -> float:
+    """Parse a duration in seconds.
 
     Raises:
-        ConfigError: Where it is none.
+        ConfigError: If the text is not a duration.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", str(text).strip().lower())
     if found is None:
-        raise ConfigError(f"{text!r} is not a span of time; give {SPANS}")
+        raise ConfigError(f"invalid duration: {text!r} (expected {DURATION_FORMAT})")
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def show_size(count: int) -> str:
-    """Write a number of bytes in the unit that fits it: `73.4 GB`."""
+def format_size(count: int) -> str:
+    """Format a number of bytes in the unit that fits: `73.4 GB`."""
     size, unit = float(count), "B"
     for larger in ("KB", "MB", "GB", "TB"):
         if size < 999.95:
@@ -57,11 +50,10 @@ def show_size(count: int) -> str:
     return f"{count:,} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def show_span(seconds: float | int) -> str:
-    """Write a span of time in one unit: `3 days`."""
-    span = timedelta(seconds=max(0.0, seconds))
+def format_duration(seconds: float | int) -> str:
+    """Format a duration in one unit: `3 days`."""
     for unit, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
-        count = int(span.total_seconds() // size)
-        if count:
+        count = int(seconds // size)
+        if count >= 1:
             return f"{count:,} {unit}{'s' if count > 1 else ''}"
     return "moments"

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.tiny import TinyVLM, tokenize
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.synthetic.rendering import render_photo, render_sketch
 from union_igrot.synthetic.scenes import (
     HELD_OUT_SHAPES,
@@ -223,16 +224,9 @@ def main() -> None:
         "shapes_without_sketches": list(HELD_OUT_SHAPES),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    # Both files are whole under other names before either takes the place of an older one.
-    whole = {name: args.out / f"{name}.partial" for name in ("backbone.safetensors", "backbone.json")}
-    try:
-        save_file(state, whole["backbone.safetensors"])
-        whole["backbone.json"].write_text(json.dumps(note, indent=2) + "\n")
-        for name, partial in whole.items():
-            partial.replace(args.out / name)
-    finally:
-        for partial in whole.values():
-            partial.unlink(missing_ok=True)
+    text = json.dumps(note, indent=2) + "\n"
+    write_atomic(args.out / "backbone.safetensors", lambda temporary: save_file(state, temporary))
+    write_atomic(args.out / "backbone.json", text)
     Console().print(note)
 
 

@@ -6,29 +6,17 @@ hash of its configuration and goes on there. Does not know what a run does.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
 from union_igrot.errors import UnionError
-from union_igrot.reporting.files import write_text
-from union_igrot.storage.files import hold_alone
+from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.locks import acquire_exclusive
 
 _STATE = "run.json"
 _LOCK = ".lock"
-_HELD: set[int] = set()
-
-
-def _leave_to_the_parent() -> None:
-    """Drop the locks in a forked child: a decoding worker outlives a killed run by seconds and must not hold them."""
-    for lock in _HELD:
-        os.close(lock)
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def identity_of(settings: Mapping[str, Any]) -> str:
@@ -58,7 +46,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            held = hold_alone(path / _LOCK, or_none=False)
+            held = acquire_exclusive(path / _LOCK)
         except OSError as error:
             raise UnionError(f"output_dir {path} cannot be written: {error.strerror}; give another") from None
         if held is None:
@@ -66,9 +54,8 @@ class RunFolder:
         self._lock = held
         state = _state(path)
         if state and state["identity"] != identity:
-            os.close(self._lock)
+            held.release()
             raise UnionError(f"{path} holds a run of other settings; give another output_dir, or remove it")
-        _HELD.add(self._lock)
         self.resumed = bool(state) and state["stage"] != "done"
         self._identity = identity
         self.stage = state["stage"] if self.resumed else "started"
@@ -81,13 +68,11 @@ class RunFolder:
     def reach(self, stage: str) -> None:
         """Note how far the run got: `started`, `trained`, `done`."""
         self.stage = stage
-        write_text(self.path / _STATE, json.dumps({"identity": self._identity, "stage": stage}) + "\n")
+        write_atomic(self.path / _STATE, json.dumps({"identity": self._identity, "stage": stage}) + "\n")
 
     def close(self) -> None:
         """Let another run in."""
-        if self._lock in _HELD:
-            _HELD.remove(self._lock)
-            os.close(self._lock)
+        self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -11,14 +11,12 @@ Knows Lance's fragments and data files. Does not know queries, nor how rows are 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import time
 import uuid
-import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +30,8 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.engines.scattered import OFFSET
-from union_igrot.storage.paths import absolute
+from union_igrot.storage.locks import acquire_shared, lock_path
+from union_igrot.storage.paths import absolute_path
 
 ADVICE: Final = "set UNION_CACHE to a folder on another disk"
 
@@ -135,9 +134,7 @@ class InUse:
     def __init__(self, folder: Path) -> None:
         with suppress(OSError):  # whoever writes the files says why
             folder.parent.mkdir(parents=True, exist_ok=True)
-            held = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-            weakref.finalize(self, os.close, held)
-            fcntl.flock(held, fcntl.LOCK_SH)
+            self._held = acquire_shared(lock_path(folder))
 
 
 def _runs(values: Int64[np.ndarray, " rows"]) -> list[slice]:
@@ -227,7 +224,7 @@ def _note_use(folder: Path, uri: str) -> None:
         os.utime(folder)
         if not (folder / _MANIFEST).exists():
             temporary = folder / f"{_MANIFEST}.{uuid.uuid4().hex}.tmp"
-            where = uri if _SCHEME.match(uri) else absolute(uri)
+            where = uri if _SCHEME.match(uri) else absolute_path(uri)
             temporary.write_text(json.dumps({"index": where, "dtype": "float32"}), encoding="utf-8")
             temporary.rename(folder / _MANIFEST)
 

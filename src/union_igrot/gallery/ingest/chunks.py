@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from union_igrot.storage.files import set_aside, write_whole
+from union_igrot.storage.atomic import move_aside
+from union_igrot.storage.cache import write_cached
 
 SUFFIX: Final = ".safetensors"
 
@@ -74,7 +75,7 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
         "thumbnails": _bytes(b"".join(chunk.thumbnails)),
         "lengths": torch.tensor([len(one) for one in chunk.thumbnails], dtype=torch.int64),
     }
-    write_whole(path, [save(tensors)])
+    write_cached(path, [save(tensors)])
 
 
 def read_chunk(path: Path) -> Chunk | None:
@@ -91,7 +92,7 @@ def read_chunk(path: Path) -> Chunk | None:
         thumbnails = [images[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return Chunk(facts, tensors["vectors"], thumbnails)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        set_aside(path, error)
+        move_aside(path, error)
         return None
 
 

@@ -4,7 +4,6 @@ Knows names of indexes and the cache. Does not know what is in the files.
 """
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -12,24 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import final
 
 from union_igrot.errors import DataError, UnionError
-from union_igrot.storage.cache import default_root
-from union_igrot.storage.files import ADVICE, agree, hold_alone, sweep
-from union_igrot.storage.paths import absolute
-
-_HELD: Final[set[int]] = set()
-
-
-def _leave_to_the_parent() -> None:
-    """Drop the locks in a forked child: a decoding worker outlives a killed run by seconds and must not hold them."""
-    for lock in _HELD:
-        os.close(lock)
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_leave_to_the_parent)
+from union_igrot.storage.atomic import remove_temporary
+from union_igrot.storage.cache import ADVICE, check_manifest, default_root
+from union_igrot.storage.locks import acquire_exclusive
+from union_igrot.storage.paths import absolute_path
 
 
 @final
@@ -71,32 +59,27 @@ def work_place(uri: str, fingerprint: str, source: str, cache: Path | None) -> I
     lock = house / f"{name}.lock"
     try:
         house.mkdir(parents=True, exist_ok=True)
-        held = hold_alone(lock, or_none=False)
+        held = acquire_exclusive(lock)
     except OSError as error:
         raise DataError(f"cannot write to {house} ({error.strerror}); {ADVICE}") from error
     if held is None:
         raise UnionError(f"another process is putting images into {uri}; wait for its end ({lock} is its lock)")
-    _HELD.add(held)
-    try:
+    with held:
         try:
             folder.mkdir(exist_ok=True)
-            sweep(folder)
+            remove_temporary(folder, all_of_them=False)
         except OSError as error:
             raise DataError(f"cannot work in {folder} ({error.strerror}); {ADVICE}") from error
-        agree(folder / "manifest.json", {"index": uri, "model": fingerprint, "source": source})
+        check_manifest(folder / "manifest.json", {"index": uri, "model": fingerprint, "source": source})
         beside = house / f"{name}.skipped.jsonl" if local is None else local.with_name(f"{local.name}.skipped.jsonl")
         yield Place(folder, beside)
         shutil.rmtree(folder, ignore_errors=True)  # what stays is taken up, and does no harm
-    finally:
-        if held in _HELD:
-            _HELD.remove(held)
-            os.close(held)
 
 
 def _local(uri: str) -> Path | None:
     """Return the path of an index on this machine's disk."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
-    return Path(absolute(uri)) if scheme is None else None
+    return Path(absolute_path(uri)) if scheme is None else None
 
 
 def _hash(*texts: str) -> str:

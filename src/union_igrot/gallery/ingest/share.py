@@ -27,7 +27,7 @@ from union_igrot.gallery.ingest.plan import shares
 from union_igrot.gallery.ingest.work import Work
 from union_igrot.models.devices import default_workers
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.files import write_whole
+from union_igrot.storage.cache import write_cached
 from union_igrot.training.processes import Processes
 
 KNOWN: Final = "known.npy"
@@ -103,7 +103,7 @@ def lead_round(
     dealt = shares(entries, world)
     for rank, share in enumerate(dealt[1:], 1):
         lines = [json.dumps([getattr(entry, name) for name in _FIELDS]) for entry in share]
-        write_whole(_file(folder, token, rank, "share"), ["\n".join(lines).encode()])
+        write_cached(_file(folder, token, rank, "share"), ["\n".join(lines).encode()])
     words.say([token, str(folder), force])
     here = words.processes.here
 
@@ -180,7 +180,7 @@ def _follow_round(model: IGROTModel, word: Any, work: Work, processes: Processes
             os.utime(share)
 
     _work_through(model, entries, work, folder, stem, None, heard, force=force, here=here)
-    write_whole(_file(folder, token, processes.rank, "done"), [b""])
+    write_cached(_file(folder, token, processes.rank, "done"), [b""])
 
 
 def _file(folder: Path, token: str, rank: int, what: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 from union_igrot.errors import DataError
-from union_igrot.storage.files import write_whole
+from union_igrot.storage.cache import write_cached
 
 _log: Final = logging.getLogger("union_igrot.indexing")
 
@@ -100,7 +100,7 @@ class SkippedFile:
     def _write(self) -> None:
         assert self.path is not None
         others = [_json(values) for values in self._others.values()]
-        write_whole(self.path, [*others, *(self._line(skip) for skip in self.own.values())])
+        write_cached(self.path, [*others, *(self._line(skip) for skip in self.own.values())])
         self._whole = True
 
 

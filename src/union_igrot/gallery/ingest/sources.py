@@ -16,7 +16,7 @@ from union_igrot.errors import ConfigError
 from union_igrot.gallery.ingest.entries import Entry, Listing, as_text, distinct, file_entry, settle_kinds
 from union_igrot.gallery.ingest.lists import READERS, listed
 from union_igrot.gallery.ingest.tars import members
-from union_igrot.storage.paths import absolute
+from union_igrot.storage.paths import absolute_path
 
 FORMS: Final = (
     'a folder, an image, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
@@ -42,7 +42,7 @@ def list_images(images: str, tell: Callable[[int], None] | None = None) -> Listi
     """
     if not images:
         raise ConfigError(f"images= is empty; give {FORMS}")
-    path = absolute(images)
+    path = absolute_path(images)
     unseen: list[Entry] = []
     found = _walk(path, unseen) if os.path.isdir(path) else _named(_files(path, images), unseen)  # noqa: PTH112
     entries = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.storage.paths import from_home
+from union_igrot.storage.paths import expand_user
 
 NAMES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
 """Short names of backbones."""
@@ -33,7 +33,7 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
         CheckpointError: Where the weights cannot be loaded.
     """
     # Only what is used is imported: OpenCLIP and transformers take seconds.
-    path = None if weights is None else from_home(weights)
+    path = None if weights is None else expand_user(weights)
     if name == "tiny":
         from union_igrot.models.backbones.tiny import TinyBackbone  # noqa: PLC0415
 

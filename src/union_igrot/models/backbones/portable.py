@@ -18,6 +18,7 @@ from union_igrot.errors import CheckpointError, first_line
 from union_igrot.models.backbones.base import Backbone, weights_hash
 from union_igrot.models.backbones.factory import build_backbone
 from union_igrot.models.backbones.weights import fill, read_state_dict
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Preprocess
 
 FILE, WORDS = "backbone.safetensors", "tokenizer"
@@ -42,10 +43,8 @@ def write_weights(backbone: Backbone, folder: Path, *, half: bool = False) -> tu
         # safetensors refuses two names for one memory.
         state[name] = kept.clone() if kept.untyped_storage().data_ptr() in seen else kept
         seen.add(kept.untyped_storage().data_ptr())
-    partial = folder / f"{FILE}.partial"
-    save_file({name.removeprefix(_INNER): x for name, x in state.items()}, partial)
-    partial.chmod(0o644)  # safetensors writes for the owner alone
-    partial.replace(folder / FILE)
+    inner = {name.removeprefix(_INNER): x for name, x in state.items()}
+    write_atomic(folder / FILE, lambda temporary: save_file(inner, temporary))
     words = folder / f"{WORDS}.partial"
     shutil.rmtree(words, ignore_errors=True)
     words.mkdir()

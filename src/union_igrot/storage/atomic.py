@@ -1,0 +1,94 @@
+"""Files that appear complete or not at all."""
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from union_igrot.errors import DataError
+
+Content = str | bytes | Sequence[bytes | memoryview] | Callable[[Path], object]
+"""Text (UTF-8), bytes, pieces of bytes in order, or a function that writes to the path it is given."""
+
+log: Final = logging.getLogger("union_igrot.storage")
+
+_ABANDONED_SECONDS: Final = 3600.0
+
+
+def write_atomic(path: Path, content: Content) -> None:
+    """Write a file under a temporary name beside it, flush it to the disk and rename it.
+
+    Args:
+        path: The file; an existing one is replaced.
+        content: What to write.
+
+    Raises:
+        OSError: If it cannot be written. Nothing is left behind and an existing file is unchanged.
+    """
+    temporary = path.with_name(f"{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        if callable(content):
+            content(temporary)
+            temporary.chmod(0o644)  # safetensors creates files for the owner alone
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            with temporary.open("xb") as file:
+                for piece in _pieces(content):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):  # what remains is removed by `remove_temporary`
+            temporary.unlink()
+        raise
+
+
+def remove_temporary(folder: Path, *, all_of_them: bool) -> None:
+    """Remove the temporary files of killed writers.
+
+    Args:
+        folder: The folder.
+        all_of_them: If no other process writes here; else only files that are older than an hour.
+    """
+    for path in folder.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # renamed by its writer in the meantime
+            if all_of_them or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+
+
+def move_aside(path: Path, reason: Exception) -> None:
+    """Rename a damaged file to `*.broken`, so that it is not read again, and log it.
+
+    Raises:
+        DataError: If it cannot be renamed.
+    """
+    aside = path.with_name(path.name + ".broken")
+    try:
+        with suppress(FileNotFoundError):  # another process was faster
+            path.replace(aside)
+    except OSError as error:
+        raise DataError(f"{path} is damaged ({reason}) and cannot be renamed ({error.strerror}); delete it") from error
+    log.error("%s is damaged (%s): renamed to %s; its content will be computed again", path, reason, aside.name)
+
+
+def _pieces(content: str | bytes | Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+    if isinstance(content, str):
+        return [content.encode()]
+    return [content] if isinstance(content, bytes) else content
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a new name to the disk, so that it survives a power cut; Windows cannot open folders."""
+    if os.name == "posix":
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(held)
+        finally:
+            os.close(held)
