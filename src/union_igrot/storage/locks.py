@@ -76,7 +76,7 @@ def lock_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".lock")
 
 
-def acquire_exclusive(lock: Path, *, wait: float = _WAIT_FOR_EXCLUSIVE, required: bool = False) -> HeldLock | None:
+def acquire_exclusive(lock: Path, *, wait: float | int = _WAIT_FOR_EXCLUSIVE, required: bool = False) -> HeldLock | None:
     """Acquire a lock for this process alone.
 
     Args:
@@ -131,7 +131,7 @@ def note_use(lock: Path) -> None:
         os.utime(lock)
 
 
-def _acquire(lock: Path, wait: float, *, required: bool = False) -> HeldLock | None:
+def _acquire(lock: Path, wait: float | int, *, required: bool = False) -> HeldLock | None:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         end = time.monotonic() + wait
