@@ -76,7 +76,9 @@ def lock_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".lock")
 
 
-def acquire_exclusive(lock: Path, *, wait: float | int = _WAIT_FOR_EXCLUSIVE, required: bool = False) -> HeldLock | None:
+def acquire_exclusive(
+    lock: Path, *, wait: float | int = _WAIT_FOR_EXCLUSIVE, required: bool = False
+) -> HeldLock | None:
     """Acquire a lock for this process alone.
 
     Args:
