@@ -255,7 +255,7 @@ def test_verify_finds_what_cannot_be_decoded(tmp_path):
     broken = root / "photos/cat/2.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert len(folder_benchmark(root).gallery) == 3  # found only when opened
-    with pytest.raises(ImageError, match=r"manifest\.csv, line 4: .*photos/cat/2\.png: cannot be read as an image"):
+    with pytest.raises(ImageError, match=r"manifest\.csv, line 4: .*photos/cat/2\.png"):
         folder_benchmark(root, verify=True)
     benchmark = folder_benchmark(root, verify=True, on_missing="skip")
     assert (len(benchmark.gallery), benchmark.skipped) == (2, 1)

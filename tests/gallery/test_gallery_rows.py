@@ -182,13 +182,13 @@ def test_pictures_in_memory_that_are_none_are_left_out_too(model, tmp_path):
     gallery = Gallery.open("memory:", model)
     (tmp_path / "words.txt").write_text(str(tmp_path / "secret.png"))
     with (tmp_path / "words.txt").open() as text:
-        forms = {"open as text": text, "0 x 0 pixels": Image.new("RGB", (0, 0)), "channel": np.zeros((3, 8, 9))}
+        forms = {"text mode": text, "0 x 0 pixels": Image.new("RGB", (0, 0)), "channel": np.zeros((3, 8, 9))}
         for said, wrong in forms.items():
             with pytest.raises(ImageError, match=said):
                 gallery.add([picture(1), wrong])
             report = gallery.add([picture(1), wrong], on_broken="skip")
             assert (report.skipped, len(gallery)) == (1, 1)
-    with pytest.raises(ImageError, match=r"words\.txt cannot be read"):
+    with pytest.raises(ImageError, match=r"words\.txt"):
         gallery.search(text)  # closed by now
     lenient = Work(workers=0, progress=False, on_broken="skip")
     assert gallery.add(np.zeros((3, 8, 9)), work=lenient).skipped == 1

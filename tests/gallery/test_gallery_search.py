@@ -116,7 +116,7 @@ def test_a_batch_in_parts_is_the_batch(model, gallery, monkeypatch):
         ({"text": "  "}, ConfigError, "nothing is asked"),
         ({"disliked": ["p1"]}, ConfigError, "nothing is asked"),
         ({"image": "not there.png"}, ImageError, "missing"),
-        ({"image": np.zeros((3, 8, 9))}, ImageError, "channels stand first"),
+        ({"image": np.zeros((3, 8, 9))}, ImageError, "channels are first"),
         ({"text": "red", "liked": ["p99"]}, DataError, "p99"),
         ({"text": "red", "liked": [3]}, ConfigError, "names no image"),
         ({"text": "red", "liked": ["p1"], "disliked": ["p1"]}, ConfigError, "liked and disliked"),

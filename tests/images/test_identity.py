@@ -41,7 +41,7 @@ def test_a_collection_s_own_number_is_enough_and_no_file_is_needed(one, other):
         ("dev/dev-244-0-img0.png", "dev/dev-244-0-img1.png"),
     ],
 )
-def test_other_pictures_are_told_apart(one, other):
+def test_other_images_differ(one, other):
     assert not same(one, other)
 
 
@@ -70,13 +70,13 @@ def test_no_file_is_opened(tmp_path, monkeypatch):
     assert len(image_identity(image)) == 16
 
 
-def test_a_crop_is_its_photo_and_another_picture_its_key():
+def test_a_crop_has_the_identity_of_its_photo():
     photo = Path("VG_100K/7.jpg")
     assert image_identity(Crop(photo, (0, 0, 5, 5))) == image_identity(photo)
     assert image_identity(Noise(1)) == image_identity(Noise(1)) != image_identity(Noise(2))
 
 
-def test_training_and_test_splits_are_told_apart_by_their_files(tmp_path):
+def test_training_and_test_splits_share_no_image(tmp_path):
     official.training_sketchy(tmp_path)
     drawn = load_training("training_sketchy", tmp_path, build=9)
     known = image_identities(side for one in drawn.triplets for side in (one.image, one.target))

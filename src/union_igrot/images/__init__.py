@@ -1,1 +1,1 @@
-"""Package."""
+"""Decoding of images, their identity, and conversion to model inputs."""

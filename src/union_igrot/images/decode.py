@@ -1,8 +1,4 @@
-"""From an image's source to an upright image in RGB.
-
-Opens files and images in memory, says what is wrong with those that cannot be opened, and names a
-image for caches. Does not know what an image is used for.
-"""
+"""Decode images: from a file, bytes, an array or a tensor to an upright RGB image."""
 
 import io
 import os
@@ -13,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, ImageError
-from union_igrot.images.arrays import image_from_array, image_from_tensor
 from union_igrot.storage.paths import expand_user
 from union_igrot.types import ImageSource, LazyImage
 
@@ -36,16 +31,20 @@ _UPRIGHT = {
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _MARK, _SCAN = 0xFF, 0xDA
+_CHANNELS: Final = (1, 3, 4)
+_DTYPES: Final = "uint8 (0..255), uint16 (0..65535), float (0..1) or bool"
+_SHAPES: Final = {"array": "HxW, HxWx1, HxWx3 or HxWx4", "tensor": "HxW, 1xHxW, 3xHxW or 4xHxW"}
+_TOLERANCE: Final = 1e-4  # of rounding, beyond 0..1; a tenth of a gray level is 4e-4
 _Source = TypeVar("_Source", bound=ImageSource)
 
 
 def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
     """Open an image as upright RGB.
 
-    The first frame of an animation is taken, the EXIF orientation is applied (where the EXIF
-    data are corrupt, the image stays as stored), transparency is laid over white, and 16-bit
-    gray is scaled by its full range. 32-bit and float gray take the smallest of 1, 255 and 65535
-    that holds the largest value as white, or that value itself. Warnings of Pillow stay inside.
+    Takes the first frame of an animation and applies the EXIF orientation (ignored if the EXIF data are
+    corrupt). Transparency is blended over white, and 16-bit gray is scaled by its full range. In 32-bit and
+    float gray, white is the smallest of 1, 255 and 65535 that is not below the largest value, or that value.
+    Pillow's warnings are suppressed.
 
     Args:
         source: A file, or a `LazyImage`, which is opened by its own `open`.
@@ -56,12 +55,12 @@ def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
         The decoded image in mode RGB; the file is closed.
 
     Raises:
-        ImageError: Where the file is missing, empty, unreadable, truncated or has more than twice
-            Pillow's `MAX_IMAGE_PIXELS` pixels. Names the file and the reason.
-        ConfigError: Where `at_least` is below 1.
+        ImageError: If the file is missing, empty, unreadable, truncated or has more than twice Pillow's
+            `MAX_IMAGE_PIXELS` pixels; names the file and the reason.
+        ConfigError: If `at_least` is below 1.
     """
     if at_least is not None and at_least < 1:
-        raise ConfigError(f"at_least is {at_least}; give a number of pixels >= 1, or None for the full size")
+        raise ConfigError(f"invalid value for at_least: {at_least} (expected an integer >= 1 or None)")
     if not isinstance(source, Path):
         return as_rgb(source.open())
     check_image(source)
@@ -69,18 +68,18 @@ def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
 
 
 def as_image(image: object, at_least: int | None = None) -> Image.Image:
-    """Take an image in any of the forms that people have it in, as upright RGB.
+    """Convert an image of any common type to upright RGB.
 
     Args:
-        image: A path or its text, a `LazyImage`, a PIL image (its EXIF orientation is applied), the bytes of an image
-            file, an open binary file, which is read to its end, an array of HxW, HxWx1, HxWx3 or HxWx4, or a tensor of
-            HxW, 1xHxW, 3xHxW or 4xHxW. Arrays and tensors hold uint8, uint16, bool or floats of 0..1. Transparency
-            is laid over white.
+        image: A path, a `LazyImage`, a PIL image (its EXIF orientation is applied), the bytes of an image file, an
+            open binary file, which is read to its end, an array of shape HxW, HxWx1, HxWx3 or HxWx4, or a tensor of
+            shape HxW, 1xHxW, 3xHxW or 4xHxW. Arrays and tensors hold uint8, uint16, bool, or floats in 0..1.
+            Transparency is blended over white.
         at_least: As for `open_image`.
 
     Raises:
-        ImageError: Where it is none of these, or cannot be read.
-        ConfigError: Where `at_least` is below 1.
+        ImageError: If it is none of these or cannot be decoded.
+        ConfigError: If `at_least` is below 1.
     """
     if isinstance(image, str | Path):
         return open_image(expand_user(image), at_least)
@@ -94,15 +93,15 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
     if isinstance(image, LazyImage):
         return open_image(image)
     raise ImageError(
-        f"{type(image).__name__} is no image; give a path, a PIL image, bytes, an open file, an array or a tensor"
+        f"not an image: {type(image).__name__} (expected a path, PIL image, bytes, open file, array or tensor)"
     )
 
 
 def file_bytes(image: object) -> bytes | None:
-    """Return the bytes of an image file, from bytes or an open file; None for an image in another form.
+    """Return the bytes of an image file from bytes or an open file; None for an image of another type.
 
     Raises:
-        ImageError: Where a file is open as text, or cannot be read.
+        ImageError: If a file is open as text or cannot be read.
     """
     if isinstance(image, Image.Image | np.ndarray | Tensor):
         return None
@@ -114,9 +113,9 @@ def file_bytes(image: object) -> bytes | None:
     try:
         found = image.read()
     except (OSError, ValueError) as error:  # ValueError where it is closed
-        raise ImageError(f"{named} cannot be read ({error}); give an open file or its path") from None
+        raise ImageError(f"cannot read {named} ({error}); pass an open file or its path") from None
     if not isinstance(found, bytes | bytearray | memoryview):
-        raise ImageError(f"{named} is open as text; open it with mode 'rb'")
+        raise ImageError(f"{named} is open in text mode; open it with mode 'rb'")
     return bytes(found)
 
 
@@ -124,54 +123,53 @@ def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Imag
     try:
         return decode_image(source, at_least)[0]
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-        line = f"{named}: cannot be read as an image ({image_fault(error)}); replace the file or leave it out"
-        raise ImageError(line) from error
+        raise ImageError(f"cannot decode image {named} ({image_fault(error)}); replace or remove it") from error
 
 
 def decode_image(
     source: Path | io.BytesIO | io.BufferedReader, at_least: int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode an image as `open_image` does, and tell its true size.
+    """Decode an image as `open_image` does, and return its full size, too.
 
     Args:
         source: A file, or its bytes as a stream.
         at_least: As for `open_image`.
 
     Returns:
-        The upright image in mode RGB; the width and height that it has upright when nothing is left out.
+        The upright image in mode RGB, and its width and height at full size.
 
     Raises:
-        Exception: Nearly any, where the file is broken; `image_fault` puts it into words.
+        Exception: Nearly any, if the file is broken; `image_fault` describes it.
     """
     with _quiet_pillow(), Image.open(source) as image:
         size = image.size
         if at_least is not None and image.format in ("JPEG", "MPO"):
-            image.draft(None, (at_least, at_least))  # a square bounds the short side, however the image is turned
+            image.draft(None, (at_least, at_least))  # a square bounds the short side in any orientation
         turned = _turned(image)
         if _orientation(image) in _ON_ITS_SIDE:
             size = size[::-1]
-        return turned.copy() if turned is image else turned, size  # a plain image, without the closed file
+        return turned.copy() if turned is image else turned, size  # without the closed file
 
 
 def plain_jpeg(data: bytes) -> int | None:
-    """Tell the JPEGs that every decoder reads alike: whole, of eight bits, gray or in three colors.
+    """Return the number of pixels of a JPEG that all decoders decode alike: complete, 8 bits, gray or three colors.
 
     Args:
         data: Bytes of a file.
 
     Returns:
-        Number of pixels; None where it is no such JPEG, or no image at all.
+        Number of pixels; None for any other file.
     """
     try:
         with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
-            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _comes_to_its_end(data)
+            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _has_end_marker(data)
             return image.width * image.height if plain else None
     except Exception:  # a broken file makes Pillow's readers raise nearly anything
         return None
 
 
-def _comes_to_its_end(jpeg: bytes) -> bool:
-    """Whether the mark of the end stands behind the first scan (ITU-T T.81, B.1): not in an image within the EXIF."""
+def _has_end_marker(jpeg: bytes) -> bool:
+    """Return whether an end marker follows the first scan (ITU-T T.81, B.1), so that one within the EXIF is ignored."""
     at = 2
     while at + 4 <= len(jpeg) and jpeg[at] == _MARK:
         kind = jpeg[at + 1]
@@ -182,32 +180,32 @@ def _comes_to_its_end(jpeg: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Take an image that a caller opened or made; its file may not have been read yet."""
+    """Convert an image that a caller opened or made; its file may not have been read yet."""
     if not (image.width and image.height):
-        raise ImageError(f"the PIL image has {image.width} x {image.height} pixels; give one that has some")
+        raise ImageError(f"the PIL image is empty ({image.width} x {image.height} pixels)")
     try:
         with _quiet_pillow():
             return _turned(image)
     except Exception as error:
         named = getattr(image, "filename", "") or "the PIL image"
-        raise ImageError(f"{named}: cannot be read as an image ({image_fault(error)}); replace it") from error
+        raise ImageError(f"cannot decode image {named} ({image_fault(error)}); replace it") from error
 
 
 def _turned(image: Image.Image) -> Image.Image:
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
-    colours = as_rgb(image)
-    return colours if turn is None else colours.transpose(turn)
+    rgb = as_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_image(path: Path) -> os.stat_result:
-    """See, without opening it, that a file can be an image: it exists, is a regular file and is not empty.
+    """Check, without opening it, that a file exists, is a regular file and is not empty.
 
     Returns:
-        What `os.stat` says of the file.
+        The result of `os.stat`.
 
     Raises:
-        ImageError: Where it cannot be one. Names the file and the reason.
+        ImageError: If it cannot be an image; names the file and the reason.
     """
     try:
         found = os.stat(path)  # noqa: PTH116  (Path.stat is slower, and whole lists are checked)
@@ -216,19 +214,19 @@ def check_image(path: Path) -> os.stat_result:
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: the image cannot be reached ({image_fault(error)}); check the path") from None
     if not stat.S_ISREG(found.st_mode):
-        raise ImageError(f"{path}: is not a regular file; name an image file")
+        raise ImageError(f"{path}: not a regular file; pass an image file")
     if found.st_size == 0:
-        raise ImageError(f"{path}: the image is empty (0 bytes); replace the file or leave it out")
+        raise ImageError(f"{path}: the image is empty (0 bytes); replace or remove the file")
     return found
 
 
 def image_key(source: ImageSource) -> str:
-    """Return the identity of an image for caches: equal keys mean equal pixels.
+    """Return the cache key of an image: equal keys mean equal pixels.
 
-    For a file its absolute path, size in bytes and time of change in nanoseconds; for a `LazyImage` its own key.
+    For a file its absolute path, size in bytes and modification time in nanoseconds; for a `LazyImage` its own key.
 
     Raises:
-        ImageError: Where the file is missing, empty or not a file.
+        ImageError: If the file is missing, empty or not a regular file.
     """
     if not isinstance(source, Path):
         return source.key
@@ -237,11 +235,11 @@ def image_key(source: ImageSource) -> str:
 
 
 def broken_images(sources: Iterable[_Source], *, workers: int | None = None) -> list[tuple[_Source, str]]:
-    """Find the images that cannot be opened, by decoding each of them.
+    """Find the images that cannot be decoded, by decoding all of them.
 
     Args:
         sources: The images.
-        workers: Number of threads; by default one a core, eight at most.
+        workers: Number of threads; by default one per core, at most eight.
 
     Returns:
         Each broken image with the reason, in the order given.
@@ -249,7 +247,7 @@ def broken_images(sources: Iterable[_Source], *, workers: int | None = None) -> 
 
     def fault(source: ImageSource) -> str:
         try:
-            open_image(source, at_least=1)  # a smaller JPEG costs less, and all of its data are read
+            open_image(source, at_least=1)  # faster for a JPEG, of which all data are still read
         except ImageError as error:
             return str(error)
         return ""
@@ -260,7 +258,7 @@ def broken_images(sources: Iterable[_Source], *, workers: int | None = None) -> 
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Bring an image of any mode to RGB: transparency is laid over white, see `open_image` for the rest."""
+    """Convert an image of any mode to RGB; transparency is blended over white. See `open_image` for gray images."""
     if image.mode.startswith(("I", "F")):
         return _eight_bit(image).convert("RGB")
     if image.has_transparency_data:
@@ -279,12 +277,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # corrupt EXIF: the pixels are sound, the orientation is not known
+    except Exception:  # corrupt EXIF: the pixels are fine, the orientation is unknown
         return 1
 
 
 def image_fault(error: Exception) -> str:
-    """Say in a few words why an image could not be decoded."""
+    """Describe in a few words why an image could not be decoded."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     if isinstance(error, OSError) and error.strerror:
@@ -292,14 +290,81 @@ def image_fault(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def image_from_array(array: np.ndarray) -> Image.Image:
+    """Convert an array of shape HxW or HxWxC, gray, RGB or RGBA, to an image.
+
+    Args:
+        array: uint8, uint16, bool, or floats in 0..1, which are rounded to 256 levels.
+
+    Returns:
+        An image in mode L, RGB or RGBA.
+
+    Raises:
+        ImageError: If the shape, type or range is invalid.
+    """
+    _check_shape("array", array.shape, last=True)
+    return _from_levels(array, _named("array", array.shape, str(array.dtype)))
+
+
+def image_from_tensor(tensor: Tensor) -> Image.Image:
+    """Convert a tensor of shape HxW or CxHxW, gray, RGB or RGBA, to an image; see `image_from_array`."""
+    shape = tuple(tensor.shape)
+    _check_shape("tensor", shape, last=False)
+    here = tensor.detach().cpu()
+    numbers = (here.float() if here.is_floating_point() else here).numpy()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _from_levels(numbers if numbers.ndim == 2 else numbers.transpose(1, 2, 0), _named("tensor", shape, dtype))
+
+
+def _named(kind: str, shape: tuple[int, ...], dtype: str = "") -> str:
+    sizes = "x".join(map(str, shape)) or "no dimension"
+    return f"{kind} of {sizes}" + (f", {dtype}" if dtype else "")
+
+
+def _check_shape(kind: str, shape: tuple[int, ...], *, last: bool) -> None:
+    place, other = (-1, 0) if last else (0, -1)
+    if (len(shape) == 2 or (len(shape) == 3 and shape[place] in _CHANNELS)) and 0 not in shape:
+        return
+    advice = f"expected {_SHAPES[kind]}"
+    if 0 in shape:
+        advice = "it has no pixel"
+    elif len(shape) == 4:
+        advice = "pass one image at a time, or a list of images"
+    elif len(shape) == 3 and shape[other] in _CHANNELS:
+        turned = "transpose(1, 2, 0)" if last else "permute(2, 0, 1)"
+        advice += f"; its channels are {'first' if last else 'last'}: use {turned}"
+    raise ImageError(f"invalid image: {_named(kind, shape)} ({advice})")
+
+
+def _from_levels(numbers: np.ndarray, named: str) -> Image.Image:
+    kind = numbers.dtype
+    if kind == np.bool_:
+        levels = numbers.astype(np.uint8) * 255
+    elif kind == np.uint16:
+        levels = (numbers.astype(np.float32) * (255 / 65535)).round().astype(np.uint8)
+    elif kind == np.uint8:
+        levels = numbers
+    elif np.issubdtype(kind, np.floating):
+        low, high = float(numbers.min()), float(numbers.max())
+        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # nan fails both
+            raise ImageError(
+                f"invalid image: {named} with values from {low:.4g} to {high:.4g} (expected floats in 0..1); "
+                "scale them, and undo a normalization"
+            )
+        levels = (numbers.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    else:
+        raise ImageError(f"invalid image: {named} (expected {_DTYPES})")
+    return Image.fromarray(np.ascontiguousarray(levels[..., 0] if levels.shape[2:] == (1,) else levels))
+
+
 _lock = threading.Lock()
-_inside: list[warnings.catch_warnings] = []  # one entry a running block; the first holds the saved filters
+_inside: list[warnings.catch_warnings] = []  # one entry per running block; the first holds the saved filters
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    # `catch_warnings` replaces the filters of the whole process, so threads that decode side by side share
-    # one: the first sets it, the last undoes it. Only warnings raised within Pillow are ignored.
+    # `catch_warnings` replaces the filters of the whole process, so concurrent threads share one: the first
+    # sets it, the last undoes it. Only warnings raised within Pillow are ignored.
     with _lock:
         _inside.append(_inside[0] if _inside else warnings.catch_warnings())
         if len(_inside) == 1:

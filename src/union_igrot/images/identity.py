@@ -1,7 +1,4 @@
-"""Which image a file is, told by its name: so that a test image that was trained on is found.
-
-Knows how the public datasets name their images. Opens no file and does not know models.
-"""
+"""Identities of images across datasets, by file name, to find test images that were trained on."""
 
 import hashlib
 import os
@@ -12,7 +9,7 @@ from pathlib import Path
 from union_igrot.images.crop import Crop
 from union_igrot.types import ImageSource
 
-# Names that mean the same image wherever they stand, the collection's own number in the group.
+# Names that mean the same image in every folder; the group is the collection's own number.
 _KNOWN = (
     ("coco", re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")),
     ("imagenet", re.compile(r"(n\d{8}_\d+|ILSVRC2012_[a-z]+_\d{8})")),
@@ -24,14 +21,14 @@ _KNOWN = (
 def image_identity(source: ImageSource) -> str:
     """Return an image's identity across datasets, from its name alone.
 
-    Images of COCO, ImageNet, NLVR2 (CIRR) and Amazon's products (FashionIQ) are known by the collection's
-    own number, in whichever folder they lie: `train2014/COCO_train2014_000000000009.jpg` is
-    `train2017/000000000009.jpg`. Every other file is known by the name of its folder, its own name and its
-    size in bytes: `airplane/ext_12.jpg`. A `LazyImage` is known by its key, a `Crop` by the photo it is cut from.
+    Images of COCO, ImageNet, NLVR2 (CIRR) and Amazon's products (FashionIQ) are identified by the collection's
+    own number, in any folder: `train2014/COCO_train2014_000000000009.jpg` is `train2017/000000000009.jpg`. Every
+    other file is identified by the name of its folder, its own name and its size in bytes: `airplane/ext_12.jpg`,
+    a `LazyImage` by its key, a `Crop` by its photo.
 
-    Finds an image again in another copy of its dataset, another split, or another dataset that kept the name.
-    Does not find a copy that was renamed or, outside the four collections, saved anew; nor Visual Genome's copies
-    of COCO photos, whose names say nothing of it. No file is read: 123,403 images take about a second.
+    An image is recognized in another copy of its dataset, another split, or another dataset that kept the name;
+    not if it was renamed or, outside the four collections, saved again. Visual Genome's copies of COCO photos have
+    other names. No file is read: 123,403 images take about a second.
 
     Returns:
         Sixteen hexadecimal digits.
@@ -43,7 +40,7 @@ def image_identity(source: ImageSource) -> str:
 
 
 def image_identities(sources: Iterable[ImageSource]) -> frozenset[str]:
-    """Return the identities of many images, each once."""
+    """Return the set of the images' identities."""
     return frozenset(map(image_identity, sources))
 
 
@@ -53,7 +50,7 @@ def _file_identity(path: Path) -> str:
             return f"{collection}/{known.group(1)}"
     folder = path.parent.name.lower().replace(" ", "_").replace("-", "_")
     try:
-        size = os.stat(path).st_size  # noqa: PTH116  (Path.stat is slower, and whole galleries are looked at)
+        size = os.stat(path).st_size  # noqa: PTH116  (Path.stat is slower, and whole galleries are checked)
     except (OSError, ValueError):
-        size = -1  # whoever opens it says what is wrong
+        size = -1  # reported when it is opened
     return f"file/{folder}/{path.stem}/{size}"

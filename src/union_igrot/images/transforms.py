@@ -1,8 +1,6 @@
-"""From an upright image to the tensor that a backbone wants: a `Preprocess`, applied.
+"""From an upright image to a backbone's input tensor, as its `Preprocess` says."""
 
-Does not know which backbone asked, nor where an image comes from.
-"""
-
+import warnings
 from collections.abc import Iterable
 from typing import TypeVar, final
 
@@ -17,39 +15,38 @@ from union_igrot.errors import ConfigError
 from union_igrot.images.decode import as_image, as_rgb
 from union_igrot.types import Preprocess
 
-# Beyond this side ratio only the middle is resized: a strip of 1 x 60,000 pixels would else need gigabytes.
-_STRIP = 16
+# Of a longer image only the middle is resized: a strip of 1 x 60,000 pixels would need gigabytes.
+_MAX_RATIO = 16
 Pixels = TypeVar("Pixels", Image.Image, Tensor)
-"""Torchvision's transforms take an image or its pixels alike."""
+"""Torchvision's transforms take both."""
 _FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
 @final
 class ImageToPixels:
-    """Bring an image to a backbone's size, as torchvision's transforms do it, pixel for pixel.
+    """Resize an image to a backbone's input size, equal to torchvision's transforms pixel for pixel.
 
-    `squash` resizes both sides to `size`; `crop` resizes the short side and cuts the center; `pad` first adds
-    black to an image longer than `pad_ratio` until it has that ratio (TargetPad: Baldrati et al., CLIP4Cir,
-    CVPR 2022, `data_utils.py`, taken over by TransAgg), then does as `crop`. Resizing is antialiased. Of a strip
-    longer than 16:1 only the middle 16:1 is resized, which bounds the memory. Can be pickled.
+    `squash` resizes both sides to `size`; `crop` resizes the short side and crops the center; `pad` first pads an
+    image longer than `pad_ratio` with black to that ratio (TargetPad: Baldrati et al., CLIP4Cir, CVPR 2022,
+    `data_utils.py`, also used by TransAgg), then does as `crop`. Resizing is antialiased. Of an image longer than
+    16:1 only the middle 16:1 is resized, which bounds the memory. Can be pickled.
 
-    What it gives is a quarter of the size of what `model_input` makes of it: between processes, and on the way to
-    a device, images travel so.
+    The result has a quarter of the bytes of `model_input`: images are sent to other processes and devices in it.
 
     Args:
-        preprocess: What the backbone asks for.
+        preprocess: The backbone's preprocessing.
 
     Raises:
-        ConfigError: Where `size` is below 1, `pad_ratio` below 1 or a `std` not above 0.
+        ConfigError: If `size` or `pad_ratio` is below 1, or a `std` is not above 0.
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
         if preprocess.size < 1 or preprocess.pad_ratio < 1 or min(preprocess.std) <= 0:
-            raise ConfigError(f"{preprocess} cannot be applied; size and pad_ratio must be >= 1, every std > 0")
+            raise ConfigError(f"invalid {preprocess} (expected size >= 1, pad_ratio >= 1, every std > 0)")
         self.preprocess = preprocess
 
     def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
-        """Apply it to an image of any mode."""
+        """Resize an image of any mode."""
         size = self.preprocess.size
         image = as_rgb(image)
         if image.size != (size, size):
@@ -57,10 +54,10 @@ class ImageToPixels:
         pixels: Tensor = F.pil_to_tensor(image)
         return pixels
 
-    def of_decoded(self, pixels: UInt8[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 size size"]:
-        """Apply it to decoded images of one size, on the device where they lie.
+    def resize_batch(self, pixels: UInt8[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 size size"]:
+        """Resize decoded images of equal size on their device.
 
-        Values differ from those of the same image by a step or two, as it is resized in another arithmetic.
+        Values differ from those of `__call__` by a gray level or two, as tensors are resized with other rounding.
         """
         size = self.preprocess.size
         return pixels if pixels.shape[-2:] == (size, size) else self._fit(pixels)
@@ -73,7 +70,7 @@ class ImageToPixels:
         if self.preprocess.fit == "pad":
             image = _pad(image, self.preprocess.pad_ratio)
         width, height = F.get_image_size(image)
-        limit = _STRIP * min(width, height)
+        limit = _MAX_RATIO * min(width, height)
         if max(width, height) > limit:
             image = F.center_crop(image, [min(height, limit), min(width, limit)])
         image = F.resize(image, size, resample, antialias=True)
@@ -84,13 +81,13 @@ class ImageToPixels:
 def model_input(
     pixels: UInt8[Tensor, "*batch 3 height width"], preprocess: Preprocess
 ) -> Float[Tensor, "*batch 3 height width"]:
-    """Scale pixels to 0..1, subtract `mean` and divide by `std`, on the device where they lie.
+    """Scale pixels to 0..1, subtract `mean` and divide by `std`, on their device.
 
-    Equal to torchvision's `ToTensor` and `Normalize` to the last bit on a CPU.
+    On a CPU bitwise equal to torchvision's `ToTensor` and `Normalize`.
 
     Args:
-        pixels: What `ImageToPixels` gave, one image or a batch.
-        preprocess: What the backbone asks for.
+        pixels: Output of `ImageToPixels`, one image or a batch.
+        preprocess: The backbone's preprocessing.
     """
     scaled = pixels.to(torch.float32).div_(255)
     mean, std = (
@@ -101,39 +98,38 @@ def model_input(
 
 @final
 class ImageToTensor:
-    """Turn an image into a backbone's input: `ImageToPixels`, then `model_input`. Can be pickled.
-
-    Args:
-        preprocess: What the backbone asks for.
-
-    Raises:
-        ConfigError: As `ImageToPixels`.
-    """
+    """Convert an image to a backbone's input: `ImageToPixels`, then `model_input`. Can be pickled."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self._to_pixels, self.preprocess = ImageToPixels(preprocess), preprocess
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 size size"]:
-        """Apply it to an image of any mode."""
+        """Convert an image of any mode."""
         return model_input(self._to_pixels(image), self.preprocess)
 
 
 def image_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
-    """Turn images into one batch for a model.
+    """Convert images to one batch for a model.
 
     Args:
-        images: Paths, PIL images, bytes, arrays, ... as `as_image` takes them; at least one.
-        preprocess: The model's.
+        images: Paths, PIL images, bytes, arrays, ... as for `as_image`; at least one.
+        preprocess: The model's preprocessing.
 
     Returns:
         The batch, in the order given.
 
     Raises:
-        ImageError: Where an image cannot be read.
+        ImageError: If an image cannot be decoded.
     """
     to_pixels = ImageToPixels(preprocess)
     pixels = [to_pixels(as_image(image, at_least=preprocess.size)) for image in images]
     return model_input(torch.stack(pixels), preprocess)
+
+
+def picture_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
+    """Deprecated alias of `image_batch`."""
+    warnings.warn("picture_batch is deprecated; use image_batch", DeprecationWarning, stacklevel=2)
+    return image_batch(images, preprocess)
 
 
 def _pad(image: Pixels, ratio: float) -> Pixels:

@@ -136,7 +136,7 @@ def test_decoded_pixels_are_brought_to_a_size_as_pictures_are(width, height, siz
     to_pixels = ImageToPixels(Preprocess(size, MEAN, STD, fit, interpolation))
     picture = scene(width * 1000 + height, width, height)
     decoded = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    one, many = to_pixels(picture), to_pixels.of_decoded(torch.stack([decoded, decoded]))
+    one, many = to_pixels(picture), to_pixels.resize_batch(torch.stack([decoded, decoded]))
     assert many.dtype == torch.uint8
     assert many[0].equal(many[1])
     assert (many[0].int() - one.int()).abs().max() <= 2

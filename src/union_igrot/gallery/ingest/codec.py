@@ -125,7 +125,7 @@ class BatchDecoder:
         for (width, height), places in alike.items():
             stack = torch.stack([images[at] for at in places])
             small = list(reversed(thumbnail_size(width, height)))
-            pixels = self._to_pixels.of_decoded(stack)
+            pixels = self._to_pixels.resize_batch(stack)
             shown = F.resize(stack, small, InterpolationMode.BILINEAR, antialias=True).cpu()
             files = self._threads.map(_written, shown.permute(0, 2, 3, 1).contiguous().unbind())
             for at, thumbnail, own in zip(places, files, pixels.unbind(), strict=True):
