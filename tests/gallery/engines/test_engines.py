@@ -129,23 +129,23 @@ def test_values_come_back_as_they_went_in(place):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (Rows(["b", "c", "b"], torch.ones(3, 4), {}), "the id 'b' stands twice among 3 rows"),
+        (Rows(["b", "c", "b"], torch.ones(3, 4), {}), "the id 'b' is repeated"),
         (Rows(["b", ""], torch.ones(2, 4), {}), "an id is empty"),
-        (Rows(["b\udcff"], torch.ones(1, 4), {}), "no valid Unicode"),
-        (Rows(["b"], torch.ones(1, 5), {}), "vectors of shape 1x5 for 1 rows of an index of width 4"),
-        (Rows(["b"], torch.ones(2, 4), {}), "vectors of shape 2x4 for 1 rows"),
+        (Rows(["b\udcff"], torch.ones(1, 4), {}), "not valid Unicode"),
+        (Rows(["b"], torch.ones(1, 5), {}), "1x5 .expected 1x4"),
+        (Rows(["b"], torch.ones(2, 4), {}), "2x4 .expected 1x4"),
         (Rows(["b", "c"], torch.tensor([[0.0] * 4, [0, float("nan"), 0, 0]]), {}), "the vector of 'c' holds nan"),
         (Rows(["b"], torch.full((1, 4), 1e300, dtype=torch.float64), {}), "holds nan or infinity"),
         (Rows(["b"], torch.ones(1, 4), {"year": ["x"]}), "the column 'year' holds int and cannot hold str"),
         (Rows(["b"], torch.ones(1, 4), {"year": [1.5]}), "holds int and cannot hold float"),
         (Rows(["b"], torch.ones(1, 4), {"year": [True]}), "holds int and cannot hold bool"),
         (Rows(["b", "c"], torch.ones(2, 4), {"new": ["x", 1]}), "cannot hold"),
-        (Rows(["b"], torch.ones(1, 4), {"year": [2**63]}), "beyond 64 bits"),
-        (Rows(["b"], torch.ones(1, 4), {"new": [float("nan")]}), "give None where there is no number"),
-        (Rows(["b"], torch.ones(1, 4), {"new": ["\ud800"]}), "no valid Unicode"),
+        (Rows(["b"], torch.ones(1, 4), {"year": [2**63]}), "exceeds 64 bits"),
+        (Rows(["b"], torch.ones(1, 4), {"new": [float("nan")]}), "pass None for a missing number"),
+        (Rows(["b"], torch.ones(1, 4), {"new": ["\ud800"]}), "not valid Unicode"),
         (Rows(["b"], torch.ones(1, 4), {"new": ["x", "y"]}), "has 2 values for 1 rows"),
         *(
-            (Rows(["b"], torch.ones(1, 4), {name: ["x"]}), "a column cannot be called")
+            (Rows(["b"], torch.ones(1, 4), {name: ["x"]}), "invalid column name")
             for name in ("id", "row", "vector", "_rowid", "a.b", 'a"b', "a`b", "a\nb", "a\\b", "")
         ),
     ],
@@ -165,15 +165,15 @@ def test_rows_that_cannot_be_kept_are_refused_whole(place, rows, said):
 def test_questions_that_cannot_be_answered_are_refused(place):
     index = place.make(4)
     index.upsert(some("ab", year=[1, None]))
-    with pytest.raises(ConfigError, match="k is 0; ask for at least 1"):
+    with pytest.raises(ConfigError, match="k: 0"):
         index.search(torch.ones(1, 4), 0)
     with pytest.raises(DataError, match="queries of shape 1x3 for an index of width 4"):
         index.search(torch.ones(1, 3), 1)
     with pytest.raises(DataError, match="a query holds nan"):
         index.search(torch.full((1, 4), float("inf")), 1)
-    with pytest.raises(ConfigError, match="there is no column 'yeer'; there are id, year"):
+    with pytest.raises(ConfigError, match=r"there is no column 'yeer' .available: id, year"):
         index.search(torch.ones(1, 4), 1, where="yeer = 1")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be parsed"):
         index.scan(["id"], "year >")
     assert index.search(torch.empty(0, 4), 3) == []
     (hits,) = index.search(torch.ones(1, 4), 3, where="year > 5", columns=["year"])

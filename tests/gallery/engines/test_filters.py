@@ -1,5 +1,7 @@
 """The filter language: what it reads, what it refuses, and what it means."""
 
+import importlib
+
 import pytest
 import torch
 from filter_cases import KINDS, ROWS, filters, joined, negated
@@ -7,10 +9,15 @@ from hypothesis import given, settings
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.filters import Every, Some, lance_text, milvus_text, parse_filter, passing, pattern
+from union_igrot.gallery.engines.filters import AllOf, AnyOf, like_parts, matching, parse_filter
 from union_igrot.gallery.engines.memory import MemoryIndex
 
 COLUMNS = {"id": "str", **KINDS}
+
+
+def dialect(engine):
+    pytest.importorskip({"lance": "lance", "milvus": "pymilvus"}[engine])
+    return importlib.import_module(f"union_igrot.gallery.engines.{engine}").filter_text
 
 
 @pytest.mark.parametrize(
@@ -50,49 +57,49 @@ COLUMNS = {"id": "str", **KINDS}
 )
 def test_a_filter_is_written_for_each_engine(text, lance, milvus):
     condition = parse_filter(text, COLUMNS)
-    assert lance_text(condition) == lance
-    assert milvus_text(condition) == milvus
+    assert dialect("lance")(condition) == lance
+    assert dialect("milvus")(condition) == milvus
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "is empty"),
-        ("clas = 'dog'", "no column 'clas'; there are class, flag, id, size, taken by, year"),
-        ("class = 5", "'class' holds text and cannot be tested with = 5"),
-        ('class = "dog"', '"dog" stands where a constant is expected; text stands in single quotes'),
-        ("class = dog", "dog stands where a constant is expected"),
+        ("clas = 'dog'", "no column 'clas' .available: class, flag, id, size, taken by, year"),
+        ("class = 5", "'class' holds text, which = 5 does not fit"),
+        ('class = "dog"', 'instead of "dog".*single quotes'),
+        ("class = dog", "expected a constant instead of dog"),
         ("class = null", "write: is null"),
         ("class in ('a', null)", "write: is null"),
         ("class = 'dog", "a quote may be left open"),
-        ("case = 'dog'", 'case is a word of SQL, and as a name stands in double quotes: "case"'),
-        ("year = 1 and select = 'case'", 'select is a word of SQL, and as a name stands in double quotes: "select"'),
+        ("case = 'dog'", 'case is a keyword of SQL.*"case"'),
+        ("year = 1 and select = 'case'", 'select is a keyword of SQL.*"select"'),
         ("nonsense =", "something is missing here$"),
-        ("class = '\ud800'", "holds half a letter"),
+        ("class = '\ud800'", "not valid Unicode"),
         ("class =", "line 1, character 7"),
         ("class = 'dog' cat", r"character 17 \(near 'cat'\)"),
         ("(year = 1", r"Expecting \)"),
-        ("year like '2%'", "'year' holds whole numbers and cannot be tested with like"),
-        ("year + 1 = 2", r"year \+ 1 stands where a column's name"),
-        ("upper(class) = 'DOG'", r"UPPER\(class\) stands where a column's name"),
-        ("class = upper('dog')", "stands where a constant"),
-        ("photos.class = 'dog'", 'quote a name that is no single word: "my name"'),
-        ("flag < true", "'flag' holds true and false"),
-        ("flag is true", "is not part of the language"),
-        ("year", "'year' holds whole numbers"),
-        ("true", "is not part of the language"),
+        ("year like '2%'", "'year' holds integers, which like"),
+        ("year + 1 = 2", r"column name instead of year \+ 1"),
+        ("upper(class) = 'DOG'", r"column name instead of UPPER\(class\)"),
+        ("class = upper('dog')", "expected a constant"),
+        ("photos.class = 'dog'", 'quote a name that is not a single word: "my name"'),
+        ("flag < true", "'flag' holds booleans"),
+        ("flag is true", "is not supported"),
+        ("year", "'year' holds integers"),
+        ("true", "is not supported"),
         ("thumb = 'x'", "only: is null, is not null"),
         ("size = 1e999", "too large"),
         ("size = " + "9" * 400, "too large"),
-        ("class in ()", "is not part of the language"),
-        ("class in (select name from users)", "is not part of the language"),
+        ("class in ()", "is not supported"),
+        ("class in (select name from users)", "is not supported"),
         ("class = 'a'; drop table x", r"near|not part of the language"),
-        ("exists(select 1)", "is not part of the language"),
-        ("class ilike 'dog'", "is not part of the language"),
-        ("class like 'a\\b'", "a backslash stands before neither"),
-        ("class like 'a' escape 'b'", "is not part of the language"),
-        ("(" * 5000 + "year = 1" + ")" * 5000, "too many brackets"),
-        (" or ".join(["year = 1"] * 1001), "more than 1000 tests"),
+        ("exists(select 1)", "is not supported"),
+        ("class ilike 'dog'", "is not supported"),
+        ("class like 'a\\b'", "a backslash precedes neither"),
+        ("class like 'a' escape 'b'", "is not supported"),
+        ("(" * 5000 + "year = 1" + ")" * 5000, "too many nested"),
+        (" or ".join(["year = 1"] * 1001), "more than 1000 comparisons"),
     ],
 )
 def test_what_is_not_of_the_language_is_one_line_that_names_it(text, said):
@@ -104,27 +111,28 @@ def test_what_is_not_of_the_language_is_one_line_that_names_it(text, said):
 
 
 def test_like_beyond_a_beginning_is_refused_for_an_old_milvus():
-    milvus_text(parse_filter("class like 'do%' and class not like 'dog'", COLUMNS), patterns=False)
+    milvus_text = dialect("milvus")
+    milvus_text(parse_filter("class like 'do%' and class not like 'dog'", COLUMNS), False)
     with pytest.raises(ConfigError, match=r"needs Milvus 2\.4"):
-        milvus_text(parse_filter("class like '%og'", COLUMNS), patterns=False)
+        milvus_text(parse_filter("class like '%og'", COLUMNS), False)
 
 
 @pytest.mark.parametrize(("last", "following"), [("a", "b"), ("\ud7ff", "\ue000"), ("x\U0010ffff", "y")])
 def test_a_beginning_ends_before_the_next_text(last, following):
-    assert f'< "{following}"' in milvus_text(parse_filter(f"id like '{last}%'", COLUMNS))
+    assert f'< "{following}"' in dialect("milvus")(parse_filter(f"id like '{last}%'", COLUMNS))
 
 
 def test_a_pattern_is_taken_apart():
-    assert pattern("a\\%_b%%") == ["a%", "", "b", None, None]
-    assert pattern("") == []
+    assert like_parts("a\\%_b%%") == ["a%", "", "b", None, None]
+    assert like_parts("") == []
 
 
 def test_many_parts_are_read_without_recursion():
     text = " or ".join(f"year = {n}" for n in range(1000))
     condition = parse_filter(text, COLUMNS)
-    assert isinstance(condition, Some)
+    assert isinstance(condition, AnyOf)
     assert len(condition.parts) == 1000
-    assert isinstance(parse_filter("year = 1 and (size = 2 and flag)", COLUMNS), Every)
+    assert isinstance(parse_filter("year = 1 and (size = 2 and flag)", COLUMNS), AllOf)
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +144,16 @@ def filled():
 
 
 def test_the_meaning_is_that_of_sql(filled):
+    dialects = [dialect(one) for one in ("lance", "milvus")]
+
     @settings(max_examples=80, deadline=None)
     @given(filters())
     def agrees(case):
         text, holds = case
         condition = parse_filter(text, COLUMNS)
-        assert passing(condition, filled._values).tolist() == [holds(row) is True for row in ROWS], text
-        lance_text(condition)
-        milvus_text(condition)
+        assert matching(condition, filled._column).tolist() == [holds(row) is True for row in ROWS], text
+        for write in dialects:
+            write(condition)
 
     agrees()
 
@@ -160,5 +170,5 @@ def test_the_slow_meaning_is_itself_three_valued():
     "text", ["class like 'a' is null", "class not like 'a' escape 'b'", "year between symmetric 3 and 1"]
 )
 def test_parts_that_change_the_meaning_are_not_passed_over(text):
-    with pytest.raises(ConfigError, match=r"is not part of the language|stands where"):
+    with pytest.raises(ConfigError, match=r"is not supported|expected a column"):
         parse_filter(text, COLUMNS)

@@ -17,7 +17,7 @@ pa = pytest.importorskip("pyarrow")
 from killing import FORKS, kill_many  # noqa: E402 - needs what was looked for above
 
 from lance_tables import ids, made, some  # noqa: E402
-from union_igrot.gallery.engines import lance as engine, lance_ann  # noqa: E402
+from union_igrot.gallery.engines import lance as engine  # noqa: E402
 
 KILLS = 25
 
@@ -25,22 +25,22 @@ KILLS = 25
 def test_what_is_there_is_opened_as_it_is(uri):
     with pytest.raises(ConfigError, match=r"there is no index .*photos\.lance; make one"):
         open_index(uri)
-    with pytest.raises(ConfigError, match="give dim, the width"):
+    with pytest.raises(ConfigError, match="dim is None"):
         open_index(uri, create=True)
     made(uri, metadata={"model": "tiny"})
     assert made(uri, metadata={"model": "another"}).metadata == {"model": "tiny"}
     with pytest.raises(ConfigError, match="holds embeddings of width 4, not 5"):
         open_index(uri, dim=5)
-    with pytest.raises(ConfigError, match="cannot be kept as JSON"):
+    with pytest.raises(ConfigError, match="cannot be stored as JSON"):
         made(uri.replace("photos", "more"), metadata={"x": {1, 2}})
 
 
 def test_what_is_no_index_of_ours_is_left_alone(tmp_path):
     lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "foreign.lance"))
-    with pytest.raises(ConfigError, match="is a Lance table, but no index made here"):
+    with pytest.raises(ConfigError, match="is a Lance table but not an index"):
         made(str(tmp_path / "foreign.lance"))
     (tmp_path / "file.lance").write_text("not a table")
-    with pytest.raises(ConfigError, match="is a file; an index is a folder"):
+    with pytest.raises(ConfigError, match="is a file"):
         made(str(tmp_path / "file.lance"))
 
 
@@ -67,11 +67,11 @@ def test_an_object_store_that_is_wrongly_named_is_one_line(monkeypatch):
 def test_a_write_that_clashes_is_done_again_on_what_the_other_left(uri, monkeypatch):
     one, other = made(uri), made(uri)
     one.upsert(some(["old"]))
-    looked_up = engine._looked_up
+    find_ids = engine._find_ids
     clashes = []
 
     def and_meanwhile(table, names, columns):
-        found = looked_up(table, names, columns)
+        found = find_ids(table, names, columns)
         if len(clashes) < 3 and names[0] == "new":
             clashes.append(1)
             if len(clashes) == 1:
@@ -82,7 +82,7 @@ def test_a_write_that_clashes_is_done_again_on_what_the_other_left(uri, monkeypa
                 other.delete(["old"])
         return found
 
-    monkeypatch.setattr(engine, "_looked_up", and_meanwhile)
+    monkeypatch.setattr(engine, "_find_ids", and_meanwhile)
     one.upsert(Rows(["new", "own"], torch.full((2, 4), 9.0), {"who": ["one", "one"]}))
     assert len(clashes) == 3
     for index in (one, other, open_index(uri)):
@@ -96,12 +96,12 @@ def test_a_write_that_clashes_is_done_again_on_what_the_other_left(uri, monkeypa
 
 def test_a_write_that_always_clashes_ends_with_a_line(uri, monkeypatch):
     index = made(uri)
-    monkeypatch.setattr(engine, "_PATIENCE", 0.05)
+    monkeypatch.setattr(engine, "_RETRY_SECONDS", 0.05)
 
     def never(*_):
         raise OSError("Too many concurrent writers. Attempted 0 retries., /home/someone/rust/lance/src/x.rs:103:9")
 
-    monkeypatch.setattr(engine.LanceIndex, "_upserted", never)
+    monkeypatch.setattr(engine.LanceIndex, "_merge_rows", never)
     with pytest.raises(DataError, match=r"photos\.lance: Too many concurrent writers. Attempted 0 retries\.$"):
         index.upsert(some("a"))
 
@@ -195,7 +195,7 @@ def test_rows_of_one_place_stand_by_their_ids(uri):
 
 
 def test_many_small_writes_are_brought_together(uri, monkeypatch):
-    monkeypatch.setattr(engine, "_FRAGMENTS", 5)
+    monkeypatch.setattr(engine, "_WRITES_PER_COMPACTION", 5)
     index = made(uri)
     for step in range(12):
         index.upsert(some([f"p{step}"], seed=step))
@@ -206,7 +206,7 @@ def test_many_small_writes_are_brought_together(uri, monkeypatch):
 def test_a_tidying_that_others_always_outrun_is_left_for_later(uri, monkeypatch, caplog):
     index = made(uri)
     index.upsert(some("abc"))
-    monkeypatch.setattr(engine, "_PATIENCE", 0.2)
+    monkeypatch.setattr(engine, "_RETRY_SECONDS", 0.2)
 
     class Outrun:
         @staticmethod
@@ -215,7 +215,7 @@ def test_a_tidying_that_others_always_outrun_is_left_for_later(uri, monkeypatch,
 
     monkeypatch.setattr(lance.LanceDataset, "optimize", Outrun)
     index._compact(None)
-    assert "not yet brought together" in caplog.text
+    assert "not merged yet" in caplog.text
 
 
 def test_old_versions_go_after_an_hour(uri, monkeypatch):
@@ -233,17 +233,17 @@ def test_old_versions_go_after_an_hour(uri, monkeypatch):
 def test_the_approximate_index_fits_the_size(uri, monkeypatch):
     index = made(uri, dim=16)
     index.optimize()  # of nothing
-    assert lance_ann.built(index._latest()) is None
+    assert engine.ann_index(index._latest()) is None
     index.upsert(some([f"p{i}" for i in range(400)], 16))
     index.optimize()
-    assert lance_ann.built(index._latest()) == ("vector_ivf_flat_20", "IVF_FLAT", 20, 400)
+    assert engine.ann_index(index._latest()) == ("vector_ivf_flat_20", "IVF_FLAT", 20, 400)
     index.upsert(some([f"q{i}" for i in range(100)], 16, seed=1))
     index.optimize()  # a few rows more are put into what there is
-    assert lance_ann.built(index._latest()) == ("vector_ivf_flat_20", "IVF_FLAT", 20, 500)
-    monkeypatch.setattr(lance_ann, "FLAT_ROWS", 1000)
+    assert engine.ann_index(index._latest()) == ("vector_ivf_flat_20", "IVF_FLAT", 20, 500)
+    monkeypatch.setattr(engine, "FLAT_ROWS", 1000)
     index.upsert(some([f"r{i}" for i in range(1500)], 16, seed=2))
     index.optimize()  # many, and the index is made anew, of the other kind
-    assert lance_ann.built(index._latest()) == ("vector_ivf_rq_44", "IVF_RQ", 44, 2000)
+    assert engine.ann_index(index._latest()) == ("vector_ivf_rq_44", "IVF_RQ", 44, 2000)
     queries = some([str(i) for i in range(20)], 16, seed=3).vectors
     exact, near = (index.search(queries, 10, mode=how) for how in ("exact", "ann"))
     assert sum(len(set(a.ids) & set(b.ids)) for a, b in zip(exact, near, strict=True)) >= 190
@@ -276,15 +276,15 @@ def test_single_rows_added_one_by_one_leave_few_files(uri):
         index.upsert(some([f"q{step}"], seed=step))
         index.optimize()
     assert len(index._latest().get_fragments()) <= 8
-    assert lance_ann.built(index._latest()).rows == len(index) == 330
+    assert engine.ann_index(index._latest()).rows == len(index) == 330
 
 
 def test_auto_takes_the_approximate_index_where_the_gallery_is_large(uri, monkeypatch):
     index = made(uri)
     index.upsert(some([f"p{i}" for i in range(50)]))
     asked = []
-    near = lance_ann.nearest
-    monkeypatch.setattr(lance_ann, "nearest", lambda *given: (asked.append(1), near(*given))[1])
+    near = engine.search_ann
+    monkeypatch.setattr(engine, "search_ann", lambda *given: (asked.append(1), near(*given))[1])
     monkeypatch.setattr(engine, "AUTO_EXACT", 10)
     index.search(torch.ones(1, 4), 1)
     assert not asked  # there is none yet

@@ -22,7 +22,7 @@ from union_igrot.gallery.engines.base import Rows
 from union_igrot.gallery.engines.factory import open_index
 
 pytest.importorskip("pymilvus", reason='the extra "milvus" is not installed')
-from union_igrot.gallery.engines import milvus as engine, milvus_forms as forms
+from union_igrot.gallery.engines import milvus as engine
 
 (SERVED,) = (engine for engine in FAR if engine.values == ("milvus",))
 
@@ -35,41 +35,43 @@ def served(request, tmp_path):
 
 
 def test_an_address_is_taken_apart():
-    assert forms.address_of("milvus://host/photos") == ("http://host:19530", "photos", "", "")
-    assert forms.address_of("milvus+tls://host:443/photos") == ("https://host:443", "photos", "", "")
-    assert forms.address_of("milvus://ann:a%40b@[::1]:7/p_1") == ("http://[::1]:7", "p_1", "ann", "a@b")
+    assert engine.parse_address("milvus://host/photos") == ("http://host:19530", "photos", "", "")
+    assert engine.parse_address("milvus+tls://host:443/photos") == ("https://host:443", "photos", "", "")
+    assert engine.parse_address("milvus://ann:a%40b@[::1]:7/p_1") == ("http://[::1]:7", "p_1", "ann", "a@b")
 
 
 def test_a_version_is_read():
-    assert [forms.version_of(text) for text in ("v2.3.5-lite", "2.10.1", "unknown")] == [(2, 3), (2, 10), (0, 0)]
+    assert [engine.parse_version(text) for text in ("v2.3.5-lite", "2.10.1", "unknown")] == [(2, 3), (2, 10), (0, 0)]
 
 
 def test_rows_that_milvus_cannot_take_are_refused_before_it_is_asked():
     def entities(name, **columns):
-        return list(forms.entities_of(Rows([name], torch.ones(1, 2), {key: [value] for key, value in columns.items()})))
+        return list(
+            engine.to_entities(Rows([name], torch.ones(1, 2), {key: [value] for key, value in columns.items()}))
+        )
 
     (one,) = entities("a", year=2020, nothing=None, thumb=b"\x00\x01")
     assert one.pop("vector").tolist() == [1, 1]
     assert one == {"id": "a", "c_year": 2020, "c_thumb": "AAE="}
-    with pytest.raises(DataError, match=r"the columns of 'a' take 80,0\d\d bytes, and Milvus keeps 65,536 a row"):
+    with pytest.raises(DataError, match=r"the columns of 'a' take 80,0\d\d bytes, too many for Milvus"):
         entities("a", thumb=b"x" * 60_000)
-    with pytest.raises(DataError, match="takes more than 65,535 bytes"):
+    with pytest.raises(DataError, match="at most 65,535 bytes"):
         entities("\u00fc" * 40_000)
 
 
 def test_requests_stay_below_a_size():
     rows = Rows([str(i) for i in range(300)], torch.ones(300, 1000), {"text": ["x" * 60_000] * 300})
-    requests = list(forms.requests_of(list(forms.entities_of(rows)), 1000))
+    requests = list(engine.split_requests(list(engine.to_entities(rows)), 1000))
     assert [one["id"] for request in requests for one in request] == rows.ids
-    assert max(map(len, requests)) * 64_000 <= forms.ASKED_BYTES
+    assert max(map(len, requests)) * 64_000 <= engine.REQUEST_BYTES
     assert len(requests) == 3
-    assert list(forms.requests_of([], 3)) == []
+    assert list(engine.split_requests([], 3)) == []
 
 
 def test_what_is_no_index_of_ours_is_left_alone(served):
     with pytest.raises(ConfigError, match=r"there is no index milvus://.*; make one"):
         open_index(served.uri)
-    with pytest.raises(ConfigError, match="give dim, the width"):
+    with pytest.raises(ConfigError, match="dim is None"):
         open_index(served.uri, create=True)
     index = served.make(4, {"model": "tiny"})
     with pytest.raises(ConfigError, match="holds embeddings of width 4, not 5"):
@@ -78,7 +80,7 @@ def test_what_is_no_index_of_ours_is_left_alone(served):
     client = index._client
     client.create_collection("foreign_one", dimension=4)
     try:
-        with pytest.raises(ConfigError, match="is a Milvus collection, but no index made here"):
+        with pytest.raises(ConfigError, match="is a Milvus collection but not an index"):
             open_index(served.uri.rsplit("/", 1)[0] + "/foreign_one")
     finally:
         client.drop_collection("foreign_one")
@@ -159,8 +161,8 @@ def test_who_is_killed_between_two_indexes_leaves_what_can_be_opened(served):
 def test_an_answer_has_a_largest_size(served, monkeypatch):
     index = served.make(2)
     index.upsert(Rows([str(i) for i in range(30)], torch.ones(30, 2), {"n": list(range(30))}))
-    monkeypatch.setattr(engine, "MOST", 20)
-    with pytest.raises(ConfigError, match="k is 25, and Milvus gives 20 answers at most"):
+    monkeypatch.setattr(engine, "MAX_HITS", 20)
+    with pytest.raises(ConfigError, match=r"k: 25 .Milvus returns at most 20"):
         index.search(torch.ones(1, 2), 25)
     (hits,) = index.search(torch.ones(1, 2), 25, where="n < 15")
     assert hits.ids == [str(i) for i in range(15)]
@@ -194,7 +196,7 @@ def test_a_server_that_went_away_is_one_line(served, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(index._client, "search", gone)
-        with pytest.raises(DataError, match="server unavailable: connection refused; is the server there"):
+        with pytest.raises(DataError, match="server unavailable: connection refused; check that the server"):
             index.search(torch.ones(1, 4), 1)
 
 
@@ -256,5 +258,5 @@ def test_an_encrypted_connection_and_one_that_is_not_trusted(served, tmp_path):
         trusted = os.environ | {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "cert.pem")}
         done = subprocess.run(asked, env=trusted, capture_output=True, text=True, timeout=120, check=False)
         assert done.stdout == "['a'] {'model': 'tiny'}\n", done.stderr
-        with pytest.raises(DataError, match=r"milvus\+tls://localhost:\d+/.*is the server there, and is it well\?"):
+        with pytest.raises(DataError, match=r"milvus\+tls://localhost:\d+/.*check that the server"):
             open_index(uri)

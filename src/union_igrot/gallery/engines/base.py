@@ -1,9 +1,4 @@
-"""The interface of a gallery's index: rows of embeddings with columns, written, removed and searched.
-
-One row is one image. Engines differ in where the rows lie and how many machines hold
-them; callers see this class alone. Does not know models, images or folders, nor what an
-embedding stands for.
-"""
+"""`VectorIndex`: rows of embeddings with columns that are written, removed and searched, whatever the engine."""
 
 import json
 import math
@@ -12,23 +7,40 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.engines.filters import ColumnKind
+from union_igrot.evaluation import exact
+from union_igrot.gallery.engines.filters import ColumnKind, Condition, parse_filter
+from union_igrot.types import Ranking
 
 ColumnValue = str | int | float | bool | bytes | None
-"""What a column may hold."""
+"""A value of a column."""
 SearchMode = Literal["exact", "ann", "auto"]
-"""Exact search, approximate search, or what fits the size, which is exact up to `AUTO_EXACT` rows."""
-AUTO_EXACT = 200_000
-"""Rows up to which `auto` searches exactly where the engine has the choice, in tens of milliseconds a query."""
+"""Exact search, approximate search, or a choice by size, which is exact up to `AUTO_EXACT` rows."""
+AUTO_EXACT: Final = 200_000
+"""Rows up to which `auto` is exact, at tens of milliseconds per query."""
+SCAN_BATCH: Final = 4096
+"""Rows in a batch of `scan`."""
+NO_ANN: Final = "there is no approximate index"
+RESERVED: Final = ("id", "row", "vector")
+"""Column names that engines use themselves."""
 
-Own = TypeVar("Own", bound="VectorIndex")
+IndexT = TypeVar("IndexT", bound="VectorIndex")
+_GATHERED_TILES: Final = 4
+_INT64: Final = 2**63
+_KINDS: Final[tuple[tuple[type, ColumnKind], ...]] = (
+    (bool, "bool"),  # a bool is an int too
+    (int, "int"),
+    (float, "float"),
+    (str, "str"),
+    (bytes, "bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,10 +48,10 @@ class Rows:
     """Some rows of an index.
 
     Attributes:
-        ids: What each row is called; unique in an index.
-        vectors: Their embeddings, float32.
-        columns: Further values by column name, one a row. An index has every column in which
-            it ever took a value; a row without one holds None there.
+        ids: Unique in an index.
+        vectors: Embeddings, float32.
+        columns: Further values by column name, one per row. An index has every column of which it ever got a value;
+            rows without one hold None.
     """
 
     ids: Sequence[str]
@@ -49,33 +61,39 @@ class Rows:
 
 @dataclass(frozen=True)
 class IndexHits:
-    """The answers to one query, best first.
+    """The rows found for one query, best first.
 
     Attributes:
-        ids: The rows found; fewer than asked for where fewer rows pass the filter.
-        scores: Dot product of query and row, float32.
-        columns: The asked-for columns of the rows found.
+        ids: Fewer than k if fewer rows pass the filter.
+        scores: Dot products of query and rows, float32.
+        columns: The requested columns of these rows.
     """
 
     ids: Sequence[str]
     scores: Float[Tensor, " found"]
     columns: Mapping[str, Sequence[ColumnValue]]
 
+    @classmethod
+    def empty(cls, columns: Sequence[str]) -> "IndexHits":
+        """Return the result of a query without hits."""
+        return cls([], torch.empty(0), {name: [] for name in columns})
+
 
 class VectorIndex(ABC):
-    """A gallery's embeddings on some engine.
+    """The index of a gallery. One row is one image.
 
-    A write that returned is there for every later reader, also after the process was killed
-    (but for the in-memory engine), and one that did not return is there whole or not at all
-    (on Milvus, whole requests of it may be there). Writers in several processes do not wait
-    for each other; of two that write one id at once, one is the later. What an engine cannot
-    do in time or at all, as when a disk is full or a server away, is a DataError.
+    A write that returned is visible to every later reader, even if the process is killed afterwards (except in
+    memory). A write that did not return is visible as a whole or not at all (on Milvus, whole requests of it may be
+    visible). Writers in several processes do not block each other; if two write the same id, the last one wins.
+    Failures of the engine, such as a full disk or an unreachable server, are a DataError.
+
+    A new engine implements the abstract methods, whose arguments are validated, and is made known by
+    `factory.register_engine`.
 
     Attributes:
-        uri: Where the index lies, as the user gave it.
+        uri: The location of the index, as the user wrote it.
         dim: Width of the embeddings.
-        metadata: What was stored with the index when it was made: the model's fingerprint and
-            whatever else its maker wanted kept; JSON values.
+        metadata: JSON values stored when the index was created: the model's fingerprint and description.
     """
 
     uri: str
@@ -89,44 +107,88 @@ class VectorIndex(ABC):
     @property
     @abstractmethod
     def columns(self) -> Mapping[str, ColumnKind]:
-        """Name the columns, `id` aside, and what each holds besides None."""
+        """The kind of each column, `id` excluded."""
 
     @abstractmethod
+    def _upsert(self, rows: Rows, new: Mapping[str, ColumnKind]) -> None:
+        """Write at least one row, and create the new columns."""
+
+    @abstractmethod
+    def _delete(self, ids: Sequence[str]) -> int:
+        """Remove rows by distinct ids, at least one."""
+
+    @abstractmethod
+    def _fetch(self, ids: Sequence[str]) -> Rows:
+        """Return those rows of distinct ids that exist, in any order, with all columns."""
+
+    @abstractmethod
+    def _scan(
+        self, columns: Sequence[str], condition: Condition | None
+    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]: ...
+
+    @abstractmethod
+    def _search(
+        self,
+        queries: Float32[Tensor, "queries dim"],
+        k: int,
+        condition: Condition | None,
+        mode: SearchMode,
+        columns: Sequence[str],
+    ) -> list[IndexHits]: ...
+
+    @abstractmethod
+    def optimize(self) -> None:
+        """Build or update the approximate index and compact the storage; searches go on meanwhile."""
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing open
+        """Release files and connections."""
+
     def upsert(self, rows: Rows) -> None:
-        """Write rows; one whose id is there is replaced whole and keeps its place in the order.
+        """Write rows; an existing row of the same id is replaced as a whole and keeps its position in the order.
 
         Raises:
-            DataError: Where ids repeat, widths differ, a number is not finite, a column holds
-                values of another type than before, or has a name that an engine cannot keep.
+            DataError: If ids repeat, widths differ, a number is not finite, a column holds values of another kind
+                than before, or its name is not allowed.
         """
+        rows, new = validate_rows(rows, self.dim, self.columns)
+        if rows.ids:
+            self._upsert(rows, new)
 
-    @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove rows; give how many of them were there."""
+        """Remove rows and return how many existed."""
+        validate_ids(ids)
+        return self._delete(list(dict.fromkeys(ids))) if ids else 0
 
-    @abstractmethod
     def fetch(self, ids: Sequence[str]) -> Rows:
         """Read rows in the order of the ids.
 
         Raises:
-            DataError: Naming the ids that are not there.
+            DataError: If ids do not exist; names them.
         """
+        validate_ids(ids)
+        found = self._fetch(list(dict.fromkeys(ids)))
+        position = {name: i for i, name in enumerate(found.ids)}
+        if absent := [name for name in ids if name not in position]:
+            shown = ", ".join(map(repr, absent[:3])) + (", ..." if len(absent) > 3 else "")
+            raise DataError(f"{len(absent)} rows are not in {self.uri}: {shown}; scan(['id']) lists the ids")
+        order = [position[name] for name in ids]
+        columns = {name: [values[i] for i in order] for name, values in found.columns.items()}
+        return Rows(list(ids), found.vectors[order], columns)
 
-    @abstractmethod
     def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
-        """Read columns of all rows in batches, in the order the rows were first written.
+        """Read columns of all rows in batches, in the order in which the rows were first written.
 
-        What is written after the call is not seen (but on Milvus, which may show it).
+        Later writes are not seen (on Milvus, they may be).
 
         Args:
-            columns: Their names; `id` gives the ids. One that no row has is all None.
-            where: A filter; see `index.where`.
+            columns: Column names; `id` for the ids. An unknown column is all None.
+            where: A filter; see `gallery.engines.filters`.
 
         Raises:
-            ConfigError: Where the filter is not valid.
+            ConfigError: If the filter is invalid.
         """
+        return self._scan(columns, self._condition(where))
 
-    @abstractmethod
     def search(
         self,
         queries: Float[Tensor, "queries dim"],
@@ -138,73 +200,100 @@ class VectorIndex(ABC):
     ) -> list[IndexHits]:
         """Find the k rows of largest dot product for each query.
 
-        Equal scores of an exact search stand in the order in which rows were first written.
+        Equal scores of an exact search are ordered by first write.
 
         Args:
             queries: Embeddings.
-            k: How many answers, at least 1.
-            where: A filter that rows must pass, applied before ranking; see `index.where`.
-            mode: Exact, approximate, or as fits the size.
-            columns: Which columns to read of the rows found, as in `scan`.
+            k: Number of hits, at least 1.
+            where: A filter that is applied before ranking; see `gallery.engines.filters`.
+            mode: `exact`, `ann` (approximate) or `auto`.
+            columns: Columns to read of the rows found, as in `scan`.
 
         Returns:
-            One answer a query; empty ones where no row passes.
+            One result per query, empty if no row passes the filter.
 
         Raises:
-            ConfigError: Where k or the filter is not valid, or `ann` is asked for and there
-                is no approximate index.
-            DataError: Where the queries' width is another, or one is not finite.
+            ConfigError: If k, the mode or the filter is invalid, there is no approximate index for `ann`, or the
+                index is too large for `exact`.
+            DataError: If the queries have another width or are not finite.
         """
+        if mode not in get_args(SearchMode):
+            raise ConfigError(f"invalid value for mode: {mode!r} (expected one of {', '.join(get_args(SearchMode))})")
+        queries = validate_queries(queries, self.dim, k)
+        condition = self._condition(where)
+        return self._search(queries, k, condition, mode, columns) if len(queries) else []
 
-    @abstractmethod
-    def optimize(self) -> None:
-        """Build or renew the approximate index and tidy the storage; searching goes on meanwhile."""
+    def _condition(self, where: str | None) -> Condition | None:
+        return None if where is None else parse_filter(where, {"id": "str", **self.columns})
 
-    def close(self) -> None:  # noqa: B027 - most engines hold nothing open
-        """Let go of files and connections."""
-
-    def __enter__(self: Own) -> Own:
+    def __enter__(self: IndexT) -> IndexT:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r}, dim {self.dim})"
 
-RESERVED: Final = ("id", "row", "vector")
-"""Names that a column cannot have, as engines keep something of their own there."""
 
-_INT64: Final = 2**63
-_KINDS: Final[tuple[tuple[type, ColumnKind], ...]] = (
-    (bool, "bool"),  # a bool is an int too
-    (int, "int"),
-    (float, "float"),
-    (str, "str"),
-    (bytes, "bytes"),
-)
+def topk_of_rows(
+    queries: Float32[Tensor, "queries dim"],
+    vectors: Float32[Tensor, "all dim"],
+    rows: Int64[np.ndarray, " rows"] | None,
+    k: int,
+) -> Ranking:
+    """Find the k best of some rows of a matrix: `exact_topk(queries, vectors[rows], k)`, without the full copy.
+
+    Rows are copied a few tiles at a time. Scores equal those of the full copy to the last bit, since each piece starts
+    on the grid of tiles, and the last one, whose final tile reaches back, holds a whole tile.
+
+    Args:
+        queries: Embeddings.
+        vectors: The matrix.
+        rows: Row numbers; None for all rows.
+        k: Number of hits, at most as many as there are rows.
+
+    Returns:
+        Positions in `rows`, and scores.
+    """
+    if rows is None:
+        return exact.exact_topk(queries, vectors, k)
+    tile = exact.TILE[1]
+    starts = range(0, max(1, len(rows) - tile + 1), _GATHERED_TILES * tile)
+    positions, scores = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
+    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        piece = vectors[torch.from_numpy(rows[start:end])]
+        found = exact.exact_topk(queries, piece, min(k, len(piece)))
+        positions = torch.cat([positions, found.positions + start], dim=1)
+        # The sort is stable: of equal scores, the earlier row stays in front.
+        scores, order = torch.cat([scores, found.scores], dim=1).sort(dim=1, descending=True, stable=True)
+        positions, scores = positions.gather(1, order)[:, :k], scores[:, :k]
+    return Ranking(positions, scores)
 
 
 def validate_rows(rows: Rows, dim: int, kinds: Mapping[str, ColumnKind]) -> tuple[Rows, dict[str, ColumnKind]]:
-    """Check rows and bring them into one form.
+    """Check rows and normalize their values.
 
     Args:
-        rows: What a caller gave.
+        rows: The rows.
         dim: Width of the index.
-        kinds: The columns it has.
+        kinds: The existing columns.
 
     Returns:
-        The rows, their vectors float32 on the CPU, whole numbers in a column of numbers made
-        floats, columns without any value left out; and the kinds of the columns that are new.
+        The rows, with vectors in float32 on the CPU, integers in a float column as floats, and without columns that
+        hold no value; and the kinds of the new columns.
 
     Raises:
-        DataError: Where ids, vectors or columns cannot be kept.
+        DataError: If ids, vectors or columns cannot be stored.
     """
     validate_ids(rows.ids)
     if len(set(rows.ids)) != len(rows.ids):
-        twice = max(rows.ids, key=Counter(rows.ids).__getitem__)
-        raise DataError(f"the id {twice!r} stands twice among {len(rows.ids)} rows; give each row once")
+        repeated = max(rows.ids, key=Counter(rows.ids).__getitem__)
+        raise DataError(f"the id {repeated!r} is repeated among {len(rows.ids)} rows; pass each row once")
     if rows.vectors.shape != (len(rows.ids), dim):
-        given = "x".join(str(size) for size in rows.vectors.shape)
-        raise DataError(f"vectors of shape {given} for {len(rows.ids)} rows of an index of width {dim}")
+        raise DataError(
+            f"invalid shape of vectors: {_shape(rows.vectors)} (expected {len(rows.ids)}x{dim}: rows x index width)"
+        )
     vectors = rows.vectors.detach().to("cpu", torch.float32).contiguous()
     wrong = (~vectors.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if wrong:
@@ -213,44 +302,45 @@ def validate_rows(rows: Rows, dim: int, kinds: Mapping[str, ColumnKind]) -> tupl
     columns: dict[str, Sequence[ColumnValue]] = {}
     for name, values in rows.columns.items():
         if len(values) != len(rows.ids):
-            raise DataError(f"the column {name!r} has {len(values)} values for {len(rows.ids)} rows; give one each")
-        kind = _kind_of(name, values, kinds.get(name))
+            raise DataError(f"the column {name!r} has {len(values)} values for {len(rows.ids)} rows")
+        kind = _column_kind(name, values, kinds.get(name))
         if kind is not None:
             if name not in kinds:
                 _check_name(name)
                 new[name] = kind
-            columns[name] = [None if value is None else _FORMS[kind](name, value) for value in values]
+            columns[name] = [None if value is None else _NORMALIZED[kind](name, value) for value in values]
     return Rows(list(rows.ids), vectors, columns), new
 
 
 def validate_ids(ids: Sequence[str]) -> None:
-    """Refuse ids that cannot be kept.
+    """Check that ids can be stored.
 
     Raises:
-        DataError: Where one is no text, empty, or holds what is no Unicode text (a path's odd bytes).
+        DataError: If one is not a string, empty, or not valid Unicode (as undecodable bytes of a path).
     """
     if isinstance(ids, str):
-        raise DataError(f"ids are a list of texts; got the text {ids!r}")
-    for one in ids:
-        if not isinstance(one, str):
-            raise DataError(f"the id {one!r} is {type(one).__name__}; give a text")
-        if not one:
-            raise DataError("an id is empty; give each row a name")
-        _check_text("the id", one)
+        raise DataError(f"invalid ids: {ids!r} (expected a list of strings)")
+    for name in ids:
+        if not isinstance(name, str):
+            raise DataError(f"invalid id: {name!r} (expected a string, not {type(name).__name__})")
+        if not name:
+            raise DataError("an id is empty (expected a name for each row)")
+        _check_unicode("the id", name)
 
 
 def validate_queries(queries: Float[Tensor, "queries dim"], dim: int, k: int) -> Float32[Tensor, "queries dim"]:
-    """Check a search, and bring its queries to float32 on the CPU.
+    """Check the arguments of a search, and return the queries in float32 on the CPU.
 
     Raises:
-        ConfigError: Where k is not at least 1.
-        DataError: Where the queries' width is another, or one is not finite.
+        ConfigError: If k is not at least 1.
+        DataError: If the queries have another width or are not finite.
     """
     if k < 1:
-        raise ConfigError(f"k is {k}; ask for at least 1 answer")
+        raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
     if queries.ndim != 2 or queries.shape[1] != dim:
-        given = "x".join(str(size) for size in queries.shape)
-        raise DataError(f"queries of shape {given} for an index of width {dim}; was it made by another model?")
+        raise DataError(
+            f"queries of shape {_shape(queries)} for an index of width {dim}; embed them with the model of the index"
+        )
     if not queries.isfinite().all():
         raise DataError("a query holds nan or infinity; encode it again")
     return queries.detach().to("cpu", torch.float32)
@@ -260,71 +350,86 @@ def dump_metadata(metadata: Mapping[str, Any] | None) -> str:
     """Serialize metadata as JSON.
 
     Raises:
-        ConfigError: Where it holds what JSON cannot.
+        ConfigError: If a value is not a JSON value.
     """
     try:
         return json.dumps(dict(metadata or {}), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the metadata cannot be kept as JSON ({error})") from None
+        raise ConfigError(f"the metadata cannot be stored as JSON ({error})") from None
 
 
-def _kind_of(name: str, values: Sequence[ColumnValue], kept: ColumnKind | None) -> ColumnKind | None:
-    """Find what a column holds; None where no value says it."""
-    found = {_kind(name, value) for value in values if value is not None}
-    kind = kept or ("float" if found == {"int", "float"} else next(iter(found), None))
+def required_dim(uri: str, dim: int | None) -> int:
+    """Return the width of an index to create.
+
+    Raises:
+        ConfigError: If it is missing or less than 1.
+    """
+    if dim is None or dim < 1:
+        raise ConfigError(f"cannot create {uri}: dim is {dim} (expected the width of the embeddings)")
+    return dim
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _column_kind(name: str, values: Sequence[ColumnValue], existing: ColumnKind | None) -> ColumnKind | None:
+    """Return the kind of a column, or None if all values are None."""
+    found = {_value_kind(name, value) for value in values if value is not None}
+    kind = existing or ("float" if found == {"int", "float"} else next(iter(found), None))
     allowed = {"int", "float"} if kind == "float" else {kind}
     if found - allowed:
-        held = f"holds {kind}" if kept else f"holds {kind} in one row"
+        held = f"holds {kind}" if existing else f"holds {kind} in one row"
         raise DataError(f"the column {name!r} {held} and cannot hold {', '.join(sorted(found - allowed))}")
     return kind
 
 
-def _kind(name: str, value: object) -> ColumnKind:
-    for kind, called in _KINDS:
-        if isinstance(value, kind):
-            return called
+def _value_kind(name: str, value: object) -> ColumnKind:
+    for python_type, kind in _KINDS:
+        if isinstance(value, python_type):
+            return kind
     raise DataError(
-        f"the column {name!r} holds a {type(value).__name__}; give str, int, float, bool, bytes or None "
-        "(.item() makes one of a numpy number)"
+        f"invalid value in the column {name!r}: {type(value).__name__} (expected str, int, float, bool, bytes or None; "
+        ".item() converts a numpy scalar)"
     )
 
 
 def _check_name(name: str) -> None:
-    _check_text("the column's name", name)
+    _check_unicode("the column name", name)
     if not name or name in RESERVED or name.startswith("_") or not name.isprintable() or set(name) & set('."`\\'):
         raise DataError(
-            f"a column cannot be called {name!r}: not {', '.join(RESERVED)}, no '_' in front, and no dot, quote, "
-            "backquote, backslash or control character; rename it"
+            f"invalid column name: {name!r} (not {', '.join(RESERVED)}, no leading '_', and no dot, quote, backquote, "
+            "backslash or control character); rename it"
         )
 
 
-def _check_text(what: str, text: str) -> None:
+def _check_unicode(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{what} {text!r} is no valid Unicode text; rename it") from None
+        raise DataError(f"{what} {text!r} is not valid Unicode; rename it") from None
 
 
-def _text(name: str, value: Any) -> str:
-    _check_text(f"in the column {name!r}", value)
+def _string(name: str, value: Any) -> str:
+    _check_unicode(f"in the column {name!r}", value)
     return str(value)
 
 
-def _whole(name: str, value: Any) -> int:
+def _integer(name: str, value: Any) -> int:
     if not -_INT64 < value < _INT64:
-        raise DataError(f"the column {name!r} holds {value}, which is beyond 64 bits; give it as text")
+        raise DataError(f"the column {name!r} holds {value}, which exceeds 64 bits; pass it as text")
     return int(value)
 
 
 def _number(name: str, value: Any) -> float:
     if not math.isfinite(value):
-        raise DataError(f"the column {name!r} holds {value}; give None where there is no number")
+        raise DataError(f"the column {name!r} holds {value}; pass None for a missing number")
     return float(value) + 0.0  # engines do not agree on whether -0.0 equals 0.0
 
 
-_FORMS: Final[Mapping[ColumnKind, Callable[[str, Any], ColumnValue]]] = {
-    "str": _text,
-    "int": _whole,
+_NORMALIZED: Final[Mapping[ColumnKind, Callable[[str, Any], ColumnValue]]] = {
+    "str": _string,
+    "int": _integer,
     "float": _number,
     "bool": lambda _, value: bool(value),
     "bytes": lambda _, value: bytes(value),

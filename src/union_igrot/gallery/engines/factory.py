@@ -1,81 +1,141 @@
-"""Open an index by its URI.
-
-Knows which engine a URI means and what has to be installed for it. Does not know how the
-engines work, and imports none but the one that is meant.
-"""
+"""Open an index by its URI, with the engine registered for its scheme or suffix."""
 
 import importlib.util
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Final, NamedTuple
 
 from union_igrot.errors import ConfigError
-from union_igrot.gallery.engines.base import VectorIndex
+from union_igrot.gallery.engines.base import VectorIndex, required_dim
+from union_igrot.storage.paths import absolute
 
+MEMORY: Final = "memory:"
+"""The URI of an index in memory."""
 FORMS: Final = (
     "photos.lance (a folder), s3://bucket/photos.lance (also gs://, az://), milvus://host:19530/collection, or memory:"
 )
-"""What an index can be called."""
+"""The URIs of the built-in engines."""
+ENTRY_POINTS: Final = "union_igrot.engines"
+"""Group of entry points by which packages add engines; an entry's name is a scheme or suffix, its value an opener."""
 
-_STORES: Final = ("s3", "gs", "az")
+
+EngineOpener = Callable[..., VectorIndex]
+"""`opener(uri, dim=..., metadata=..., create=...)`: opens or, if `create` is set, creates an index."""
+
+
+class _Engine(NamedTuple):
+    opener: EngineOpener
+    stores: tuple[str, ...]
+
+
+def register_engine(name: str, opener: EngineOpener, *, stores: tuple[str, ...] = ()) -> None:
+    """Register an engine.
+
+    Args:
+        name: What selects the engine: a URI scheme such as `milvus`, or the suffix of a local path such as `.lance`.
+        opener: Opens an index, usually the class of the engine.
+        stores: Further URI schemes under which the suffix is accepted, such as `s3`.
+
+    Raises:
+        ConfigError: If the name is neither a scheme nor a suffix.
+    """
+    if not re.fullmatch(r"\.\w+|[A-Za-z][A-Za-z0-9+.-]+", name):
+        raise ConfigError(f"invalid name of an engine: {name!r} (expected a URI scheme or a suffix such as .lance)")
+    _ENGINES[name.lower()] = _Engine(opener, stores)
+
+
+def uri_scheme(uri: str) -> str:
+    """Return the scheme of a URI in lower case, empty for a local path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
+    return found.group(1).lower() if found else ""
+
+
+def local_path(uri: str) -> str | None:
+    """Return the absolute path of an index on this machine's disk, or None for any other index."""
+    return None if uri_scheme(uri) else absolute(uri)
 
 
 def open_index(
     uri: str, *, dim: int | None = None, metadata: Mapping[str, Any] | None = None, create: bool = False
 ) -> VectorIndex:
-    """Open an index, or make it.
+    """Open or create an index.
 
     Args:
-        uri: Where it lies; see `FORMS`.
-        dim: Width of the embeddings; needed where it is made, compared where it is there.
-        metadata: What to keep with it where it is made: JSON values. One that is there keeps its own.
-        create: Whether to make it where there is none.
+        uri: Its location; see `FORMS`.
+        dim: Width of the embeddings; required to create an index, compared with that of an existing one.
+        metadata: JSON values to store in a new index. An existing one keeps its own.
+        create: Whether to create the index if there is none.
 
     Raises:
-        ConfigError: Where the URI has no known form, what the engine needs is not installed,
-            there is no index and none is to be made, or its width is another.
-        DataError: Where it cannot be read, made or reached.
+        ConfigError: If no engine is registered for the URI, the engine needs a package that is not installed, there
+            is no index and `create` is not set, or the width differs.
+        DataError: If the index cannot be read, created or reached.
     """
-    scheme = found.group(1).lower() if (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)) else ""
-    if uri == "memory:":
-        from union_igrot.gallery.engines.memory import MemoryIndex  # noqa: PLC0415 - engines are imported when they are meant
-
-        if not create:
-            raise ConfigError("memory: holds nothing that could be opened; make one, with create=True")
-        return MemoryIndex(_given(uri, dim), metadata)
-    shown = without_password(uri)
-    if scheme in ("milvus", "milvus+tls"):
-        _installed("pymilvus", "milvus", shown)
-        from union_igrot.gallery.engines.milvus import MilvusIndex  # noqa: PLC0415
-
-        opened: VectorIndex = MilvusIndex(uri, dim=dim, metadata=metadata, create=create)
-    elif scheme in ("", *_STORES) and uri.rstrip("/").endswith(".lance"):
-        _installed("lance", "gallery", uri)
-        from union_igrot.gallery.engines.lance import LanceIndex  # noqa: PLC0415
-
-        opened = LanceIndex(uri, dim=dim, metadata=metadata, create=create)
-    else:
-        raise ConfigError(f"{shown!r} is not the name of an index; give {FORMS}")
-    if dim is not None and opened.dim != dim:
-        opened.close()
+    engine, shown = _find_engine(uri), without_password(uri)
+    if engine is None:
+        raise ConfigError(f"{shown!r} is not the name of an index (expected {FORMS})")
+    index = engine.opener(uri, dim=dim, metadata=metadata, create=create)
+    if dim is not None and index.dim != dim:
+        index.close()
         raise ConfigError(
-            f"{shown} holds embeddings of width {opened.dim}, not {dim}; open it with the model it was made with, "
-            "or make another index"
+            f"{shown} holds embeddings of width {index.dim}, not {dim}; open it with the model it was made with, or "
+            "make another index"
         )
-    return opened
+    return index
 
 
 def without_password(uri: str) -> str:
-    """Return a URI as it may be shown: without user and password."""
+    """Return a URI without user and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def _given(uri: str, dim: int | None) -> int:
-    if dim is None:
-        raise ConfigError(f"{uri} has to be made: give dim, the width of the embeddings")
-    return dim
+def _find_engine(uri: str) -> _Engine | None:
+    scheme = uri_scheme(uri)
+    suffix = re.search(r"(\.\w+)?/*$", uri).group(1) or ""  # type: ignore[union-attr]  # matches any text
+    for name in (scheme, suffix.lower()):
+        if name and name not in _ENGINES and (found := list(entry_points(group=ENTRY_POINTS, name=name))):
+            register_engine(name, found[0].load())
+    if scheme in _ENGINES:
+        return _ENGINES[scheme]
+    engine = _ENGINES.get(suffix.lower())
+    return engine if engine is not None and scheme in ("", *engine.stores) else None
 
 
-def _installed(module: str, extra: str, uri: str) -> None:
+def _require(module: str, extra: str, uri: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f'{uri} needs a package that is not installed; pip install "union-igrot[{extra}]"')
+        raise ConfigError(
+            f'{without_password(uri)} needs a package that is not installed; pip install "union-igrot[{extra}]"'
+        )
+
+
+def _open_memory(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
+    from union_igrot.gallery.engines.memory import MemoryIndex  # noqa: PLC0415 - engines are imported if needed
+
+    if uri != MEMORY:
+        raise ConfigError(f"{uri!r} is not the name of an index (expected {FORMS})")
+    if not create:
+        raise ConfigError(f"{uri} cannot be opened again; pass create=True")
+    return MemoryIndex(required_dim(uri, dim), metadata)
+
+
+def _open_lance(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
+    _require("lance", "gallery", uri)
+    from union_igrot.gallery.engines.lance import LanceIndex  # noqa: PLC0415
+
+    return LanceIndex(uri, dim=dim, metadata=metadata, create=create)
+
+
+def _open_milvus(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
+    _require("pymilvus", "milvus", uri)
+    from union_igrot.gallery.engines.milvus import MilvusIndex  # noqa: PLC0415
+
+    return MilvusIndex(uri, dim=dim, metadata=metadata, create=create)
+
+
+_ENGINES: Final[dict[str, _Engine]] = {
+    "memory": _Engine(_open_memory, ()),
+    ".lance": _Engine(_open_lance, ("s3", "gs", "az")),
+    "milvus": _Engine(_open_milvus, ()),
+    "milvus+tls": _Engine(_open_milvus, ()),
+}

@@ -1,165 +1,223 @@
-"""The filter language of all engines: a small part of SQL, read into tests of single columns.
+"""The filter language of all engines: a small part of SQL, parsed into comparisons of single columns.
 
 ::
 
     class = 'dog' and year > 2020
     "taken by" in ('Ann', 'Bo') or not (size between 1 and 2.5 or path like 'cats/%')
 
-A column stands on one side of `=`, `!=`, `<>`, `<`, `<=`, `>`, `>=` and a constant on the
-other; further `in (...)`, `between ... and ...`, `like`, `is null`, each also with `not`;
-a column of truth values stands alone too. `and`, `or`, `not` and parentheses as in SQL, and
-so is None: a test of it is neither true nor false, and only rows whose filter is true pass.
-Text stands in single quotes, a quote in it twice; a column's name in double quotes where it
-is no single word. Names and text are compared as they are written, `like` too: `%` is any
-text, `_` one character, and a backslash takes either, or itself, by the letter.
+`=`, `!=`, `<>`, `<`, `<=`, `>` and `>=` compare a column with a constant, on either side. There are also `in (...)`,
+`between ... and ...`, `like` and `is null`, each with `not`; a boolean column may be used alone. `and`, `or`, `not` and
+parentheses are those of SQL, and so is null: a comparison with it is neither true nor false, and only rows whose filter
+is true pass. Strings have single quotes, doubled inside; column names that are not single words have double quotes.
+Names and strings are case-sensitive, also in `like`: `%` matches any text, `_` one character, and a backslash escapes
+both, and itself.
 
-Reading is sqlglot's. Knows columns' kinds; does not know rows, nor how an engine filters.
+`matching` evaluates a condition; each engine translates it into its own language.
 """
 
-import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 
 from union_igrot.errors import ConfigError
 
 ColumnKind = Literal["str", "int", "float", "bool", "bytes"]
 """What a column holds besides None."""
-_WORDS: Final = frozenset(("and", "or", "not", "in", "between", "like", "is", "null", "true", "false", "escape"))
 Constant = str | int | float | bool
-Op = Literal["=", "!=", "<", "<=", ">", ">=", "in", "not in", "like", "not like", "is null", "is not null"]
+Operator = Literal["=", "!=", "<", "<=", ">", ">=", "in", "not in", "like", "not like", "is null", "is not null"]
 
-_NEGATED: Final[Mapping[Op, Op]] = {
-    "=": "!=",
-    "!=": "=",
-    "<": ">=",
-    "<=": ">",
-    ">": "<=",
-    ">=": "<",
-    "in": "not in",
-    "not in": "in",
-    "like": "not like",
-    "not like": "like",
-    "is null": "is not null",
-    "is not null": "is null",
-}
-_TURNED: Final[Mapping[Op, Op]] = {"=": "=", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_MOST_TESTS: Final = 1000
-_NAMES: Final = {
-    "str": "text",
-    "int": "whole numbers",
-    "float": "numbers",
-    "bool": "true and false",
-    "bytes": "bytes",
-}
+_WORDS: Final = frozenset(("and", "or", "not", "in", "between", "like", "is", "null", "true", "false", "escape"))
+_PAIRS: Final[tuple[tuple[Operator, Operator], ...]] = (
+    ("=", "!="),
+    ("<", ">="),
+    ("<=", ">"),
+    ("in", "not in"),
+    ("like", "not like"),
+    ("is null", "is not null"),
+)
+_NEGATED: Final[Mapping[Operator, Operator]] = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+_SWAPPED: Final[Mapping[Operator, Operator]] = {"=": "=", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_MAX_COMPARISONS: Final = 1000
+_KIND_NAMES: Final = {"str": "text", "int": "integers", "float": "numbers", "bool": "booleans", "bytes": "bytes"}
 _INT64: Final = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One column against constants; not true where the column is None, but for `is null`.
+    """One column compared with constants; never true if the column is None, except for `is null`.
 
     Attributes:
         column: Its name.
-        op: What is tested; there is no `not` in front of a test.
-        values: The constants: none for `is null`, any number for `in`, else one. An `in` of
-            none is never true, and a `not in` has some.
-        kind: What the column holds; given by `fit`.
+        op: The operator; negation is part of it.
+        values: The constants: none for `is null`, any number for `in`, one otherwise. An `in` without values is never
+            true; a `not in` has values.
+        kind: What the column holds.
     """
 
     column: str
-    op: Op
+    op: Operator
     values: tuple[Constant, ...] = ()
     kind: ColumnKind = "str"
 
 
 @dataclass(frozen=True, slots=True)
-class Every:
-    """True where all parts are."""
+class AllOf:
+    """True if all parts are true."""
 
     parts: tuple["Condition", ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Some:
-    """True where at least one part is."""
+class AnyOf:
+    """True if at least one part is true."""
 
     parts: tuple["Condition", ...]
 
 
-Condition = Comparison | Every | Some
-"""A filter without `not`; as each test says itself what it is for None, true is all that has to be followed."""
+Condition = Comparison | AllOf | AnyOf
+"""A filter without `not`. As each comparison defines its own result for None, two-valued logic is sufficient."""
 
 
 def match_any(column: str, values: Iterable[str]) -> str:
-    """Write the filter that takes rows whose column holds one of some texts; at least one."""
-    return f"{column} in ({', '.join(chr(39) + value.replace(chr(39), 2 * chr(39)) + chr(39) for value in values)})"
+    """Write the filter for rows whose column equals one of some strings, at least one."""
+    return f"{column} in ({', '.join(quote(value) for value in values)})"
+
+
+def quote(text: str) -> str:
+    """Write a string constant as in SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def parse_filter(text: str, kinds: Mapping[str, ColumnKind]) -> Condition:
-    """Read a filter.
+    """Parse a filter.
 
     Args:
         text: The filter.
-        kinds: The columns there are, and what each holds.
+        kinds: The kind of each existing column.
 
     Returns:
-        The condition, its constants as the columns need them.
+        The condition, with constants converted to the kinds of their columns.
 
     Raises:
-        ConfigError: Where it is not of the language, names another column, or compares a
-            column with what it cannot hold; the message names the place.
+        ConfigError: If the filter is not in the language, names an unknown column, or compares a column with a
+            constant of another kind; the message names the place.
     """
     shown = repr(text if len(text) <= 200 else f"{text[:197]}...")
     try:
         text.encode()
-        return _fit(_parse(text), kinds)
+        return _convert(_parse(text), kinds)
     except ConfigError as error:
         raise ConfigError(f"where={shown}: {error}") from None
     except UnicodeEncodeError:
-        raise ConfigError(f"where={shown}: holds half a letter; type it again") from None
+        raise ConfigError(f"where={shown}: not valid Unicode") from None
     except RecursionError:
-        raise ConfigError(f"where={shown}: too many brackets within each other; use fewer") from None
+        raise ConfigError(f"where={shown}: too many nested parentheses") from None
 
 
-@lru_cache(maxsize=256)  # one filter is asked with many queries
+def matching(condition: Condition, column: Callable[[str], Sequence[Any]]) -> Bool[np.ndarray, " rows"]:
+    """Evaluate a condition.
+
+    Args:
+        condition: The condition.
+        column: Returns the values of a column by its name.
+
+    Returns:
+        Whether each row passes.
+    """
+    if not isinstance(condition, Comparison):
+        join = np.logical_and if isinstance(condition, AllOf) else np.logical_or
+        return np.asarray(join.reduce([matching(part, column) for part in condition.parts]), dtype=bool)
+    values, passes = column(condition.column), _predicate(condition)
+    if condition.op == "is null":
+        return np.fromiter((value is None for value in values), bool, len(values))
+    return np.fromiter((value is not None and passes(value) for value in values), bool, len(values))
+
+
+def _predicate(test: Comparison) -> Callable[[Any], bool]:
+    """Return the comparison as a function of a value that is not None."""
+    if test.op in ("is null", "is not null"):
+        return lambda _: True
+    if test.op in ("in", "not in"):
+        wanted = set(test.values)
+        return lambda value: (value in wanted) is (test.op == "in")
+    constant: Any = test.values[0]
+    if test.op in ("like", "not like"):
+        parts = (".*" if part is None else re.escape(part) if part else "." for part in like_parts(constant))
+        fullmatch = re.compile("".join(parts), re.DOTALL).fullmatch
+        return lambda value: (fullmatch(value) is not None) is (test.op == "like")
+    compare: dict[Operator, Callable[[Any], bool]] = {
+        "=": lambda value: value == constant,
+        "!=": lambda value: value != constant,
+        "<": lambda value: value < constant,
+        "<=": lambda value: value <= constant,
+        ">": lambda value: value > constant,
+        ">=": lambda value: value >= constant,
+    }
+    return compare[test.op]
+
+
+def like_parts(text: str) -> list[str | None]:
+    """Split a pattern of `like`.
+
+    Returns:
+        Literal text, `""` for one character (`_`), and None for any text (`%`).
+
+    Raises:
+        ConfigError: If a backslash precedes anything but `%`, `_` or a backslash.
+    """
+    parts: list[str | None] = []
+    for token in re.findall(r"\\.?|.", text, re.DOTALL):
+        if token == "%":
+            parts.append(None)
+        elif token == "_":
+            parts.append("")
+        elif token[0] == "\\" and token[1:] not in ("%", "_", "\\"):
+            raise ConfigError(f"in like {text!r} a backslash precedes neither %, _ nor a backslash")
+        elif parts and parts[-1]:
+            parts[-1] += token[-1]
+        else:
+            parts.append(token[-1])
+    return parts
+
+
+@lru_cache(maxsize=256)  # a filter is often used for many searches
 def _parse(text: str) -> Condition:
-    from sqlglot import exp, parse_one  # noqa: PLC0415 - only where a filter is given
+    from sqlglot import exp, parse_one  # noqa: PLC0415 - only if there is a filter
     from sqlglot.errors import ParseError, TokenError  # noqa: PLC0415
 
     if not text.strip():
-        raise ConfigError("is empty; write such as class = 'dog' and year > 2020")
+        raise ConfigError("is empty (expected such as class = 'dog' and year > 2020)")
     log = logging.getLogger("sqlglot")
     before = log.disabled
-    log.disabled = True  # it tells of commands that begin like the filter
+    log.disabled = True  # it warns of filters that begin like a command
     try:
         return _condition(parse_one(text, into=exp.Condition), negated=False)
     except ParseError as error:
-        advice = _advice(text)
+        advice = _keyword_advice(text)
         if not error.errors:
-            raise ConfigError(f"cannot be read{advice}") from None
+            raise ConfigError(f"cannot be parsed{advice}") from None
         place = error.errors[0]
         what = str(place["description"])
         what = "something is missing here" if what.startswith("Required keyword") else what
         at = f"line {place['line']}, character {place['col']}"
-        raise ConfigError(f"cannot be read at {at} (near {place['highlight']!r}): {what}{advice}") from None
+        raise ConfigError(f"cannot be parsed at {at} (near {place['highlight']!r}): {what}{advice}") from None
     except TokenError:
-        raise ConfigError("cannot be read; a quote may be left open") from None
-    except ValueError as error:  # of names that are none
-        raise ConfigError(f"cannot be read ({error})") from None
+        raise ConfigError("cannot be parsed; a quote may be left open") from None
+    except ValueError as error:  # of invalid names
+        raise ConfigError(f"cannot be parsed ({error})") from None
     finally:
         log.disabled = before
 
 
-def _advice(text: str) -> str:
-    """Say how a name is written that means something else in SQL, where there is one outside of quotes."""
+def _keyword_advice(text: str) -> str:
+    """Return advice on quoting if a word outside of quotes is a keyword of SQL."""
     from sqlglot import exp, parse_one  # noqa: PLC0415
     from sqlglot.errors import ParseError, TokenError  # noqa: PLC0415
 
@@ -168,38 +226,45 @@ def _advice(text: str) -> str:
             try:
                 parse_one(f"{word} = 1", into=exp.Condition)
             except (ParseError, TokenError):
-                return f'; {word} is a word of SQL, and as a name stands in double quotes: "{word}"'
+                return f'; {word} is a keyword of SQL, quote it as a column name: "{word}"'
     return ""
 
 
 def _condition(node: Any, negated: bool) -> Condition:
-    """Turn a parsed expression, or its opposite, into tests."""
+    """Convert a parsed expression, or its negation."""
     from sqlglot import exp  # noqa: PLC0415
 
     while isinstance(node, exp.Paren | exp.Not):
-        _has_only(node, "this")
+        _check_only(node, "this")
         negated ^= isinstance(node, exp.Not)
         node = node.this
-    _has_only(node, "this", "expression", "expressions", "low", "high", "negate")
+    _check_only(node, "this", "expression", "expressions", "low", "high", "negate")
     if isinstance(node, exp.And | exp.Or):
         parts = tuple(_condition(part, negated) for part in node.flatten())
-        return Every(parts) if isinstance(node, exp.And) is not negated else Some(parts)
+        return AllOf(parts) if isinstance(node, exp.And) is not negated else AnyOf(parts)
     if isinstance(node, exp.Between):
         ends = (("<", "low"), (">", "high")) if negated else ((">=", "low"), ("<=", "high"))
         tests = tuple(Comparison(_column(node.this), op, (_constant(node.args[end]),)) for op, end in ends)  # type: ignore[arg-type]
-        return Some(tests) if negated else Every(tests)
-    test = _test(node)
+        return AnyOf(tests) if negated else AllOf(tests)
+    test = _comparison(node)
     return Comparison(test.column, _NEGATED[test.op], test.values) if negated else test
 
 
-def _test(node: Any) -> Comparison:
+def _comparison(node: Any) -> Comparison:
     from sqlglot import exp  # noqa: PLC0415
 
-    compared: dict[type, Op] = {exp.EQ: "=", exp.NEQ: "!=", exp.LT: "<", exp.LTE: "<=", exp.GT: ">", exp.GTE: ">="}
+    compared: dict[type, Operator] = {
+        exp.EQ: "=",
+        exp.NEQ: "!=",
+        exp.LT: "<",
+        exp.LTE: "<=",
+        exp.GT: ">",
+        exp.GTE: ">=",
+    }
     if type(node) in compared:
         op = compared[type(node)]
         if isinstance(node.expression, exp.Column) and not isinstance(node.this, exp.Column):
-            return Comparison(_column(node.expression), _TURNED[op], (_constant(node.this),))
+            return Comparison(_column(node.expression), _SWAPPED[op], (_constant(node.this),))
         return Comparison(_column(node.this), op, (_constant(node.expression),))
     if isinstance(node, exp.In) and node.expressions:
         return Comparison(_column(node.this), "in", tuple(_constant(one) for one in node.expressions))
@@ -210,13 +275,13 @@ def _test(node: Any) -> Comparison:
         return Comparison(_column(node.this), "is null")
     if isinstance(node, exp.Column):
         return Comparison(_column(node), "=", (True,))
-    raise _unknown(node)
+    raise _unsupported(node)
 
 
-def _has_only(node: Any, *names: str) -> None:
-    """Refuse a node with a further part: it would mean something else without."""
+def _check_only(node: Any, *names: str) -> None:
+    """Raise if a node has further parts, without which its meaning would differ."""
     if any(part for name, part in node.args.items() if name not in names):
-        raise _unknown(node)
+        raise _unsupported(node)
 
 
 def _column(node: Any) -> str:
@@ -224,7 +289,7 @@ def _column(node: Any) -> str:
 
     if not isinstance(node, exp.Column) or not isinstance(node.this, exp.Identifier) or len(node.parts) != 1:
         raise ConfigError(
-            f'{_shown(node)} stands where a column\'s name is expected; quote a name that is no single word: "my name"'
+            f'expected a column name instead of {_shown(node)}; quote a name that is not a single word: "my name"'
         )
     return str(node.this.this)
 
@@ -243,12 +308,12 @@ def _constant(node: Any) -> Constant:
         sign = -sign if isinstance(number, exp.Neg) else sign
         number = number.this
     if isinstance(number, exp.Literal) and not number.is_string:
-        return sign * _number(str(number.this))
-    advice = "; text stands in single quotes" if isinstance(node, exp.Column) else ""
-    raise ConfigError(f"{_shown(node)} stands where a constant is expected{advice}")
+        return sign * _parse_number(str(number.this))
+    advice = "; quote strings with single quotes" if isinstance(node, exp.Column) else ""
+    raise ConfigError(f"expected a constant instead of {_shown(node)}{advice}")
 
 
-def _number(text: str) -> int | float:
+def _parse_number(text: str) -> int | float:
     try:
         number = float(text)
     except ValueError:
@@ -258,74 +323,61 @@ def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else number
 
 
-def _unknown(node: Any) -> ConfigError:
+def _unsupported(node: Any) -> ConfigError:
     return ConfigError(
-        f"{_shown(node)} is not part of the language; it has =, !=, <, <=, >, >=, in, between, like and is null "
-        "on a column and constants, joined by and, or, not"
+        f"{_shown(node)} is not supported (expected =, !=, <, <=, >, >=, in, between, like and is null on a column and "
+        "constants, joined by and, or, not)"
     )
 
 
 def _shown(node: Any) -> str:
-    """Show a part of the filter, short and on one line."""
     text = " ".join(str(node.sql()).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fit(condition: Condition, kinds: Mapping[str, ColumnKind]) -> Condition:
-    """Check tests against the columns there are, and give constants the columns' kinds."""
+def _convert(condition: Condition, kinds: Mapping[str, ColumnKind]) -> Condition:
+    """Check comparisons against the existing columns, and convert constants to the columns' kinds."""
     count = 0
 
-    def fit(one: Condition) -> Condition:
+    def convert(one: Condition) -> Condition:
         nonlocal count
-        if isinstance(one, Every | Some):
-            return type(one)(tuple(fit(part) for part in one.parts))
+        if not isinstance(one, Comparison):
+            return type(one)(tuple(convert(part) for part in one.parts))
         count += 1
-        if count > _MOST_TESTS:
-            raise ConfigError(f"has more than {_MOST_TESTS} tests; write: in (...)")
+        if count > _MAX_COMPARISONS:
+            raise ConfigError(f"has more than {_MAX_COMPARISONS} comparisons; write: in (...)")
         if one.column not in kinds:
-            there = ", ".join(sorted(name for name, kind in kinds.items() if kind != "bytes"))
-            raise ConfigError(f"there is no column {one.column!r}; there are {there}")
-        return _FITTED[kinds[one.column]](one)
+            known = ", ".join(sorted(name for name, kind in kinds.items() if kind != "bytes"))
+            raise ConfigError(f"there is no column {one.column!r} (available: {known})")
+        kind = kinds[one.column]
+        return _convert_int(one) if kind == "int" else _convert_comparison(one, kind)
 
-    return fit(condition)
-
-
-def _refused(test: Comparison, kind: ColumnKind, also: str = "") -> ConfigError:
-    given = f" {test.values[0]!r}" if test.values else ""
-    return ConfigError(f"{test.column!r} holds {_NAMES[kind]} and cannot be tested with {test.op}{given}{also}")
+    return convert(condition)
 
 
-def _fit_text(test: Comparison) -> Comparison:
-    if not all(isinstance(value, str) for value in test.values):
-        raise _refused(test, "str", "; text stands in single quotes")
-    if test.op in ("like", "not like"):
-        pattern(str(test.values[0]))
-    return Comparison(test.column, test.op, test.values, "str")
+def _convert_comparison(test: Comparison, kind: ColumnKind) -> Comparison:
+    values: tuple[Constant, ...] = test.values
+    if kind == "str":
+        if not all(isinstance(value, str) for value in values):
+            raise _mismatch(test, kind, "; quote strings with single quotes")
+        if test.op in ("like", "not like"):
+            like_parts(str(values[0]))
+    elif kind == "bool":
+        if test.op in ("<", "<=", ">", ">=", "like", "not like") or not all(isinstance(one, bool) for one in values):
+            raise _mismatch(test, kind)
+    elif kind == "bytes":
+        if values:
+            raise _mismatch(test, kind, "; only: is null, is not null")
+    else:
+        try:
+            values = tuple(float(number) + 0.0 for number in _numbers(test, kind))
+        except OverflowError:
+            raise _mismatch(test, kind, ": too large") from None
+    return Comparison(test.column, test.op, values, kind)
 
 
-def _fit_truth(test: Comparison) -> Comparison:
-    allowed = test.op in ("=", "!=", "in", "not in", "is null", "is not null")
-    if not allowed or not all(isinstance(value, bool) for value in test.values):
-        raise _refused(test, "bool")
-    return Comparison(test.column, test.op, test.values, "bool")
-
-
-def _fit_bytes(test: Comparison) -> Comparison:
-    if test.values:
-        raise _refused(test, "bytes", "; only: is null, is not null")
-    return Comparison(test.column, test.op, (), "bytes")
-
-
-def _fit_number(test: Comparison) -> Comparison:
-    numbers = _numbers(test, "float")
-    try:
-        return Comparison(test.column, test.op, tuple(float(number) + 0.0 for number in numbers), "float")
-    except OverflowError:
-        raise _refused(test, "float", ": too large") from None
-
-
-def _fit_whole(test: Comparison) -> Comparison:
-    """Make constants whole numbers of 64 bits; what lies between or beyond them moves the bound."""
+def _convert_int(test: Comparison) -> Comparison:
+    """Convert constants to integers of 64 bits; a bound between or beyond them is moved."""
     numbers = _numbers(test, "int")
     if test.op in ("=", "in", "!=", "not in"):
         values = tuple(int(n) for n in numbers if n == int(n) and -_INT64 < n < _INT64)
@@ -336,8 +388,7 @@ def _fit_whole(test: Comparison) -> Comparison:
         return Comparison(test.column, "not in" if values else "is not null", values, "int")
     if not numbers:
         return Comparison(test.column, test.op, (), "int")
-    below: dict[Op, Callable[[float], int]] = {"<": math.ceil, ">=": math.ceil, "<=": math.floor, ">": math.floor}
-    bound = below[test.op](numbers[0])
+    bound = math.ceil(numbers[0]) if test.op in ("<", ">=") else math.floor(numbers[0])
     if -_INT64 < bound < _INT64:
         return Comparison(test.column, test.op, (bound,), "int")
     always = (bound > 0) is (test.op in ("<", "<="))
@@ -347,196 +398,10 @@ def _fit_whole(test: Comparison) -> Comparison:
 def _numbers(test: Comparison, kind: ColumnKind) -> list[int | float]:
     numbers = [value for value in test.values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(test.values) or test.op in ("like", "not like"):
-        raise _refused(test, kind)
+        raise _mismatch(test, kind)
     return numbers
 
 
-_FITTED: Final[Mapping[ColumnKind, Callable[[Comparison], Comparison]]] = {
-    "str": _fit_text,
-    "int": _fit_whole,
-    "float": _fit_number,
-    "bool": _fit_truth,
-    "bytes": _fit_bytes,
-}
-
-
-def pattern(text: str) -> list[str | None]:
-    """Take a pattern of `like` apart.
-
-    Returns:
-        Text to find by the letter, `""` for one character (`_`) and None for any text (`%`).
-
-    Raises:
-        ConfigError: Where a backslash stands before anything else than `%`, `_` or itself.
-    """
-    parts: list[str | None] = []
-    letters = iter(text)
-    for letter in letters:
-        if letter == "%":
-            parts.append(None)
-        elif letter == "_":
-            parts.append("")
-        else:
-            if letter == "\\":
-                letter = next(letters, "")  # noqa: PLW2901
-                if not letter or letter not in "%_\\":
-                    raise ConfigError(f"in like {text!r} a backslash stands before neither %, _ nor a backslash")
-            if parts and parts[-1]:
-                parts[-1] += letter
-            else:
-                parts.append(letter)
-    return parts
-
-
-class Values(NamedTuple):
-    """One column of some rows.
-
-    Attributes:
-        values: What stands there; anything of the right type where it is None.
-        known: Where it is not None.
-    """
-
-    values: Shaped[np.ndarray, " rows"]
-    known: Bool[np.ndarray, " rows"]
-
-
-def passing(condition: Condition, column: Callable[[str], Values]) -> Bool[np.ndarray, " rows"]:
-    """Find the rows that pass a filter.
-
-    Args:
-        condition: The filter.
-        column: Gives a column by its name.
-    """
-    if not isinstance(condition, Comparison):
-        join = np.logical_and if isinstance(condition, Every) else np.logical_or
-        return np.asarray(join.reduce([passing(part, column) for part in condition.parts]), dtype=bool)
-    values, known = column(condition.column)
-    if condition.op == "is null":
-        return np.asarray(~known)
-    if condition.op == "is not null":
-        return known
-    return np.asarray(known & _holds(condition, values))
-
-
-def _holds(test: Comparison, values: Shaped[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
-    if test.op in ("in", "not in"):
-        wanted = set(test.values)
-        return np.fromiter(((value in wanted) is (test.op == "in") for value in values.tolist()), bool, len(values))
-    if test.op in ("like", "not like"):
-        found = _regex(str(test.values[0])).fullmatch
-        return np.fromiter(((found(value) is not None) is (test.op == "like") for value in values), bool, len(values))
-    compare = {
-        "=": np.equal,
-        "!=": np.not_equal,
-        "<": np.less,
-        "<=": np.less_equal,
-        ">": np.greater,
-        ">=": np.greater_equal,
-    }[test.op]
-    constant = np.array(test.values[0], dtype=values.dtype)
-    return np.asarray(compare(values, constant), dtype=bool)
-
-
-def _regex(text: str) -> re.Pattern[str]:
-    parts = (".*" if part is None else re.escape(part) if part else "." for part in pattern(text))
-    return re.compile("".join(parts), re.DOTALL)
-
-
-def lance_text(condition: Condition) -> str:
-    """Write a filter in Lance's SQL."""
-    if not isinstance(condition, Comparison):
-        joint = " AND " if isinstance(condition, Every) else " OR "
-        return "(" + joint.join(lance_text(part) for part in condition.parts) + ")"
-    name = f"`{condition.column}`"
-    if not condition.values:
-        return "false" if condition.op == "in" else f"({name} {condition.op.upper()})"
-    constants = [_lance_constant(value) for value in condition.values]
-    inside = f"({', '.join(constants)})" if condition.op in ("in", "not in") else constants[0]
-    text = f"{name} {condition.op.upper()} {inside}"
-    # Lance makes of "not in (a) or not in (b)" what is true of every row, those without a value too.
-    return f"({name} IS NOT NULL AND {text})" if condition.op in ("!=", "not in", "not like") else f"({text})"
-
-
-def _lance_constant(value: Constant) -> str:
-    if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
-    return repr(value).lower()
-
-
-def milvus_text(condition: Condition, patterns: bool = True) -> str:
-    """Write a filter in Milvus' language, for columns kept in the dynamic field.
-
-    A row without a value has no key there, and what Milvus answers for it differs by the
-    test: so each test that would be true of it is joined with one that is not.
-
-    Args:
-        condition: The filter.
-        patterns: Whether the server knows `like` beyond a beginning of the text, as Milvus
-            does from 2.4 on.
-
-    Raises:
-        ConfigError: Where the server cannot evaluate a `like`.
-    """
-    if not isinstance(condition, Comparison):
-        joint = " and " if isinstance(condition, Every) else " or "
-        return "(" + joint.join(milvus_text(part, patterns) for part in condition.parts) + ")"
-    name = "id" if condition.column == "id" else f'$meta["{milvus_key(condition.column)}"]'
-    op = condition.op
-    if op in ("is null", "is not null"):
-        there = _milvus_there(condition, name)
-        return there if op == "is not null" else f"(not {there})"
-    if op in ("in", "not in"):
-        inside = ", ".join(_milvus_constant(value) for value in condition.values)
-        text = f"({name} in [{inside}])"
-    elif op in ("like", "not like"):
-        text = _milvus_like(name, str(condition.values[0]), patterns)
-    else:
-        text = f"({name} {'==' if op == '=' else op} {_milvus_constant(condition.values[0])})"
-    if op == "!=":
-        return f"({_milvus_there(condition, name)} and {text})"
-    return f"({_milvus_there(condition, name)} and (not {text}))" if op.startswith("not ") else text
-
-
-def milvus_key(column: str) -> str:
-    """Return the key of a column in Milvus' dynamic field: a word that Milvus never takes for its own."""
-    return f"c_{column}" if re.fullmatch("[A-Za-z0-9_]+", column) else f"x_{column.encode().hex()}"
-
-
-def _milvus_there(test: Comparison, name: str) -> str:
-    """Say that a row has a value; Milvus 2.3 does not join `exists` with other tests."""
-    if name == "id":
-        return "(row >= 0)"
-    if test.kind in ("int", "float"):
-        return f"({name} >= 0 or {name} < 0)"
-    return f"({name} in [true, false])" if test.kind == "bool" else f'({name} >= "")'
-
-
-def _milvus_like(name: str, text: str, patterns: bool) -> str:
-    parts = pattern(text)
-    if not parts or (len(parts) == 1 and parts[0]):
-        return f"({name} == {_milvus_constant(parts[0] or '' if parts else '')})"
-    if len(parts) == 2 and parts[0] and parts[1] is None:
-        return _milvus_beginning(name, parts[0])
-    if all(part is None for part in parts):
-        return f'({name} >= "")'
-    if not patterns:
-        raise ConfigError(
-            f"like {text!r} needs Milvus 2.4 or later, this server compares beginnings alone: like 'beginning%'"
-        )
-    return f"({name} like {_milvus_constant(text)})"
-
-
-def _milvus_beginning(name: str, beginning: str) -> str:
-    """Compare with the first text behind all that begin so: exact on every version, and a sorted index can serve it."""
-    least = f"{name} >= {_milvus_constant(beginning)}"
-    kept = beginning.rstrip(chr(0x10FFFF))
-    if not kept:
-        return f"({least})"
-    following = 0xE000 if ord(kept[-1]) == 0xD7FF else ord(kept[-1]) + 1  # surrogates are no characters
-    return f"({least} and {name} < {_milvus_constant(kept[:-1] + chr(following))})"
-
-
-def _milvus_constant(value: Constant) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value).lower()
+def _mismatch(test: Comparison, kind: ColumnKind, advice: str = "") -> ConfigError:
+    constant = f" {test.values[0]!r}" if test.values else ""
+    return ConfigError(f"{test.column!r} holds {_KIND_NAMES[kind]}, which {test.op}{constant} does not fit{advice}")

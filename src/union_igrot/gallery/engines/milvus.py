@@ -1,30 +1,23 @@
-"""An index on a Milvus server or cluster: a collection, the calls as with the other engines.
+"""An index on a Milvus server or cluster.
 
-The collection has typed fields for id, place in the order and embedding; all further columns
-lie in its dynamic field, so that new ones need no change of it. What Milvus does not do as
-the other engines do:
+The collection has typed fields for id, position in the order and embedding; all other columns are in its dynamic field,
+so that new columns do not change its schema. Milvus differs from the other engines:
 
-- A write goes out in requests of a few megabytes. Each is there whole or not at all, several
-  are not one.
-- The place in the order is the writer's clock, in nanoseconds; of rows written in the same
-  one, the smaller id comes first.
-- A row's columns take 64 KiB together at most, and an answer has 16,384 rows at most.
-- Up to `AUTO_EXACT` rows the server compares a query with all of them, also under `ann`. When
-  `optimize` finds more it gives the collection an inverted file instead, once; while that is
-  built and loaded, nobody can search.
-- The server brings its segments together and drops removed rows by itself; `optimize` does not
-  ask for it, since what is indexed then would have to be indexed again.
-- Exact search takes a few more answers from the server than wanted and scores those again
-  here, so that order and ties are those of `exact_topk`. With an inverted file it first has
-  the server finish the index of what was written last, which takes seconds: until then Milvus
-  searches that approximately, whatever it is asked for.
-- To see what has just been written, Milvus waits for its next tick, a fifth of a second. The
-  first read after a write made here asks for that, and one in five seconds: reads may miss what
-  others wrote within the last.
-
-Knows Milvus. Does not know what the vectors stand for.
+- A write is sent in requests of a few megabytes, each of which is visible as a whole or not at all.
+- The position in the order is the writer's clock in nanoseconds; rows of one position are ordered by id.
+- The columns of a row take at most 64 KiB, and a search returns at most 16,384 rows.
+- Up to `AUTO_EXACT` rows the server compares a query with all rows, also for `ann`. Above, `optimize` builds an
+  inverted file once; nobody can search until it is built and loaded.
+- The server merges its segments and drops removed rows by itself. `optimize` does not request it, since the result
+  would have to be indexed again.
+- Exact search requests a few more rows than needed and scores them here, so that order and ties are those of
+  `exact_topk`. With an inverted file, it first waits seconds for the server to index the latest writes: until then,
+  Milvus searches them approximately in any case.
+- To see the latest writes, Milvus waits for its next tick, a fifth of a second. The first read after a write of this
+  process requests that, and one read every five seconds: others may miss writes of other processes of that time.
 """
 
+import base64
 import json
 import logging
 import re
@@ -32,9 +25,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, final
+from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float32
 from pymilvus import DataType, MilvusClient, MilvusException
 from torch import Tensor
 
@@ -42,54 +37,49 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.exact import exact_topk
 from union_igrot.gallery.engines.base import (
     AUTO_EXACT,
+    SCAN_BATCH,
     ColumnValue,
     IndexHits,
     Rows,
     SearchMode,
     VectorIndex,
     dump_metadata,
-    validate_ids,
-    validate_queries,
-    validate_rows,
+    required_dim,
 )
-from union_igrot.gallery.engines.filters import ColumnKind, milvus_key, milvus_text, parse_filter
-from union_igrot.gallery.engines.memory import BATCH, missing
-from union_igrot.gallery.engines.milvus_forms import (
-    ID_BYTES,
-    address_of,
-    entities_of,
-    named,
-    requests_of,
-    values_of,
-    vectors_of,
-    version_of,
-)
+from union_igrot.gallery.engines.factory import without_password
+from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, Constant, like_parts
 
+PORT: Final = 19530
+MAX_ID_BYTES: Final = 65_535
+MAX_ROW_BYTES: Final = 65_536
+"""Limit of a row's columns as JSON."""
+MAX_HITS: Final = 16_384
+"""Limit of the rows of a search."""
+REQUEST_BYTES: Final = 8 * 2**20
+"""Size of a write request; servers accept 64 MiB."""
 NLIST: Final = 1024
 """Partitions of the inverted file in each of Milvus' segments, of some 250,000 rows of width 512."""
 PROBES: Final = 64
 """Partitions searched by `ann`."""
 FILTERED_PROBES: Final = 256
-"""Partitions searched by `ann` under a filter, whose answers lie in more of them."""
+"""Partitions searched by `ann` with a filter, whose hits are in more of them."""
 SPARE: Final = 4
-"""Times as many rows as are asked for lie in the partitions searched, at least."""
-MOST: Final = 16_384
-"""Rows that Milvus gives in one answer."""
+"""The partitions searched hold at least this many times k rows."""
 
-_CARD: Final = "union.metadata"
+_METADATA: Final = "union.card"
 _KIND: Final = "union.kind."
-_LOOKED_UP: Final = 512
-_MORE: Final = 16
-_SECONDS: Final = 60.0
-_FRESH: Final = 5.0
+_IDS_PER_REQUEST: Final = 512
+_EXTRA_CANDIDATES: Final = 16
+_TIMEOUT_SECONDS: Final = 60.0
+_FRESH_SECONDS: Final = 5.0
 _UNINDEXED: Final = 1024
-"""Rows below which Milvus does not index a segment, and searches it exactly."""
-_ANSWERED_BYTES: Final = 32 * 2**20
-_EDGE: Final = 1e-5
-"""How far apart the server's score and ours may lie, relative to the largest."""
+"""Rows below which Milvus does not index a segment, but searches it exactly."""
+_RESPONSE_BYTES: Final = 32 * 2**20
+_TOLERANCE: Final = 1e-5
+"""Largest difference between the server's score and ours, relative to the largest score."""
 
-Wanted = Mapping[str, ColumnKind | None]
-"""Columns to read, and what each holds."""
+Columns = Mapping[str, ColumnKind | None]
+"""Columns to read and their kinds, None if unknown."""
 
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs each refused call with a traceback
 
@@ -99,192 +89,204 @@ class MilvusIndex(VectorIndex):
     """Embeddings in a Milvus collection. See `open_index` for arguments and errors."""
 
     def __init__(self, uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> None:
-        address, self._name, user, password = address_of(uri)
-        self.uri = re.sub(r"//[^/@]*@", "//", uri)
-        self._last = 0
-        self._fresh = -_FRESH
-        with self._told():
-            self._client = MilvusClient(address, user=user, password=password, timeout=_SECONDS)
-            self._patterns = version_of(self._client.get_server_version()) >= (2, 4)
+        address, self._name, user, password = parse_address(uri)
+        self.uri = without_password(uri)
+        self._last_position = 0
+        self._fresh = -_FRESH_SECONDS
+        with self._errors():
+            self._client = MilvusClient(address, user=user, password=password, timeout=_TIMEOUT_SECONDS)
+            self._full_like = parse_version(self._client.get_server_version()) >= (2, 4)
             if not self._client.has_collection(self._name):
                 if not create:
-                    raise ConfigError(f"there is no index {self.uri}; make one (union-index), or check the name")
-                self._make(dim, metadata)
-            kept = self._described()
-            if _CARD not in kept["properties"]:
-                raise ConfigError(f"{self.uri} is a Milvus collection, but no index made here; give another name")
-            if not self._client.list_indexes(self._name):  # who made them anew was killed
-                self._build()
+                    raise ConfigError(f"there is no index {self.uri}; make one with union-index, or check the name")
+                self._create(dim, metadata)
+            described = self._describe()
+            if _METADATA not in described["properties"]:
+                raise ConfigError(
+                    f"{self.uri} is a Milvus collection but not an index of union-igrot; choose another name"
+                )
+            if not self._client.list_indexes(self._name):  # a process was killed while it replaced them
+                self._create_index()
             self._client.load_collection(self._name)
-        self.metadata = json.loads(kept["properties"][_CARD])
-        self.dim = next(int(field["params"]["dim"]) for field in kept["fields"] if field["name"] == "vector")
+        self.metadata = json.loads(described["properties"][_METADATA])
+        self.dim = next(int(field["params"]["dim"]) for field in described["fields"] if field["name"] == "vector")
 
     def __len__(self) -> int:
-        with self._told():
+        with self._errors():
             return self._count("row >= 0")
 
     @property
     def columns(self) -> Mapping[str, ColumnKind]:
         """See `VectorIndex`."""
-        with self._told():
-            kept = self._described()["properties"]
-        return {key.removeprefix(_KIND): kind for key, kind in sorted(kept.items()) if key.startswith(_KIND)}
+        with self._errors():
+            properties = self._describe()["properties"]
+        return {key.removeprefix(_KIND): kind for key, kind in sorted(properties.items()) if key.startswith(_KIND)}
 
-    def upsert(self, rows: Rows) -> None:
-        """See `VectorIndex`."""
-        rows, new = validate_rows(rows, self.dim, self.columns)
-        entities = list(entities_of(rows))
-        with self._told():
+    def _upsert(self, rows: Rows, new: Mapping[str, ColumnKind]) -> None:
+        entities = list(to_entities(rows))
+        with self._errors():
             if new:
                 self._client.alter_collection_properties(self._name, {_KIND + name: kind for name, kind in new.items()})
-            known = {one["id"]: one["row"] for one in self._looked_up(rows.ids, ["id", "row"], "Strong")}
+            known = {one["id"]: one["row"] for one in self._find_ids(rows.ids, ["id", "row"], "Strong")}
             for entity in entities:
-                self._last = max(time.time_ns(), self._last + 1)
-                entity["row"] = known.get(entity["id"], self._last)
-            self._fresh = -_FRESH
-            for request in requests_of(entities, self.dim):
+                self._last_position = max(time.time_ns(), self._last_position + 1)
+                entity["row"] = known.get(entity["id"], self._last_position)
+            self._fresh = -_FRESH_SECONDS
+            for request in split_requests(entities, self.dim):
                 self._client.upsert(self._name, request)
 
-    def delete(self, ids: Sequence[str]) -> int:
-        """See `VectorIndex`."""
-        validate_ids(ids)
-        with self._told():
-            there = [one["id"] for one in self._looked_up(list(dict.fromkeys(ids)), ["id"], "Strong")]
-            self._fresh = -_FRESH
-            for at in range(0, len(there), _LOOKED_UP):
-                self._client.delete(self._name, filter=named(there[at : at + _LOOKED_UP]))
-        return len(there)
+    def _delete(self, ids: Sequence[str]) -> int:
+        with self._errors():
+            existing = [one["id"] for one in self._find_ids(ids, ["id"], "Strong")]
+            self._fresh = -_FRESH_SECONDS
+            for at in range(0, len(existing), _IDS_PER_REQUEST):
+                self._client.delete(self._name, filter=ids_filter(existing[at : at + _IDS_PER_REQUEST]))
+        return len(existing)
 
-    def fetch(self, ids: Sequence[str]) -> Rows:
-        """See `VectorIndex`."""
-        validate_ids(ids)
+    def _fetch(self, ids: Sequence[str]) -> Rows:
         columns = self.columns
-        with self._told():
-            found = self._looked_up(ids, ["id", "vector", *map(milvus_key, columns)], self._level())
-        by_id = {one["id"]: one for one in found}
-        absent = [one for one in ids if one not in by_id]
-        if absent:
-            raise DataError(missing(absent, self.uri))
-        chosen = [by_id[one] for one in ids]
-        vectors = torch.from_numpy(vectors_of([one["vector"] for one in chosen], self.dim))
-        return Rows(list(ids), vectors, _values(chosen, columns))
+        with self._errors():
+            found = self._find_ids(ids, ["id", "vector", *map(dynamic_key, columns)], self._consistency())
+        vectors = torch.from_numpy(stack_vectors([one["vector"] for one in found], self.dim))
+        return Rows([one["id"] for one in found], vectors, _read_columns(found, columns))
 
-    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
-        """See `VectorIndex`."""
-        text = self._filter(where)
+    def _scan(
+        self, columns: Sequence[str], condition: Condition | None
+    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
+        text = self._filter_text(condition)
         found: list[tuple[int, str]] = []
-        with self._told():
-            level, after = self._level(), ""
+        with self._errors():
+            level, after = self._consistency(), ""
             while page := self._page(text, after, level):
                 found += [(one["row"], one["id"]) for one in page]
                 level, after = "Session", max(one["id"] for one in page)
-        return self._batches([one for _, one in sorted(found)], self._wanted(columns))
+        return self._batches([name for _, name in sorted(found)], self._with_kinds(columns))
 
-    def search(
+    def _batches(self, ids: Sequence[str], columns: Columns) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
+        fields = [dynamic_key(name) for name in columns if name != "id"]
+        for at in range(0, len(ids), _IDS_PER_REQUEST):
+            some = ids[at : at + _IDS_PER_REQUEST]
+            with self._errors():
+                found = {one["id"]: one for one in self._find_ids(some, ["id", *fields], "Session")}
+            yield _read_columns([found[name] for name in some if name in found], columns)
+
+    def _page(self, text: str, after: str, level: str) -> list[dict[str, Any]]:
+        """Read the first rows behind an id; the client's own iterator does not escape quotes."""
+        parts = [part for part in (f"id > {_constant(after)}", text) if part]
+        return list(
+            self._client.query(
+                self._name,
+                filter=" and ".join(parts),
+                output_fields=["id", "row"],
+                limit=SCAN_BATCH,
+                reduce_stop_for_best="True",
+                consistency_level=level,
+            )
+        )
+
+    def _search(
         self,
-        queries: Float[Tensor, "queries dim"],
+        queries: Float32[Tensor, "queries dim"],
         k: int,
-        *,
-        where: str | None = None,
-        mode: SearchMode = "auto",
-        columns: Sequence[str] = (),
+        condition: Condition | None,
+        mode: SearchMode,
+        columns: Sequence[str],
     ) -> list[IndexHits]:
-        """See `VectorIndex`."""
-        queries = validate_queries(queries, self.dim, k)
-        text = self._filter(where)
-        fields = ["row", *(milvus_key(name) for name in columns if name != "id")]
-        wanted, hits = self._wanted(columns), list[IndexHits]()
-        with self._told():
-            if k > MOST and self._count(text or "row >= 0") > MOST:
-                raise ConfigError(f"k is {k}, and Milvus gives {MOST:,} answers at most; ask for fewer, or filter")
+        text = self._filter_text(condition)
+        fields = ["row", *(dynamic_key(name) for name in columns if name != "id")]
+        kinds, hits = self._with_kinds(columns), list[IndexHits]()
+        with self._errors():
+            if k > MAX_HITS and self._count(text or "row >= 0") > MAX_HITS:
+                raise ConfigError(f"invalid value for k: {k} (Milvus returns at most {MAX_HITS:,} rows); use a filter")
             flat = self._index()["index_type"] == "FLAT"
             if mode == "auto":
                 mode = "exact" if flat and self._stored() <= AUTO_EXACT else "ann"
             if mode == "exact" and not flat:
-                self._finish()
-            ask = self._exact if mode == "exact" else self._approximate
-            step = max(1, _ANSWERED_BYTES // ((min(k, MOST) + _MORE) * (4 * self.dim + 1024)))
-            for some in queries.split(step) if len(queries) else ():
-                hits += ask(some, min(k, MOST), text, fields, wanted)
+                self._wait_for_index()
+            search = self._exact if mode == "exact" else self._approximate
+            step = max(1, _RESPONSE_BYTES // ((min(k, MAX_HITS) + _EXTRA_CANDIDATES) * (4 * self.dim + 1024)))
+            for some in queries.split(step):
+                hits += search(some, min(k, MAX_HITS), text, fields, kinds)
         return hits
 
-    def optimize(self) -> None:
-        """See `VectorIndex`."""
-        with self._told():
-            self._client.flush(self._name)
-            if self._stored() > AUTO_EXACT and self._index()["index_type"] == "FLAT":
-                self._client.release_collection(self._name)
-                self._client.drop_index(self._name, "vector")
-                self._build()
-                self._client.load_collection(self._name)
-            if self._index()["index_type"] != "FLAT":
-                self._finish()
-
-    def close(self) -> None:
-        """See `VectorIndex`."""
-        self._client.close()
-
-    def _exact(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[IndexHits]:
-        """Take so many candidates that none left out can be among the best, and score them here."""
-        limit = min(k + _MORE, MOST)
+    def _exact(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Columns) -> list[IndexHits]:
+        """Request enough candidates that no other row can be among the best, and score them here."""
+        limit = min(k + _EXTRA_CANDIDATES, MAX_HITS)
         hits = []
-        for query, first in zip(queries, self._asked(queries, limit, text, ["vector", *fields], NLIST), strict=True):
-            found, taken = first, limit
+        results = self._request(queries, limit, text, ["vector", *fields], NLIST)
+        for query, candidates in zip(queries, results, strict=True):
+            found, requested = candidates, limit
             while True:
                 if not found:
-                    hits.append(IndexHits([], torch.empty(0), {name: [] for name in columns}))
+                    hits.append(IndexHits.empty(list(columns)))
                     break
                 found.sort(key=lambda one: (one["row"], one["id"]))
-                vectors = torch.from_numpy(vectors_of([one["vector"] for one in found], self.dim))
+                vectors = torch.from_numpy(stack_vectors([one["vector"] for one in found], self.dim))
                 best = exact_topk(query[None], vectors, min(k, len(found)))
-                edge = _EDGE * float(vectors.norm(dim=1).max() * query.norm())
+                tolerance = _TOLERANCE * float(vectors.norm(dim=1).max() * query.norm())
                 last = min(one["distance"] for one in found)
-                if len(found) < taken or taken == MOST or last < float(best.scores[0, -1]) - edge:
+                complete = len(found) < requested or requested == MAX_HITS
+                if complete or last < float(best.scores[0, -1]) - tolerance:
                     chosen = [found[i] for i in best.positions[0].tolist()]
-                    hits.append(IndexHits([one["id"] for one in chosen], best.scores[0], _values(chosen, columns)))
+                    hits.append(
+                        IndexHits([one["id"] for one in chosen], best.scores[0], _read_columns(chosen, columns))
+                    )
                     break
-                taken = min(4 * taken, MOST)
-                (found,) = self._asked(query[None], taken, text, ["vector", *fields], NLIST)
+                requested = min(4 * requested, MAX_HITS)
+                (found,) = self._request(query[None], requested, text, ["vector", *fields], NLIST)
         return hits
 
-    def _approximate(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Wanted) -> list[IndexHits]:
+    def _approximate(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Columns) -> list[IndexHits]:
         hits, probes = [], FILTERED_PROBES if text else PROBES
         if SPARE * k * NLIST > AUTO_EXACT * probes:  # a smaller collection has no inverted file
             probes = min(NLIST, max(probes, -(-SPARE * k * NLIST // max(1, self._stored()))))
-        for found in self._asked(queries, k, text, fields, probes):
+        for found in self._request(queries, k, text, fields, probes):
             found.sort(key=lambda one: (-one["distance"], one["row"], one["id"]))
             scores = torch.tensor([one["distance"] for one in found], dtype=torch.float32)
-            hits.append(IndexHits([one["id"] for one in found], scores, _values(found, columns)))
+            hits.append(IndexHits([one["id"] for one in found], scores, _read_columns(found, columns)))
         return hits
 
-    def _asked(
+    def _request(
         self, queries: Tensor, limit: int, text: str, fields: list[str], probes: int
     ) -> list[list[dict[str, Any]]]:
-        answers = self._client.search(
+        results = self._client.search(
             self._name,
             data=list(queries.numpy()),
             limit=limit,
             filter=text,
             output_fields=fields,
             search_params={"metric_type": "IP", "params": {"nprobe": probes}},
-            consistency_level=self._level(),
+            consistency_level=self._consistency(),
         )
-        return [[{"id": hit["id"], "distance": hit["distance"], **hit["entity"]} for hit in hits] for hits in answers]
+        return [[{"id": hit["id"], "distance": hit["distance"], **hit["entity"]} for hit in hits] for hits in results]
 
-    def _level(self) -> str:
-        """Return mode fresh an answer has to be; see this file's opening."""
+    def optimize(self) -> None:
+        """See `VectorIndex`."""
+        with self._errors():
+            self._client.flush(self._name)
+            if self._stored() > AUTO_EXACT and self._index()["index_type"] == "FLAT":
+                self._client.release_collection(self._name)
+                self._client.drop_index(self._name, "vector")
+                self._create_index()
+                self._client.load_collection(self._name)
+            if self._index()["index_type"] != "FLAT":
+                self._wait_for_index()
+
+    def close(self) -> None:
+        """See `VectorIndex`."""
+        self._client.close()
+
+    def _consistency(self) -> str:
+        """Return the consistency level of the next read; see the module's docstring."""
         now = time.monotonic()
-        if now - self._fresh < _FRESH:
+        if now - self._fresh < _FRESH_SECONDS:
             return "Session"
         self._fresh = now
         return "Strong"
 
-    def _finish(self) -> None:
-        """Have the server write out what it took and index it, and wait until that is what it searches.
-
-        For an inverted file alone: of a flat index the server never says that it is loaded.
-        """
-        end = time.monotonic() + 10 * _SECONDS
+    def _wait_for_index(self) -> None:
+        """Have the server index all writes in the inverted file; a flat index never reports that it is loaded."""
+        end = time.monotonic() + 10 * _TIMEOUT_SECONDS
         self._client.flush(self._name)
         while time.monotonic() < end:
             loaded = {one.segment_id: one for one in self._client.list_loaded_segments(self._name)}
@@ -294,19 +296,19 @@ class MilvusIndex(VectorIndex):
             ):
                 return
             time.sleep(0.2)
-        raise DataError(f"{self.uri}: the server is still building its index; it goes on by itself, ask again later")
+        raise DataError(f"{self.uri}: the server is still building its index; try again later")
 
     def _index(self) -> dict[str, Any]:
         return dict(self._client.describe_index(self._name, "vector"))
 
     def _stored(self) -> int:
-        """Return about mode many rows there are, at once."""
+        """Return about how many rows there are, without waiting."""
         return int(self._client.get_collection_stats(self._name)["row_count"])
 
-    def _build(self) -> None:
-        self._client.create_index(self._name, self._kind(self._stored()))
+    def _create_index(self) -> None:
+        self._client.create_index(self._name, self._index_params(self._stored()))
 
-    def _kind(self, rows: int) -> Any:
+    def _index_params(self, rows: int) -> Any:
         index = self._client.prepare_index_params()
         if rows <= AUTO_EXACT:
             index.add_index("vector", index_type="FLAT", metric_type="IP")
@@ -314,82 +316,215 @@ class MilvusIndex(VectorIndex):
             index.add_index("vector", index_type="IVF_FLAT", metric_type="IP", params={"nlist": NLIST})
         return index
 
-    def _batches(self, ids: Sequence[str], columns: Wanted) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
-        fields = [milvus_key(name) for name in columns if name != "id"]
-        for at in range(0, len(ids), _LOOKED_UP):
-            some = ids[at : at + _LOOKED_UP]
-            with self._told():
-                found = {one["id"]: one for one in self._looked_up(some, ["id", *fields], "Session")}
-            yield _values([found[one] for one in some if one in found], columns)
-
-    def _page(self, text: str, after: str, level: str) -> list[dict[str, Any]]:
-        """Read the first rows behind an id; the client's own iterator does not escape quotes."""
-        parts = [part for part in (f"id > {json.dumps(after, ensure_ascii=False)}", text) if part]
-        return list(
-            self._client.query(
-                self._name,
-                filter=" and ".join(parts),
-                output_fields=["id", "row"],
-                limit=BATCH,
-                reduce_stop_for_best="True",
-                consistency_level=level,
-            )
-        )
-
-    def _looked_up(self, ids: Sequence[str], fields: list[str], level: str) -> list[dict[str, Any]]:
-        """Read rows by id, in any order; those that are not there are left out."""
+    def _find_ids(self, ids: Sequence[str], fields: list[str], level: str) -> list[dict[str, Any]]:
+        """Read the rows that exist, in any order."""
         found: list[dict[str, Any]] = []
-        for at in range(0, len(ids), _LOOKED_UP):
+        for at in range(0, len(ids), _IDS_PER_REQUEST):
             found += self._client.query(
                 self._name,
-                filter=named(ids[at : at + _LOOKED_UP]),
+                filter=ids_filter(ids[at : at + _IDS_PER_REQUEST]),
                 output_fields=fields,
                 consistency_level="Session" if at else level,
             )
         return found
 
-    def _wanted(self, columns: Sequence[str]) -> Wanted:
+    def _with_kinds(self, columns: Sequence[str]) -> Columns:
         kinds = self.columns if columns else {}
         return {name: kinds.get(name) for name in columns}
 
-    def _filter(self, where: str | None) -> str:
-        if where is None:
-            return ""
-        return milvus_text(parse_filter(where, {"id": "str", **self.columns}), self._patterns)
+    def _filter_text(self, condition: Condition | None) -> str:
+        return "" if condition is None else filter_text(condition, self._full_like)
 
     def _count(self, text: str) -> int:
         (found,) = self._client.query(self._name, text, ["count(*)"], consistency_level="Strong")
         return int(found["count(*)"])
 
-    def _described(self) -> dict[str, Any]:
-        found = self._client.describe_collection(self._name)
-        return {**found, "properties": dict(found.get("properties") or {})}
+    def _describe(self) -> dict[str, Any]:
+        described = self._client.describe_collection(self._name)
+        return {**described, "properties": dict(described.get("properties") or {})}
 
-    def _make(self, dim: int | None, metadata: Mapping[str, Any] | None) -> None:
-        if dim is None or dim < 1:
-            raise ConfigError(f"{self.uri} has to be made: give dim, the width of the embeddings")
+    def _create(self, dim: int | None, metadata: Mapping[str, Any] | None) -> None:
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
-        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=ID_BYTES)
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
         schema.add_field("row", DataType.INT64)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-        properties = {_CARD: dump_metadata(metadata)}
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=required_dim(self.uri, dim))
         try:
             self._client.create_collection(
-                self._name, schema=schema, index_params=self._kind(0), consistency_level="Strong", properties=properties
+                self._name,
+                schema=schema,
+                index_params=self._index_params(0),
+                consistency_level="Strong",
+                properties={_METADATA: dump_metadata(metadata)},
             )
         except MilvusException:
-            if not self._client.has_collection(self._name):  # else another process made it, meanwhile
+            if not self._client.has_collection(self._name):  # else another process created it meanwhile
                 raise
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say in one line what the server could not do."""
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the server into a DataError of one line."""
         try:
             yield
         except MilvusException as error:
-            said = " ".join(str(error.message).split())[:300]
-            raise DataError(f"{self.uri}: {said}; is the server there, and is it well?") from error
+            text = " ".join(str(error.message).split())[:300]
+            raise DataError(f"{self.uri}: {text}; check that the server is reachable and healthy") from error
 
 
-def _values(found: Sequence[Mapping[str, Any]], columns: Wanted) -> dict[str, list[ColumnValue]]:
-    return {name: values_of(found, name, kind) for name, kind in columns.items()}
+def filter_text(condition: Condition, full_like: bool = True) -> str:
+    """Write a filter in Milvus' language, for columns in the dynamic field.
+
+    A row without a value has no key there, and the result of a comparison with it differs by operator: so each
+    comparison that would be true for it is joined with one that is not.
+
+    Args:
+        condition: The filter.
+        full_like: Whether the server supports any pattern of `like`, as Milvus does from 2.4 on.
+
+    Raises:
+        ConfigError: If the server cannot evaluate a `like`.
+    """
+    if not isinstance(condition, Comparison):
+        joint = " and " if isinstance(condition, AllOf) else " or "
+        return "(" + joint.join(filter_text(part, full_like) for part in condition.parts) + ")"
+    name = "id" if condition.column == "id" else f'$meta["{dynamic_key(condition.column)}"]'
+    op = condition.op
+    if op in ("is null", "is not null"):
+        exists = _exists_text(condition, name)
+        return exists if op == "is not null" else f"(not {exists})"
+    if op in ("in", "not in"):
+        text = f"({name} in [{', '.join(_constant(value) for value in condition.values)}])"
+    elif op in ("like", "not like"):
+        text = _like_text(name, str(condition.values[0]), full_like)
+    else:
+        text = f"({name} {'==' if op == '=' else op} {_constant(condition.values[0])})"
+    if op == "!=":
+        return f"({_exists_text(condition, name)} and {text})"
+    return f"({_exists_text(condition, name)} and (not {text}))" if op.startswith("not ") else text
+
+
+def _exists_text(test: Comparison, name: str) -> str:
+    """Write a test for rows with a value; Milvus 2.3 does not join `exists` with other tests."""
+    if name == "id":
+        return "(row >= 0)"
+    if test.kind in ("int", "float"):
+        return f"({name} >= 0 or {name} < 0)"
+    return f"({name} in [true, false])" if test.kind == "bool" else f'({name} >= "")'
+
+
+def _like_text(name: str, text: str, full_like: bool) -> str:
+    parts = like_parts(text)
+    if not parts or (len(parts) == 1 and parts[0]):
+        return f"({name} == {_constant(parts[0] or '' if parts else '')})"
+    if len(parts) == 2 and parts[0] and parts[1] is None:
+        return _prefix_text(name, parts[0])
+    if all(part is None for part in parts):
+        return f'({name} >= "")'
+    if not full_like:
+        raise ConfigError(
+            f"like {text!r} needs Milvus 2.4 or later, this server only compares prefixes: like 'beginning%'"
+        )
+    return f"({name} like {_constant(text)})"
+
+
+def _prefix_text(name: str, prefix: str) -> str:
+    """Compare with the next string behind the prefix: exact on every version, and served by a sorted index."""
+    least = f"{name} >= {_constant(prefix)}"
+    stem = prefix.rstrip(chr(0x10FFFF))
+    if not stem:
+        return f"({least})"
+    following = 0xE000 if ord(stem[-1]) == 0xD7FF else ord(stem[-1]) + 1  # surrogates are not characters
+    return f"({least} and {name} < {_constant(stem[:-1] + chr(following))})"
+
+
+def _constant(value: Constant) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value).lower()
+
+
+def ids_filter(ids: Sequence[str]) -> str:
+    """Write a filter for rows by id; the client's own does not escape quotes."""
+    return "id in " + json.dumps(list(ids), ensure_ascii=False)
+
+
+def dynamic_key(column: str) -> str:
+    """Return the key of a column in the dynamic field, which is never a word of Milvus."""
+    return f"c_{column}" if re.fullmatch("[A-Za-z0-9_]+", column) else f"x_{column.encode().hex()}"
+
+
+def parse_address(uri: str) -> tuple[str, str, str, str]:
+    """Parse a URI into the server's address, the collection, user and password.
+
+    Raises:
+        ConfigError: If it has another form.
+    """
+    parts = urlsplit(uri)
+    name = parts.path.removeprefix("/")
+    try:
+        port = parts.port or PORT
+    except ValueError:
+        port = 0
+    if not parts.hostname or not port or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ConfigError(
+            "invalid Milvus URI (expected milvus://[user:password@]host[:19530]/collection, or milvus+tls:// with "
+            "encryption; the collection of letters, digits and '_')"
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    protocol = "https" if parts.scheme == "milvus+tls" else "http"
+    return f"{protocol}://{host}:{port}", name, unquote(parts.username or ""), unquote(parts.password or "")
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Parse a server's version; an unreadable one is earlier than all."""
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
+
+def to_entities(rows: Rows) -> Iterator[dict[str, Any]]:
+    """Convert rows for Milvus: None has no key, bytes are text.
+
+    Raises:
+        DataError: If a row exceeds the limits of Milvus.
+    """
+    for i, name in enumerate(rows.ids):
+        if len(name.encode()) > MAX_ID_BYTES:
+            raise DataError(f"the id {name[:40]!r}... is too long for Milvus (at most {MAX_ID_BYTES:,} bytes)")
+        values = {dynamic_key(key): column[i] for key, column in rows.columns.items() if column[i] is not None}
+        encoded = {
+            key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+            for key, value in values.items()
+        }
+        if (size := len(json.dumps(encoded, ensure_ascii=False).encode())) >= MAX_ROW_BYTES:
+            raise DataError(
+                f"the columns of {name!r} take {size:,} bytes, too many for Milvus (limit {MAX_ROW_BYTES:,} per row); "
+                "use smaller thumbnails"
+            )
+        yield {"id": name, "vector": rows.vectors[i].numpy(), **encoded}
+
+
+def split_requests(entities: Sequence[dict[str, Any]], dim: int) -> Iterator[list[dict[str, Any]]]:
+    """Split rows into requests of about `REQUEST_BYTES`."""
+    request: list[dict[str, Any]] = []
+    size = 0
+    for entity in entities:
+        takes = 4 * dim + 1024 + sum(len(value) for value in entity.values() if isinstance(value, str))
+        if request and size + takes > REQUEST_BYTES:
+            yield request
+            request, size = [], 0
+        request.append(entity)
+        size += takes
+    if request:
+        yield request
+
+
+def stack_vectors(found: Sequence[Sequence[float]], dim: int) -> Float32[np.ndarray, "rows dim"]:
+    """Stack embeddings as Milvus returns them."""
+    return np.asarray(found, dtype=np.float32).reshape(-1, dim)
+
+
+def _read_columns(found: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, list[ColumnValue]]:
+    def read(column: str, kind: ColumnKind | None) -> list[ColumnValue]:
+        values = [one.get("id" if column == "id" else dynamic_key(column)) for one in found]
+        if kind == "bytes":
+            return [None if value is None else base64.b64decode(value) for value in values]
+        return [float(value) if kind == "float" and value is not None else value for value in values]
+
+    return {name: read(name, kind) for name, kind in columns.items()}
