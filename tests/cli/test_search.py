@@ -136,7 +136,7 @@ MISTAKES = [
     (["text=red", "search=quick"], "search=quick"),
     (["text=red", "search=ann"], "no approximate index"),
     (["text=red", "where=color = 'red'"], "no column 'color'"),
-    (["text=red", "where=year >"], "cannot be read"),
+    (["text=red", "where=year >"], "cannot be parsed"),
     (["text=red", "liked=p99"], "p99"),
     (["text=red", "queries=q.csv"], "text= and queries= are both given"),
     (["queries=q.csv"], "no such file"),

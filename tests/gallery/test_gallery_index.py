@@ -128,7 +128,7 @@ def differing(model: IGROTModel, benchmark: Benchmark, folder: Path, uri: str) -
     """Count the queries that a gallery's exact search ranks otherwise than the evaluation, to the last image."""
     asked, kept, _ = embed(model, benchmark, encoder(folder / "store", model.backbone, batch_size=256, shard=2048))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(scoring, "KEPT", len(benchmark.gallery))
+        patched.setattr(scoring, "RANKING_DEPTH", len(benchmark.gallery))
         truth = scoring.score(benchmark, asked, kept).ranking.positions
     assert truth.shape[1] >= len(benchmark.gallery) - 2  # all but what a query leaves out
     left_out = benchmark.protocol.exclude_reference

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import VectorIndex, required_dim
-from union_igrot.storage.paths import absolute
+from union_igrot.storage.paths import absolute_path
 
 MEMORY: Final = "memory:"
 """The URI of an index in memory."""
@@ -53,7 +53,7 @@ def uri_scheme(uri: str) -> str:
 
 def local_path(uri: str) -> str | None:
     """Return the absolute path of an index on this machine's disk, or None for any other index."""
-    return None if uri_scheme(uri) else absolute(uri)
+    return None if uri_scheme(uri) else absolute_path(uri)
 
 
 def open_index(

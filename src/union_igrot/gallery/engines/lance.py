@@ -47,7 +47,7 @@ from union_igrot.gallery.engines.base import (
     validate_rows,
 )
 from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, quote
-from union_igrot.storage.sizes import parse_size, format_size
+from union_igrot.storage.sizes import format_size, parse_size
 
 FLAT_ROWS: Final = 500_000
 """Rows up to which the approximate index holds whole vectors."""
@@ -339,7 +339,7 @@ class _Snapshot:
             size, limit = 4 * dim * len(self.offsets), exact_memory()
             if size > limit:
                 raise ConfigError(
-                    f"exact search needs {format_size(size)} of memory for the vectors (limit {format_size(limit)}); use "
+                    f"exact search needs {format_size(size)} of memory for vectors (limit {format_size(limit)}); use "
                     f"search=ann after optimize(), or raise {MEMORY_VARIABLE}"
                 )
             vectors = torch.empty(len(self.offsets), dim)
