@@ -48,7 +48,7 @@ def test_batches_hold_pairs_captions_and_labels(drawn, monkeypatch):
 
     def spy(rng, scene, double):
         made = edit(rng, scene, double)
-        pairs.append((scene, made.answers[0]))
+        pairs.append((scene, made.targets[0]))
         return made
 
     monkeypatch.setattr(pretrain_tiny, "edit_scene", spy)
@@ -108,10 +108,10 @@ def test_loss_is_the_sum_as_it_is_said():
     def text(words):
         return F.normalize(network.text(tokenize([words]))[0, -1], dim=0)
 
-    def cross(rows, answers):
+    def cross(rows, targets):
         return -sum(
-            math.log(math.exp(row[a]) / sum(map(math.exp, row))) for row, a in zip(rows, answers, strict=True)
-        ) / len(answers)
+            math.log(math.exp(row[a]) / sum(map(math.exp, row))) for row, a in zip(rows, targets, strict=True)
+        ) / len(targets)
 
     scale = min(60.0, math.exp(network.log_scale.item()))
     photos = F.normalize(network.image(batch.photos)[:, 0], dim=-1)
@@ -157,7 +157,7 @@ def test_same_seed_same_weights(small, steps):
 
 
 def test_too_few_steps_are_refused(monkeypatch, capsys):
-    with pytest.raises(ConfigError, match="steps is 2; give at least 3"):
+    with pytest.raises(ConfigError, match="steps: 2"):
         pretrain(2, 0, 1e-3)
     monkeypatch.setattr(sys, "argv", ["pretrain_tiny", "--steps", "0"])
     with pytest.raises(SystemExit) as left:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from union_igrot.synthetic.rendering import (
-    CENTRE,
-    COLOUR_RGB,
-    GROUND_RGB,
+    BACKGROUND_RGB,
+    CENTERS,
+    COLOR_RGB,
     OUTLINES,
     PIXELS,
     RADIUS,
@@ -18,21 +18,21 @@ from union_igrot.synthetic.rendering import (
     render_photo,
     render_sketch,
 )
-from union_igrot.synthetic.scenes import BACKGROUNDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
+from union_igrot.synthetic.scenes import BACKGROUNDS, COLORS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
 
 GOLDEN = "15d686f80e107cbd01330566a26b2b6e1fb86b2a73d751099601aeec31242dd2"
 """Changes with the drawing code alone; then the version in `ShapesImage.key` changes too."""
 
 
-def one(shape="circle", colour="red", size="large", fill="plain", place="middle", background="snow"):
-    return Scene(background, (Thing(shape, colour, size, fill, place),))
+def one(shape="circle", color="red", size="large", fill="plain", place="middle", background="snow"):
+    return Scene(background, (Thing(shape, color, size, fill, place),))
 
 
 def many():
     """Forty scenes with every shape, color, size, fill, place and background; every fifth holds two things."""
     for i in range(40):
-        thing = Thing(SHAPES[i % 20], COLOURS[i % 10], SIZES[i % 3], FILLS[(i + i // 20) % 4], PLACES[i % 5])
-        second = Thing(SHAPES[(i + 7) % 20], COLOURS[(i + 3) % 10], SIZES[(i + 1) % 3], FILLS[(i + 2) % 4], "right")
+        thing = Thing(SHAPES[i % 20], COLORS[i % 10], SIZES[i % 3], FILLS[(i + i // 20) % 4], PLACES[i % 5])
+        second = Thing(SHAPES[(i + 7) % 20], COLORS[(i + 3) % 10], SIZES[(i + 1) % 3], FILLS[(i + 2) % 4], "right")
         yield Scene(BACKGROUNDS[i % 8], (thing, second) if i % 5 == 0 else (thing,))
 
 
@@ -64,10 +64,10 @@ def test_pictures_are_small_rgb_and_differ_by_seed():
 
 def test_tables_cover_the_grammar():
     assert set(OUTLINES) == set(SHAPES)
-    assert set(COLOUR_RGB) == set(COLOURS)
-    assert set(GROUND_RGB) == set(BACKGROUNDS)
+    assert set(COLOR_RGB) == set(COLORS)
+    assert set(BACKGROUND_RGB) == set(BACKGROUNDS)
     assert set(RADIUS) == set(SIZES)
-    assert set(CENTRE) == set(PLACES)
+    assert set(CENTERS) == set(PLACES)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,13 +89,13 @@ def test_sketch_is_dark_strokes_on_white_at_the_place(shape):
         assert strokes.max() > 0.6
         assert 0.01 < strokes.mean() < 0.35
         y, x = (np.average(axis, weights=strokes) / PIXELS for axis in np.mgrid[0:PIXELS, 0:PIXELS])
-        assert abs(x - CENTRE[place][0]) < 0.13
-        assert abs(y - CENTRE[place][1]) < 0.13
+        assert abs(x - CENTERS[place][0]) < 0.13
+        assert abs(y - CENTERS[place][1]) < 0.13
 
 
 def test_sketch_knows_nothing_of_colour_fill_or_background():
     first = render_sketch(one(), 3).tobytes()
-    assert render_sketch(one(colour="blue", fill="dotted", background="night"), 3).tobytes() == first
+    assert render_sketch(one(color="blue", fill="dotted", background="night"), 3).tobytes() == first
     assert render_sketch(one(shape="fish"), 3).tobytes() != first
 
 
@@ -118,17 +118,17 @@ def test_bigger_things_cover_more(shape):
     assert spread("small") < spread("medium") < spread("large")
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_a_thing_has_its_colour(colour):
+@pytest.mark.parametrize("colour", COLORS)
+def test_a_thing_has_its_color(color):
     """The mean over seeds is nearest to the named color, light and noise aside."""
     middle = slice(PIXELS // 2 - 2, PIXELS // 2 + 2)
-    means = [pixels(render_photo(one(colour=colour), seed))[middle, middle].mean((0, 1)) for seed in range(24)]
+    means = [pixels(render_photo(one(color=color), seed))[middle, middle].mean((0, 1)) for seed in range(24)]
     shown = np.mean(means, axis=0)
-    assert min(COLOURS, key=lambda c: np.linalg.norm(shown - np.array(COLOUR_RGB[c]))) == colour
+    assert min(COLORS, key=lambda c: np.linalg.norm(shown - np.array(COLOR_RGB[c]))) == color
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_a_background_has_its_colours(background):
+def test_a_background_has_its_color(background):
     """The corners' mean over seeds is nearest to a mixture of the named background's two colors."""
     corners = [
         pixels(render_photo(one(size="small", background=background), seed))[:8].reshape(-1, 3).mean(0)
@@ -137,7 +137,7 @@ def test_a_background_has_its_colours(background):
     shown = np.mean(corners, axis=0)
 
     def distance(name):
-        base, other = (np.array(c, dtype=np.float64) for c in GROUND_RGB[name])
+        base, other = (np.array(c, dtype=np.float64) for c in BACKGROUND_RGB[name])
         along = np.clip((shown - base) @ (other - base) / ((other - base) @ (other - base)), 0, 1)
         return np.linalg.norm(shown - base - along * (other - base))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from union_igrot.synthetic.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     EDIT_KINDS,
     FILLS,
     HELD_OUT_SHAPES,
@@ -44,13 +44,13 @@ def one_of(words):
     return f"({'|'.join(words)})"
 
 
-SHAPE, COLOUR, SIZE, FILL = one_of(SHAPES), one_of(COLOURS), one_of(SIZES), one_of(FILLS)
+SHAPE, COLOR, SIZE, FILL = one_of(SHAPES), one_of(COLORS), one_of(SIZES), one_of(FILLS)
 GROUND, PLACE, AT, A = one_of(BACKGROUNDS), one_of(PLACES), one_of(WHERE), "an? "
 
 
 def plain(scene):
     """A scene as a background and a set of (shape, color, size, fill, place)."""
-    return scene.background, frozenset((t.shape, t.colour, t.size, t.fill, t.place) for t in scene.things)
+    return scene.background, frozenset((t.shape, t.color, t.size, t.fill, t.place) for t in scene.things)
 
 
 def named(things, shape):
@@ -65,10 +65,10 @@ def changed(scene, shape, slot, values):
     return {(background, things - {old} | {(*old[:slot], value, *old[slot + 1 :])}) for value in values}
 
 
-def added(scene, size, colour, shape, at):
+def added(scene, size, color, shape, at):
     background, things = scene
     sizes = SIZES if size is None else (size.strip(),)
-    return {(background, things | {(shape, colour, s, f, WHERE[at])}) for s, f in product(sizes, FILLS)}
+    return {(background, things | {(shape, color, s, f, WHERE[at])}) for s, f in product(sizes, FILLS)}
 
 
 def without(scene, shape):
@@ -93,8 +93,8 @@ def smaller(scene, shape):
 
 RULES = [
     *[
-        (pattern, lambda s, shape, colour: changed(s, shape, 1, [colour]))
-        for pattern in (f"make the {SHAPE} {COLOUR}", f"change the {SHAPE} to {COLOUR}", f"the {SHAPE} is {COLOUR}")
+        (pattern, lambda s, shape, color: changed(s, shape, 1, [color]))
+        for pattern in (f"make the {SHAPE} {COLOR}", f"change the {SHAPE} to {COLOR}", f"the {SHAPE} is {COLOR}")
     ],
     *[
         (pattern, lambda s, shape, fill: changed(s, shape, 3, [fill]))
@@ -113,7 +113,7 @@ RULES = [
         for pattern in (f"change the background to {GROUND}", f"put it on {GROUND}", f"with {GROUND} behind")
     ],
     (f"add {A}({one_of(SIZES)[1:-1]} )?".replace("(small|medium|large )", "((?:small|medium|large) )")
-     + f"{COLOUR} {SHAPE} {AT}", added),
+     + f"{COLOR} {SHAPE} {AT}", added),
     *[(pattern, without) for pattern in (f"remove the {SHAPE}", f"without the {SHAPE}", f"take the {SHAPE} away")],
     (f"swap the {SHAPE} and the {SHAPE}", swapped),
     (f"move the {SHAPE} to the {PLACE}", lambda s, shape, place: changed(s, shape, 4, [place])),
@@ -138,11 +138,11 @@ def check_edit(scene, edit):
     assert edit is not None
     read = obey(edit.text, {plain(scene)})
     assert read is not None, edit.text
-    answers, rules = read
-    assert {plain(answer) for answer in edit.answers} == answers - {plain(scene)}, edit.text
-    assert len({answer.code for answer in edit.answers}) == len(edit.answers) > 0
-    assert scene.code not in {answer.code for answer in edit.answers}
-    for answer in edit.answers:
+    targets, rules = read
+    assert {plain(answer) for answer in edit.targets} == targets - {plain(scene)}, edit.text
+    assert len({answer.code for answer in edit.targets}) == len(edit.targets) > 0
+    assert scene.code not in {answer.code for answer in edit.targets}
+    for answer in edit.targets:
         check_scene(answer)
     return rules
 
@@ -151,7 +151,7 @@ def check_scene(scene):
     assert scene.background in BACKGROUNDS
     for t in scene.things:
         assert t.shape in SHAPES
-        assert t.colour in COLOURS
+        assert t.color in COLORS
         assert t.size in SIZES
         assert t.fill in FILLS
         assert t.place in PLACES
@@ -218,10 +218,10 @@ def test_edit_within_a_split_keeps_every_answer_of_the_split(seed, split, double
     rng = random.Random(seed)
     scene = random_scene(rng, split)
     edit = edit_scene(rng, scene, double)
-    answers, rules = obey(edit.text, {plain(scene)})
-    things = {place: Scene(place[0], tuple(Thing(*t) for t in place[1])) for place in answers}
-    assert {plain(a) for a in edit.answers} == {k for k, s in things.items() if s.split == split} - {plain(scene)}
-    assert {a.split for a in edit.answers} == {split}
+    targets, rules = obey(edit.text, {plain(scene)})
+    things = {place: Scene(place[0], tuple(Thing(*t) for t in place[1])) for place in targets}
+    assert {plain(a) for a in edit.targets} == {k for k, s in things.items() if s.split == split} - {plain(scene)}
+    assert {a.split for a in edit.targets} == {split}
     assert len(rules) == len(edit.kinds) == {0.0: 1, 1.0: 2}.get(double, len(rules))
 
 
@@ -247,7 +247,7 @@ def test_random_scenes_reach_every_value_alike():
     things = [t for s in scenes for t in s.things]
     for values, drawn in (
         (SHAPES, [t.shape for t in things]),
-        (COLOURS, [t.colour for t in things]),
+        (COLORS, [t.color for t in things]),
         (SIZES, [t.size for t in things]),
         (FILLS, [t.fill for t in things]),
         (BACKGROUNDS, [s.background for s in scenes]),
@@ -273,7 +273,7 @@ def test_split_follows_from_content_alone():
     assert Scene("sea", (one,)).code != Scene("sea", (two,)).code
     assert sorted(b for buckets in SPLITS.values() for b in buckets) == list(range(100))
     scenes = [
-        Scene(b, (Thing(s, c, "small", "plain", p),)) for b, s, c, p in product(BACKGROUNDS, SHAPES, COLOURS, PLACES)
+        Scene(b, (Thing(s, c, "small", "plain", p),)) for b, s, c, p in product(BACKGROUNDS, SHAPES, COLORS, PLACES)
     ]
     shares = Counter(scene.split for scene in scenes)
     assert shares["train"] / len(scenes) == pytest.approx(0.7, abs=0.02)
@@ -285,13 +285,13 @@ def read_caption(text):
     """What a caption says: the background or None, and (shape, color, size, fill, place), each None where not said."""
     text = re.sub("^(a photo of|a picture with) ", "", text)
     match = re.fullmatch(f"(.*?)(?: (?:on|over|in front of) {GROUND})?", text)
-    part = f"{A}(?:{SIZE} )?(?:{COLOUR} )?(?:{FILL} )?{SHAPE}(?: {AT})?"
+    part = f"{A}(?:{SIZE} )?(?:{COLOR} )?(?:{FILL} )?{SHAPE}(?: {AT})?"
     things = set()
     for words in match[1].split(" and "):
         found = re.fullmatch(part, words)
         assert found, words
-        size, colour, fill, shape, at = found.groups()
-        things.add((shape, colour, size, fill, at and WHERE[at]))
+        size, color, fill, shape, at = found.groups()
+        things.add((shape, color, size, fill, at and WHERE[at]))
     return match[2], frozenset(things)
 
 

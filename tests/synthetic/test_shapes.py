@@ -63,9 +63,9 @@ def test_every_picture_that_obeys_is_a_target_and_no_other(cir):
     shown = {item.id: item.image.scene for item in cir.gallery}
     several = 0
     for query in cir.queries:
-        answers, rules = obey(query.text, {plain(query.image.scene)})
-        answers -= {plain(query.image.scene)}
-        right = {name for name, scene in shown.items() if plain(scene) in answers}
+        targets, rules = obey(query.text, {plain(query.image.scene)})
+        targets -= {plain(query.image.scene)}
+        right = {name for name, scene in shown.items() if plain(scene) in targets}
         assert set(query.targets) == right
         assert len(query.targets) == len(right) > 0
         assert query.tags == (("two changes",) if len(rules) == 2 else query.tags)
@@ -92,7 +92,7 @@ def test_subsets_hold_six_with_the_reference_and_one_target(cir):
         assert len(set(query.subset)) == len(query.subset) == 6
         assert query.exclude[0] in query.subset
         assert len(set(query.targets) & set(query.subset)) == 1
-        # The same scene in another image is the hardest of the wrong answers.
+        # The same scene in another image is the hardest of the wrong targets.
         assert sum(images[name].scene == query.image.scene for name in query.subset) >= 2
         near = [n for n in query.subset if shared(images[n].scene, query.image.scene)]
         full += len(near) >= 4

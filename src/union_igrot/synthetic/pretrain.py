@@ -1,13 +1,11 @@
-"""Pretrain the embedded vision-language model on the generated world's captions.
+"""Pretrain the bundled tiny vision-language model on captions of the generated world.
 
     python -m union_igrot.synthetic.pretrain
 
-Contrastive training of images against captions, in which every scene stands beside an
-edit of itself, so that the edit is a hard negative; plus a prompt loss over "a <shape>"
-(photos) and "a sketch of a <shape>" (sketches) for images of one thing. That second loss
-is supervision of one attribute, without which shape is learned long after color and place.
-Only training scenes are used; sketches and prompts show the fourteen seen shapes alone.
-Does not know heads or benchmarks.
+Contrastive training of images against captions; each scene is in the batch together with an edit of it, which is a
+hard negative. A second loss classifies images of one thing by the prompts "a <shape>" (photos) and "a sketch of a
+<shape>" (sketches); without it, shape is learned long after color and place. Only training scenes are used; sketches
+and prompts show the fourteen seen shapes alone.
 """
 
 import argparse
@@ -46,14 +44,15 @@ from union_igrot.synthetic.scenes import (
 )
 
 SKETCHES = 96
-"""Sketches in each batch, beside the captioned photos."""
+"""Sketches per batch, in addition to the captioned photos."""
+_COMMAND = "python -m union_igrot.synthetic.pretrain"
 _PHOTO_PROMPTS = [with_article(shape) for shape in SHAPES]
 _SKETCH_PROMPTS = [f"a sketch of {with_article(shape)}" for shape in SHAPES]
 
 
 @dataclass(frozen=True)
 class CaptionBatch:
-    """Photos with captions, and sketches; a label is a place in `SHAPES`, -1 for several things."""
+    """Photos with captions, and sketches; a label is an index into `SHAPES`, -1 for several things."""
 
     photos: Float[Tensor, "photos 3 48 48"]
     captions: list[str]
@@ -70,12 +69,12 @@ def _stack(images: list[Image.Image]) -> Float[Tensor, "batch 3 48 48"]:
 def caption_batch(
     seed: str, split: str, pairs: int = 128, sketches: int = SKETCHES, shapes: tuple[str, ...] = SEEN_SHAPES
 ) -> CaptionBatch:
-    """Draw pairs of a scene and its edit with captions, and sketches of the given shapes."""
+    """Draw scenes and an edit of each, with captions, and sketches of the given shapes."""
     rng = random.Random(seed)
     scenes = []
     for _ in range(pairs):
         scene = random_scene(rng, split)
-        scenes += [scene, edit_scene(rng, scene, double=0.15).answers[0]]
+        scenes += [scene, edit_scene(rng, scene, double=0.15).targets[0]]
     drawn = [random_scene(rng, split, 1, pick(rng, shapes)) for _ in range(sketches)]
     labels = [SHAPES.index(s.things[0].shape) if len(s.things) == 1 else -1 for s in scenes]
     return CaptionBatch(
@@ -88,7 +87,7 @@ def caption_batch(
 
 
 class _Batches(IterableDataset[CaptionBatch]):
-    """Batches by number, so that one worker process gives the same sequence as none."""
+    """Batches seeded by their number, so that one worker process gives the same sequence as none."""
 
     def __init__(self, seed: int, steps: int) -> None:
         self.seed, self.steps = seed, steps
@@ -98,19 +97,26 @@ class _Batches(IterableDataset[CaptionBatch]):
             yield caption_batch(f"pretrain {self.seed} {step}", "train")
 
 
+def _embed_images(network: TinyVLM, images: Tensor) -> Tensor:
+    return F.normalize(network.image(images)[:, 0], dim=-1)
+
+
+def _embed_texts(network: TinyVLM, texts: list[str]) -> Tensor:
+    ids = tokenize(texts)
+    return F.normalize(network.text(ids)[torch.arange(len(ids)), (ids != 0).sum(1) - 1], dim=-1)
+
+
 def pretraining_loss(network: TinyVLM, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
     """Return the caption loss (symmetric InfoNCE) and the prompt loss (cross-entropy over seen shapes)."""
     scale = network.log_scale.exp().clamp(max=60)
-    images = F.normalize(network.image(torch.cat([batch.photos, batch.sketches]))[:, 0], dim=-1)
     seen = len(SEEN_SHAPES)
-    ids = tokenize([*batch.captions, *_PHOTO_PROMPTS[:seen], *_SKETCH_PROMPTS[:seen]])
-    tokens = network.text(ids)
-    texts = F.normalize(tokens[torch.arange(len(ids)), (ids != 0).sum(1) - 1], dim=-1)
+    images = _embed_images(network, torch.cat([batch.photos, batch.sketches]))
+    texts = _embed_texts(network, [*batch.captions, *_PHOTO_PROMPTS[:seen], *_SKETCH_PROMPTS[:seen]])
     photos, sketches = images.split([len(batch.photos), len(batch.sketches)])
     captions, photo_prompts, sketch_prompts = texts.split([len(photos), seen, seen])
     logits = scale * photos @ captions.T
-    answers = torch.arange(len(logits))
-    match = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
+    labels = torch.arange(len(logits))
+    match = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     single = (batch.photo_labels >= 0) & (batch.photo_labels < seen)
     prompt = F.cross_entropy(scale * photos[single] @ photo_prompts.T, batch.photo_labels[single])
     prompt = prompt + F.cross_entropy(scale * sketches @ sketch_prompts.T, batch.sketch_labels)
@@ -119,25 +125,17 @@ def pretraining_loss(network: TinyVLM, batch: CaptionBatch) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def held_out_metrics(network: TinyVLM, seed: str, split: str = "val", batches: int = 4) -> dict[str, float]:
-    """Measure caption retrieval within 256 and shape recognition over all twenty shapes, in percent."""
+    """Measure caption retrieval among 256 and shape recognition over all twenty shapes, in percent."""
     network.eval()
     sums: dict[str, list[float]] = {}
-
-    def embed(images: Tensor) -> Tensor:
-        return F.normalize(network.image(images)[:, 0], dim=-1)
-
-    def embed_text(texts: list[str]) -> Tensor:
-        ids = tokenize(texts)
-        return F.normalize(network.text(ids)[torch.arange(len(ids)), (ids != 0).sum(1) - 1], dim=-1)
-
-    photo_prompts, sketch_prompts = embed_text(_PHOTO_PROMPTS), embed_text(_SKETCH_PROMPTS)
+    photo_prompts, sketch_prompts = _embed_texts(network, _PHOTO_PROMPTS), _embed_texts(network, _SKETCH_PROMPTS)
     for number in range(batches):
         batch = caption_batch(f"{seed} {number}", split, 128, 256, SHAPES)
-        photos = embed(batch.photos)
-        right = (photos @ embed_text(batch.captions).T).argmax(1) == torch.arange(len(photos))
+        photos = _embed_images(network, batch.photos)
+        right = (photos @ _embed_texts(network, batch.captions).T).argmax(1) == torch.arange(len(photos))
         single = batch.photo_labels >= 0
         by_photo = (photos[single] @ photo_prompts.T).argmax(1) == batch.photo_labels[single]
-        by_sketch = (embed(batch.sketches) @ sketch_prompts.T).argmax(1) == batch.sketch_labels
+        by_sketch = (_embed_images(network, batch.sketches) @ sketch_prompts.T).argmax(1) == batch.sketch_labels
         new = batch.sketch_labels >= len(SEEN_SHAPES)
         for name, hits in {
             "caption_retrieval_in_256": right,
@@ -151,19 +149,19 @@ def held_out_metrics(network: TinyVLM, seed: str, split: str = "val", batches: i
 
 
 def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
-    """Train the network from a seed and show its held-out metrics now and then.
+    """Train the network from a seed and print its held-out metrics regularly.
 
     Args:
         steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 3.
         seed: Seed of weights and images.
         rate: Highest learning rate; warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
-        every: Steps between two looks at the validation scenes.
+        every: Steps between two evaluations on validation scenes.
 
     Raises:
-        ConfigError: Where the steps are fewer than three: the warm-up alone takes two.
+        ConfigError: If `steps` is below 3: the warm-up alone takes 2.
     """
     if steps < 3:
-        raise ConfigError(f"steps is {steps}; give at least 3")
+        raise ConfigError(f"invalid value for steps: {steps} (expected an integer >= 3)")
     torch.manual_seed(seed)
     network = TinyVLM().to(memory_format=torch.channels_last)
     decay = [p for p in network.parameters() if p.ndim > 1]
@@ -194,18 +192,14 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
     return network
 
 
-MODULE = "union_igrot.synthetic.pretrain"
-
-
 def main() -> None:
-    """Pretrain and write `backbone.safetensors` (fp16) and `backbone.json` beside it."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n")[0])
+    """Pretrain and write `backbone.safetensors` (fp16) and `backbone.json`."""
+    parser = argparse.ArgumentParser(prog=_COMMAND, description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1400, help="batches of 256 photos and 96 sketches")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parents[1] / "weights" / "tiny", help="folder to write to"
-    )
+    bundled = Path(__file__).parents[1] / "weights" / "tiny"
+    parser.add_argument("--out", type=Path, default=bundled, help="folder to write to")
     args = parser.parse_args()
     start = time.monotonic()
     try:
@@ -216,7 +210,7 @@ def main() -> None:
     state = {n: t.contiguous().half() if t.is_floating_point() else t for n, t in network.state_dict().items()}
     network.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
     note = {
-        "command": f"python -m {MODULE} --steps {args.steps} --seed {args.seed} --rate {args.rate}",
+        "command": f"{_COMMAND} --steps {args.steps} --seed {args.seed} --rate {args.rate}",
         "minutes": round(minutes, 1),
         "weights": weights_hash({n: t.float() if t.is_floating_point() else t for n, t in state.items()}),
         "parameters": sum(p.numel() for p in network.parameters()),

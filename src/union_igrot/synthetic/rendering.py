@@ -1,8 +1,7 @@
-"""Scenes as pixels: photo-like images and wobbly sketches.
+"""Render scenes as photo-like images and as wobbly sketches.
 
-Polygons are drawn by Pillow at four times the size on whole coordinates; everything else
-is integer arithmetic or single float32 operations over a guaranteed bit stream, so that
-one seed gives the same pixels on any machine. Does not know words, splits or models.
+Pillow draws polygons at four times the size with integer coordinates; everything else is integer arithmetic or single
+float32 operations on a guaranteed bit stream, so that a seed gives the same pixels on every machine.
 """
 
 import math
@@ -22,19 +21,19 @@ _TAU = 2 * math.pi
 Array = NDArray[np.float32]
 Point = tuple[float, float]
 
-COLOUR_RGB: dict[str, tuple[int, int, int]] = {
+COLOR_RGB: dict[str, tuple[int, int, int]] = {
     "red": (205, 35, 35), "orange": (240, 130, 20), "yellow": (240, 220, 40), "green": (40, 150, 50),
     "cyan": (50, 205, 210), "blue": (35, 65, 200), "purple": (125, 45, 160), "pink": (245, 140, 185),
     "white": (240, 240, 240), "black": (28, 28, 32),
 }  # fmt: skip
-GROUND_RGB: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+BACKGROUND_RGB: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "grass": ((88, 135, 62), (60, 105, 40)), "sand": ((214, 190, 140), (190, 165, 115)),
     "sea": ((50, 110, 150), (85, 150, 180)), "sky": ((150, 195, 235), (225, 235, 245)),
     "bricks": ((150, 80, 62), (190, 175, 160)), "wood": ((140, 100, 62), (108, 72, 42)),
     "snow": ((228, 233, 240), (200, 210, 222)), "night": ((22, 24, 48), (60, 64, 100)),
 }  # fmt: skip
 RADIUS = {"small": 0.16, "medium": 0.22, "large": 0.29}
-CENTRE = {
+CENTERS = {
     "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "middle": (0.5, 0.5),
 }  # fmt: skip
 
@@ -109,18 +108,18 @@ OUTLINES: dict[str, list[Point]] = {
     "mushroom": _mushroom(),
     "bottle": [(-.22, -1), (.22, -1), (.22, -.45), (.5, -.1), (.5, 1), (-.5, 1), (-.5, -.1), (-.22, -.45)],
 }  # fmt: skip
-"""Closed outlines within about the unit circle, y downwards."""
+"""Closed outlines roughly within the unit circle, y downwards."""
 
 
 class BitStream:
-    """Random numbers from PCG64's raw words, whose sequence NumPy guarantees for ever."""
+    """Random numbers from PCG64's raw words, whose sequence NumPy guarantees in all versions."""
 
     def __init__(self, seed: int) -> None:
         self._source = np.random.PCG64(seed)
         self._words = iter(self._source.random_raw(64).tolist())
 
     def uniform(self, low: float, high: float) -> float:
-        """Draw from low..high."""
+        """Draw a float between low and high."""
         word = next(self._words, None)
         if word is None:
             self._words = iter(self._source.random_raw(64).tolist())
@@ -128,11 +127,11 @@ class BitStream:
         return low + (high - low) * ((int(word) >> 11) / 9007199254740992.0)
 
     def below(self, bound: int) -> int:
-        """Draw a whole number of 0..bound-1."""
+        """Draw an integer in 0..bound-1."""
         return int(self.uniform(0.0, float(bound)))
 
     def noise(self, *shape: int) -> Array:
-        """Draw bell-shaped noise of mean 0 and deviation about 1: the sum of four bytes."""
+        """Draw approximately normal noise, mean 0, deviation about 1: the sum of four bytes."""
         count = math.prod(shape)
         raw = self._source.random_raw((count + 1) // 2).view(np.uint8).reshape(-1, 4)[:count]
         total = raw.astype(np.int32).sum(axis=1) - 510
@@ -142,7 +141,7 @@ class BitStream:
 
 @cache
 def _ground_bank() -> dict[str, Array]:
-    """One texture of 128 x 128 for each background, 0..1, cut from at random."""
+    """One texture of 128 x 128 for each background, 0..1; images take random crops."""
     bits = BitStream(20251122)
     size = 128
 
@@ -174,7 +173,7 @@ def _ground_bank() -> dict[str, Array]:
 
 @cache
 def _fill_bank() -> dict[str, Array]:
-    """Where the second tone of a fill lies, 0 or 1, on a field twice the image's size."""
+    """Mask of the second tone of each fill, 0 or 1, twice the image's size."""
     y, x = np.mgrid[0 : 2 * PIXELS, 0 : 2 * PIXELS]
     ones = np.zeros((2 * PIXELS, 2 * PIXELS), dtype=np.float32)
     return {
@@ -185,13 +184,13 @@ def _fill_bank() -> dict[str, Array]:
     }
 
 
-def _place(thing: Thing, bits: BitStream, crowd: float) -> tuple[list[Point], float]:
-    """Return the thing's outline in fine pixels, jittered, and its radius in pixels."""
+def _outline(thing: Thing, bits: BitStream, scale: float) -> tuple[list[Point], float]:
+    """Return the jittered outline of a thing in supersampled pixels, and its radius in pixels."""
     side = PIXELS * _FINE
-    radius = RADIUS[thing.size] * bits.uniform(0.92, 1.08) * crowd
+    radius = RADIUS[thing.size] * bits.uniform(0.92, 1.08) * scale
     stretch = bits.uniform(0.9, 1.1)
     angle = bits.uniform(-0.2, 0.2)
-    cx, cy = (c + bits.uniform(-0.035, 0.035) for c in CENTRE[thing.place])
+    cx, cy = (c + bits.uniform(-0.035, 0.035) for c in CENTERS[thing.place])
     cos, sin = math.cos(angle), math.sin(angle)
     points = []
     for px, py in OUTLINES[thing.shape]:
@@ -201,13 +200,13 @@ def _place(thing: Thing, bits: BitStream, crowd: float) -> tuple[list[Point], fl
 
 
 def _coverage(points: list[Point]) -> Array:
-    """Return the covered share of each pixel, 0..1."""
+    """Return the covered fraction of each pixel, 0..1."""
     mask = Image.new("L", (PIXELS * _FINE, PIXELS * _FINE))
     ImageDraw.Draw(mask).polygon([(round(x), round(y)) for x, y in points], fill=255)
     return np.asarray(mask.reduce(_FINE), dtype=np.float32) * np.float32(1 / 255)
 
 
-def _shrunk(points: list[Point], by: float) -> list[Point]:
+def _scaled(points: list[Point], by: float) -> list[Point]:
     cx = sum(x for x, _ in points) / len(points)
     cy = sum(y for _, y in points) / len(points)
     return [(cx + (x - cx) * by, cy + (y - cy) * by) for x, y in points]
@@ -217,35 +216,35 @@ def _tint(rgb: tuple[int, int, int], bits: BitStream, spread: float) -> Array:
     return np.array([c + bits.uniform(-spread, spread) for c in rgb], dtype=np.float32)
 
 
-def _paint(canvas: Array, thing: Thing, bits: BitStream, crowd: float) -> None:
-    points, _ = _place(thing, bits, crowd)
+def _paint(canvas: Array, thing: Thing, bits: BitStream, scale: float) -> None:
+    points, _ = _outline(thing, bits, scale)
     body = _coverage(points)
-    rim = body - np.minimum(body, _coverage(_shrunk(points, 0.84)))
+    rim = body - np.minimum(body, _coverage(_scaled(points, 0.84)))
     shade = np.float32(1) - np.float32(0.35) * np.roll(body, (2, 2), (0, 1)) * (1 - body)
     canvas *= shade[..., None]
-    colour = _tint(COLOUR_RGB[thing.colour], bits, 14.0)
-    second = colour * np.float32(0.42) + np.float32(120 if thing.colour == "black" else 8)
+    color = _tint(COLOR_RGB[thing.color], bits, 14.0)
+    second = color * np.float32(0.42) + np.float32(120 if thing.color == "black" else 8)
     dy, dx = bits.below(PIXELS), bits.below(PIXELS)
     tone = _fill_bank()[thing.fill][dy : dy + PIXELS, dx : dx + PIXELS]
-    surface = colour + tone[..., None] * (second - colour)
+    surface = color + tone[..., None] * (second - color)
     surface *= (np.float32(1) - np.float32(0.4) * rim)[..., None]
     canvas += body[..., None] * (surface - canvas)
 
 
 def render_photo(scene: Scene, seed: int) -> Image.Image:
-    """Draw a scene as a photo-like image of `PIXELS` x `PIXELS`, RGB.
+    """Render a scene as a photo-like RGB image of `PIXELS` x `PIXELS`.
 
-    The seed moves, scales, turns and stretches the things a little and draws colors,
-    texture, light, blur and noise.
+    The seed decides small shifts, scales, rotations and stretches of the things, and colors, texture, light, blur and
+    noise.
     """
     bits = BitStream(seed)
-    base, other = (_tint(rgb, bits, 12.0) for rgb in GROUND_RGB[scene.background])
+    base, other = (_tint(rgb, bits, 12.0) for rgb in BACKGROUND_RGB[scene.background])
     dy, dx = bits.below(128 - PIXELS), bits.below(128 - PIXELS)
     field = _ground_bank()[scene.background][dy : dy + PIXELS, dx : dx + PIXELS]
     canvas: Array = base + field[..., None] * (other - base)
-    crowd = 1.0 if len(scene.things) == 1 else 0.88
+    scale = 1.0 if len(scene.things) == 1 else 0.88
     for thing in scene.things:
-        _paint(canvas, thing, bits, crowd)
+        _paint(canvas, thing, bits, scale)
     ramp = np.arange(PIXELS, dtype=np.float32) * np.float32(1 / PIXELS) - np.float32(0.5)
     light = np.float32(bits.uniform(0.88, 1.1)) + np.float32(bits.uniform(-0.2, 0.2)) * ramp[:, None]
     canvas *= (light + np.float32(bits.uniform(-0.2, 0.2)) * ramp[None, :])[..., None]
@@ -257,7 +256,7 @@ def render_photo(scene: Scene, seed: int) -> Image.Image:
 
 
 def _wobbled(points: list[Point], bits: BitStream, amount: float) -> list[tuple[int, int]]:
-    """Resample a closed outline and bend it along two slow waves."""
+    """Resample a closed outline and bend it along two low-frequency waves."""
     closed = [*points, points[0]]
     path: list[Point] = []
     for (ax, ay), (bx, by) in pairwise(closed):
@@ -275,13 +274,13 @@ def _wobbled(points: list[Point], bits: BitStream, amount: float) -> list[tuple[
 
 
 def render_sketch(scene: Scene, seed: int) -> Image.Image:
-    """Draw the outlines of a scene's things as wobbly dark strokes on white, RGB."""
+    """Render the outlines of a scene's things as wobbly dark strokes on white, RGB."""
     bits = BitStream(seed)
     page = Image.new("L", (PIXELS * _FINE, PIXELS * _FINE), 255)
     pen = ImageDraw.Draw(page)
-    crowd = 1.0 if len(scene.things) == 1 else 0.88
+    scale = 1.0 if len(scene.things) == 1 else 0.88
     for thing in scene.things:
-        points, radius = _place(thing, bits, crowd)
+        points, radius = _outline(thing, bits, scale)
         for _ in range(1 + (bits.uniform(0.0, 1.0) < 0.3)):
             stroke = _wobbled(points, bits, 0.05 * radius * _FINE * bits.uniform(0.4, 1.2))
             pen.line(stroke, fill=bits.below(70), width=4 + bits.below(4), joint="curve")

@@ -1,8 +1,7 @@
-"""The grammar of the generated world: scenes, captions and edits in words.
+"""Scenes of the generated world, their captions, and edits in words.
 
-A scene is one or two things on a background; an edit turns a scene into the scenes that
-answer it. Everything is drawn from a seeded `random.Random`, whose stream is the same on
-every machine. Does not know pixels, splits' use, or models.
+A scene is one or two things on a background; an edit is a modification text and the scenes that satisfy it.
+Everything is drawn from a seeded `random.Random`, whose stream is the same on every machine.
 """
 
 import hashlib
@@ -16,11 +15,11 @@ SEEN_SHAPES = (
     "circle", "square", "triangle", "star", "heart", "cross", "arrow",
     "crescent", "diamond", "drop", "flower", "house", "fish", "tree",
 )  # fmt: skip
-"""Shapes whose sketches may be trained on."""
+"""Shapes whose sketches are used in training."""
 HELD_OUT_SHAPES = ("bolt", "hourglass", "gear", "boat", "mushroom", "bottle")
-"""Shapes that no sketch of pretraining or head training shows; photos of them have captions."""
+"""Shapes without sketches in pretraining and training; photos of them have captions."""
 SHAPES = SEEN_SHAPES + HELD_OUT_SHAPES
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
 SIZES = ("small", "medium", "large")
 FILLS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "sea", "sky", "bricks", "wood", "snow", "night")
@@ -45,63 +44,63 @@ class Thing:
     """One object of a scene."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     fill: str
     place: str
 
     def words(self, forget: Callable[[], bool] = lambda: False) -> str:
-        """Say what it is, each attribute left out where `forget` says so."""
+        """Describe the thing, without the attributes for which `forget` returns True."""
         fill = "" if self.fill == "plain" else self.fill
-        parts = [word for word in (self.size, self.colour, fill) if word and not forget()]
+        parts = [word for word in (self.size, self.color, fill) if word and not forget()]
         return " ".join([*parts, self.shape])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one thing, or two of different shapes at opposite places."""
+    """A background with one thing, or two of different shapes at opposite places."""
 
     background: str
     things: tuple[Thing, ...]
 
     @cached_property
     def code(self) -> str:
-        """Identity of the content, the order of the things aside."""
-        things = sorted(f"{t.shape}.{t.colour}.{t.size}.{t.fill}.{t.place}" for t in self.things)
+        """Identity of the content, independent of the order of the things."""
+        things = sorted(f"{t.shape}.{t.color}.{t.size}.{t.fill}.{t.place}" for t in self.things)
         return "|".join([self.background, *things])
 
     @cached_property
     def split(self) -> str:
-        """The one split in which this scene may appear, by a hash of its content."""
+        """The only split in which this scene may appear, by a hash of its content."""
         bucket = int.from_bytes(hashlib.sha256(self.code.encode()).digest()[:4], "big") % 100
         return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change in words and the scenes that answer it.
+    """A modification text and the scenes that satisfy it.
 
     Attributes:
         kinds: The kinds of change, one or two of `EDIT_KINDS`.
-        text: The sentence.
-        answers: Every scene that obeys it; several where the sentence leaves something open.
+        text: The modification text.
+        targets: All scenes that satisfy it; several if the text leaves something open.
     """
 
     kinds: tuple[str, ...]
     text: str
-    answers: tuple[Scene, ...]
+    targets: tuple[Scene, ...]
 
 
-def pick(rng: random.Random, options: Sequence[str], but: str | None = None) -> str:
-    """Draw one option, never `but`."""
-    left = [option for option in options if option != but]
+def pick(rng: random.Random, options: Sequence[str], exclude: str | None = None) -> str:
+    """Draw one option other than `exclude`."""
+    left = [option for option in options if option != exclude]
     return left[int(rng.random() * len(left))]
 
 
 def random_thing(rng: random.Random, shape: str | None = None, place: str | None = None) -> Thing:
-    """Draw a thing, its shape or place given or drawn."""
+    """Draw a thing; also its shape and place if they are None."""
     return Thing(
-        shape or pick(rng, SHAPES), pick(rng, COLOURS), pick(rng, SIZES), pick(rng, FILLS), place or pick(rng, PLACES)
+        shape or pick(rng, SHAPES), pick(rng, COLORS), pick(rng, SIZES), pick(rng, FILLS), place or pick(rng, PLACES)
     )
 
 
@@ -111,35 +110,35 @@ def random_scene(rng: random.Random, split: str, things: int | None = None, shap
     Args:
         rng: Source of randomness.
         split: `train`, `val` or `test`.
-        things: One or two; drawn where None.
-        shape: Shape of the first thing; drawn where None.
+        things: One or two; drawn if None.
+        shape: Shape of the first thing; drawn if None.
     """
     while True:
         count = things or 1 + int(rng.random() * 2)
-        first = random_thing(rng, shape, pick(rng, PLACES, but="middle") if count == 2 else None)
+        first = random_thing(rng, shape, pick(rng, PLACES, exclude="middle") if count == 2 else None)
         group = [first]
         if count == 2:
-            group.append(random_thing(rng, pick(rng, SHAPES, but=first.shape), OPPOSITE[first.place]))
+            group.append(random_thing(rng, pick(rng, SHAPES, exclude=first.shape), OPPOSITE[first.place]))
         scene = Scene(pick(rng, BACKGROUNDS), tuple(group))
         if scene.split == split:
             return scene
 
 
 def caption(rng: random.Random, scene: Scene, forget: float = 0.0) -> str:
-    """Describe a scene in a sentence, each word of detail left out with probability `forget`."""
+    """Describe a scene in a sentence; each detail is left out with probability `forget`."""
 
-    def lost() -> bool:
+    def forgotten() -> bool:
         return rng.random() < forget
 
     things = list(scene.things)
     if rng.random() < 0.5:
         things.reverse()
-    parts = [with_article(t.words(lost)) + ("" if lost() else f" {_PLACE_WORDS[t.place]}") for t in things]
-    ground = "" if lost() else f" {pick(rng, ('on', 'over', 'in front of'))} {scene.background}"
+    parts = [with_article(t.words(forgotten)) + ("" if forgotten() else f" {_PLACE_WORDS[t.place]}") for t in things]
+    ground = "" if forgotten() else f" {pick(rng, ('on', 'over', 'in front of'))} {scene.background}"
     return f"{pick(rng, ('', '', 'a photo of ', 'a picture with '))}{' and '.join(parts)}{ground}"
 
 
-def _swap_in(scene: Scene, thing: Thing, new: Thing) -> Scene:
+def _replaced(scene: Scene, thing: Thing, new: Thing) -> Scene:
     return replace(scene, things=tuple(new if t == thing else t for t in scene.things))
 
 
@@ -147,25 +146,25 @@ def _edit_attribute(rng: random.Random, scene: Scene, kind: str) -> Edit | None:
     thing = scene.things[int(rng.random() * len(scene.things))]
     name = thing.shape
     if kind == "colour":
-        value = pick(rng, COLOURS, but=thing.colour)
+        value = pick(rng, COLORS, exclude=thing.color)
         text = pick(rng, (f"make the {name} {value}", f"change the {name} to {value}", f"the {name} is {value}"))
-        return Edit((kind,), text, (_swap_in(scene, thing, replace(thing, colour=value)),))
+        return Edit((kind,), text, (_replaced(scene, thing, replace(thing, color=value)),))
     if kind == "fill":
-        value = pick(rng, FILLS, but=thing.fill)
+        value = pick(rng, FILLS, exclude=thing.fill)
         text = pick(rng, (f"make the {name} {value}", f"the {name} should be {value}"))
-        return Edit((kind,), text, (_swap_in(scene, thing, replace(thing, fill=value)),))
-    value = pick(rng, SHAPES, but=name)
+        return Edit((kind,), text, (_replaced(scene, thing, replace(thing, fill=value)),))
+    value = pick(rng, SHAPES, exclude=name)
     if any(t.shape == value for t in scene.things):
         return None
     new = with_article(value)
     text = pick(rng, (f"replace the {name} with {new}", f"turn the {name} into {new}", f"{new} instead of the {name}"))
-    return Edit((kind,), text, (_swap_in(scene, thing, replace(thing, shape=value)),))
+    return Edit((kind,), text, (_replaced(scene, thing, replace(thing, shape=value)),))
 
 
 def _edit_size(rng: random.Random, scene: Scene) -> Edit:
     thing = scene.things[int(rng.random() * len(scene.things))]
     at = SIZES.index(thing.size)
-    value = pick(rng, SIZES, but=thing.size)
+    value = pick(rng, SIZES, exclude=thing.size)
     sizes: tuple[str, ...] = (value,)
     if rng.random() < 0.5:
         text = f"make the {thing.shape} {value}"
@@ -173,11 +172,11 @@ def _edit_size(rng: random.Random, scene: Scene) -> Edit:
         text, sizes = f"make the {thing.shape} bigger", SIZES[at + 1 :]
     else:
         text, sizes = f"make the {thing.shape} smaller", SIZES[:at]
-    return Edit(("size",), text, tuple(_swap_in(scene, thing, replace(thing, size=size)) for size in sizes))
+    return Edit(("size",), text, tuple(_replaced(scene, thing, replace(thing, size=size)) for size in sizes))
 
 
 def _edit_background(rng: random.Random, scene: Scene) -> Edit:
-    value = pick(rng, BACKGROUNDS, but=scene.background)
+    value = pick(rng, BACKGROUNDS, exclude=scene.background)
     text = pick(rng, (f"change the background to {value}", f"put it on {value}", f"with {value} behind"))
     return Edit(("background",), text, (replace(scene, background=value),))
 
@@ -186,11 +185,11 @@ def _edit_add(rng: random.Random, scene: Scene) -> Edit | None:
     if len(scene.things) == 2 or scene.things[0].place == "middle":
         return None
     first = scene.things[0]
-    new = random_thing(rng, pick(rng, SHAPES, but=first.shape), OPPOSITE[first.place])
+    new = random_thing(rng, pick(rng, SHAPES, exclude=first.shape), OPPOSITE[first.place])
     sizes, size = ((new.size,), f"{new.size} ") if rng.random() < 0.5 else (SIZES, "")
-    # The fill is never named, so each fill answers.
-    answers = tuple(replace(scene, things=(first, replace(new, size=s, fill=f))) for s, f in product(sizes, FILLS))
-    return Edit(("add",), f"add {with_article(f'{size}{new.colour} {new.shape}')} {_PLACE_WORDS[new.place]}", answers)
+    # The text never names the fill, so every fill satisfies it.
+    targets = tuple(replace(scene, things=(first, replace(new, size=s, fill=f))) for s, f in product(sizes, FILLS))
+    return Edit(("add",), f"add {with_article(f'{size}{new.color} {new.shape}')} {_PLACE_WORDS[new.place]}", targets)
 
 
 def _edit_remove(rng: random.Random, scene: Scene) -> Edit | None:
@@ -208,9 +207,9 @@ def _edit_move(rng: random.Random, scene: Scene) -> Edit:
         moved = (replace(one, place=two.place), replace(two, place=one.place))
         return Edit(("move",), f"swap the {one.shape} and the {two.shape}", (replace(scene, things=moved),))
     thing = scene.things[0]
-    place = pick(rng, PLACES, but=thing.place)
+    place = pick(rng, PLACES, exclude=thing.place)
     text = pick(rng, (f"move the {thing.shape} to the {place}", f"the {thing.shape} is {_PLACE_WORDS[place]}"))
-    return Edit(("move",), text, (_swap_in(scene, thing, replace(thing, place=place)),))
+    return Edit(("move",), text, (_replaced(scene, thing, replace(thing, place=place)),))
 
 
 _EDITORS: dict[str, Callable[[random.Random, Scene], Edit | None]] = {
@@ -226,46 +225,46 @@ _EDITORS: dict[str, Callable[[random.Random, Scene], Edit | None]] = {
 
 
 def random_edit(rng: random.Random, scene: Scene, kind: str | None = None) -> Edit | None:
-    """Draw a single edit of a scene, of the given kind or any; None where the kind does not apply."""
+    """Draw a single edit of a scene, of the given kind or any; None if the kind does not apply."""
     return _EDITORS[kind or pick(rng, EDIT_KINDS)](rng, scene)
 
 
 def double_edit(rng: random.Random, scene: Scene) -> Edit | None:
-    """Draw two edits of different kinds, said in one sentence; None where the draw does not apply."""
+    """Draw two edits of different kinds in one text; None if the draw does not apply."""
     first = random_edit(rng, scene)
     if first is None:
         return None
-    second_kind = pick(rng, ("colour", "size", "fill", "background"), but=first.kinds[0])
-    answers: list[Scene] = []
+    second_kind = pick(rng, ("colour", "size", "fill", "background"), exclude=first.kinds[0])
+    targets: list[Scene] = []
     text = ""
     state = rng.getstate()
-    for scene_after in first.answers:
-        rng.setstate(state)  # the same second change for each way of obeying the first
+    for scene_after in first.targets:
+        rng.setstate(state)  # the same second change for each target of the first
         second = random_edit(rng, scene_after, second_kind)
         if second is None or (text and second.text != text):
             return None
         text = second.text
-        answers.extend(second.answers)
-    kept = tuple({answer.code: answer for answer in answers if answer.code != scene.code}.values())
+        targets.extend(second.targets)
+    kept = tuple({target.code: target for target in targets if target.code != scene.code}.values())
     return Edit((*first.kinds, second_kind), f"{first.text} and {text}", kept) if kept else None
 
 
 def edit_scene(rng: random.Random, scene: Scene, double: float = 0.25) -> Edit:
-    """Draw an edit whose answers lie in the scene's own split.
+    """Draw an edit with targets in the scene's own split.
 
     Args:
         rng: Source of randomness.
         scene: The reference scene.
-        double: Share of edits that change two things at once.
+        double: Fraction of edits that change two things at once.
 
     Returns:
-        An edit with at least one answer, every answer in `scene.split`. Answers that fall
-        into another split are left out; they never appear in this split's images.
+        An edit with at least one target. Targets of other splits are left out; they never appear in this split's
+        images.
     """
     while True:
         edit = double_edit(rng, scene) if rng.random() < double else random_edit(rng, scene)
         if edit is None:
             continue
-        answers = tuple(answer for answer in edit.answers if answer.split == scene.split)
-        if answers:
-            return replace(edit, answers=answers)
+        targets = tuple(target for target in edit.targets if target.split == scene.split)
+        if targets:
+            return replace(edit, targets=targets)
