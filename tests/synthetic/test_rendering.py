@@ -118,7 +118,7 @@ def test_bigger_things_cover_more(shape):
     assert spread("small") < spread("medium") < spread("large")
 
 
-@pytest.mark.parametrize("colour", COLORS)
+@pytest.mark.parametrize("color", COLORS)
 def test_a_thing_has_its_color(color):
     """The mean over seeds is nearest to the named color, light and noise aside."""
     middle = slice(PIXELS // 2 - 2, PIXELS // 2 + 2)

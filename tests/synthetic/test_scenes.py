@@ -121,14 +121,14 @@ RULES = [
 ]  # fmt: skip
 
 
-def obey(sentence, scenes):
-    """Every scene that obeys the sentence, and the numbers of the rules that read it."""
+def satisfying(sentence, scenes):
+    """All scenes that satisfy the text, and the numbers of the rules that parse it."""
     for number, (pattern, rule) in enumerate(RULES):
         if match := re.fullmatch(pattern, sentence):
-            return {answer for scene in scenes for answer in rule(scene, *match.groups())}, [number]
+            return {target for scene in scenes for target in rule(scene, *match.groups())}, [number]
     for cut in re.finditer(" and ", sentence):
-        first = obey(sentence[: cut.start()], scenes)
-        second = first and obey(sentence[cut.end() :], first[0])
+        first = satisfying(sentence[: cut.start()], scenes)
+        second = first and satisfying(sentence[cut.end() :], first[0])
         if second:
             return second[0], first[1] + second[1]
     return None
@@ -136,14 +136,14 @@ def obey(sentence, scenes):
 
 def check_edit(scene, edit):
     assert edit is not None
-    read = obey(edit.text, {plain(scene)})
+    read = satisfying(edit.text, {plain(scene)})
     assert read is not None, edit.text
     targets, rules = read
-    assert {plain(answer) for answer in edit.targets} == targets - {plain(scene)}, edit.text
-    assert len({answer.code for answer in edit.targets}) == len(edit.targets) > 0
-    assert scene.code not in {answer.code for answer in edit.targets}
-    for answer in edit.targets:
-        check_scene(answer)
+    assert {plain(target) for target in edit.targets} == targets - {plain(scene)}, edit.text
+    assert len({target.code for target in edit.targets}) == len(edit.targets) > 0
+    assert scene.code not in {target.code for target in edit.targets}
+    for target in edit.targets:
+        check_scene(target)
     return rules
 
 
@@ -164,7 +164,7 @@ def check_scene(scene):
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_single_edit_says_exactly_what_its_answers_show(kind):
+def test_single_edit_text_and_targets_agree(kind):
     rng = random.Random(f"single {kind}")
     done = 0
     for _ in range(600):
@@ -177,7 +177,7 @@ def test_single_edit_says_exactly_what_its_answers_show(kind):
     assert done > 100
 
 
-def test_double_edit_says_exactly_what_its_answers_show():
+def test_double_edit_text_and_targets_agree():
     rng = random.Random("double")
     pairs = Counter()
     for _ in range(1500):
@@ -192,7 +192,7 @@ def test_double_edit_says_exactly_what_its_answers_show():
     assert set(pairs) >= {(a, b) for a in EDIT_KINDS for b in ("colour", "size", "fill", "background") if a != b}
 
 
-def test_every_way_of_saying_an_edit_is_drawn_and_read():
+def test_every_wording_is_drawn():
     rng = random.Random("ways")
     seen = Counter()
     for _ in range(1500):
@@ -203,22 +203,22 @@ def test_every_way_of_saying_an_edit_is_drawn_and_read():
     assert set(seen) == set(range(len(RULES)))
 
 
-def test_reader_refuses_a_wrong_answer():
+def test_the_parser_refuses_a_wrong_target():
     star = Thing("star", "red", "small", "plain", "left")
     scene = Scene("sand", (star,))
-    assert obey("make the star bigger", {plain(scene)})[0] == {
+    assert satisfying("make the star bigger", {plain(scene)})[0] == {
         ("sand", frozenset({("star", "red", size, "plain", "left")})) for size in ("medium", "large")
     }
-    assert obey("make the star quieter", {plain(scene)}) is None
+    assert satisfying("make the star quieter", {plain(scene)}) is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, st.sampled_from(sorted(SPLITS)), st.sampled_from([0.0, 0.25, 1.0]))
-def test_edit_within_a_split_keeps_every_answer_of_the_split(seed, split, double):
+def test_edit_keeps_every_target_of_its_split(seed, split, double):
     rng = random.Random(seed)
     scene = random_scene(rng, split)
     edit = edit_scene(rng, scene, double)
-    targets, rules = obey(edit.text, {plain(scene)})
+    targets, rules = satisfying(edit.text, {plain(scene)})
     things = {place: Scene(place[0], tuple(Thing(*t) for t in place[1])) for place in targets}
     assert {plain(a) for a in edit.targets} == {k for k, s in things.items() if s.split == split} - {plain(scene)}
     assert {a.split for a in edit.targets} == {split}
@@ -232,7 +232,7 @@ def test_edit_within_a_split_keeps_every_answer_of_the_split(seed, split, double
     st.sampled_from([None, 1, 2]),
     st.none() | st.sampled_from(SHAPES),
 )
-def test_random_scene_is_what_was_asked_for(seed, split, things, shape):
+def test_random_scene_follows_its_arguments(seed, split, things, shape):
     scene = random_scene(random.Random(seed), split, things, shape)
     check_scene(scene)
     assert scene.split == split
@@ -241,7 +241,7 @@ def test_random_scene_is_what_was_asked_for(seed, split, things, shape):
     assert scene == random_scene(random.Random(seed), split, things, shape)
 
 
-def test_random_scenes_reach_every_value_alike():
+def test_random_scenes_are_uniform():
     rng = random.Random(0)
     scenes = [random_scene(rng, "train") for _ in range(3000)]
     things = [t for s in scenes for t in s.things]
@@ -259,13 +259,13 @@ def test_random_scenes_reach_every_value_alike():
     assert 0.45 < sum(len(s.things) == 2 for s in scenes) / len(scenes) < 0.55
 
 
-def test_seen_and_held_out_shapes_part_the_shapes():
+def test_seen_and_held_out_shapes_are_all_shapes():
     assert not set(SEEN_SHAPES) & set(HELD_OUT_SHAPES)
     assert set(SHAPES) == set(SEEN_SHAPES) | set(HELD_OUT_SHAPES)
     assert (len(SEEN_SHAPES), len(HELD_OUT_SHAPES)) == (14, 6)
 
 
-def test_split_follows_from_content_alone():
+def test_split_depends_on_content_alone():
     one = Thing("star", "red", "small", "plain", "left")
     two = Thing("boat", "blue", "large", "dotted", "right")
     assert Scene("sea", (one, two)).code == Scene("sea", (two, one)).code
@@ -297,7 +297,7 @@ def read_caption(text):
 
 @settings(max_examples=100, deadline=None)
 @given(SEEDS, st.sampled_from([0.0, 0.3, 1.0]))
-def test_caption_names_what_is_there_and_nothing_else(seed, forget):
+def test_caption_agrees_with_the_scene(seed, forget):
     rng = random.Random(seed)
     scene = random_scene(rng, "train")
     ground, things = read_caption(caption(rng, scene, forget))
