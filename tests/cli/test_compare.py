@@ -30,7 +30,7 @@ def test_other_queries_are_refused(small_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         compare([f"first={small_run.folder}", f"second={other}"])
     assert stop.value.code == 2
-    assert "different queries" in capsys.readouterr().err
+    assert "the queries of the two runs differ" in capsys.readouterr().err
 
 
 def test_folders_without_a_benchmark_in_common(small_run, tmp_path, capsys):

@@ -149,6 +149,6 @@ def test_hidden_splits_give_submission_files(name, split, tmp_path):
 def test_a_hidden_split_without_a_server_is_refused_before_anything_is_encoded(tmp_path):
     hidden = replace(cir_benchmark(), queries=tuple(replace(q, targets=()) for q in cir_benchmark().queries))
     model = trainable()
-    with pytest.raises(ConfigError, match="noise_cir val are not published, and no server takes answers"):
+    with pytest.raises(ConfigError, match="noise_cir val are not published, and no server scores it"):
         submit(model, hidden, encoder(tmp_path, model.backbone), tmp_path)
     assert model.backbone.image_batches == []

@@ -31,7 +31,7 @@ def test_a_hidden_split_is_shown_without_a_verdict(tmp_path, capsys):
     assert "<img" in text
     assert "✓ right" not in text
     assert "✗ wrong" not in text
-    assert f"written to {tmp_path / 'out'}; to look at: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+    assert f"written to {tmp_path / 'out'}; open {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
 
 def test_rankings_of_another_method_are_shown_even_without_pictures(tmp_path):

@@ -1,4 +1,4 @@
-"""A sweep's table through the commands: every job's rows at once, none lost by another's failure."""
+"""A sweep's table through the commands: the results of every job, none lost by another's failure."""
 
 import csv
 import json
@@ -6,12 +6,15 @@ import json
 import pytest
 from official import WRITERS
 
+from small_results import method, result
 from small_runs import SMALL, SMALL_DATA, Run
 from union_igrot.cli.command import run_command
 from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.reporting.files import write_results
+from union_igrot.types import Protocol
 
 
 @pytest.fixture
@@ -30,44 +33,24 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
-def row_of(value):
-    return {
-        **{"benchmark": "b", "split": "val", "method": "trained", "n_queries": 1, "n_gallery": 2, "seed": 0},
-        **{"metrics": {"R@1": value}, "ci95": {"R@1": [0.0, 100.0]}, "by_tag": {}, "versions": {}},
-        **{"seen_classes": [], "seen_images": None, "model": {"backbone": "tiny"}},
-        "protocol": {
-            **{"name": "official", "prompt": "", "metrics": ["R@1"], "primary": "R@1", "ap_norm": "min"},
-            **{"ap_rule": "step", "recall": "any", "precision_cut": "k", "average": "micro", "note": ""},
-            **{"exclude_reference": False, "ties": "gallery order"},
-        },
-    }
-
-
 def job(config, fresh):
-    """Write one metric; job 1 fails, and what stood in the sweep's folder before is looked at."""
+    """Write one metric; job 1 fails."""
     if config.seed == 1:
         raise DataError("nothing there; add images")
     fresh.mkdir(parents=True, exist_ok=True)
-    (fresh / "results.json").write_text(json.dumps([row_of(float(config.seed))]))
+    protocol = Protocol(metrics=("R@1",), primary="R@1")
+    write_results(fresh, result(method("trained", float(config.seed), "b", protocol=protocol)))
     return fresh
 
 
-def test_a_failed_job_loses_no_other_and_the_table_grows_job_by_job(place, capsys):
-    seen = []
-
-    def watched(config, fresh):
-        file = fresh.parent / "results.csv"
-        seen.append(len(file.read_text().splitlines()) if file.is_file() else 0)
-        return job(config, fresh)
-
+def test_a_failed_job_loses_no_other(place, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_command("eval", watched, ["-m", "seed=range(4)"])
+        run_command("eval", job, ["-m", "seed=range(4)"])
     assert stopped.value.code == 2
     said = capsys.readouterr()
     assert said.err == "union-eval: nothing there; add images\n"
     assert "job 1 (seed=1) failed: nothing there; add images" in said.out
     assert "3 of 4 jobs done" in said.out
-    assert seen == [0, 2, 2, 3]
     folder = swept(place)
     assert [(line["run"], line["percent"]) for line in table(folder)] == [
         *(("0", "0.0000"), ("2", "2.0000"), ("3", "3.0000"))
@@ -99,7 +82,7 @@ def test_results_that_lie_elsewhere_are_found(place):
 
 def test_a_sweep_without_figures_writes_no_table(place):
     run_command("eval", lambda *_: None, ["-m", "seed=0,1"])
-    assert {path.name for path in swept(place).iterdir()} == {".lock", "sweep.json", "multirun.yaml", "0", "1"}
+    assert {path.name for path in swept(place).iterdir()} == {"jobs", "multirun.yaml", "0", "1"}
 
 
 @pytest.mark.slow

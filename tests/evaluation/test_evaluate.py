@@ -1,6 +1,5 @@
-"""Metrics of a benchmark equal those of plain loops, and result rows hold what they promise."""
+"""Metrics of a benchmark equal those of plain loops, and results hold what they promise."""
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -12,19 +11,19 @@ from hypothesis import given, settings, strategies as st
 
 from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation import scoring as room
-from union_igrot.evaluation.evaluate import evaluate, means, result_row
+from union_igrot.evaluation import scoring
+from union_igrot.evaluation.evaluate import evaluate, means, method_result
 from union_igrot.evaluation.ranking import rank_chunks
+from union_igrot.evaluation.results import EvaluationResult
 from union_igrot.evaluation.scoring import RANKING_DEPTH, Relevance, score
 from union_igrot.features.embedding import embed
 from union_igrot.models.model import baseline
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
-ROW = {
-    *("benchmark", "split", "method", "n_queries", "n_gallery", "protocol", "metrics", "ci95"),
-    *("model", "seconds", "versions", "seed"),
-}
-ADDED = {"n_skipped", "by_tag", "seen_classes", "seen_images", "arithmetic"}
+KEYS = [
+    *("benchmark", "split", "method", "n_queries", "n_gallery", "n_skipped", "protocol", "metrics", "ci95", "by_tag"),
+    *("seen_classes", "seen_images", "model", "seconds", "versions", "seed", "arithmetic"),
+]
 
 
 def small_integers(benchmark, seed=0, dim=4):
@@ -167,7 +166,7 @@ def test_chunks_change_nothing(monkeypatch):
             chunks.append(chunk.queries)
             yield chunk
 
-    monkeypatch.setattr(room, "rank_chunks", few_at_once)
+    monkeypatch.setattr(scoring, "rank_chunks", few_at_once)
     cut = score(benchmark, *sides)
     assert len(chunks) == 5
     for name, column in whole.values.items():
@@ -213,11 +212,12 @@ def test_figures_without_any_value_are_nan_and_survive_json():
     benchmark = cir_benchmark(queries=6)
     hidden = replace(benchmark, queries=tuple(replace(query, targets=()) for query in benchmark.queries))
     found = score(hidden, *small_integers(hidden))
-    row = result_row(hidden, "trained", found, {}, {}, 0)
-    assert all(math.isnan(figure) for figure in row["metrics"].values())
-    assert all(math.isnan(bound) for span in row["ci95"].values() for bound in span)
-    again = json.loads(json.dumps(row))
-    assert all(math.isnan(figure) for figure in again["metrics"].values())
+    result = EvaluationResult((method_result(hidden, "trained", found, {}, {}, 0),))
+    (again,) = EvaluationResult.from_json(result.to_json()).methods
+    for one in (*result.methods, again):
+        assert all(math.isnan(figure) for figure in one.metrics.values())
+        assert all(math.isnan(bound) for span in one.intervals.values() for bound in span)
+    assert set(again.to_dict()["metrics"].values()) == {None}
 
 
 def test_what_a_benchmark_does_not_have_is_an_error():
@@ -296,58 +296,53 @@ def found(tmp_path_factory):
     ]
 
 
-def test_rows_hold_exactly_what_is_promised(found):
-    for evaluation in found:
-        assert [row["method"] for row in evaluation.rows] == ["chance", "image", "text", "sum", "trained"]
-        assert list(evaluation.scores) == ["chance", "image", "text", "sum", "trained"]
-        for row in evaluation.rows:
-            assert set(row) == ROW | ADDED | ({"gain95"} if row["method"] == "trained" else set())
-            assert row["arithmetic"] == {"device": "cpu", "precision": "float32", "kept": "float32"}
-            benchmark = evaluation.benchmark
-            assert (row["n_queries"], row["n_gallery"]) == (len(benchmark.queries), len(benchmark.gallery))
-            assert row["protocol"]["average"] == benchmark.protocol.average
-            assert list(row["metrics"]) == list(row["ci95"]) == list(benchmark.protocol.metrics)
-            assert row["seed"] == 1
-            assert {"torch", "python", "union-igrot"} <= set(row["versions"])
-            assert json.loads(json.dumps(row))["metrics"] == row["metrics"]
-
-
-def test_figures_of_rows_are_percent_within_their_intervals(found):
-    for evaluation in found:
-        for row in evaluation.rows:
-            for name, value in row["metrics"].items():
-                low, high = row["ci95"][name]
+def test_results_hold_exactly_what_is_promised(found):
+    for result in found:
+        (scored,), methods = result.scored, ["chance", "image", "text", "sum", "trained"]
+        benchmark = scored.benchmark
+        assert [one.method for one in result.methods] == list(scored.scores) == methods
+        for one in result.methods:
+            assert list(one.to_dict()) == KEYS + (["gain95"] if one.method == "trained" else [])
+            assert one.arithmetic == {"device": "cpu", "precision": "float32", "kept": "float32"}
+            assert (one.n_queries, one.n_gallery) == (len(benchmark.queries), len(benchmark.gallery))
+            assert one.protocol == benchmark.protocol
+            assert list(one.metrics) == list(one.intervals) == list(benchmark.protocol.metrics)
+            assert one.seed == 1
+            assert {"torch", "python", "union-igrot"} <= set(one.versions)
+            for name, value in one.metrics.items():
+                low, high = one.intervals[name]
                 slack = 1e-9  # sums are taken in another order
-                assert -slack <= low <= value + slack <= high + 2 * slack <= 100 + 3 * slack, (row["method"], name)
-                expected = mean_of(evaluation.benchmark, evaluation.scores[row["method"]].values[name].tolist())
+                assert -slack <= low <= value + slack <= high + 2 * slack <= 100 + 3 * slack, (one, name)
+                expected = mean_of(benchmark, scored.scores[one.method].values[name].tolist())
                 assert value == pytest.approx(100 * expected)
 
 
-def test_gains_are_the_differences_of_the_rows(found):
-    for evaluation in found:
-        trained = evaluation.rows[-1]
-        assert set(trained["gain95"]) == {"chance", "image", "text", "sum"}
-        for row in evaluation.rows[:-1]:
-            for name, (mean, low, high) in trained["gain95"][row["method"]].items():
+def test_differences_are_those_of_the_methods(found):
+    for result in found:
+        trained = result.methods[-1]
+        assert set(trained.differences) == {"chance", "image", "text", "sum"}
+        for other in result.methods[:-1]:
+            for name, (mean, low, high) in trained.differences[other.method].items():
                 assert low - 1e-9 <= mean <= high + 1e-9
-                assert mean == pytest.approx(trained["metrics"][name] - row["metrics"][name], abs=1e-6)
+                assert mean == pytest.approx(trained.metrics[name] - other.metrics[name], abs=1e-6)
 
 
 def test_figures_by_tag_are_means_over_their_queries(found):
     composed, sketches = found
-    row = composed.rows[-1]
-    column = composed.scores["trained"].values["mAP"]
-    assert set(row["by_tag"]) == {"tag0", "tag1"}
-    assert row["by_tag"]["tag0"] == {"n_queries": 20, "mAP": pytest.approx(100 * column[0::2].nanmean().item())}
-    assert row["by_tag"]["tag1"] == {"n_queries": 20, "mAP": pytest.approx(100 * column[1::2].nanmean().item())}
-    assert sketches.rows[-1]["by_tag"] == {}
+    column = composed.scored[0].scores["trained"].values["mAP"]
+    by_tag = composed.methods[-1].by_tag
+    assert set(by_tag) == {"tag0", "tag1"}
+    for tag, values in (("tag0", column[0::2]), ("tag1", column[1::2])):
+        assert by_tag[tag].n_queries == 20
+        assert by_tag[tag].value == pytest.approx(100 * values.nanmean().item())
+    assert sketches.methods[-1].by_tag == {}
 
 
-def test_the_same_seed_gives_the_same_rows(tmp_path, found):
+def test_the_same_seed_gives_the_same_results(tmp_path, found):
     backbone = LinearBackbone()
     again = evaluate(trainable("transagg", "union", backbone), cir_benchmark(40, 60), encoder(tmp_path, backbone), 1)
-    timeless = [[{**row, "seconds": {}} for row in rows] for rows in (again.rows, found[0].rows)]
-    assert json.dumps(timeless[0]) == json.dumps(timeless[1])
+    timeless = [[replace(one, seconds={}) for one in result.methods] for result in (again, found[0])]
+    assert timeless[0] == timeless[1]
 
 
 def test_chance_is_what_chance_expects(tmp_path):
@@ -357,18 +352,18 @@ def test_chance_is_what_chance_expects(tmp_path):
     asked = tuple(Query(f"q{i}", Noise(0), "x", (f"g{rng.randrange(gallery)}",)) for i in range(queries))
     benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1", "R@10", "mAP"), "mAP"))
     backbone = LinearBackbone()
-    rows = evaluate(baseline(backbone, "image"), benchmark, encoder(tmp_path, backbone)).rows
+    chance = evaluate(baseline(backbone, "image"), benchmark, encoder(tmp_path, backbone)).methods[0]
     harmonic = sum(1 / rank for rank in range(1, gallery + 1)) / gallery
     expected = {"R@1": 1 / gallery, "R@10": 10 / gallery, "mAP": harmonic}
     for name, mean in expected.items():
         # Four standard errors; queries share the gallery's random vectors, which adds a little.
         slack = 400 * math.sqrt(mean * (1 - mean) / queries)
-        assert rows[0]["metrics"][name] == pytest.approx(100 * mean, abs=slack), name
+        assert chance.metrics[name] == pytest.approx(100 * mean, abs=slack), name
 
 
 def test_evaluation_leaves_the_model_in_evaluation_mode(tmp_path):
     backbone = LinearBackbone()
     model = trainable("transagg", "union", backbone, dropout=0.5).train()
-    rows = [evaluate(model, cir_benchmark(8), encoder(tmp_path, backbone)).rows[-1]["metrics"] for _ in range(2)]
+    first, second = (evaluate(model, cir_benchmark(8), encoder(tmp_path, backbone)).methods[-1] for _ in range(2))
     assert not model.training
-    assert json.dumps(rows[0]) == json.dumps(rows[1])
+    assert first.metrics == second.metrics

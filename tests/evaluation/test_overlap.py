@@ -7,7 +7,8 @@ import pytest
 
 from small_world import LinearBackbone, cir_benchmark, encoder, trainable
 from union_igrot.errors import CheckpointError
-from union_igrot.evaluation.evaluate import combine, evaluate, seen_images
+from union_igrot.evaluation.evaluate import average_parts, evaluate, seen_images
+from union_igrot.evaluation.results import SeenImages
 from union_igrot.images.identity import image_identities
 from union_igrot.models.model import IGROTModel, load
 
@@ -21,12 +22,12 @@ def test_pictures_are_counted_on_both_sides(model):
     benchmark = cir_benchmark(queries=12, gallery=20)
     assert seen_images(model, benchmark) is None
     model.training_images = frozenset()
-    assert seen_images(model, benchmark) == {"queries": 0, "gallery": 0}
+    assert seen_images(model, benchmark) == SeenImages(0, 0)
     model.training_images = image_identities(item.image for item in benchmark.gallery[:5])
     first = {item.image for item in benchmark.gallery[:5]}
     expected = sum(query.image in first for query in benchmark.queries)
     assert expected > 0
-    assert seen_images(model, benchmark) == {"queries": expected, "gallery": 5}
+    assert seen_images(model, benchmark) == SeenImages(expected, 5)
 
 
 def test_they_are_saved_and_loaded_with_the_model(model, tmp_path):
@@ -52,17 +53,17 @@ def test_the_embedded_model_says_what_it_was_trained_on():
     assert len(tiny.training_images) == 15_000
 
 
-def test_rows_of_a_training_hold_it_and_a_backbone_alone_has_no_such_row(model, tmp_path):
+def test_results_of_trained_heads_hold_it_and_a_backbone_alone_has_none(model, tmp_path):
     benchmark = cir_benchmark(queries=8, gallery=10)
     model.training_images = image_identities([benchmark.gallery[0].image])
     filled = encoder(tmp_path, model.backbone)
     found = evaluate(model, benchmark, filled)
-    assert [row["seen_images"] for row in found.rows[:-1]] == [None] * 4
-    assert found.rows[-1]["seen_images"]["gallery"] == 1
+    assert [one.seen_images for one in found.methods[:-1]] == [None] * 4
+    assert found.methods[-1].seen_images.gallery == 1
     alone = evaluate(model, benchmark, filled, trained=False)
-    assert list(alone.scores) == ["chance", "image", "text", "sum"]
-    assert not any("gain95" in row for row in alone.rows)
-    assert [row["metrics"] for row in alone.rows] == [row["metrics"] for row in found.rows[:-1]]
+    assert list(alone.scored[0].scores) == ["chance", "image", "text", "sum"]
+    assert not any(one.differences for one in alone.methods)
+    assert [one.metrics for one in alone.methods] == [one.metrics for one in found.methods[:-1]]
 
 
 def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
@@ -72,21 +73,22 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     model.training_images = image_identities([one.gallery[0].image, one.gallery[1].image])
     first = evaluate(model, one, filled)
     same = evaluate(model, replace(one, name="b"), filled)
-    shared = combine([first, same], "both")[-1]
-    assert (shared["n_queries"], shared["n_gallery"]) == (16, 10)
-    assert shared["seen_images"] == {"queries": 2 * first.rows[-1]["seen_images"]["queries"], "gallery": 2}
-    assert shared["parts"] == ["a", "b"]
-    assert shared["metrics"]["mAP"] == pytest.approx(first.rows[-1]["metrics"]["mAP"])
-    assert set(shared["gain95"]) == {"chance", "image", "text", "sum"}
-    mean, low, high = shared["gain95"]["image"]["mAP"]
-    rows = combine([first, same], "both")
-    assert mean == pytest.approx(rows[-1]["metrics"]["mAP"] - rows[1]["metrics"]["mAP"])
+    methods = average_parts([first, same], "both").methods
+    shared = methods[-1]
+    assert (shared.n_queries, shared.n_gallery) == (16, 10)
+    assert shared.seen_images == SeenImages(2 * first.methods[-1].seen_images.queries, 2)
+    assert shared.parts == ("a", "b")
+    assert shared.metrics["mAP"] == pytest.approx(first.methods[-1].metrics["mAP"])
+    assert set(shared.differences) == {"chance", "image", "text", "sum"}
+    mean, low, high = shared.differences["image"]["mAP"]
+    assert mean == pytest.approx(shared.metrics["mAP"] - methods[1].metrics["mAP"])
     assert low <= mean <= high
+    assert list(shared.to_dict())[-3:] == ["arithmetic", "gain95", "parts"]
 
 
 def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
     filled = encoder(tmp_path, model.backbone)
     parts = [evaluate(model, cir_benchmark(8, size, size, name=str(size)), filled) for size in (10, 12)]
-    rows = combine(parts, "mean")
-    assert rows[-1]["n_gallery"] == 22
-    assert rows[-1]["seen_images"] is None
+    mean = average_parts(parts, "mean").methods[-1]
+    assert mean.n_gallery == 22
+    assert mean.seen_images is None

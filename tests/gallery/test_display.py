@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from union_igrot.gallery.display import half_blocks, hit_table, hits_html
-from union_igrot.reporting.contact_sheets import SheetLine, answer_sheet
+from union_igrot.reporting.contact_sheets import SheetRow, contact_sheet
 
 
 @dataclass
@@ -90,8 +90,8 @@ def test_html_holds_pictures_scores_and_escaped_names():
 
 def test_a_sheet_has_room_for_every_query_and_answer(tmp_path):
     red, blue = Image.new("RGB", (160, 80), "red"), Image.new("RGB", (30, 90), "blue")
-    many = SheetLine("two\npictures", [red, blue], [(0.5, blue)] * 11)
-    answer_sheet(tmp_path / "sheet.png", [many, SheetLine("", [], [(0.1, None)]), SheetLine("none", [red], [])])
+    many = SheetRow("two\npictures", [red, blue], [(0.5, blue)] * 11)
+    contact_sheet(tmp_path / "sheet.png", [many, SheetRow("", [], [(0.1, None)]), SheetRow("none", [red], [])])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.mode == "RGB"
         colours = {pixel: count for count, pixel in sheet.getcolors(2**20)}

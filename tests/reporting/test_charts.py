@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from union_igrot.reporting.charts import MOST_POINTS, lay_out, nice_ticks, thin
+from union_igrot.reporting.charts import MAX_POINTS, layout_chart, nice_ticks, read_curves, thin
 
 VALUES = st.floats(-1e9, 1e9) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0])
 CURVES = st.lists(VALUES, min_size=1, max_size=700).map(lambda values: [(float(n), y) for n, y in enumerate(values)])
@@ -16,20 +16,20 @@ def points(chart):
 
 @given(CURVES)
 def test_every_finite_point_is_inside_the_drawing_and_the_others_are_counted(curve):
-    chart = lay_out("train/loss", curve)
+    chart = layout_chart("train/loss", curve)
     finite = [y for _, y in curve if math.isfinite(y)]
     drawn = points(chart)
-    assert len(drawn) == min(len(finite), MOST_POINTS)
+    assert len(drawn) == min(len(finite), MAX_POINTS)
     assert all(chart.left <= x <= chart.right and 0 <= y <= chart.height for x, y in drawn)
     assert all(0 <= tick.at <= chart.height for tick in chart.rows)
     assert all(chart.left <= tick.at <= chart.right for tick in chart.columns)
     lost = len(curve) - len(finite)
-    assert (f"{lost:,} of {len(curve):,} values are not finite" in chart.said) == (lost > 0)
+    assert (f"{lost:,} of {len(curve):,} values are not finite" in chart.description) == (lost > 0)
 
 
 def test_a_curve_is_said_and_drawn_upwards():
-    chart = lay_out("val/score", [(9.0, 50.25), (19.0, 40.0), (29.0, 60.0)])
-    assert chart.said == "from 50.25 at step 9 to 60 at step 29; lowest 40 (step 19), highest 60 (step 29)"
+    chart = layout_chart("val/score", [(9.0, 50.25), (19.0, 40.0), (29.0, 60.0)])
+    assert chart.description == "from 50.25 at step 9 to 60 at step 29; lowest 40 (step 19), highest 60 (step 29)"
     (a, b, c) = points(chart)
     assert a[0] < b[0] < c[0]
     assert c[1] < a[1] < b[1], "y grows downwards"
@@ -39,15 +39,15 @@ def test_a_curve_is_said_and_drawn_upwards():
     assert labels["60"] == c[1]
 
 
-@pytest.mark.parametrize("number", [1, 2, MOST_POINTS, MOST_POINTS + 1, 5 * MOST_POINTS])
+@pytest.mark.parametrize("number", [1, 2, MAX_POINTS, MAX_POINTS + 1, 5 * MAX_POINTS])
 def test_a_thinned_curve_keeps_its_mean_and_its_order(number):
     curve = [(float(n), math.sin(n / 30)) for n in range(number)]
     kept = thin(curve)
-    assert len(kept) == min(number, MOST_POINTS)
+    assert len(kept) == min(number, MAX_POINTS)
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
-    if number % MOST_POINTS == 0:
+    if number % MAX_POINTS == 0:
         assert sum(y for _, y in kept) / len(kept) == pytest.approx(sum(y for _, y in curve) / number)
-    assert ("each point drawn is the mean" in lay_out("x", curve).said) == (number > MOST_POINTS)
+    assert ("each point drawn is the mean" in layout_chart("x", curve).description) == (number > MAX_POINTS)
 
 
 @given(st.floats(-1e12, 1e12), st.floats(0, 1e12), st.booleans())
@@ -60,3 +60,14 @@ def test_ticks_are_few_even_and_hold_the_range(low, span, whole):
     gaps = [after - before for before, after in pairwise(ticks)]
     assert max(gaps) - min(gaps) <= 1e-6 * max(map(abs, ticks))
     assert not whole or all(tick == round(tick) for tick in ticks)
+
+
+def test_curves_of_an_interrupted_training_are_joined_by_step(tmp_path):
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    first.write_text("epoch,step,train/loss,val/score\n0,4,2.0,\n0,9,1.5,\n0,9,,40.0\n1,14,9.0,\n")
+    second.write_text("epoch,step,train/loss,val/score\n1,14,1.0,\n1,19,0.5,50.0\n")
+    assert read_curves([first, second]) == {
+        "train/loss": [(4, 2.0), (9, 1.5), (14, 1.0), (19, 0.5)],
+        "val/score": [(9, 40.0), (19, 50.0)],
+    }
+    assert read_curves([]) == {}

@@ -1,27 +1,31 @@
 import csv
-import json
+from dataclasses import replace
 
 import pytest
 
+from small_results import method, result
+from union_igrot.evaluation.results import EvaluationResult
+from union_igrot.metrics.statistics import Interval
 from union_igrot.reporting.files import write_results
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.types import Protocol
 
-ROW = {
-    "benchmark": "b",
-    "split": "test",
-    "method": "trained",
-    "n_queries": 3,
-    "n_gallery": 9,
-    "metrics": {"R@1": 100 / 3, "mAP": 50.0},
-    "ci95": {"R@1": [0.0, 100.0], "mAP": [25.0, 75.12345]},
-    "seed": 7,
-    "extra": {"kept": "in json"},
-}
+ONE = method(
+    "trained",
+    50.0,
+    "b",
+    protocol=Protocol(metrics=("R@1", "mAP"), primary="mAP"),
+    metrics={"R@1": 100 / 3},
+    intervals={"R@1": Interval(0.0, 100.0), "mAP": Interval(25.0, 75.12345)},
+    n_queries=3,
+    n_gallery=9,
+    seed=7,
+)
 
 
 def test_json_holds_whole_rows_and_csv_a_line_a_figure(tmp_path):
-    write_results(tmp_path, [ROW, {**ROW, "method": "chance, plain"}])
-    assert json.loads((tmp_path / "results.json").read_text()) == [ROW, {**ROW, "method": "chance, plain"}]
+    both = result(ONE, replace(ONE, method="chance, plain"))
+    write_results(tmp_path, both)
+    assert EvaluationResult.load(tmp_path / "results.json") == both
     with (tmp_path / "results.csv").open(newline="") as lines:
         table = list(csv.DictReader(lines))
     assert [(line["method"], line["metric"]) for line in table] == [
@@ -32,7 +36,7 @@ def test_json_holds_whole_rows_and_csv_a_line_a_figure(tmp_path):
     ]
     assert table[1] == {
         "benchmark": "b",
-        "split": "test",
+        "split": "val",
         "method": "trained",
         "n_queries": "3",
         "n_gallery": "9",
@@ -44,15 +48,8 @@ def test_json_holds_whole_rows_and_csv_a_line_a_figure(tmp_path):
     }
 
 
-def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path):
-    write_atomic(tmp_path / "a.txt", "ä" * 10_000)
-    write_atomic(tmp_path / "a.txt", "kurz")
-    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "kurz"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
-    write_results(tmp_path, [ROW])
+    write_results(tmp_path, result(ONE))
     with pytest.raises(TypeError):
-        write_results(tmp_path, [{**ROW, "extra": object()}])
-    assert json.loads((tmp_path / "results.json").read_text()) == [ROW]
+        write_results(tmp_path, result(replace(ONE, model={"backbone": object()})))
+    assert EvaluationResult.load(tmp_path / "results.json") == result(ONE)

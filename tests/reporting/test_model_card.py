@@ -6,10 +6,13 @@ import re
 import pytest
 import yaml
 
+from small_results import method, result
 from small_runs import Run
-from union_igrot.errors import CheckpointError, DataError
-from union_igrot.reporting.model_card import NOBODY, model_card, read_rows, rename_card, write_card
-from union_igrot.reporting.tables import percent
+from union_igrot.errors import CheckpointError
+from union_igrot.evaluation.tables import format_percent
+from union_igrot.metrics.statistics import Difference
+from union_igrot.reporting.model_card import PLACEHOLDER, rename_model_card, render_model_card, write_model_card
+from union_igrot.types import Protocol
 
 NOTES = {
     "backbone": "base",
@@ -21,30 +24,16 @@ NOTES = {
 }
 
 
-def row(method, figure, **more):
-    protocol = {
-        **{"name": "official", "metrics": ["R@1", "mAP"], "primary": "mAP", "exclude_reference": True},
-        **{"ap_norm": "all", "ap_rule": "step", "average": "micro", "ties": "gallery order", "note": "a note"},
-        **{"recall": "any", "precision_cut": "k", "means": [], "prompt": ""},
-    }
-    return {
-        **{
-            "benchmark": "birds",
-            "split": "val",
-            "method": method,
-            "n_queries": 1200,
-            "n_gallery": 4000,
-            "n_skipped": 3,
-        },
-        "protocol": protocol,
-        "metrics": {"R@1": figure / 2, "mAP": figure},
-        "ci95": {"R@1": [figure / 2 - 1, figure / 2 + 1], "mAP": [figure - 2, figure + 2]},
-        **{"by_tag": {}, "seen_classes": [], "seen_images": None, "versions": {"torch": "9.9"}, "seed": 5},
-        **more,
-    }
+PROTOCOL = Protocol(metrics=("R@1", "mAP"), primary="mAP", exclude_reference=True, ap_norm="all", note="a note")
 
 
-ROWS = [row("chance", 4.0), row("trained", 40.0, gain95={"chance": {"R@1": [1, 1, 1], "mAP": [36.0, 33.0, 39.0]}})]
+def one(name, value, benchmark="birds", **more):
+    sizes = {"n_queries": 1200, "n_gallery": 4000, "n_skipped": 3, "versions": {"torch": "9.9"}, "seed": 5}
+    return method(name, value, benchmark, {"R@1": value / 2}, PROTOCOL, **(sizes | more))
+
+
+GAIN = {"chance": {"R@1": Difference(1.0, 1.0, 1.0), "mAP": Difference(36.0, 33.0, 39.0)}}
+METHODS = [one("chance", 4.0), one("trained", 40.0, differences=GAIN)]
 
 
 def test_a_training_leaves_a_card_with_every_figure(small_run: Run):
@@ -57,24 +46,24 @@ def test_a_training_leaves_a_card_with_every_figure(small_run: Run):
     for one in small_run.rows:
         assert f"### {one['benchmark']}, {one['split']}: {one['n_queries']:,} queries" in body
         assert (
-            all(f"[{percent(low)}, {percent(high)}]" in body for low, high in one["ci95"].values())
+            all(f"[{format_percent(low)}, {format_percent(high)}]" in body for low, high in one["ci95"].values())
             or one["method"] != "trained"
         )
-    assert body.count("| trained |") == 2
+    assert body.count("| trained") == 2
     assert body.count("In brackets 95 % bootstrap intervals over queries") == 2
-    assert "of the classes were trained on: for them this is not zero-shot" in body
+    assert "of the classes: these are not zero-shot" in body
     assert f'union_igrot.load("{small_run.folder.as_posix()}/model")' in body
     assert "no one else has rights" in body
     assert body.count("\n## ") == 6
 
 
 def test_figures_stand_with_counts_protocol_intervals_differences_and_versions():
-    text = model_card(NOTES, rows=ROWS)
+    text = render_model_card(NOTES, result=result(*METHODS))
     assert "### birds, val: 1,200 queries, 4,000 images" in text
     assert "| method | R@1 | **mAP** |\n| --- | ---: | ---: |" in text
-    assert "| chance | 2.0 | 4.0 [2.0, 6.0] |\n| trained | 20.0 | 40.0 [38.0, 42.0] |" in text
+    assert "| chance | 2.0 | 4.0 [3.0, 5.0] |\n| trained | 20.0 | 40.0 [39.0, 41.0] |" in text
     assert "protocol official; AP divided by R, step rule; micro average; reference left out" in text
-    assert "of the last line: R@1 [19.0, 21.0], mAP [38.0, 42.0]." in text
+    assert "of the last row: R@1 [19.0, 21.0], mAP [39.0, 41.0]." in text
     assert "- trained - chance: +36.0 [+33.0, +39.0] mAP, better" in text
     assert "- 3 items left out" in text
     assert "Versions: torch 9.9. Seed of chance and bootstrap: 5." in text
@@ -82,19 +71,19 @@ def test_figures_stand_with_counts_protocol_intervals_differences_and_versions()
 
 
 def test_of_parts_the_figures_are_shown_and_the_protocol_once():
-    whole = [row("chance", 4.0, benchmark="animals", parts=["birds"]), row("trained", 40.0, benchmark="animals")]
-    text = model_card(NOTES, rows=[*ROWS, *(one | {"parts": ["birds"]} for one in whole)])
+    whole = [one(name, 4.0, "animals", parts=("birds",)) for name in ("chance", "trained")]
+    text = render_model_card(NOTES, result=result(*METHODS, *whole))
     birds, animals = text.split("### birds")[1].split("### animals")
     assert "protocol official" not in birds
     assert "mean of the parts' means" in animals
 
 
 def test_without_training_or_figures_the_card_says_so():
-    text = model_card({**NOTES, "tuned": True, "card": {}})
-    assert f'union_igrot.load("{NOBODY}")' in text
+    text = render_model_card({**NOTES, "tuned": True, "card": {}})
+    assert f'union_igrot.load("{PLACEHOLDER}")' in text
     assert "not recorded" in text
-    assert "None were measured" in text
-    assert "Nothing was measured." in text
+    assert "Not evaluated" in text
+    assert "was not evaluated" in text
     assert "`backbone.safetensors`" in text
 
 
@@ -116,7 +105,7 @@ def test_without_training_or_figures_the_card_says_so():
     ],
 )
 def test_rights_and_the_command_follow_the_data(card, asked, rights):
-    text = model_card({**NOTES, "card": card}, name="someone/x", license="mit")
+    text = render_model_card({**NOTES, "card": card}, name="someone/x", license="mit")
     assert f"union-eval checkpoint=someone/x{asked}\n```" in text
     assert rights in text
     assert "my/own" not in text
@@ -126,33 +115,25 @@ def test_rights_and_the_command_follow_the_data(card, asked, rights):
 
 
 def test_a_new_name_is_put_where_the_model_is_loaded_and_nowhere_else():
-    text = model_card(NOTES, name="model")
-    renamed = rename_card(text, "someone/x")
+    text = render_model_card(NOTES, name="model")
+    renamed = rename_model_card(text, "someone/x")
     assert 'union_igrot.load("someone/x")' in renamed
     assert "union-eval checkpoint=someone/x\n" in renamed
     assert len(re.findall("someone/x", renamed)) == 2
-    assert rename_card(renamed, "model") == text
-    assert rename_card(text, None) == text
-    assert rename_card("a card of someone else", "someone/x") == "a card of someone else"
+    assert rename_model_card(renamed, "model") == text
+    assert rename_model_card(text, None) == text
+    assert rename_model_card("a card of someone else", "someone/x") == "a card of someone else"
 
 
 def test_a_card_is_written_beside_a_model_with_or_without_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run" / "model"
     folder.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"model\.json cannot be read"):
-        write_card(folder, tmp_path / "results.json")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.json"):
+        write_model_card(folder, tmp_path / "results.json")
     (folder / "model.json").write_text(json.dumps(NOTES))
-    assert write_card(folder, tmp_path / "results.json") == folder / "README.md"
+    assert write_model_card(folder, tmp_path / "results.json") == folder / "README.md"
     assert 'union_igrot.load("run/model")' in (folder / "README.md").read_text()
-    (tmp_path / "results.json").write_text(json.dumps(ROWS))
-    write_card(folder, tmp_path / "results.json", name="someone/x")
+    (tmp_path / "results.json").write_text(result(*METHODS).to_json())
+    write_model_card(folder, tmp_path / "results.json", name="someone/x")
     assert "| trained |" in (folder / "README.md").read_text()
-
-
-@pytest.mark.parametrize("content", ["", "{", "3", '[{"method": "x"}]', '["x"]'])
-def test_results_that_are_none_are_named(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(DataError, match=r"results\.json cannot be read .*give a results\.json of union-train") as told:
-        read_rows(tmp_path / "results.json")
-    assert "\n" not in str(told.value)

@@ -15,23 +15,26 @@ from html_page import Page, check_page
 from small_runs import Run
 from small_world import Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.errors import ImageError
-from union_igrot.evaluation.evaluate import combine, evaluate
-from union_igrot.reporting.examples import ANSWERS, SHOWN, sheets
-from union_igrot.reporting.page import MAX_BYTES, Making, render_page, write_page
-from union_igrot.reporting.page_tables import MOST_GROUPS, class_groups
-from union_igrot.reporting.tables import method_name
+from union_igrot.evaluation.evaluate import average_parts, evaluate
+from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, TagMetric
+from union_igrot.evaluation.tables import method_name
+from union_igrot.reporting.examples import RESULTS, SHOWN, example_groups
+from union_igrot.reporting.page import MAX_BYTES, MAX_GROUPS, Provenance, class_groups, render_page, write_page
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking, Scores
 
 NASTY = """</li><script>alert("1")</script> it's & "quoted" <img src=x onerror=alert(1)>"""
 
 
-MAKING = Making("union-eval: noise", "now", "union-eval", "there", "seed: 0\n", {}, {"union-igrot": "0"}, 0)
+MADE = Provenance("union-eval: noise", "now", "union-eval", "there", "seed: 0\n", {}, {"union-igrot": "0"}, 0)
 
 
-def drawn(found, limit=MAX_BYTES, rows=None, making=MAKING, curves=None, open_image=lambda source: source.open()):
-    rows = [row for one in found for row in one.rows] if rows is None else rows
-    asked = [(one.benchmark, one.scores) for one in found]
-    return render_page(rows, asked, curves or {}, making, open_image, limit)
+def drawn(*found, limit=MAX_BYTES, made=MADE, curves=None, open_image=lambda source: source.open()):
+    return render_page(sum(found, EvaluationResult()), curves or {}, made, open_image, limit)
+
+
+def alone(benchmark, **scores):
+    """A benchmark that was scored without any metric."""
+    return EvaluationResult(scored=(ScoredBenchmark(benchmark, scores),))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,8 @@ def test_a_training_leaves_one_whole_page(small_run: Run):
         "At a glance",
         "shapes_cir · test",
         "shapes_sbir · test",
-        "What was trained",
-        "Making it again",
+        "Training",
+        "How to reproduce it",
     ]
     assert [one["text"] for one in page.all("a")] == titles
     (command,) = page.all("pre", **{"class": "command"})
@@ -114,9 +117,9 @@ def test_wins_ties_and_losses_are_counted_query_by_query(small_run: Run):
 
 
 def test_an_evaluation_of_a_backbone_alone_has_nothing_of_a_training(noise):
-    found = noise[0]
-    scores = {name: part for name, part in found.scores.items() if name != "trained"}
-    page = check_page(drawn([replace(found, scores=scores, rows=found.rows[:-1])]))
+    (scored,) = noise[0].scored
+    scores = {name: part for name, part in scored.scores.items() if name != "trained"}
+    page = check_page(drawn(EvaluationResult(noise[0].methods[:-1], (replace(scored, scores=scores),))))
     assert not [one for one in page.all("h3") if "differ" in one["text"]]
     assert not page.lines_of("Training of the heads")
     assert "“image + text”" in "".join(one["text"] for one in page.all("p"))
@@ -126,9 +129,10 @@ def test_an_evaluation_of_a_backbone_alone_has_nothing_of_a_training(noise):
 
 def test_every_tile_says_in_words_and_by_its_frame_whether_it_is_right(noise):
     (composed, _) = noise
-    page = check_page(drawn([composed]))
-    benchmark, scores = composed.benchmark, composed.scores["trained"]
-    drawer = [place for sheet in sheets(benchmark, composed.scores, "trained") for place in sheet.places]
+    page = check_page(drawn(composed))
+    (scored,) = composed.scored
+    benchmark, scores = scored.benchmark, scored.scores["trained"]
+    drawer = [place for group in example_groups(scored, "trained") for place in group.places]
     tiles = page.all("li")
     starts = [n for n, one in enumerate(tiles) if one.get("class") == "example"]
     assert len(starts) == len(drawer)
@@ -137,14 +141,14 @@ def test_every_tile_says_in_words_and_by_its_frame_whether_it_is_right(noise):
         assert query["class"] == "tile query"
         targets = set(benchmark.queries[place].targets)
         ranked = [benchmark.gallery[at].id for at in scores.ranking.positions[place].tolist()]
-        for rank, (name, tile) in enumerate(zip(ranked[:ANSWERS], answers, strict=False), 1):
+        for rank, (name, tile) in enumerate(zip(ranked[:RESULTS], answers, strict=False), 1):
             kind, word = ("right", "✓ right") if name in targets else ("wrong", "✗ wrong")
             if not targets:
                 kind, word = "", ""
             assert tile["class"].split() == ["tile", *kind.split()]
             assert tile["text"] == f"{rank} {word}".strip() + name
-        missed = answers[ANSWERS:]
-        assert bool(missed) == bool(targets and not targets & set(ranked[:ANSWERS]))
+        missed = answers[RESULTS:]
+        assert bool(missed) == bool(targets and not targets & set(ranked[:RESULTS]))
         for tile in missed:
             first = benchmark.queries[place].targets[0]
             assert tile["text"] == f"missed (rank {ranked.index(first) + 1}){first}"
@@ -170,14 +174,14 @@ def test_the_worst_and_the_best_are_what_a_slow_search_finds():
                 taken.append(n)
         return taken
 
-    _, worst, best = sheets(benchmark, scores, "trained")
+    _, worst, best = example_groups(ScoredBenchmark(benchmark, scores), "trained")
     assert worst.places == few(sorted((n for n in known if own[n] < 1), key=lambda n: (own[n], -other[n], n)))
     assert best.places == few(sorted((n for n in known if own[n] > 0), key=lambda n: (-own[n], other[n], n)))
-    assert "At most 2 of a class" in worst.said
+    assert "At most 2 per class" in worst.description
     perfect = {"trained": Scores({"mAP": torch.ones(queries)}, ranking)}
-    _, worst, best = sheets(benchmark, perfect, "trained")
+    _, worst, best = example_groups(ScoredBenchmark(benchmark, perfect), "trained")
     assert (worst.places, len(best.places)) == ([], SHOWN)
-    assert worst.said.startswith("None")
+    assert worst.description.startswith("None")
 
 
 def test_where_targets_are_not_published_nothing_is_called_right_or_wrong():
@@ -190,10 +194,9 @@ def test_where_targets_are_not_published_nothing_is_called_right_or_wrong():
         Protocol(),
     )
     ranking = Ranking(torch.arange(9).expand(9, 9).clone(), torch.zeros(9, 9))
-    asked = [(found, {"submitted": Scores({"mAP": torch.full((9,), torch.nan)}, ranking)})]
-    page = check_page(render_page([], asked, {}, MAKING, lambda source: source.open()))
+    page = check_page(drawn(alone(found, submitted=Scores({"mAP": torch.full((9,), torch.nan)}, ranking))))
     assert {one["class"].strip() for one in page.all("li") if "class" in one} == {"example", "tile query", "tile"}
-    assert [one["text"] for one in page.all("h3")] == ["First answers to some queries"]
+    assert [one["text"] for one in page.all("h3")] == ["Some queries"]
     assert "not published" in "".join(one["text"] for one in page.all("li"))
 
 
@@ -201,33 +204,38 @@ def test_a_subset_that_is_filled_up_shows_no_picture_for_what_is_not_there():
     items = [GalleryItem(f"g{n}", Noise(n)) for n in range(5)]
     found = Benchmark("b", "val", "cir", [Query("q", Noise(9), targets=("g1",))], items, Protocol())
     ranking = Ranking(torch.tensor([[2, 1, -1, -1]]), torch.zeros(1, 4))
-    asked = [(found, {"trained": Scores({"mAP": torch.tensor([0.5])}, ranking)})]
-    page = Page(render_page([], asked, {}, MAKING, lambda source: source.open()))
+    page = Page(drawn(alone(found, trained=Scores({"mAP": torch.tensor([0.5])}, ranking))))
     tiles = [one["text"] for one in page.all("li") if one.get("class", "").startswith("tile")]
     assert tiles == 3 * ["query", "1 ✗ wrongg2", "2 ✓ rightg1"]
 
 
 def test_whatever_a_text_holds_is_shown_and_does_nothing(noise):
-    found = noise[1]
-    items = [replace(item, caption=f"{item.id} {NASTY}") for item in found.benchmark.gallery]
-    queries = [replace(query, text=NASTY, label=NASTY) for query in found.benchmark.queries]
-    benchmark = replace(found.benchmark, name=f"n{NASTY}", split=NASTY, queries=queries, gallery=items)
-    named = {"benchmark": benchmark.name, "split": NASTY, "seen_classes": [NASTY]}
-    tagged = {"by_tag": {NASTY: {"n_queries": 3, found.benchmark.protocol.primary: 1.0}}}
-    rows = [row | named | tagged for row in found.rows]
+    (scored,) = noise[1].scored
+    items = [replace(item, caption=f"{item.id} {NASTY}") for item in scored.benchmark.gallery]
+    queries = [replace(query, text=NASTY, label=NASTY) for query in scored.benchmark.queries]
+    benchmark = replace(scored.benchmark, name=f"n{NASTY}", split=NASTY, queries=queries, gallery=items)
+    named = {
+        "benchmark": benchmark.name,
+        "split": NASTY,
+        "seen_classes": (NASTY,),
+        "by_tag": {NASTY: TagMetric(3, 1.0)},
+    }
+    found = EvaluationResult(
+        tuple(replace(one, **named) for one in noise[1].methods), (replace(scored, benchmark=benchmark),)
+    )
     card = {"data": NASTY, "samples": 3, "classes": [NASTY], "config": {}}
-    making = Making(NASTY, NASTY, f"union-eval '{NASTY}'", NASTY, NASTY, card, {"union-igrot": NASTY}, 0)
+    made = Provenance(NASTY, NASTY, f"union-eval '{NASTY}'", NASTY, NASTY, card, {"union-igrot": NASTY}, 0)
     curves = {NASTY: [(0.0, 1.0), (1.0, 2.0)]}
-    page = check_page(drawn([replace(found, benchmark=benchmark)], rows=rows, making=making, curves=curves))
+    page = check_page(drawn(found, made=made, curves=curves))
     assert page.all("title")[0]["text"] == NASTY
     assert page.all("h2")[1]["text"] == f"n{NASTY} · {NASTY}"
-    assert {one["text"] for one in page.all("p", **{"class": "asked"})} == {NASTY}
+    assert {one["text"] for one in page.all("p", **{"class": "text"})} == {NASTY}
     assert [line[0] for table in page.lines_of("mAP in percent by") for line in table[1:]] == [NASTY, f"{NASTY} *"]
     starred = [cell for line in page.lines_of("primary metric")[0][1:] for cell in line if " *" in cell]
     assert starred
-    assert sum("*: the heads were trained on some of what" in one["text"] for one in page.all("figcaption")) == 1
+    assert sum("*: the heads were trained on some of" in one["text"] for one in page.all("figcaption")) == 1
     images = page.all("img")
-    assert len(images) >= 10 * (1 + ANSWERS)
+    assert len(images) >= 10 * (1 + RESULTS)
     assert all(NASTY[:40] in one["alt"] for one in images)
 
 
@@ -250,12 +258,12 @@ def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
     def static(source):
         return photos.setdefault(source.key, Static(len(photos))).open()
 
-    text = drawn(noise, limit=limit, open_image=static)
+    text = drawn(*noise, limit=limit, open_image=static)
     page = check_page(text)
     assert len(text.encode()) <= limit
     examples = len(page.all("li", **{"class": "example"}))
-    left = [int(n) for n in re.findall(r"(\d+) more would not fit", text)]
-    asked = sum(len(sheet.places) for one in noise for sheet in sheets(one.benchmark, one.scores, "trained"))
+    left = [int(n) for n in re.findall(r"(\d+) more do not fit", text)]
+    asked = sum(len(group.places) for one in noise for group in example_groups(one.scored[0], "trained"))
     assert examples + sum(left) == asked
     assert f"a page of {limit:,} bytes" in text
     # Nothing is given away: one more example would not have fitted.
@@ -263,15 +271,15 @@ def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
 
 
 def test_a_picture_that_is_not_there_is_said_to_be_and_the_rest_is_shown(noise):
-    composed = noise[0]
-    gone = composed.benchmark.gallery[int(composed.scores["trained"].ranking.positions[0, 0])].image.key
+    composed, (scored,) = noise[0], noise[0].scored
+    gone = scored.benchmark.gallery[int(scored.scores["trained"].ranking.positions[0, 0])].image.key
 
     def some(source):
         if source.key == gone:
             raise ImageError("missing")
         return source.open()
 
-    whole, page = Page(drawn([composed])), check_page(drawn([composed], open_image=some))
+    whole, page = Page(drawn(composed)), check_page(drawn(composed, open_image=some))
     without = page.all("span", **{"class": "none"})
     assert {one["text"] for one in without} == {"the image cannot be opened"}
     assert len(page.all("img")) == len(whole.all("img")) - len(without)
@@ -286,57 +294,57 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(noise, tmp_path):
 
     (first, _) = noise
     with pytest.raises(OSError, match="broken"):
-        write_page(path, first.rows, [(first.benchmark, first.scores)], {}, MAKING, broken)
+        write_page(path, first, {}, MADE, broken)
     assert path.read_text() == "old"
-    write_page(path, first.rows, [(first.benchmark, first.scores)], {}, MAKING, lambda source: source.open())
+    write_page(path, first, {}, MADE, lambda source: source.open())
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_the_mean_of_parts_has_its_table_and_its_differences_and_no_pictures(parts):
     both = [parts[0], parts[2]]
-    rows = [row for one in both for row in one.rows] + combine(both, "both_mean")
-    text = drawn(both, rows=rows)
+    text = drawn(*both, average_parts(both, "both_mean"))
     page = check_page(text)
-    whole = text[text.index('<h2 id="benchmark-3">both_mean') : text.index("What was trained</h2>")]
+    whole = text[text.index('<h2 id="benchmark-3">both_mean') : text.index("Training</h2>")]
     assert "<img" not in whole
     assert "unweighted mean over noise_cir, more_noise" in whole
     _, _, (_, *lines) = page.lines_of("bars from left")
-    primary = both[0].benchmark.protocol.primary
+    primary, scores = both[0].methods[0].primary, [one.scored[0].scores for one in both]
     for line, other in zip(lines, ("chance", "image", "text", "sum"), strict=True):
-        gaps = torch.cat([one.scores["trained"].values[primary] - one.scores[other].values[primary] for one in both])
+        gaps = torch.cat([one["trained"].values[primary] - one[other].values[primary] for one in scores])
         gaps = gaps[~gaps.isnan()]
         counts = [int((gaps > 0).sum()), int((gaps == 0).sum()), int((gaps < 0).sum())]
         assert line[:4] == [method_name(other), *(f"{n}{100 * n / len(gaps):.1f} %" for n in counts)]
 
 
 def test_of_many_classes_the_lowest_and_the_highest_are_shown_and_trained_ones_are_marked():
-    labels = [f"class {n:02}" for n in range(MOST_GROUPS + 11)]
+    labels = [f"class {n:02}" for n in range(MAX_GROUPS + 11)]
     items = [GalleryItem(f"g{n}", Noise(n)) for n in range(3)]
     asked = [Query(f"q{n}", Noise(n), targets=("g0",), label=label) for n, label in enumerate(labels)]
     benchmark = Benchmark("b", "test", "sbir", asked, items, Protocol())
     values = torch.linspace(0, 1, len(labels))
     ranking = Ranking(torch.zeros(len(labels), 1, dtype=torch.long), torch.zeros(len(labels), 1))
-    group = class_groups((benchmark, {"trained": Scores({"mAP": values}, ranking)}), ["class 00", "class 40"])
-    half = MOST_GROUPS // 2
-    names = [line.name for line in group.table.lines]
+    scored = ScoredBenchmark(benchmark, {"trained": Scores({"mAP": values}, ranking)})
+    group = class_groups(scored, ["class 00", "class 40"])
+    half = MAX_GROUPS // 2
+    names = [line.name for line in group.table.rows]
     assert names == ["class 00 *", *labels[1:half], *labels[-half:-1], "class 40 *"]
-    assert str(len(labels)) in group.said
-    assert "not zero-shot" in group.said
-    few = class_groups((benchmark, {"trained": Scores({"mAP": values}, ranking)}), [])
-    assert "zero-shot" not in few.said
+    assert str(len(labels)) in group.description
+    assert "not zero-shot" in group.description
+    few = class_groups(scored, [])
+    assert "zero-shot" not in few.description
 
 
 def test_each_gallery_picture_is_decoded_once(noise):
-    composed, opened = noise[0], []
+    (scored,), opened = noise[0].scored, []
 
     def counted(source):
         opened.append(source.key)
         return source.open()
 
-    drawn([composed], open_image=counted)
-    queries = sum(len(sheet.places) for sheet in sheets(composed.benchmark, composed.scores, "trained"))
-    assert len(opened) - queries <= len(composed.benchmark.gallery)
+    drawn(noise[0], open_image=counted)
+    queries = sum(len(group.places) for group in example_groups(scored, "trained"))
+    assert len(opened) - queries <= len(scored.benchmark.gallery)
 
 
 def colours(block):

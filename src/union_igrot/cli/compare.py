@@ -1,7 +1,4 @@
-"""`union-compare`: whether one run beats another by more than chance, query by query.
-
-Knows where a run keeps its queries' metrics. Does not know how they were computed.
-"""
+"""`union-compare`: the statistical significance of the difference between two runs, query by query."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(config: DictConfig, fresh: Path) -> None:
-    """Print a table of paired differences, first - second, for each benchmark both runs hold."""
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    """Print a table of paired differences, first - second, for each benchmark of both runs."""
+    # Heavy imports are delayed so that --help and usage errors are fast.
     from rich.console import Console
     from rich.table import Table
 
@@ -31,13 +28,13 @@ def compare(config: DictConfig, fresh: Path) -> None:
     folders = [expand_user(config[side]) for side in ("first", "second")]
     held = [{path.name for path in folder.glob("queries-*.safetensors")} for folder in folders]
     if not held[0] & held[1]:
-        raise DataError(f"{folders[0]} and {folders[1]} hold no benchmark in common; evaluate both on one")
+        raise DataError(f"{folders[0]} and {folders[1]} have no benchmark in common; evaluate both on the same data")
     for name in sorted(held[0] & held[1]):
         (one, first), (other, second) = (read_query_values(folder / name) for folder in folders)
         if one != other:
-            raise DataError(f"{name}: the two runs were asked different queries; evaluate both with the same data")
+            raise DataError(f"{name}: the queries of the two runs differ; evaluate both on the same data")
         title = name.removeprefix("queries-").removesuffix(".safetensors")
-        table = Table("metric", "first", "second", "difference, 95 %", "p", title=f"{title} · {config.method}")
+        table = Table("metric", "first", "second", "first - second [95 %]", "p", title=f"{title} · {config.method}")
         for key in (key for key in first if key.startswith(f"{config.method}/") and key in second):
             gap = paired_interval(first[key], second[key], seed=config.seed)
             chance = randomization_test(first[key], second[key], config.rounds, config.seed)

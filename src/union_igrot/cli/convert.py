@@ -24,7 +24,7 @@ def convert(config: DictConfig, fresh: Path) -> None:
 
     from union_igrot.errors import ConfigError
     from union_igrot.models.reference import load_reference_checkpoint
-    from union_igrot.reporting.model_card import write_card
+    from union_igrot.reporting.model_card import write_model_card
 
     del fresh
     folder = expand_user(config.output_dir)
@@ -41,7 +41,7 @@ def convert(config: DictConfig, fresh: Path) -> None:
         text_heads=config.text_heads,
     )
     model.save(folder, half=config.half)
-    write_card(folder, folder / "results.json")
+    write_model_card(folder, folder / "results.json")
     heads, backbone = sum(x.numel() for x in model.heads()), sum(x.numel() for x in model.backbone.parameters())
     described = model.describe()
     console = Console()

@@ -23,8 +23,8 @@ def push(config: DictConfig, fresh: Path) -> None:
     from rich.console import Console
 
     from union_igrot.errors import ConfigError
+    from union_igrot.evaluation.results import EvaluationResult
     from union_igrot.models.hub import push_folder
-    from union_igrot.reporting.model_card import read_rows
 
     del fresh
     folder = expand_user(config.checkpoint)
@@ -35,8 +35,9 @@ def push(config: DictConfig, fresh: Path) -> None:
     if config.results is not None:
         results = expand_user(config.results)
         results = results / "results.json" if results.is_dir() else results
-        told = {"rows": read_rows(results), "license": config.license}
-        if not told["rows"]:
+        result = EvaluationResult.load(results) if results.is_file() else EvaluationResult()
+        told = {"result": result, "license": config.license}
+        if not result.methods:
             raise ConfigError(f"{results} holds no metrics; give a results.json of union-train or union-eval")
     address = push_folder(folder, config.repo, private=config.private, branch=config.branch, **told)
     console = Console()

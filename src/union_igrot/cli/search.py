@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from union_igrot.gallery.query_files import Line
     from union_igrot.gallery.results import SearchResult
-    from union_igrot.reporting.contact_sheets import SheetLine
+    from union_igrot.reporting.contact_sheets import SheetRow
 
 EXIT_NOTHING = 1
 """Exit code where no query found anything."""
@@ -53,7 +53,7 @@ def search(config: DictConfig, fresh: Path) -> None:
     lines = _lines(config)
     said = Console(stderr=True)
     count = 0
-    sheet: list[SheetLine] = []
+    sheet: list[SheetRow] = []
     chosen = {"create": False, "weights": config.weights, "device": config.device}
     with Gallery.open(config.index, config.checkpoint, **chosen) as gallery:
         # Among tables on one terminal a bar would be in the way, and they show how far it is.
@@ -175,20 +175,20 @@ def _words(asked: dict[str, Any]) -> str:
     return " + ".join(parts)
 
 
-def _sheet_line(line: "Line", found: "SearchResult") -> "SheetLine":
+def _sheet_line(line: "Line", found: "SearchResult") -> "SheetRow":
     from union_igrot.images.decode import as_image
-    from union_igrot.reporting.contact_sheets import SheetLine
+    from union_igrot.reporting.contact_sheets import SheetRow
 
     images = [as_image(image, at_least=256) for image in line.asked.get("image", ())]
-    return SheetLine(_words({**line.asked, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in found])
+    return SheetRow(_words({**line.asked, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in found])
 
 
-def _draw(path: Path, sheet: "list[SheetLine]", queries: int, said: "Console") -> None:
+def _draw(path: Path, sheet: "list[SheetRow]", queries: int, said: "Console") -> None:
     from union_igrot.errors import DataError
-    from union_igrot.reporting.contact_sheets import answer_sheet
+    from union_igrot.reporting.contact_sheets import contact_sheet
 
     try:
-        answer_sheet(path, sheet)
+        contact_sheet(path, sheet)
     except OSError as error:
         raise DataError(f"contact={path} cannot be written ({error.strerror}); give another place") from error
     if queries > len(sheet):

@@ -59,7 +59,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.errors import UnionError
     from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import IGROTModel
-    from union_igrot.reporting.model_card import write_card
+    from union_igrot.reporting.model_card import write_model_card
     from union_igrot.storage.atomic import write_atomic
     from union_igrot.training.run_folder import identity_of, open_run
 
@@ -87,7 +87,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
         encoder = assemble.encoder(config, model.backbone)
         whole, saved = data.whole(config.data), str(run.path / "model")
         evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, whole, checkpoint=saved)
-        write_card(run.path / "model", run.path / "results.json")
+        write_model_card(run.path / "model", run.path / "results.json")
         run.reach("done")
         return run.path
 

@@ -1,29 +1,26 @@
-"""A benchmark under its protocol: embeddings to rankings to metrics with intervals.
-
-Applies exclusions, subsets and conventions as the protocol states them, and sets the
-training-free baselines and chance beside a model. Does not know how a model was trained,
-how metrics are shown or where benchmarks come from.
-"""
+"""A benchmark under its protocol: a model beside chance and the training-free baselines, with intervals."""
 
 import functools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 import union_igrot
+from union_igrot.evaluation.results import EvaluationResult, MethodResult, ScoredBenchmark, SeenImages, TagMetric
 from union_igrot.evaluation.scoring import Relevance, score
 from union_igrot.features.embedding import embed_each
 from union_igrot.features.extractor import Encoder
 from union_igrot.images.identity import image_identity
 from union_igrot.metrics.functional import average
-from union_igrot.metrics.statistics import bootstrap_intervals, paired_interval
+from union_igrot.metrics.statistics import Difference, Interval, bootstrap_intervals, paired_interval
 from union_igrot.models.devices import device_name
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.types import Benchmark, Scores
@@ -32,238 +29,225 @@ BASELINES = ("image", "text", "sum")
 
 
 def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
-    """Average each metric as the protocol says, in percent; nan where no query has a value."""
+    """Average each metric as the protocol says, in percent; nan if no query has a value."""
     labels, how = _labels(benchmark), benchmark.protocol.average
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """All methods on one benchmark.
-
-    Attributes:
-        benchmark: What was asked.
-        scores: Metrics of each method, `chance` first, `trained` (where there is one) last.
-        rows: What `results.json` holds of it.
-    """
-
-    benchmark: Benchmark
-    scores: Mapping[str, Scores]
-    rows: list[dict[str, Any]]
-
-
 def evaluate(
-    model: IGROTModel, benchmark: Benchmark, encoder: Encoder, seed: int = 0, *, trained: bool = True
-) -> Evaluation:
+    model: IGROTModel,
+    benchmark: Benchmark,
+    encoder: Encoder,
+    seed: int = 0,
+    *,
+    trained: bool = True,
+    checkpoint: str | None = None,
+) -> EvaluationResult:
     """Evaluate a model beside chance and the training-free baselines.
 
     Args:
         model: The model with trained heads.
-        benchmark: What to ask.
-        encoder: Of the model's backbone.
+        benchmark: What to evaluate on.
+        encoder: Encoder with the model's backbone.
         seed: Seed of chance and of the bootstrap.
-        trained: Whether the model's own heads are asked; else its backbone's baselines alone.
+        trained: Whether to evaluate the model's own heads, or the baselines of its backbone alone.
+        checkpoint: Where the trained heads were loaded from, for the description of the model.
 
     Returns:
-        Per-query metrics and result rows; metrics in percent, 95 % bootstrap intervals
-        over queries. The row of `trained` also holds its paired differences to every
-        other method, and what of the test its heads were trained on.
+        Metrics in percent with 95 % bootstrap intervals over queries, `chance` first; the values and rankings of every
+        query. `trained` comes last, with its paired differences to every other method and its overlap with the
+        benchmark.
     """
     model.eval()
-    scores: dict[str, Scores] = {}
-    spent: dict[str, dict[str, float]] = {}
     null = model.null_text()
     models = {kind: baseline(model.backbone, kind, null) for kind in BASELINES} | (
         {"trained": model} if trained else {}
     )
     noise = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    # Rankings by random vectors are uniform: chance goes through the same scoring.
+    # Rankings by random vectors are uniform, so chance goes through the same scoring.
     sides = (benchmark.queries, benchmark.gallery)
-    dice = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
-    scores["chance"] = score(benchmark, *dice)
-    spent["chance"] = {"rank": time.perf_counter() - start}
+    random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
+    scores = {"chance": score(benchmark, *random_vectors)}
+    seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
     for name, embedded in embed_each(models, benchmark, encoder):
         start = time.perf_counter()
         scores[name] = score(benchmark, embedded.queries, embedded.gallery)
-        spent[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
+        seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
-    rows = [result_row(benchmark, name, scores[name], described[name], spent[name], seed) for name in scores]
-    for row in rows:
-        row["arithmetic"] = {"device": device_name(model.device), **encoder.arithmetic}
+    if trained and checkpoint is not None:
+        described["trained"]["checkpoint"] = checkpoint
+    arithmetic = {"device": device_name(model.device), **encoder.arithmetic}
+    methods = []
+    for name, one in scores.items():
+        result = method_result(benchmark, name, one, described[name], seconds[name], seed)
+        methods.append(replace(result, arithmetic=arithmetic))
     if trained:
-        rows[-1]["gain95"] = _gains({name: part.values for name, part in scores.items()}, _labels(benchmark), seed)
-        rows[-1]["seen_classes"] = seen_classes(model, benchmark)
-        rows[-1]["seen_images"] = seen_images(model, benchmark)
-    return Evaluation(benchmark, scores, rows)
+        methods[-1] = replace(
+            methods[-1],
+            differences=_differences({name: x.values for name, x in scores.items()}, _labels(benchmark), seed),
+            seen_classes=tuple(seen_classes(model, benchmark)),
+            seen_images=seen_images(model, benchmark),
+        )
+    return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores),))
 
 
-def _labels(benchmark: Benchmark) -> Tensor | None:
+def _labels(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
     return Relevance.of(benchmark).labels if benchmark.protocol.average == "macro" else None
 
 
-def _gains(
-    values: Mapping[str, Mapping[str, Tensor]], labels: Tensor | None, seed: int
-) -> dict[str, dict[str, list[float]]]:
-    """Return the paired differences trained - other in percent points: mean, low, high."""
-    gains: dict[str, dict[str, list[float]]] = {}
-    for other in values:
-        if other == "trained":
-            continue
-        pairs = {
-            name: paired_interval(column, values[other][name], seed=seed, labels=labels)
+def _differences(
+    values: Mapping[str, Mapping[str, Tensor]], labels: Int[Tensor, " queries"] | None, seed: int
+) -> dict[str, dict[str, Difference]]:
+    """Return the paired differences trained - other in percent points."""
+    others = {name: columns for name, columns in values.items() if name != "trained"}
+    return {
+        other: {
+            name: Difference(*(100 * x for x in paired_interval(column, columns[name], seed=seed, labels=labels)))
             for name, column in values["trained"].items()
         }
-        gains[other] = {name: [100 * pair.mean, 100 * pair.low, 100 * pair.high] for name, pair in pairs.items()}
-    return gains
+        for other, columns in others.items()
+    }
 
 
-def result_row(
+def _intervals(values: Mapping[str, Tensor], labels: Int[Tensor, " queries"] | None, seed: int) -> dict[str, Interval]:
+    bounds = bootstrap_intervals(values, seed=seed, labels=labels)
+    return {name: Interval(100 * one.low, 100 * one.high) for name, one in bounds.items()}
+
+
+def method_result(
     benchmark: Benchmark,
     method: str,
     scores: Scores,
-    model: dict[str, Any],
-    seconds: dict[str, float],
+    model: Mapping[str, Any],
+    seconds: Mapping[str, float],
     seed: int,
-) -> dict[str, Any]:
-    """Return one row of `results.json`; `evaluate` adds on what device and in which arithmetic it was computed.
-
-    Returns:
-        Benchmark, split, method, counts, protocol, metrics and 95 % intervals in percent,
-        the primary metric by tag, the model's description, seconds, versions and seed;
-        `seen_classes` is empty and `seen_images` None, as of a method without training.
-    """
-    labels = _labels(benchmark)
-    intervals = bootstrap_intervals(scores.values, seed=seed, labels=labels)
-    return {
-        "benchmark": benchmark.name,
-        "split": benchmark.split,
-        "method": method,
-        "n_queries": len(benchmark.queries),
-        "n_gallery": len(benchmark.gallery),
-        "n_skipped": benchmark.skipped,
-        "protocol": asdict(benchmark.protocol),
-        "metrics": means(benchmark, scores),
-        "ci95": {name: [100 * span.low, 100 * span.high] for name, span in intervals.items()},
-        "by_tag": _by_tag(benchmark, scores),
-        "seen_classes": [],
-        "seen_images": None,
-        "model": model,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "versions": versions(),
-        "seed": seed,
-    }
+) -> MethodResult:
+    """Return the result of a method without training, from its scores."""
+    return MethodResult(
+        benchmark=benchmark.name,
+        split=benchmark.split,
+        method=method,
+        n_queries=len(benchmark.queries),
+        n_gallery=len(benchmark.gallery),
+        n_skipped=benchmark.skipped,
+        protocol=benchmark.protocol,
+        metrics=means(benchmark, scores),
+        intervals=_intervals(scores.values, _labels(benchmark), seed),
+        by_tag=_by_tag(benchmark, scores),
+        model=model,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        versions=versions(),
+        seed=seed,
+    )
 
 
 def seen_classes(model: IGROTModel, benchmark: Benchmark) -> list[str]:
-    """Name the classes of a benchmark that the model's card says it was trained on.
+    """Return the classes of a benchmark that the model was trained on according to its metadata.
 
-    A zero-shot metric is one only where this is empty. Names are compared in lower case,
-    blanks, hyphens and underscores alike.
+    A metric is zero-shot only if there are none. Names are compared in lower case; blanks, hyphens and underscores are
+    equivalent.
     """
 
-    def plainly(name: str) -> str:
+    def normalized(name: str) -> str:
         return name.lower().replace(" ", "_").replace("-", "_")
 
-    trained = {plainly(name) for name in model.metadata.get("classes", [])}
-    asked = {query.label for query in benchmark.queries if query.label is not None}
-    return sorted(name for name in asked if plainly(name) in trained)
+    trained = {normalized(name) for name in model.metadata.get("classes", [])}
+    labels = {query.label for query in benchmark.queries if query.label is not None}
+    return sorted(name for name in labels if normalized(name) in trained)
 
 
-def seen_images(model: IGROTModel, benchmark: Benchmark) -> dict[str, int] | None:
-    """Count the images of a benchmark that the model's heads were trained on.
+def seen_images(model: IGROTModel, benchmark: Benchmark) -> SeenImages | None:
+    """Count the images of a benchmark that the model's heads were trained on; None if that is not recorded.
 
-    What counts as the same image, and what is not found, is told in `data.identity`. What the
-    backbone saw before is not known.
-
-    Returns:
-        How many `queries` have such an image and how many images of the `gallery` are such;
-        None where the model does not say what it was trained on.
+    `images.identity` defines which images count as the same. What the backbone was trained on is not known.
     """
-    known = model.training_images
-    if known is None:
+    trained = model.training_images
+    if trained is None:
         return None
-    return {
-        "queries": sum(image_identity(query.image) in known for query in benchmark.queries),
-        "gallery": sum(image_identity(item.image) in known for item in benchmark.gallery),
-    }
+    return SeenImages(
+        queries=sum(image_identity(query.image) in trained for query in benchmark.queries),
+        gallery=sum(image_identity(item.image) in trained for item in benchmark.gallery),
+    )
 
 
-def combine(evaluations: Sequence[Evaluation], name: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Average the parts of a benchmark (FashionIQ's categories), each part counting the same.
+def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0) -> EvaluationResult:
+    """Average the parts of a benchmark (FashionIQ's categories), each part with the same weight.
 
     Args:
-        evaluations: The parts, of one protocol.
-        name: What the whole is called.
-        seed: Seed of the bootstrap, which draws queries within each part.
+        results: One evaluation per part, all with the same protocol and methods.
+        name: Name of the whole.
+        seed: Seed of the bootstrap, which resamples the queries within each part.
 
     Returns:
-        A row a method; intervals are of the mean over parts, whose names stand in `parts`.
+        The mean of each method, with intervals of the mean over parts.
     """
-    first = evaluations[0]
-    sizes = [len(one.benchmark.queries) for one in evaluations]
+    scored = [one.scored[0] for one in results]
+    sizes = [len(one.benchmark.queries) for one in scored]
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    names = [one.benchmark.name for one in evaluations]
-    galleries = [tuple(item.id for item in one.benchmark.gallery) for one in evaluations]
+    galleries = [tuple(item.id for item in one.benchmark.gallery) for one in scored]
     # DTIN's domains share one gallery; FashionIQ's categories have one each.
-    distinct = [galleries.index(gallery) == place for place, gallery in enumerate(galleries)]
+    distinct = [galleries.index(gallery) == index for index, gallery in enumerate(galleries)]
     values = {
         method: {
-            metric: torch.cat([one.scores[method].values[metric] for one in evaluations])
-            for metric in first.scores[method].values
+            metric: torch.cat([one.scores[method].values[metric] for one in scored])
+            for metric in scored[0].scores[method].values
         }
-        for method in first.scores
+        for method in scored[0].scores
     }
-    rows = []
-    for place, columns in enumerate(values.values()):
-        intervals = bootstrap_intervals(columns, seed=seed, labels=labels)
-        inner = [one.rows[place] for one in evaluations]
-        counted = [row["seen_images"] for row in inner]
-        clauses = [row["protocol"]["note"].split("; ") for row in inner]
-        common = [clause for clause in clauses[0] if all(clause in others for others in clauses)]
-        note = "; ".join([f"unweighted mean over {', '.join(names)}", *common])
-        rows.append(
-            {
-                **inner[0],
-                "benchmark": name,
-                "parts": names,
-                "n_queries": sum(sizes),
-                "n_gallery": sum(len(gallery) for gallery, new in zip(galleries, distinct, strict=True) if new),
-                "n_skipped": sum(one.benchmark.skipped for one in evaluations),
-                "protocol": {**inner[0]["protocol"], "note": note},
-                "metrics": {metric: 100 * average(x, labels, "macro").item() for metric, x in columns.items()},
-                "ci95": {metric: [100 * span.low, 100 * span.high] for metric, span in intervals.items()},
-                "by_tag": {},
-                "seen_classes": sorted({seen for row in inner for seen in row["seen_classes"]}),
-                "seen_images": None
-                if None in counted
-                else {
-                    "queries": sum(count["queries"] for count in counted),
-                    "gallery": sum(count["gallery"] for count, new in zip(counted, distinct, strict=True) if new),
-                },
-            }
+    methods = []
+    for index, columns in enumerate(values.values()):
+        inner = [one.methods[index] for one in results]
+        methods.append(
+            replace(
+                inner[0],
+                benchmark=name,
+                parts=tuple(one.benchmark for one in inner),
+                n_queries=sum(sizes),
+                n_gallery=sum(len(gallery) for gallery, new in zip(galleries, distinct, strict=True) if new),
+                n_skipped=sum(one.n_skipped for one in inner),
+                protocol=replace(inner[0].protocol, note=_note_of_parts(inner)),
+                metrics={metric: 100 * average(x, labels, "macro").item() for metric, x in columns.items()},
+                intervals=_intervals(columns, labels, seed),
+                by_tag={},
+                seen_classes=tuple(sorted({name for one in inner for name in one.seen_classes})),
+                seen_images=_seen_in_parts([one.seen_images for one in inner], distinct),
+            )
         )
     if "trained" in values:
-        rows[-1]["gain95"] = _gains(values, labels, seed)
-    return rows
+        methods[-1] = replace(methods[-1], differences=_differences(values, labels, seed))
+    return EvaluationResult(tuple(methods))
 
 
-def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, dict[str, int | float]]:
-    """Return count and mean of the primary metric over the queries of each tag, in percent."""
+def _note_of_parts(parts: Sequence[MethodResult]) -> str:
+    clauses = [one.protocol.note.split("; ") for one in parts]
+    common = [clause for clause in clauses[0] if all(clause in others for others in clauses)]
+    return "; ".join([f"unweighted mean over {', '.join(one.benchmark for one in parts)}", *common])
+
+
+def _seen_in_parts(counts: Sequence[SeenImages | None], distinct: Sequence[bool]) -> SeenImages | None:
+    known = [one for one in counts if one is not None]
+    if len(known) < len(counts):
+        return None
+    gallery = sum(one.gallery for one, new in zip(known, distinct, strict=True) if new)
+    return SeenImages(sum(one.queries for one in known), gallery)
+
+
+def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, TagMetric]:
+    """Return the primary metric over the queries of each tag, in percent."""
     rows: dict[str, list[int]] = defaultdict(list)
-    for place, query in enumerate(benchmark.queries):
+    for row, query in enumerate(benchmark.queries):
         for tag in query.tags:
-            rows[tag].append(place)
+            rows[tag].append(row)
     values = scores.values[benchmark.protocol.primary]
-    name = benchmark.protocol.primary
     return {
-        tag: {"n_queries": len(places), name: 100 * average(values[torch.tensor(places)]).item()}
-        for tag, places in sorted(rows.items())
+        tag: TagMetric(len(tagged), 100 * average(values[torch.tensor(tagged)]).item())
+        for tag, tagged in sorted(rows.items())
     }
 
 
 def versions() -> dict[str, str]:
-    """Return the versions a metric depends on."""
+    """Return the versions of the packages that metrics depend on."""
     packages = ("torch", "transformers", "lightning", "numpy", "pillow")
     found = {package: _version(package) for package in packages}
     return {"union-igrot": union_igrot.__version__, "python": python_version(), **found}
@@ -271,4 +255,4 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _version(package: str) -> str:
-    return version(package)  # reads and parses files, for every row of metrics
+    return version(package)  # reads and parses files

@@ -1,7 +1,7 @@
 """Metric names such as `R@10`, and the registry of the metric families behind them; imports no torch."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -138,6 +138,12 @@ def parse_metric(name: str) -> ParsedMetric:
         forms = ", ".join(form for family in metric_families() for form in family.forms)
         raise ConfigError(f"unknown metric {name!r} (expected {forms} with an integer k >= 1, such as R@10)")
     return parsed
+
+
+def families_of(names: Iterable[str]) -> list[MetricFamily]:
+    """Return the families of some metrics, without repetitions; unknown names are skipped."""
+    kinds = {name.partition("@")[0] for name in names}
+    return [family for family in metric_families() if family.name in kinds]
 
 
 def _parse(name: str) -> ParsedMetric | None:

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 
 from union_igrot.errors import CheckpointError, first_line
 from union_igrot.models.checkpoint import NOTES, README, read_saved
-from union_igrot.reporting.model_card import model_card, rename_card
+from union_igrot.reporting.model_card import rename_model_card, render_model_card
 from union_igrot.storage.paths import expand_user
 
 M = TypeVar("M", bound="HubModel")
@@ -116,7 +116,7 @@ def push_folder(
         repository: `owner/name`; made where it does not exist.
         private: Whether a new repository is private; the account's default where None.
         branch: Where to push; `main` where None.
-        told: `rows` and `license` for a card that is written anew, as `report.card.model_card` takes them.
+        told: `result` and `license` for a card that is written anew, as `report.card.model_card` takes them.
 
     Returns:
         The address of what was pushed.
@@ -128,9 +128,9 @@ def push_folder(
     saved = read_saved(folder)
     notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
     if told or saved.readme is None:
-        card = model_card(notes, name=repository, **told)
+        card = render_model_card(notes, name=repository, **told)
     else:
-        card = rename_card(saved.readme, repository)
+        card = rename_model_card(saved.readme, repository)
     with TemporaryDirectory() as place, hub_errors(repository):
         for pattern in FILES:
             for path in sorted(folder.glob(pattern)):
@@ -245,13 +245,13 @@ class HubModel(ModelHubMixin, ABC):
 
         Args:
             name: How the model is loaded, a folder or `owner/name`.
-            told: `rows`, result rows of an evaluation, as `results.json` holds them; `license`, a name the hub
+            told: `result`, an evaluation of the model; `license`, a name the hub
                 knows. Where any is given, the card is written anew.
         """
         described = self.describe()
         if self.readme is not None and self.readme_for == described["heads"] and not told:
-            return ModelCard(rename_card(self.readme, name))
-        return ModelCard(model_card({**described, "card": self.metadata}, name=name, **told))
+            return ModelCard(rename_model_card(self.readme, name))
+        return ModelCard(render_model_card({**described, "card": self.metadata}, name=name, **told))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Share the heads, their description and a model card on the Hugging Face hub.

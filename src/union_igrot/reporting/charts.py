@@ -1,17 +1,17 @@
-"""The curves of a training as points, ticks and words for a page's inline SVG.
+"""Training curves: read from Lightning's logs, and laid out as points and ticks of an inline SVG."""
 
-Knows lists of numbers and the room of a drawing. Does not know where the numbers are from, colors or HTML.
-"""
-
+import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
-from union_igrot.reporting.contact_sheets import Curve
+Curve = list[tuple[float, float]]
+"""(step, value) in the order of the steps."""
 
-MOST_POINTS = 300
-"""Points of a drawn curve; where there are more, each is the mean of neighbors."""
+MAX_POINTS = 300
+"""Points of a drawn curve; of a longer one, neighbors are averaged."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420.0, 230.0, 58.0, 408.0, 12.0, 202.0
 _DOTTED = 40
 _SMALLEST = 1e-300
@@ -19,7 +19,7 @@ _SMALLEST = 1e-300
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis: where it stands in the drawing, and its words."""
+    """A mark on an axis: its position in the drawing, and its label."""
 
     at: float
     label: str
@@ -30,16 +30,16 @@ class Chart:
     """One curve, laid out in a drawing of `width` by `height` units, y downwards.
 
     Attributes:
-        name: Of the metric.
-        said: The curve in words: its first and last value, its lowest and highest, what is not drawn.
-        line: The points of an SVG polyline; empty where no value is finite.
-        dots: The points again where they are few, so that a single one is seen.
+        name: Name of the metric.
+        description: First and last value, lowest and highest, what is not drawn.
+        line: The points of an SVG polyline; empty if no value is finite.
+        dots: The points again if they are few, so that a single one is visible.
         rows: Marks of the values.
         columns: Marks of the steps.
     """
 
     name: str
-    said: str
+    description: str
     line: str
     dots: tuple[tuple[float, float], ...]
     rows: tuple[Tick, ...]
@@ -50,27 +50,36 @@ class Chart:
     right: float = _RIGHT
 
 
-def lay_out(name: str, curve: Curve) -> Chart:
+def read_curves(logs: Sequence[Path]) -> dict[str, Curve]:
+    """Read Lightning's `metrics.csv` files, in the given order, as curves by column name."""
+    curves: dict[str, dict[float, float]] = {}
+    for log in logs:
+        with log.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                for name, cell in row.items():
+                    if name not in {"step", "epoch"} and cell:
+                        curves.setdefault(name, {})[float(row["step"])] = float(cell)
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def layout_chart(name: str, curve: Curve) -> Chart:
     """Lay out a curve.
 
     Args:
-        name: Of the metric.
-        curve: (step, value) in the order of the steps; values that are not finite are counted and not drawn.
-
-    Returns:
-        The drawing.
+        name: Name of the metric.
+        curve: The curve; values that are not finite are counted and not drawn.
     """
     finite = [(x, y) for x, y in curve if math.isfinite(y)]
     lost = len(curve) - len(finite)
-    said = [f"{lost:,} of {len(curve):,} values are not finite"] if lost else []
+    notes = [f"{lost:,} of {len(curve):,} values are not finite"] if lost else []
     if not finite:
-        return Chart(name, "; ".join(said) or "no values", "", (), (), ())
+        return Chart(name, "; ".join(notes) or "no values", "", (), (), ())
     lowest, highest = (choose(finite, key=lambda point: point[1]) for choose in (min, max))
     ends = f"from {finite[0][1]:.4g} at step {finite[0][0]:.0f} to {finite[-1][1]:.4g} at step {finite[-1][0]:.0f}"
     bounds = f"lowest {lowest[1]:.4g} (step {lowest[0]:.0f}), highest {highest[1]:.4g} (step {highest[0]:.0f})"
     points = thin(finite)
     if len(points) < len(finite):
-        said.append(f"each point drawn is the mean of about {len(finite) / len(points):.0f} values")
+        notes.append(f"each point drawn is the mean of about {len(finite) / len(points):.0f} values")
     rows = nice_ticks(min(y for _, y in points), max(y for _, y in points))
     columns = nice_ticks(points[0][0], points[-1][0], whole=True)
     across = _scale(min(points[0][0], columns[0]), max(points[-1][0], columns[-1]), _LEFT, _RIGHT - 14)
@@ -78,7 +87,7 @@ def lay_out(name: str, curve: Curve) -> Chart:
     placed = [(round(across(x), 1), round(upwards(y), 1)) for x, y in points]
     return Chart(
         name,
-        "; ".join([ends, bounds, *said]),
+        "; ".join([ends, bounds, *notes]),
         " ".join(f"{x:g},{y:g}" for x, y in placed),
         tuple(placed) if len(placed) <= _DOTTED else (),
         tuple(Tick(round(upwards(value), 1), f"{value:.6g}") for value in rows),
@@ -86,16 +95,8 @@ def lay_out(name: str, curve: Curve) -> Chart:
     )
 
 
-def thin(points: Curve, most: int = MOST_POINTS) -> Curve:
-    """Put means of neighbors in the place of points that are too many to draw.
-
-    Args:
-        points: (step, value), finite.
-        most: How many may stay.
-
-    Returns:
-        At most `most` points; the given ones where they are no more.
-    """
+def thin(points: Curve, most: int = MAX_POINTS) -> Curve:
+    """Return at most `most` points, by averaging neighbors if there are more."""
     if len(points) <= most:
         return points
     edges = [round(number * len(points) / most) for number in range(most + 1)]
@@ -104,19 +105,19 @@ def thin(points: Curve, most: int = MOST_POINTS) -> Curve:
 
 
 def nice_ticks(low: float, high: float, *, whole: bool = False, about: int = 4) -> list[float]:
-    """Return round numbers that hold a range between them.
+    """Return round numbers that enclose a range.
 
     Args:
         low: The lowest value.
-        high: The highest, not below `low`.
-        whole: Whether only whole numbers will do, as of steps.
-        about: How many gaps to aim at.
+        high: The highest value.
+        whole: Whether to use integers only, as for steps.
+        about: Number of gaps to aim at.
 
     Returns:
         At least two numbers, evenly apart by 1, 2 or 5 times a power of ten.
     """
     largest = max(abs(low), abs(high))
-    # What differs by less than its own last digits is drawn as flat.
+    # Differences below the precision of the numbers are drawn as flat.
     span = high - low if high - low > max(1e-6 * largest, _SMALLEST) else largest if largest > _SMALLEST else 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
     gap = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about + 1e-9)
@@ -128,5 +129,5 @@ def nice_ticks(low: float, high: float, *, whole: bool = False, about: int = 4) 
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """From values between `low` and `high` to places between `start` and `end`."""
+    """Return the linear map from `low`..`high` to `start`..`end`."""
     return lambda value: start + (value - low) / (high - low) * (end - start)

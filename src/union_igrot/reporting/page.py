@@ -1,54 +1,58 @@
-"""`report.html`: everything a run found, in one file that needs no network, no script and no other file.
+"""`report.html`: the results of a run in one file that needs no network, no script and no other file."""
 
-Puts result rows, curves, example queries and the way they were made into a page, and fits the images into a bound.
-Knows the layout of a result row. Does not know how a metric came about or how images are read.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from markupsafe import Markup
 
-from union_igrot.reporting.charts import lay_out
-from union_igrot.reporting.contact_sheets import Curve, Opener
-from union_igrot.reporting.examples import Drawer, Sheet, sheets
-from union_igrot.reporting.page_tables import (
-    Asked,
-    Group,
-    Table,
-    at_a_glance,
-    class_groups,
-    differences,
+from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult, ScoredBenchmark
+from union_igrot.evaluation.tables import (
+    NO_DIFFERENCE,
+    UNTRAINED,
+    Cell,
+    ResultTable,
+    TableRow,
+    comparable,
+    describe_protocol,
+    format_difference,
+    format_interval,
+    format_percent,
+    method_name,
     metrics_table,
-    seconds_table,
-    tag_groups,
+    overlap_lines,
+    untrained_words,
 )
-from union_igrot.reporting.tables import Row, describe_protocol, method_name, overlap_lines, untrained_words
+from union_igrot.reporting.charts import Curve, layout_chart
+from union_igrot.reporting.contact_sheets import Opener
+from union_igrot.reporting.examples import ExampleGroup, ExampleRenderer, example_groups
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark
 
 MAX_BYTES = 5_000_000
-"""Bound on a page's size; where it would be passed, fewer examples are shown."""
+"""Bound on a page's size; fewer examples are shown to stay within it."""
+MAX_GROUPS = 30
+"""Rows of a table of tags or classes; of more, the lowest and the highest are shown."""
 _NAMED_CLASSES = 40
-_AROUND = 80  # bytes that a first example brings along: its list
+_LIST_BYTES = 80  # of the list around the first example
 
 
 @dataclass(frozen=True)
-class Making:
-    """How a run's metrics were made.
+class Provenance:
+    """How the results of a run were made.
 
     Attributes:
         title: The page's title.
-        written: When, as people read it.
-        command: The command that makes the run again.
-        folder: Where it was started, which its relative paths are meant from.
+        written: Date and time, for people.
+        command: The command that repeats the run.
+        folder: Where it was started, which its relative paths refer to.
         config: The whole configuration.
-        card: What the model says of its training; empty where no trained heads were asked.
-        versions: Of the packages that the metrics depend on.
+        card: What the model records of its training; empty without trained heads.
+        versions: Versions of the packages that the metrics depend on.
         seed: Seed of chance and of the bootstrap.
     """
 
@@ -63,39 +67,46 @@ class Making:
 
 
 @dataclass
-class _Drawn:
-    """A sheet, and those of its examples that there was room for."""
+class _Examples:
+    """A group of examples, and those of them that fit into the page."""
 
-    sheet: Sheet
-    drawer: Drawer
+    group: ExampleGroup
+    renderer: ExampleRenderer
     limit: int
     drawn: list[Markup] = field(default_factory=list)
 
     @property
     def title(self) -> str:
-        return self.sheet.title
+        return self.group.title
 
     @property
-    def said(self) -> str:
-        return self.sheet.said
+    def description(self) -> str:
+        return self.group.description
 
     @property
     def left_out(self) -> str:
-        missing = len(self.sheet.places) - len(self.drawn)
-        return f"{missing} more would not fit into a page of {self.limit:,} bytes." if missing else ""
+        missing = len(self.group.places) - len(self.drawn)
+        return f"{missing} more do not fit into a page of {self.limit:,} bytes." if missing else ""
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """What examples are drawn with."""
-
+class _ExampleBuilder:
     template: jinja2.Template
     open_image: Opener
     limit: int
 
-    def sheets(self, asked: Asked, method: str) -> list[_Drawn]:
-        drawer = Drawer(*asked, method, self.template, self.open_image)
-        return [_Drawn(sheet, drawer, self.limit) for sheet in sheets(*asked, method)]
+    def build(self, scored: ScoredBenchmark, method: str) -> list[_Examples]:
+        renderer = ExampleRenderer(scored, method, self.template, self.open_image)
+        return [_Examples(group, renderer, self.limit) for group in example_groups(scored, method)]
+
+
+@dataclass(frozen=True)
+class QueryGroups:
+    """A table of groups of queries, below a heading and a sentence."""
+
+    title: str
+    description: str
+    table: ResultTable
 
 
 @dataclass(frozen=True)
@@ -105,178 +116,304 @@ class _Section:
     id: str
     title: str
     size: str
-    table: Table | None
+    table: ResultTable | None
     notes: Sequence[str]
-    differences: Table | None = None
-    differences_said: str = ""
-    groups: Sequence[Group] = ()
-    sheets: Sequence[_Drawn] = ()
+    differences: ResultTable | None = None
+    differences_note: str = ""
+    groups: Sequence[QueryGroups] = ()
+    examples: Sequence[_Examples] = ()
 
 
 def write_page(
-    path: Path,
-    rows: Sequence[Row],
-    asked: Sequence[Asked],
-    curves: Mapping[str, Curve],
-    making: Making,
-    open_image: Opener,
+    path: Path, result: EvaluationResult, curves: Mapping[str, Curve], provenance: Provenance, open_image: Opener
 ) -> None:
-    """Write the page, under a temporary name first.
+    """Write the page.
 
     Args:
         path: The file.
-        rows: Result rows of all benchmarks and methods; the method that the page is about is each one's last.
-        asked: The benchmarks, and each method's answers in the order of the rows. One whose targets are not published
-            has no rows.
+        result: Metrics of all benchmarks and methods, with the rankings.
         curves: (step, value) of the training by name.
-        making: How the metrics were made.
+        provenance: How the results were made.
         open_image: Opens a source as an RGB image.
     """
-    write_atomic(path, render_page(rows, asked, curves, making, open_image))
+    write_atomic(path, render_page(result, curves, provenance, open_image))
 
 
 def render_page(
-    rows: Sequence[Row],
-    asked: Sequence[Asked],
+    result: EvaluationResult,
     curves: Mapping[str, Curve],
-    making: Making,
+    provenance: Provenance,
     open_image: Opener,
     limit: int = MAX_BYTES,
 ) -> str:
     """Return the page as HTML, with as many examples as fit into `limit` bytes; see `write_page`."""
-    room = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("union_igrot.reporting"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    groups = _by_benchmark(rows)
-    held = {(benchmark.name, benchmark.split): (benchmark, scores) for benchmark, scores in asked}
-    images = _Pictures(room.get_template("example.html"), open_image, limit)
-    hidden = [one for key, one in held.items() if key not in groups]
-    sections = [_measured(number, group, held, images) for number, group in enumerate(groups.values(), 1)]
-    sections += [_unmeasured(number, one, images) for number, one in enumerate(hidden, len(groups) + 1)]
-    page = room.get_template("page.html")
-    values = _values(groups, [one[0] for one in asked], curves, making) | {
+    scored = {(one.benchmark.name, one.benchmark.split): one for one in result.scored}
+    builder = _ExampleBuilder(templates.get_template("example.html"), open_image, limit)
+    measured = {one.key for one in result.benchmarks}
+    hidden = [one for key, one in scored.items() if key not in measured]
+    sections = [_section(number, one, scored, builder) for number, one in enumerate(result.benchmarks, 1)]
+    sections += [_hidden_section(number, one, builder) for number, one in enumerate(hidden, len(sections) + 1)]
+    page = templates.get_template("page.html")
+    values = _values(result, curves, provenance) | {
         "sections": sections,
-        "contents": _contents(sections, bool(groups)),
+        "contents": [
+            *([("glance", "At a glance")] if measured else []),
+            *((section.id, section.title) for section in sections),
+            *(("training", "Training"), ("reproduce", "How to reproduce it")),
+        ],
     }
     _fit(sections, limit - len(page.render(values).encode()))
-    done: str = page.render(values)
-    return done
+    html: str = page.render(values)
+    return html
 
 
-def _by_benchmark(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["benchmark"], row["split"]), []).append(row)
-    return groups
-
-
-def _fit(sections: Sequence[_Section], room: int) -> None:
-    """Draw examples until the room is used up: of every sheet the first, then of every sheet the second, ..."""
-    queues = [[(sheet, place) for place in sheet.sheet.places] for section in sections for sheet in section.sheets]
+def _fit(sections: Sequence[_Section], free: int) -> None:
+    """Render examples until the page is full: the first of every group, then the second of every group, ..."""
+    queues = [[(one, place) for place in one.group.places] for section in sections for one in section.examples]
     for turn in zip_longest(*queues):
-        for one in turn:
-            if one is None:
+        for pair in turn:
+            if pair is None:
                 continue
-            sheet, place = one
-            example = sheet.drawer.draw(place)
-            room -= len(example.encode()) + _AROUND
-            if room < 0:
+            examples, place = pair
+            html = examples.renderer.render(place)
+            free -= len(html.encode()) + _LIST_BYTES
+            if free < 0:
                 return
-            sheet.drawn.append(example)
+            examples.drawn.append(html)
 
 
-def _measured(number: int, rows: Sequence[Row], held: Mapping[tuple[str, str], Asked], images: _Pictures) -> _Section:
-    """Lay out a benchmark, or the mean over a benchmark's parts, which has no images of its own."""
-    first, last = rows[0], rows[-1]
-    names = last.get("parts", [last["benchmark"]])
-    parts = [held[name, last["split"]] for name in names if (name, last["split"]) in held]
-    alone = parts and "parts" not in last
-    trained = "gain95" in last and len(parts) == len(names)
-    grouped = [tag_groups(rows), class_groups(parts[0], last["seen_classes"]) if alone else None]
-    primary = last["protocol"]["primary"]
+def _section(
+    number: int,
+    result: BenchmarkResult,
+    scored: Mapping[tuple[str, str], ScoredBenchmark],
+    builder: _ExampleBuilder,
+) -> _Section:
+    """Lay out a benchmark, or the mean over a benchmark's parts, which has no examples of its own."""
+    main = result.main
+    names = main.parts or (main.benchmark,)
+    parts = [scored[name, main.split] for name in names if (name, main.split) in scored]
+    alone = bool(parts) and not main.parts
+    complete = bool(main.differences) and len(parts) == len(names)
+    groups = [tag_groups(result), class_groups(parts[0], main.seen_classes) if alone else None]
     return _Section(
         id=f"benchmark-{number}",
-        title=f"{first['benchmark']} · {first['split']}",
-        size=f"{first['n_queries']:,} queries x {first['n_gallery']:,} images",
-        table=metrics_table(rows),
-        notes=_notes(rows),
-        differences=differences(last, parts) if trained else None,
-        differences_said=f"Query by query by {primary}, the primary metric: how often the trained model is above, "
-        "equal, below. The difference is paired, with its 95 % bootstrap interval.",
-        groups=[group for group in grouped if group is not None],
-        sheets=images.sheets(parts[0], last["method"]) if alone else [],
+        title=result.title,
+        size=result.size,
+        table=metrics_table(result),
+        notes=list(_notes(result)),
+        differences=differences_table(main, parts) if complete else None,
+        differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
+        "equal or lower. The difference is paired, with its 95 % bootstrap interval.",
+        groups=[group for group in groups if group is not None],
+        examples=builder.build(parts[0], main.method) if alone else [],
     )
 
 
-def _unmeasured(number: int, asked: Asked, images: _Pictures) -> _Section:
+def _hidden_section(number: int, scored: ScoredBenchmark, builder: _ExampleBuilder) -> _Section:
     """Lay out a benchmark whose targets are not published."""
-    benchmark, scores = asked
+    benchmark = scored.benchmark
     return _Section(
         id=f"benchmark-{number}",
         title=f"{benchmark.name} · {benchmark.split}",
         size=f"{len(benchmark.queries):,} queries x {len(benchmark.gallery):,} images",
         table=None,
-        notes=["The targets of this split are not published: no metrics here, the submission file holds the answers."],
-        sheets=images.sheets(asked, list(scores)[-1]),
+        notes=["The targets of this split are not published: there are no metrics, but a submission file."],
+        examples=builder.build(scored, list(scored.scores)[-1]),
     )
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    first, last = rows[0], rows[-1]
-    notes = [describe_protocol(first["protocol"], parts="parts" in first)]
-    plain = [method_name(row["method"]) for row in rows if row["method"] in ("image", "text", "sum")]
-    if plain:
-        notes.append(f"{', '.join(plain)}: {untrained_words(rows)}; chance: random rankings")
-    if first["n_skipped"]:
-        notes.append(f"{first['n_skipped']:,} items left out")
-    return notes + (overlap_lines(last) if last["method"] == "trained" else [])
+def _notes(result: BenchmarkResult) -> Iterator[str]:
+    yield describe_protocol(result.protocol, parts=bool(result.parts))
+    untrained = [method_name(one.method) for one in result.methods if one.method in UNTRAINED]
+    if untrained:
+        yield f"{', '.join(untrained)}: {untrained_words(result)}; chance: random rankings"
+    if result.main.n_skipped:
+        yield f"{result.main.n_skipped:,} items left out"
+    if result.main.method == "trained":
+        yield from overlap_lines(result.main)
 
 
-def _contents(sections: Sequence[_Section], measured: bool) -> list[tuple[str, str]]:
-    named = [(section.id, section.title) for section in sections]
-    first = [("glance", "At a glance")] if measured else []
-    return [*first, *named, ("training", "What was trained"), ("again", "Making it again")]
+def overview_table(results: Sequence[BenchmarkResult]) -> ResultTable:
+    """Return the primary metric of every method, a row per benchmark, and the gain over the best untrained method."""
+    # In reverse, so that the trained model comes first and a narrow screen shows it.
+    methods = list(dict.fromkeys(one.method for result in results for one in reversed(result.methods)))
+    gained = any(result.main.differences for result in results)
+    rows = []
+    for result in results:
+        primary, held = result.protocol.primary, {one.method: one for one in result.methods}
+        cells = [
+            Cell(
+                format_percent(one.metrics[primary]) + (" *" if one.is_seen else ""),
+                format_interval(one.intervals[primary]),
+            )
+            if (one := held.get(method))
+            else Cell("-")
+            for method in methods
+        ]
+        if gained:
+            cells.insert(1, _gain_over_best(result))
+        rows.append(TableRow(result.title, cells, below=primary))
+    head = [method_name(method) for method in methods]
+    if gained:
+        head.insert(1, "gain over the best untrained")
+    caption = "The primary metric of each benchmark in percent, with its 95 % interval"
+    if any(one.is_seen for result in results for one in result.methods):
+        caption += "; *: the heads were trained on some of its images or classes, see below"
+    return ResultTable(caption, [Cell("benchmark"), *map(Cell, head)], rows)
 
 
-def _values(
-    groups: Mapping[tuple[str, str], Sequence[Row]],
-    benchmarks: Sequence[Benchmark],
-    curves: Mapping[str, Curve],
-    making: Making,
-) -> dict[str, Any]:
+def _gain_over_best(result: BenchmarkResult) -> Cell:
+    main = result.main
+    rivals = [one for one in result.methods if one.method in main.differences and one.method != "chance"]
+    if not rivals:
+        return Cell("-")
+    rival = max(rivals, key=lambda one: comparable(one.metrics[main.primary]))
+    amount, verdict = format_difference(main.differences[rival.method][main.primary])
+    return Cell(amount, f"{verdict} than {method_name(rival.method)}" if verdict != NO_DIFFERENCE else verdict)
+
+
+def differences_table(main: MethodResult, parts: Sequence[ScoredBenchmark]) -> ResultTable:
+    """Count on how many queries the trained model is better than each other method, beside the paired difference.
+
+    Args:
+        main: The result of the trained model.
+        parts: The benchmark, or the parts that the result is the mean of.
+    """
+    primary, rows = main.primary, []
+    for other, differences in main.differences.items():
+        counts = _outcomes(parts, main.method, other, primary)
+        total = max(1, sum(counts))
+        shares = [round(100 * count / total, 2) for count in counts]
+        cells = [Cell(f"{count:,}", f"{share:.1f} %") for count, share in zip(counts, shares, strict=True)]
+        differ = f"{100 * (counts[0] + counts[2]) / total:.1f} %"
+        amount, verdict = format_difference(differences[primary])
+        bar = Cell(differ, bar=(shares[0], shares[1], shares[2]))
+        rows.append(TableRow(method_name(other), [*cells, bar, Cell(amount), Cell(verdict, kind="words")]))
+    head = ["against", "wins", "ties", "losses", "differ", f"difference in {primary}"]
+    caption = "Queries; bars from left to right: wins (full), ties (pale), losses (hatched)"
+    return ResultTable(caption, [*map(Cell, head), Cell("verdict", kind="words")], rows)
+
+
+def _outcomes(parts: Sequence[ScoredBenchmark], method: str, other: str, primary: str) -> tuple[int, int, int]:
+    """Count wins, ties and losses of a method against another, over the queries for which both have a value."""
+    own, rival = (torch.cat([one.scores[name].values[primary] for one in parts]) for name in (method, other))
+    gaps = (own - rival)[~(own - rival).isnan()]
+    return int((gaps > 0).sum()), int((gaps == 0).sum()), int((gaps < 0).sum())
+
+
+def tag_groups(result: BenchmarkResult) -> QueryGroups | None:
+    """Return the primary metric by tag (edit type, aspect) under every method; None without tags."""
+    primary = result.protocol.primary
+    methods = result.methods[::-1]
+    found = [
+        (tag, one.n_queries, [method.by_tag[tag].value for method in methods])
+        for tag, one in result.main.by_tag.items()
+    ]
+    names = [method_name(one.method) for one in methods]
+    return _group("By kind of query", "kind", primary, names, found, set()) if found else None
+
+
+def class_groups(scored: ScoredBenchmark, seen: Sequence[str]) -> QueryGroups | None:
+    """Return the primary metric by class of the query under every method; None without classes.
+
+    Args:
+        scored: The benchmark with every query's values.
+        seen: Classes that were trained on, which are marked.
+    """
+    benchmark, scores = scored.benchmark, scored.scores
+    places: dict[str, list[int]] = {}
+    for place, query in enumerate(benchmark.queries):
+        if query.label is not None:
+            places.setdefault(query.label, []).append(place)
+    primary = benchmark.protocol.primary
+    if not places or any(primary not in one.values for one in scores.values()):
+        return None
+    found: list[tuple[str, int, list[float]]] = []
+    for label, held in sorted(places.items()):
+        columns = [one.values[primary][torch.tensor(held)] for one in reversed(list(scores.values()))]
+        found.append((label, len(held), [100 * float(column.nanmean()) for column in columns]))
+    names = [method_name(name) for name in reversed(list(scores))]
+    return _group("By class", "class", primary, names, found, set(seen))
+
+
+def _group(
+    title: str,
+    kind: str,
+    primary: str,
+    methods: Sequence[str],
+    found: Sequence[tuple[str, int, Sequence[float]]],
+    seen: set[str],
+) -> QueryGroups:
+    """Lay out groups from the lowest value of the first method to the highest, without the middle ones of many."""
+    ordered = sorted(found, key=lambda one: (comparable(one[2][0]), one[0]))
+    description = f"From the lowest {primary} of “{methods[0]}” to the highest."
+    if len(ordered) > MAX_GROUPS:
+        description += f" The lowest and the highest {MAX_GROUPS // 2} of {len(ordered):,}."
+        ordered = ordered[: MAX_GROUPS // 2] + ordered[-(MAX_GROUPS // 2) :]
+    if seen:
+        description += " With *: the heads were trained on this class, so it is not zero-shot."
+    rows = [
+        TableRow(
+            name + (" *" if name in seen else ""), [Cell(f"{count:,}"), *(Cell(format_percent(x)) for x in values)]
+        )
+        for name, count, values in ordered
+    ]
+    table = ResultTable(f"{primary} in percent by {kind}", list(map(Cell, [kind, "queries", *methods])), rows)
+    return QueryGroups(title, description, table)
+
+
+def seconds_table(methods: Sequence[MethodResult]) -> ResultTable | None:
+    """Return the seconds spent on each method: encoding what was not cached, embedding with the heads, ranking."""
+    timed = [one for one in methods if one.seconds and not one.parts]
+    if not timed:
+        return None
+    steps = list(dict.fromkeys(["encode", "embed", "rank", *(step for one in timed for step in one.seconds)]))
+    steps = [step for step in steps if any(step in one.seconds for one in timed)]
+    rows = [
+        TableRow(
+            f"{one.benchmark} · {one.split}: {method_name(one.method)}",
+            [Cell(f"{one.seconds[step]:.2f}" if step in one.seconds else "-") for step in steps],
+        )
+        for one in timed
+    ]
+    caption = "Seconds of the evaluation; encoding is done once for all methods of a benchmark and cached"
+    return ResultTable(caption, list(map(Cell, ["method", *steps])), rows)
+
+
+def _values(result: EvaluationResult, curves: Mapping[str, Curve], provenance: Provenance) -> dict[str, Any]:
     """Return what the template needs beside the sections."""
-    measured = list(groups.values())
-    last = measured[-1][-1] if measured else None
-    facts = _training_facts(making.card, last)
-    notes = [] if facts else ["No trained heads were asked, or they do not say what they were trained on."]
+    model = result.benchmarks[-1].main.model if result.benchmarks else {}
+    facts = _training_facts(provenance.card, model)
+    notes = [] if facts else ["No trained heads were evaluated, or their training is not recorded."]
     if not curves:
-        notes.append("There is no log of a training in this folder, so no curve.")
+        notes.append("There is no training log in this folder, so no curve.")
     return {
-        "title": making.title,
-        "subtitle": f"union-igrot {making.versions['union-igrot']}; written {making.written}; metrics in percent",
-        "glance": at_a_glance(measured) if measured else None,
+        "title": provenance.title,
+        "subtitle": f"union-igrot {provenance.versions['union-igrot']}; written {provenance.written}; "
+        "metrics in percent",
+        "glance": overview_table(result.benchmarks) if result.benchmarks else None,
         "training_facts": facts,
         "training_notes": notes,
-        "charts": [lay_out(name, curve) for name, curve in curves.items()],
-        "command": making.command,
-        "folder": making.folder,
-        "config": making.config,
-        "hashes": _hashes(benchmarks, last, making.seed),
-        "versions": list(making.versions.items()),
-        "seconds": seconds_table(measured),
+        "charts": [layout_chart(name, curve) for name, curve in curves.items()],
+        **{name: getattr(provenance, name) for name in ("command", "folder", "config")},
+        "hashes": _hashes([one.benchmark for one in result.scored], model, provenance.seed),
+        "versions": list(provenance.versions.items()),
+        "seconds": seconds_table(result.methods),
     }
 
 
-def _hashes(benchmarks: Sequence[Benchmark], last: Row | None, seed: int) -> list[tuple[str, str]]:
+def _hashes(benchmarks: Sequence[Benchmark], model: Mapping[str, Any], seed: int) -> list[tuple[str, str]]:
     found = [(f"queries of {one.name} · {one.split}", one.queries_hash()) for one in benchmarks]
-    model = {} if last is None else last["model"]
-    known = {"backbone_fingerprint": "backbone", "heads": "heads", "file": "file", "sha256": "the file's sha256"}
-    found += [(name, str(model[key])) for key, name in known.items() if model.get(key)]
+    names = {"backbone_fingerprint": "backbone", "heads": "heads", "file": "file", "sha256": "the file's sha256"}
+    found += [(name, str(model[key])) for key, name in names.items() if model.get(key)]
     return [*found, ("seed", str(seed))]
 
 
-def _training_facts(card: Mapping[str, Any], last: Row | None) -> list[tuple[str, str]]:
-    """Say what was trained, on what and how far."""
+def _training_facts(card: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Describe what was trained, on what and for how long."""
     if not card:
         return []
     facts = [("data", str(card.get("data", "not recorded")))]
@@ -291,14 +428,12 @@ def _training_facts(card: Mapping[str, Any], last: Row | None) -> list[tuple[str
     best, settings = dict(card.get("best", {})), card.get("config", {})
     if "epoch" in best:
         of_all = f" of {settings['recipe']['epochs']}" if "recipe" in settings else ""
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in best.items() if name != "epoch")
-        facts.append(("best epoch", f"{best['epoch'] + 1:.0f}{of_all} ({figures})"))
-    model = {} if last is None else last["model"]
+        metrics = ", ".join(f"{name} {value:.2f}" for name, value in best.items() if name != "epoch")
+        facts.append(("best epoch", f"{best['epoch'] + 1:.0f}{of_all} ({metrics})"))
     for key, name in (("fusion", "query head"), ("target", "target head"), ("projector", "vision projector")):
         if model.get(key):
-            facts.append(
-                (name, ", ".join(f"{value}" if k == "kind" else f"{k} {value}" for k, value in model[key].items()))
-            )
+            options = (f"{value}" if option == "kind" else f"{option} {value}" for option, value in model[key].items())
+            facts.append((name, ", ".join(options)))
     if model.get("backbone"):
         tuned = settings.get("model", {}).get("finetune", "none")
         facts.append(("backbone", f"{model['backbone']}, {'frozen' if tuned == 'none' else f'tuned: {tuned}'}"))

@@ -1,40 +1,37 @@
-"""A sweep's table: which rows share a line, what is averaged, and what the files hold."""
+"""A sweep's table: which results share a row, what is averaged, and what the files hold."""
 
 import csv
 import io
+import math
 import statistics
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from union_igrot.reporting.sweep_report import print_sweep, write_sweep
-from union_igrot.reporting.sweeps import Job, headline_columns, lines, settings_that_differ
+from small_results import method, result
+from union_igrot.evaluation.results import SeenImages, TagMetric
+from union_igrot.reporting.sweep_results import (
+    SweepJob,
+    print_sweep,
+    sweep_rows,
+    sweep_table,
+    varying_settings,
+    write_sweep,
+)
 from union_igrot.types import Protocol
 
-VERSIONS = {"union-igrot": "0", "torch": "2"}
+PROTOCOL = Protocol(metrics=("mAP@10", "R@1"), primary="mAP@10")
 
 
-def row(method, value, benchmark="circo", split="val", metric="mAP@10", seed=0, backbone="tiny", **more):
-    model = {} if method == "chance" else {"backbone": backbone, "backbone_fingerprint": "f" * 8, "heads": "h"}
-    return {
-        "benchmark": benchmark,
-        "split": split,
-        "method": method,
-        "n_queries": 10,
-        "n_gallery": 20,
-        "protocol": asdict(Protocol(metrics=(metric, "R@1"), primary=metric)),
-        "metrics": {metric: value, "R@1": None},
-        "ci95": {metric: [value - 1, value + 1], "R@1": [None, None]},
-        "by_tag": {"new": {"n_queries": 4, metric: value + 2}},
-        "seen_classes": [],
-        "seen_images": None,
-        "model": model,
-        "versions": VERSIONS,
-        "seed": seed,
-        **more,
-    }
+def one(name, value, benchmark="circo", **more):
+    tags = {"new": TagMetric(4, value + 2)}
+    return method(name, value, benchmark, {"R@1": math.nan}, PROTOCOL, **({"n_queries": 10, "by_tag": tags} | more))
+
+
+def job(number, settings, *methods):
+    return SweepJob(number, str(number), tuple(settings), result(*methods))
 
 
 def trained_jobs():
@@ -42,17 +39,19 @@ def trained_jobs():
     jobs = []
     for target, gain in (("frozen", 0.0), ("union", 5.0)):
         for seed in range(3):
-            rows = [
-                row("chance", 1 + seed / 10, seed=seed),
-                row("image", 20.0, seed=seed),
-                row("trained", 40 + gain + seed, seed=seed),
-            ]
-            jobs.append(Job(len(jobs), str(len(jobs)), (f"target={target}", f"seed={seed}", "data.queries=10"), rows))
+            values = {"chance": 1 + seed / 10, "image": 20.0, "trained": 40 + gain + seed}
+            methods = [one(name, value, seed=seed) for name, value in values.items()]
+            jobs.append(job(len(jobs), (f"target={target}", f"seed={seed}", "data.queries=10"), *methods))
     return jobs
 
 
+def with_trained(one, **changes):
+    *others, trained = one.result.methods
+    return replace(one, result=result(*others, replace(trained, **changes)))
+
+
 def table(jobs, command):
-    return {(line.model, line.method): line for line in lines(jobs, command)}
+    return {(row.model, row.method): row for row in sweep_rows(jobs, command)}
 
 
 def test_runs_that_differ_in_their_seed_are_averaged_and_baselines_stand_once():
@@ -64,25 +63,25 @@ def test_runs_that_differ_in_their_seed_are_averaged_and_baselines_stand_once():
         ("", "chance"),
     ]
     column = ("circo", "val")
-    figure = found["tiny", "trained: target=union"].figure(column, "mAP@10")
+    figure = found["tiny", "trained: target=union"].metric(column, "mAP@10")
     assert (figure.value, figure.runs) == (46.0, 3)
     assert figure.deviation == pytest.approx(statistics.stdev([45, 46, 47]))
-    plain = found["tiny", "image alone"].figure(column, "mAP@10")
-    assert (plain.value, plain.low, plain.high, plain.runs) == (20.0, 19.0, 21.0, 1)
-    assert found["", "chance"].figure(column, "mAP@10").value == pytest.approx(1.1)
-    assert found["", "chance"].figure(column, "R@1") is None
+    plain = found["tiny", "image alone"].metric(column, "mAP@10")
+    assert (plain.value, plain.interval, plain.runs) == (20.0, (19.0, 21.0), 1)
+    assert found["", "chance"].metric(column, "mAP@10").value == pytest.approx(1.1)
+    assert found["", "chance"].metric(column, "R@1") is None
     assert found["tiny", "trained: target=frozen"].tag(column, "new").value == 43.0
-    assert found["tiny", "image alone"].figure(("other", "val"), "mAP@10") is None
+    assert found["tiny", "image alone"].metric(("other", "val"), "mAP@10") is None
 
 
 def test_evaluations_of_one_checkpoint_share_a_line_over_benchmarks():
     jobs = [
-        Job(n, str(n), (f"checkpoint={name}", f"data={data}"), [row("sum", 3.0, data), row("trained", value, data)])
+        job(n, (f"checkpoint={name}", f"data={data}"), one("sum", 3.0, data), one("trained", value, data))
         for n, (name, data, value) in enumerate([("tiny", "circo", 4.0), ("tiny", "cirr", 5.0), ("a/b", "cirr", 6.0)])
     ]
     found = table(jobs, "eval")
     assert list(found) == [("tiny", "image + text"), ("tiny", "trained: tiny"), ("tiny", "trained: a/b")]
-    assert set(found["tiny", "trained: tiny"].rows) == {("circo", "val"), ("cirr", "val")}
+    assert set(found["tiny", "trained: tiny"].results) == {("circo", "val"), ("cirr", "val")}
     assert list(table(jobs, "train"))[1:] == [  # there, each job has a model of its own
         ("tiny", "trained: tiny data=circo"),
         ("tiny", "trained: tiny data=cirr"),
@@ -91,12 +90,11 @@ def test_evaluations_of_one_checkpoint_share_a_line_over_benchmarks():
 
 
 def test_baselines_whose_figures_differ_are_told_apart():
-    def job(number, prompt, value):
-        return Job(
-            number, str(number), ("data=circo", f"data.prompt={prompt}"), [row("text", value), row("image", 9.0)]
-        )
-
-    found = table([job(0, "union", 4.0), job(1, "searle", 5.0)], "eval")
+    jobs = [
+        job(n, ("data=circo", f"data.prompt={prompt}"), one("text", value), one("image", 9.0))
+        for n, (prompt, value) in enumerate([("union", 4.0), ("searle", 5.0)])
+    ]
+    found = table(jobs, "eval")
     assert list(found) == [
         ("tiny", "image alone"),
         ("tiny", "text alone: data.prompt=union"),
@@ -105,9 +103,9 @@ def test_baselines_whose_figures_differ_are_told_apart():
 
 
 def test_a_failed_job_is_named_and_changes_no_line():
-    done = Job(0, "0", ("checkpoint=tiny",), [row("image", 1.0), row("trained", 2.0)])
-    failed = Job(1, "", ("checkpoint=lost",), (), "lost is not a saved model")
-    assert settings_that_differ([done, failed]) == ["checkpoint"]
+    done = job(0, ("checkpoint=tiny",), one("image", 1.0), one("trained", 2.0))
+    failed = SweepJob(1, "", ("checkpoint=lost",), error="lost is not a saved model")
+    assert varying_settings([done, failed]) == ["checkpoint"]
     assert list(table([done, failed], "eval")) == [("tiny", "image alone"), ("tiny", "trained: tiny")]
     out = io.StringIO()
     print_sweep([done, failed], "eval", Path("folder"), Console(file=out, width=80))
@@ -116,14 +114,15 @@ def test_a_failed_job_is_named_and_changes_no_line():
 
 
 def test_parts_stand_in_tables_of_their_own_and_not_in_the_first():
-    rows = [row("image", 1.0, "iq_a"), row("image", 3.0, "iq_b"), row("image", 2.0, "iq_mean", parts=["iq_a", "iq_b"])]
-    assert headline_columns([Job(0, "0", (), rows)]) == [("iq_mean", "val")]
+    parts = [one("image", 1.0, "iq_a"), one("image", 3.0, "iq_b"), one("image", 2.0, "iq_mean", parts=("iq_a", "iq_b"))]
+    heads = sweep_table([job(0, (), *parts)], "eval").head
+    assert [cell.text for cell in heads] == ["model", "method", "iq_mean\nval\nmAP@10"]
 
 
 def test_the_csv_holds_every_figure_ours_and_published(tmp_path):
     jobs = trained_jobs()
-    seen = {"seen_images": {"queries": 1, "gallery": 2}, "seen_classes": ["cup"]}
-    jobs[0].rows[2].update(seen)
+    seen = {"seen_images": SeenImages(1, 2), "seen_classes": ("cup",)}
+    jobs[0] = with_trained(jobs[0], **seen)
     write_sweep(tmp_path, jobs, "train")
     with (tmp_path / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -149,8 +148,9 @@ def test_the_csv_holds_every_figure_ours_and_published(tmp_path):
 
 def test_the_markdown_sets_chance_and_published_rows_beneath(tmp_path):
     jobs = trained_jobs()
-    jobs[5].rows[2]["seen_classes"] = ["cup", "a|b"]
-    write_sweep(tmp_path, [*jobs, Job(6, "", ("target=|", "seed=0", "data.queries=10"), (), "broken | pipe")], "train")
+    jobs[5] = with_trained(jobs[5], seen_classes=("cup", "a|b"))
+    failed = SweepJob(6, "", ("target=|", "seed=0", "data.queries=10"), error="broken | pipe")
+    write_sweep(tmp_path, [*jobs, failed], "train")
     text = (tmp_path / "results.md").read_text()
     head, _, rest = text.partition("## circo · val")
     order = ["image alone", "target=frozen", "target=union", "chance", "published: MagicLens", "TransAgg + UNION"]
@@ -160,7 +160,7 @@ def test_the_markdown_sets_chance_and_published_rows_beneath(tmp_path):
     assert "34.5 (not stated)" in head
     assert "published: the UNION authors' README; reference left out; texts use shared_concept |" in rest
     assert "protocol official; AP divided by min(k, R), step rule" in rest
-    assert "trained: target=union: \\* 2 of the classes were trained on" in rest
+    assert "trained: target=union: \\* the heads were trained on 2 of the classes" in rest
     assert "| new (4) |" in rest
     assert "failed: broken \\| pipe" in rest
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -173,7 +173,7 @@ def test_the_markdown_sets_chance_and_published_rows_beneath(tmp_path):
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_terminal_cuts_no_figure_off(width):
     jobs = [
-        Job(n, str(n), (f"checkpoint={'x' * 30}{n}",), [row("trained", 12.3, f"benchmark_{i}") for i in range(8)])
+        job(n, (f"checkpoint={'x' * 30}{n}",), *(one("trained", 12.3, f"benchmark_{i}") for i in range(8)))
         for n in range(2)
     ]
     out = io.StringIO()

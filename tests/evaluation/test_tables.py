@@ -1,50 +1,44 @@
+"""Tables and notes of results, on the terminal, as text, as HTML and as Markdown."""
+
 import io
-from dataclasses import asdict
+import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from union_igrot.reporting.tables import (
+from small_results import method, result
+from union_igrot.evaluation.results import BenchmarkResult, SeenImages, TagMetric
+from union_igrot.evaluation.tables import (
     describe_protocol,
-    gain_lines,
+    difference_lines,
+    format_percent,
+    metrics_table,
     overlap_lines,
-    percent,
     print_results,
     untrained_words,
 )
+from union_igrot.metrics.statistics import Difference, Interval
 from union_igrot.types import Protocol
 
 METRICS = ("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP", "Rs@1", "Rs@2")
 PROTOCOL = Protocol(metrics=METRICS, primary="mAP@10", exclude_reference=True, note="own images [/strange] [red]")
 
 
-def row(method, value, benchmark="shapes_cir", skipped=0, **more):
-    return {
-        "benchmark": benchmark,
-        "split": "test",
-        "method": method,
-        "n_queries": 2000,
-        "n_gallery": 12345,
-        "n_skipped": skipped,
-        "seen_classes": [],
-        "seen_images": None,
-        "by_tag": {},
-        "protocol": asdict(PROTOCOL),
-        "metrics": dict.fromkeys(METRICS, value),
-        "ci95": {name: [value, value] for name in METRICS},
-        **more,
-    }
+def one(name, value, benchmark="shapes_cir", **more):
+    spans = {metric: Interval(value, value) for metric in METRICS}
+    return method(name, value, benchmark, **({"protocol": PROTOCOL, "intervals": spans} | more))
 
 
-def shown(rows, width=80):
+def shown(*methods, width=80):
     out = io.StringIO()
-    print_results(rows, Console(file=out, width=width))
+    print_results(result(*methods), Console(file=out, width=width))
     return out.getvalue()
 
 
 @pytest.mark.parametrize("value", [0.0, 12.34, 99.94, 99.99, 100.0])
 def test_eight_figures_and_the_interval_fit_into_80_columns(value):
-    text = shown([row(name, value) for name in ("chance", "image", "text", "sum", "trained")])
+    text = shown(*(one(name, value) for name in ("chance", "image", "text", "sum", "trained")))
     table = text[: text.index("percent;")]
     assert table.count("method") == 1
     assert "…" not in table
@@ -56,44 +50,44 @@ def test_eight_figures_and_the_interval_fit_into_80_columns(value):
 
 
 def test_the_protocol_stands_below_and_brackets_of_a_note_are_printed_as_they_are():
-    text = " ".join(shown([row("trained", 1.0, skipped=3)]).split())
+    text = " ".join(shown(one("trained", 1.0, n_skipped=3)).split())
     assert "AP divided by min(k, R), step rule; micro average; reference left out; ties by gallery order" in text
     assert "own images [/strange] [red]" in text
     assert "3 items left out" in text
-    assert "left out;" not in " ".join(shown([row("trained", 1.0)]).split()).replace("reference left out;", "")
+    assert "left out;" not in " ".join(shown(one("trained", 1.0)).split()).replace("reference left out;", "")
 
 
 @pytest.mark.parametrize(
     ("norm", "words"), [("min", "min(k, R)"), ("hits", "hits in the top k"), ("all", "divided by R,")]
 )
 def test_each_convention_of_average_precision_is_named(norm, words):
-    assert words in describe_protocol({**asdict(PROTOCOL), "ap_norm": norm})
+    assert words in describe_protocol(replace(PROTOCOL, ap_norm=norm))
 
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(0.1, 2, "better"), (-3, -0.1, "worse"), (-1, 1, "no clear difference")]
 )
 def test_a_difference_is_called_one_only_where_its_interval_leaves_zero_out(low, high, verdict):
-    gain = {"sum": {"mAP@10": [0.5, low, high]}}
-    (line,) = gain_lines(row("trained", 1.0, gain95=gain))
+    gain = {"sum": {"mAP@10": Difference(0.5, low, high)}}
+    (line,) = difference_lines(one("trained", 1.0, differences=gain))
     assert line == f"trained - image + text: +0.5 [{low:+.1f}, {high:+.1f}] mAP@10, {verdict}"
-    assert line in shown([row("sum", 0.5), row("trained", 1.0, gain95=gain)])
+    assert line in shown(one("sum", 0.5), one("trained", 1.0, differences=gain))
 
 
 def test_each_benchmark_gets_a_table_of_its_own():
-    text = shown([row("trained", 1.0), row("trained", 2.0, benchmark="shapes_sbir")])
+    text = shown(one("trained", 1.0), one("trained", 2.0, "shapes_sbir"))
     assert text.index("shapes_cir") < text.index("1.0 ") < text.index("shapes_sbir") < text.index("2.0 ")
 
 
 def test_what_does_not_fit_goes_into_a_further_table_and_nothing_is_cut_off():
     names = (*(f"R@{k}" for k in (1, 5, 10, 50, 100, 200)), *(f"P@{k}" for k in (1, 5, 10, 50, 100, 200)), "mAP")
-    wide = {
-        **row("trained", 12.3),
-        "protocol": asdict(Protocol(metrics=names, primary="R@10")),
-        "metrics": dict.fromkeys(names, 12.3),
-        "ci95": {name: [1.0, 23.4] for name in names},
-    }
-    table, _, _ = shown([wide]).partition("percent;")
+    wide = one(
+        "trained",
+        12.3,
+        protocol=Protocol(metrics=names, primary="R@10"),
+        intervals=dict.fromkeys(names, Interval(1.0, 23.4)),
+    )
+    table, _, _ = shown(wide).partition("percent;")
     heads = [line.split() for line in table.splitlines() if line.startswith("method")]
     assert heads == [
         ["method", "R@1", "R@5", "R@10", "[low,", "high]", "R@50", "R@100", "R@200"],
@@ -101,7 +95,7 @@ def test_what_does_not_fit_goes_into_a_further_table_and_nothing_is_cut_off():
     ]
     assert "…" not in table
     assert max(map(len, table.splitlines())) <= 80
-    narrow, _, _ = shown([wide], width=30).partition("percent;")
+    narrow, _, _ = shown(wide, width=30).partition("percent;")
     assert [word for line in narrow.splitlines() if line.startswith("method") for word in line.split()[1:]] == [
         *("R@1", "R@5", "R@10", "[low,", "high]", "R@50", "R@100", "R@200"),
         *("P@1", "P@5", "P@10", "P@50", "P@100", "P@200", "mAP"),
@@ -121,40 +115,39 @@ def test_what_does_not_fit_goes_into_a_further_table_and_nothing_is_cut_off():
     ],
 )
 def test_a_protocol_says_what_its_figures_use_and_nothing_else(changes, said, not_said):
-    words = describe_protocol(asdict(Protocol(**changes)))
+    words = describe_protocol(Protocol(**changes))
     assert said in words
     assert not_said not in words
 
 
 def test_what_was_trained_on_is_told_and_marks_the_figure():
-    images = {"queries": 3, "gallery": 1200}
-    seen = row("trained", 5.0, seen_images=images, seen_classes=["cup", "tree"])
-    text = " ".join(shown([row("chance", 1.0), seen]).split())
+    seen = one("trained", 5.0, seen_images=SeenImages(3, 1200), seen_classes=("cup", "tree"))
+    text = " ".join(shown(one("chance", 1.0), seen).split())
     assert "trained * 5.0" in text
     assert "chance 1.0" in text
     assert "on the images of 3 of 2,000 queries and on 1,200 of 12,345 gallery images" in text
-    assert "2 of the classes were trained on: for them this is not zero-shot (cup, tree)" in text
-    clean = row("trained", 5.0, seen_images={"queries": 0, "gallery": 0})
+    assert "trained on 2 of the classes: these are not zero-shot (cup, tree)" in text
+    clean = one("trained", 5.0, seen_images=SeenImages(0, 0))
     assert overlap_lines(clean) == ["the heads were trained on none of these images"]
-    assert "*" not in shown([clean])
-    assert "not recorded" in shown([row("trained", 5.0)])
-    assert "not recorded" not in shown([row("chance", 5.0)])
-    many = [f"class{i:02d}" for i in range(40)]
-    assert "class23, ...)" in overlap_lines(row("trained", 5.0, seen_classes=many))[1]
+    assert "*" not in shown(clean)
+    assert "not recorded" in shown(one("trained", 5.0))
+    assert "not recorded" not in shown(one("chance", 5.0))
+    many = tuple(f"class{i:02d}" for i in range(40))
+    assert "class23, ...)" in overlap_lines(one("trained", 5.0, seen_classes=many))[1]
 
 
 def test_the_primary_figure_by_tag_is_one_sentence():
-    tags = {"addition": {"n_queries": 1234, "mAP@10": 56.78}, "negation": {"n_queries": 5, "mAP@10": None}}
+    tags = {"addition": TagMetric(1234, 56.78), "negation": TagMetric(5, math.nan)}
     assert "mAP@10 of trained by tag (queries): addition 56.8 (1,234), negation - (5)" in " ".join(
-        shown([row("trained", 1.0, by_tag=tags)]).split()
+        shown(one("trained", 1.0, by_tag=tags)).split()
     )
 
 
 def test_what_holds_for_all_parts_stands_under_their_mean_alone():
-    gain = {"sum": {"mAP@10": [0.5, 0.1, 2]}}
-    parts = [row("trained", 1.0, f"iq_{name}", gain95=gain) for name in ("dress", "shirt")]
-    whole = row("trained", 2.0, "iq_mean", gain95=gain, parts=["iq_dress", "iq_shirt"])
-    text = shown([*parts, whole])
+    gain = {"sum": {"mAP@10": Difference(0.5, 0.1, 2)}}
+    parts = [one("trained", 1.0, f"iq_{name}", differences=gain) for name in ("dress", "shirt")]
+    whole = one("trained", 2.0, "iq_mean", differences=gain, parts=("iq_dress", "iq_shirt"))
+    text = shown(*parts, whole)
     assert text.count("percent;") == text.count("trained - image + text") == 1
     assert text.index("iq_shirt ·") < text.index("iq_mean ·") < text.index("percent;")
     assert "mean of the parts' means" in " ".join(text.split())
@@ -164,9 +157,35 @@ def test_what_holds_for_all_parts_stands_under_their_mean_alone():
     ("value", "said"), [(None, "-"), (float("nan"), "-"), (0.04, "0.0"), (99.95, "100.0"), (99.96, "100")]
 )
 def test_figures_have_one_place_and_a_dash_where_there_is_none(value, said):
-    assert percent(value) == said
+    assert format_percent(value) == said
 
 
 def test_methods_of_tuned_encoders_are_not_called_untrained():
-    assert untrained_words([{"model": {"tuned": False}}, {"model": {"backbone": None}}]) == "without training"
-    assert "tuned encoders" in untrained_words([{"model": {"backbone": None}}, {"model": {"tuned": True}}])
+    for tuned in (False, True):
+        both = BenchmarkResult((one("chance", 1.0), one("trained", 2.0, model={"tuned": tuned})))
+        assert ("tuned encoders" in untrained_words(both)) == tuned
+
+
+def test_a_result_prints_itself_and_is_html_in_a_notebook():
+    value = result(one("chance", 1.0), one("trained", 12.34), one("trained", 5.0, "x<b>"))
+    text = str(value)
+    assert "shapes_cir · val · 2,000 queries x 12,345 images" in text
+    assert "12.3" in text
+    assert "\x1b" not in text
+    html = value._repr_html_()
+    assert "<td" in html
+    assert "x&lt;b&gt;" in html
+    assert "<b>" not in html
+
+
+def test_the_same_table_is_html_and_markdown():
+    table = metrics_table(result(one("chance", 1.0), one("trained", 2.0, seen_classes=("cup",))).benchmarks[0])
+    html = table.to_html()
+    assert '<td class="best">2.0<span class="span">[2.0, 2.0]</span></td>' in html
+    assert '<tr class="shown"><th scope="row">trained *</th>' in html
+    head, rule, chance, trained = table.to_markdown()
+    assert head.startswith("| method | R@1 |")
+    assert "**mAP@10**" in head
+    assert rule.count("---") == len(METRICS) + 1
+    assert chance.startswith("| chance | 1.0 | 1.0 |")
+    assert trained.count("[2.0, 2.0]") == 1  # of the primary metric alone

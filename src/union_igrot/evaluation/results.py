@@ -1,0 +1,337 @@
+"""Evaluation results as typed values: what `results.json` holds, and what every table and page is made from."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, final
+
+from union_igrot.errors import ConfigError, DataError, first_line
+from union_igrot.metrics.statistics import Difference, Interval
+from union_igrot.types import Benchmark, Protocol, Scores
+
+OWN_METHODS = ("trained", "predictions")
+"""Methods that a result is about; all others are baselines."""
+
+
+@final
+@dataclass(frozen=True)
+class TagMetric:
+    """The primary metric over the queries of one tag.
+
+    Attributes:
+        n_queries: Number of queries.
+        value: Percent; nan if no query has a value.
+    """
+
+    n_queries: int
+    value: float
+
+
+@final
+@dataclass(frozen=True)
+class SeenImages:
+    """Images of a benchmark that the heads were trained on.
+
+    Attributes:
+        queries: Number of queries with such an image.
+        gallery: Number of such gallery images.
+    """
+
+    queries: int
+    gallery: int
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class MethodResult:
+    """One method on one benchmark; metrics, intervals and differences in percent, nan if there is no value.
+
+    Attributes:
+        benchmark: Name of the benchmark, or of the mean over its parts.
+        split: Name of the split.
+        method: `chance`, `image`, `text`, `sum`, `trained` or `predictions`.
+        n_queries: Number of queries.
+        n_gallery: Number of gallery images.
+        n_skipped: Number of items left out on request.
+        protocol: How the metrics were computed.
+        metrics: Metrics by name.
+        intervals: 95 % bootstrap intervals over queries, by metric.
+        by_tag: The primary metric by tag of the queries.
+        seen_classes: Classes of the benchmark that the heads were trained on.
+        seen_images: Images of the benchmark that the heads were trained on; None if that is not recorded.
+        model: Description of the model: backbone, heads, hashes, checkpoint.
+        seconds: Time by step.
+        versions: Versions of the packages that the metrics depend on.
+        seed: Seed of chance and of the bootstrap.
+        arithmetic: Device and precision; None if nothing was computed from embeddings.
+        differences: Paired differences to each other method, by metric; for trained heads only.
+        parts: The benchmarks that this is the mean of, if any.
+    """
+
+    benchmark: str
+    split: str
+    method: str
+    n_queries: int
+    n_gallery: int
+    protocol: Protocol
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    n_skipped: int = 0
+    by_tag: Mapping[str, TagMetric] = field(default_factory=dict)
+    seen_classes: tuple[str, ...] = ()
+    seen_images: SeenImages | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    arithmetic: Mapping[str, str] | None = None
+    differences: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"MethodResult({self.label})"
+
+    @property
+    def label(self) -> str:
+        """Benchmark, method and primary metric in a few words."""
+        value = f"{self.metrics.get(self.primary, math.nan):.1f}"
+        return f"{self.benchmark} {self.split}, {self.method}: {self.primary} {value}"
+
+    @property
+    def primary(self) -> str:
+        """Name of the primary metric."""
+        return self.protocol.primary
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the heads were trained on images or classes of the benchmark."""
+        images = self.seen_images
+        return bool(self.seen_classes) or (images is not None and bool(images.queries or images.gallery))
+
+    @property
+    def checkpoint(self) -> str:
+        """Where the trained heads were loaded from; empty without trained heads."""
+        return self.model.get("checkpoint") or ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plain values that `results.json` holds."""
+        by_tag = {tag: {"n_queries": one.n_queries, self.primary: one.value} for tag, one in self.by_tag.items()}
+        values = {
+            **{name: getattr(self, name) for name in ("benchmark", "split", "method")},
+            **{name: getattr(self, name) for name in ("n_queries", "n_gallery", "n_skipped")},
+            "protocol": asdict(self.protocol),
+            "metrics": self.metrics,
+            "ci95": self.intervals,
+            "by_tag": by_tag,
+            "seen_classes": self.seen_classes,
+            "seen_images": None if self.seen_images is None else asdict(self.seen_images),
+            **{name: getattr(self, name) for name in ("model", "seconds", "versions", "seed")},
+        }
+        optional = {"arithmetic": self.arithmetic, "gain95": self.differences, "parts": self.parts}
+        plain: dict[str, Any] = _plain(values | {name: value for name, value in optional.items() if value})
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MethodResult":
+        """Invert `to_dict`."""
+        known = {one.name for one in fields(Protocol)}
+        protocol = Protocol(**{name: _tuples(value) for name, value in values["protocol"].items() if name in known})
+        images = values.get("seen_images")
+        by_tag = values.get("by_tag", {}).items()
+        gains = values.get("gain95", {}).items()
+        plain = ("benchmark", "split", "method", "n_queries", "n_gallery")
+        optional = ("n_skipped", "model", "seconds", "versions", "seed", "arithmetic")
+        return cls(
+            **{name: values[name] for name in plain},
+            **{name: values[name] for name in optional if name in values},
+            protocol=protocol,
+            metrics={name: _number(value) for name, value in values["metrics"].items()},
+            intervals={name: Interval(*map(_number, bounds)) for name, bounds in values["ci95"].items()},
+            by_tag={tag: TagMetric(one["n_queries"], _number(one[protocol.primary])) for tag, one in by_tag},
+            seen_classes=tuple(values.get("seen_classes", ())),
+            seen_images=None if images is None else SeenImages(**images),
+            differences={
+                other: {name: Difference(*map(_number, value)) for name, value in metrics.items()}
+                for other, metrics in gains
+            },
+            parts=tuple(values.get("parts", ())),
+        )
+
+
+@final
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """All methods on one benchmark.
+
+    Attributes:
+        methods: The methods; at least one.
+    """
+
+    methods: tuple[MethodResult, ...]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Name and split of the benchmark."""
+        return self.methods[0].benchmark, self.methods[0].split
+
+    @property
+    def title(self) -> str:
+        """Name and split, for people."""
+        return " · ".join(self.key)
+
+    @property
+    def size(self) -> str:
+        """Numbers of queries and images, for people."""
+        return f"{self.methods[0].n_queries:,} queries x {self.methods[0].n_gallery:,} images"
+
+    @property
+    def protocol(self) -> Protocol:
+        """How the metrics were computed."""
+        return self.methods[0].protocol
+
+    @property
+    def main(self) -> MethodResult:
+        """The method that the result is about: the trained model, else the strongest of the baselines' list."""
+        return next((one for one in self.methods if one.method in OWN_METHODS), self.methods[-1])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The benchmarks that this is the mean of, if any."""
+        return self.methods[0].parts
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class ScoredBenchmark:
+    """A benchmark with every method's values and rankings, query by query.
+
+    Attributes:
+        benchmark: The benchmark.
+        scores: By method.
+    """
+
+    benchmark: Benchmark
+    scores: Mapping[str, Scores]
+
+    def __repr__(self) -> str:
+        name, split, methods = self.benchmark.name, self.benchmark.split, ", ".join(self.scores)
+        return f"ScoredBenchmark({name}, {split}, {len(self.benchmark.queries)} queries: {methods})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class EvaluationResult:
+    """The metrics of any number of methods on any number of benchmarks.
+
+    Attributes:
+        methods: One entry per benchmark and method.
+        scored: Values and rankings of every query; empty if the result was read from a file. A benchmark whose
+            targets are not published is found here alone.
+    """
+
+    methods: tuple[MethodResult, ...] = ()
+    scored: tuple[ScoredBenchmark, ...] = field(default=(), compare=False)
+
+    def __add__(self, other: "EvaluationResult") -> "EvaluationResult":
+        return EvaluationResult(self.methods + other.methods, self.scored + other.scored)
+
+    def __repr__(self) -> str:
+        return f"EvaluationResult({'; '.join(one.main.label for one in self.benchmarks)})"
+
+    def __str__(self) -> str:
+        from union_igrot.evaluation.tables import as_text  # noqa: PLC0415 - it imports this module
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from union_igrot.evaluation.tables import as_html  # noqa: PLC0415 - it imports this module
+
+        return as_html(self)
+
+    @cached_property
+    def benchmarks(self) -> tuple[BenchmarkResult, ...]:
+        """The methods, grouped by benchmark and split."""
+        groups: dict[tuple[str, str], list[MethodResult]] = {}
+        for one in self.methods:
+            groups.setdefault((one.benchmark, one.split), []).append(one)
+        return tuple(BenchmarkResult(tuple(group)) for group in groups.values())
+
+    @property
+    def part_names(self) -> frozenset[str]:
+        """Names of the benchmarks that are parts of another one in this result."""
+        return frozenset(part for one in self.methods for part in one.parts)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield one flat record per benchmark, method and metric, in percent."""
+        for one in self.methods:
+            for name, value in one.metrics.items():
+                low, high = one.intervals[name]
+                yield {
+                    **{key: getattr(one, key) for key in ("benchmark", "split", "method", "n_queries", "n_gallery")},
+                    **{"metric": name, "percent": value, "low95": low, "high95": high, "seed": one.seed},
+                }
+
+    def to_pandas(self) -> Any:
+        """Return `records` as a `pandas.DataFrame`.
+
+        Raises:
+            ConfigError: If pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise ConfigError("to_pandas needs pandas, which is not installed; pip install pandas") from None
+        return pandas.DataFrame(list(self.records()))
+
+    def to_json(self) -> str:
+        """Return the content of `results.json`."""
+        return json.dumps([one.to_dict() for one in self.methods], indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationResult":
+        """Read the content of a `results.json`.
+
+        Raises:
+            DataError: If it is not one.
+        """
+        try:
+            return cls(tuple(MethodResult.from_dict(one) for one in json.loads(text)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"not a results.json ({type(error).__name__}: {first_line(error)}); pass one of union-train"
+            ) from None
+
+    @classmethod
+    def load(cls, path: Path) -> "EvaluationResult":
+        """Read a `results.json` file.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, DataError) as error:
+            raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists for sequences and None for nan, as JSON needs it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

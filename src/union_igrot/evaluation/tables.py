@@ -1,0 +1,362 @@
+"""The tables of evaluation results and the words below them, as plain values and as text, HTML and Markdown.
+
+This is part of evaluation, not of reporting, so that an `EvaluationResult` can print itself; reporting adds its own
+tables as values of the same kind.
+"""
+
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult
+from union_igrot.metrics.names import families_of
+from union_igrot.metrics.statistics import Difference, Interval
+from union_igrot.types import Protocol
+
+_METHOD_NAMES = {"image": "image alone", "text": "text alone", "sum": "image + text"}
+UNTRAINED = tuple(_METHOD_NAMES)
+"""Methods that use no trained heads, without chance."""
+_PARAGRAPH, _TEXT_WIDTH, _WORDS_WIDTH = 80, 100, 36
+_NAMED_CLASSES = 24
+NO_DIFFERENCE = "no clear difference"
+"""Verdict on a paired difference whose interval contains 0."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: Its text.
+        below: Smaller text below, such as an interval.
+        kind: CSS class; in the header `primary` marks a column of primary metrics and `words` one of text, below it
+            `best` marks the highest value of a column.
+        bar: Shares of a bar, which add up to 100.
+    """
+
+    text: str
+    below: str = ""
+    kind: str = ""
+    bar: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table.
+
+    Attributes:
+        name: Its name.
+        cells: Its other cells.
+        kind: CSS class; `shown` marks the main row, `published` a result of others.
+        below: Smaller text below the name.
+    """
+
+    name: str
+    cells: Sequence[Cell]
+    kind: str = ""
+    below: str = ""
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table as plain values.
+
+    Attributes:
+        caption: What it shows.
+        head: The header; its first cell is above the rows' names.
+        rows: The rows.
+    """
+
+    caption: str
+    head: Sequence[Cell]
+    rows: Sequence[TableRow]
+
+    def to_html(self) -> str:
+        """Return an HTML figure, every text escaped."""
+        head = "".join(_html_cell("th", cell, ' scope="col"') for cell in self.head)
+        rows = "".join(
+            f"<tr{_class(row.kind)}>"
+            + _html_cell("th", Cell(row.name, row.below), ' scope="row"')
+            + "".join(_html_cell("td", cell) for cell in row.cells)
+            + "</tr>\n"
+            for row in self.rows
+        )
+        caption = escape(self.caption)
+        return (
+            f"\n<figure>\n<figcaption>{caption}</figcaption>\n"
+            f'<div class="scroll" role="group" aria-label="{caption}" tabindex="0">\n'
+            f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</div>\n</figure>"
+        )
+
+    def to_markdown(self) -> list[str]:
+        """Return the lines of a Markdown table; primary metrics with their interval."""
+        primary = [cell.kind == "primary" for cell in self.head[1:]]
+        names = [f"**{cell.text}**" if cell.kind == "primary" else cell.text for cell in self.head]
+        rows = [
+            [row.name, *(_joined(cell) if shown else cell.text for cell, shown in zip(row.cells, primary, strict=True))]
+            for row in self.rows
+        ]
+        rule = "| --- |" + "".join(" --- |" if cell.kind == "words" else " ---: |" for cell in self.head[1:])
+        return [markdown_row(*names), rule, *(markdown_row(*row) for row in rows)]
+
+    def to_rich(self, columns: Sequence[int], *, intervals: bool = True) -> Table:
+        """Return some columns, and those of text, as a table for the terminal; primary metrics with their interval."""
+        # Narrow, so that eight metrics fit into 80 columns.
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+        table.add_column(self.head[0].text, no_wrap=True)
+        chosen = [(at, head) for at, head in enumerate(self.head[1:]) if at in columns or head.kind == "words"]
+        for _, head in chosen:
+            if head.kind == "words":
+                table.add_column(head.text, max_width=_WORDS_WIDTH, overflow="fold")
+                continue
+            name = Text(head.text.replace(" + ", " +\n").replace(")/", ")\n/ "), justify="right")
+            primary = head.kind == "primary"
+            table.add_column(name, justify="right", no_wrap=True, style="bold" if primary else None)
+            if primary and intervals:
+                table.add_column(Text("[low, high]"), no_wrap=True)
+        for row in self.rows:
+            cells: list[str] = []
+            style = "dim" if row.kind == "published" else None
+            for at, head in chosen:
+                cell = row.cells[at]
+                cells += [cell.text, cell.below] if head.kind == "primary" and intervals else [cell.text]
+                style = "green" if head.kind == "primary" and cell.kind == "best" else style
+            table.add_row(Text(row.name), *map(Text, cells), style=style)
+        return table
+
+
+def _class(kind: str) -> str:
+    return f' class="{escape(kind)}"' if kind else ""
+
+
+def _html_cell(tag: str, cell: Cell, attributes: str = "") -> str:
+    below = f'<span class="span">{escape(cell.below)}</span>' if cell.below else ""
+    bar = ""
+    if cell.bar is not None:
+        wins, ties, losses = cell.bar
+        bar = (
+            '<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="win" width="{wins}" height="8"/><rect class="tie" x="{wins}" width="{ties}" height="8"/>'
+            f'<rect class="loss" x="{wins + ties}" width="{losses}" height="8"/></svg>'
+        )
+    return f"<{tag}{attributes}{_class(cell.kind)}>{escape(cell.text)}{below}{bar}</{tag}>"
+
+
+def _joined(cell: Cell) -> str:
+    return f"{cell.text} {cell.below}".rstrip()
+
+
+def markdown_row(*cells: str) -> str:
+    """Return a row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def print_table(table: ResultTable, console: Console, *, intervals: bool = True) -> None:
+    """Print a table, divided into several if it is wider than the console."""
+    boundless = console.options.update(max_width=sys.maxsize)
+
+    def fits(columns: Sequence[int]) -> bool:
+        shown = table.to_rich(columns, intervals=intervals)
+        return Measurement.get(console, boundless, shown).maximum <= console.width
+
+    for columns in _columns_that_fit(table, fits):
+        console.print(table.to_rich(columns, intervals=intervals))
+        console.print()
+
+
+def _columns_that_fit(table: ResultTable, fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+    """Divide the columns into groups that fit; columns of one kind (`R@1`, `R@5`) stay together if possible."""
+    everything = [at for at, head in enumerate(table.head[1:]) if head.kind != "words"]
+    if fits(everything):
+        return [everything]
+    groups: list[list[int]] = []
+    kinds = [list(kind) for _, kind in groupby(everything, key=lambda at: table.head[at + 1].text.partition("@")[0])]
+    # From the end, so that a whole kind moves to the next table and not one last column.
+    for kind in reversed(kinds):
+        if groups and fits([*kind, *groups[0]]):
+            groups[0] = [*kind, *groups[0]]
+            continue
+        parts: list[list[int]] = [[]]
+        for at in kind:
+            if parts[-1] and not fits([*parts[-1], at]):
+                parts.append([])
+            parts[-1].append(at)
+        groups = parts + groups
+    return groups
+
+
+def metrics_table(result: BenchmarkResult) -> ResultTable:
+    """Return every metric of every method on one benchmark, with intervals; the highest of a column is marked."""
+    methods, names = result.methods, list(result.methods[0].metrics)
+    best = {name: max((comparable(one.metrics[name]) for one in methods), default=0.0) for name in names}
+
+    def cell(one: MethodResult, name: str) -> Cell:
+        is_best = len(methods) > 1 and comparable(one.metrics[name]) == best[name]
+        return Cell(format_percent(one.metrics[name]), format_interval(one.intervals[name]), "best" if is_best else "")
+
+    rows = [
+        TableRow(
+            method_name(one.method) + (" *" if one.is_seen else ""),
+            [cell(one, name) for name in names],
+            "shown" if one is result.main else "",
+        )
+        for one in methods
+    ]
+    primary = result.protocol.primary
+    head = [Cell("method"), *(Cell(name, kind="primary" if name == primary else "") for name in names)]
+    bold = "; bold: the highest of a column" if len(methods) > 1 else ""
+    return ResultTable(f"Percent; below each metric its 95 % bootstrap interval over queries{bold}", head, rows)
+
+
+def method_name(method: str) -> str:
+    """Return the display name of a method."""
+    return _METHOD_NAMES.get(method, method)
+
+
+def format_percent(value: float | None) -> str:
+    """Format a metric with one decimal; a dash if there is no value."""
+    if value is None or value != value:  # noqa: PLR0124 - nan
+        return "-"
+    return "100" if value > 99.95 else f"{value:.1f}"
+
+
+def format_interval(bounds: Interval) -> str:
+    """Format an interval."""
+    return f"[{format_percent(bounds.low)}, {format_percent(bounds.high)}]"
+
+
+def comparable(value: float) -> float:
+    """Return a value, or minus infinity for nan, so that values can be ordered."""
+    return float("-inf") if value != value else value  # noqa: PLR0124 - nan
+
+
+def format_difference(values: Difference) -> tuple[str, str]:
+    """Return a paired difference with its interval, and the verdict."""
+    mean, low, high = values
+    verdict = "better" if low > 0 else "worse" if high < 0 else NO_DIFFERENCE
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict
+
+
+def describe_protocol(protocol: Protocol, *, parts: bool = False) -> str:
+    """Describe a protocol in one line: preset, prompt, conventions of its metrics, exclusion, ties.
+
+    Args:
+        protocol: The protocol.
+        parts: Whether the result is the mean over parts of a benchmark.
+    """
+    clauses = [
+        f"protocol {protocol.name}",
+        f"prompt {protocol.prompt!r}" if protocol.prompt else "",
+        *(family.describe(protocol) for family in families_of(protocol.metrics) if family.describe),
+        "mean of the parts' means" if parts else f"{protocol.average} average",
+        "reference left out" if protocol.exclude_reference else "reference kept",
+        "ties by gallery order" if protocol.ties == "gallery order" else "ties against the model",
+        protocol.note,
+    ]
+    return "; ".join(clause for clause in clauses if clause)
+
+
+def overlap_lines(result: MethodResult) -> list[str]:
+    """Describe which images and classes of the benchmark the heads were trained on; `*` marks lines that affect it."""
+    images, classes = result.seen_images, result.seen_classes
+    if images is None:
+        lines = ["which images the heads were trained on is not recorded with this model"]
+    elif images.queries or images.gallery:
+        lines = [
+            f"* the heads were trained on the images of {images.queries:,} of {result.n_queries:,} queries and on "
+            f"{images.gallery:,} of {result.n_gallery:,} gallery images"
+        ]
+    else:
+        lines = ["the heads were trained on none of these images"]
+    if classes:
+        more = ", ..." if len(classes) > _NAMED_CLASSES else ""
+        named = ", ".join(classes[:_NAMED_CLASSES]) + more
+        lines.append(f"* the heads were trained on {len(classes)} of the classes: these are not zero-shot ({named})")
+    return lines
+
+
+def difference_lines(result: MethodResult) -> list[str]:
+    """Describe by how much trained heads are better than each other method in the primary metric."""
+    lines = []
+    for other, values in result.differences.items():
+        amount, verdict = format_difference(values[result.primary])
+        lines.append(f"{result.method} - {method_name(other)}: {amount} {result.primary}, {verdict}")
+    return lines
+
+
+def tag_line(result: MethodResult) -> str:
+    """Describe the primary metric over the queries of each tag; empty without tags."""
+    parts = [f"{tag} {format_percent(one.value)} ({one.n_queries:,})" for tag, one in result.by_tag.items()]
+    name = method_name(result.method)
+    return f"{result.primary} of {name} by tag (queries): {', '.join(parts)}" if parts else ""
+
+
+def untrained_words(result: BenchmarkResult) -> str:
+    """Describe what the methods without heads owe to training: nothing, unless the encoders themselves were tuned."""
+    tuned = any(one.model.get("tuned") for one in result.methods)
+    return "without heads, of the tuned encoders" if tuned else "without training"
+
+
+def notes(result: BenchmarkResult) -> Iterator[str]:
+    """Yield the lines below the table of a benchmark: protocol, overlap with the training, tags."""
+    first, main = result.methods[0], result.main
+    caption = [
+        "percent",
+        describe_protocol(result.protocol, parts=bool(result.parts)),
+        f"[low, high]: 95 % bootstrap interval of {main.primary} over queries",
+    ]
+    if any(one.method in UNTRAINED for one in result.methods):
+        caption.append(f"image alone, text alone and image + text are {untrained_words(result)}")
+    if first.n_skipped:
+        caption.append(f"{first.n_skipped} items left out")
+    yield "; ".join(caption)
+    if tags := tag_line(main):
+        yield tags
+    if main.method == "trained":
+        yield from overlap_lines(main)
+
+
+def print_results(result: EvaluationResult, console: Console | None = None) -> None:
+    """Print a table per benchmark; below it the protocol, the overlap with the training and the paired differences.
+
+    The lines below are printed once for the parts of a benchmark, under their mean.
+    """
+    console = console or Console()
+    width = min(console.width, _PARAGRAPH)
+    for one in result.benchmarks:
+        console.print(Text(f"{one.title} · {one.size}", style="bold"))
+        console.print()
+        print_table(metrics_table(one), console)
+        if one.key[0] in result.part_names:
+            continue
+        for line in notes(one):
+            console.print(Text(line), width=width)
+        for line in difference_lines(one.main):
+            console.print(f"  {line}", highlight=False, markup=False)
+        console.print()
+
+
+def as_text(result: EvaluationResult) -> str:
+    """Return what `print_results` prints, without colors."""
+    text = io.StringIO()
+    print_results(result, Console(file=text, width=_TEXT_WIDTH, color_system=None))
+    return text.getvalue().rstrip()
+
+
+def as_html(result: EvaluationResult) -> str:
+    """Return the tables as HTML, with the lines below them."""
+    parts = []
+    for one in result.benchmarks:
+        lines = [] if one.key[0] in result.part_names else [*notes(one), *difference_lines(one.main)]
+        listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        parts.append(f"<h4>{escape(one.title)} · {one.size}</h4>{metrics_table(one).to_html()}<ul>{listed}</ul>")
+    return "\n".join(parts)

@@ -1,0 +1,390 @@
+"""The results of a sweep's jobs in one table: a row per model and method, a column per benchmark, published below."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from rich.console import Console
+from rich.text import Text
+
+from union_igrot.evaluation.results import OWN_METHODS, BenchmarkResult, EvaluationResult, MethodResult
+from union_igrot.evaluation.tables import (
+    UNTRAINED,
+    Cell,
+    ResultTable,
+    TableRow,
+    describe_protocol,
+    format_interval,
+    format_percent,
+    markdown_row,
+    method_name,
+    overlap_lines,
+    print_table,
+)
+from union_igrot.metrics.statistics import Interval
+from union_igrot.reporting.published import Published, published_for
+from union_igrot.storage.atomic import write_atomic
+
+_Key = tuple[str, str]  # name and split of a benchmark
+_ORDER = (*UNTRAINED, *OWN_METHODS, "chance")
+_CSV_COLUMNS = (
+    *("run", "model", "checkpoint", "benchmark", "split", "method", "n_queries", "n_gallery", "metric"),
+    *("percent", "low95", "high95", "protocol", "seen_classes", "seen_queries", "seen_gallery"),
+    *("backbone_hash", "heads_hash", "settings", "seed", "versions", "source"),
+)
+_WORDS = ("model", "method", "split", "source and protocol")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SweepJob:
+    """One job of a sweep.
+
+    Attributes:
+        number: Its number in the sweep.
+        run: The folder of its results, for people.
+        overrides: The settings it was started with, `key=value`.
+        result: Its result; empty if it failed or wrote submission files alone.
+        error: Why it failed; empty if it did not.
+    """
+
+    number: int
+    run: str
+    overrides: tuple[str, ...]
+    result: EvaluationResult = field(default_factory=EvaluationResult)
+    error: str = ""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides by name."""
+        pairs = (override.lstrip("+~").partition("=") for override in self.overrides)
+        return {name: value for name, _, value in pairs}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SweepMetric:
+    """A metric in percent: of one run, or the mean over several that differ in their seed.
+
+    Attributes:
+        value: The metric.
+        interval: Its 95 % interval; None for a mean over runs.
+        deviation: Standard deviation over runs; nan for one run.
+        runs: Number of runs.
+    """
+
+    value: float
+    interval: Interval | None = None
+    deviation: float = math.nan
+    runs: int = 1
+
+    @classmethod
+    def over_seeds(cls, by_seed: Mapping[int, float], interval: Interval | None = None) -> "SweepMetric":
+        """Average values, unless they all stem from the same evaluation."""
+        values = list(by_seed.values())
+        if max(values) - min(values) < 1e-9:
+            return cls(values[0], interval)
+        return cls(statistics.fmean(values), None, statistics.stdev(values), len(values))
+
+    def cell(self, *, seen: bool = False) -> Cell:
+        """Return the metric as a cell of a table."""
+        spread = f" ± {self.deviation:.1f} ({self.runs})" if self.runs > 1 else ""
+        bounds = "" if self.interval is None else format_interval(self.interval)
+        return Cell(format_percent(self.value) + spread + (" *" if seen else ""), bounds)
+
+
+@final
+@dataclass
+class SweepRow:
+    """One model and method over all benchmarks.
+
+    Attributes:
+        model: The backbone's name; empty for chance.
+        method: The method's name, with the settings that distinguish it from others.
+        results: The results by benchmark; several if runs differ in their seed.
+    """
+
+    model: str
+    method: str
+    results: dict[_Key, list[MethodResult]] = field(default_factory=dict)
+
+    def metric(self, key: _Key, name: str) -> SweepMetric | None:
+        """Return a metric; None if there is none."""
+        found = [one for one in self.results.get(key, []) if not math.isnan(one.metrics.get(name, math.nan))]
+        by_seed = {one.seed: one.metrics[name] for one in found}
+        return SweepMetric.over_seeds(by_seed, found[0].intervals[name]) if found else None
+
+    def tag(self, key: _Key, tag: str) -> SweepMetric | None:
+        """Return the primary metric over the queries of a tag; None if there is none."""
+        found = {one.seed: one.by_tag[tag].value for one in self.results.get(key, []) if tag in one.by_tag}
+        found = {seed: value for seed, value in found.items() if not math.isnan(value)}
+        return SweepMetric.over_seeds(found) if found else None
+
+    def is_seen(self, key: _Key) -> bool:
+        """Return whether the heads were trained on images or classes of a benchmark."""
+        return any(one.is_seen for one in self.results.get(key, []))
+
+
+def varying_settings(jobs: Sequence[SweepJob]) -> list[str]:
+    """Return the names of the settings that differ between jobs, in the given order."""
+    names = dict.fromkeys(name for job in jobs for name in job.settings)
+    return [name for name in names if len({job.settings.get(name) for job in jobs}) > 1]
+
+
+def sweep_rows(jobs: Sequence[SweepJob], command: str) -> list[SweepRow]:
+    """Collect the jobs' results.
+
+    Args:
+        jobs: The jobs.
+        command: `train`, whose jobs have a model each; or `eval`, whose jobs may share one.
+
+    Returns:
+        A row per model and method. Trained models are distinguished by the settings that differ between jobs, except
+        for the seed, over which they are averaged; baselines share a row if their metrics are equal. Chance is last.
+    """
+    shared = {"seed", "output_dir", "cache_dir", "cache_limit", "progress", "data.check_images", "model"}
+    shared |= {"data"} if command == "eval" else set()
+    varying = [name for name in varying_settings(jobs) if name not in shared]
+    rows: dict[tuple[str, str, tuple[str, ...]], SweepRow] = {}
+    for job in jobs:
+        pairs = [(name, job.settings[name]) for name in varying if name in job.settings]
+        settings = tuple(value if name == "checkpoint" else f"{name}={value}" for name, value in pairs)
+        for one in job.result.methods:
+            model = one.model.get("backbone") or ""
+            label = ": ".join(filter(None, (method_name(one.method), " ".join(settings))))
+            row = rows.setdefault((model, one.method, settings), SweepRow(model, label))
+            row.results.setdefault((one.benchmark, one.split), []).append(one)
+    return _merged(rows)
+
+
+def _merged(rows: Mapping[tuple[str, str, tuple[str, ...]], SweepRow]) -> list[SweepRow]:
+    """Join rows of baselines that differ in settings but not in metrics; sort by model and method."""
+    kept: dict[tuple[str, str, tuple[str, ...]], SweepRow] = {}
+    for key, row in rows.items():
+        equal = [one for other, one in kept.items() if other[:2] == key[:2] and _agree(one, row)]
+        if key[1] in OWN_METHODS or not equal:
+            kept[key] = row
+            continue
+        for benchmark, results in row.results.items():
+            equal[0].results.setdefault(benchmark, []).extend(results)
+    names = [key[:2] for key in kept]
+    for (model, method, _), row in kept.items():
+        if method not in OWN_METHODS and names.count((model, method)) == 1:
+            row.method = method_name(method)
+    models = list(dict.fromkeys(model for model, _ in names))
+    order = sorted(kept, key=lambda key: (key[1] == "chance", models.index(key[0]), _ORDER.index(key[1])))
+    return [kept[key] for key in order]
+
+
+def _agree(one: SweepRow, other: SweepRow) -> bool:
+    """Return whether two rows have the same metrics on their common benchmarks; chance may differ by its seed."""
+    for key in one.results.keys() & other.results.keys():
+        first, second = one.results[key][0], other.results[key][0]
+        if first.protocol != second.protocol or first.n_queries != second.n_queries:
+            return False
+        pairs = [(value, second.metrics.get(name, math.nan)) for name, value in first.metrics.items()]
+        if first.method != "chance" and not all(
+            math.isclose(a, b, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b)) for a, b in pairs
+        ):
+            return False
+    return True
+
+
+def _benchmarks(jobs: Sequence[SweepJob]) -> dict[_Key, BenchmarkResult]:
+    return {one.key: one for one in _whole(jobs).benchmarks}
+
+
+def _whole(jobs: Sequence[SweepJob]) -> EvaluationResult:
+    return EvaluationResult(tuple(one for job in jobs for one in job.result.methods))
+
+
+def sweep_table(jobs: Sequence[SweepJob], command: str) -> ResultTable:
+    """Return the primary metrics of all models and methods, published ones below; parts only as their mean."""
+    whole = _whole(jobs)
+    shown = [one for one in whole.benchmarks if one.key[0] not in whole.part_names]
+    names = {one.key: one.protocol.primary for one in shown}
+
+    def cell(row: SweepRow, key: _Key) -> Cell:
+        metric = row.metric(key, names[key])
+        return Cell("") if metric is None else metric.cell(seen=row.is_seen(key))
+
+    rows = [
+        TableRow(row.model, [Cell(row.method), *(cell(row, key) for key in names)]) for row in sweep_rows(jobs, command)
+    ]
+    published: dict[tuple[str, str], dict[_Key, str]] = {}
+    for key, primary in names.items():
+        for one in published_for(*key):
+            if primary in one.metrics:
+                split = "" if one.split == key[1] else f" ({one.split})"
+                published.setdefault((one.method, one.backbone), {})[key] = f"{one.metrics[primary]:.1f}{split}"
+    rows += [
+        TableRow(backbone, [Cell(f"published: {method}"), *(Cell(cells.get(key, "")) for key in names)], "published")
+        for (method, backbone), cells in published.items()
+    ]
+    heads = [Cell(f"{name}\n{split}\n{primary}", kind="primary") for (name, split), primary in names.items()]
+    return ResultTable("Primary metrics in percent", [Cell("model"), Cell("method", kind="words"), *heads], rows)
+
+
+def _benchmark_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> ResultTable:
+    """Return all metrics of all models and methods on one benchmark, published ones below."""
+    key, published = result.key, published_for(*result.key)
+    metrics = list(dict.fromkeys(name for one in result.methods for name in one.metrics))
+
+    def cell(row: SweepRow, name: str) -> Cell:
+        metric = row.metric(key, name)
+        return Cell("") if metric is None else metric.cell()
+
+    ours = [Cell(key[1]), Cell("this sweep")] if published else []
+    table = [
+        TableRow(
+            row.model,
+            [Cell(row.method + (" *" if row.is_seen(key) else "")), *(cell(row, name) for name in metrics), *ours],
+        )
+        for row in rows
+        if key in row.results
+    ]
+    table += [
+        TableRow(
+            one.backbone,
+            [
+                Cell(one.method),
+                *(Cell(f"{one.metrics[name]:.1f}" if name in one.metrics else "") for name in metrics),
+                *(Cell(one.split), Cell(_source(one))),
+            ],
+        )
+        for one in published
+    ]
+    heads = ["model", "method", *metrics, *(("split", "source and protocol") if published else ())]
+    kinds = {result.protocol.primary: "primary"} | dict.fromkeys(_WORDS, "words")
+    return ResultTable(result.title, [Cell(name, kind=kinds.get(name, "")) for name in heads], table)
+
+
+def _source(one: Published) -> str:
+    kind = "published" if one.mark == "V" else "published, at second hand"
+    return "; ".join(filter(None, (f"{kind}: {one.source}", one.note)))
+
+
+def _tag_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> ResultTable | None:
+    tags = {tag: metric.n_queries for one in result.methods for tag, metric in one.by_tag.items()}
+    if not tags:
+        return None
+
+    def cell(row: SweepRow, tag: str) -> Cell:
+        metric = row.tag(result.key, tag)
+        return Cell("") if metric is None else metric.cell()
+
+    heads = [Cell("model"), Cell("method", kind="words"), *(Cell(f"{tag} ({count:,})") for tag, count in tags.items())]
+    table = [
+        TableRow(row.model, [Cell(row.method), *(cell(row, tag) for tag in tags)])
+        for row in rows
+        if result.key in row.results
+    ]
+    return ResultTable(f"{result.protocol.primary} over the queries of each tag", heads, table)
+
+
+def write_sweep(folder: Path, jobs: Sequence[SweepJob], command: str) -> None:
+    """Write `results.csv` (a line per metric, ours and published) and `results.md`.
+
+    Args:
+        folder: The sweep's folder.
+        jobs: The jobs.
+        command: `train` or `eval`.
+    """
+    table = io.StringIO()
+    writer = csv.DictWriter(table, _CSV_COLUMNS, lineterminator="\n", restval="")
+    writer.writeheader()
+    for job in jobs:
+        for one in job.result.methods:
+            writer.writerows(_csv_lines(job, one))
+    for key in _benchmarks(jobs):
+        for published in published_for(*key):
+            head = {name: getattr(published, name) for name in ("benchmark", "split", "method")}
+            head |= {"model": published.backbone, "protocol": published.note}
+            head |= {"source": f"published: {published.source} ({published.mark})"}
+            writer.writerows(head | {"metric": name, "percent": f"{x:g}"} for name, x in published.metrics.items())
+    write_atomic(folder / "results.csv", table.getvalue())
+    write_atomic(folder / "results.md", "\n".join(_markdown(jobs, command)).rstrip() + "\n")
+
+
+def _csv_lines(job: SweepJob, one: MethodResult) -> Iterator[dict[str, Any]]:
+    seen = one.seen_images
+    head = {
+        "run": job.run,
+        "model": one.model.get("backbone") or "",
+        "checkpoint": one.checkpoint,
+        **{name: getattr(one, name) for name in ("benchmark", "split", "method", "n_queries", "n_gallery", "seed")},
+        "protocol": describe_protocol(one.protocol, parts=bool(one.parts)),
+        "seen_classes": len(one.seen_classes),
+        "seen_queries": "" if seen is None else seen.queries,
+        "seen_gallery": "" if seen is None else seen.gallery,
+        "backbone_hash": one.model.get("backbone_fingerprint") or "",
+        "heads_hash": one.model.get("heads") or "",
+        "settings": " ".join(job.overrides),
+        "versions": " ".join(f"{name}={value}" for name, value in one.versions.items()),
+        "source": "this sweep",
+    }
+    for name, value in one.metrics.items():
+        low, high = one.intervals[name]
+        yield head | {"metric": name, "percent": _exact(value), "low95": _exact(low), "high95": _exact(high)}
+    for tag, metric in one.by_tag.items():
+        name = f"{one.primary} [{tag}]"
+        yield head | {"metric": name, "percent": _exact(metric.value), "n_queries": metric.n_queries}
+
+
+def _exact(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _markdown(jobs: Sequence[SweepJob], command: str) -> Iterator[str]:
+    rows = sweep_rows(jobs, command)
+    yield from (f"# Results of a sweep of `union-{command}`", "", *sweep_table(jobs, command).to_markdown(), "")
+    yield (
+        "Primary metrics in percent. [low, high] is the 95 % bootstrap interval over queries; `50.0 ± 0.5 (3)` is the "
+        "mean and the standard deviation over three runs that differ in their seed. `*`: the heads were trained on "
+        "images or classes of the benchmark, see below. A published result of another split is marked with its name."
+    )
+    for result in _benchmarks(jobs).values():
+        yield from ("", f"## {result.title}", "")
+        for protocol in dict.fromkeys(describe_protocol(one.protocol, parts=bool(one.parts)) for one in result.methods):
+            yield from (f"{result.size}; {protocol}.", "")
+        yield from _benchmark_table(result, rows).to_markdown()
+        notes = {
+            f"{row.method}: {line}".replace("* ", "\\* ", 1)
+            for row in rows
+            for one in row.results.get(result.key, [])
+            if one.method == "trained"
+            for line in overlap_lines(one)
+        }
+        for note in sorted(notes):
+            yield from ("", note)
+        if table := _tag_table(result, rows):
+            yield from ("", f"{table.caption}:", "", *table.to_markdown())
+    yield from ("", "## Jobs", "", markdown_row("job", "folder", "settings", "state"), markdown_row(*["---"] * 4))
+    for job in jobs:
+        state = f"failed: {job.error}" if job.error else "done" if job.result.methods else "done; no metrics"
+        yield markdown_row(str(job.number), job.run, f"`{' '.join(job.overrides)}`", state)
+    versions = {json.dumps(one.versions): one.versions for one in _whole(jobs).methods}
+    yield from ("", *(", ".join(f"{name} {value}" for name, value in one.items()) for one in versions.values()))
+
+
+def print_sweep(jobs: Sequence[SweepJob], command: str, folder: Path, console: Console | None = None) -> None:
+    """Print the primary metrics of a sweep, the published ones below, what failed, and where the files are."""
+    console = console or Console()
+    measured = any(job.result.methods for job in jobs)
+    if measured:
+        print_table(sweep_table(jobs, command), console, intervals=False)
+    varying = tuple(f"{name}=" for name in varying_settings(jobs))
+    for job in jobs:
+        if job.error:
+            settings = " ".join(setting for setting in job.overrides if setting.startswith(varying))
+            console.print(Text(f"job {job.number} ({settings}) failed: {job.error}", style="red"))
+    if measured:
+        done = f"percent; {sum(not job.error for job in jobs)} of {len(jobs)} jobs done"
+        files = f"every metric, interval and protocol is in {folder / 'results.csv'} and results.md"
+        console.print(Text(f"{done}; {files}"), soft_wrap=True)
