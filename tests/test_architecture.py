@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "union_igrot"
 FILES = sorted(SRC.rglob("*.py"))
 PACKAGES = {
+    "_lazy": set(),
     "types": set(),
     "errors": set(),
     "progress": set(),
@@ -36,7 +37,7 @@ PACKAGES = {
     "gallery": {"models", "images", "evaluation", "features", "storage"},
     "reporting": {"evaluation", "metrics", "images", "storage"},
 }
-LEAVES = {"types", "errors", "progress"}
+LEAVES = {"types", "errors", "progress", "_lazy"}
 TOP = {"cli", "demo", "__init__"}
 # Imports that the layout does not allow and that are still to go.
 PENDING = {("gallery", "training"), ("models", "reporting")}
@@ -157,7 +158,7 @@ def test_public_names_are_there_and_described(name):
 
 
 def test_an_unknown_name_is_answered_with_the_public_ones():
-    with pytest.raises(AttributeError, match=r"it offers .*load"):
+    with pytest.raises(AttributeError, match=r"it has .*load"):
         union_igrot.nonsense  # noqa: B018 - the access is what is tested
 
 

@@ -7,8 +7,9 @@ import torch
 
 from small_world import DIM, LinearBackbone, Noise, encoder
 from union_igrot.errors import ImageError
-from union_igrot.features.extractor import Encoder, join_features, load_images
+from union_igrot.features.extractor import Encoder, join_features
 from union_igrot.features.store import FeatureStore
+from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import image_key, open_image
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.backbones.base import Backbone
@@ -212,8 +213,8 @@ def test_an_interruption_keeps_whole_shards_and_what_was_pending(tmp_path):
 def test_worker_processes_change_nothing(tmp_path):
     (tmp_path / "pictures").mkdir()
     paths = written(tmp_path / "pictures", 7)
-    preprocess = LinearBackbone().preprocess
-    here, there = (torch.cat(list(load_images(paths, preprocess, 3, workers))) for workers in (0, 1))
+    preprocess, spans = LinearBackbone().preprocess, [[0, 1, 2], [3, 4, 5], [6]]
+    here, there = (torch.cat(list(load_pixels(paths, spans, preprocess, workers))) for workers in (0, 1))
     assert here.shape == (7, 3, 8, 8)
     assert here.equal(there)
 

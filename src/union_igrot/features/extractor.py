@@ -15,88 +15,18 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from union_igrot.errors import ImageError
 from union_igrot.features.store import Dtype, FeatureStore
-from union_igrot.images.decode import image_key, open_image
-from union_igrot.images.transforms import ImageToPixels, model_input
+from union_igrot.images.dataset import load_pixels
+from union_igrot.images.decode import image_key
+from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.devices import default_workers
 from union_igrot.models.precision import full_precision
 from union_igrot.progress import progress_bar
-from union_igrot.types import Features, ImageSource, Preprocess
+from union_igrot.types import Features, ImageSource
 
-Loaded = Tensor | ImageError
 Arithmetic = Literal["float32", "bfloat16", "float16"]
-
-
-class _Pictures(Dataset[Loaded]):
-    """Decoded images of the model's size; an error is handed over instead of raised in a worker."""
-
-    def __init__(self, sources: Sequence[ImageSource], preprocess: Preprocess) -> None:
-        self._sources, self._to_pixels, self._size = sources, ImageToPixels(preprocess), preprocess.size
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __getitem__(self, at: int) -> Loaded:
-        try:
-            return self._to_pixels(open_image(self._sources[at], at_least=self._size))
-        except ImageError as error:
-            return error
-
-
-def _together(loaded: list[Loaded]) -> Loaded:
-    for image in loaded:
-        if isinstance(image, ImageError):
-            return image
-    return torch.stack([image for image in loaded if isinstance(image, Tensor)])
-
-
-def load_images(
-    sources: Sequence[ImageSource], preprocess: Preprocess, batch_size: int, workers: int, *, pinned: bool = False
-) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
-    """Decode images and bring them to a model's size, in order, in worker processes.
-
-    Args:
-        sources: The images.
-        preprocess: The model's.
-        batch_size: Images a batch.
-        workers: Processes; 0 works in this one.
-        pinned: Whether a GPU will fetch the images.
-
-    Yields:
-        Pixels, for `model_input`.
-
-    Raises:
-        ImageError: For the first image that cannot be read.
-    """
-    spans = [list(range(at, min(at + batch_size, len(sources)))) for at in range(0, len(sources), batch_size)]
-    return _load_batches(sources, spans, preprocess, workers, pinned=pinned)
-
-
-def _load_batches(
-    sources: Sequence[ImageSource],
-    batches: Sequence[Sequence[int]],
-    preprocess: Preprocess,
-    workers: int,
-    *,
-    pinned: bool,
-) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
-    # A generator of its own: what is already encoded must not shift the random numbers of a training.
-    loader = DataLoader(
-        _Pictures(sources, preprocess),
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
-        num_workers=workers,
-        collate_fn=_together,
-        pin_memory=pinned,
-        generator=torch.Generator(),
-    )
-    for batch in loader:
-        if isinstance(batch, ImageError):
-            raise batch
-        yield batch
 
 
 @final
@@ -200,9 +130,9 @@ class Encoder:
         todo = self._todo(keys, tokens=tokens)
 
         def forward(rows: list[int]) -> Iterator[Features]:
-            chosen = [sources[row] for row in rows]
+            batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             options = {"pinned": self.backbone.device.type == "cuda"}
-            for batch in load_images(chosen, self.backbone.preprocess, self.batch_size, self.workers, **options):
+            for batch in load_pixels(sources, batches, self.backbone.preprocess, self.workers, **options):
                 yield self._encode_pixels(batch)
 
         self._fill(keys, todo, forward, tokens=tokens, what=what)
@@ -228,7 +158,7 @@ class Encoder:
         spans = [range(at, min(at + self.batch_size, len(keys))) for at in range(0, len(keys), self.batch_size)]
         todo = [[row for row in span if row in absent] for span in spans]
         wanted, pinned = [rows for rows in todo if rows], self.backbone.device.type == "cuda"
-        decoded = _load_batches(sources, wanted, self.backbone.preprocess, self.workers, pinned=pinned)
+        decoded = load_pixels(sources, wanted, self.backbone.preprocess, self.workers, pinned=pinned)
         shelf = Shelf(self.store, self.shard)
         kept: bool | None = None
         with progress_bar(shown=self.progress and bool(absent)) as bar:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, final
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import Encoder
-from union_igrot.images.decode import open_image
-from union_igrot.images.transforms import ImageToPixels, model_input
+from union_igrot.images.dataset import ImageDataset, OpenAsPixels, first_error, image_loader
+from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Modality
 from union_igrot.types import (
     Batch,
@@ -100,37 +100,30 @@ class _Block(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """A batch on its way from a decoding process: which samples, and the pixels of their images side by side."""
+    """A batch from a decoding process: the samples' numbers, or a block, and the pixels of each of their images."""
 
     of: Any
-    images: list[Tensor] | ImageError
+    images: list[Tensor]
 
 
-class _Decoder(Dataset[_Decoded]):
-    """Decodes the images of batches; an error is handed over, to be raised where the user sees it.
+class _OpenSample:
+    """Opens the images of one sample: reference and target in training, one image in validation."""
 
-    Args:
-        preprocess: The model's.
-        sides: Lists of images, of which rows are asked: of training one, of validation one a side and benchmark.
-        together: Which of the lists belong to an item's kind.
-    """
+    def __init__(self, preprocess: Preprocess) -> None:
+        self._open = OpenAsPixels(preprocess)
 
-    def __init__(
-        self, preprocess: Preprocess, sides: Sequence[Sequence[ImageSource]], together: dict[Any, list[int]]
-    ) -> None:
-        self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
-        self._sides, self._together = sides, together
+    def __call__(self, sample: "_Sample") -> tuple[Any, list[Tensor]]:
+        return sample[0], [self._open(source) for source in sample[1]]
 
-    def __getitem__(self, item: Any) -> _Decoded:
-        kind, rows = (None, item) if isinstance(item, list) else ((item.benchmark, item.side), item.span)
-        try:
-            images = [
-                torch.stack([self._to_pixels(open_image(self._sides[side][row], at_least=self._size)) for row in rows])
-                for side in self._together[kind]
-            ]
-        except ImageError as error:
-            return _Decoded(item, error)
-        return _Decoded(item, images)
+
+_Sample = tuple[Any, Sequence[ImageSource]]
+
+
+def _stack_samples(samples: list[tuple[Any, list[Tensor]] | ImageError]) -> _Decoded | ImageError:
+    opened = [sample for sample in samples if not isinstance(sample, ImageError)]
+    if len(opened) < len(samples):
+        return first_error(samples) or ImageError("")
+    return _Decoded([of for of, _ in opened], [torch.stack(side) for side in zip(*(i for _, i in opened), strict=True)])
 
 
 def _only_wording(query: Query) -> str | None:
@@ -223,9 +216,8 @@ class IGROTDataModule(lightning.LightningDataModule):
         # A generator of its own: a loader draws one number, and that must not shift those of dropout.
         own = torch.Generator()
         if "image" in self._live:
-            sides = [[t.image for t in self._triplets], [t.target for t in self._triplets]]
-            decoder = _Decoder(self._encoder.backbone.preprocess, sides, {None: [0, 1]})
-            return DataLoader(decoder, batch_size=None, sampler=batches, generator=own, **self._processes())
+            samples = [(row, (t.image, t.target)) for row, t in enumerate(self._triplets)]
+            return self._image_loader(samples, batches)
         rows: Sequence[int] = range(len(tasks))
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch, generator=own)  # type: ignore[arg-type]
 
@@ -235,30 +227,37 @@ class IGROTDataModule(lightning.LightningDataModule):
         mine = self._blocks(world)[rank::world]
         own = torch.Generator()
         if "image" in self._live:
-            sides = [[one.image for one in getattr(b, side)] for b in self._benchmarks for side in _SIDES]
-            places = [(number, side) for number in range(len(self._benchmarks)) for side in _SIDES]
-            together = {place: [at] for at, place in enumerate(places)}
-            decoder = _Decoder(self._encoder.backbone.preprocess, sides, together)
-            return DataLoader(decoder, batch_size=None, sampler=mine, generator=own, **self._processes())
+            images = [
+                (_Block(number, side, range(at, at + 1)), (one.image,))
+                for number, benchmark in enumerate(self._benchmarks)
+                for side in _SIDES
+                for at, one in enumerate(getattr(benchmark, side))
+            ]
+            first: dict[tuple[int, str], int] = {}
+            for at, (block, _) in enumerate(images):
+                first.setdefault((block.benchmark, block.side), at)
+            spans = [[first[block.benchmark, block.side] + at for at in block.span] for block in mine]
+            return self._image_loader(images, spans)
         return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch, generator=own)  # type: ignore[arg-type]
 
-    def _processes(self) -> dict[str, Any]:
-        workers = self._encoder.workers
-        return {"num_workers": workers, "persistent_workers": workers > 0}
+    def _image_loader(self, samples: Sequence[_Sample], batches: Iterable[list[int]]) -> DataLoader[Any]:
+        dataset = ImageDataset(samples, _OpenSample(self._encoder.backbone.preprocess))
+        return image_loader(dataset, batches, _stack_samples, workers=self._encoder.workers, persistent=True)
 
     def transfer_batch_to_device(
-        self, batch: Batch | EvalBatch | _Decoded, device: torch.device, dataloader_idx: int
+        self, batch: Batch | EvalBatch | _Decoded | ImageError, device: torch.device, dataloader_idx: int
     ) -> Batch | EvalBatch:
         """Join what was decoded with what is in the store; features stay on the backbone's device."""
         del dataloader_idx
+        if isinstance(batch, ImageError):
+            raise batch
         if not isinstance(batch, _Decoded):
             return batch
-        if isinstance(batch.images, ImageError):
-            raise batch.images
         wanted = self._encoder.backbone.preprocess
         images = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.images]
-        if isinstance(batch.of, _Block):
-            return self._eval_batch(batch.of, images[0])
+        if isinstance(batch.of[0], _Block):
+            first, last = batch.of[0], batch.of[-1]
+            return self._eval_batch(first._replace(span=range(first.span.start, last.span.stop)), images[0])
         return self._train_batch(batch.of, *images)
 
     def _epoch(self) -> int:

@@ -1,0 +1,35 @@
+"""Lazy re-exports for packages (PEP 562): a public name is imported when it is first used."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazy_exports(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make the `__getattr__` and `__dir__` of a package whose imports are heavy.
+
+    Use it as `__getattr__, __dir__ = lazy_exports(__name__, {"Gallery": "gallery"})`, beside a `TYPE_CHECKING` block
+    that imports the same names for editors and mypy.
+
+    Args:
+        package: Full name of the package, its `__name__`.
+        names: For each public name the module that holds it, relative to the package; `module:name` if it has another
+            name there.
+    """
+
+    def get(name: str) -> Any:
+        if name in names:
+            module, _, inner = names[name].partition(":")
+            return getattr(import_module(f"{package}.{module}"), inner or name)
+        if name.startswith("_"):
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        from difflib import get_close_matches  # noqa: PLC0415 - only needed for the error
+
+        close = get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(sorted(names))}"
+        raise AttributeError(f"module {package!r} has no attribute {name!r}; {hint}", name=name)
+
+    def list_names() -> list[str]:
+        return sorted(names)
+
+    return get, list_names
