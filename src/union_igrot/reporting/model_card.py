@@ -67,8 +67,8 @@ def render_model_card(
         "Heads for image-guided retrieval with optional text: composed image retrieval and sketch-based image "
         "retrieval with one model ([union-igrot](https://arxiv.org/abs/2511.22253), the UNION target).\n",
         *("## How to load it\n", _loading(card, name or PLACEHOLDER)),
-        *("## What it is\n", _listed(_components(notes))),
-        *("## Training\n", _listed(_training(card))),
+        *("## What it is\n", _listed(model_facts(notes))),
+        *("## Training\n", _listed(training_facts(card) if card else {"": "not recorded"})),
         *("## Metrics\n", _metrics(result)),
         *("## Rights\n", _rights(notes, card)),
         *("## Limits\n", _limits(notes, card, result)),
@@ -135,12 +135,10 @@ def _listed(facts: Mapping[str, Any]) -> str:
     return "".join(f"- **{key}**: {value}\n" for key, value in facts.items() if value not in (None, ""))
 
 
-def _components(notes: Mapping[str, Any]) -> dict[str, Any]:
-    own = (
-        "weights of its own, in `backbone.safetensors`"
-        if notes.get("tuned")
-        else "frozen; its weights are not included"
-    )
+def model_facts(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the parts of a model, from what `IGROTModel.describe` returns."""
+    tuned = notes.get("tuned")
+    own = "weights of its own, in `backbone.safetensors`" if tuned else "frozen; its weights are not part of this model"
     return {
         "backbone": f"`{notes['backbone']}`, {own}",
         "backbone's hash": f"`{notes['backbone_fingerprint']}` (weights and preprocessing; checked when loading)",
@@ -153,21 +151,21 @@ def _components(notes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _head(head: Mapping[str, Any]) -> str:
     options = ", ".join(f"{key} {value}" for key, value in head.items() if key != "kind")
-    return f"`{head['kind']}`" + (f" ({options})" if options else "")
+    return head["kind"] + (f" ({options})" if options else "")
 
 
-def _training(card: Mapping[str, Any]) -> dict[str, Any]:
-    if not card:
-        return {"": "not recorded"}
+def training_facts(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a training: its data, settings and best epoch; facts that are not known are None or empty."""
     config, classes, best = card.get("config") or {}, card.get("classes") or (), card.get("best") or {}
     named = ", ".join(classes[:_NAMED_CLASSES]) + (", ..." if len(classes) > _NAMED_CLASSES else "")
     settings = {
         group: ", ".join(f"{key} {value}" for key, value in (config.get(group) or {}).items() if key != "root")
         for group in ("data", "loss", "recipe", "precision")
     }
-    metrics = [f"{key} {value:.4g}" for key, value in best.items() if key != "epoch"]
+    of_all = f" of {config['recipe']['epochs']}" if "recipe" in config else ""
+    metrics = ", ".join(f"{key} {value:.4g}" for key, value in best.items() if key != "epoch")
     return {
-        "data": f"`{card['data']}`" if "data" in card else None,
+        "data": card.get("data"),
         "samples": f"{card['samples']:,}" if "samples" in card else None,
         "left out": f"{card['skipped']:,}" if card.get("skipped") else None,
         "classes": f"{len(classes)} ({named})" if classes else None,
@@ -177,8 +175,8 @@ def _training(card: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": settings["recipe"],
         "precision": settings["precision"].removeprefix("trainer "),
         "seed": config.get("seed"),
-        "best epoch": ", ".join([f"{best['epoch'] + 1:.0f}", *metrics]) if "epoch" in best else None,
-        "converted from": f"`{Path(card['source']).name}`" if "source" in card else None,
+        "best epoch": f"{best['epoch'] + 1:.0f}{of_all} ({metrics})" if "epoch" in best else None,
+        "converted from": Path(card["source"]).name if "source" in card else None,
         "target in the original": card.get("reference_target"),
         "whole configuration": "in `model.json`" if config else None,
     }

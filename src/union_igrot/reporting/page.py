@@ -30,6 +30,7 @@ from union_igrot.evaluation.tables import (
 from union_igrot.reporting.charts import Curve, layout_chart
 from union_igrot.reporting.contact_sheets import Opener
 from union_igrot.reporting.examples import ExampleGroup, ExampleRenderer, example_groups
+from union_igrot.reporting.model_card import model_facts, training_facts
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark
 
@@ -37,7 +38,6 @@ MAX_BYTES = 5_000_000
 """Bound on a page's size; fewer examples are shown to stay within it."""
 MAX_GROUPS = 30
 """Rows of a table of tags or classes; of more, the lowest and the highest are shown."""
-_NAMED_CLASSES = 40
 _LIST_BYTES = 80  # of the list around the first example
 
 
@@ -416,27 +416,8 @@ def _training_facts(card: Mapping[str, Any], model: Mapping[str, Any]) -> list[t
     """Describe what was trained, on what and for how long."""
     if not card:
         return []
-    facts = [("data", str(card.get("data", "not recorded")))]
-    if "samples" in card:
-        facts.append(("samples", f"{card['samples']:,}"))
-    if card.get("skipped"):
-        facts.append(("left out", f"{card['skipped']:,} items"))
-    classes = list(card.get("classes", []))
-    if classes:
-        more = ", ..." if len(classes) > _NAMED_CLASSES else ""
-        facts.append((f"{len(classes)} classes", ", ".join(classes[:_NAMED_CLASSES]) + more))
-    best, settings = dict(card.get("best", {})), card.get("config", {})
-    if "epoch" in best:
-        of_all = f" of {settings['recipe']['epochs']}" if "recipe" in settings else ""
-        metrics = ", ".join(f"{name} {value:.2f}" for name, value in best.items() if name != "epoch")
-        facts.append(("best epoch", f"{best['epoch'] + 1:.0f}{of_all} ({metrics})"))
-    for key, name in (("fusion", "query head"), ("target", "target head"), ("projector", "vision projector")):
-        if model.get(key):
-            options = (f"{value}" if option == "kind" else f"{option} {value}" for option, value in model[key].items())
-            facts.append((name, ", ".join(options)))
-    if model.get("backbone"):
-        tuned = settings.get("model", {}).get("finetune", "none")
-        facts.append(("backbone", f"{model['backbone']}, {'frozen' if tuned == 'none' else f'tuned: {tuned}'}"))
-    if model.get("checkpoint"):
-        facts.append(("heads from", str(model["checkpoint"])))
-    return facts
+    facts = training_facts(card) | {"whole configuration": None}
+    if "fusion" in model:
+        facts |= model_facts(model)
+    facts["heads from"] = model.get("checkpoint")
+    return [(name, str(value).replace("`", "")) for name, value in facts.items() if value not in (None, "")]
