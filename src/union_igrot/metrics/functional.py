@@ -1,8 +1,11 @@
 """Recall, precision and average precision of hit masks, one value per query.
 
-A hit mask has one row per query: the ranking of its candidates, best first, True at relevant candidates. Every
-function returns nan for a query without a relevant candidate; the caller decides whether such a query is left out
-(`average` does) or counts as 0 (`values.nan_to_num(0)`, as DTIN does).
+A hit mask has one row per query: the ranking of its candidates, best first, True at relevant candidates. `n_relevant`
+is the number of relevant candidates of each query in its whole ranking.
+
+Values are 0..1, and nan for a query without a relevant candidate. The caller decides whether such a query is left
+out (`average` does) or counts as 0 (`values.nan_to_num(0)`, as DTIN does). An unknown convention and a k below 1 are a
+ConfigError; masks that contradict `n_relevant`, or end before k with relevant candidates beyond, are a DataError.
 """
 
 from collections.abc import Sequence
@@ -26,18 +29,10 @@ def recall_at_k(
 
     Args:
         hits: Rankings as hit masks, of any depth that includes the first k candidates.
-        n_relevant: Number of relevant candidates of each query in its whole ranking.
+        n_relevant: Number of relevant candidates.
         k: Cut-off, at least 1.
         mode: `any` returns 1 if at least one relevant candidate is among the first k (CIRR, FashionIQ, GeneCIS);
             `fraction` returns the share of them that is (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
-
-    Returns:
-        Values 0..1; nan for a query without a relevant candidate.
-
-    Raises:
-        ConfigError: If k is below 1 or the mode is unknown.
-        DataError: If `hits` and `n_relevant` contradict each other, or `hits` ends before k with relevant candidates
-            beyond.
     """
     _one_of("mode", mode, RecallMode)
     top = _top(hits, k)
@@ -63,17 +58,9 @@ def precision_at_k(
 
     Args:
         hits: Rankings as hit masks, of any depth that includes the first k candidates.
-        n_relevant: Number of relevant candidates of each query in its whole ranking.
+        n_relevant: Number of relevant candidates.
         k: Cut-off, at least 1.
         cut: The convention.
-
-    Returns:
-        Values 0..1; nan for a query without a relevant candidate.
-
-    Raises:
-        ConfigError: If k is below 1 or the convention is unknown.
-        DataError: If `hits` and `n_relevant` contradict each other, or `hits` ends before k with relevant candidates
-            beyond.
     """
     _one_of("cut", cut, PrecisionCut)
     top = _top(hits, k)
@@ -112,18 +99,10 @@ def average_precision(
 
     Args:
         hits: Rankings as hit masks, of any depth that includes the first k candidates.
-        n_relevant: Number of relevant candidates of each query in its whole ranking.
+        n_relevant: Number of relevant candidates.
         k: Cut-off, at least 1; None for the whole ranking.
         norm: Divisor.
         rule: How the area under the precision-recall curve is computed.
-
-    Returns:
-        Values 0..1; nan for a query without a relevant candidate.
-
-    Raises:
-        ConfigError: If k is below 1 or a convention is unknown.
-        DataError: If `hits` and `n_relevant` contradict each other, or `hits` ends before k with relevant candidates
-            beyond.
     """
     _one_of("norm", norm, ApNorm)
     _one_of("rule", rule, ApRule)

@@ -1,7 +1,7 @@
 """Statistics of metrics over queries: bootstrap intervals, paired differences and a randomization test.
 
 The intervals are percentile bootstraps over queries (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapter 13).
+chapter 13). Arguments out of range are a ConfigError, values that are not of the same queries a DataError.
 """
 
 from collections import defaultdict
@@ -25,25 +25,14 @@ _Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 class Interval(NamedTuple):
-    """Bounds of a mean; both nan if there is no value.
-
-    Attributes:
-        low: Lower bound.
-        high: Upper bound.
-    """
+    """Lower and upper bound of a mean; both nan if there is no value."""
 
     low: float
     high: float
 
 
 class Difference(NamedTuple):
-    """Mean difference between two methods and its bounds; nan if there is no pair.
-
-    Attributes:
-        mean: Mean of the first minus mean of the second, over the same queries.
-        low: Lower bound.
-        high: Upper bound.
-    """
+    """Mean difference between two methods over the same queries, and its bounds; nan if there is no pair."""
 
     mean: float
     low: float
@@ -71,9 +60,6 @@ def bootstrap_interval(
 
     Returns:
         The bounds, in the units of `values`.
-
-    Raises:
-        ConfigError: If `level` or `resamples` is out of range.
     """
     return bootstrap_intervals({"values": values}, level, resamples, seed, labels)["values"]
 
@@ -91,17 +77,13 @@ def bootstrap_intervals(
 
     Args:
         values: For each name one value per query; nan is removed.
-        level: Share of resampled means between the bounds, 0..1.
+        level: See `bootstrap_interval`, as for the following.
         resamples: Number of resamples.
         seed: Seed of the draws.
-        labels: If given, the means are macro means; see `bootstrap_interval`.
+        labels: Classes of the queries.
 
     Returns:
         The bounds by name, in the order of `values`.
-
-    Raises:
-        ConfigError: If `level` or `resamples` is out of range.
-        DataError: If the metrics, or metrics and labels, differ in length.
     """
     if not 0 < level < 1:
         raise ConfigError(f"invalid value for level: {level} (expected a number between 0 and 1, such as 0.95)")
@@ -145,17 +127,13 @@ def paired_interval(
     Args:
         first: One value per query.
         second: One value per query, of the same queries in the same order.
-        level: Share of resampled differences between the bounds, 0..1.
+        level: See `bootstrap_interval`, as for the following.
         resamples: Number of resamples.
         seed: Seed of the draws.
-        labels: If given, the means are macro means; see `bootstrap_interval`.
+        labels: Classes of the queries.
 
     Returns:
         Mean of `first` minus `second`, and its bounds. Queries for which either is nan are left out.
-
-    Raises:
-        ConfigError: If `level` or `resamples` is out of range.
-        DataError: If the two differ in length.
     """
     gaps = _differences(first, second)
     low, high = bootstrap_interval(gaps, level, resamples, seed, labels)
@@ -181,10 +159,6 @@ def randomization_test(
     Returns:
         The share of draws at least as far from 0 as the observed difference, the observation itself included: from
         1 / (rounds + 1) to 1. Queries for which either is nan are left out.
-
-    Raises:
-        ConfigError: If `rounds` is below 1.
-        DataError: If the lengths differ or no query has both values.
     """
     if rounds < 1:
         raise ConfigError(f"invalid value for rounds: {rounds} (expected an integer >= 1)")

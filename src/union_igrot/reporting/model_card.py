@@ -151,7 +151,7 @@ def model_facts(notes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _head(head: Mapping[str, Any]) -> str:
     options = ", ".join(f"{key} {value}" for key, value in head.items() if key != "kind")
-    return head["kind"] + (f" ({options})" if options else "")
+    return f"{head['kind']} ({options})" if options else f"{head['kind']}"
 
 
 def training_facts(card: Mapping[str, Any]) -> dict[str, Any]:
