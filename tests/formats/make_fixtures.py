@@ -8,12 +8,13 @@ Run it with a checkout of that commit first on the path, never with the current 
 Images are generated, and every path that reaches a file lies in `SCRATCH`, so that nothing of the machine is written.
 """
 
-# ruff: noqa: PLC0415 - the names of that commit, imported where the old code is needed
+import importlib
 import json
 import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import lance
 import torch
@@ -51,22 +52,29 @@ def main() -> None:
     shutil.rmtree(SCRATCH)
 
 
+def old(module: str) -> ModuleType:
+    """Import a module of that commit; its name may not exist any more."""
+    return importlib.import_module(f"union_igrot.{module}")
+
+
 def model() -> dict[str, object]:
     """A trained model with all heads and the weights of its own backbone, a CLIP of width 16."""
-    from union_igrot.backbones.build import build_backbone
-    from union_igrot.heads.build import build_fusion, build_target
-    from union_igrot.heads.projector import build_projector
-    from union_igrot.model import IGROTModel
 
     torch.manual_seed(0)
-    backbone = build_backbone(f"hf:{clip(SCRATCH / 'clip')}")
-    fusion = build_fusion("transagg", 16, layers=1, heads=2, feedforward=16, start="reference")
-    target = build_target("union", 16, layers=1, heads=1, feedforward=16, start="reference")
-    made = IGROTModel(backbone, fusion, target, {"data": "none", "samples": 3}, build_projector("mlp", 16, hidden=8))
+    backbone = old("backbones.build").build_backbone(f"hf:{clip(SCRATCH / 'clip')}")
+    fusion = old("heads.build").build_fusion("transagg", 16, layers=1, heads=2, feedforward=16, start="reference")
+    target = old("heads.build").build_target("union", 16, layers=1, heads=1, feedforward=16, start="reference")
+    made = old("model").IGROTModel(
+        backbone,
+        fusion,
+        target,
+        {"data": "none", "samples": 3},
+        old("heads.projector").build_projector("mlp", 16, hidden=8),
+    )
     torch.nn.init.normal_(made.projector.down.weight)
     made.tuned, made.training_images = True, frozenset({"0123456789abcdef", "fedcba9876543210"})
     made.save(DATA / "model", half=True)
-    return embedded(IGROTModel.load(DATA / "model"))
+    return embedded(old("model").IGROTModel.load(DATA / "model"))
 
 
 @torch.inference_mode()
@@ -107,25 +115,20 @@ def clip(folder: Path) -> Path:
 
 def index() -> dict[str, object]:
     """An index that `union-index` filled from a list with columns, and two searches in it."""
-    from union_igrot.data.shapes import shapes_cir
-    from union_igrot.model import load_model
-
-    from union_igrot.cli.index import main as union_index
-    from union_igrot.gallery.gallery import Gallery
 
     photos = SCRATCH / "photos"
     photos.mkdir()
     rows = ["path,label,year"]
-    for number, item in enumerate(shapes_cir("val", queries=2, distractors=8).gallery[:5]):
+    for number, item in enumerate(old("data.shapes").shapes_cir("val", queries=2, distractors=8).gallery[:5]):
         item.image.open().save(photos / f"{number}.png")
         rows.append(f"{number}.png,{'even' if number % 2 == 0 else 'odd'},{2000 + number}")
     (photos / "list.csv").write_text("\n".join(rows) + "\n")
     made = SCRATCH / "photos.lance"
     settings = [f"images={photos}/list.csv", f"index={made}", f"cache_dir={SCRATCH}/cache", "progress=false"]
-    command(settings, union_index)
+    command(settings, old("cli.index").main)
     lance.dataset(str(made)).cleanup_old_versions(timedelta(0), delete_unverified=True)
     shutil.copytree(made, DATA / "photos.lance")
-    gallery = Gallery.open(str(made), load_model("tiny"))
+    gallery = old("gallery.gallery").Gallery.open(str(made), old("model").load_model("tiny"))
     answers = gallery.search(text="a red circle", k=5)
     filtered = gallery.search(text="a red circle", where="label = 'odd' and year > 2000", k=5)
     return {
@@ -137,17 +140,14 @@ def index() -> dict[str, object]:
 
 def features() -> dict[str, object]:
     """A feature store of two additions, the second with tokens."""
-    from union_igrot.store.features import FeatureStore
-
-    from union_igrot.types import Features
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.arange(float(torch.tensor(shape).prod())).reshape(shape) / 8
 
-    with FeatureStore(DATA / "cache", "print-1", "float16", backbone="tiny") as store:
-        store.add(["a", "b"], Features(numbers(2, 4)))
+    with old("store.features").FeatureStore(DATA / "cache", "print-1", "float16", backbone="tiny") as store:
+        store.add(["a", "b"], old("types").Features(numbers(2, 4)))
         mask = torch.tensor([[True, True, False], [True, True, True]])
-        store.add(["c", "d"], Features(numbers(2, 4) + 1, numbers(2, 3, 4), mask, torch.tensor([1, 2])))
+        store.add(["c", "d"], old("types").Features(numbers(2, 4) + 1, numbers(2, 3, 4), mask, torch.tensor([1, 2])))
         read = store.get(["d", "c"], tokens=True)
         return {
             "pooled": store.get(["a", "b", "c", "d"]).pooled.tolist(),
@@ -159,21 +159,17 @@ def features() -> dict[str, object]:
 
 def run() -> None:
     """The folder of a finished `union-train`, with a smaller projector and without checkpoints and reports."""
-    from union_igrot.heads.projector import build_projector
-    from union_igrot.model import IGROTModel
-
-    from union_igrot.cli.train import main as union_train
 
     folder = SCRATCH / "run"
     settings = [*TRAIN, f"output_dir={folder}", f"cache_dir={SCRATCH}/cache"]
-    command(settings, union_train)
-    trained = IGROTModel.load(folder / "model")
-    trained.projector = build_projector("mlp", trained.backbone.dim, hidden=8)
+    command(settings, old("cli.train").main)
+    trained = old("model").IGROTModel.load(folder / "model")
+    trained.projector = old("heads.projector").build_projector("mlp", trained.backbone.dim, hidden=8)
     torch.nn.init.normal_(trained.projector.down.weight, std=0.05)
     trained.save(folder / "model")
     notes = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**notes, "stage": "trained"}) + "\n")
-    command(settings, union_train)  # evaluates that model and ends the run
+    command(settings, old("cli.train").main)  # evaluates that model and ends the run
     (DATA / "run").mkdir()
     for name in ("run.json", "config.yaml", "results.json", "results.csv"):
         shutil.copy(folder / name, DATA / "run" / name)
