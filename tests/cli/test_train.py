@@ -86,7 +86,7 @@ def interrupted_before_evaluation(run: Run, folder: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("union_igrot.cli.results.evaluate", stop)
+        patch.setattr("union_igrot.cli.results.evaluate_benchmark", stop)
         with pytest.raises(SystemExit) as stopped:
             train(run.settings_for(folder))
     assert stopped.value.code == 130

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import scoring
-from union_igrot.evaluation.evaluate import evaluate, means, method_result
+from union_igrot.evaluation.evaluate import evaluate_benchmark, means, method_result
 from union_igrot.evaluation.ranking import rank_chunks
 from union_igrot.evaluation.results import EvaluationResult
 from union_igrot.evaluation.scoring import RANKING_DEPTH, Relevance, score
@@ -291,7 +291,7 @@ def found(tmp_path_factory):
     backbone = LinearBackbone()
     filled = encoder(tmp_path_factory.mktemp("cache"), backbone)
     return [
-        evaluate(trainable("transagg", "union", backbone), benchmark, filled, seed=1)
+        evaluate_benchmark(trainable("transagg", "union", backbone), benchmark, filled, seed=1)
         for benchmark in (cir_benchmark(40, 60), sbir_benchmark(60, 40))
     ]
 
@@ -340,7 +340,9 @@ def test_figures_by_tag_are_means_over_their_queries(found):
 
 def test_the_same_seed_gives_the_same_results(tmp_path, found):
     backbone = LinearBackbone()
-    again = evaluate(trainable("transagg", "union", backbone), cir_benchmark(40, 60), encoder(tmp_path, backbone), 1)
+    again = evaluate_benchmark(
+        trainable("transagg", "union", backbone), cir_benchmark(40, 60), encoder(tmp_path, backbone), 1
+    )
     timeless = [[replace(one, seconds={}) for one in result.methods] for result in (again, found[0])]
     assert timeless[0] == timeless[1]
 
@@ -352,7 +354,7 @@ def test_chance_is_what_chance_expects(tmp_path):
     asked = tuple(Query(f"q{i}", Noise(0), "x", (f"g{rng.randrange(gallery)}",)) for i in range(queries))
     benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1", "R@10", "mAP"), "mAP"))
     backbone = LinearBackbone()
-    chance = evaluate(baseline(backbone, "image"), benchmark, encoder(tmp_path, backbone)).methods[0]
+    chance = evaluate_benchmark(baseline(backbone, "image"), benchmark, encoder(tmp_path, backbone)).methods[0]
     harmonic = sum(1 / rank for rank in range(1, gallery + 1)) / gallery
     expected = {"R@1": 1 / gallery, "R@10": 10 / gallery, "mAP": harmonic}
     for name, mean in expected.items():
@@ -364,6 +366,8 @@ def test_chance_is_what_chance_expects(tmp_path):
 def test_evaluation_leaves_the_model_in_evaluation_mode(tmp_path):
     backbone = LinearBackbone()
     model = trainable("transagg", "union", backbone, dropout=0.5).train()
-    first, second = (evaluate(model, cir_benchmark(8), encoder(tmp_path, backbone)).methods[-1] for _ in range(2))
+    first, second = (
+        evaluate_benchmark(model, cir_benchmark(8), encoder(tmp_path, backbone)).methods[-1] for _ in range(2)
+    )
     assert not model.training
     assert first.metrics == second.metrics

@@ -7,7 +7,7 @@ import pytest
 
 from small_world import LinearBackbone, cir_benchmark, encoder, trainable
 from union_igrot.errors import CheckpointError
-from union_igrot.evaluation.evaluate import average_parts, evaluate, seen_images
+from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, seen_images
 from union_igrot.evaluation.results import SeenImages
 from union_igrot.images.identity import image_identities
 from union_igrot.models.model import IGROTModel, load
@@ -57,10 +57,10 @@ def test_results_of_trained_heads_hold_it_and_a_backbone_alone_has_none(model, t
     benchmark = cir_benchmark(queries=8, gallery=10)
     model.training_images = image_identities([benchmark.gallery[0].image])
     filled = encoder(tmp_path, model.backbone)
-    found = evaluate(model, benchmark, filled)
+    found = evaluate_benchmark(model, benchmark, filled)
     assert [one.seen_images for one in found.methods[:-1]] == [None] * 4
     assert found.methods[-1].seen_images.gallery == 1
-    alone = evaluate(model, benchmark, filled, trained=False)
+    alone = evaluate_benchmark(model, benchmark, filled, trained=False)
     assert list(alone.scored[0].scores) == ["chance", "image", "text", "sum"]
     assert not any(one.differences for one in alone.methods)
     assert [one.metrics for one in alone.methods] == [one.metrics for one in found.methods[:-1]]
@@ -71,8 +71,8 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     model, filled = trainable("sum", "frozen", backbone), encoder(tmp_path, backbone)
     one = cir_benchmark(queries=8, gallery=10, name="a")
     model.training_images = image_identities([one.gallery[0].image, one.gallery[1].image])
-    first = evaluate(model, one, filled)
-    same = evaluate(model, replace(one, name="b"), filled)
+    first = evaluate_benchmark(model, one, filled)
+    same = evaluate_benchmark(model, replace(one, name="b"), filled)
     methods = average_parts([first, same], "both").methods
     shared = methods[-1]
     assert (shared.n_queries, shared.n_gallery) == (16, 10)
@@ -88,7 +88,7 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
 
 def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
     filled = encoder(tmp_path, model.backbone)
-    parts = [evaluate(model, cir_benchmark(8, size, size, name=str(size)), filled) for size in (10, 12)]
+    parts = [evaluate_benchmark(model, cir_benchmark(8, size, size, name=str(size)), filled) for size in (10, 12)]
     mean = average_parts(parts, "mean").methods[-1]
     assert mean.n_gallery == 22
     assert mean.seen_images is None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from small_world import DIM, TRANSAGG, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.evaluation import evaluate as evaluation
-from union_igrot.evaluation.evaluate import evaluate
+from union_igrot.evaluation.evaluate import evaluate_benchmark
 from union_igrot.features.embedding import embed, embed_each
 from union_igrot.features.extractor import Encoder, Shelf
 from union_igrot.features.store import FeatureStore
@@ -46,14 +46,14 @@ def test_an_evaluation_passes_each_picture_and_text_and_the_null_text_once(tmp_p
     monkeypatch.setattr(evaluation, "embed_each", functools.partial(embed_each, room=room))
     backbone, benchmark = LinearBackbone(), make()
     model = trainable("transagg", target, backbone)
-    evaluate(model, benchmark, encoder(tmp_path, backbone))
+    evaluate_benchmark(model, benchmark, encoder(tmp_path, backbone))
     assert sum(backbone.image_batches) == len(pictures_of(benchmark))
     spoken = sorted(itertools.chain(*backbone.text_batches))
     assert spoken == sorted({query.text or "" for query in benchmark.queries} | {""})
     texts = len(set(spoken)) - 1
     assert len(backbone.text_batches) == 1 + -(-texts // 8)
     before = len(backbone.image_batches)
-    evaluate(model, benchmark, encoder(tmp_path, backbone))
+    evaluate_benchmark(model, benchmark, encoder(tmp_path, backbone))
     assert len(backbone.image_batches) == before
     assert sorted(itertools.chain(*backbone.text_batches)) == spoken
 

@@ -15,7 +15,7 @@ from html_page import Page, check_page
 from small_runs import Run
 from small_world import Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.errors import ImageError
-from union_igrot.evaluation.evaluate import average_parts, evaluate
+from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, TagMetric
 from union_igrot.evaluation.tables import method_name
 from union_igrot.reporting.examples import RESULTS, SHOWN, example_groups
@@ -42,7 +42,7 @@ def parts(tmp_path_factory):
     """Composed queries, sketches, and composed queries once more."""
     model, filled = trainable(), encoder(tmp_path_factory.mktemp("store"))
     asked = cir_benchmark(), sbir_benchmark(), cir_benchmark(seed=1, name="more_noise")
-    return [evaluate(model, benchmark, filled) for benchmark in asked]
+    return [evaluate_benchmark(model, benchmark, filled) for benchmark in asked]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_every_tile_says_in_words_and_by_its_frame_whether_it_is_right(noise):
     page = check_page(drawn(composed))
     (scored,) = composed.scored
     benchmark, scores = scored.benchmark, scored.scores["trained"]
-    drawer = [place for group in example_groups(scored, "trained") for place in group.places]
+    drawer = [place for group in example_groups(scored, "trained") for place in group.rows]
     tiles = page.all("li")
     starts = [n for n, one in enumerate(tiles) if one.get("class") == "example"]
     assert len(starts) == len(drawer)
@@ -175,12 +175,12 @@ def test_the_worst_and_the_best_are_what_a_slow_search_finds():
         return taken
 
     _, worst, best = example_groups(ScoredBenchmark(benchmark, scores), "trained")
-    assert worst.places == few(sorted((n for n in known if own[n] < 1), key=lambda n: (own[n], -other[n], n)))
-    assert best.places == few(sorted((n for n in known if own[n] > 0), key=lambda n: (-own[n], other[n], n)))
+    assert worst.rows == few(sorted((n for n in known if own[n] < 1), key=lambda n: (own[n], -other[n], n)))
+    assert best.rows == few(sorted((n for n in known if own[n] > 0), key=lambda n: (-own[n], other[n], n)))
     assert "At most 2 per class" in worst.description
     perfect = {"trained": Scores({"mAP": torch.ones(queries)}, ranking)}
     _, worst, best = example_groups(ScoredBenchmark(benchmark, perfect), "trained")
-    assert (worst.places, len(best.places)) == ([], SHOWN)
+    assert (worst.rows, len(best.rows)) == ([], SHOWN)
     assert worst.description.startswith("None")
 
 
@@ -263,7 +263,7 @@ def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
     assert len(text.encode()) <= limit
     examples = len(page.all("li", **{"class": "example"}))
     left = [int(n) for n in re.findall(r"(\d+) more do not fit", text)]
-    asked = sum(len(group.places) for one in noise for group in example_groups(one.scored[0], "trained"))
+    asked = sum(len(group.rows) for one in noise for group in example_groups(one.scored[0], "trained"))
     assert examples + sum(left) == asked
     assert f"a page of {limit:,} bytes" in text
     # Nothing is given away: one more example would not have fitted.
@@ -343,7 +343,7 @@ def test_each_gallery_picture_is_decoded_once(noise):
         return source.open()
 
     drawn(noise[0], open_image=counted)
-    queries = sum(len(group.places) for group in example_groups(scored, "trained"))
+    queries = sum(len(group.rows) for group in example_groups(scored, "trained"))
     assert len(opened) - queries <= len(scored.benchmark.gallery)
 
 

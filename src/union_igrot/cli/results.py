@@ -10,7 +10,7 @@ from rich.console import Console
 from union_igrot.cli.page import write_run_page
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation.evaluate import average_parts, evaluate, method_result
+from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, method_result
 from union_igrot.evaluation.predictions import score_predictions
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark
 from union_igrot.evaluation.scoring import score
@@ -59,7 +59,9 @@ def evaluate_and_report(
         if not any(query.targets for query in benchmark.queries):
             result += EvaluationResult(scored=(submit(model, benchmark, encoder, folder),))
             continue
-        found = evaluate(model, benchmark, encoder, seed, trained=checkpoint is not None, checkpoint=checkpoint)
+        found = evaluate_benchmark(
+            model, benchmark, encoder, seed, trained=checkpoint is not None, checkpoint=checkpoint
+        )
         parts.append(found)
         result += found
         write_results(folder, result)

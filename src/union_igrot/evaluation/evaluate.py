@@ -34,7 +34,7 @@ def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
     return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
 
 
-def evaluate(
+def evaluate_benchmark(
     model: IGROTModel,
     benchmark: Benchmark,
     encoder: Encoder,

@@ -82,12 +82,12 @@ def benchmark_sheet(
     """
     everything = scored.benchmark.queries
     count = min(queries, len(everything))
-    chosen = [round(index * (len(everything) - 1) / max(1, count - 1)) for index in range(count)]
+    chosen = [round(i * (len(everything) - 1) / max(1, count - 1)) for i in range(count)]
     ranking = scored.scores[method].ranking
 
-    def row(place: int) -> SheetRow:
-        query = everything[place]
-        pairs = zip(ranking.positions[place, :results].tolist(), ranking.scores[place, :results].tolist(), strict=True)
+    def row_of(index: int) -> SheetRow:
+        query = everything[index]
+        pairs = zip(ranking.positions[index, :results].tolist(), ranking.scores[index, :results].tolist(), strict=True)
         found = [(scored.benchmark.gallery[at], score) for at, score in pairs if at >= 0]  # a subset may be padded
         return SheetRow(
             query_text(query) or "",
@@ -96,7 +96,7 @@ def benchmark_sheet(
             [item.id in query.targets for item, _ in found] if query.targets else (),
         )
 
-    contact_sheet(path, [row(place) for place in chosen])
+    contact_sheet(path, [row_of(index) for index in chosen])
 
 
 def query_text(query: Query) -> str | None:

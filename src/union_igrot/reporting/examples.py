@@ -37,12 +37,12 @@ class ExampleGroup:
     Attributes:
         title: Its heading.
         description: How they were chosen.
-        places: The queries' positions in the benchmark.
+        rows: Positions of the queries in the benchmark.
     """
 
     title: str
     description: str
-    places: Sequence[int]
+    rows: Sequence[int]
 
 
 def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> list[ExampleGroup]:
@@ -69,7 +69,7 @@ def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> 
     own = scores[method].values[primary]
     others = [one.values[primary] for key, one in scores.items() if key not in (method, "chance")]
     rest = torch.stack(others).nan_to_num(0.0).amax(0) if others else torch.zeros_like(own)
-    known = [place for place in range(total) if own[place].isfinite()]
+    known = [row for row in range(total) if own[row].isfinite()]
     failed = sorted((p for p in known if own[p] < 1), key=lambda p: (float(own[p]), -float(rest[p]), p))
     solved = sorted((p for p in known if own[p] > 0), key=lambda p: (-float(own[p]), float(rest[p]), p))
     per_class = f" At most {_PER_CLASS} per class." if any(query.label for query in benchmark.queries) else ""
@@ -93,17 +93,17 @@ def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> 
     ]
 
 
-def _few_per_class(benchmark: Benchmark, places: Sequence[int], count: int) -> list[int]:
+def _few_per_class(benchmark: Benchmark, rows: Sequence[int], count: int) -> list[int]:
     """Take the first queries, a few per class, so that no class fills the group."""
     taken: list[int] = []
     per_class: Counter[str] = Counter()
-    for place in places:
-        label = benchmark.queries[place].label
+    for row in rows:
+        label = benchmark.queries[row].label
         if label is not None and per_class[label] >= _PER_CLASS:
             continue
         if label is not None:
             per_class[label] += 1
-        taken.append(place)
+        taken.append(row)
         if len(taken) == count:
             break
     return taken
@@ -136,9 +136,9 @@ class ExampleRenderer:
         self._at = {item.id: position for position, item in enumerate(scored.benchmark.gallery)}
         self._thumbnails: dict[int, Thumbnail | None] = {}
 
-    def render(self, place: int) -> Markup:
+    def render(self, row: int) -> Markup:
         """Return a query with its first results as HTML, every text escaped."""
-        query = self._benchmark.queries[place]
+        query = self._benchmark.queries[row]
         text = shorten(query_text(query) or query.id, _TEXT_LENGTH)
         tile = {
             "kind": "query",
@@ -147,35 +147,35 @@ class ExampleRenderer:
             "alt": f"query: {text}",
             "image": thumbnail(query.image, self._open),
         }
-        tiles = [tile, *self._results(place)]
-        return Markup(self._template.render(text=text, values=self._values(place), tiles=tiles))
+        tiles = [tile, *self._results(row)]
+        return Markup(self._template.render(text=text, values=self._values(row), tiles=tiles))
 
-    def _values(self, place: int) -> str:
+    def _values(self, row: int) -> str:
         """Describe the primary metric of every method for one query, and the rank of its first relevant result."""
-        query, primary = self._benchmark.queries[place], self._benchmark.protocol.primary
+        query, primary = self._benchmark.queries[row], self._benchmark.protocol.primary
         name = shorten(query.id, _NAME_LENGTH)
         if not query.targets:
             return f"{name}; targets not published"
         values = [
-            f"{method_name(method)} {format_percent(100 * float(one.values[primary][place]))}"
+            f"{method_name(method)} {format_percent(100 * float(one.values[primary][row]))}"
             for method, one in reversed(list(self._scores.items()))
             if method != "chance" and primary in one.values
         ]
-        rank = self._rank_of(place, set(query.targets))
+        rank = self._rank_of(row, set(query.targets))
         first = f"first target at rank {rank}" if rank else f"no target among the first {self._ranking.shape[1]}"
         return f"{name}; {first}; {primary}: {', '.join(values)}"
 
-    def _ranked(self, place: int) -> list[int]:
-        return [at for at in self._ranking[place].tolist() if at >= 0]  # a subset may be padded with -1
+    def _ranked(self, row: int) -> list[int]:
+        return [at for at in self._ranking[row].tolist() if at >= 0]  # a subset may be padded with -1
 
-    def _rank_of(self, place: int, names: set[str]) -> int | None:
+    def _rank_of(self, row: int, names: set[str]) -> int | None:
         gallery = self._benchmark.gallery
-        return next((rank for rank, at in enumerate(self._ranked(place), 1) if gallery[at].id in names), None)
+        return next((rank for rank, at in enumerate(self._ranked(row), 1) if gallery[at].id in names), None)
 
-    def _results(self, place: int) -> Iterator[dict[str, Any]]:
-        query, targets = self._benchmark.queries[place], set(self._benchmark.queries[place].targets)
+    def _results(self, row: int) -> Iterator[dict[str, Any]]:
+        query, targets = self._benchmark.queries[row], set(self._benchmark.queries[row].targets)
         found = False
-        for rank, at in enumerate(self._ranked(place)[:RESULTS], 1):
+        for rank, at in enumerate(self._ranked(row)[:RESULTS], 1):
             relevant = self._benchmark.gallery[at].id in targets
             found = found or relevant
             if not targets:
@@ -185,7 +185,7 @@ class ExampleRenderer:
             else:
                 yield self._tile(at, "wrong", f"{rank} ✗ wrong", f"result {rank}, wrong")
         if targets and not found:
-            missed = self._rank_of(place, {query.targets[0]})
+            missed = self._rank_of(row, {query.targets[0]})
             where = f"rank {missed}" if missed else f"after {self._ranking.shape[1]}"
             yield self._tile(self._at[query.targets[0]], "missed", f"missed ({where})", "a target that was missed")
 

@@ -85,7 +85,7 @@ class _Examples:
 
     @property
     def left_out(self) -> str:
-        missing = len(self.group.places) - len(self.drawn)
+        missing = len(self.group.rows) - len(self.drawn)
         return f"{missing} more do not fit into a page of {self.limit:,} bytes." if missing else ""
 
 
@@ -172,13 +172,13 @@ def render_page(
 
 def _fit(sections: Sequence[_Section], free: int) -> None:
     """Render examples until the page is full: the first of every group, then the second of every group, ..."""
-    queues = [[(one, place) for place in one.group.places] for section in sections for one in section.examples]
+    queues = [[(one, row) for row in one.group.rows] for section in sections for one in section.examples]
     for turn in zip_longest(*queues):
         for pair in turn:
             if pair is None:
                 continue
-            examples, place = pair
-            html = examples.renderer.render(place)
+            examples, row = pair
+            html = examples.renderer.render(row)
             free -= len(html.encode()) + _LIST_BYTES
             if free < 0:
                 return
@@ -324,17 +324,17 @@ def class_groups(scored: ScoredBenchmark, seen: Sequence[str]) -> QueryGroups | 
         seen: Classes that were trained on, which are marked.
     """
     benchmark, scores = scored.benchmark, scored.scores
-    places: dict[str, list[int]] = {}
-    for place, query in enumerate(benchmark.queries):
+    members: dict[str, list[int]] = {}
+    for row, query in enumerate(benchmark.queries):
         if query.label is not None:
-            places.setdefault(query.label, []).append(place)
+            members.setdefault(query.label, []).append(row)
     primary = benchmark.protocol.primary
-    if not places or any(primary not in one.values for one in scores.values()):
+    if not members or any(primary not in one.values for one in scores.values()):
         return None
     found: list[tuple[str, int, list[float]]] = []
-    for label, held in sorted(places.items()):
-        columns = [one.values[primary][torch.tensor(held)] for one in reversed(list(scores.values()))]
-        found.append((label, len(held), [100 * float(column.nanmean()) for column in columns]))
+    for label, rows in sorted(members.items()):
+        columns = [one.values[primary][torch.tensor(rows)] for one in reversed(list(scores.values()))]
+        found.append((label, len(rows), [100 * float(column.nanmean()) for column in columns]))
     names = [method_name(name) for name in reversed(list(scores))]
     return _group("By class", "class", primary, names, found, set(seen))
 
