@@ -1,6 +1,7 @@
 """The guards of the house: imports, budgets, every configuration."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -155,6 +156,17 @@ def test_nothing_heavy_is_imported_before_the_configuration_is_known(name, argum
 def test_public_names_are_there_and_described(name):
     thing = getattr(union_igrot, name)
     assert inspect.getdoc(thing), f"{name} has no docstring"
+
+
+LAZY = [path.parent for path in FILES if path.name == "__init__.py" and "if TYPE_CHECKING:" in path.read_text()]
+
+
+@pytest.mark.parametrize("folder", LAZY, ids=lambda folder: folder.name)
+def test_lazy_names_are_those_that_type_checkers_see(folder):
+    module = importlib.import_module(".".join(folder.relative_to(SRC.parent).parts))
+    (block,) = (node for node in ast.parse((folder / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    assert sorted(name.asname or name.name for line in block.body for name in line.names) == dir(module)
+    assert all(hasattr(module, name) for name in dir(module))
 
 
 def test_an_unknown_name_is_answered_with_the_public_ones():

@@ -1,1 +1,30 @@
 """Decoding of images, their identity, and conversion to model inputs."""
+
+from typing import TYPE_CHECKING
+
+from union_igrot._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from union_igrot.images.crop import Crop as Crop
+    from union_igrot.images.decode import as_image as as_image, open_image as open_image
+    from union_igrot.images.identity import image_identity as image_identity
+    from union_igrot.images.transforms import (
+        ImageToPixels as ImageToPixels,
+        ImageToTensor as ImageToTensor,
+        image_batch as image_batch,
+        model_input as model_input,
+    )
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Crop": "crop",
+        "ImageToPixels": "transforms",
+        "ImageToTensor": "transforms",
+        "as_image": "decode",
+        "image_batch": "transforms",
+        "image_identity": "identity",
+        "model_input": "transforms",
+        "open_image": "decode",
+    },
+)

@@ -1,1 +1,27 @@
 """The generated world: scenes, images, benchmarks, and the pretraining of the bundled tiny backbone."""
+
+from typing import TYPE_CHECKING
+
+from union_igrot._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from union_igrot.synthetic.scenes import Edit as Edit, Scene as Scene, Thing as Thing
+    from union_igrot.synthetic.shapes import (
+        ShapesImage as ShapesImage,
+        shapes_cir as shapes_cir,
+        shapes_sbir as shapes_sbir,
+        shapes_training as shapes_training,
+    )
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Edit": "scenes",
+        "Scene": "scenes",
+        "ShapesImage": "shapes",
+        "Thing": "scenes",
+        "shapes_cir": "shapes",
+        "shapes_sbir": "shapes",
+        "shapes_training": "shapes",
+    },
+)
