@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from small_world import Noise
 from union_igrot.errors import ConfigError, ImageError
 from union_igrot.images.decode import as_image, check_image, image_key, open_image
 
@@ -225,7 +224,7 @@ def test_a_decompression_bomb_is_an_error_and_a_large_image_is_no_warning(tmp_pa
 
 @given(st.sampled_from(["jpg", "png", "webp", "tif", "gif", "bmp"]), st.data())
 @settings(max_examples=60, deadline=None)
-def test_no_damage_raises_anything_but_a_image_error(tmp_path_factory, suffix, data):
+def test_no_damage_raises_anything_but_an_image_error(tmp_path_factory, suffix, data):
     content = bytearray(encoded(suffix))
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, min(len(content) - 1, 400)))] = data.draw(st.integers(0, 255))
@@ -248,9 +247,10 @@ def test_warning_filters_are_restored_after_many_threads(tmp_path, monkeypatch):
     assert list(warnings.filters) == before
 
 
-def test_a_image_opens_itself():
+def test_a_lazy_image_opens_itself():
     image = noise(4, 3)
     assert open_image(Held(image)) is image
+    assert as_image(Held(image)) is image
     assert open_image(Held(Image.new("L", (2, 2), 5))).mode == "RGB"
 
 
@@ -318,15 +318,11 @@ def forms(folder: Path) -> dict[str, object]:
     }
 
 
-def test_every_form_of_a_image_gives_the_same_pixels(tmp_path):
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path):
     for name, form in forms(tmp_path).items():
         assert same(as_image(form)), name
         if name == "open file":
             form.close()
-
-
-def test_a_image_of_ones_own_is_opened():
-    assert same(as_image(Noise(3, 1)), np.asarray(Noise(3, 1).open()))
 
 
 def test_gray_is_spread_over_the_colors():
@@ -401,7 +397,7 @@ def test_a_large_jpeg_in_memory_may_be_decoded_small():
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, tuple) else "",
 )
-def test_what_is_no_image_is_one_clear_line(given, parts):
+def test_other_objects_are_errors_of_one_line(given, parts):
     with pytest.raises(ImageError) as caught:
         as_image(given)
     assert "\n" not in str(caught.value)

@@ -57,19 +57,6 @@ def test_other_files_are_known_by_folder_name_and_size(tmp_path):
     assert not same(places[0], tmp_path / "missing" / "1.jpg")
 
 
-def test_no_file_is_opened(tmp_path, monkeypatch):
-    image = tmp_path / "cup" / "1.jpg"
-    image.parent.mkdir()
-    image.write_bytes(b"x")
-
-    def opened(*_, **__):
-        raise AssertionError("a file was opened")
-
-    for name in ("builtins.open", "io.open", "os.open"):
-        monkeypatch.setattr(name, opened)
-    assert len(image_identity(image)) == 16
-
-
 def test_a_crop_has_the_identity_of_its_photo():
     photo = Path("VG_100K/7.jpg")
     assert image_identity(Crop(photo, (0, 0, 5, 5))) == image_identity(photo)

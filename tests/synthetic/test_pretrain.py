@@ -71,23 +71,6 @@ def test_images_are_scaled_as_the_backbone_expects(drawn):
     assert 0 <= pixels.min() < pixels.max() <= 1
 
 
-@pytest.mark.slow
-def test_scenes_are_of_the_split_and_sketches_of_seen_shapes(drawn):
-    codes = {}
-    for split in ("train", "val", "test"):
-        for style in drawn.values():
-            style.clear()
-        for number in range(3):
-            caption_batch(f"{split} {number}", split, 40, 60)
-        scenes = drawn["photo"] + drawn["sketch"]
-        assert {scene.split for scene in scenes} == {split}
-        assert not {s.things[0].shape for s in drawn["sketch"]} & set(HELD_OUT_SHAPES)
-        codes[split] = {scene.code for scene in scenes}
-    assert not codes["train"] & codes["val"]
-    assert not codes["train"] & codes["test"]
-    assert not codes["val"] & codes["test"]
-
-
 def test_training_batches_are_the_training_split_and_repeat(monkeypatch):
     asked = []
     monkeypatch.setattr(pretrain_tiny, "caption_batch", lambda *given: asked.append(given))
