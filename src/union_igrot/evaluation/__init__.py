@@ -1,1 +1,34 @@
-"""Package."""
+"""Exact search, scoring under a benchmark's protocol, and evaluation results."""
+
+from typing import TYPE_CHECKING
+
+from union_igrot._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from union_igrot.evaluation.evaluate import (
+        average_parts as average_parts,
+        evaluate_benchmark as evaluate_benchmark,
+        means as means,
+    )
+    from union_igrot.evaluation.exact import exact_topk as exact_topk, rank as rank
+    from union_igrot.evaluation.predictions import score_predictions as score_predictions
+    from union_igrot.evaluation.ranking import rank_chunks as rank_chunks
+    from union_igrot.evaluation.results import (
+        BenchmarkResult as BenchmarkResult,
+        EvaluationResult as EvaluationResult,
+        MethodResult as MethodResult,
+        ScoredBenchmark as ScoredBenchmark,
+    )
+    from union_igrot.evaluation.scoring import score as score
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        **dict.fromkeys(("average_parts", "evaluate_benchmark", "means"), "evaluate"),
+        **dict.fromkeys(("exact_topk", "rank"), "exact"),
+        "score_predictions": "predictions",
+        "rank_chunks": "ranking",
+        **dict.fromkeys(("BenchmarkResult", "EvaluationResult", "MethodResult", "ScoredBenchmark"), "results"),
+        "score": "scoring",
+    },
+)
