@@ -34,7 +34,7 @@ def test_a_hidden_split_is_shown_without_a_verdict(tmp_path, capsys):
     assert f"written to {tmp_path / 'out'}; open {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
 
-def test_rankings_of_another_method_are_shown_even_without_pictures(tmp_path):
+def test_rankings_of_another_method_are_shown_even_without_images(tmp_path):
     WRITERS["circo"](tmp_path / "data", size=60)
     for image in (tmp_path / "data").rglob("*.jpg"):
         image.unlink()
@@ -72,7 +72,7 @@ def test_the_command_names_where_public_data_were_found(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fashioniq", "genecis", "dtin", "cirr", "sketchy"])
-def test_each_kind_of_benchmark_has_a_section_and_its_pictures(name, tmp_path):
+def test_each_kind_of_benchmark_has_a_section_and_its_images(name, tmp_path):
     WRITERS[name](tmp_path / "data")
     evaluate([f"data={name}", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}", "progress=false"])
     text = page_of(tmp_path / "out")

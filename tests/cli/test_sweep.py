@@ -80,7 +80,7 @@ def test_results_that_lie_elsewhere_are_found(place):
     assert [(line["run"], line["percent"]) for line in table(swept(place))] == [(str(other), "3.0000")]
 
 
-def test_a_sweep_without_figures_writes_no_table(place):
+def test_a_sweep_without_metrics_writes_no_table(place):
     run_command("eval", lambda *_: None, ["-m", "seed=0,1"])
     assert {path.name for path in swept(place).iterdir()} == {"jobs", "multirun.yaml", "0", "1"}
 

@@ -64,7 +64,7 @@ def area(hits, relevant, k, protocol):
     return total / (relevant if protocol.ap_norm == "all" else min(k, relevant))
 
 
-def figure(name, benchmark, query, scores):
+def metric(name, benchmark, query, scores):
     kind, _, depth = name.partition("@")
     k = int(depth) if depth else None
     inside = None
@@ -94,7 +94,7 @@ def compare(benchmark, queries, gallery):
     products = (queries.double() @ gallery.double().T).tolist()
     assert list(found.values) == list(benchmark.protocol.metrics)
     for name, column in found.values.items():
-        expected = [figure(name, benchmark, q, row) for q, row in zip(benchmark.queries, products, strict=True)]
+        expected = [metric(name, benchmark, q, row) for q, row in zip(benchmark.queries, products, strict=True)]
         assert column.tolist() == pytest.approx(expected, abs=1e-9, nan_ok=True), name
         assert means(benchmark, found)[name] == pytest.approx(100 * mean_of(benchmark, expected), abs=1e-7)
     for place, (query, row) in enumerate(zip(benchmark.queries, products, strict=True)):
@@ -108,7 +108,7 @@ def compare(benchmark, queries, gallery):
 
 @pytest.mark.parametrize("rule", ["step", "trapezoid", "voc"])
 @pytest.mark.parametrize("norm", ["min", "hits", "all"])
-def test_composed_figures_equal_plain_loops(norm, rule):
+def test_composed_metrics_equal_plain_loops(norm, rule):
     benchmark = cir_benchmark()
     benchmark = replace(benchmark, protocol=replace(benchmark.protocol, ap_norm=norm, ap_rule=rule))
     found = compare(benchmark, *small_integers(benchmark))
@@ -117,7 +117,7 @@ def test_composed_figures_equal_plain_loops(norm, rule):
 
 
 @pytest.mark.parametrize("average", ["micro", "macro"])
-def test_sketch_figures_equal_plain_loops(average):
+def test_sketch_metrics_equal_plain_loops(average):
     benchmark = sbir_benchmark()
     assert len({id(query.targets) for query in benchmark.queries}) == 4
     compare(replace(benchmark, protocol=replace(benchmark.protocol, average=average)), *small_integers(benchmark, 3))
@@ -144,7 +144,7 @@ def test_an_excluded_target_is_no_answer():
     assert kept.values["R@1"].item() == 1.0
 
 
-def test_the_first_answers_never_hold_what_is_excluded():
+def test_the_first_results_never_hold_what_is_excluded():
     benchmark = cir_benchmark(queries=12, gallery=20)
     found = score(benchmark, *small_integers(benchmark))
     assert found.ranking.positions.shape == (12, 19)
@@ -174,7 +174,7 @@ def test_chunks_change_nothing(monkeypatch):
     assert cut.ranking.positions.equal(whole.ranking.positions)
 
 
-def test_some_rows_alone_get_the_figures_they_have_among_all():
+def test_some_rows_alone_get_the_metrics_they_have_among_all():
     benchmark = cir_benchmark()
     queries, gallery = small_integers(benchmark, 2)
     whole = score(benchmark, queries, gallery)
@@ -208,14 +208,14 @@ def test_a_perfect_model_gets_everything_right():
     assert means(benchmark, score(benchmark, gallery[:30], gallery)) == dict.fromkeys(protocol.metrics, 100.0)
 
 
-def test_figures_without_any_value_are_nan_and_survive_json():
+def test_metrics_without_any_value_are_nan_and_survive_json():
     benchmark = cir_benchmark(queries=6)
     hidden = replace(benchmark, queries=tuple(replace(query, targets=()) for query in benchmark.queries))
     found = score(hidden, *small_integers(hidden))
     result = EvaluationResult((method_result(hidden, "trained", found, {}, {}, 0),))
     (again,) = EvaluationResult.from_json(result.to_json()).methods
     for one in (*result.methods, again):
-        assert all(math.isnan(figure) for figure in one.metrics.values())
+        assert all(math.isnan(metric) for metric in one.metrics.values())
         assert all(math.isnan(bound) for span in one.intervals.values() for bound in span)
     assert set(again.to_dict()["metrics"].values()) == {None}
 
@@ -254,7 +254,7 @@ def test_queries_made_on_the_fly_keep_their_own_targets():
     assert [places.tolist() for places in Relevance.of(benchmark).targets] == [[i % 30] for i in range(200)]
 
 
-def test_every_picture_and_text_is_encoded_once_for_all_methods(tmp_path):
+def test_every_image_and_text_is_encoded_once_for_all_methods(tmp_path):
     backbone = LinearBackbone()
     benchmark = cir_benchmark()
     filled = encoder(tmp_path, backbone)
@@ -327,7 +327,7 @@ def test_differences_are_those_of_the_methods(found):
                 assert mean == pytest.approx(trained.metrics[name] - other.metrics[name], abs=1e-6)
 
 
-def test_figures_by_tag_are_means_over_their_queries(found):
+def test_metrics_by_tag_are_means_over_their_queries(found):
     composed, sketches = found
     column = composed.scored[0].scores["trained"].values["mAP"]
     by_tag = composed.methods[-1].by_tag

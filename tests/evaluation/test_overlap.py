@@ -18,7 +18,7 @@ def model():
     return trainable("sum", "frozen")
 
 
-def test_pictures_are_counted_on_both_sides(model):
+def test_images_are_counted_on_both_sides(model):
     benchmark = cir_benchmark(queries=12, gallery=20)
     assert seen_images(model, benchmark) is None
     model.training_images = frozenset()

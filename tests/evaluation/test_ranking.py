@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.evaluation import exact, ranking as room
+from union_igrot.evaluation import exact, ranking as module
 from union_igrot.evaluation.exact import exact_topk
 from union_igrot.evaluation.ranking import rank_chunks
 
@@ -40,15 +40,15 @@ def searches(draw):
     st.booleans(),
     st.data(),
 )
-def test_ranks_and_first_answers_are_those_of_a_full_stable_sort(search, tile, budget, ties, buckets, before, data):
+def test_ranks_and_first_results_are_those_of_a_full_stable_sort(search, tile, budget, ties, buckets, before, data):
     queries, gallery, exclude = search
     orders = slow_order(queries, gallery, exclude)
     k = data.draw(st.integers(1, len(gallery)))
     covered = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "TILE", tile)
-        patch.setattr(room, "_FEW_TIES", ties)
-        patch.setattr(room, "_BUCKETS", buckets)
+        patch.setattr(module, "_FEW_TIES", ties)
+        patch.setattr(module, "_BUCKETS", buckets)
         for chunk in rank_chunks(queries, gallery, exclude, budget):
             mine = orders[chunk.queries]
             covered += mine
@@ -70,7 +70,7 @@ def unit(n, dim, seed):
     return torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1)
 
 
-def test_the_first_answers_are_those_of_the_search_to_the_last_bit():
+def test_the_first_results_are_those_of_the_search_to_the_last_bit():
     # More than one tile each way, and every third item a duplicate.
     queries, gallery = unit(70, 24, 0), unit(5000, 24, 1)
     gallery[2::3] = gallery[0::3][: len(gallery[2::3])]
@@ -87,9 +87,9 @@ def test_scores_of_any_size_are_ranked(scale):
     scores = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale
     scores[1], scores[2, 5:9] = 0.25 * scale, -torch.inf
     scores[3, 0], scores[3, 1] = scale, -scale
-    chunk = room.RankedChunk(slice(0, 4), torch.tensor([200, 200, 196, 200]), scores)
+    chunk = module.RankedChunk(slice(0, 4), torch.tensor([200, 200, 196, 200]), scores)
     everything = torch.arange(200).expand(4, -1)
-    assert chunk.ranks(everything).equal(room._ranks(room._order(scores)) + 1)
+    assert chunk.ranks(everything).equal(module._ranks(module._order(scores)) + 1)
 
 
 def test_threads_change_nothing():
@@ -112,8 +112,8 @@ def test_what_an_accelerator_computes_is_the_same():
     """Its way, a stable sort with positions, on this device."""
     scores = torch.randint(-3, 4, (5, 40), generator=torch.Generator().manual_seed(0)).float()
     places = torch.arange(0, 40, 3).expand(5, -1)
-    chunk = room.RankedChunk(slice(0, 5), torch.full((5,), 40), scores)
-    assert (room._ranks(room._order(scores)).gather(1, places) + 1).equal(chunk.ranks(places))
+    chunk = module.RankedChunk(slice(0, 5), torch.full((5,), 40), scores)
+    assert (module._ranks(module._order(scores)).gather(1, places) + 1).equal(chunk.ranks(places))
 
 
 def test_a_chunk_is_not_used_after_the_next_was_asked_for():

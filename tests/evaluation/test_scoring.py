@@ -70,7 +70,7 @@ def test_a_query_without_targets_is_left_out_or_counts_as_zero():
     assert torch.equal(omitted.nan_to_num(0), counted)
 
 
-def test_means_of_figures_are_figures():
+def test_means_of_metrics_are_metrics():
     benchmark = with_protocol(means=(("R@5", "Rs@1"),))
     found = score(benchmark, *embeddings(benchmark)).values
     expected = (found["R@5"] + found["Rs@1"]) / 2

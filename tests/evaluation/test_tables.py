@@ -37,15 +37,15 @@ def shown(*methods, width=80):
 
 
 @pytest.mark.parametrize("value", [0.0, 12.34, 99.94, 99.99, 100.0])
-def test_eight_figures_and_the_interval_fit_into_80_columns(value):
+def test_eight_metrics_and_the_interval_fit_into_80_columns(value):
     text = shown(*(one(name, value) for name in ("chance", "image", "text", "sum", "trained")))
     table = text[: text.index("percent;")]
     assert table.count("method") == 1
     assert "…" not in table
     for name in (*METRICS, "[low, high]", "image alone", "image + text", "2,000 queries x 12,345 images"):
         assert name in table
-    figure = "100" if value > 99.95 else f"{value:.1f}"
-    assert table.count(f"[{figure}, {figure}]") == 5
+    metric = "100" if value > 99.95 else f"{value:.1f}"
+    assert table.count(f"[{metric}, {metric}]") == 5
     assert "…" not in text
 
 
@@ -114,13 +114,13 @@ def test_what_does_not_fit_goes_into_a_further_table_and_nothing_is_cut_off():
         ({}, "protocol official", "prompt"),
     ],
 )
-def test_a_protocol_says_what_its_figures_use_and_nothing_else(changes, said, not_said):
+def test_a_protocol_says_what_its_metrics_use_and_nothing_else(changes, said, not_said):
     words = describe_protocol(Protocol(**changes))
     assert said in words
     assert not_said not in words
 
 
-def test_what_was_trained_on_is_told_and_marks_the_figure():
+def test_what_was_trained_on_is_told_and_marks_the_metric():
     seen = one("trained", 5.0, seen_images=SeenImages(3, 1200), seen_classes=("cup", "tree"))
     text = " ".join(shown(one("chance", 1.0), seen).split())
     assert "trained * 5.0" in text
@@ -136,7 +136,7 @@ def test_what_was_trained_on_is_told_and_marks_the_figure():
     assert "class23, ...)" in overlap_lines(one("trained", 5.0, seen_classes=many))[1]
 
 
-def test_the_primary_figure_by_tag_is_one_sentence():
+def test_the_primary_metric_by_tag_is_one_sentence():
     tags = {"addition": TagMetric(1234, 56.78), "negation": TagMetric(5, math.nan)}
     assert "mAP@10 of trained by tag (queries): addition 56.8 (1,234), negation - (5)" in " ".join(
         shown(one("trained", 1.0, by_tag=tags)).split()
@@ -156,7 +156,7 @@ def test_what_holds_for_all_parts_stands_under_their_mean_alone():
 @pytest.mark.parametrize(
     ("value", "said"), [(None, "-"), (float("nan"), "-"), (0.04, "0.0"), (99.95, "100.0"), (99.96, "100")]
 )
-def test_figures_have_one_place_and_a_dash_where_there_is_none(value, said):
+def test_metrics_have_one_place_and_a_dash_where_there_is_none(value, said):
     assert format_percent(value) == said
 
 

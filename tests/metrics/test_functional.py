@@ -136,7 +136,7 @@ def test_reference_epsilon_belongs_to_its_pair_alone():
 
 @settings(max_examples=60, deadline=None)
 @given(rankings(), st.integers(1, 30), st.integers(0, 3))
-def test_figures_equal_the_oracles(hits, k, beyond):
+def test_metrics_equal_the_oracles(hits, k, beyond):
     whole = hits.sum(1)
     cut_after = hits.shape[1]
     for n_relevant, ks in ((whole, (k, None)), (whole + beyond, (min(k, cut_after),))):
@@ -211,12 +211,12 @@ def test_irrelevant_candidates_at_the_end_change_nothing(hits, k, more):
 
 @settings(max_examples=60, deadline=None)
 @given(rankings(), st.integers(1, 24))
-def test_every_figure_is_within_0_and_1(hits, k):
+def test_every_metric_is_within_0_and_1(hits, k):
     n_relevant = hits.sum(1)
-    figures = [average_precision(hits, n_relevant, k, norm, rule) for norm in NORMS for rule in RULES]
-    figures += [precision_at_k(hits, n_relevant, k, cut) for cut in CUTS]
-    figures += [recall_at_k(hits, n_relevant, k, mode) for mode in ("any", "fraction")]
-    for values in figures:
+    metrics = [average_precision(hits, n_relevant, k, norm, rule) for norm in NORMS for rule in RULES]
+    metrics += [precision_at_k(hits, n_relevant, k, cut) for cut in CUTS]
+    metrics += [recall_at_k(hits, n_relevant, k, mode) for mode in ("any", "fraction")]
+    for values in metrics:
         assert (values.isnan() == (n_relevant == 0)).all()
         defined = values[~values.isnan()]
         assert ((defined >= 0) & (defined <= 1)).all()
@@ -243,15 +243,15 @@ def test_a_mask_cut_too_early_is_an_error():
 
 
 def test_more_hits_than_relevant_candidates_is_an_error():
-    for figure in (recall_at_k, precision_at_k, average_precision):
+    for metric in (recall_at_k, precision_at_k, average_precision):
         with pytest.raises(DataError, match="row 0 has 2 hits but n_relevant says 1"):
-            figure(mask([1, 1]), count(1), 2)
+            metric(mask([1, 1]), count(1), 2)
 
 
-@pytest.mark.parametrize("figure", [recall_at_k, precision_at_k, average_precision])
-def test_k_below_1_is_an_error(figure):
+@pytest.mark.parametrize("metric", [recall_at_k, precision_at_k, average_precision])
+def test_k_below_1_is_an_error(metric):
     with pytest.raises(ConfigError, match="k: 0 "):
-        figure(mask([1]), count(1), 0)
+        metric(mask([1]), count(1), 0)
 
 
 def test_unknown_conventions_are_errors(monkeypatch):

@@ -65,11 +65,11 @@ def world(queries=23, gallery=31, seed=0):
     return {"hits": hits, "n_relevant": hits.sum(1), "subset": subset, "labels": labels}
 
 
-def feed(figures, data, batches):
+def feed(metrics, data, batches):
     for batch in batches:
         some = torch.tensor(batch)
-        figures.update(data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some])
-    return figures
+        metrics.update(data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some])
+    return metrics
 
 
 def expected_values(data):
@@ -94,10 +94,10 @@ def assert_same(given, expected):
 def test_batches_in_any_order_equal_all_at_once(averaging):
     data = world()
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1)).tolist()
-    figures = feed(RetrievalMetrics(NAMES, averaging=averaging), data, [order[:9], order[9:10], order[10:]])
+    metrics = feed(RetrievalMetrics(NAMES, averaging=averaging), data, [order[:9], order[9:10], order[10:]])
     expected = expected_values(data)
-    assert_same(figures.values(), expected)
-    assert_same(figures.compute(), {n: average(x, data["labels"], averaging) for n, x in expected.items()})
+    assert_same(metrics.values(), expected)
+    assert_same(metrics.compute(), {n: average(x, data["labels"], averaging) for n, x in expected.items()})
     assert expected["Rs@1"][7].isnan()
     assert expected["mAP"][4].isnan()
 
@@ -110,9 +110,9 @@ def test_a_query_that_comes_twice_counts_once():
     assert len(twice.values()["R@1"]) == 23
 
 
-def test_conventions_reach_the_figures():
+def test_conventions_reach_the_metrics():
     data = world()
-    figures = RetrievalMetrics(
+    metrics = RetrievalMetrics(
         ("R@5", "P@5", "mAP@5"), ap_norm="hits", ap_rule="trapezoid", recall="fraction", precision_cut="attainable"
     )
     hits, n_relevant = data["hits"], data["n_relevant"]
@@ -121,7 +121,7 @@ def test_conventions_reach_the_figures():
         "P@5": precision_at_k(hits, n_relevant, 5, "attainable"),
         "mAP@5": average_precision(hits, n_relevant, 5, "hits", "trapezoid"),
     }
-    assert_same(feed(figures, data, [range(23)]).values(), expected)
+    assert_same(feed(metrics, data, [range(23)]).values(), expected)
 
 
 def test_states_lie_in_few_blocks_that_are_made_in_advance():
@@ -143,27 +143,27 @@ def test_states_lie_in_few_blocks_that_are_made_in_advance():
 def test_more_and_fewer_queries_than_expected_are_taken():
     data = world()
     for expected in (1, 7, 100):
-        figures = feed(RetrievalMetrics(NAMES, expected=expected), data, [range(9), range(9, 23)])
-        assert_same(figures.values(), expected_values(data))
+        metrics = feed(RetrievalMetrics(NAMES, expected=expected), data, [range(9), range(9, 23)])
+        assert_same(metrics.values(), expected_values(data))
 
 
-def test_a_batch_s_own_figures_do_not_disturb_those_of_all():
+def test_a_batch_s_own_metrics_do_not_disturb_those_of_all():
     data = world()
-    figures, own = RetrievalMetrics(NAMES, expected=23), []
+    metrics, own = RetrievalMetrics(NAMES, expected=23), []
     for at in (0, 8, 16):
         some = torch.arange(at, min(at + 8, 23))
-        own.append(figures(data["hits"][some], data["n_relevant"][some], some, data["subset"][some]))
-    assert_same(figures.values(), expected_values(data))
+        own.append(metrics(data["hits"][some], data["n_relevant"][some], some, data["subset"][some]))
+    assert_same(metrics.values(), expected_values(data))
     assert_same(own[1], {name: average(x[8:16]) for name, x in expected_values(data).items()})
 
 
 def test_reset_forgets():
     data = world()
-    figures = feed(RetrievalMetrics(NAMES), data, [range(23)])
-    figures.compute()
-    figures.reset()
-    feed(figures, data, [range(10, 12)])
-    assert len(figures.values()["mAP"]) == 2
+    metrics = feed(RetrievalMetrics(NAMES), data, [range(23)])
+    metrics.compute()
+    metrics.reset()
+    feed(metrics, data, [range(10, 12)])
+    assert len(metrics.values()["mAP"]) == 2
 
 
 def test_what_is_missing_is_an_error():

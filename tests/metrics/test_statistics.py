@@ -87,7 +87,7 @@ def test_global_random_states_are_neither_read_nor_changed():
     assert bootstrap_interval(x) == first
 
 
-def test_figures_share_their_resamples():
+def test_metrics_share_their_resamples():
     x = some()
     holes = x.clone()
     holes[3] = torch.nan

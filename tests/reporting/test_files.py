@@ -22,7 +22,7 @@ ONE = method(
 )
 
 
-def test_json_holds_whole_rows_and_csv_a_line_a_figure(tmp_path):
+def test_json_holds_whole_rows_and_csv_a_line_a_metric(tmp_path):
     both = result(ONE, replace(ONE, method="chance, plain"))
     write_results(tmp_path, both)
     assert EvaluationResult.load(tmp_path / "results.json") == both

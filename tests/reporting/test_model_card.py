@@ -36,7 +36,7 @@ GAIN = {"chance": {"R@1": Difference(1.0, 1.0, 1.0), "mAP": Difference(36.0, 33.
 METHODS = [one("chance", 4.0), one("trained", 40.0, differences=GAIN)]
 
 
-def test_a_training_leaves_a_card_with_every_figure(small_run: Run):
+def test_a_training_leaves_a_card_with_every_metric(small_run: Run):
     text = (small_run.folder / "model" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "union-igrot"
@@ -57,7 +57,7 @@ def test_a_training_leaves_a_card_with_every_figure(small_run: Run):
     assert body.count("\n## ") == 6
 
 
-def test_figures_stand_with_counts_protocol_intervals_differences_and_versions():
+def test_metrics_stand_with_counts_protocol_intervals_differences_and_versions():
     text = render_model_card(NOTES, result=result(*METHODS))
     assert "### birds, val: 1,200 queries, 4,000 images" in text
     assert "| method | R@1 | **mAP** |\n| --- | ---: | ---: |" in text
@@ -70,7 +70,7 @@ def test_figures_stand_with_counts_protocol_intervals_differences_and_versions()
     assert "hold for birds under the protocol" in text
 
 
-def test_of_parts_the_figures_are_shown_and_the_protocol_once():
+def test_of_parts_the_metrics_are_shown_and_the_protocol_once():
     whole = [one(name, 4.0, "animals", parts=("birds",)) for name in ("chance", "trained")]
     text = render_model_card(NOTES, result=result(*METHODS, *whole))
     birds, animals = text.split("### birds")[1].split("### animals")
@@ -78,7 +78,7 @@ def test_of_parts_the_figures_are_shown_and_the_protocol_once():
     assert "mean of the parts' means" in animals
 
 
-def test_without_training_or_figures_the_card_says_so():
+def test_without_training_or_metrics_the_card_says_so():
     text = render_model_card({**NOTES, "tuned": True, "card": {}})
     assert f'union_igrot.load("{PLACEHOLDER}")' in text
     assert "not recorded" in text

@@ -79,7 +79,7 @@ def test_a_training_leaves_one_whole_page(small_run: Run):
     assert len(page.all("li", **{"class": "example"})) == 2 * 3 * SHOWN
 
 
-def test_the_figures_are_those_of_the_results(small_run: Run):
+def test_the_metrics_are_those_of_the_results(small_run: Run):
     page = Page((small_run.folder / "report.html").read_text(encoding="utf-8"))
     tables = page.lines_of("95 % bootstrap interval over queries")
     rows = small_run.rows
@@ -91,9 +91,9 @@ def test_the_figures_are_those_of_the_results(small_run: Run):
             row = rows.pop(0)
             assert line[0].removesuffix(" *") == method_name(row["method"])
             for name, cell in zip(names, line[1:], strict=True):
-                figure, low, high = (float(x) for x in re.findall(r"[\d.]+", cell.replace("100[", "100.0[")))
+                metric, low, high = (float(x) for x in re.findall(r"[\d.]+", cell.replace("100[", "100.0[")))
                 low_high = [row["metrics"][name], *row["ci95"][name]]
-                assert [figure, low, high] == pytest.approx(low_high, abs=0.0501)
+                assert [metric, low, high] == pytest.approx(low_high, abs=0.0501)
     assert rows == []
 
 
@@ -200,7 +200,7 @@ def test_where_targets_are_not_published_nothing_is_called_right_or_wrong():
     assert "not published" in "".join(one["text"] for one in page.all("li"))
 
 
-def test_a_subset_that_is_filled_up_shows_no_picture_for_what_is_not_there():
+def test_a_subset_that_is_filled_up_shows_no_image_for_what_is_not_there():
     items = [GalleryItem(f"g{n}", Noise(n)) for n in range(5)]
     found = Benchmark("b", "val", "cir", [Query("q", Noise(9), targets=("g1",))], items, Protocol())
     ranking = Ranking(torch.tensor([[2, 1, -1, -1]]), torch.zeros(1, 4))
@@ -270,7 +270,7 @@ def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
     assert examples == 0 if limit == 40_000 else limit - len(text.encode()) < 70_000
 
 
-def test_a_picture_that_is_not_there_is_said_to_be_and_the_rest_is_shown(noise):
+def test_a_image_that_is_not_there_is_said_to_be_and_the_rest_is_shown(noise):
     composed, (scored,) = noise[0], noise[0].scored
     gone = scored.benchmark.gallery[int(scored.scores["trained"].ranking.positions[0, 0])].image.key
 
@@ -301,7 +301,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(noise, tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_the_mean_of_parts_has_its_table_and_its_differences_and_no_pictures(parts):
+def test_the_mean_of_parts_has_its_table_and_its_differences_and_no_images(parts):
     both = [parts[0], parts[2]]
     text = drawn(*both, average_parts(both, "both_mean"))
     page = check_page(text)
@@ -335,7 +335,7 @@ def test_of_many_classes_the_lowest_and_the_highest_are_shown_and_trained_ones_a
     assert "zero-shot" not in few.description
 
 
-def test_each_gallery_picture_is_decoded_once(noise):
+def test_each_gallery_image_is_decoded_once(noise):
     (scored,), opened = noise[0].scored, []
 
     def counted(source):

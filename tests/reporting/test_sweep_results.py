@@ -63,9 +63,9 @@ def test_runs_that_differ_in_their_seed_are_averaged_and_baselines_stand_once():
         ("", "chance"),
     ]
     column = ("circo", "val")
-    figure = found["tiny", "trained: target=union"].metric(column, "mAP@10")
-    assert (figure.value, figure.runs) == (46.0, 3)
-    assert figure.deviation == pytest.approx(statistics.stdev([45, 46, 47]))
+    metric = found["tiny", "trained: target=union"].metric(column, "mAP@10")
+    assert (metric.value, metric.runs) == (46.0, 3)
+    assert metric.deviation == pytest.approx(statistics.stdev([45, 46, 47]))
     plain = found["tiny", "image alone"].metric(column, "mAP@10")
     assert (plain.value, plain.interval, plain.runs) == (20.0, (19.0, 21.0), 1)
     assert found["", "chance"].metric(column, "mAP@10").value == pytest.approx(1.1)
@@ -89,7 +89,7 @@ def test_evaluations_of_one_checkpoint_share_a_line_over_benchmarks():
     ]
 
 
-def test_baselines_whose_figures_differ_are_told_apart():
+def test_baselines_whose_metrics_differ_are_told_apart():
     jobs = [
         job(n, ("data=circo", f"data.prompt={prompt}"), one("text", value), one("image", 9.0))
         for n, (prompt, value) in enumerate([("union", 4.0), ("searle", 5.0)])
@@ -119,7 +119,7 @@ def test_parts_stand_in_tables_of_their_own_and_not_in_the_first():
     assert [cell.text for cell in heads] == ["model", "method", "iq_mean\nval\nmAP@10"]
 
 
-def test_the_csv_holds_every_figure_ours_and_published(tmp_path):
+def test_the_csv_holds_every_metric_ours_and_published(tmp_path):
     jobs = trained_jobs()
     seen = {"seen_images": SeenImages(1, 2), "seen_classes": ("cup",)}
     jobs[0] = with_trained(jobs[0], **seen)
@@ -171,7 +171,7 @@ def test_the_markdown_sets_chance_and_published_rows_beneath(tmp_path):
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_terminal_cuts_no_figure_off(width):
+def test_the_terminal_cuts_no_metric_off(width):
     jobs = [
         job(n, (f"checkpoint={'x' * 30}{n}",), *(one("trained", 12.3, f"benchmark_{i}") for i in range(8)))
         for n in range(2)
