@@ -35,7 +35,8 @@ from union_igrot.gallery.ingest.batches import Batches
 from union_igrot.gallery.ingest.codec import BatchDecoder
 from union_igrot.gallery.ingest.decode import Decoder, thumbnail_of
 from union_igrot.gallery.ingest.embed import machine_of
-from union_igrot.gallery.ingest.run import Report, Work, ingest_images
+from union_igrot.gallery.ingest.pipeline import embed_entries, ingest_images
+from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.decode import decode_image
 from union_igrot.images.transforms import ImageToPixels, model_input
@@ -131,11 +132,11 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
     return spent
 
 
-def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str) -> Report:
+def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str) -> IngestReport:
     """Index the images."""
     machine = machine_of(model.device, arguments.precision)
     place = folder.parent / "cache"
-    work = Work(arguments.batch, arguments.workers, decoder, progress=False, cache=place, machine=machine)
+    work = IngestOptions(arguments.batch, arguments.workers, decoder, progress=False, cache=place, machine=machine)
     with open_index(uri, dim=model.backbone.dim, create=True) as rows:
         return ingest_images(rows, model, list_images(str(folder)), work)
 
@@ -183,8 +184,8 @@ def tell(
     arguments: argparse.Namespace,
     seconds: dict[str, float],
     steps: dict[str, float],
-    reports: dict[str, Report],
-    again: Report | None,
+    reports: dict[str, IngestReport],
+    again: IngestReport | None,
     size: int,
 ) -> None:
     """Print the metrics."""

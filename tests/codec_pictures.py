@@ -8,10 +8,11 @@ from PIL import ExifTags, Image
 
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing, data_entry
-from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.pipeline import ingest_images
+from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.models.model import load
 
-QUIET = Work(batch_size=4, workers=0, progress=False)
+QUIET = IngestOptions(batch_size=4, workers=0, progress=False)
 
 
 def scene(seed, width=90, height=60):

@@ -13,11 +13,12 @@ from PIL import Image
 from small_world import trainable
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.ingest.entries import Listing
-from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.pipeline import ingest_images
+from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.transforms import image_batch
 
-QUIET = Work(batch_size=4, workers=0, progress=False)
+QUIET = IngestOptions(batch_size=4, workers=0, progress=False)
 
 
 def picture(seed, size=(12, 10)):

@@ -23,7 +23,8 @@ from union_igrot.features.extractor import Encoder
 from union_igrot.features.store import FeatureStore
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import data_entry
-from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.pipeline import ingest_images
+from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.transforms import image_batch
 from union_igrot.models.model import load
@@ -168,11 +169,16 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, nea
         item.image.open().resize((200, 150)).save(images / f"{number}.jpg")
     found = {}
     for device in ("cpu", "cuda"):
-        model = load("tiny")
-        machine = TrainerConfig("cpu", 1) if device == "cpu" else TrainerConfig("gpu", 1, precision=precision)
+        model = load("tiny").to(device)
         index = MemoryIndex(model.backbone.dim)
         chosen = decoder if device == "cuda" else "pillow"
-        work = Work(batch_size=16, workers=2, decoder=chosen, progress=False, machine=machine)
+        work = IngestOptions(
+            batch_size=16,
+            workers=2,
+            decoder=chosen,
+            progress=False,
+            precision=precision if device == "cuda" else "32-true",
+        )
         report = ingest_images(index, model, list_images(str(images)), work)
         assert report.added == report.embedded == len(index) > 40
         rows = index.fetch(sorted(str(path) for path in images.iterdir()))

@@ -1,10 +1,12 @@
-"""`union-index`: what it says, what it refuses, and what several processes and kills leave."""
+"""`union-index`: what it says, what it refuses, and what Ray actors and kills leave."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ import union_igrot
 from union_igrot.cli.index import main
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.ingest.place import work_place
+from union_igrot.gallery.ingest.pipeline import lock_index
+from union_igrot.gallery.ingest.report import IngestOptions
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 CPU = ("strategy=cpu", "progress=false", "batch_size=8", "workers=0")
@@ -30,7 +33,8 @@ def fill(folder, count, start=0):
 def run(*arguments, **named):
     """The command in a process of its own."""
     here = {name: x for name, x in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
-    command = [sys.executable, "-W", "ignore", "-m", "union_igrot.cli.index", *arguments]
+    start = ["-c"] if named.pop("code", False) else ["-m", "union_igrot.cli.index"]
+    command = [sys.executable, "-W", "ignore", *start, *arguments]
     options = {"capture_output": True, "text": True, "timeout": 300, **named}
     return subprocess.run(command, check=False, env={**here, "OMP_NUM_THREADS": "1"}, **options)
 
@@ -48,7 +52,7 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     main(settings)
     said = capsys.readouterr()
     assert f"{uri}: 12 rows; 12 added, 0 updated, 0 unchanged, 0 removed, 1 skipped" in said.out
-    assert "12 embedded, 0 took a vector that was there;" in said.out
+    assert "12 embedded, 0 reused existing embeddings;" in said.out
     assert "images/s" in said.out
     assert "notes.txt: no known image format" in said.out
     assert said.err == ""
@@ -65,11 +69,12 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"images": "nowhere"}, "names nothing that exists"),
+        ({"images": "nowhere"}, "matches nothing"),
         ({"index": "memory:"}, "ends with the process"),
         ({"index": "photos"}, "is not the name of an index"),
         ({"checkpoint": "nowhere"}, "nowhere"),
-        ({"strategy": "fsdp"}, "give ddp"),
+        ({"strategy": "fsdp"}, "executor=ray"),
+        ({"strategy.devices": "2"}, "executor=ray ray.actors=N"),
         ({"on_broken": "cry"}, "give one of skip, fail"),
         ({"batch_size": "0"}, "at least 1"),
         ({"image": "x"}, "is not a setting"),
@@ -137,7 +142,7 @@ def test_a_slip_is_one_line(words, said, capsys):
 def test_a_second_process_is_refused_by_one_line(tmp_path, capsys):
     fill(tmp_path / "pictures", 1)
     uri = str(tmp_path / "photos.lance")
-    with work_place(uri, "model", "elsewhere", None), pytest.raises(SystemExit) as ended:
+    with lock_index(uri), pytest.raises(SystemExit) as ended:
         main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
     assert ended.value.code == 2
     said = capsys.readouterr().err
@@ -187,34 +192,99 @@ def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_pictures_exactly(tmp_path):
-    """1,003 images, some of them equal, over two processes: none missing, none doubled, none embedded twice."""
+def test_no_decoding_worker_outlives_a_killed_command(tmp_path):
+    fill(tmp_path / "pictures", 3000)
+    uri = tmp_path / "photos.lance"
+    command = [sys.executable, "-W", "ignore", "-m", "union_igrot.cli.index"]
+    settings = [f"images={tmp_path / 'pictures'}", f"index={uri}", "strategy=cpu", "batch_size=8", "workers=2"]
+    process = subprocess.Popen([*command, *settings], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(workers := [int(pid) for pid in tasks.read_text().split()]) < 2:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 5
+    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < end, f"still alive: {alive}"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_ray_actors_give_the_rows_of_one_process(tmp_path, capsys):
+    """1,003 images, some of them equal, over two actors: no row missing or doubled, and no difference in a vector."""
+    pytest.importorskip("ray", reason='the extra "ray" is not installed')
     fill(tmp_path / "pictures", 1000)
     for number in range(3):
         (tmp_path / "pictures" / f"copy {number}.png").write_bytes((tmp_path / "pictures" / "0007.png").read_bytes())
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
     two, one = tmp_path / "two.lance", tmp_path / "one.lance"
-    shared = ["strategy=ddp", "strategy.accelerator=cpu", "strategy.devices=2", "batch_size=16", "workers=1"]
-    said = run(f"images={tmp_path / 'pictures'}", f"index={two}", "progress=false", *shared)
+    shared = ["executor=ray", "ray.actors=2", "batch_size=16", "workers=1", "progress=false"]
+    said = run(f"images={tmp_path / 'pictures'}", f"index={two}", *shared)
     assert said.returncode == 0, said.stderr
     assert "1,003 rows; 1,003 added, 0 updated, 0 unchanged, 0 removed, 1 skipped" in said.stdout
-    assert "1,000 embedded, 3 took a vector that was there" in said.stdout
-    assert said.stdout.count("1,003 rows") == 1
+    assert "1,000 embedded, 3 reused existing embeddings" in said.stdout
     assert said.stderr == ""
-    main([f"images={tmp_path / 'pictures'}", f"index={one}", *CPU])
+    main([f"images={tmp_path / 'pictures'}", f"index={one}", "batch_size=16", *CPU[:2], "workers=1"])
     with open_index(str(one)) as first, open_index(str(two)) as second:
         names = ids(one)
-        assert sorted(ids(two)) == sorted(names)
+        assert ids(two) == names
         assert len(names) == len(set(names)) == 1003
-        np.testing.assert_allclose(second.fetch(names).vectors, first.fetch(names).vectors, atol=1e-5)
-    again = run(f"images={tmp_path / 'pictures'}", f"index={two}", "progress=false", *shared)
+        here, there = first.fetch(names), second.fetch(names)
+    assert here.vectors.equal(there.vectors)
+    assert here.columns == there.columns
+    again = run(f"images={tmp_path / 'pictures'}", f"index={two}", *shared)
     assert "0 added, 0 updated, 1,003 unchanged, 0 removed, 1 skipped" in again.stdout, again.stderr
 
 
+KILLED_ACTOR = """
+import os, sys, threading, time
+import ray, union_igrot
+from union_igrot.gallery.ingest import writer
+from union_igrot.gallery.ingest.report import IngestOptions
+
+writer.BATCH_ROWS = 32
+images, uri = sys.argv[1:]
+gallery = union_igrot.Gallery.open(uri, "tiny", device="cpu")
+
+def kill():
+    while not gallery_rows():
+        time.sleep(0.05)
+    actor = next(state for state in ray._private.state.actors().values() if state["State"] == "ALIVE")
+    os.kill(actor["Pid"], 9)
+    killed.append(actor["Pid"])
+
+def gallery_rows():
+    try:
+        return len(union_igrot.Gallery.open(uri, create=False))
+    except union_igrot.errors.UnionError:
+        return 0
+
+killed = []
+threading.Thread(target=kill, daemon=True).start()
+options = IngestOptions(batch_size=8, workers=1, actors=2, progress=False)
+print(gallery.update(images, options, executor="ray"), len(gallery), len(killed))
+"""
+
+
 @pytest.mark.slow
-def test_a_mistake_of_several_processes_is_one_line(tmp_path):
-    shared = ["strategy=ddp", "strategy.accelerator=cpu", "strategy.devices=2"]
-    said = run(f"images={tmp_path / 'nowhere'}", f"index={tmp_path / 'photos.lance'}", *shared)
-    assert said.returncode == 2
-    assert said.stderr.count("names nothing that exists") == 1
-    assert "Traceback" not in said.stderr
+def test_a_killed_ray_actor_loses_nothing(tmp_path):
+    pytest.importorskip("ray", reason='the extra "ray" is not installed')
+    fill(tmp_path / "pictures", 1003)
+    uri = str(tmp_path / "photos.lance")
+    said = run(KILLED_ACTOR, str(tmp_path / "pictures"), uri, code=True)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.split(")")[-1].split() == ["1003", "1"], said.stdout
+    assert len(set(ids(uri))) == 1003
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
+
+    def refuse(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance.\nmore")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    fill(tmp_path / "pictures", 1)
+    gallery = union_igrot.Gallery.open("memory:", "tiny")
+    with pytest.raises(ConfigError, match=r"Ray cluster auto \(Could not find any running Ray instance.\)"):
+        gallery.update(tmp_path / "pictures", IngestOptions(executor="ray", ray_address="auto", progress=False))

@@ -12,7 +12,7 @@ from small_gallery import COUNT, filled, names, picture
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.ingest.work import Work
+from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.queries import several
 from union_igrot.images.transforms import image_batch
 
@@ -132,7 +132,7 @@ def test_columns_that_are_not_given_stay_and_what_is_followed_is_followed_furthe
     photos.mkdir()
     path = photos / "1.png"
     picture(1).save(path)
-    gallery, quiet = Gallery.open("memory:", model), Work(workers=0, progress=False)
+    gallery, quiet = Gallery.open("memory:", model), IngestOptions(workers=0, progress=False)
 
     def row():
         found = gallery.index.fetch([str(path)]).columns
@@ -190,7 +190,7 @@ def test_pictures_in_memory_that_are_none_are_left_out_too(model, tmp_path):
             assert (report.skipped, len(gallery)) == (1, 1)
     with pytest.raises(ImageError, match=r"words\.txt"):
         gallery.search(text)  # closed by now
-    lenient = Work(workers=0, progress=False, on_broken="skip")
+    lenient = IngestOptions(workers=0, progress=False, on_broken="skip")
     assert gallery.add(np.zeros((3, 8, 9)), work=lenient).skipped == 1
     assert gallery.add(picture(2), work=lenient).reasons == ()
 
@@ -236,13 +236,13 @@ def test_what_cannot_be_read_takes_no_row_away(model):
     gallery = filled(model)
     report = gallery.add(b"no picture", "p0", on_broken="skip")
     assert (report.skipped, report.removed, len(gallery)) == (1, 0, COUNT)
-    work = Work()
+    work = IngestOptions()
     object.__setattr__(work, "on_broken", "raise")  # as who checks no types would make it
     with pytest.raises(ConfigError, match="on_broken is 'raise'; give skip or fail"):
         work.__post_init__()
     for wrong in ({"batch_size": 0}, {"workers": -1}):
         with pytest.raises(ConfigError, match="give batches of 1 or more"):
-            Work(**wrong)
+            IngestOptions(**wrong)
 
 
 @pytest.mark.parametrize(("given", "said"), [(([1],), "an id"), ((None, {3: [1]}), "a column's name")])
@@ -288,7 +288,7 @@ def test_a_folder_is_followed(model, tmp_path):
     for number in range(4):
         picture(number).save(photos / f"{number}.png")
     gallery = Gallery.open("memory:", model)
-    quiet = Work(workers=0, progress=False)
+    quiet = IngestOptions(workers=0, progress=False)
     assert gallery.update(photos, quiet).added == 4
     gallery.add(picture(9), "mine")
     (photos / "0.png").unlink()

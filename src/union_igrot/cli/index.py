@@ -1,13 +1,10 @@
-"""`union-index`: images into an index, alone or in several processes; rows out of it.
+"""`union-index`: put images into an index, or remove rows from it."""
 
-Knows the order of the steps and the words. Does not know how an image becomes a row.
-"""
-
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
@@ -15,12 +12,13 @@ from union_igrot.errors import ConfigError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
-    from union_igrot.gallery.ingest.entries import Listing
-    from union_igrot.gallery.ingest.work import Report, Work
-    from union_igrot.training.processes import Processes
+    import torch
 
-_MODULE = "union_igrot.cli.index"
-_AT_ONCE = 10_000
+    from union_igrot.gallery.ingest.entries import Listing
+    from union_igrot.gallery.ingest.report import IngestReport
+
+_DELETE_ROWS = 10_000
+_USE_RAY = "union-index uses one device of one machine; for more pass executor=ray ray.actors=N"
 LITERAL = ("images", "index", "remove", "checkpoint", "weights", "cache_dir")
 
 
@@ -30,46 +28,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def index_images(config: DictConfig, fresh: Path) -> None:
-    """Put images into an index as configured, or take rows out of it."""
+    """Put images into an index as configured, or remove rows from it."""
     del fresh
     if (config.images is None) == (config.remove is None):
-        raise ConfigError("give images=SOURCE, what is put in, or remove=FILTER, what is taken out")
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from union_igrot.cli import assemble
-    from union_igrot.gallery.ingest.work import Work
-    from union_igrot.training.processes import found_processes, start_processes, wanted_processes
-
-    processes, where = found_processes(), config.strategy
-    if where.name.startswith("fsdp"):
-        raise ConfigError("strategy=fsdp cuts a model that is trained; to embed, each device takes it whole: give ddp")
+        raise ConfigError("give either images=SOURCE, the images to add, or remove=FILTER, the rows to remove")
     if config.index == "memory:":
         raise ConfigError("index=memory: ends with the process; use union_igrot.Gallery for that, or name a folder")
+    _check_one_process(config)
     if config.remove is not None:
-        _remove(config)
-        return
-    if processes.world == 1:
-        count = wanted_processes(where.accelerator, where.devices, where.nodes, _MODULE)
-        if count > 1:
-            start_processes(_MODULE, _said(config), count)
-            return
-    work = Work(
-        config.batch_size,
-        config.workers,
-        config.decoder,
-        config.on_broken,
-        config.prune,
-        None if config.cache_dir is None else expand_user(config.cache_dir),
-        config.progress,
-        assemble.machine(config, processes),
-    )
-    if processes.leads:
-        _lead(config, work, processes)
+        _remove_rows(config)
     else:
-        _follow(config, work, processes)
+        _add_images(config)
 
 
-def _remove(config: DictConfig) -> None:
-    """Take the rows out that pass a filter."""
+def _check_one_process(config: DictConfig) -> None:
+    """Refuse settings of several processes."""
+    where = config.strategy
+    for name, allowed in (("name", ("auto",)), ("devices", ("auto", 1)), ("nodes", (1,))):
+        if where[name] not in allowed:
+            setting = "strategy" if name == "name" else f"strategy.{name}"
+            raise ConfigError(f"invalid value for {setting}: {where[name]}; {_USE_RAY}")
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"union-index was started by torchrun; {_USE_RAY}")
+
+
+def _remove_rows(config: DictConfig) -> None:
     from union_igrot.gallery.engines.factory import open_index
 
     with open_index(config.index) as index:
@@ -77,48 +60,47 @@ def _remove(config: DictConfig) -> None:
             names = [str(name) for batch in index.scan(["id"], config.remove) for name in batch["id"]]
         except ConfigError as error:
             raise ConfigError(str(error).replace("where=", "remove=", 1)) from None
-        removed = sum(index.delete(names[at : at + _AT_ONCE]) for at in range(0, len(names), _AT_ONCE))
+        removed = sum(index.delete(names[at : at + _DELETE_ROWS]) for at in range(0, len(names), _DELETE_ROWS))
         if removed:
             index.optimize()
-        print(f"{index.uri}: {len(index):,} rows; {removed:,} removed")  # noqa: T201 - the command's voice
+        print(f"{index.uri}: {len(index):,} rows; {removed:,} removed")  # noqa: T201 - output of the command
 
 
-def _said(config: DictConfig) -> list[str]:
-    """Return what was said, as it was typed: what is taken literally was quoted for Hydra."""
-    task = [(override.partition("=")[0], override) for override in HydraConfig.get().overrides.task]
-    typed = [key in LITERAL and config[key] is not None for key, _ in task]
-    return [f"{key}={config[key]}" if told else said for (key, said), told in zip(task, typed, strict=True)]
-
-
-def _lead(config: DictConfig, work: "Work", processes: "Processes") -> None:
-    """List the images, open the index and fill it: what one process does, or the first of several."""
-    from union_igrot.gallery.ingest.run import ingest_images
-    from union_igrot.gallery.ingest.share import Words
+def _add_images(config: DictConfig) -> None:
+    # Imported here, so that --help and mistakes in the configuration are fast.
+    from union_igrot.gallery.ingest.pipeline import ingest_images
+    from union_igrot.gallery.ingest.report import IngestOptions
     from union_igrot.gallery.metadata import check_backbone_name, index_metadata, load_checkpoint, open_or_create
 
-    try:
-        listing = _listed(config.images, shown=config.progress)
-        check_backbone_name(config.index, config.checkpoint)
-        model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
-        metadata = index_metadata(model, checkpoint, config.weights)
-        index = open_or_create(config.index, model.backbone.dim, metadata)
-    except BaseException:
-        Words(processes).say(None)
-        raise
-    with index:
-        report = ingest_images(index, model, listing, work, processes, fingerprint=metadata["fingerprint"])
-        _tell(report, index.uri, len(index))
+    options = IngestOptions(
+        batch_size=config.batch_size,
+        workers=config.workers,
+        decoder=config.decoder,
+        on_broken=config.on_broken,
+        prune=config.prune,
+        cache=None if config.cache_dir is None else expand_user(config.cache_dir),
+        progress=config.progress,
+        precision=config.precision.trainer,
+        executor=config.executor,
+        ray_address=config.ray.address,
+        actors=config.ray.actors,
+    )
+    listing = _list_images(config.images, shown=config.progress)
+    check_backbone_name(config.index, config.checkpoint)
+    model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
+    if config.executor == "local":
+        model.to(_device(config.strategy.accelerator))
+    with open_or_create(config.index, model.backbone.dim, index_metadata(model, checkpoint, config.weights)) as index:
+        _print_report(ingest_images(index, model, listing, options), index.uri, len(index))
 
 
-def _follow(config: DictConfig, work: "Work", processes: "Processes") -> None:
-    """Embed what the first process deals to this one, and say nothing."""
-    from union_igrot.gallery.ingest.share import follow
-    from union_igrot.gallery.metadata import load_checkpoint
+def _device(accelerator: str) -> "torch.device":
+    from union_igrot.models.devices import resolve_device
 
-    follow(load_checkpoint(config.checkpoint, config.weights)[0], work, processes)
+    return resolve_device("cuda" if accelerator == "gpu" else accelerator)
 
 
-def _listed(images: str, *, shown: bool) -> "Listing":
+def _list_images(images: str, *, shown: bool) -> "Listing":
     from union_igrot.gallery.ingest.sources import list_images
     from union_igrot.progress import progress_bar
 
@@ -127,8 +109,7 @@ def _listed(images: str, *, shown: bool) -> "Listing":
         return list_images(images, lambda count: bar.update(task, completed=count))
 
 
-def _tell(report: "Report", name: str, rows: int) -> None:
-    """Say what became of it."""
+def _print_report(report: "IngestReport", name: str, rows: int) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -137,10 +118,10 @@ def _tell(report: "Report", name: str, rows: int) -> None:
     if report.opened:
         reused = report.added + report.updated - report.embedded
         console.print(
-            f"{report.embedded:,} embedded, {reused:,} took a vector that was there; "
+            f"{report.embedded:,} embedded, {reused:,} reused existing embeddings; "
             f"{report.rate:,.0f} images/s for {report.working:,.1f} s: "
-            f"the model waited {report.model_waited:,.1f} s for decoding and {report.writing_waited:,.1f} s for "
-            f"writing, decoding {report.decoding_waited:,.1f} s for the model"
+            f"model idle for {report.decoding_wait:,.1f} s (decoding) and {report.writing_wait:,.1f} s (writing), "
+            f"decoding idle for {report.decoding_idle:,.1f} s (model)"
         )
     for path, reason in report.reasons:
         console.print(f"  skipped {path}: {reason}")

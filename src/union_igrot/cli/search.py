@@ -135,13 +135,13 @@ def _show(config: DictConfig, line: "Line", found: "SearchResult", *, many: bool
             sys.stdout.write(_json_line(row))
         return
     from union_igrot.gallery.display import hit_table
-    from union_igrot.gallery.ingest.entries import OWN
+    from union_igrot.gallery.ingest.entries import OWN_COLUMNS
 
     console = _console(config.thumbnails)
     images = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
     named = dict.fromkeys(name for hit in found for name, value in hit.columns.items() if value is not None)
     title = f"{line.name}: {_words(line.asked)}" if many else _words(line.asked)
-    own = [name for name in named if name not in OWN]
+    own = [name for name in named if name not in OWN_COLUMNS]
     console.print(hit_table(found, own, title=title, thumbnails=images))
 
 

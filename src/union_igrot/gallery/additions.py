@@ -14,17 +14,17 @@ from typing import Any
 
 from union_igrot.errors import DataError, ImageError
 from union_igrot.gallery.ingest.entries import (
-    ADDED,
-    FOLDER,
+    ADDED_SOURCE,
+    IS_FOLDER,
     Entry,
     Listing,
+    check_column_names,
+    column_value,
     data_entry,
-    distinct,
     file_entry,
-    first_twice,
-    plain_value,
-    refuse_taken,
-    settle_kinds,
+    first_repeated,
+    unify_column_types,
+    unique_entries,
 )
 from union_igrot.images.decode import as_image, file_bytes
 from union_igrot.storage.paths import absolute_path
@@ -61,15 +61,15 @@ def listing_of(
             raise DataError(f"{wrong[0]!r} ({type(wrong[0]).__name__}) is {what}; give a text")
     if half := [name for name in names or () if not _whole(name)]:
         raise DataError(f"the id {half[0]!r} holds half a letter; give another")
-    refuse_taken(given, "the columns given")
-    if names is not None and (twice := first_twice(names)) is not None:
+    check_column_names(given, "the columns given")
+    if names is not None and (twice := first_repeated(names)) is not None:
         raise DataError(f"the id {twice!r} stands twice among {len(names)}; give each image its own")
-    rows = [{name: plain_value(values[place]) for name, values in given.items()} for place in range(len(images))]
-    settle_kinds(rows)
+    rows = [{name: column_value(values[place]) for name, values in given.items()} for place in range(len(images))]
+    unify_column_types(rows)
     entries = [
         _entry(image, None if names is None else names[place], rows[place], place) for place, image in enumerate(images)
     ]
-    return Listing(ADDED, distinct(entries, "the images given"))
+    return Listing(ADDED_SOURCE, unique_entries(entries, "the images given"))
 
 
 def _several(values: Any, what: Any) -> list[Any]:
@@ -97,8 +97,8 @@ def _entry(image: Any, name: str | None, columns: dict[str, Any], place: int) ->
         return Entry(name or ascii(image), columns=columns, fault="half a letter is no part of a file's name")
     if isinstance(image, str | Path):
         entry = file_entry(absolute_path(image), columns)
-        if entry.fault == FOLDER:
-            entry = replace(entry, fault=f"{FOLDER}; update(...) takes all of it")
+        if entry.fault == IS_FOLDER:
+            entry = replace(entry, fault=f"{IS_FOLDER}; update(...) takes all of it")
         return entry if name is None else replace(entry, id=name)
     try:
         data, content = _bytes_of(image)

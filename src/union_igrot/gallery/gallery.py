@@ -16,8 +16,8 @@ from union_igrot.gallery.additions import listing_of
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing
+from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
-from union_igrot.gallery.ingest.work import Report, Work
 from union_igrot.gallery.lookup import judged_rows, named_rows, rows_named
 from union_igrot.gallery.metadata import (
     check_backbone_name,
@@ -154,8 +154,8 @@ class Gallery:
         columns: Mapping[str, Iterable[Any]] | None = None,
         *,
         on_broken: Literal["fail", "skip"] | None = None,
-        work: Work | None = None,
-    ) -> Report:
+        options: IngestOptions | None = None,
+    ) -> IngestReport:
         """Add images, or bring those of the same id up to date.
 
         Args:
@@ -165,9 +165,9 @@ class Gallery:
                 image that is no file, where None.
             columns: Values to keep beside them by column name, one an image. Of an image that is there already,
                 columns that are not given keep their values; None empties one.
-            on_broken: Whether an image that cannot be read is an error, or listed and left out; what `work` says, or
-                an error, where None.
-            work: SearchMode the work is done; for large additions.
+            on_broken: Whether an image that cannot be read is an error, or listed and left out; None for what `options`
+                say, or an error.
+            options: How to do it; for large additions.
 
         Returns:
             How many were added, updated, unchanged and left out. A row that is right is not embedded again.
@@ -178,26 +178,34 @@ class Gallery:
             UnionError: Where another process is putting images into the gallery.
         """
         listing = listing_of(several(images), ids, columns)
-        work = work or Work(workers=0, progress=False, on_broken="fail")
-        return self._indexed(listing, replace(work, on_broken=on_broken or work.on_broken, prune=False))
+        options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
+        return self._ingest(listing, replace(options, on_broken=on_broken or options.on_broken, prune=False))
 
-    def update(self, images: str | Path, work: Work | None = None) -> Report:
+    def update(
+        self,
+        images: str | Path,
+        options: IngestOptions | None = None,
+        *,
+        executor: Literal["local", "ray"] | None = None,
+    ) -> IngestReport:
         """Bring the gallery up to date with a folder: new and changed files are embedded, files that are gone leave.
 
         Args:
             images: A folder (with all below), a pattern, a list or tar shards, as `union-index images=` takes them.
-            work: SearchMode the work is done.
+            options: How to do it.
+            executor: `local` or `ray`; None for what `options` say.
 
         Returns:
             How many were added, updated, unchanged, removed and left out since they cannot be read.
         """
-        return self._indexed(list_images(str(images)), work)
+        options = options or IngestOptions()
+        return self._ingest(list_images(str(images)), replace(options, executor=executor or options.executor))
 
-    def _indexed(self, listing: Listing, work: Work | None) -> Report:
-        from union_igrot.gallery.ingest.run import ingest_images  # noqa: PLC0415 - Lightning, which no search needs
+    def _ingest(self, listing: Listing, options: IngestOptions) -> IngestReport:
+        from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
         index = self._made()
-        return ingest_images(index, self.model, listing, work, fingerprint=self.metadata["fingerprint"])
+        return ingest_images(index, self.model, listing, options)
 
     def ids(self, where: str | None = None) -> list[str]:
         """Name the images that pass a filter, in the order in which they were added.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from union_igrot.errors import ConfigError, ImageError
-from union_igrot.gallery.ingest.entries import as_text
+from union_igrot.gallery.ingest.entries import path_as_text
 from union_igrot.gallery.results import Hit
 from union_igrot.images.decode import as_image
 from union_igrot.images.transforms import ImageToTensor
@@ -142,7 +142,7 @@ def _id_of(one: object) -> str:
 
 def path_id(path: str | Path) -> str:
     """Name the row of a file: its absolute path as text."""
-    return as_text(absolute_path(path))
+    return path_as_text(absolute_path(path))
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ On the CPU, where TorchCodec decodes too: what is particular to a GPU is in `tes
 
 import io
 import struct
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ from codec_pictures import PICTURES, entries_of, indexed, jpeg, scene
 from small_world import trainable
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.ingest import codec
-from union_igrot.gallery.ingest.codec import BatchDecoder
-from union_igrot.gallery.ingest.decode import Handed
+from union_igrot.gallery.ingest.codec import JpegBatchDecoder
 from union_igrot.gallery.ingest.entries import data_entry
 from union_igrot.images.decode import decode_image, plain_jpeg
 from union_igrot.images.transforms import ImageToPixels
@@ -88,13 +86,13 @@ def test_what_torchcodec_refuses_goes_to_pillow(monkeypatch):
 
 def test_equal_files_are_decoded_once(monkeypatch):
     decoded = []
-    plain = BatchDecoder._decoded
+    plain = JpegBatchDecoder._decode_group
 
     def counted(self, jpegs):
         decoded.append(len(jpegs))
         return plain(self, jpegs)
 
-    monkeypatch.setattr(BatchDecoder, "_decoded", counted)
+    monkeypatch.setattr(JpegBatchDecoder, "_decode_group", counted)
     entries = [data_entry(f"{n}", PICTURES[f"turned {1 + n % 3}"]) for n in range(11)]
     report, index = indexed(entries, "torchcodec", trainable("sum", "frozen"))
     assert (report.added, report.embedded, sum(decoded)) == (11, 3, 3)
@@ -104,7 +102,7 @@ def test_equal_files_are_decoded_once(monkeypatch):
 
 
 def test_few_pixels_are_decoded_at_once(monkeypatch):
-    monkeypatch.setattr(codec, "MOST_PIXELS", 90 * 60 * 2)
+    monkeypatch.setattr(codec, "MAX_PIXELS", 90 * 60 * 2)
     report, index = indexed(entries_of(**PICTURES), "torchcodec", batch_size=64)
     monkeypatch.undo()
     _, expected = indexed(entries_of(**PICTURES), "torchcodec", batch_size=64)
@@ -114,14 +112,13 @@ def test_few_pixels_are_decoded_at_once(monkeypatch):
 
 @given(st.lists(st.integers(0, 3 * 2**27), min_size=1, max_size=40))
 def test_a_batch_is_cut_at_so_many_pixels(sizes):
-    nothing = torch.empty(0, dtype=torch.uint8)
-    handed = [Handed(place, pixels, nothing) for place, pixels in enumerate(sizes)]
-    parts = list(codec._cut(handed))
-    assert [one.place for part in parts for one in part] == list(range(len(sizes)))
-    for part in parts:
-        assert len(part) == 1 or sum(one.pixels for one in part) <= codec.MOST_PIXELS
-    for part, following in pairwise(parts):
-        assert sum(one.pixels for one in part) + following[0].pixels > codec.MOST_PIXELS
+    jpegs = [(pixels, torch.tensor([at], dtype=torch.uint8)) for at, pixels in enumerate(sizes)]
+    groups = list(codec.split_by_pixels(jpegs))
+    assert [jpeg for group in groups for jpeg in group] == jpegs
+    totals = [sum(pixels for pixels, _ in group) for group in groups]
+    assert all(len(group) == 1 or total <= codec.MAX_PIXELS for group, total in zip(groups, totals, strict=True))
+    for total, following in zip(totals, groups[1:], strict=False):
+        assert total + following[0][0] > codec.MAX_PIXELS
 
 
 @given(

@@ -11,15 +11,16 @@ from small_world import trainable
 from union_igrot.cli.index import main as index_images
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.engines.memory import MemoryIndex
-from union_igrot.gallery.ingest.entries import as_text
-from union_igrot.gallery.ingest.run import Work, ingest_images
+from union_igrot.gallery.ingest.entries import path_as_text
+from union_igrot.gallery.ingest.pipeline import ingest_images
+from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.ingest.sources import list_images
 
 
 def check(fates, rows, listed):
     """Hold rows and listed against what has to become of each file."""
-    assert set(rows) == {as_text(path) for path, fate in fates.items() if fate == "row"}
-    assert set(listed) == {as_text(path) for path, fate in fates.items() if fate == "listed"}
+    assert set(rows) == {path_as_text(path) for path, fate in fates.items() if fate == "row"}
+    assert set(listed) == {path_as_text(path) for path, fate in fates.items() if fate == "listed"}
     assert all(listed.values()), "a reason is missing"
     for name, row in rows.items():
         assert is_upright(row["thumbnail"]), name
@@ -44,14 +45,14 @@ def test_some_hostile_files(tmp_path, decoder):
     index = MemoryIndex(model.backbone.dim)
     listing = list_images(str(tmp_path / "p"))
     # One by one, so that one reason a file is told.
-    work = Work(batch_size=16, workers=0, decoder=decoder, progress=False)
+    work = IngestOptions(batch_size=16, workers=0, decoder=decoder, progress=False)
     report = ingest_images(index, model, listing, work)
     listed = {entry.id: entry.fault for entry in listing.entries if entry.fault}
     assert report.skipped == sum(fate == "listed" for fate in fates.values())
     again = ingest_images(index, model, listing, work)
     assert again.unchanged == report.added
     check({path: fate for path, fate in fates.items() if fate == "row"}, rows_of(index), {})
-    assert set(listed) <= {as_text(path) for path, fate in fates.items() if fate == "listed"}
+    assert set(listed) <= {path_as_text(path) for path, fate in fates.items() if fate == "listed"}
 
 
 @pytest.mark.slow

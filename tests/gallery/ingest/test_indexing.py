@@ -12,7 +12,7 @@ from PIL import Image
 
 from indexing_world import counts, fill, picture
 from union_igrot.errors import DataError, ImageError
-from union_igrot.gallery.ingest import keep
+from union_igrot.gallery.ingest import writer
 from union_igrot.gallery.ingest.entries import Entry, Listing, data_entry
 from union_igrot.gallery.ingest.sources import list_images
 
@@ -60,7 +60,7 @@ def test_names_that_change_places_find_their_vectors(world):
 
 
 def test_a_content_that_waits_for_the_end_is_given_to_its_copies(world, monkeypatch):
-    monkeypatch.setattr(keep, "ROWS", 1)
+    monkeypatch.setattr(writer, "BATCH_ROWS", 1)
     fill(world.pictures, ["a.png", "b.png"])
     world.run()
     for name in ("a.png", "b.png", "copy1.png", "copy2.png"):
@@ -95,7 +95,7 @@ def test_an_empty_folder_is_rather_a_disk_that_is_not_there(world):
     fill(world.pictures, ["1.png"])
     world.run()
     (world.pictures / "1.png").unlink()
-    with pytest.raises(DataError, match="is its disk there"):
+    with pytest.raises(DataError, match="disk is mounted"):
         world.run()
     assert world.run(prune=False).unchanged == 0
     assert len(world.index) == 1

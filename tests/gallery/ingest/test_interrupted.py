@@ -1,29 +1,20 @@
 """What workers, crashes, interruptions, failing disks and others at work leave of an indexing."""
 
 import errno
-import json
 import os
-import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from indexing_world import QUIET, counts, fill, picture
+from indexing_world import counts, fill, picture
 from small_world import trainable
-from union_igrot.errors import DataError, ImageError, UnionError
-from union_igrot.gallery.ingest import keep, place as places, share as sharing
-from union_igrot.gallery.ingest.batches import _quiet_fork
-from union_igrot.gallery.ingest.chunks import read_chunk
-from union_igrot.gallery.ingest.decode import Decoder
-from union_igrot.gallery.ingest.entries import file_entry
-from union_igrot.gallery.ingest.run import ingest_images
-from union_igrot.gallery.ingest.skipped import Skip, SkippedFile
-from union_igrot.gallery.ingest.sources import list_images
-from union_igrot.models.devices import TrainerConfig
+from union_igrot.errors import DataError, UnionError
+from union_igrot.gallery.ingest import pipeline, writer
+from union_igrot.gallery.ingest.decode import ImageReader
+from union_igrot.gallery.ingest.pipeline import lock_index
+from union_igrot.gallery.ingest.report import SkippedFile, SkippedImage
 from union_igrot.storage import locks
-from union_igrot.training.processes import Processes
 
 
 def test_worker_processes_give_the_same_rows(lance_world):
@@ -69,7 +60,7 @@ def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(w
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "look_at", short)
+        patched.setattr(decoding, "decode_with_thumbnail", short)
         report = world.run()
     assert (report.skipped, report.removed, len(world.index)) == (1, 0, 2)
     assert "MemoryError" in report.reasons[0][1]
@@ -90,7 +81,7 @@ def test_where_locks_do_not_work_one_is_warned_and_goes_on(lance_world, monkeypa
 def test_half_precision_gives_rows_of_length_one_and_leaves_the_model_as_it_was(world):
     fill(world.pictures, [f"{n}.png" for n in range(3)])
     world.model.train()
-    world.run(machine=TrainerConfig("cpu", 1, precision="bf16-mixed"))
+    world.run(precision="bf16-mixed")
     vectors = world.index.fetch(sorted(world.rows())).vectors
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-5, rtol=0)
@@ -109,15 +100,13 @@ def test_the_null_text_is_encoded_once(world):
 def test_two_at_once_are_refused_but_not_after_a_kill(lance_world):
     world = lance_world
     fill(world.pictures, ["1.png"])
-    with places.work_place(world.uri, "model", "elsewhere", None):
-        with pytest.raises(UnionError, match="another process is putting images into"):
-            world.run()
-        with _quiet_fork():
-            child = os.fork()
-        if child == 0:
-            os._exit(0 if not locks._held else 1)
-        assert os.waitpid(child, 0)[1] == 0, "a forked worker holds the lock"
+    leftover = world.pictures.parent / "own-cache" / "indexing"
+    with lock_index(world.uri), pytest.raises(UnionError, match="another process is putting images into"):
+        world.run()
+    (lock,) = leftover.glob("*.lock")
+    (leftover / f"{lock.stem}-0123").mkdir()  # work files of an earlier version
     world.run()
+    assert not [path for path in leftover.iterdir() if path.is_dir()]
     world.check()
 
 
@@ -131,7 +120,7 @@ def test_a_picture_that_broke_before_an_interruption_loses_its_row(lance_world):
     world.run()
     broken = world.pictures / "1.png"
     broken.write_bytes(b"broken now")
-    skip = Skip(str(broken), "no known image format", 10, broken.stat().st_mtime_ns)
+    skip = SkippedImage(str(broken), "no known image format", 10, broken.stat().st_mtime_ns)
     SkippedFile(Path(f"{world.uri}.skipped.jsonl"), str(world.pictures)).add([skip])  # and was killed
     assert counts(world.run()) == (0, 0, 1, 1, 1, 0)
     world.check(broken=("1.png",))
@@ -155,26 +144,26 @@ def test_a_disk_that_fails_costs_no_row_and_its_pictures_are_tried_again(lance_w
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
     (world.pictures / "1.png").write_bytes(picture(9))
-    real = Decoder._read
+    real = ImageReader._read_bytes
 
     def failing(self, one):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Decoder, "_read", failing)
+    monkeypatch.setattr(ImageReader, "_read_bytes", failing)
     report = world.run()
     assert (report.skipped, report.removed) == (1, 0)
     assert report.reasons[0][1] == "the file cannot be reached (Input/output error)"
     assert len(world.index) == 2
-    monkeypatch.setattr(Decoder, "_read", real)
+    monkeypatch.setattr(ImageReader, "_read_bytes", real)
     assert counts(world.run()) == (0, 1, 1, 0, 0, 1)
     world.check()
 
 
 @pytest.mark.parametrize("after", range(0, 7, 2))
 def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
-    """Ended at the n-th write to the index, as if killed just after it; files of the work folder stay."""
+    """Ended at the n-th write to the index, as if killed just after it."""
     world = lance_world
-    monkeypatch.setattr(keep, "ROWS", 4)
+    monkeypatch.setattr(writer, "BATCH_ROWS", 4)
     fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
     world.run()
     for n in range(0, 12, 2):
@@ -208,7 +197,7 @@ def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
         monkeypatch.setattr(type(world.index), name, write)
     if embedded:
         world.run()
-        assert embedded + world.embedded <= 14 + 4, "more than a chunk was embedded again"
+        assert embedded + world.embedded <= 14 + 12, "more than a batch written, one waiting and one filling"
     world.check()
     assert world.run().unchanged == 20 - 1 + 0 or len(world.rows()) == 19
     assert list((world.pictures.parent / "own-cache" / "indexing").glob("*")) != []
@@ -217,33 +206,14 @@ def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
 
 def test_an_error_while_writing_ends_the_run_and_the_next_goes_on(lance_world, monkeypatch):
     world = lance_world
-    monkeypatch.setattr(keep, "ROWS", 4)
+    monkeypatch.setattr(writer, "BATCH_ROWS", 4)
     fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
     real = type(world.index).upsert
     monkeypatch.setattr(type(world.index), "upsert", lambda *_: (_ for _ in ()).throw(DataError("the disk is full")))
     with pytest.raises(DataError, match="the disk is full"):
         world.run()
     monkeypatch.setattr(type(world.index), "upsert", real)
-    first = world.embedded
-    world.run()
-    assert first + world.embedded == 12
-    world.check()
-
-
-def test_a_damaged_work_file_costs_its_pictures_alone(lance_world, monkeypatch):
-    world = lance_world
-    monkeypatch.setattr(keep, "ROWS", 4)
-    fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
-    real = type(world.index).upsert
-    monkeypatch.setattr(type(world.index), "upsert", lambda *_: (_ for _ in ()).throw(Killed()))
-    with pytest.raises(Killed):
-        world.run()
-    monkeypatch.setattr(type(world.index), "upsert", real)
-    first, *rest = sorted((world.pictures.parent / "own-cache" / "indexing").rglob("*.safetensors"))
-    held = sum(len(read_chunk(path).facts) for path in rest)
-    first.write_bytes(first.read_bytes()[:-7])
-    world.run()
-    assert world.embedded == 12 - held
+    assert world.run().added == 12
     world.check()
 
 
@@ -251,63 +221,13 @@ def test_a_row_that_vanishes_meanwhile_costs_a_second_round(world, monkeypatch):
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
     (world.pictures / "1.png").rename(world.pictures / "moved.png")
-    import union_igrot.gallery.ingest.run as running  # noqa: PLC0415
-
-    real = running.lead_round
+    real = pipeline.embed_entries
 
     def meanwhile(*given, **named):
         world.index.delete([str(world.pictures / "1.png")])
         return real(*given, **named)
 
-    monkeypatch.setattr(running, "lead_round", meanwhile)
+    monkeypatch.setattr(pipeline, "embed_entries", meanwhile)
     report = world.run()
     assert (report.added, report.embedded) == (1, 1)
     world.check()
-
-
-@pytest.fixture
-def words():
-    """What two processes pass words through."""
-    return torch.distributed.HashStore()
-
-
-@pytest.mark.parametrize(
-    ("does", "said"),
-    [
-        (lambda one: one.complain("no memory"), "process 1 failed: no memory"),
-        (lambda _: None, "process 1 was not heard of for 0 minutes; look at its output, and run it again"),
-    ],
-    ids=["fails", "dies"],
-)
-def test_a_process_that_ends_early_ends_the_run_and_what_is_done_stays(world, words, monkeypatch, does, said):
-    monkeypatch.setattr(sharing, "_SILENCE", 0.5)
-    for number in range(8):  # of different sizes, by which they are dealt
-        (world.pictures / f"{number}.png").write_bytes(picture(number, (8 + number, 9)))
-
-    def other():
-        words.get("union/indexing-0")
-        does(Processes(1, 2, 2, words))
-
-    beside = threading.Thread(target=other)
-    beside.start()
-    listing = list_images(str(world.pictures))
-    with pytest.raises(UnionError, match=said):
-        ingest_images(world.index, world.model, listing, QUIET, Processes(0, 2, 2, words))
-    beside.join()
-    kept = len(world.index)
-    assert (kept < 8) if "failed" in said else (0 < kept < 8)  # a failure may be told before anything is written
-    assert world.run().added == 8 - kept
-    world.check()
-
-
-def test_a_process_that_fails_says_why(world, words, tmp_path):
-    broken = world.pictures / "1.png"
-    broken.write_bytes(b"no picture")
-    entry = file_entry(str(broken), {})
-    (tmp_path / "t-00001.share").write_text(json.dumps([entry.id, entry.path, entry.size, entry.mtime, entry.offset]))
-    words.set("union/indexing-0", json.dumps(["t", str(tmp_path), False]))
-    with pytest.raises(ImageError):
-        sharing.follow(world.model, replace(QUIET, on_broken="fail"), Processes(1, 2, 2, words))
-    leader = Processes(0, 2, 2, words)
-    assert "1.png: no known image format; replace it" in leader.complaint_of(1)
-    assert not (tmp_path / "t-00001.done").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.ingest.entries import Entry, data_entry, distinct, plain_value, settle_kinds
+from union_igrot.gallery.ingest.entries import Entry, column_value, data_entry, unify_column_types, unique_entries
 from union_igrot.gallery.ingest.sources import list_images
 
 BYTES = b"not looked at here"
@@ -35,7 +35,7 @@ def test_a_folder_is_read_with_all_below_it_but_what_is_hidden(tmp_path):
     entry = listing.entries[0]
     found = (tmp_path / "b.jpg").stat()
     assert entry == Entry(str(tmp_path / "b.jpg"), str(tmp_path / "b.jpg"), found.st_size, found.st_mtime_ns)
-    assert listing.unseen == []
+    assert listing.unreadable == []
 
 
 def test_links_are_followed_but_no_folder_is_entered_twice_and_none_that_holds_the_one_asked_for(tmp_path):
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_read_is_unseen_and_not_empty(tmp_path, monkeypa
     listing = list_images(str(tmp_path))
     assert names(listing, tmp_path) == ["open/a.jpg", "shut"]
     assert listing.entries[1].fault == "the folder cannot be read (Permission denied)"
-    assert listing.unseen == [str(tmp_path / "shut")]
+    assert listing.unreadable == [str(tmp_path / "shut")]
 
 
 def test_names_that_are_no_text_are_written_with_escapes_and_never_confused(tmp_path):
@@ -102,7 +102,9 @@ def test_names_that_are_no_text_are_written_with_escapes_and_never_confused(tmp_
     for one in ids:
         one.encode()
     clash = [entry for entry in listing.entries if entry.fault]
-    assert [entry.fault for entry in clash] == ["its name, written as text, is that of another file; rename it"]
+    assert [entry.fault for entry in clash] == [
+        "another file has the same name after its undecodable bytes are escaped; rename it"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,16 +220,16 @@ def test_lists_in_parts_agree_on_the_kinds(tmp_path):
         ("l.csv", "file,label\na.jpg,dog\n", "no column path"),
         ("l.csv", "path,label\na.jpg,dog,more\n", "line 2"),
         ("l.csv", "path,label\n,dog\n", "line 2"),
-        ("l.csv", "path,size\na.jpg,3\n", "cannot be called size"),
+        ("l.csv", "path,size\na.jpg,3\n", "reserved column name: size"),
         ("l.csv", "path,label\na.jpg,x\na.jpg,y\n", "twice with different columns"),
         ("l.csv", 'path,label\na.jpg,"dog\nb.jpg,cat\n', "line 3: unexpected end of data"),
-        ("l.csv", "path,year,year\na.jpg,1,2\n", "names the column 'year' twice"),
+        ("l.csv", "path,year,year\na.jpg,1,2\n", "'year' twice"),
         ("l.jsonl", '{"path": "\\ud800.jpg"}\n', "line 1"),
         ("l.jsonl", '{"path": "a.jpg"}\n{"file": "b.jpg"}\n', "line 2"),
         ("l.jsonl", '{"path": "a.jpg"}\n[1, 2\n', "line 2"),
         ("l.jsonl", '{"path": 3}\n', "line 1"),
         ("l.jsonl", '["path"]\n', "line 1"),
-        ("l.jsonl", '{"path": "a.jpg", "vector": 3}\n', "cannot be called vector"),
+        ("l.jsonl", '{"path": "a.jpg", "vector": 3}\n', "reserved column name: vector"),
     ],
 )
 def test_a_list_that_is_not_what_it_says_is_one_clear_line(tmp_path, name, text, message):
@@ -241,7 +243,7 @@ def test_a_damaged_parquet_file_and_one_with_bytes_are_one_clear_line(tmp_path):
     import pyarrow.parquet  # noqa: PLC0415 - an extra
 
     write(tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read"):
         list_images(str(tmp_path / "bad.parquet"))
     pyarrow.parquet.write_table(pa.table({"path": ["a.jpg"], "raw": [b"x"]}), tmp_path / "raw.parquet")
     with pytest.raises(DataError, match="holds bytes"):
@@ -280,7 +282,7 @@ def test_tar_shards(tmp_path):
     assert found["s-00.tar/002.jpg"].columns == {"txt": "Hündchen"}
     assert [entry.fault for entry in found.values()][:3] == [None] * 3
     assert found["s-01.tar/003.jpg"].fault == "is empty (0 bytes)"
-    assert found["s-01.tar/004.json"].fault.startswith("is no JSON object")
+    assert found["s-01.tar/004.json"].fault.startswith("is not a JSON object")
     for name, data in {"s/001.jpg": b"one", "s/001.seg.png": b"two", "002.jpg": b"three"}.items():
         entry = found[f"s-00.tar/{name}"]
         file = (tmp_path / "s-00.tar").read_bytes()
@@ -294,7 +296,7 @@ def test_a_shard_that_ends_early_or_is_missing_is_unseen(tmp_path):
     (tmp_path / "a.tar").write_bytes(whole[:6000])
     listing = list_images(f"{tmp_path}/{{a,b}}.tar")
     assert [entry.id for entry in listing.entries][:2] == [f"{tmp_path}/a.tar/0.jpg", f"{tmp_path}/a.tar/1.jpg"]
-    assert listing.unseen == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
+    assert listing.unreadable == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
     faults = {entry.id: entry.fault for entry in listing.entries if entry.fault}
     assert set(faults) == {f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"}
     assert faults[f"{tmp_path}/a.tar"].startswith("the shard cannot be read to its end")
@@ -313,17 +315,17 @@ def test_links_in_a_shard_are_no_pictures(tmp_path):
 def test_bytes_in_memory():
     entry = data_entry("mine", b"123", {"a": 1})
     assert (entry.id, entry.size, entry.mtime, entry.data, entry.columns) == ("mine", 3, 0, b"123", {"a": 1})
-    with pytest.raises(DataError, match="cannot be called score"):
+    with pytest.raises(DataError, match="reserved column name: score"):
         data_entry("mine", b"", {"score": 1})
 
 
 def test_columns_get_one_kind():
     rows = [{"a": 1, "b": True, "c": 1}, {"a": 2.5, "b": "x", "c": None}, {"b": 3}]
-    settle_kinds(rows)
+    unify_column_types(rows)
     assert rows == [{"a": 1.0, "b": "true", "c": 1}, {"a": 2.5, "b": "x", "c": None}, {"b": "3"}]
-    assert plain_value({"a": [1]}) == '{"a": [1]}'
-    assert plain_value("\udcff") == "\\udcff"
-    assert plain_value(float("inf")) is None
+    assert column_value({"a": [1]}) == '{"a": [1]}'
+    assert column_value("\udcff") == "\\udcff"
+    assert column_value(float("inf")) is None
 
 
 def test_the_number_found_is_told(tmp_path):
@@ -334,4 +336,4 @@ def test_the_number_found_is_told(tmp_path):
 
 
 def test_the_first_of_equal_entries_stays():
-    assert distinct([Entry("a", "/a"), Entry("a", "/a")], "x") == [Entry("a", "/a")]
+    assert unique_entries([Entry("a", "/a"), Entry("a", "/a")], "x") == [Entry("a", "/a")]

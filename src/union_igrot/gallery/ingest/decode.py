@@ -1,162 +1,143 @@
-"""From a file to a model's input: bytes read once, hashed, decoded, made a thumbnail of. Runs in worker processes.
-
-Where JPEGs are decoded later, together and on the model's device (`indexing.codec`), their bytes are handed over.
-Knows files and Pillow's images through `data.images`. Does not know a model or an index.
-"""
+"""From an entry to pixels, digest and thumbnail; runs in decoding processes."""
 
 import hashlib
 import io
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt64
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from union_igrot.gallery.ingest.entries import UNREACHED
+from union_igrot.gallery.ingest.entries import UNREACHABLE, Entry
+from union_igrot.gallery.ingest.plan import digest_prefix
 from union_igrot.images.decode import decode_image, image_fault, plain_jpeg
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
-THUMBNAIL: Final = 160
+THUMBNAIL_SIZE: Final = 160
 """Longest side of a thumbnail in pixels."""
 _QUALITY: Final = 80
-_LARGE: Final = 2**26
-"""Bytes from which a file is looked at before it is read; a film is not read to its end to be no image."""
+_LARGE_FILE: Final = 2**26
+"""Bytes from which a file is decoded before it is hashed, so that a video is not read to its end in vain."""
 
 
-class Wanted(NamedTuple):
-    """What a worker is told of an image; see `Entry`.
-
-    Attributes:
-        number: Its place in the list of those to be read.
-        force: Whether it is decoded even if an equal image is in the index.
-    """
-
-    number: int
-    path: str
-    size: int
-    offset: int | None = None
-    data: bytes | None = None
-    force: bool = False
-
-
-class Seen(NamedTuple):
-    """What a worker found out about an image; see `Fact`.
+class DecodedImage(NamedTuple):
+    """What is known of an image after it was read.
 
     Attributes:
-        number: Its place in the list of those to be read.
-        thumbnail: JPEG bytes; None where it was not decoded: it is broken, or an equal one is in the index.
+        digest: First 32 hex digits of the SHA-256 of its bytes; "" if it could not be read.
+        width: Width in pixels, upright.
+        height: Height in pixels, upright.
+        thumbnail: JPEG bytes. None if it was not decoded: it is broken, or equal bytes have been embedded already.
+        reason: Why it is broken, or None.
+        jpeg: Pixels and bytes of a JPEG that `JpegBatchDecoder` has yet to decode, or None.
     """
 
-    number: int
     digest: str = ""
     width: int = 0
     height: int = 0
     thumbnail: bytes | None = None
     reason: str | None = None
-
-
-class Handed(NamedTuple):
-    """A JPEG that is still to be decoded.
-
-    Attributes:
-        place: Which of a batch's it is.
-        pixels: Number of its pixels.
-        jpeg: Its bytes.
-    """
-
-    place: int
-    pixels: int
-    jpeg: UInt8[Tensor, " bytes"]
+    jpeg: tuple[int, int] | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """What a worker gives at once.
+class DecodedBatch:
+    """Images in the order of their entries.
 
     Attributes:
-        images: Pixels of the decoded ones, of the model's size, in order.
-        seen: All of them, in order.
-        waited: Seconds for which the worker had nothing to do before.
-        left: Place, number of pixels and of bytes of those that are still to be decoded; `seen` holds their hash alone.
-        encoded: The bytes of those, one behind the other.
+        images: All of them.
+        pixels: Pixels of those with a thumbnail, in order, in the size of the model.
+        jpegs: The bytes of those with `jpeg`, concatenated.
+        idle: Seconds for which the worker had waited for work.
     """
 
-    images: UInt8[Tensor, "decoded 3 height width"]
-    seen: Sequence[Seen]
-    waited: float = 0.0
-    left: Sequence[tuple[int, int, int]] = ()
-    encoded: UInt8[Tensor, " bytes"] | None = None
+    images: Sequence[DecodedImage]
+    pixels: UInt8[Tensor, "decoded 3 size size"]
+    jpegs: UInt8[Tensor, " bytes"] = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    idle: float = 0.0
 
-    def handed(self) -> list[Handed]:
-        """Return those that are still to be decoded, each with its bytes."""
-        if self.encoded is None:
-            return []
-        jpegs = self.encoded.split([length for _, _, length in self.left])
-        return [Handed(place, pixels, jpeg) for (place, pixels, _), jpeg in zip(self.left, jpegs, strict=True)]
+    def pin_memory(self) -> "DecodedBatch":
+        """Move the pixels to pinned memory, from which a GPU copies while it computes."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
-    def pin_memory(self) -> "Decoded":
-        """Lay the images where a GPU fetches them while it computes."""
-        return replace(self, images=self.images.pin_memory())
+    def split_jpegs(self) -> Sequence[UInt8[Tensor, " _"]]:
+        """Return the bytes of each JPEG that has yet to be decoded."""
+        sizes = [image.jpeg[1] for image in self.images if image.jpeg is not None]
+        return list(self.jpegs.split(sizes))
+
+    def without(self, digests: Collection[str]) -> "DecodedBatch":
+        """Drop pixels and bytes of images that were read before, here or earlier; only their digests stay.
+
+        Args:
+            digests: Digests of images read earlier.
+        """
+        images: list[DecodedImage] = []
+        seen: set[str] = set()
+        rows, keep_rows, keep_jpegs = 0, [], []
+        for image in self.images:
+            repeated = bool(image.digest) and (image.digest in seen or image.digest in digests)
+            seen.add(image.digest)
+            images.append(DecodedImage(image.digest) if repeated else image)
+            if image.thumbnail is not None:
+                keep_rows += [] if repeated else [rows]
+                rows += 1
+            elif image.jpeg is not None:
+                keep_jpegs.append(not repeated)
+        if len(keep_rows) == rows and all(keep_jpegs):
+            return self
+        kept = [jpeg for jpeg, keep in zip(self.split_jpegs(), keep_jpegs, strict=True) if keep]
+        return replace(self, images=images, pixels=self.pixels[keep_rows], jpegs=torch.cat([self.jpegs[:0], *kept]))
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Images that go through the model together.
-
-    Attributes:
-        images: Pixels of the decoded ones, of the model's size, in order; in one tensor or several.
-        seen: All of them, in order.
-        handed: Those that are still to be decoded, by the order of their places.
-    """
-
-    images: Sequence[UInt8[Tensor, "_ 3 height width"]]
-    seen: Sequence[Seen]
-    handed: Sequence[Handed] = ()
-
-
-@final
-class Decoder(Dataset[Decoded]):
-    """Decodes batches; its "indices" are what is wanted, so that a worker needs no list.
+class ImageReader:
+    """Reads, hashes and decodes images: the transform and, with `collate`, the batches of an `image_loader`.
 
     Args:
         preprocess: The model's.
-        known: File of sorted 64-bit beginnings of the hashes of what is in the index, or None.
-        hands_over: Whether plain JPEGs are left to who decodes many at once.
+        known: Sorted first 64 bits of the digests of images that need not be decoded.
+        defer_jpegs: Whether plain JPEGs are left to `JpegBatchDecoder`.
     """
 
-    def __init__(self, preprocess: Preprocess, known: Path | None, *, hands_over: bool = False) -> None:
-        self.preprocess, self._hands_over = preprocess, hands_over
-        self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
-        self._known_at, self._known = known, np.empty(0, dtype=np.uint64)
-        self._known_read = known is None
+    def __init__(
+        self, preprocess: Preprocess, known: UInt64[np.ndarray, " digests"] | None = None, *, defer_jpegs: bool = False
+    ) -> None:
+        self.preprocess, self.known, self._defer_jpegs = preprocess, known, defer_jpegs
+        self._to_pixels = ImageToPixels(preprocess)
         self._shard: io.BufferedReader | None = None
         self._idle_since: float | None = None
+        self._idle = 0.0
 
-    def __getitems__(self, wanted: Sequence[Wanted]) -> Decoded:
-        """Decode a batch."""
-        waited = 0.0 if self._idle_since is None else time.perf_counter() - self._idle_since
-        if self._known_at is not None and not self._known_read:
-            self._known, self._known_read = np.load(self._known_at, mmap_mode="r"), True
-        found = [self._look(one) for one in wanted]
-        pixels = [given for _, given in found if isinstance(given, Tensor)]
-        images = torch.stack(pixels) if pixels else self.no_images()
-        jpegs = [(place, given) for place, (_, given) in enumerate(found) if isinstance(given, _Jpeg)]
-        left = [(place, jpeg.pixels, len(jpeg.data)) for place, jpeg in jpegs]
-        joined = bytearray().join(jpeg.data for _, jpeg in jpegs)
-        encoded = torch.frombuffer(joined, dtype=torch.uint8) if joined else None
-        self._idle_since = time.perf_counter()
-        return Decoded(images, [seen for seen, _ in found], waited, left, encoded)
+    def __call__(self, entry: Entry) -> tuple[DecodedImage, Tensor | bytes | None]:
+        """Return an image with its pixels, or the bytes of a JPEG that has yet to be decoded."""
+        if self._idle_since is not None:
+            self._idle, self._idle_since = time.perf_counter() - self._idle_since, None
+        try:
+            return self._read_image(entry)
+        except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+            fault = image_fault(error)
+            # An error of the system, such as a failing disk or a lack of memory, says nothing about the image.
+            temporary = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+            return DecodedImage(reason=f"{UNREACHABLE} ({fault})" if temporary else fault), None
+
+    def collate(self, items: Sequence[tuple[DecodedImage, Tensor | bytes | None]]) -> DecodedBatch:
+        """Join images into a batch."""
+        pixels = [data for _, data in items if isinstance(data, Tensor)]
+        size = self.preprocess.size
+        stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        joined = bytearray().join(data for _, data in items if isinstance(data, bytes))
+        jpegs = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+        idle, self._idle, self._idle_since = self._idle, 0.0, time.perf_counter()
+        return DecodedBatch([image for image, _ in items], stacked, jpegs, idle)
 
     def close(self) -> None:
         """Close the shard that was read last."""
@@ -164,96 +145,79 @@ class Decoder(Dataset[Decoded]):
             self._shard.close()
             self._shard = None
 
-    def alone(self) -> "Decoder":
-        """Return one that hands nothing over, for images tried one by one."""
-        return Decoder(self.preprocess, self._known_at)
+    def _read_image(self, entry: Entry) -> tuple[DecodedImage, Tensor | bytes | None]:
+        if entry.size > _LARGE_FILE and entry.offset is None and entry.data is None:
+            return self._read_large(entry)
+        data = self._read_bytes(entry)
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        if self._is_known(digest):
+            return DecodedImage(digest), None
+        if self._defer_jpegs and (count := plain_jpeg(data)) is not None:
+            return DecodedImage(digest, jpeg=(count, len(data))), data
+        (width, height), thumbnail, pixels = decode_with_thumbnail(data, self._to_pixels)
+        return DecodedImage(digest, width, height, thumbnail), pixels
 
-    def no_images(self) -> UInt8[Tensor, "0 3 height width"]:
-        """Return a batch of none."""
-        return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
-
-    def _look(self, one: Wanted) -> "tuple[Seen, Tensor | _Jpeg | None]":
-        try:
-            if one.size > _LARGE and one.offset is None and one.data is None:
-                return self._look_at_large(one)
-            data = self._read(one)
-            digest = hashlib.sha256(data).hexdigest()[:32]
-            if not one.force and self._is_known(digest):
-                return Seen(one.number, digest), None
-            if self._hands_over and (count := plain_jpeg(data)) is not None:
-                return Seen(one.number, digest), _Jpeg(data, count)
-            size, thumbnail, pixels = look_at(data, self._to_pixels)
-            return Seen(one.number, digest, *size, thumbnail), pixels
-        except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-            fault = image_fault(error)
-            # With a number it is the system's: the disk's fault, not the image's. Nor is it, where memory is short.
-            away = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
-            return Seen(one.number, reason=f"{UNREACHED} ({fault})" if away else fault), None
-
-    def _look_at_large(self, one: Wanted) -> tuple[Seen, Tensor | None]:
-        """Decode first, which ends at once where it is no image; hash without holding all bytes."""
-        image, size = decode_image(Path(one.path), self._size)
-        with open(one.path, "rb") as file:  # noqa: PTH123 - odd bytes in a name
+    def _read_large(self, entry: Entry) -> tuple[DecodedImage, Tensor]:
+        """Decode before hashing, which fails at once if it is no image; hash without reading all bytes into memory."""
+        image, (width, height) = decode_image(Path(entry.path), self.preprocess.size)
+        with open(entry.path, "rb") as file:  # noqa: PTH123 - undecodable bytes in a name
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        return Seen(one.number, digest, *size, thumbnail_of(image)), self._to_pixels(image)
+        return DecodedImage(digest, width, height, make_thumbnail(image)), self._to_pixels(image)
 
-    def _read(self, one: Wanted) -> bytes:
-        if one.data is not None:
-            return one.data
-        if one.offset is None:
-            with open(one.path, "rb") as file:  # noqa: PTH123
+    def _read_bytes(self, entry: Entry) -> bytes:
+        if entry.data is not None:
+            return entry.data
+        if entry.offset is None:
+            with open(entry.path, "rb") as file:  # noqa: PTH123
                 return file.read()
-        if self._shard is None or self._shard.name != one.path:
+        if self._shard is None or self._shard.name != entry.path:
             self.close()
-            self._shard = open(one.path, "rb")  # noqa: PTH123, SIM115 - kept open for the next member
-        data = os.pread(self._shard.fileno(), one.size, one.offset)
-        if len(data) < one.size:
+            self._shard = open(entry.path, "rb")  # noqa: PTH123, SIM115 - kept open for the next member
+        data = os.pread(self._shard.fileno(), entry.size, entry.offset)
+        if len(data) < entry.size:
             raise OSError("the shard ends before it")
         return data
 
     def _is_known(self, digest: str) -> bool:
-        beginning = np.uint64(int(digest[:16], 16))
-        at = int(np.searchsorted(self._known, beginning))
-        return at < len(self._known) and bool(self._known[at] == beginning)
+        if self.known is None:
+            return False
+        prefix = np.uint64(digest_prefix(digest))
+        at = int(np.searchsorted(self.known, prefix))
+        return at < len(self.known) and bool(self.known[at] == prefix)
 
 
-class _Jpeg(NamedTuple):
-    """A JPEG that is handed over."""
-
-    data: bytes
-    pixels: int
-
-
-def look_at(data: bytes, to_pixels: ImageToPixels) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
+def decode_with_thumbnail(
+    data: bytes, to_pixels: ImageToPixels
+) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
     """Decode an image with Pillow.
 
     Args:
-        data: Bytes of a file.
+        data: The bytes of a file.
         to_pixels: The model's.
 
     Returns:
-        Its width and height, a thumbnail, and its pixels for the model.
+        Width and height, a thumbnail, and the pixels for the model.
 
     Raises:
-        Exception: Nearly any, where the file is broken.
+        Exception: Nearly any, if the file is broken.
     """
     image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size)
-    wide = image
-    if max(image.size) < min(THUMBNAIL, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
-        wide, _ = decode_image(io.BytesIO(data), THUMBNAIL)
-    return size, thumbnail_of(wide), to_pixels(image)
+    large = image
+    if max(image.size) < min(THUMBNAIL_SIZE, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
+        large, _ = decode_image(io.BytesIO(data), THUMBNAIL_SIZE)
+    return size, make_thumbnail(large), to_pixels(image)
 
 
 def thumbnail_size(width: int, height: int) -> tuple[int, int]:
-    """Return width and height of an image's thumbnail; one that is small already is not enlarged."""
-    share = min(1.0, THUMBNAIL / max(width, height))
-    return max(1, round(width * share)), max(1, round(height * share))
+    """Return width and height of the thumbnail of an image; a small image is not enlarged."""
+    scale = min(1.0, THUMBNAIL_SIZE / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def thumbnail_of(image: Image.Image) -> bytes:
+def make_thumbnail(image: Image.Image) -> bytes:
     """Return a small JPEG of an image."""
     width, height = thumbnail_size(*image.size)
     file = io.BytesIO()
-    # As sharp as a bicubic filter and half its time; whole factors are left to averages, a tenth of it.
+    # As sharp as a bicubic filter at half its time; integer factors are averaged, in a tenth of it.
     image.resize((width, height), Image.Resampling.HAMMING, reducing_gap=1.0).save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()

@@ -1,7 +1,4 @@
-"""What should become a row of an index: a file, a tar shard's member or bytes, with the user's columns.
-
-Knows file systems' facts and columns' values. Does not open an image, nor know where lists of them come from.
-"""
+"""The images to index: files, members of tar shards, or bytes in memory, each with its columns."""
 
 import datetime as dt
 import json
@@ -16,19 +13,17 @@ import numpy as np
 
 from union_igrot.errors import DataError
 
-Value = str | int | float | bool | None
-"""What a user's column may hold."""
-OWN: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
-"""Columns that indexing writes itself."""
-ADDED: Final = "added"
-"""What a row's column `source` says of an image that was added by itself, not with a folder or a list."""
-MISSING: Final = "the file is missing"
-"""The fault of what a list names and a disk lacks."""
-FOLDER: Final = "is a folder"
-"""The fault of a folder that stands where a file is expected."""
-UNREACHED: Final = "the file cannot be reached"
-"""How the fault begins of what may be there and sound."""
-TAKEN: Final = OWN | {"id", "vector", "row", "score"}
+UserValue = str | int | float | bool | None
+"""A value of a user's column."""
+OWN_COLUMNS: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
+"""Columns that ingestion writes itself."""
+ADDED_SOURCE: Final = "added"
+"""Value of the column `source` for an image that was added alone, not with a folder or list."""
+FILE_MISSING: Final = "the file is missing"
+IS_FOLDER: Final = "is a folder"
+UNREACHABLE: Final = "the file cannot be reached"
+"""Prefix of faults that may be temporary; such an image is tried again at the next run."""
+RESERVED_COLUMNS: Final = OWN_COLUMNS | {"id", "vector", "row", "score"}
 """Names that a user's column cannot have."""
 
 _INT64: Final = 2**63
@@ -36,16 +31,16 @@ _INT64: Final = 2**63
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file, a part of a file (a tar shard's member) or bytes in memory that should be an image.
+    """A file, a part of a file (a member of a tar shard) or bytes in memory that should be an image.
 
     Attributes:
-        id: What its row is called: the absolute path as text, `<shard>/<member>` for a member.
-        path: The file that holds it; may hold bytes that are no text, as surrogates. "" for bytes in memory.
+        id: The id of its row: the absolute path as text, `<shard>/<member>` for a member.
+        path: The file; may contain undecodable bytes as surrogates. "" for bytes in memory.
         size: Bytes.
-        mtime: Time of the file's change in ns; 0 for bytes in memory.
-        offset: Where a member begins in its file, or None.
-        columns: The user's own.
-        fault: Why it cannot be an image, where that is seen without opening it.
+        mtime: Modification time of the file in ns; 0 for bytes in memory.
+        offset: Start of a member in its shard, or None.
+        columns: The user's columns.
+        fault: Why it cannot be an image, if that is known without opening it.
         data: The bytes of an image in memory.
     """
 
@@ -54,107 +49,106 @@ class Entry:
     size: int = 0
     mtime: int = 0
     offset: int | None = None
-    columns: dict[str, Value] = field(default_factory=dict)
+    columns: dict[str, UserValue] = field(default_factory=dict)
     fault: str | None = None
     data: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Images and where they come from.
+    """Images and their source.
 
     Attributes:
-        source: What they were asked for by, resolved: a folder, a pattern, a list, or a name given by the caller.
-        entries: Each with an id of its own.
-        unseen: Folders and shards that could not be read to their end. What they held before may still be there.
+        source: The folder, pattern or list, resolved, or a name chosen by the caller.
+        entries: The images, with unique ids.
+        unreadable: Folders and shards that could not be read completely. Images listed before may still exist there.
     """
 
     source: str
     entries: Sequence[Entry]
-    unseen: Sequence[str] = ()
+    unreadable: Sequence[str] = ()
 
 
-def file_entry(path: str, columns: dict[str, Value] | None = None, found: os.stat_result | None = None) -> Entry:
-    """Make an entry of a file, and look at it from outside: a pipe is never opened.
+def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os.stat_result | None = None) -> Entry:
+    """Make the entry of a file without opening it.
 
     Args:
         path: An absolute path.
-        columns: The user's own.
-        found: What `os.stat` says, where it is known.
+        columns: The user's columns.
+        found: The result of `os.stat`, if known.
     """
     fault = None
     try:
-        found = found or os.stat(path)  # noqa: PTH116 - bytes that are no text, and speed
+        found = found or os.stat(path)  # noqa: PTH116 - undecodable bytes, and speed
     except (FileNotFoundError, NotADirectoryError):
-        fault = MISSING
+        fault = FILE_MISSING
     except (OSError, ValueError) as error:
-        fault = f"{UNREACHED} ({getattr(error, 'strerror', None) or error})"
+        fault = f"{UNREACHABLE} ({getattr(error, 'strerror', None) or error})"
     if found is None:
-        return Entry(as_text(path), path, columns=columns or {}, fault=fault)
+        return Entry(path_as_text(path), path, columns=columns or {}, fault=fault)
     if not stat.S_ISREG(found.st_mode):
-        fault = FOLDER if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+        fault = IS_FOLDER if stat.S_ISDIR(found.st_mode) else "is not a regular file"
     elif found.st_size == 0:
         fault = "is empty (0 bytes)"
-    return Entry(as_text(path), path, found.st_size, found.st_mtime_ns, columns=columns or {}, fault=fault)
+    return Entry(path_as_text(path), path, found.st_size, found.st_mtime_ns, columns=columns or {}, fault=fault)
 
 
-def data_entry(name: str, data: bytes, columns: Mapping[str, Value] | None = None) -> Entry:
-    """Make an entry of an encoded image in memory: bytes of a JPEG, a PNG, ...
+def data_entry(name: str, data: bytes, columns: Mapping[str, UserValue] | None = None) -> Entry:
+    """Make the entry of an encoded image (JPEG, PNG, ...) in memory.
 
     Args:
         name: The id of its row.
         data: The bytes.
-        columns: The user's own.
+        columns: The user's columns.
 
     Raises:
-        DataError: Where a column has a name that is taken.
+        DataError: If a column name is reserved.
     """
-    kept = {column: plain_value(value) for column, value in (columns or {}).items()}
-    refuse_taken(kept, "the columns given")
-    return Entry(name, size=len(data), columns=kept, data=data)
+    values = {column: column_value(value) for column, value in (columns or {}).items()}
+    check_column_names(values, "columns")
+    return Entry(name, size=len(data), columns=values, data=data)
 
 
-def as_text(path: str) -> str:
-    """Write a path as text; bytes that are no UTF-8 become backslash escapes."""
+def path_as_text(path: str) -> str:
+    """Return a path as valid Unicode; undecodable bytes become backslash escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace") if not path.isascii() else path
 
 
-def distinct(entries: Iterable[Entry], where: str) -> list[Entry]:
-    """Leave out what stands twice.
+def unique_entries(entries: Iterable[Entry], source: str) -> list[Entry]:
+    """Keep the first of several entries with the same id.
 
     Args:
-        entries: In order; the first of several stays.
-        where: What lists them, for the error.
+        entries: The entries, in order.
+        source: Where they are listed, for the error.
 
     Raises:
-        DataError: Where one image is given two different rows of columns.
+        DataError: If one image is listed with two different sets of columns.
     """
-    kept: dict[str, Entry] = {}
+    first: dict[str, Entry] = {}
     clashes = []
     for entry in entries:
-        first = kept.setdefault(entry.id, entry)
-        if first is entry or (first.path == entry.path and first.columns == entry.columns):
+        kept = first.setdefault(entry.id, entry)
+        if kept is entry or (kept.path == entry.path and kept.columns == entry.columns):
             continue
-        if first.path == entry.path:
-            raise DataError(f"{where}: {entry.id} stands twice with different columns; leave one")
-        reason = "its name, written as text, is that of another file; rename it"
+        if kept.path == entry.path:
+            raise DataError(f"{source}: {entry.id} is listed twice with different columns; keep one")
+        reason = "another file has the same name after its undecodable bytes are escaped; rename it"
         clashes.append(Entry(f"{entry.id} (another file)", entry.path, entry.size, entry.mtime, fault=reason))
-    return [*kept.values(), *clashes]
+    return [*first.values(), *clashes]
 
 
-def plain_value(value: Any) -> Value:
-    """Bring a value to what a column can hold.
+def column_value(value: Any) -> UserValue:
+    """Convert a value to what a column can hold.
 
-    NaN and what else stands for nothing becomes None, scalars of numpy and torch Python's own, times and whatever is
-    nested text.
+    NaN and other missing values become None, NumPy and torch scalars Python numbers, times and nested values text.
 
     Raises:
         DataError: For bytes.
     """
-    if not isinstance(value, Value) and _stands_for_nothing(value):
+    if not isinstance(value, UserValue) and _is_missing(value):
         return None
     if getattr(value, "ndim", None) == 0 and not isinstance(value, np.datetime64 | np.timedelta64):
-        value = value.item()  # a scalar of numpy or torch
+        value = value.item()  # a NumPy or torch scalar
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -162,7 +156,7 @@ def plain_value(value: Any) -> Value:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes | bytearray | memoryview):
-        raise DataError("holds bytes; a column holds text, numbers or true and false")
+        raise DataError("holds bytes; a column holds text, numbers or booleans")
     if isinstance(value, dt.date | dt.time):
         return value.isoformat()
     if isinstance(value, Mapping | list | tuple):
@@ -170,38 +164,38 @@ def plain_value(value: Any) -> Value:
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
-def _stands_for_nothing(value: Any) -> bool:
-    """Whether a value is no value: pandas' NaT and NA, a NaN of numpy."""
+def _is_missing(value: Any) -> bool:
+    """Return whether a value is NaN, NaT or pandas' NA."""
     try:
-        return bool(value != value)  # noqa: PLR0124 - true of NaN and NaT alone
-    except (TypeError, ValueError, RuntimeError):  # of pandas' NA, and of what holds several values
+        return bool(value != value)  # noqa: PLR0124 - true only of NaN and NaT
+    except (TypeError, ValueError, RuntimeError):  # pandas' NA, and containers of several values
         return type(value).__name__ == "NAType"
 
 
-def first_twice(names: Sequence[str]) -> str | None:
-    """Return the first name that stood before; None where all are distinct."""
+def first_repeated(names: Sequence[str]) -> str | None:
+    """Return the first name that occurred before, or None."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
-def refuse_taken(names: Iterable[str], where: str) -> None:
-    """Refuse columns whose names are taken.
+def check_column_names(names: Iterable[str], source: str) -> None:
+    """Refuse reserved column names.
 
     Raises:
-        DataError: Naming them.
+        DataError: If a name is reserved.
     """
-    if clash := sorted(set(names) & TAKEN):
-        raise DataError(f"{where}: a column cannot be called {', '.join(clash)}; rename it")
+    if clash := sorted(set(names) & RESERVED_COLUMNS):
+        raise DataError(f"{source}: reserved column name: {', '.join(clash)}; rename the column")
 
 
-def settle_kinds(rows: Sequence[MutableMapping[str, Value]]) -> None:
-    """Return each column one kind in all rows: whole numbers among numbers become floats, any other mixture text."""
-    kinds: dict[str, set[type]] = {}
+def unify_column_types(rows: Sequence[MutableMapping[str, UserValue]]) -> None:
+    """Give each column one type in all rows: integers and floats become floats, any other mixture text."""
+    types: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
             if value is not None:
-                kinds.setdefault(name, set()).add(type(value))
-    mixed = {name: float if found == {int, float} else str for name, found in kinds.items() if len(found) > 1}
+                types.setdefault(name, set()).add(type(value))
+    mixed = {name: float if found == {int, float} else str for name, found in types.items() if len(found) > 1}
     if not mixed:
         return
     for row in rows:

@@ -1,160 +1,185 @@
-"""What `images=` means: a folder, a pattern, a list or tar shards, as the images it names.
+"""Expand `images=` into entries: folders, patterns, list files and WebDataset tar shards. No image is opened."""
 
-Hidden files (a dot in front) are left out. Links are followed, but no folder is entered twice, nor
-one that holds the folder asked for. Knows file systems. Does not open images.
-"""
-
+import csv
+import importlib.util
 import itertools
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from union_igrot.errors import ConfigError
-from union_igrot.gallery.ingest.entries import Entry, Listing, as_text, distinct, file_entry, settle_kinds
-from union_igrot.gallery.ingest.lists import READERS, listed
-from union_igrot.gallery.ingest.tars import members
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.gallery.ingest.entries import (
+    RESERVED_COLUMNS,
+    Entry,
+    Listing,
+    UserValue,
+    check_column_names,
+    column_value,
+    file_entry,
+    first_repeated,
+    path_as_text,
+    unify_column_types,
+    unique_entries,
+)
 from union_igrot.storage.paths import absolute_path
 
-FORMS: Final = (
+SOURCE_FORMS: Final = (
     'a folder, an image, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
     'or tar shards ("shards-{0000..0009}.tar")'
 )
-"""What `images=` can be."""
+"""The forms of `images=`, for messages."""
 
-_TELL: Final = 1000
-_MOST: Final = 1_000_000
-"""Names that braces may stand for."""
+_REPORT_EVERY: Final = 1000
+_MAX_EXPANSIONS: Final = 1_000_000
+"""Maximum number of names that braces may expand to."""
+_MAX_METADATA: Final = 2**24
+"""Maximum size in bytes of a shard member that holds columns."""
+_METADATA_SUFFIXES: Final = (".json", ".txt", ".cls")
+_INTEGER: Final = re.compile(r"-?(0|[1-9]\d{0,17})")
+_NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
+
+_ListedImage = tuple[str, dict[str, Any]]
+"""A path as written in a list, and the other columns of its line."""
 
 
-def list_images(images: str, tell: Callable[[int], None] | None = None) -> Listing:
-    """List the images that `images=` names.
+def list_images(images: str, on_progress: Callable[[int], None] | None = None) -> Listing:
+    """List the images of a source.
+
+    Hidden files are left out. Links are followed, but no folder is entered twice, nor one that contains the folder
+    to be listed.
 
     Args:
-        images: See `FORMS`.
-        tell: Called now and then with the number found so far.
+        images: See `SOURCE_FORMS`.
+        on_progress: Called now and then with the number of images found so far.
 
     Raises:
-        ConfigError: Where nothing is named by it.
-        DataError: Where a list is not what its format says.
+        ConfigError: If nothing matches.
+        DataError: If a list is malformed.
     """
     if not images:
-        raise ConfigError(f"images= is empty; give {FORMS}")
+        raise ConfigError(f"images is empty; give {SOURCE_FORMS}")
     path = absolute_path(images)
-    unseen: list[Entry] = []
-    found = _walk(path, unseen) if os.path.isdir(path) else _named(_files(path, images), unseen)  # noqa: PTH112
+    unreadable: list[Entry] = []
+    is_folder = os.path.isdir(path)  # noqa: PTH112
+    found = _walk(path, unreadable) if is_folder else _read_files(_expand(path, images), unreadable)
     entries = []
-    for entry in itertools.chain(found, unseen):
+    for entry in itertools.chain(found, unreadable):
         entries.append(entry)
-        if tell is not None and len(entries) % _TELL == 0:
-            tell(len(entries))
-    settle_kinds([entry.columns for entry in entries if entry.columns])
-    return Listing(as_text(path), distinct(entries, images), [entry.id for entry in unseen])
+        if on_progress is not None and len(entries) % _REPORT_EVERY == 0:
+            on_progress(len(entries))
+    unify_column_types([entry.columns for entry in entries if entry.columns])
+    return Listing(path_as_text(path), unique_entries(entries, images), [entry.id for entry in unreadable])
 
 
-def _files(path: str, images: str) -> list[str]:
-    """Return the files that a path or pattern names."""
-    if os.path.lexists(path):
-        return [path]
-    found: dict[str, None] = {}
-    missing: dict[str, None] = {}
-    for pattern in _braces(path, images):
-        plain = os.path.lexists(pattern) or not re.search(r"[*?\[]", pattern)
-        matches = [pattern] if plain else _matches(pattern, images)
-        found |= dict.fromkeys(matches)
-        missing |= dict.fromkeys(match for match in matches if plain and not os.path.lexists(match))
-    if len(found) == len(missing):
-        raise ConfigError(f"images={as_text(images)} names nothing that exists; give {FORMS}")
-    return list(found)  # one of several names that does not exist is listed as missing
-
-
-def _named(files: Sequence[str], unseen: list[Entry]) -> Iterator[Entry]:
-    """List what files hold: shards, lists (where all files are lists), else images."""
+def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry]:
+    """List the contents of files: shards, lists (if all files are lists), or the images themselves."""
     suffixes = [Path(file).suffix.lower() for file in files]
-    lists = all(suffix in READERS for suffix in suffixes)
+    all_lists = all(suffix in _LIST_READERS for suffix in suffixes)
     for file, suffix in zip(files, suffixes, strict=True):
         if file.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
-            raise ConfigError(f"{as_text(file)} is a compressed tar, where no member can be found alone; unpack it")
-        if lists:
-            yield from listed(file)
+            raise ConfigError(f"{path_as_text(file)}: compressed tar files cannot be read by member; decompress it")
+        if all_lists:
+            yield from _read_list(file)
         elif suffix == ".tar":
-            entries, fault = members(file)
+            entries, fault = _read_shard(file)
             if fault:
-                unseen.append(Entry(as_text(file), file, fault=fault))
+                unreadable.append(Entry(path_as_text(file), file, fault=fault))
             yield from entries
         else:
             yield file_entry(file)
 
 
-def _walk(root: str, unseen: list[Entry]) -> Iterator[Entry]:
-    """List a folder, what is really in it before what links lead to."""
-    above = os.path.realpath(root)
+# Folders and patterns
+
+
+def _walk(root: str, unreadable: list[Entry]) -> Iterator[Entry]:
+    """List a folder recursively, its own subfolders before those that links lead to."""
+    real_root = os.path.realpath(root)
     seen: set[tuple[int, int]] = set()
-    linked = [root]
-    for start in linked:
-        inside = [start]
-        if start is not root and f"{above}/".startswith(f"{os.path.realpath(start).rstrip('/')}/"):
-            continue  # a link to a folder that holds the one asked for
-        while inside:
-            folder = inside.pop()
+    starts = [root]
+    for start in starts:
+        if start is not root and f"{real_root}/".startswith(f"{os.path.realpath(start).rstrip('/')}/"):
+            continue  # a link to a folder that contains the root
+        pending = [start]
+        while pending:
+            folder = pending.pop()
             try:
                 about = os.stat(folder)  # noqa: PTH116
                 if (about.st_dev, about.st_ino) in seen:
                     continue
                 seen.add((about.st_dev, about.st_ino))
-                files, folders, links = _contents(folder)
+                files, folders, links = _list_folder(folder)
             except OSError as error:
                 reason = f"the folder cannot be read ({error.strerror})"
-                unseen.append(Entry(as_text(folder), folder, fault=reason))
+                unreadable.append(Entry(path_as_text(folder), folder, fault=reason))
                 continue
             yield from files
-            inside += reversed(folders)
-            linked += links
+            pending += reversed(folders)
+            starts += links
 
 
-def _contents(folder: str) -> tuple[list[Entry], list[str], list[str]]:
-    """Return the files of a folder, its folders, and the links to folders in it."""
+def _list_folder(folder: str) -> tuple[list[Entry], list[str], list[str]]:
+    """Return the files of a folder, its subfolders, and the links to folders in it."""
     files, folders, links = [], [], []
     with os.scandir(folder) as found:
-        there = sorted((one for one in found if not one.name.startswith(".")), key=lambda one: one.name)
-    for one in there:
-        if one.is_dir(follow_symlinks=False):
-            folders.append(one.path)
-        elif one.is_symlink() and os.path.isdir(one.path):  # noqa: PTH112
-            links.append(one.path)
+        visible = sorted((item for item in found if not item.name.startswith(".")), key=lambda item: item.name)
+    for item in visible:
+        if item.is_dir(follow_symlinks=False):
+            folders.append(item.path)
+        elif item.is_symlink() and os.path.isdir(item.path):  # noqa: PTH112
+            links.append(item.path)
         else:
             try:
-                files.append(file_entry(one.path, found=one.stat()))
+                files.append(file_entry(item.path, found=item.stat()))
             except OSError:
-                files.append(file_entry(one.path))  # says why
+                files.append(file_entry(item.path))  # finds the reason
     return files, folders, links
 
 
-def _matches(pattern: str, images: str) -> list[str]:
-    """Return the files that match a pattern, in order; `**` follows no links, so that loops end."""
+def _expand(path: str, images: str) -> list[str]:
+    """Return the files that a path or pattern matches."""
+    if os.path.lexists(path):
+        return [path]
+    found: dict[str, None] = {}
+    missing: dict[str, None] = {}
+    for pattern in _expand_braces(path, images):
+        plain = os.path.lexists(pattern) or not re.search(r"[*?\[]", pattern)
+        matches = [pattern] if plain else _glob(pattern, images)
+        found |= dict.fromkeys(matches)
+        missing |= dict.fromkeys(match for match in matches if plain and not os.path.lexists(match))
+    if len(found) == len(missing):
+        raise ConfigError(f"images={path_as_text(images)} matches nothing; give {SOURCE_FORMS}")
+    return list(found)  # a written-out name that does not exist is listed as missing
+
+
+def _glob(pattern: str, images: str) -> list[str]:
+    """Return the files that match a pattern, in order; `**` does not follow links, which avoids loops."""
     parts = pattern.split("/")
     wild = next(at for at, part in enumerate(parts) if re.search(r"[*?\[]", part))
     root, rest = "/".join(parts[:wild]) or "/", "/".join(parts[wild:])
-    if parts[-1] == "**":  # folders alone, before Python 3.13
+    if parts[-1] == "**":  # matches folders only, before Python 3.13
         rest += "/*"
-    allowed = any(part.startswith(".") for part in parts[wild:])
+    hidden_allowed = any(part.startswith(".") for part in parts[wild:])
     try:
         found = sorted(str(path) for path in Path(root).glob(rest))
     except (ValueError, NotImplementedError, IndexError, re.error) as error:
-        raise ConfigError(f"images={as_text(images)} is no pattern ({error}); give {FORMS}") from None
-    shown = len(root.rstrip("/")) + 1
+        raise ConfigError(f"images={path_as_text(images)}: invalid pattern ({error}); give {SOURCE_FORMS}") from None
+    prefix = len(root.rstrip("/")) + 1
     return [
         path
         for path in found
         if not os.path.isdir(path)  # noqa: PTH112
-        and (allowed or not any(part.startswith(".") for part in path[shown:].split("/")))
+        and (hidden_allowed or not any(part.startswith(".") for part in path[prefix:].split("/")))
     ]
 
 
-def _braces(pattern: str, images: str) -> Iterator[str]:
-    """Write out `{0000..0009}` and `{a,b}`, as a shell does."""
+def _expand_braces(pattern: str, images: str) -> Iterator[str]:
+    """Expand `{0000..0009}` and `{a,b}` like a shell."""
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices: list[Sequence[str]] = []
     for at, piece in enumerate(pieces):
@@ -163,12 +188,188 @@ def _braces(pattern: str, images: str) -> Iterator[str]:
             choices.append([piece])
         elif ends is not None:
             first, last = int(ends[1]), int(ends[2])
-            wide = max(len(end) for end in ends.groups()) if ends[1][0] == "0" or ends[2][0] == "0" else 0
+            width = max(len(end) for end in ends.groups()) if ends[1][0] == "0" or ends[2][0] == "0" else 0
             step = 1 if last >= first else -1
-            numbers = range(first, last + step, step)[: _MOST + 1]
-            choices.append([str(number).zfill(wide) for number in numbers])
+            numbers = range(first, last + step, step)[: _MAX_EXPANSIONS + 1]
+            choices.append([str(number).zfill(width) for number in numbers])
         else:
             choices.append(piece.split(",") if "," in piece else [f"{{{piece}}}"])
-    if math.prod(map(len, choices)) > _MOST:
-        raise ConfigError(f"images={as_text(images)}: its braces stand for more than {_MOST:,} names; give a pattern")
+    if math.prod(map(len, choices)) > _MAX_EXPANSIONS:
+        raise ConfigError(
+            f"images={path_as_text(images)}: braces expand to more than {_MAX_EXPANSIONS:,} names; give a pattern"
+        )
     return ("".join(chosen) for chosen in itertools.product(*choices))
+
+
+# List files: text (`.txt`, one path per line, `#` comments), or a table with a column `path`. Paths are absolute or
+# relative to the folder of the list.
+
+
+def _read_list(path: str) -> list[Entry]:
+    reader = _LIST_READERS[Path(path).suffix.lower()]
+    folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120 - undecodable bytes
+    try:
+        rows = list(reader(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
+    entries = []
+    for name, values in rows:
+        check_column_names(values, path)
+        try:
+            columns = {column: column_value(value) for column, value in values.items()}
+        except DataError as error:
+            raise DataError(f"{path}: a column {error}; remove it from the list") from None
+        entries.append(file_entry(os.path.abspath(os.path.join(folder, name)), columns))  # noqa: PTH100, PTH118
+    return entries
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:  # noqa: PTH123
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line.removesuffix("\n").removesuffix("\r")
+
+
+def _read_text(path: str) -> Iterator[_ListedImage]:
+    return ((line, {}) for _, line in _lines(path) if not line.startswith("#"))
+
+
+def _read_jsonl(path: str) -> Iterator[_ListedImage]:
+    for number, line in _lines(path):
+        try:
+            values = json.loads(line)
+            name = values.pop("path")
+            os.fsencode(name)  # fails for an unpaired surrogate, "\\ud800"
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            name = None
+        if not isinstance(name, str) or not name:
+            raise DataError(f'{path}, line {number}: expected an object with a path, {{"path": "a.jpg", ...}}')
+        yield name, values
+
+
+def _read_csv(path: str) -> Iterator[_ListedImage]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:  # noqa: PTH123
+        reader = csv.DictReader(file, strict=True)  # otherwise an open quote swallows all that follows
+        try:
+            header = reader.fieldnames or ()
+            if (repeated := first_repeated(header)) is not None:
+                raise DataError(f"{path}: the header has the column {repeated!r} twice; rename one")
+            if "path" not in header:
+                raise DataError(f"{path}: the header has no column path; found {header}")
+            rows = []
+            for row in reader:
+                if None in row or not row["path"]:
+                    raise DataError(f"{path}, line {reader.line_num}: more cells than the header, or no path")
+                rows.append(row)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.reader.line_num}: {error}") from None
+    parsers = {name: _cell_parser([row[name] for row in rows]) for name in header if name != "path"}
+    for row in rows:
+        yield row["path"], {name: parse(row[name]) if row[name] else None for name, parse in parsers.items()}
+
+
+def _cell_parser(cells: list[str | None]) -> Callable[[str], UserValue]:
+    """Return the type of all cells of a column; a number with leading zeros is text."""
+    given = [cell for cell in cells if cell]
+    if all(_INTEGER.fullmatch(cell) for cell in given):
+        return int
+    if all(_NUMBER.fullmatch(cell) for cell in given):
+        return float
+    if all(cell.lower() in ("true", "false") for cell in given):
+        return lambda cell: cell.lower() == "true"
+    return str
+
+
+def _read_parquet(path: str) -> Iterator[_ListedImage]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f'{path} needs a package that is not installed; pip install "union-igrot[gallery]"')
+    import pyarrow.parquet  # noqa: PLC0415 - an extra
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if "path" not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column path; found {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches():
+            for values in batch.to_pylist():
+                name = values.pop("path")
+                if not isinstance(name, str) or not name:
+                    raise DataError(f"{path}: invalid path in a row: {name!r}")
+                yield name, values
+
+
+_LIST_READERS: Final[Mapping[str, Callable[[str], Iterator[_ListedImage]]]] = {
+    ".txt": _read_text,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+# WebDataset shards: members whose names agree up to the first dot are one sample. Its `.json` (an object), `.txt` and
+# `.cls` become columns of its images; every other member should be an image. Only headers and columns are read.
+
+
+def _read_shard(path: str) -> tuple[list[Entry], str | None]:
+    """Return the members that should be images, and why the shard could not be read to its end, or None."""
+    entries: dict[str, Entry] = {}  # of several members with one name, the last counts
+    samples: dict[str, dict[str, UserValue]] = {}
+    fault = None
+    try:
+        changed = os.stat(path).st_mtime_ns  # noqa: PTH116 - undecodable bytes
+        with tarfile.open(path, "r:") as shard:
+            for member in _visible_members(shard):
+                folder, _, name = member.name.rpartition("/")
+                stem, _, rest = name.partition(".")
+                suffix = f".{rest.lower()}"
+                columns = samples.setdefault(f"{folder}/{stem}", {})
+                is_metadata = suffix in _METADATA_SUFFIXES
+                reason = _add_columns(shard, member, suffix, columns) if is_metadata else _member_fault(member)
+                if not is_metadata or reason:
+                    row_id = path_as_text(f"{path}/{member.name.removeprefix('./')}")
+                    entry = Entry(row_id, path, member.size, changed, member.offset_data, columns, reason)
+                    entries[row_id] = entry
+    except FileNotFoundError:
+        fault = "the shard is missing"
+    except (OSError, tarfile.TarError, ValueError, EOFError) as error:
+        fault = f"the shard cannot be read to its end ({getattr(error, 'strerror', None) or error})"
+    return list(entries.values()), fault
+
+
+def _visible_members(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in shard:
+        shard.members = []  # type: ignore[attr-defined] # it would keep every member in memory
+        hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+        if not member.isdir() and not hidden:
+            yield member
+
+
+def _member_fault(member: tarfile.TarInfo) -> str | None:
+    if not member.isreg() or member.sparse is not None:
+        return "is not a regular member of its shard"
+    return None if member.size else "is empty (0 bytes)"
+
+
+def _add_columns(
+    shard: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, columns: dict[str, UserValue]
+) -> str | None:
+    """Add the columns of a member; return the reason if it cannot be read."""
+    if not member.isreg() or member.size > _MAX_METADATA:
+        return f"is not a regular member, or larger than {_MAX_METADATA:,} bytes"
+    file = shard.extractfile(member)
+    assert file is not None
+    with file:
+        text = file.read().decode("utf-8", "backslashreplace")
+    if suffix != ".json":
+        label = text.strip()
+        columns[suffix[1:]] = int(label) if suffix == ".cls" and re.fullmatch(r"-?\d{1,18}", label) else label
+        return None
+    try:
+        values = dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"is not a JSON object ({error})"
+    for key, value in values.items():
+        # Users rarely can rename the keys of a shard: an invalid column name is made valid, or left out.
+        name = "".join(letter if letter.isprintable() and letter not in '."`\\' else "_" for letter in key).lstrip("_")
+        if name and name not in RESERVED_COLUMNS:
+            columns[name] = column_value(value)
+    return None

@@ -1,0 +1,384 @@
+"""Bring an index up to date with images: list, compare, decode, embed, write.
+
+What is in the index is not embedded again, which is also how an interrupted run is resumed.
+"""
+
+import hashlib
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8, UInt64
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from union_igrot.errors import DataError, ImageError, UnionError
+from union_igrot.gallery.engines.base import VectorIndex
+from union_igrot.gallery.ingest.codec import JpegBatchDecoder, require_codec
+from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
+from union_igrot.gallery.ingest.entries import Entry, Listing
+from union_igrot.gallery.ingest.plan import find_broken, find_gone, make_plan, read_index
+from union_igrot.gallery.ingest.report import IngestOptions, IngestReport, SkippedFile
+from union_igrot.gallery.ingest.writer import RowWriter
+from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, read_batches
+from union_igrot.images.transforms import model_input
+from union_igrot.models.devices import default_workers
+from union_igrot.models.model import IGROTModel
+from union_igrot.models.precision import full_precision
+from union_igrot.progress import progress_bar
+from union_igrot.storage.cache import ADVICE, default_root
+from union_igrot.storage.locks import acquire_exclusive
+from union_igrot.storage.paths import absolute_path
+
+EXAMPLES: Final = 5
+"""Broken images that a report names."""
+_PART: Final = 32
+"""Images that a worker decodes at once; several workers share a batch, and its first part is ready soon."""
+_PREFETCH: Final = 4
+"""Parts that each worker decodes ahead."""
+_START_METHOD: Final[Literal["fork"] | None] = "fork" if sys.platform == "linux" else None
+_ROUNDS: Final = 5
+_DELETE_ROWS: Final = 10_000
+
+EmbeddedBatch = tuple[Sequence[Entry], Sequence[DecodedImage], Float[Tensor, "embedded dim"]]
+"""Entries, what is known of each, and the embeddings of those with a thumbnail."""
+_Executor = Callable[[Sequence[Entry], UInt64[np.ndarray, " digests"] | None], Generator[EmbeddedBatch, None, None]]
+
+
+@final
+@dataclass(slots=True)
+class Timings:
+    """Seconds of work and of waiting; see `IngestReport`."""
+
+    working: float = 0.0
+    decoding_wait: float = 0.0
+    decoding_idle: float = 0.0
+
+
+def ingest_images(
+    index: VectorIndex, model: IGROTModel, listing: Listing, options: IngestOptions | None = None
+) -> IngestReport:
+    """Bring an index up to date with images.
+
+    Images with the size and modification time of their row are not opened. Others are read; one whose bytes are in
+    the index already, under whatever id, reuses its embedding. Finished images are in the index within seconds, and
+    readers see them meanwhile. An interrupted run is resumed by the same call.
+
+    Args:
+        index: An index made with this model.
+        model: The model; with the executor `local` it works on its device.
+        listing: The images, see `list_images`.
+        options: How to do it.
+
+    Returns:
+        Numbers and times.
+
+    Raises:
+        UnionError: If another process is putting images into the index.
+        ConfigError: If the decoder or Ray is not installed.
+        ImageError: If an image cannot be read, with `on_broken="fail"`.
+        DataError: If columns are invalid, all images are gone, or a disk is full.
+    """
+    options, start = options or IngestOptions(), time.perf_counter()
+    if options.decoder == "torchcodec":
+        require_codec()
+    model.eval()
+    timings = Timings()
+    if options.executor == "ray":
+        from union_igrot.gallery.ingest.ray_executor import ray_executor  # noqa: PLC0415 - an extra
+
+        executors: AbstractContextManager[_Executor] = ray_executor(model, options, timings)
+    else:
+        executors = nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings))
+    with lock_index(index.uri, options.cache) as skipped_file, progress_bar(shown=options.progress) as bar:
+        task = bar.add_task("reading the index", total=None)
+
+        def show_progress(done: int, total: int) -> None:
+            bar.update(task, description="embedding images", completed=done, total=total)
+
+        rows = read_index(index, listing, prune=options.prune)
+        gone = find_gone(listing, rows.by_id) if options.prune else []
+        skipped = SkippedFile(skipped_file, listing.source)
+        plan = make_plan(listing, rows.by_id, skipped.own)
+        if plan.skip and options.on_broken == "fail":
+            raise _broken_image_error(plan.skip[0].path, plan.skip[0].reason)
+        skipped.add(plan.skip)
+        opened = 0
+        with RowWriter(index, listing, rows.by_id, skipped) as writer:
+            known = [DecodedImage(rows.by_id[entry.id].digest) for entry in plan.rewrite]
+            writer.add(plan.rewrite, known, torch.empty(0, index.dim))
+            todo = [*plan.read, *writer.flush()]
+            if todo:
+                began = time.perf_counter()
+                with executors as executor:
+                    opened = _embed_all(executor, todo, rows.digests, writer, options, show_progress)
+                timings.working = time.perf_counter() - began
+        bar.update(task, description="finishing")
+        skips = [*plan.skip, *writer.broken]
+        removed = _delete(index, [*gone, *(find_broken(skips, rows.by_id) if options.prune else ())])
+        if writer.added + writer.updated + removed:
+            index.optimize()
+        broken = {skip.path: skip.reason for skip in skips}
+        skipped.keep(_still_skipped(skipped, broken, listing, prune=options.prune))
+    return IngestReport(
+        added=writer.added,
+        updated=writer.updated,
+        unchanged=plan.unchanged,
+        removed=removed,
+        skipped=len(broken),
+        embedded=writer.embedded,
+        opened=opened,
+        seconds=time.perf_counter() - start,
+        working=timings.working,
+        decoding_wait=timings.decoding_wait,
+        decoding_idle=timings.decoding_idle,
+        writing_wait=writer.waited,
+        skipped_file=skipped_file if broken else None,
+        reasons=tuple(broken.items())[:EXAMPLES],
+    )
+
+
+def _embed_all(
+    executor: _Executor,
+    todo: Sequence[Entry],
+    known: UInt64[np.ndarray, " digests"],
+    writer: RowWriter,
+    options: IngestOptions,
+    show_progress: Callable[[int, int], None],
+) -> int:
+    """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all.
+
+    Returns:
+        Number of images read.
+    """
+    opened = 0
+    for attempt in range(_ROUNDS):
+        done = 0
+        with closing(executor(todo, known if attempt == 0 else None)) as batches:
+            for entries, images, vectors in batches:
+                writer.add(entries, images, vectors)
+                done += len(entries)
+                show_progress(done, len(todo))
+                broken = next(
+                    ((entry, image) for entry, image in zip(entries, images, strict=True) if image.reason), None
+                )
+                if broken is not None and options.on_broken == "fail":
+                    raise _broken_image_error(broken[0].id, str(broken[1].reason))
+        opened += len(todo)
+        todo = writer.flush()
+        if not todo:
+            return opened
+    raise DataError("rows vanish from the index while images are added; stop the process that removes them, run again")
+
+
+def embed_entries(
+    model: IGROTModel,
+    entries: Sequence[Entry],
+    options: IngestOptions,
+    known: UInt64[np.ndarray, " digests"] | None = None,
+    timings: Timings | None = None,
+) -> Generator[EmbeddedBatch, None, None]:
+    """Decode images in worker processes and embed them on the device of the model.
+
+    Args:
+        model: The model.
+        entries: The images.
+        options: How to do it.
+        known: Digests of images in the index, see `ImageReader`; None if all are to be embedded, with Pillow.
+        timings: Times are added to it.
+    """
+    timings, device = timings or Timings(), model.device
+    workers = max(1, default_workers(device)) if options.workers is None else options.workers
+    codec = options.decoder == "torchcodec" and known is not None
+    reader = ImageReader(model.preprocess, known, defer_jpegs=codec)
+    batches = _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
+    if codec:
+        batches = _decode_ahead(batches, JpegBatchDecoder(model.preprocess, device), timings)
+    waiting: EmbeddedBatch | None = None
+    for batch, parts in batches:
+        pixels = torch.cat([part.pixels.to(device, non_blocking=True) for part in parts])
+        images = [image for part in parts for image in part.images]
+        following = batch, images, embed_pixels(model, pixels, options.precision)
+        if waiting is not None:  # not before the next batch is under way: a GPU works meanwhile
+            yield waiting[0], waiting[1], waiting[2].cpu()
+        waiting = following
+    if waiting is not None:
+        yield waiting[0], waiting[1], waiting[2].cpu()
+
+
+@torch.inference_mode()
+def embed_pixels(
+    model: IGROTModel, pixels: UInt8[Tensor, "batch 3 size size"], precision: str = "32-true"
+) -> Float[Tensor, "batch dim"]:
+    """Embed gallery images, the backbone in a given precision and the heads in float32."""
+    device = pixels.device
+    if not len(pixels):
+        return torch.empty(0, model.backbone.dim)
+    model.null_text()  # encoded in float32
+    if precision == "32-true":
+        context: AbstractContextManager[object] = full_precision(device)
+    else:  # a CPU computes in bfloat16 only
+        half = torch.float16 if precision == "16-mixed" and device.type != "cpu" else torch.bfloat16
+        context = torch.autocast(device.type, half)
+    with context:
+        features = model.backbone.encode_image(model_input(pixels, model.preprocess))
+    with full_precision(device):
+        tokens = None if features.tokens is None else features.tokens.float()
+        return model.embed_gallery(replace(features, pooled=features.pooled.float(), tokens=tokens))
+
+
+def _read_in_batches(
+    reader: ImageReader, entries: Sequence[Entry], size: int, workers: int, pinned: bool, timings: Timings
+) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
+    """Read images in batches of several parts; equal images are decoded once."""
+    batches = [entries[at : at + size] for at in range(0, len(entries), size)]
+    parts = [batch[at : at + _PART] for batch in batches for at in range(0, len(batch), _PART)]
+    decoded = _read_parts(reader, parts, min(workers, len(parts)), pinned)
+    digests: set[str] = set()
+    for batch in batches:
+        found = []
+        for _ in range(math.ceil(len(batch) / _PART)):
+            start = time.perf_counter()
+            part = next(decoded)
+            timings.decoding_wait += time.perf_counter() - start
+            timings.decoding_idle += part.idle / max(1, workers)
+            found.append(part.without(digests))
+            digests.update(image.digest for image in part.images if image.digest)
+        yield batch, found
+
+
+def _read_parts(
+    reader: ImageReader, parts: Sequence[Sequence[Entry]], workers: int, pinned: bool
+) -> Iterator[DecodedBatch]:
+    done = 0
+    try:
+        while done < len(parts):
+            try:
+                for part in read_batches(_loader(reader, parts[done:], workers, pinned, _PREFETCH)):
+                    done += 1
+                    yield part
+            except WorkerDiedError:
+                # The image that did it is in the missing part, or in one that was decoded ahead.
+                yield _read_one_by_one(reader, parts[done])
+                done += 1
+    finally:
+        reader.close()
+
+
+def _read_one_by_one(reader: ImageReader, entries: Sequence[Entry]) -> DecodedBatch:
+    """Decode images in a process that may die; an image that kills it is broken."""
+    found: list[DecodedBatch] = []
+    reader = ImageReader(reader.preprocess, reader.known)
+    while len(found) < len(entries):
+        try:
+            # `+=` keeps what came before an error; with one image ahead the next one is at work.
+            found += read_batches(_loader(reader, [[entry] for entry in entries[len(found) :]], 1, False, 1))
+        except WorkerDiedError:
+            reason = "decoding it ended the process; it may be too large for the memory, or malicious"
+            found.append(reader.collate([(DecodedImage(reason=reason), None)]))
+    pixels = torch.cat([one.pixels for one in found])
+    return DecodedBatch([image for one in found for image in one.images], pixels)
+
+
+def _loader(
+    reader: ImageReader, batches: Sequence[Sequence[Entry]], workers: int, pinned: bool, prefetch: int
+) -> DataLoader[DecodedBatch]:
+    return image_loader(
+        ImageDataset(None, reader),
+        batches,
+        reader.collate,  # type: ignore[arg-type] # the reader returns what it could not read as a value
+        workers=workers,
+        pinned=pinned,
+        prefetch=prefetch,
+        start_method=_START_METHOD,
+    )
+
+
+def _decode_ahead(
+    batches: Iterator[tuple[Sequence[Entry], list[DecodedBatch]]], decoder: JpegBatchDecoder, timings: Timings
+) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
+    """Decode JPEGs on the device, one batch ahead of the model."""
+    waiting: tuple[Sequence[Entry], Future[list[DecodedBatch]]] | None = None
+
+    def wait(
+        batch: Sequence[Entry], decoding: Future[list[DecodedBatch]]
+    ) -> tuple[Sequence[Entry], list[DecodedBatch]]:
+        start = time.perf_counter()
+        parts = decoding.result()
+        timings.decoding_wait += time.perf_counter() - start
+        decoder.mark_used(parts)
+        return batch, parts
+
+    with closing(decoder), ThreadPoolExecutor(1, thread_name_prefix="jpegs") as thread:
+        for batch, parts in batches:
+            following = batch, thread.submit(decoder.decode, parts)
+            if waiting is not None:
+                yield wait(*waiting)
+            waiting = following
+        if waiting is not None:
+            yield wait(*waiting)
+
+
+def _delete(index: VectorIndex, ids: Sequence[str]) -> int:
+    names = list(dict.fromkeys(ids))
+    return sum(index.delete(names[at : at + _DELETE_ROWS]) for at in range(0, len(names), _DELETE_ROWS))
+
+
+def _still_skipped(skipped: SkippedFile, broken: Collection[str], listing: Listing, *, prune: bool) -> set[str]:
+    """Return the images that stay in the list: those broken now, and those that this run could not look for."""
+    listed = {entry.id for entry in listing.entries}
+    unreadable = tuple(f"{folder}/" for folder in listing.unreadable)
+    return {
+        path
+        for path in skipped.own
+        if path in broken or (path not in listed and (not prune or path.startswith(unreadable)))
+    }
+
+
+def _broken_image_error(name: str, reason: str) -> ImageError:
+    return ImageError(f"cannot read image {name}: {reason}; replace it, remove it, or pass on_broken=skip")
+
+
+@contextmanager
+def lock_index(uri: str, cache: Path | None = None) -> Iterator[Path | None]:
+    """Keep other processes from putting images into an index.
+
+    Args:
+        uri: The index.
+        cache: Cache folder; None for its default.
+
+    Yields:
+        The list of skipped images; None for an index in memory.
+
+    Raises:
+        UnionError: If another process is putting images into the index.
+        DataError: If the cache folder cannot be written.
+    """
+    if uri == "memory:":
+        yield None
+        return
+    root = (cache or default_root()) / "indexing"
+    path = None if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri) else Path(absolute_path(uri))
+    name = hashlib.sha256(str(path or uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    lock = root / f"{name}.lock"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        held = acquire_exclusive(lock)
+    except OSError as error:
+        raise DataError(f"cannot write to {root} ({error.strerror}); {ADVICE}") from error
+    if held is None:
+        raise UnionError(f"another process is putting images into {uri}; wait until it ends (its lock: {lock})")
+    with held:
+        for leftover in root.glob(f"{name}-*"):  # work files of an earlier version
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield root / f"{name}.skipped.jsonl" if path is None else path.with_name(f"{path.name}.skipped.jsonl")

@@ -1,0 +1,210 @@
+"""Options and results of an ingestion, and the list of images that could not be read."""
+
+import json
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, final
+
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.storage.cache import write_cached
+
+_log: Final = logging.getLogger("union_igrot.indexing")
+
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "decoder": ("pillow", "torchcodec"),
+    "on_broken": ("skip", "fail"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "executor": ("local", "ray"),
+}
+
+
+@final
+@dataclass(frozen=True)
+class IngestOptions:
+    """How images are put into an index.
+
+    Attributes:
+        batch_size: Images per forward pass.
+        workers: Decoding processes, of each actor with Ray. None for all cores but one, at least one, see
+            `models.devices`; 0 decodes in the main process, which a file that crashes the decoder ends.
+        decoder: Decoder of plain JPEGs: `pillow`, in the worker processes, or `torchcodec`, in batches on the device
+            of the model, for GPUs with a decoding engine. Other formats use Pillow. Pixels of one image differ by a
+            few steps between the two.
+        on_broken: Whether an image that cannot be read is listed and skipped, or an error.
+        prune: Whether rows of this source whose image is gone are removed.
+        cache: Cache folder, for the lock; None for `$UNION_CACHE` or its default.
+        progress: Whether a progress bar is shown.
+        precision: Precision of the backbone: `32-true`, `bf16-mixed` or `16-mixed`.
+        executor: `local`, on the device of the model, or `ray`, on the actors of a Ray cluster.
+        ray_address: Address of the cluster, `auto` for one that runs on this machine; None starts a local one.
+        actors: Number of Ray actors; None for one per GPU, or one per two CPU cores without GPUs.
+
+    Raises:
+        ConfigError: If a value is invalid.
+    """
+
+    batch_size: int = 256
+    workers: int | None = None
+    decoder: Literal["pillow", "torchcodec"] = "pillow"
+    on_broken: Literal["skip", "fail"] = "skip"
+    prune: bool = True
+    cache: Path | None = None
+    progress: bool = True
+    precision: str = "32-true"
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    actors: int | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the values."""
+        for name, allowed in _CHOICES.items():
+            if (given := getattr(self, name)) not in allowed:
+                raise ConfigError(f"invalid value for {name}: {given!r} (expected {' or '.join(allowed)})")
+        for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
+            if (count := getattr(self, name)) is not None and count < least:
+                raise ConfigError(f"invalid value for {name}: {count} (expected an integer >= {least})")
+
+
+@final
+@dataclass(frozen=True)
+class IngestReport:
+    """Result of an ingestion: numbers of images, times in seconds.
+
+    Attributes:
+        added: New rows.
+        updated: Rows written again: the image or its columns changed, or its modification time.
+        unchanged: Rows that were up to date.
+        removed: Rows removed: the image is gone, or no longer readable.
+        skipped: Images that cannot be read, now or at an earlier run.
+        embedded: Images embedded; other new rows reuse the embedding of equal bytes.
+        opened: Images read.
+        seconds: Total time.
+        working: Time of reading and embedding.
+        decoding_wait: How long the model was idle, waiting for decoded images.
+        decoding_idle: How long decoding was idle, waiting for the model, mean of the workers.
+        writing_wait: How long the model was idle, waiting for rows to be written.
+        skipped_file: List of the images that cannot be read, with reasons; None for an index in memory.
+        reasons: The first of them, id and reason.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    skipped: int = 0
+    embedded: int = 0
+    opened: int = 0
+    seconds: float = 0.0
+    working: float = 0.0
+    decoding_wait: float = 0.0
+    decoding_idle: float = 0.0
+    writing_wait: float = 0.0
+    skipped_file: Path | None = None
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """Show what differs from the defaults."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = {name: round(value, 2) if isinstance(value, float) else value for name, value in values.items()}
+        shown = (f"{name}={value!r}" for name, value in values.items() if value not in (0, None, ()))
+        return f"IngestReport({', '.join(shown)})"
+
+    @property
+    def rate(self) -> float:
+        """Images read per second."""
+        return self.opened / self.working if self.working else 0.0
+
+
+class SkippedImage(NamedTuple):
+    """An image that could not be read.
+
+    Attributes:
+        path: The id that its row would have.
+        reason: Why.
+        size: Bytes; 0 if unknown.
+        mtime: Modification time in ns; 0 if unknown.
+    """
+
+    path: str
+    reason: str
+    size: int
+    mtime: int
+
+
+@final
+class SkippedFile:
+    """The list of skipped images, JSON lines beside the index; the lines of other sources are left as they are.
+
+    Args:
+        path: The file; None keeps no file.
+        source: The source whose lines are read and changed.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+
+    def __init__(self, path: Path | None, source: str) -> None:
+        self.path, self._source = path, source
+        self.own: dict[str, SkippedImage] = {}
+        self._others: dict[tuple[str, str], dict[str, Any]] = {}
+        self._intact = True
+        try:
+            lines = [] if path is None or not path.exists() else path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise DataError(f"cannot read {path} ({error.strerror}); check the disk and the permissions") from error
+        for line in lines:
+            self._parse(line)
+
+    def add(self, skips: Iterable[SkippedImage]) -> None:
+        """Add images; they are on disk when this returns."""
+        new = [skip for skip in skips if self.own.get(skip.path) != skip]
+        self.own |= {skip.path: skip for skip in new}
+        if self.path is None or not new:
+            return
+        if not self._intact:
+            self._write()
+            return
+        try:
+            with self.path.open("ab") as file:
+                file.write(b"".join(self._line(skip) for skip in new))
+        except OSError as error:
+            raise DataError(f"cannot write {self.path} ({error.strerror}); free space there") from error
+
+    def keep(self, paths: Collection[str]) -> None:
+        """Keep only these images; an empty list is deleted."""
+        self.own = {path: skip for path, skip in self.own.items() if path in paths}
+        if self.path is None:
+            return
+        if self.own or self._others:
+            self._write()
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _parse(self, line: bytes) -> None:
+        try:
+            values = json.loads(line)
+            skip = SkippedImage(*(values[name] for name in SkippedImage._fields))
+            if values["source"] == self._source:
+                self.own[skip.path] = skip
+            else:
+                self._others[values["source"], skip.path] = values
+        except (ValueError, KeyError, TypeError):
+            _log.warning("%s: ignored an invalid line", self.path)
+            self._intact = False
+        self._intact &= line.endswith(b"\n")
+
+    def _line(self, skip: SkippedImage) -> bytes:
+        return _json_line({**skip._asdict(), "source": self._source})
+
+    def _write(self) -> None:
+        assert self.path is not None
+        others = [_json_line(values) for values in self._others.values()]
+        write_cached(self.path, [*others, *(self._line(skip) for skip in self.own.values())])
+        self._intact = True
+
+
+def _json_line(values: Mapping[str, Any]) -> bytes:
+    # An undecodable byte of a name becomes a JSON escape.
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
