@@ -31,11 +31,8 @@ from rich.table import Table
 from step_time import build_model
 
 from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.ingest.batches import Batches
-from union_igrot.gallery.ingest.codec import BatchDecoder
-from union_igrot.gallery.ingest.decode import Decoder, thumbnail_of
-from union_igrot.gallery.ingest.embed import machine_of
-from union_igrot.gallery.ingest.pipeline import embed_entries, ingest_images
+from union_igrot.gallery.ingest.decode import make_thumbnail
+from union_igrot.gallery.ingest.pipeline import Timings, decode_entries, ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.decode import decode_image
@@ -54,7 +51,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--precision", default="32-true", choices=CAST)
     parser.add_argument("--batch", default=32, type=int)
-    parser.add_argument("--pictures", default=256, type=int)
+    parser.add_argument("--images", default=256, type=int)
     parser.add_argument("--side", default=1280, type=int, help="longer side of the images in pixels; 4:3")
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 1), type=int)
     parser.add_argument("--decoders", default=["pillow"], nargs="+", choices=["pillow", "torchcodec"])
@@ -100,16 +97,10 @@ def decoded(
     model: IGROTModel, folder: Path, arguments: argparse.Namespace, decoder: str = "pillow"
 ) -> Iterator[torch.Tensor]:
     """Decode all images as indexing does."""
-    codec = decoder == "torchcodec"
-    batches = Batches(
-        Decoder(model.preprocess, None, hands_over=codec),
-        list_images(str(folder)).entries,
-        batch_size=arguments.batch,
-        workers=arguments.workers,
-        pinned=arguments.device.startswith("cuda"),
-        unpack=(lambda: BatchDecoder(model.preprocess, model.device)) if codec else None,
-    )
-    return (torch.cat(list(batch.images)) for batch in batches)
+    options = IngestOptions(arguments.batch, arguments.workers, decoder)
+    entries = list_images(str(folder)).entries
+    batches = decode_entries(model, entries, options, np.empty(0, dtype=np.uint64), Timings())
+    return (torch.cat([part.pixels for part in parts]) for _, parts in batches)
 
 
 def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:
@@ -125,7 +116,7 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
         marks.append(time.perf_counter())
         to_pixels(image)
         marks.append(time.perf_counter())
-        thumbnail_of(image)
+        make_thumbnail(image)
         marks.append(time.perf_counter())
         for step, begin, end in zip(spent, marks, marks[1:], strict=False):
             spent[step] += 1000 * (end - begin) / len(files)
@@ -134,11 +125,12 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
 
 def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str) -> IngestReport:
     """Index the images."""
-    machine = machine_of(model.device, arguments.precision)
     place = folder.parent / "cache"
-    work = IngestOptions(arguments.batch, arguments.workers, decoder, progress=False, cache=place, machine=machine)
+    options = IngestOptions(
+        arguments.batch, arguments.workers, decoder, progress=False, cache=place, precision=arguments.precision
+    )
     with open_index(uri, dim=model.backbone.dim, create=True) as rows:
-        return ingest_images(rows, model, list_images(str(folder)), work)
+        return ingest_images(rows, model, list_images(str(folder)), options)
 
 
 def main() -> None:
@@ -192,7 +184,7 @@ def tell(
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
     table = Table(
         title=f"{arguments.arch}, {arguments.precision}, batch {arguments.batch}, {where}, {torch.get_num_threads()} "
-        f"threads, {arguments.workers} workers; {arguments.pictures:,} JPEGs of {arguments.side} pixels, "
+        f"threads, {arguments.workers} workers; {arguments.images:,} JPEGs of {arguments.side} pixels, "
         f"{size // 1000} kB"
     )
     for column in ("work", "pictures/s", "of bare forward"):
@@ -207,8 +199,8 @@ def tell(
     print("a decoder's time, ms an image: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
     for name, best in reports.items():
         print(
-            f"{name}: the model waited {best.model_waited:.2f} s for decoding and {best.writing_waited:.2f} s for "
-            f"writing, decoding {best.decoding_waited:.2f} s for the model"
+            f"{name}: model idle for {best.decoding_wait:.2f} s (decoding) and {best.writing_wait:.2f} s (writing), "
+            f"decoding idle for {best.decoding_idle:.2f} s (model)"
         )
     if again is not None:
         print(f"run again, {again.unchanged:,} unchanged images took {again.seconds:.2f} s")

@@ -1,4 +1,4 @@
-"""Kill union-index at random moments, again and again, and hold its rows against the folder.
+"""Kill union-index at random moments, again and again, and compare its rows with the folder.
 
     python benchmarks/kill_indexing.py                      # 100 kills
     python benchmarks/kill_indexing.py --kills 20 --seed 1
@@ -22,13 +22,13 @@ def main() -> None:
     """Kill as often as asked; print what happened."""
     parser = argparse.ArgumentParser(description="Kill union-index at random moments and check its rows.")
     parser.add_argument("--kills", default=100, type=int)
-    parser.add_argument("--pictures", default=300, type=int)
+    parser.add_argument("--images", default=300, type=int)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--workers", default=1, type=int)
     given = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        options = {"pictures": given.images, "seed": given.seed, "workers": given.workers}
+        options = {"images": given.images, "seed": given.seed, "workers": given.workers}
         seen, starts = kill_many(Path(place), given.kills, **options)
     spent = time.perf_counter() - start
     print(

@@ -1,5 +1,6 @@
 """`union-index`: what it says, what it refuses, and what Ray actors and kills leave."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -17,9 +18,9 @@ from union_igrot.cli.index import main
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.ingest.pipeline import lock_index
-from union_igrot.gallery.ingest.report import IngestOptions
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='the extra "ray" is not installed')
 CPU = ("strategy=cpu", "progress=false", "batch_size=8", "workers=0")
 
 
@@ -209,10 +210,10 @@ def test_no_decoding_worker_outlives_a_killed_command(tmp_path):
         time.sleep(0.1)
 
 
+@needs_ray
 @pytest.mark.slow
 def test_two_ray_actors_give_the_rows_of_one_process(tmp_path, capsys):
     """1,003 images, some of them equal, over two actors: no row missing or doubled, and no difference in a vector."""
-    pytest.importorskip("ray", reason='the extra "ray" is not installed')
     fill(tmp_path / "pictures", 1000)
     for number in range(3):
         (tmp_path / "pictures" / f"copy {number}.png").write_bytes((tmp_path / "pictures" / "0007.png").read_bytes())
@@ -266,9 +267,9 @@ print(gallery.update(images, options, executor="ray"), len(gallery), len(killed)
 """
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_killed_ray_actor_loses_nothing(tmp_path):
-    pytest.importorskip("ray", reason='the extra "ray" is not installed')
     fill(tmp_path / "pictures", 1003)
     uri = str(tmp_path / "photos.lance")
     said = run(KILLED_ACTOR, str(tmp_path / "pictures"), uri, code=True)
@@ -277,14 +278,24 @@ def test_a_killed_ray_actor_loses_nothing(tmp_path):
     assert len(set(ids(uri))) == 1003
 
 
-def test_a_ray_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
+UNREACHABLE_CLUSTER = """
+import ray
+from union_igrot.cli.index import main
 
-    def refuse(*_, **__):
-        raise ConnectionError("Could not find any running Ray instance.\nmore")
+def refuse(*_, **__):
+    raise ConnectionError("Could not find any running Ray instance.\\nmore")
 
-    monkeypatch.setattr(ray, "init", refuse)
+ray.init = refuse
+main()
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path):
     fill(tmp_path / "pictures", 1)
-    gallery = union_igrot.Gallery.open("memory:", "tiny")
-    with pytest.raises(ConfigError, match=r"Ray cluster auto \(Could not find any running Ray instance.\)"):
-        gallery.update(tmp_path / "pictures", IngestOptions(executor="ray", ray_address="auto", progress=False))
+    settings = [f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", "executor=ray", "ray.address=auto"]
+    said = run(UNREACHABLE_CLUSTER, *settings, code=True)
+    assert said.returncode == 2
+    assert len(said.stderr.splitlines()) == 1, said.stderr
+    assert "Ray cluster auto (Could not find any running Ray instance.)" in said.stderr

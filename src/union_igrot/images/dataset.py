@@ -3,8 +3,10 @@
 Training, evaluation and indexing read images through the same `ImageDataset` and `image_loader`.
 """
 
+import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ from union_igrot.errors import ImageError, UnionError
 from union_igrot.images.decode import open_image
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import ImageSource, Preprocess
+
+_PARENT_CHECK = 1.0
+"""Seconds between two looks of a worker for its main process."""
 
 Source = TypeVar("Source")
 Loaded = TypeVar("Loaded")
@@ -105,6 +110,7 @@ def image_loader(
         persistent_workers=persistent and workers > 0,
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context=start_method if workers else None,
+        worker_init_fn=_exit_with_parent,
         generator=torch.Generator(),  # a loader draws a number, which must not shift the training's
     )
 
@@ -185,3 +191,15 @@ def _report_death_with_batch() -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
+
+
+def _exit_with_parent(_: int) -> None:
+    """End this worker soon after its main process was killed, even if it waits for a result to be fetched."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

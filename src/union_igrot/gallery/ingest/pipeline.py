@@ -197,15 +197,9 @@ def embed_entries(
         known: Digests of images in the index, see `ImageReader`; None if all are to be embedded, with Pillow.
         timings: Times are added to it.
     """
-    timings, device = timings or Timings(), model.device
-    workers = max(1, default_workers(device)) if options.workers is None else options.workers
-    codec = options.decoder == "torchcodec" and known is not None
-    reader = ImageReader(model.preprocess, known, defer_jpegs=codec)
-    batches = _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
-    if codec:
-        batches = _decode_ahead(batches, JpegBatchDecoder(model.preprocess, device), timings)
+    device = model.device
     waiting: EmbeddedBatch | None = None
-    for batch, parts in batches:
+    for batch, parts in decode_entries(model, entries, options, known, timings or Timings()):
         pixels = torch.cat([part.pixels.to(device, non_blocking=True) for part in parts])
         images = [image for part in parts for image in part.images]
         following = batch, images, embed_pixels(model, pixels, options.precision)
@@ -214,6 +208,22 @@ def embed_entries(
         waiting = following
     if waiting is not None:
         yield waiting[0], waiting[1], waiting[2].cpu()
+
+
+def decode_entries(
+    model: IGROTModel,
+    entries: Sequence[Entry],
+    options: IngestOptions,
+    known: UInt64[np.ndarray, " digests"] | None,
+    timings: Timings,
+) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
+    """Decode images in batches of several parts; see `embed_entries`."""
+    device = model.device
+    workers = max(1, default_workers(device)) if options.workers is None else options.workers
+    codec = options.decoder == "torchcodec" and known is not None
+    reader = ImageReader(model.preprocess, known, defer_jpegs=codec)
+    batches = _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
+    return _decode_ahead(batches, JpegBatchDecoder(model.preprocess, device), timings) if codec else batches
 
 
 @torch.inference_mode()
@@ -240,7 +250,7 @@ def embed_pixels(
 def _read_in_batches(
     reader: ImageReader, entries: Sequence[Entry], size: int, workers: int, pinned: bool, timings: Timings
 ) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
-    """Read images in batches of several parts; equal images are decoded once."""
+    """Read images; equal ones are decoded once."""
     batches = [entries[at : at + size] for at in range(0, len(entries), size)]
     parts = [batch[at : at + _PART] for batch in batches for at in range(0, len(batch), _PART)]
     decoded = _read_parts(reader, parts, min(workers, len(parts)), pinned)

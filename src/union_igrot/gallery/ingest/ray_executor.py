@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 import torch
@@ -21,11 +21,15 @@ from union_igrot.gallery.ingest.pipeline import EmbeddedBatch, Timings, embed_en
 from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.models.model import IGROTModel
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 _MAX_BATCHES: Final = 16
 """Batches per task."""
 _RETRIES: Final = 5
 """How often an actor is restarted, and a task repeated, after its process died."""
 
+_Job = tuple[IGROTModel, UInt64[np.ndarray, " digests"] | None, IngestOptions]
 _Result = tuple[list[DecodedImage], Float[Tensor, "embedded dim"], Timings]
 
 
@@ -34,14 +38,15 @@ class EmbeddingActor:
     """Embeds images in a process of its own.
 
     Args:
-        model: The model, on the CPU; it is moved to the GPU that Ray assigns.
-        known: Digests of images in the index.
-        options: How to do it.
+        job: Reference to the model, on the CPU, the digests of images in the index, and the options. In a list, for
+            which Ray does not fetch it.
     """
 
-    def __init__(self, model: IGROTModel, known: UInt64[np.ndarray, " digests"] | None, options: IngestOptions) -> None:
+    def __init__(self, job: "list[ObjectRef[_Job]]") -> None:
+        import ray  # noqa: PLC0415 - an extra
+
+        model, self._known, self._options = ray.get(job[0])
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self._known, self._options = known, options
 
     def embed(self, entries: Sequence[Entry]) -> _Result:
         """Decode and embed images."""
@@ -77,15 +82,14 @@ def ray_executor(
     try:
         actors, gpus = _count_actors(ray, options.actors)
         model.to("cpu")
-        reference = ray.put(model)
+        own = _options_per_actor(options, actors)
 
         def embed(
             entries: Sequence[Entry], known: UInt64[np.ndarray, " digests"] | None
         ) -> Generator[EmbeddedBatch, None, None]:
             remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=_RETRIES, max_task_retries=_RETRIES)
-            kind = remote(EmbeddingActor)
-            own = _options_per_actor(options, actors)
-            pool = [kind.remote(reference, known, own) for _ in range(actors)]
+            job = ray.put((model, known, own))
+            pool = [remote(EmbeddingActor).remote([job]) for _ in range(actors)]
             try:
                 yield from _embed_on(pool, entries, own.batch_size, timings)
             except ray.exceptions.RayActorError as error:
