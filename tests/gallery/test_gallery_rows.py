@@ -69,7 +69,7 @@ def test_a_picture_of_the_same_name_replaces_the_other(model):
         (([b"1", b"2"], ["a", "a"]), "'a' stands twice"),
         (([b"1"], None, {"year": [1, 2]}), "year: 2 values for 1 images"),
         (([b"1"], None, {"year": "1"}), "one text"),
-        (([b"1"], None, {"thumbnail": [1]}), "cannot be called thumbnail"),
+        (([b"1"], None, {"thumbnail": [1]}), "reserved column name: thumbnail"),
     ],
 )
 def test_what_cannot_be_added_is_one_line(model, arguments, part):
@@ -191,8 +191,8 @@ def test_pictures_in_memory_that_are_none_are_left_out_too(model, tmp_path):
     with pytest.raises(ImageError, match=r"words\.txt"):
         gallery.search(text)  # closed by now
     lenient = IngestOptions(workers=0, progress=False, on_broken="skip")
-    assert gallery.add(np.zeros((3, 8, 9)), work=lenient).skipped == 1
-    assert gallery.add(picture(2), work=lenient).reasons == ()
+    assert gallery.add(np.zeros((3, 8, 9)), options=lenient).skipped == 1
+    assert gallery.add(picture(2), options=lenient).reasons == ()
 
 
 def test_the_model_is_hashed_once(model, monkeypatch):
@@ -238,7 +238,7 @@ def test_what_cannot_be_read_takes_no_row_away(model):
     assert (report.skipped, report.removed, len(gallery)) == (1, 0, COUNT)
     work = IngestOptions()
     object.__setattr__(work, "on_broken", "raise")  # as who checks no types would make it
-    with pytest.raises(ConfigError, match="on_broken is 'raise'; give skip or fail"):
+    with pytest.raises(ConfigError, match="on_broken: 'raise'"):
         work.__post_init__()
     for wrong in ({"batch_size": 0}, {"workers": -1}):
         with pytest.raises(ConfigError, match="give batches of 1 or more"):

@@ -35,23 +35,27 @@ _Result = tuple[list[DecodedImage], Float[Tensor, "embedded dim"], Timings]
 
 @final
 class EmbeddingActor:
-    """Embeds images in a process of its own.
+    """Embeds images in a process of its own."""
 
-    Args:
-        job: Reference to the model, on the CPU, the digests of images in the index, and the options. In a list, for
-            which Ray does not fetch it.
-    """
+    def __init__(self) -> None:
+        self._job: _Job | None = None
 
-    def __init__(self, job: "list[ObjectRef[_Job]]") -> None:
-        import ray  # noqa: PLC0415 - an extra
+    def embed(self, job: "list[ObjectRef[_Job]]", entries: Sequence[Entry]) -> _Result:
+        """Decode and embed images.
 
-        model, self._known, self._options = ray.get(job[0])
-        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        Args:
+            job: Reference to the model, on the CPU, the digests of images in the index, and the options. In a list, so
+                that Ray does not fetch it for every task.
+            entries: The images.
+        """
+        if self._job is None:
+            import ray  # noqa: PLC0415 - an extra
 
-    def embed(self, entries: Sequence[Entry]) -> _Result:
-        """Decode and embed images."""
+            model, known, options = ray.get(job[0])
+            self._job = model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), known, options
+        model, known, options = self._job
         timings = Timings()
-        batches = list(embed_entries(self._model, entries, self._options, self._known, timings))
+        batches = list(embed_entries(model, entries, options, known, timings))
         images = [image for _, found, _ in batches for image in found]
         return images, torch.cat([vectors for _, _, vectors in batches]), timings
 
@@ -89,9 +93,9 @@ def ray_executor(
         ) -> Generator[EmbeddedBatch, None, None]:
             remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=_RETRIES, max_task_retries=_RETRIES)
             job = ray.put((model, known, own))
-            pool = [remote(EmbeddingActor).remote([job]) for _ in range(actors)]
+            pool = [remote(EmbeddingActor).remote() for _ in range(actors)]
             try:
-                yield from _embed_on(pool, entries, own.batch_size, timings)
+                yield from _embed_on(pool, job, entries, own.batch_size, timings)
             except ray.exceptions.RayActorError as error:
                 raise UnionError(
                     f"a Ray actor died {_RETRIES} times ({str(error).splitlines()[0]}); look at the logs of Ray, then "
@@ -111,7 +115,7 @@ def ray_executor(
 
 
 def _embed_on(
-    pool: Sequence[Any], entries: Sequence[Entry], batch_size: int, timings: Timings
+    pool: Sequence[Any], job: Any, entries: Sequence[Entry], batch_size: int, timings: Timings
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embed on actors, in order; each has a task waiting while it works on another."""
     from ray.util import ActorPool  # noqa: PLC0415 - an extra
@@ -119,7 +123,7 @@ def _embed_on(
     batches = math.ceil(len(entries) / batch_size)
     size = batch_size * max(1, min(_MAX_BATCHES, batches // (4 * len(pool))))
     tasks = [entries[at : at + size] for at in range(0, len(entries), size)]
-    results = ActorPool([*pool, *pool]).map(lambda actor, task: actor.embed.remote(task), tasks)
+    results = ActorPool([*pool, *pool]).map(lambda actor, task: actor.embed.remote([job], task), tasks)
     seen: set[str] = set()
     for task, (images, vectors, spent) in zip(tasks, results, strict=True):
         timings.decoding_wait += spent.decoding_wait / len(pool)
