@@ -16,7 +16,6 @@ from union_igrot.cli.config import compose
 from union_igrot.errors import ConfigError
 from union_igrot.features.store import FeatureStore
 from union_igrot.storage.cache import usage
-from union_igrot.storage.locks import acquire_exclusive
 from union_igrot.types import Features
 
 
@@ -139,23 +138,18 @@ def test_what_another_process_uses_is_kept_and_said(root, capsys):
     assert left(root) == []
 
 
-def test_what_an_interrupted_indexing_left_is_listed_and_pruned(root, capsys):
-    left_over = root / "indexing" / "0123456789abcdef-fedcba9876543210"
-    left_over.mkdir(parents=True)
-    (left_over / "manifest.json").write_text('{"index": "photos.lance", "model": "m", "source": "s"}')
-    (left_over / "chunk").write_bytes(bytes(5000))
-    lock = root / "indexing" / "0123456789abcdef.lock"
-    held = acquire_exclusive(lock)
-    run(f"cache_dir={root}", "prune=all", code=1)
-    said = capsys.readouterr().out
-    assert "indexing, interrupted" in said
-    assert "photos.lance" in said
-    assert "5.1 KB" in said
-    assert left_over.exists()
-    held.release()
+@pytest.mark.parametrize("part", ["indexing", "vectors"])
+def test_folders_of_earlier_versions_are_listed_and_pruned(root, capsys, part):
+    folder = root / part / "0123456789abcdef-fedcba9876543210"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"index": "photos.lance", "model": "m", "source": "s"}')
+    (folder / "chunk").write_bytes(bytes(5000))
+    run(f"cache_dir={root}")
+    listed = capsys.readouterr().out
+    for text in (part, "photos.lance", "5.1 KB"):
+        assert text in listed
     run(f"cache_dir={root}", "prune=all")
-    assert not left_over.exists()
-    assert lock.exists()
+    assert not folder.exists()
 
 
 def test_a_command_hands_the_limit_and_the_name_on_to_its_store(tmp_path):

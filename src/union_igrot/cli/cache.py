@@ -80,10 +80,9 @@ def _table(kept: "Sequence[Usage]") -> "Table":
     for column in (2, 3):
         table.columns[column].justify = "right"
     for one in reversed(kept):
-        kept_for = {"indexing": "indexing, interrupted", "vectors": "copy of an index's vectors"}
         what = "embeddings" if one.fingerprint.startswith("embedded-") else one.part
         cells = (
-            f"{what} {one.dtype}".rstrip() if one.part == "features" else kept_for[one.part],
+            f"{what} {one.dtype}".rstrip() if one.part == "features" else f"{one.part}, of an earlier version",
             one.backbone or one.fingerprint,
             f"{one.entries:,}" if one.part == "features" else "",
             format_size(one.bytes),

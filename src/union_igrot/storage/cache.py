@@ -1,7 +1,7 @@
 """The cache folder: where it is, what it holds, and how it is kept below its limit.
 
-Under the root are `features/<fingerprint>`, the feature stores. Earlier versions also kept the work of interrupted
-indexing in `indexing/<index>-<model and source>` and vectors of Lance indexes in `vectors/<index>`.
+Under the root are `features/<fingerprint>`, the feature stores. Earlier versions also wrote folders in `indexing` and
+`vectors`; they are listed and can be pruned.
 """
 
 import errno
@@ -44,7 +44,7 @@ class Usage:
         backbone: Name of the backbone or of the index; empty if not recorded.
         dtype: Type of the stored numbers; empty if it cannot be read.
         in_use: Whether a living process has it open.
-        part: `features`, `indexing` or `vectors`.
+        part: `features`, or `indexing` or `vectors` of an earlier version.
     """
 
     fingerprint: str
@@ -193,7 +193,7 @@ def prune(
     for entry in entries:
         if total <= max_bytes or entry.last_used > latest:
             break
-        if _remove(root / entry.part / entry.fingerprint, entry.part):
+        if _remove(root / entry.part / entry.fingerprint):
             removed.append(entry)
             total -= entry.bytes
     return removed
@@ -240,11 +240,6 @@ def _feature_bytes(root: Path) -> int:
     return total
 
 
-def _lock(folder: Path, part: Part) -> Path:
-    """Return the lock of a folder; all work on one index shares one."""
-    return lock_path(folder.with_name(folder.name.rpartition("-")[0]) if part == "indexing" else folder)
-
-
 def _measure(folder: Path, part: Part) -> Usage:
     size = entries = 0
     for path in folder.iterdir():
@@ -252,8 +247,8 @@ def _measure(folder: Path, part: Part) -> Usage:
             size += path.stat().st_size
             if path.suffix == ".safetensors":
                 entries += _rows(path)
-    lock = _lock(folder, part)
-    used = (lock if lock.exists() and part == "features" else folder).stat().st_mtime
+    lock = lock_path(folder)
+    used = (lock if lock.exists() else folder).stat().st_mtime
     notes = _manifest(folder)
     name = notes.get("backbone" if part == "features" else "index", "")
     return Usage(folder.name, size, entries, used, name, notes.get("dtype", ""), is_locked(lock), part)
@@ -275,10 +270,10 @@ def _rows(path: Path) -> int:
         return 0
 
 
-def _remove(folder: Path, part: Part) -> bool:
+def _remove(folder: Path) -> bool:
     """Remove a folder unless a living process has it open."""
     try:
-        held = acquire_exclusive(_lock(folder, part), required=True)
+        held = acquire_exclusive(lock_path(folder), required=True)
         if held is None:
             return False
         with held:
