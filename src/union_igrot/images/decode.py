@@ -112,7 +112,7 @@ def file_bytes(image: object) -> bytes | None:
     named = str(getattr(image, "name", "an open file"))
     try:
         found = image.read()
-    except (OSError, ValueError) as error:  # ValueError where it is closed
+    except (OSError, ValueError) as error:  # ValueError if it is closed
         raise ImageError(f"cannot read {named} ({error}); pass an open file or its path") from None
     if not isinstance(found, bytes | bytearray | memoryview):
         raise ImageError(f"{named} is open in text mode; open it with mode 'rb'")
