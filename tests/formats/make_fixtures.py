@@ -41,7 +41,7 @@ TRAIN = [
 
 
 def main() -> None:
-    """Write every fixture anew."""
+    """Write all fixtures."""
     shutil.rmtree(SCRATCH, ignore_errors=True)
     shutil.rmtree(DATA, ignore_errors=True)
     SCRATCH.mkdir()
@@ -128,6 +128,7 @@ def index() -> dict[str, object]:
     command(settings, old("cli.index").main)
     lance.dataset(str(made)).cleanup_old_versions(timedelta(0), delete_unverified=True)
     shutil.copytree(made, DATA / "photos.lance")
+    shutil.copytree(photos, DATA / "photos")
     gallery = old("gallery.gallery").Gallery.open(str(made), old("model").load_model("tiny"))
     answers = gallery.search(text="a red circle", k=5)
     filtered = gallery.search(text="a red circle", where="label = 'odd' and year > 2000", k=5)

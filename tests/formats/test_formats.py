@@ -59,8 +59,9 @@ def test_lance_index(data, monkeypatch, tmp_path):
             ids, scores = expected[name]
             assert list(result.ids) == ids
             assert list(result.scores) == pytest.approx(scores, abs=1e-6)
-        assert gallery.delete(expected["ids"][:1]) == 1
-        assert len(gallery) == 4
+        report = gallery.update(data / "photos")  # the same images in another folder
+        assert (report.added, report.embedded, len(gallery)) == (5, 0, 10)
+        assert gallery.delete(expected["ids"]) == 5
 
 
 def test_feature_store(data):
