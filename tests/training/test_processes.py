@@ -10,7 +10,7 @@ import pytest
 
 from small_runs import SMALL_DATA
 from union_igrot.errors import ConfigError
-from union_igrot.training.processes import Processes, found_processes, wanted_processes
+from union_igrot.training.processes import Processes, count_processes, detect_processes
 
 SMALL = [
     *SMALL_DATA,
@@ -27,16 +27,16 @@ TWO = ["strategy=ddp", "strategy.accelerator=cpu", "strategy.devices=2"]
 def test_a_process_that_nobody_started_with_others_is_alone(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
-    alone = found_processes()
-    assert (alone, alone.leads) == (Processes(), True)
-    assert alone.share("run", "here") == "here"
+    alone = detect_processes()
+    assert (alone, alone.is_main) == (Processes(), True)
+    assert alone.broadcast("run", "here") == "here"
 
 
 def test_devices_are_processes():
-    assert wanted_processes("cpu", "auto", 1) == 1
-    assert wanted_processes("cpu", 3, 1) == 3
+    assert count_processes("cpu", "auto", 1) == 1
+    assert count_processes("cpu", 3, 1) == 3
     with pytest.raises(ConfigError, match="torchrun --nnodes=2"):
-        wanted_processes("gpu", 8, 2)
+        count_processes("gpu", 8, 2)
 
 
 def run(*arguments, module=True):

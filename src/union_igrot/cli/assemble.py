@@ -49,7 +49,7 @@ def machine(config: DictConfig, processes: Processes) -> TrainerConfig:
     where = config.strategy
     devices, nodes = where.devices, where.nodes
     if processes.world > 1:
-        devices, nodes = processes.here, processes.world // processes.here
+        devices, nodes = processes.per_machine, processes.world // processes.per_machine
     return TrainerConfig(where.accelerator, devices, nodes, where.name, config.precision.trainer)
 
 

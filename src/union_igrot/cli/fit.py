@@ -17,7 +17,7 @@ from union_igrot.models.model import IGROTModel
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, fit, load_best
 from union_igrot.training.losses import InfoNCE
-from union_igrot.training.processes import Processes, part
+from union_igrot.training.processes import Processes, leave_process_group
 
 PLACES = {"output_dir", "cache_dir", "cache_limit", "progress"}
 """Settings that say where things lie, not what comes out."""
@@ -45,7 +45,7 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         "skipped": samples.skipped,
     }
     model = assemble.new_model(config, {**card, "config": settings})
-    encoder = assemble.encoder(config, model.backbone, shown=processes.leads)
+    encoder = assemble.encoder(config, model.backbone, shown=processes.is_main)
     recipe = assemble.plain(config.recipe)
     batch_size, checkpointing = recipe.pop("batch_size"), recipe.pop("checkpointing")
     model.tune(_SIDES[config.model.finetune])
@@ -63,10 +63,10 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         live=_SIDES[config.model.finetune],
     )
     machine = assemble.machine(config, processes)
-    with open_loggers(assemble.plain(config.logger), folder, settings, leads=processes.leads) as logger:
+    with open_loggers(assemble.plain(config.logger), folder, settings, leads=processes.is_main) as logger:
         best = fit(learner, batches, folder / "checkpoints", machine=machine, logger=logger, progress=config.progress)
-    part()
-    if config.strategy.name.startswith("fsdp") and processes.leads:
+    leave_process_group()
+    if config.strategy.name.startswith("fsdp") and processes.is_main:
         model = assemble.new_model(config, model.metadata)
         load_best(model, folder / "checkpoints")
         model.tuned = config.model.finetune != "none"

@@ -32,18 +32,18 @@ def train(config: DictConfig, fresh: Path) -> Path | None:
     """
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.cli.loggers import require_logger
-    from union_igrot.training.processes import found_processes, start_processes, wanted_processes
+    from union_igrot.training.processes import count_processes, detect_processes, launch_processes
 
     require_logger(config.logger.name)
-    processes, where = found_processes(), config.strategy
+    processes, where = detect_processes(), config.strategy
     if processes.world == 1:
-        count = wanted_processes(where.accelerator, where.devices, where.nodes)
+        count = count_processes(where.accelerator, where.devices, where.nodes)
         if count > 1:
             place = str(fresh).replace("\\", "\\\\").replace("'", "\\'")
             said = [*HydraConfig.get().overrides.task, f"hydra.run.dir='{place}'"]
-            start_processes("union_igrot.cli.train", said, count)
+            launch_processes("union_igrot.cli.train", said, count)
             return None
-    if processes.leads:
+    if processes.is_main:
         return _lead(config, fresh, processes)
     _follow(config, fresh, processes)
     return None
@@ -68,10 +68,10 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     try:
         run = open_run(chosen, fresh, identity_of(deciding))
     except UnionError:
-        processes.share("run", json.dumps(None))
+        processes.broadcast("run", json.dumps(None))
         raise
     with run:
-        processes.share("run", json.dumps([str(run.path), run.stage]))
+        processes.broadcast("run", json.dumps([str(run.path), run.stage]))
         where = f"{'going on in' if run.resumed else 'run folder'} {run.path}"
         Console(stderr=True).print(where, highlight=False, markup=False, soft_wrap=True)
         write_atomic(run.path / "config.yaml", OmegaConf.to_yaml(config))
@@ -97,7 +97,7 @@ def _follow(config: DictConfig, fresh: Path, processes: "Processes") -> None:
     from union_igrot.cli.fit import fit_heads
     from union_igrot.errors import UnionError
 
-    told = json.loads(processes.share("run"))
+    told = json.loads(processes.broadcast("run"))
     if told is None:
         raise SystemExit(EXIT_MISTAKE)
     folder, stage = Path(told[0]), told[1]

@@ -1,9 +1,4 @@
-"""The machines of a run: the device that works alone, or the processes that share the work.
-
-Processes are found where torchrun or SLURM started them, else started here. Knows devices, ranks,
-the launcher and how a word is passed before training has joined the processes. Does not know what
-they do.
-"""
+"""The processes of a training: found if torchrun or SLURM started them, else launched here."""
 
 import logging
 import os
@@ -19,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from union_igrot.errors import ConfigError, UnionError
 
-_PATIENCE = timedelta(minutes=10)
+_BROADCAST_TIMEOUT = timedelta(minutes=10)
 
 
 @final
@@ -28,57 +23,46 @@ class Processes:
     """This process among those of its run.
 
     Attributes:
-        rank: Its number, from 0, over all machines.
-        world: How many there are.
-        here: How many of them are on this machine.
-        store: What words are passed through; None where it is alone.
+        rank: Its rank over all machines.
+        world: Number of processes.
+        per_machine: Number of processes on this machine.
+        store: Store of the launcher; None for a single process.
     """
 
     rank: int = 0
     world: int = 1
-    here: int = 1
+    per_machine: int = 1
     store: Any = None
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
-    def share(self, name: str, value: str | None = None) -> str:
-        """Pass a word from the first process to all.
+    def broadcast(self, name: str, value: str | None = None) -> str:
+        """Send a text from rank 0 to all, before training has joined the processes.
 
         Args:
-            name: What the word is about; used once a run.
-            value: The word; given by the first process alone.
+            name: Name of the text, used once per run.
+            value: The text; only rank 0 gives it.
 
         Raises:
-            UnionError: Where the first process was not heard of for ten minutes.
+            UnionError: If nothing came from rank 0 for ten minutes.
         """
         if self.store is None:
             return value or ""
-        if self.leads:
+        if self.is_main:
             self.store.set(f"union/{name}", value or "")
             return value or ""
         try:
-            self.store.wait([f"union/{name}"], _PATIENCE)
+            self.store.wait([f"union/{name}"], _BROADCAST_TIMEOUT)
         except RuntimeError:
-            raise UnionError(f"process {self.rank}: process 0 was not heard of; look at its output") from None
+            raise UnionError(f"rank {self.rank} received nothing from rank 0; see the output of rank 0") from None
         return str(self.store.get(f"union/{name}").decode())
 
-    def complain(self, why: str) -> None:
-        """Tell the first process that this one failed, and why."""
-        if self.store is not None:
-            self.store.set(f"union/failed-{self.rank}", why)
 
-    def complaint_of(self, rank: int) -> str | None:
-        """Say why another process failed; None where it did not say so."""
-        if self.store is None or not self.store.check([f"union/failed-{rank}"]):
-            return None
-        return str(self.store.get(f"union/failed-{rank}").decode())
-
-
-def found_processes() -> Processes:
-    """Look whether this process was started as one of several, by torchrun or SLURM."""
+def detect_processes() -> Processes:
+    """Return this process among those that torchrun or SLURM started, or alone."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # noqa: PLC0415 - slow
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment  # noqa: PLC0415 - slow
 
@@ -93,43 +77,42 @@ def found_processes() -> Processes:
     return Processes(rank, world, here, store)
 
 
-def wanted_processes(accelerator: str, devices: int | str, nodes: int, module: str = "union_igrot.cli.train") -> int:
-    """Count the processes that a choice of devices means on this machine.
+def count_processes(accelerator: str, devices: int | str, nodes: int) -> int:
+    """Return the number of processes on this machine for a choice of devices.
 
     Args:
         accelerator: `auto`, `cpu`, `gpu`, ...
         devices: Their number, or `auto`: all accelerators, one process on a CPU.
-        nodes: Machines.
-        module: The command's module, for the advice.
+        nodes: Number of machines.
 
     Raises:
-        ConfigError: Where several machines are asked for: one process cannot start others elsewhere.
+        ConfigError: For several machines: one process cannot start others elsewhere.
     """
     if nodes > 1:
         raise ConfigError(
             f"strategy.nodes={nodes} needs a process started on each machine; use torchrun --nnodes={nodes} "
-            f"--nproc-per-node=DEVICES -m {module} ..., or srun under SLURM"
+            "--nproc-per-node=DEVICES -m union_igrot.cli.train ..., or srun under SLURM"
         )
     if devices != "auto":
         return int(devices)
     return max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
 
 
-def start_processes(module: str, arguments: Sequence[str], count: int) -> None:
+def launch_processes(module: str, arguments: Sequence[str], count: int) -> None:
     """Run a command in several processes of this machine and wait for them.
 
     Args:
-        module: The command's module.
+        module: Module of the command.
         arguments: Its arguments.
-        count: How many processes.
+        count: Number of processes.
 
     Raises:
-        SystemExit: With the code of the process that failed first; it has said why itself.
+        SystemExit: With the exit code of the process that failed first; it has printed its error.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415 - slow
 
-    # Its reports of a failed process are pages long, and the process has said its line.
+    # Its report of a failed process is pages long, and the process has printed one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     launch = LaunchConfig(
@@ -149,8 +132,8 @@ def start_processes(module: str, arguments: Sequence[str], count: int) -> None:
         raise SystemExit(code if code > 0 else 1) from None
 
 
-def part() -> None:
-    """End the joint work: wait for all and go on alone."""
+def leave_process_group() -> None:
+    """Wait for all processes of a distributed run and continue alone."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
