@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+import toy_engine  # noqa: F401 - registers its engine
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import open_index
 
@@ -17,6 +18,7 @@ BUCKET = os.environ.get("UNION_BUCKET", "").rstrip("/")
 ENGINES = [
     "memory",
     "lance",
+    "toy",
     pytest.param(
         "milvus",
         marks=[
@@ -59,6 +61,8 @@ def place_of(kind: str, folder: object) -> Place:
     if kind == "lance":
         pytest.importorskip("lance", reason='the extra "gallery" is not installed')
         return Place(kind, f"{folder}/photos.lance")
+    if kind == "toy":
+        return Place(kind, f"toy:{uuid.uuid4().hex}")
     if kind == "bucket":
         pytest.importorskip("lance", reason='the extra "gallery" is not installed')
         return Place(kind, f"{BUCKET}/{uuid.uuid4().hex}/photos.lance")

@@ -19,7 +19,7 @@ from union_igrot.cli.typed import as_typed
 from union_igrot.errors import CheckpointError, DataError, ImageError, UnionError
 from union_igrot.gallery import gallery as room
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.query_files import read_queries
+from union_igrot.gallery.queries import read_queries
 
 COUNT = 9
 
@@ -123,13 +123,13 @@ def test_what_is_typed_is_what_is_asked(gallery, capsys, arguments, asked):
 def test_nothing_found_is_said_and_has_a_code_of_its_own(gallery, capsys):
     ends(1, "text=red", "where=year > 99")
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "nothing found\n")
+    assert (said.out, said.err) == ("", "no hits\n")
     ends(1, "text=red", "where=year > 99", "format=table")
 
 
 MISTAKES = [
-    ([], "nothing is asked"),
-    (["disliked=p1"], "nothing is asked"),
+    ([], "the query is empty"),
+    (["disliked=p1"], "the query is empty"),
     (["image=not there.png"], "not there.png: the image is missing"),
     (["image="], "image"),
     (["text=red", "k=0"], "k=0"),
@@ -140,8 +140,8 @@ MISTAKES = [
     (["text=red", "liked=p99"], "p99"),
     (["text=red", "queries=q.csv"], "text= and queries= are both given"),
     (["queries=q.csv"], "no such file"),
-    (["queries=a.png"], "give a .jsonl or .csv file"),
-    (["text=red", "contact=a.jpg"], "ends in .png"),
+    (["queries=a.png"], "expected a .jsonl or .csv file"),
+    (["text=red", "contact=a.jpg"], "expected a .png file"),
     (["text=red", "contact=no/a.png"], "does not exist"),
     (["text=red", "checkpoint=no/such"], "no/such"),
     (["text=red", "format=xml"], "format=xml"),
@@ -214,7 +214,7 @@ def test_queries_from_a_file_of_json_lines(gallery, deep, capsys, monkeypatch):
     file.write_text("\n".join(json.dumps(row) for row in BATCH) + "\n\n", encoding="utf-8")
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal; nobody looks at a bar elsewhere
     for step in (256, 2):
-        monkeypatch.setattr(command, "_STEP", step)
+        monkeypatch.setattr(command, "_BATCH", step)
         ask(f"queries={file}", "k=4", "format=jsonl")
         said = capsys.readouterr()
         found = [json.loads(line) for line in said.out.splitlines()]
@@ -235,20 +235,20 @@ def test_queries_from_a_table(gallery, deep, capsys):
     ("name", "text", "part"),
     [
         ("q.jsonl", '{"text": "a"}\n{"image": "no.png"}\n', "q.jsonl:2: "),
-        ("q.jsonl", '{"text": "a"}\n{"text": ""}\n', "q.jsonl:2: nothing is asked"),
-        ("q.jsonl", '{"text": "a"}\nnot json\n', "q.jsonl:2: is not JSON"),
-        ("q.jsonl", "[1]\n", "q.jsonl:1: is not an object"),
-        ("q.jsonl", '{"txt": "a"}\n', "q.jsonl:1: 'txt' is not known"),
-        ("q.jsonl", '{"text": 3}\n', "q.jsonl:1: text is int"),
-        ("q.jsonl", '{"image": {"a": 1}}\n', "q.jsonl:1: image is"),
-        ("q.jsonl", '{"text": "a", "liked": [1]}\n', "q.jsonl:1: liked is [1]"),
-        ("q.jsonl", '{"text": "a", "id": [1]}\n', "q.jsonl:1: id is [1]"),
-        ("q.jsonl", '{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}\n', "stands in line 1 too"),
+        ("q.jsonl", '{"text": "a"}\n{"text": ""}\n', "q.jsonl:2: the query is empty"),
+        ("q.jsonl", '{"text": "a"}\nnot json\n', "q.jsonl:2: not JSON"),
+        ("q.jsonl", "[1]\n", "q.jsonl:1: not an object"),
+        ("q.jsonl", '{"txt": "a"}\n', "q.jsonl:1: unknown field 'txt'"),
+        ("q.jsonl", '{"text": 3}\n', "q.jsonl:1: invalid value for text"),
+        ("q.jsonl", '{"image": {"a": 1}}\n', "q.jsonl:1: invalid image"),
+        ("q.jsonl", '{"text": "a", "liked": [1]}\n', "q.jsonl:1: invalid liked [1]"),
+        ("q.jsonl", '{"text": "a", "id": [1]}\n', "q.jsonl:1: invalid id [1]"),
+        ("q.jsonl", '{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}\n', "already used in line 1"),
         ("q.jsonl", "\n", "holds no query"),
         ("q.csv", "", "holds no query"),
         ("q.csv", "text,image\n", "holds no query"),
-        ("q.csv", "txt\na\n", "q.csv:1: 'txt' is not known"),
-        ("q.csv", "text,text\na,b\n", "stands twice"),
+        ("q.csv", "txt\na\n", "q.csv:1: unknown field 'txt'"),
+        ("q.csv", "text,text\na,b\n", "is repeated"),
         ("q.csv", "text,image\na\n", "q.csv:2: has 1 cells, the header 2"),
         ("q.csv", 'text\n"a\n', "q.csv"),
     ],
@@ -282,7 +282,7 @@ def test_a_sheet_is_drawn_on_request(gallery, deep, capsys, tmp_path):
 
 def test_a_sheet_that_cannot_be_written_is_one_line(gallery, capsys, tmp_path):
     (tmp_path / "sheet.png").mkdir()
-    with pytest.raises(DataError, match=r"contact=sheet\.png cannot be written"):
+    with pytest.raises(DataError, match=r"cannot write contact=sheet\.png"):
         ask("image=a.png", "contact=sheet.png")
 
 

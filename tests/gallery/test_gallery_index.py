@@ -23,22 +23,27 @@ REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"
 
 def test_describe_says_what_it_is(gallery, model):
     said = gallery.describe()
-    assert (said["uri"], said["pictures"], said["dim"]) == ("memory:", COUNT, DIM)
+    assert (said["uri"], said["images"], said["dim"]) == ("memory:", COUNT, DIM)
     assert said["columns"]["year"] == "int"
     assert said["model"] == model.describe()
     assert said["fingerprint"] == model.fingerprint()
 
 
+def test_optimise_is_a_deprecated_alias(gallery):
+    with pytest.warns(DeprecationWarning, match="optimize"):
+        gallery.optimise()
+
+
 def test_nothing_is_made_before_a_picture_is_added(model, tmp_path):
     place = tmp_path / "photos.lance"
     gallery = Gallery.open(place, model)
-    assert (len(gallery), gallery.describe()["pictures"]) == (0, 0)
+    assert (len(gallery), gallery.describe()["images"]) == (0, 0)
     for ask in (lambda: gallery.search(text="red"), lambda: gallery.delete("x"), gallery.optimize):
         with pytest.raises(DataError, match=r"no gallery at .*photos\.lance yet"):
             ask()
     gallery.close()
     assert not place.exists()
-    with pytest.raises(ConfigError, match=r"has to be made: give a model"):
+    with pytest.raises(ConfigError, match=r"pass a model"):
         Gallery.open(place)
     with pytest.raises(ConfigError):
         Gallery.open(place, model, create=False)
@@ -106,7 +111,7 @@ class TestOnDisk:
     def test_an_index_of_no_known_model_is_refused(self, model, tmp_path):
         with Gallery.open(tmp_path / "a.lance", model) as gallery:
             gallery.add(picture(1), "x")
-        with pytest.raises(ConfigError, match=r"does not say where its model lies.*linear"):
+        with pytest.raises(ConfigError, match=r"does not say where its model is.*linear"):
             Gallery.open(tmp_path / "a.lance")
         open_index(str(tmp_path / "b.lance"), dim=DIM, create=True).close()
         with pytest.raises(CheckpointError, match="does not say which model"):

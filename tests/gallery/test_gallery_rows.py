@@ -10,10 +10,10 @@ from PIL import Image
 
 from small_gallery import COUNT, filled, names, picture
 from union_igrot.errors import ConfigError, DataError, ImageError
-from union_igrot.gallery.additions import listing_of
+from union_igrot.gallery.additions import list_additions
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.ingest.report import IngestOptions
-from union_igrot.gallery.queries import several
+from union_igrot.gallery.queries import as_items
 from union_igrot.images.transforms import image_batch
 
 
@@ -45,8 +45,8 @@ def test_one_picture_need_not_stand_in_a_list(model):
     gallery.add(picture(1), "one")
     gallery.add(np.asarray(picture(2)), ["two"])
     assert sorted(gallery.search(picture(1)).ids) == ["one", "two"]
-    assert several(np.zeros((4, 4))) != ()
-    assert several(iter("ab")) == ("a", "b")
+    assert as_items(np.zeros((4, 4))) != ()
+    assert as_items(iter("ab")) == ("a", "b")
 
 
 def test_a_picture_of_the_same_name_replaces_the_other(model):
@@ -66,10 +66,10 @@ def test_a_picture_of_the_same_name_replaces_the_other(model):
     ("arguments", "part"),
     [
         (([b"1", b"2"], ["a"]), "ids: 1 values for 2 images"),
-        (([b"1", b"2"], ["a", "a"]), "'a' stands twice"),
+        (([b"1", b"2"], ["a", "a"]), "'a' is repeated"),
         (([b"1"], None, {"year": [1, 2]}), "year: 2 values for 1 images"),
-        (([b"1"], None, {"year": "1"}), "one text"),
-        (([b"1"], None, {"thumbnail": [1]}), "reserved column name: thumbnail"),
+        (([b"1"], None, {"year": "1"}), "one string"),
+        (([b"1"], None, {"thumbnail": [1]}), "thumbnail"),
     ],
 )
 def test_what_cannot_be_added_is_one_line(model, arguments, part):
@@ -174,8 +174,8 @@ def test_files_are_named_from_where_one_stands(model, tmp_path, monkeypatch):
     assert {str(tmp_path / "x.png"), "z.png"}.isdisjoint(found)
     (tmp_path / "x.png").unlink()
     assert gallery.delete(["x.png", "z.png", "no.png"]) == 2
-    with pytest.raises(ImageError, match=r"is a folder; update\(\.\.\.\) takes all of it"):
-        gallery.add(tmp_path)
+    with pytest.raises(ImageError, match=r"is a folder; add it alone"):
+        gallery.add([tmp_path])
 
 
 def test_pictures_in_memory_that_are_none_are_left_out_too(model, tmp_path):
@@ -211,11 +211,11 @@ def test_what_is_wrong_with_pictures_ids_and_columns_is_told_of_each(model):
     broken = [np.zeros((3, 8, 9)), np.zeros((3, 8, 9)), "\ud800.png", picture(1)]
     report = gallery.add(broken, columns={"n": [1, 2, 3, 4]}, on_broken="skip")
     assert (report.skipped, report.added) == (3, 1)
-    assert [name for name, _ in report.reasons][:2] == [f"number {n} of what was given (ndarray)" for n in (1, 2)]
-    with pytest.raises(DataError, match=r"the id '.ud800' holds half a letter"):
+    assert [name for name, _ in report.reasons][:2] == [f"image {n} (ndarray)" for n in (1, 2)]
+    with pytest.raises(DataError, match=r"the id '.ud800' is not valid Unicode"):
         gallery.add(picture(1), "\ud800")
-    with pytest.raises(DataError, match=r"year: 2020 is no list; give one value each, \[2020, \.\.\.\]"):
-        inspect.unwrap(listing_of)([b"1"], None, {"year": 2020})
+    with pytest.raises(DataError, match=r"year: 2020 .expected a list"):
+        inspect.unwrap(list_additions)([b"1"], None, {"year": 2020})
 
 
 def test_a_few_pictures_are_added_without_reading_the_whole_index(model, monkeypatch):
@@ -238,17 +238,17 @@ def test_what_cannot_be_read_takes_no_row_away(model):
     assert (report.skipped, report.removed, len(gallery)) == (1, 0, COUNT)
     work = IngestOptions()
     object.__setattr__(work, "on_broken", "raise")  # as who checks no types would make it
-    with pytest.raises(ConfigError, match="on_broken: 'raise'"):
+    with pytest.raises(ConfigError, match=r"on_broken: 'raise' .expected skip or fail"):
         work.__post_init__()
     for wrong in ({"batch_size": 0}, {"workers": -1}):
         with pytest.raises(ConfigError, match="expected an integer"):
             IngestOptions(**wrong)
 
 
-@pytest.mark.parametrize(("given", "said"), [(([1],), "an id"), ((None, {3: [1]}), "a column's name")])
+@pytest.mark.parametrize(("given", "said"), [(([1],), "an id"), ((None, {3: [1]}), "a column name")])
 def test_names_that_are_no_text_are_told_to_who_checks_no_types(given, said):
-    with pytest.raises(DataError, match=rf"\(int\) is {said}; give a text"):
-        inspect.unwrap(listing_of)([b"1"], *given)
+    with pytest.raises(DataError, match=rf"{said}: .* .expected str, not int"):
+        inspect.unwrap(list_additions)([b"1"], *given)
 
 
 def test_a_broken_picture_is_an_error_or_counted(model, tmp_path):
@@ -280,6 +280,28 @@ def test_pictures_are_listed_and_those_that_pass_a_filter_removed(model):
     assert gallery.ids("class is null") == ["p2", "p5", "p8", "p11"]
     assert gallery.delete(gallery.ids("year < 6")) == 6
     assert gallery.ids() == names()[6:]
+
+
+def test_a_folder_a_pattern_and_a_list_are_added(model, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        picture(number).save(photos / f"{number}.png")
+    (photos / "notes.txt").write_text("no image")
+    gallery, options = Gallery.open("memory:", model), IngestOptions(workers=0, progress=False)
+    report = gallery.add(photos, options=options)
+    assert (report.added, report.skipped) == (3, 1)
+    picture(5).save(photos / "5.png")
+    (photos / "0.png").unlink()
+    report = gallery.add(f"{photos}/*.png", options=options)
+    assert (report.added, report.removed, len(gallery)) == (1, 0, 4)
+    (tmp_path / "list.csv").write_text(f"path,year\n{photos}/5.png,2020\n")
+    assert gallery.add(tmp_path / "list.csv", options=options).updated == 1
+    assert gallery.ids("year = 2020") == [str(photos / "5.png")]
+    with pytest.raises(ImageError, match=r"notes\.txt"):
+        gallery.add(photos, on_broken="fail", options=options)
+    with pytest.raises(DataError, match="cannot be given for"):
+        gallery.add(photos, ["a"])
 
 
 def test_a_folder_is_followed(model, tmp_path):

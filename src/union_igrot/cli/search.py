@@ -1,7 +1,4 @@
-"""`union-search`: find images of a gallery, shown as a table or as JSON lines.
-
-Knows what is printed where. Does not know how anything is embedded or found.
-"""
+"""`union-search`: find images of a gallery, printed as tables or JSON lines."""
 
 import json
 import os
@@ -14,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, DataError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from union_igrot.gallery.query_files import Line
+    from union_igrot.gallery.queries import QueryLine
     from union_igrot.gallery.results import SearchResult
     from union_igrot.reporting.contact_sheets import SheetRow
 
-EXIT_NOTHING = 1
-"""Exit code where no query found anything."""
-EXIT_UNREAD = 141
-"""Exit code where the reader of the output went away, as shells have it for SIGPIPE."""
+EXIT_NO_HITS = 1
+"""Exit code if no query has hits."""
+EXIT_BROKEN_PIPE = 141
+"""Exit code if the reader closed the output (`| head`), as in shells."""
 LITERAL = ("index", "text", "where", "queries", "contact", "checkpoint", "weights")
 SEVERAL = ("image", "liked", "disliked", "exclude")
 SHEET_QUERIES = 12
 """Queries on a contact sheet."""
-_STEP = 256
+_BATCH = 256
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,112 +38,103 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def search(config: DictConfig, fresh: Path) -> None:
-    """Search as configured; end with code 1 where nothing was found."""
+    """Search as configured; exit with 1 if there are no hits."""
     del fresh
     _check(config)
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from rich.console import Console
-
+    # Heavy modules are imported here, so that --help and errors in the configuration are fast.
     from union_igrot.gallery.gallery import Gallery
     from union_igrot.progress import progress_bar
 
-    lines = _lines(config)
-    said = Console(stderr=True)
+    lines = _query_lines(config)
     count = 0
     sheet: list[SheetRow] = []
-    chosen = {"create": False, "weights": config.weights, "device": config.device}
-    with Gallery.open(config.index, config.checkpoint, **chosen) as gallery:
-        # Among tables on one terminal a bar would be in the way, and they show how far it is.
-        shown = config.progress and len(lines) > _STEP and not sys.stdout.isatty()
-        with _output(), progress_bar(shown=shown) as bar:
+    options = {"create": False, "weights": config.weights, "device": config.device}
+    with Gallery.open(config.index, config.checkpoint, **options) as gallery:
+        # On a terminal, a bar would be among the tables, which show the progress.
+        shown = config.progress and len(lines) > _BATCH and not sys.stdout.isatty()
+        with _pipe_output(), progress_bar(shown=shown) as bar:
             task = bar.add_task("searching", total=len(lines))
-            for at in range(0, len(lines), _STEP):
-                some = lines[at : at + _STEP]
-                answers = gallery.search_many(
-                    [line.asked for line in some],
+            for at in range(0, len(lines), _BATCH):
+                some = lines[at : at + _BATCH]
+                results = gallery.search_many(
+                    [line.query for line in some],
                     config.k,
                     config.where,
                     mode=config.search,
                     names=[line.place for line in some],
                 )
-                for line, found in zip(some, answers, strict=True):
-                    count += len(found)
-                    _show(config, line, found, many=config.queries is not None)
+                for line, result in zip(some, results, strict=True):
+                    count += len(result)
+                    _print_result(config, line, result)
                     if config.contact is not None and len(sheet) < SHEET_QUERIES:
-                        sheet.append(_sheet_line(line, found))
+                        sheet.append(_sheet_line(line, result))
                 bar.advance(task, len(some))
     if config.contact is not None:
-        _draw(_path(config.contact), sheet, len(lines), said)
+        _write_sheet(expand_user(config.contact), sheet)
+        if len(lines) > len(sheet):
+            sys.stderr.write(f"{config.contact} shows the first {len(sheet)} of {len(lines)} queries\n")
     if not count:
-        said.print("nothing found", highlight=False)
-        raise SystemExit(EXIT_NOTHING)
+        sys.stderr.write("no hits\n")
+        raise SystemExit(EXIT_NO_HITS)
 
 
 def _check(config: DictConfig) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse settings that contradict each other."""
     single = [name for name in ("image", "text", "liked", "disliked", "exclude") if config[name]]
     if config.queries is not None and single:
-        raise ConfigError(
-            f"{single[0]}= and queries= are both given; put it into the lines of the file, or leave queries= out"
-        )
+        raise ConfigError(f"{single[0]}= and queries= are both given; put {single[0]} into the lines of the file")
     if config.queries is None and not (config.image or config.text or config.liked):
-        raise ConfigError("nothing is asked; give image=FILE, text=TEXT, both, liked=ID or queries=FILE")
+        raise ConfigError("the query is empty (expected image=FILE, text=TEXT, both, liked=ID or queries=FILE)")
     if config.contact is not None and not config.contact.lower().endswith(".png"):
-        raise ConfigError(f"contact={config.contact} is not allowed; give a file that ends in .png")
-    if config.contact is not None and not _path(config.contact).absolute().parent.is_dir():
-        raise ConfigError(f"contact={config.contact}: the folder {_path(config.contact).parent} does not exist")
+        raise ConfigError(f"invalid value for contact: {config.contact} (expected a .png file)")
+    if config.contact is not None and not (folder := expand_user(config.contact).absolute().parent).is_dir():
+        raise ConfigError(f"contact={config.contact}: the folder {folder} does not exist")
 
 
-def _lines(config: DictConfig) -> "list[Line]":
-    """Return what is asked, whether on the command line or in a file."""
-    from union_igrot.gallery.query_files import Line, read_queries
+def _query_lines(config: DictConfig) -> "list[QueryLine]":
+    from union_igrot.gallery.queries import QueryLine, read_queries
     from union_igrot.images.decode import check_image
 
     if config.queries is not None:
-        return read_queries(_path(config.queries))
-    images = [_path(image) for image in config.image]
+        return read_queries(expand_user(config.queries))
+    images = [expand_user(image) for image in config.image]
     for image in images:
         check_image(image)
     ids = {name: list(config[name]) for name in ("liked", "disliked", "exclude")}
-    return [Line(1, {"image": images, "text": config.text, **ids})]
-
-
-def _path(typed: str) -> Path:
-    return expand_user(typed)
+    return [QueryLine(1, {"image": images, "text": config.text, **ids})]
 
 
 @contextmanager
-def _output() -> Iterator[None]:
-    """End in peace where the reader of the output goes away (`| head`)."""
+def _pipe_output() -> Iterator[None]:
+    """Exit quietly if the reader closes the output."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails
-        raise SystemExit(EXIT_UNREAD) from None
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
 
 
-def _show(config: DictConfig, line: "Line", found: "SearchResult", *, many: bool) -> None:
-    """Print the answers to one query."""
+def _print_result(config: DictConfig, line: "QueryLine", result: "SearchResult") -> None:
     if config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty()):
-        for rank, hit in enumerate(found, 1):
+        for rank, hit in enumerate(result, 1):
             columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}
             row = {"query": line.name, "rank": rank, "id": hit.id, "score": round(hit.score, 6), "columns": columns}
             sys.stdout.write(_json_line(row))
         return
-    from union_igrot.gallery.display import hit_table
     from union_igrot.gallery.ingest.entries import OWN_COLUMNS
+    from union_igrot.gallery.results import hit_table
 
     console = _console(config.thumbnails)
-    images = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
-    named = dict.fromkeys(name for hit in found for name, value in hit.columns.items() if value is not None)
-    title = f"{line.name}: {_words(line.asked)}" if many else _words(line.asked)
-    own = [name for name in named if name not in OWN_COLUMNS]
-    console.print(hit_table(found, own, title=title, thumbnails=images))
+    thumbnails = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
+    columns = dict.fromkeys(name for hit in result for name, value in hit.columns.items() if value is not None)
+    title = _describe(line.query) if config.queries is None else f"{line.name}: {_describe(line.query)}"
+    own = [name for name in columns if name not in OWN_COLUMNS]
+    console.print(hit_table(result, own, title=title, thumbnails=thumbnails))
 
 
 def _json_line(row: dict[str, Any]) -> str:
-    """Write a line of JSON; in ASCII where the output's encoding lacks a letter."""
+    """Return a line of JSON, in ASCII if the encoding of the output lacks a character."""
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -158,41 +146,37 @@ def _json_line(row: dict[str, Any]) -> str:
 def _console(thumbnails: str) -> "Console":
     from rich.console import Console
 
-    class Piped(Console):
-        """Leaves it to `_output` what happens where nobody reads any more."""
+    class PipedConsole(Console):
+        """Leaves a broken pipe to `_pipe_output`."""
 
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Piped(force_terminal=True, color_system="truecolor") if thumbnails == "on" else Piped()
+    return PipedConsole(force_terminal=True, color_system="truecolor") if thumbnails == "on" else PipedConsole()
 
 
-def _words(asked: dict[str, Any]) -> str:
-    """Say a query in one line."""
-    parts = [str(image) for image in asked.get("image", ())]
-    parts += [f"{asked['text']!r}"] if asked.get("text") else []
-    parts += [f"{len(asked[name])} {name}" for name in ("liked", "disliked") if asked.get(name)]
+def _describe(query: dict[str, Any]) -> str:
+    parts = [str(image) for image in query.get("image", ())]
+    parts += [f"{query['text']!r}"] if query.get("text") else []
+    parts += [f"{len(query[name])} {name}" for name in ("liked", "disliked") if query.get(name)]
     return " + ".join(parts)
 
 
-def _sheet_line(line: "Line", found: "SearchResult") -> "SheetRow":
+def _sheet_line(line: "QueryLine", result: "SearchResult") -> "SheetRow":
     from union_igrot.images.decode import as_image
     from union_igrot.reporting.contact_sheets import SheetRow
 
-    images = [as_image(image, at_least=256) for image in line.asked.get("image", ())]
-    return SheetRow(_words({**line.asked, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in found])
+    images = [as_image(image, at_least=256) for image in line.query.get("image", ())]
+    return SheetRow(_describe({**line.query, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in result])
 
 
-def _draw(path: Path, sheet: "list[SheetRow]", queries: int, said: "Console") -> None:
-    from union_igrot.errors import DataError
+def _write_sheet(path: Path, sheet: "list[SheetRow]") -> None:
     from union_igrot.reporting.contact_sheets import contact_sheet
 
     try:
         contact_sheet(path, sheet)
     except OSError as error:
-        raise DataError(f"contact={path} cannot be written ({error.strerror}); give another place") from error
-    if queries > len(sheet):
-        said.print(f"{path} shows the first {len(sheet)} of {queries} queries", highlight=False, markup=False)
+        raise DataError(f"cannot write contact={path} ({error.strerror}); use another path") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Images in any form, as entries that indexing takes.
-
-Files stay files; what is in memory is handed on as the bytes of an image file, PNG where it was none. Knows the
-forms. Does not know models or indexes.
-"""
+"""Images that are added one by one, in any form, as entries for ingestion; images in memory become PNG files."""
 
 import hashlib
 import io
@@ -30,90 +26,65 @@ from union_igrot.images.decode import as_image, file_bytes
 from union_igrot.storage.paths import absolute_path
 
 
-def listing_of(
+def list_additions(
     images: Sequence[Any], ids: Iterable[str] | None = None, columns: Mapping[str, Iterable[Any]] | None = None
 ) -> Listing:
-    """List images that are given one by one.
+    """List images in any form that `as_image` accepts; those that cannot be read have a fault.
 
-    Args:
-        images: In any form that `as_image` takes.
-        ids: What they are called; their paths, or the hashes of their content, where None.
-        columns: Values by column name, one an image, in the images' order.
-
-    Returns:
-        The images; what is none has its fault noted.
-
-    Raises:
-        DataError: Where ids repeat or are no texts, or ids or columns are not as many as images, or a column cannot
-            have its name.
+    Without ids, files are named by their paths, and others by the hash of their content. Invalid ids or columns are a
+    DataError.
     """
-    # By place, whatever labels the rows of a table have.
-    names = None if ids is None else [ids] if isinstance(ids, str) else _several(ids, "ids")
-    given = {
-        name: values if isinstance(values, str) else _several(values, name) for name, values in (columns or {}).items()
-    }
-    for name, values in [("ids", names), *given.items()]:
-        if values is not None and (isinstance(values, str) or len(values) != len(images)):
-            count = "one text" if isinstance(values, str) else f"{len(values)} values"
-            raise DataError(f"{name}: {count} for {len(images)} images; give one each")
-    for what, texts in (("an id", names or ()), ("a column's name", list(given))):
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise DataError(f"{wrong[0]!r} ({type(wrong[0]).__name__}) is {what}; give a text")
-    if half := [name for name in names or () if not _whole(name)]:
-        raise DataError(f"the id {half[0]!r} holds half a letter; give another")
-    check_column_names(given, "the columns given")
-    if names is not None and (twice := first_repeated(names)) is not None:
-        raise DataError(f"the id {twice!r} stands twice among {len(names)}; give each image its own")
-    rows = [{name: column_value(values[place]) for name, values in given.items()} for place in range(len(images))]
+    # Values belong to images by position, whatever labels the rows of a table have.
+    names = None if ids is None else [ids] if isinstance(ids, str) else _as_list(ids, "ids")
+    values = {name: one if isinstance(one, str) else _as_list(one, name) for name, one in (columns or {}).items()}
+    for what, given in [("ids", names), *values.items()]:
+        if given is not None and (isinstance(given, str) or len(given) != len(images)):
+            count = "one string" if isinstance(given, str) else f"{len(given)} values"
+            raise DataError(f"{what}: {count} for {len(images)} images (expected one value per image)")
+    for what, strings in (("an id", names or ()), ("a column name", list(values))):
+        if wrong := [one for one in strings if not isinstance(one, str)]:
+            raise DataError(f"invalid value for {what}: {wrong[0]!r} (expected str, not {type(wrong[0]).__name__})")
+    if wrong := [name for name in names or () if any("\ud800" <= char <= "\udfff" for char in name)]:
+        raise DataError(f"the id {wrong[0]!r} is not valid Unicode; use another")
+    check_column_names(values, "the columns given")
+    if names is not None and (repeated := first_repeated(names)) is not None:
+        raise DataError(f"the id {repeated!r} is repeated among {len(names)}; each image needs its own")
+    rows = [{name: column_value(given[i]) for name, given in values.items()} for i in range(len(images))]
     unify_column_types(rows)
-    entries = [
-        _entry(image, None if names is None else names[place], rows[place], place) for place, image in enumerate(images)
-    ]
+    entries = [_entry(image, None if names is None else names[i], rows[i], i) for i, image in enumerate(images)]
     return Listing(ADDED_SOURCE, unique_entries(entries, "the images given"))
 
 
-def _several(values: Any, what: Any) -> list[Any]:
+def _as_list(values: Any, what: Any) -> list[Any]:
     try:
         return list(values)
     except TypeError:
-        raise DataError(f"{what}: {values!r} is no list; give one value each, [{values!r}, ...]") from None
+        raise DataError(f"invalid value for {what}: {values!r} (expected a list, one value per image)") from None
 
 
-def _whole(text: str) -> bool:
-    """Whether a text is made of whole letters."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _can_name_a_file(text: str) -> bool:
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _entry(image: Any, name: str | None, columns: dict[str, Any], place: int) -> Entry:
-    if isinstance(image, str) and not _can_name_a_file(image):
-        return Entry(name or ascii(image), columns=columns, fault="half a letter is no part of a file's name")
+def _entry(image: Any, name: str | None, columns: dict[str, Any], position: int) -> Entry:
     if isinstance(image, str | Path):
+        try:
+            os.fsencode(image)
+        except UnicodeEncodeError:
+            return Entry(name or ascii(image), columns=columns, fault="not a valid file name")
         entry = file_entry(absolute_path(image), columns)
         if entry.fault == IS_FOLDER:
-            entry = replace(entry, fault=f"{IS_FOLDER}; update(...) takes all of it")
+            entry = replace(entry, fault=f"{IS_FOLDER}; add it alone: add(folder)")
         return entry if name is None else replace(entry, id=name)
     try:
-        data, content = _bytes_of(image)
+        data, content = _file_content(image)
     except ImageError as error:
-        called = name or f"number {place + 1} of what was given ({type(image).__name__})"
-        return Entry(called, columns=columns, fault=str(error))
+        return Entry(name or f"image {position + 1} ({type(image).__name__})", columns=columns, fault=str(error))
     return data_entry(f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name, data, columns)
 
 
-def _bytes_of(picture: Any) -> tuple[bytes, bytes]:
-    """Return the bytes of an image file, and what says which image it is."""
-    if (data := file_bytes(picture)) is not None:
+def _file_content(image: Any) -> tuple[bytes, bytes]:
+    """Return an image as the bytes of a file, and the bytes that identify it."""
+    if (data := file_bytes(image)) is not None:
         return data, data
-    image = as_image(picture)
+    decoded = as_image(image)
     file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)
-    # Of the pixels: how they are compressed depends on the version of a library.
-    return file.getvalue(), f"{image.width}x{image.height}".encode() + image.tobytes()
+    decoded.save(file, format="PNG", compress_level=1)
+    # Pixels identify it: how they are compressed depends on the version of a library.
+    return file.getvalue(), f"{decoded.width}x{decoded.height}".encode() + decoded.tobytes()

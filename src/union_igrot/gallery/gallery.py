@@ -1,24 +1,21 @@
-"""`Gallery`: images of one's own, indexed with a model and searched with images, sketches and text.
-
-Joins model, index and indexing. Does not know how an engine keeps rows, how images are decoded
-ahead, nor how results are drawn.
-"""
+"""`Gallery`: your own images, indexed with a model and searched with images, sketches and text."""
 
 import os
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, final, get_args
+from typing import Any, Final, Literal, final
 
 from union_igrot.errors import ConfigError, DataError, UnionError
-from union_igrot.gallery.additions import listing_of
+from union_igrot.gallery.additions import list_additions
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
-from union_igrot.gallery.engines.factory import open_index, without_password
+from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
-from union_igrot.gallery.lookup import judged_rows, named_rows, rows_named
 from union_igrot.gallery.metadata import (
     check_backbone_name,
     check_metadata,
@@ -27,27 +24,36 @@ from union_igrot.gallery.metadata import (
     load_recorded_model,
     open_or_create,
 )
-from union_igrot.gallery.queries import Wanted, all_wanted, embed_wanted, ids_of, several
-from union_igrot.gallery.results import THUMBNAIL, SearchResult, search_result
+from union_igrot.gallery.queries import (
+    GalleryQuery,
+    as_items,
+    embed_gallery_queries,
+    parse_queries,
+    read_feedback,
+    resolve_ids,
+    resolve_queries,
+    row_ids,
+)
+from union_igrot.gallery.results import THUMBNAIL, SearchResult, make_result
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute_path
 
-_MEMORY = "memory:"
+_SOURCE_SUFFIXES: Final = (".txt", ".csv", ".jsonl", ".parquet", ".tar")
 
 
 @final
 class Gallery:
     """Images that can be searched.
 
-    Made by `Gallery.open`. Belongs to one thread; several processes may have one index open at once.
+    Made by `Gallery.open`. Use it from one thread; several processes may open the same index at once.
 
     Args:
-        index: Where the rows lie; None until the first image is added.
+        index: The index; None until the first image is added.
         model: The model that embeds images and queries.
-        uri: Where the index lies or will lie.
-        checkpoint: Where the model is loaded from, for the index's metadata.
-        weights: Weights of its backbone, where they were named, for the metadata too.
+        uri: Location of the index.
+        checkpoint: Where the model was loaded from, stored with the index.
+        weights: Explicit weights of its backbone, stored with the index.
     """
 
     def __init__(
@@ -59,8 +65,9 @@ class Gallery:
         weights: str | Path | None = None,
     ) -> None:
         self.model, self.uri = model.eval(), without_password(uri)
-        self._where, self._index, self._origin = uri, index, (checkpoint, weights)
-        self._card: dict[str, Any] = {}
+        self._full_uri, self._index = uri, index
+        self._checkpoint, self._weights = checkpoint, weights
+        self._metadata: dict[str, Any] = {}
 
     @classmethod
     def open(
@@ -75,41 +82,35 @@ class Gallery:
         """Open a gallery.
 
         Args:
-            uri: Where its index lies: a folder `photos.lance`, an object store `s3://bucket/photos.lance`, a cluster
-                `milvus://host:19530/collection`, or `memory:`, which ends with the process.
-            model: A model, or the name of one, as `load` has it: `tiny`, a folder, a repository, a backbone alone.
-                Where None, the one that the index says it was made with.
-            create: What to do where there is no index. True: one on this machine is made by the first `add` or
-                `update`, and until then nothing is written; one on a server or object store is made now. False: it
-                is an error. `memory:` is always made.
-            weights: Weights of the backbone, where a model is loaded by name.
-            device: Where such a model is put: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`. A
-                model that is given stays where it lies.
-
-        Returns:
-            The gallery.
+            uri: Location of its index: a folder `photos.lance`, an object store `s3://bucket/photos.lance`, a cluster
+                `milvus://host:19530/collection`, or `memory:`, which is lost when the process ends.
+            model: A model, or a name for `load`: `tiny`, a folder, a repository, or a backbone alone. None for the
+                model that the index was made with.
+            create: Whether a missing index is created: a local one by the first `add` or `update`, one on a server or
+                object store at once. `memory:` is always created.
+            weights: Weights of the backbone, for a model given by name.
+            device: Device of a model given by name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
 
         Raises:
-            CheckpointError: Where the index was made with another model; names both.
-            ConfigError: Where there is no index and none is to be made, the URI's engine is not installed, or there
-                is no such device.
-            DataError: Where it cannot be read or reached.
+            CheckpointError: If the index was made with another model; names both.
+            ConfigError: If there is no index and `create` is not set, the URI is invalid, the package of its engine is
+                not installed, or there is no such device.
+            DataError: If it cannot be read or reached.
         """
-        uri = str(uri)
+        path = local_path(str(uri))
+        uri = str(uri) if path is None else path  # absolute, so that the working directory may change
         checkpoint = None
-        if ":" not in uri:
-            uri = absolute_path(uri)  # whoever changes the folder later means the same gallery
         if isinstance(model, str | Path):
             check_backbone_name(uri, str(model))
             model, checkpoint = load_checkpoint(model, weights)
             model.to(resolve_device(device))
-        absent = uri == _MEMORY or (create and ":" not in uri and not os.path.exists(uri))  # noqa: PTH110 - Path's raises for long names
+        absent = uri == MEMORY or (create and path is not None and not os.path.exists(path))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
-            raise ConfigError(f"{uri} has to be made: give a model, such as 'tiny'")
+            raise ConfigError(f"there is no index {uri}; pass a model such as 'tiny' to create it")
         if model is not None and (absent or create):
             gallery = cls(None, model, uri, checkpoint, weights)
             if not absent:
-                gallery._made()
+                gallery._open_index()
             return gallery
         index = open_index(uri)
         try:
@@ -125,26 +126,25 @@ class Gallery:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What says which model this is; see `index_metadata`."""
-        if not self._card:  # once: all weights are hashed for it
-            self._card = index_metadata(self.model, *self._origin)
-        return self._card
-
-    def _made(self) -> VectorIndex:
-        """Return the index, made if it is not there yet."""
-        if self._index is None:
-            self._index = open_or_create(self._where, self.model.backbone.dim, self.metadata)
-        return self._index
+        """The metadata that identifies the model; see `index_metadata`."""
+        if not self._metadata:  # once, as all weights are hashed for it
+            self._metadata = index_metadata(self.model, self._checkpoint, self._weights)
+        return self._metadata
 
     @property
     def index(self) -> VectorIndex:
-        """Where the rows lie, for what a gallery does not do itself.
+        """The index, for direct access.
 
         Raises:
-            DataError: Where there is none yet.
+            DataError: If it does not exist yet.
         """
         if self._index is None:
             raise DataError(f"there is no gallery at {self.uri} yet; add images first, or check its name")
+        return self._index
+
+    def _open_index(self) -> VectorIndex:
+        if self._index is None:
+            self._index = open_or_create(self._full_uri, self.model.backbone.dim, self.metadata)
         return self._index
 
     def add(
@@ -156,29 +156,36 @@ class Gallery:
         on_broken: Literal["fail", "skip"] | None = None,
         options: IngestOptions | None = None,
     ) -> IngestReport:
-        """Add images, or bring those of the same id up to date.
+        """Add images, or update those with the same id.
 
         Args:
-            images: One or several, in any form that `as_image` takes: paths, PIL images, bytes, open files,
-                arrays, tensors.
-            ids: What they are called; a file's absolute path, and `sha256:` with the hash of its content for a
-                image that is no file, where None.
-            columns: Values to keep beside them by column name, one an image. Of an image that is there already,
-                columns that are not given keep their values; None empties one.
-            on_broken: Whether an image that cannot be read is an error, or listed and left out; None for what `options`
-                say, or an error.
-            options: How to do it; for large additions.
+            images: One image or several, in any form that `as_image` accepts (paths, PIL images, bytes, open files,
+                arrays, tensors); or a folder, a pattern such as `photos/**/*.jpg`, a list file or tar shards, as for
+                `update`.
+            ids: Ids of single images; by default the absolute path of a file, or `sha256:` and the hash of the content.
+            columns: Values of single images by column name. For an existing image, other columns keep their values;
+                None clears a value.
+            on_broken: Whether an image that cannot be read is an error or skipped. By default it is an error among
+                single images, and skipped in a folder, which may hold other files.
+            options: Options for large additions.
 
         Returns:
-            How many were added, updated, unchanged and left out. A row that is right is not embedded again.
+            Numbers of images added, updated, unchanged and skipped. Unchanged images are not embedded again.
 
         Raises:
-            ImageError: Where an image cannot be read, under `fail`; what was embedded before it is kept.
-            DataError: Where ids repeat, or ids or columns are not as many as images.
-            UnionError: Where another process is putting images into the gallery.
+            ImageError: If an image cannot be read, with `fail`; what was embedded before stays.
+            DataError: If ids repeat, or ids or columns are not as many as images.
+            UnionError: If another process is adding images to the gallery.
         """
-        listing = listing_of(several(images), ids, columns)
-        options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
+        if _is_source(images):
+            if ids is not None or columns is not None:
+                raise DataError(
+                    f"ids and columns cannot be given for {images}; pass single images, or a list file with columns"
+                )
+            listing, options = list_images(str(images)), options or IngestOptions()
+        else:
+            listing = list_additions(as_items(images), ids, columns)
+            options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
         return self._ingest(listing, replace(options, on_broken=on_broken or options.on_broken, prune=False))
 
     def update(
@@ -188,15 +195,15 @@ class Gallery:
         *,
         executor: Literal["local", "ray"] | None = None,
     ) -> IngestReport:
-        """Bring the gallery up to date with a folder: new and changed files are embedded, files that are gone leave.
+        """Synchronize the gallery with a folder: embed new and changed files, remove the rows of deleted files.
 
         Args:
-            images: A folder (with all below), a pattern, a list or tar shards, as `union-index images=` takes them.
-            options: How to do it.
-            executor: `local` or `ray`; None for what `options` say.
+            images: A folder with its subfolders, a pattern, a list or tar shards, as for `union-index images=`.
+            options: Options such as the batch size.
+            executor: `local` or `ray`; None for that of the options.
 
         Returns:
-            How many were added, updated, unchanged, removed and left out since they cannot be read.
+            Numbers of images added, updated, unchanged, removed and skipped as they cannot be read.
         """
         options = options or IngestOptions()
         return self._ingest(list_images(str(images)), replace(options, executor=executor or options.executor))
@@ -204,27 +211,19 @@ class Gallery:
     def _ingest(self, listing: Listing, options: IngestOptions) -> IngestReport:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
-        index = self._made()
-        return ingest_images(index, self.model, listing, options)
+        return ingest_images(self._open_index(), self.model, listing, options)
 
     def ids(self, where: str | None = None) -> list[str]:
-        """Name the images that pass a filter, in the order in which they were added.
+        """Return the ids of images that pass a filter, in the order in which they were added.
 
         Raises:
-            ConfigError: Where the filter is wrong.
+            ConfigError: If the filter is invalid.
         """
         return [str(name) for batch in self.index.scan(["id"], where) for name in batch["id"]]
 
     def delete(self, ids: object) -> int:
-        """Remove images from the gallery; files stay.
-
-        Args:
-            ids: Ids, paths or hits, one or several.
-
-        Returns:
-            How many of them were there.
-        """
-        return self.index.delete(rows_named(self.index, ids_of(ids), gone=True))
+        """Remove images, given by id, path or hit, from the gallery and return how many existed; files stay."""
+        return self.index.delete(resolve_ids(self.index, row_ids(ids), missing_files=True))
 
     def search(
         self,
@@ -242,27 +241,27 @@ class Gallery:
         """Find images.
 
         Args:
-            image: A photo or a sketch, or several, in any form that `as_image` takes. Several are asked as the mean
-                of their embeddings.
-            text: With an image, what should be different; alone, what is looked for.
-            k: How many answers.
-            where: A filter on columns, `class = 'dog' and year > 2020`; see `index.where`.
-            liked: Results to come closer to: ids, paths or hits. They alone are a query too.
-            disliked: Results to go away from; they are not among the answers.
-            exclude: Rows that are not among the answers, such as the query itself.
+            image: A photo or sketch, or several, in any form that `as_image` accepts. Several are combined into the
+                mean of their embeddings.
+            text: The modification text of an image, or a text query alone.
+            k: Number of hits.
+            where: A filter on columns, such as `class = 'dog' and year > 2020`; see `gallery.engines.filters`.
+            liked: Results to move towards: ids, paths or hits. They are a query of their own too.
+            disliked: Results to move away from; they are not among the hits.
+            exclude: Images that are not among the hits, such as the query itself.
             mode: `exact`, `ann` (approximate) or `auto`.
-            thumbnails: Whether small images are read along.
+            thumbnails: Whether hits have thumbnails.
 
         Returns:
-            The answers, best first; fewer than k where fewer images pass the filter.
+            The hits, best first; fewer than k if fewer images pass the filter.
 
         Raises:
-            ConfigError: Where nothing is asked, or the filter is wrong.
-            ImageError: Where an image cannot be read.
-            DataError: Where a liked or disliked image is not in the gallery.
+            ConfigError: If the query is empty or the filter invalid.
+            ImageError: If an image cannot be read.
+            DataError: If a liked or disliked image is not in the gallery.
         """
-        given = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
-        return self.search_many([given], k, where, mode=mode, thumbnails=thumbnails)[0]
+        query = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
+        return self.search_many([query], k, where, mode=mode, thumbnails=thumbnails)[0]
 
     def search_many(
         self,
@@ -277,69 +276,73 @@ class Gallery:
         """Find images for many queries at once.
 
         Args:
-            queries: Each with some of `image`, `text`, `liked`, `disliked` and `exclude`, as `search` takes them.
-            k: How many answers to each.
+            queries: Each with some of `image`, `text`, `liked`, `disliked` and `exclude`, as for `search`.
+            k: Number of hits per query.
             where: A filter for all of them.
             mode: `exact`, `ann` or `auto`.
-            thumbnails: Whether small images are read along.
-            names: What the queries are called in an error; `query 1` and so on where None and there are several.
+            thumbnails: Whether hits have thumbnails.
+            names: Names of the queries in errors; by default `query 1` and so on.
 
         Returns:
-            The answers to each query, in order.
+            One result per query.
 
         Raises:
-            ConfigError: As `search`; says which query.
+            ConfigError: As `search`; names the query.
         """
         if type(k) is not int or k < 1:
-            raise ConfigError(f"k is {k}; ask for a whole number of answers, at least 1")
-        if mode not in get_args(SearchMode):
-            raise ConfigError(f"mode is {mode!r}; give one of {', '.join(get_args(SearchMode))}")
+            raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
         if names is None:
-            names = [""] if len(queries) == 1 else [f"query {place}" for place in range(1, len(queries) + 1)]
-        wanted = all_wanted(queries, names)
-        if not wanted:
+            names = [""] if len(queries) == 1 else [f"query {number}" for number in range(1, len(queries) + 1)]
+        parsed = parse_queries(queries, names)
+        if not parsed:
             return []
         index = self.index
-        wanted = named_rows(index, wanted)
-        embedded = embed_wanted(self.model, wanted, judged_rows(index, wanted, names, self.uri), names)
+        parsed = resolve_queries(index, parsed)
+        embedded = embed_gallery_queries(self.model, parsed, read_feedback(index, parsed, names, self.uri), names)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
-        answers: dict[int, SearchResult] = {}
         groups: dict[int, list[int]] = {}
-        for place, one in enumerate(wanted):
-            groups.setdefault(_spare(one), []).append(place)
-        for spare, places in groups.items():  # each reads as many rows more as the one that leaves out most
-            found = index.search(embedded[places], k + spare, where=where, mode=mode, columns=columns)
-            answers |= {at: search_result(hits, k, wanted[at].without) for at, hits in zip(places, found, strict=True)}
-        return [answers[at] for at in range(len(wanted))]
+        for i, query in enumerate(parsed):
+            groups.setdefault(_extra_hits(query), []).append(i)
+        results: dict[int, SearchResult] = {}
+        for extra, members in groups.items():
+            found = index.search(embedded[members], k + extra, where=where, mode=mode, columns=columns)
+            results |= {i: make_result(hits, k, parsed[i].excluded) for i, hits in zip(members, found, strict=True)}
+        return [results[i] for i in range(len(parsed))]
 
     def describe(self) -> dict[str, Any]:
-        """Say what the gallery is: where it lies, how many images and which columns it has, and its model."""
+        """Return the location of the gallery, its number of images, its columns and its model."""
         index = self._index
         metadata = self.metadata if index is None else index.metadata
         return {
             "uri": self.uri,
-            "pictures": len(self),
+            "images": len(self),
             "dim": self.model.backbone.dim,
             "columns": {} if index is None else dict(index.columns),
             **{name: metadata.get(name) for name in ("model", "fingerprint", "checkpoint", "weights")},
         }
 
     def optimize(self) -> None:
-        """Build or renew the approximate index and tidy the storage."""
+        """Build or update the approximate index and compact the storage."""
         self.index.optimize()
+
+    def optimise(self) -> None:
+        """Deprecated alias of `optimize`."""
+        warnings.warn("Gallery.optimise is deprecated; use Gallery.optimize", DeprecationWarning, stacklevel=2)
+        self.optimize()
 
     def __len__(self) -> int:
         return 0 if self._index is None else len(self._index)
 
     def __repr__(self) -> str:
+        model = Path(self._checkpoint).name if self._checkpoint else self.model.backbone.name
         try:
-            count = f"{len(self):,} images"
-        except UnionError:  # the index is gone, or its server away: no reason to fail where something is shown
-            count = "not to be reached"
-        return f"Gallery({self.uri!r}: {count}, {self.model.backbone.name})"
+            mode = "exact" if self._index is None else self._index.auto_mode()
+            return f"Gallery({self.uri!r}, {len(self):,} images, model {model}, {mode})"
+        except UnionError:  # the index is gone or its server is unreachable: a repr does not fail
+            return f"Gallery({self.uri!r}, unreachable, model {model})"
 
     def close(self) -> None:
-        """Let go of the index."""
+        """Close the index."""
         if self._index is not None:
             self._index.close()
 
@@ -350,6 +353,16 @@ class Gallery:
         self.close()
 
 
-def _spare(one: Wanted) -> int:
-    """Return how many rows more than asked are read, so that what is left out leaves enough: few different numbers."""
-    return 0 if not one.without else 1 << (len(one.without) - 1).bit_length()
+def _is_source(images: object) -> bool:
+    """Whether images are given by a folder, a pattern, a list file or tar shards."""
+    if not isinstance(images, str | Path):
+        return False
+    path = absolute_path(images)
+    if not os.path.lexists(path):
+        return re.search(r"[*?\[{]", path) is not None
+    return os.path.isdir(path) or path.lower().endswith(_SOURCE_SUFFIXES)  # noqa: PTH112 - Path's raises for odd names
+
+
+def _extra_hits(query: GalleryQuery) -> int:
+    """Return how many more rows are read because of exclusions, rounded up so that queries form few groups."""
+    return 0 if not query.excluded else 1 << (len(query.excluded) - 1).bit_length()

@@ -1,12 +1,11 @@
-"""What is asked of a gallery: images, text, results that were liked or not; and its embedding.
+"""Queries of a gallery: images, text, and liked or disliked results; their embeddings; and files of queries."""
 
-Knows the model and the forms an image comes in. Does not know any index.
-"""
-
+import csv
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +16,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from union_igrot.errors import ConfigError, ImageError
+from union_igrot.errors import ConfigError, DataError, ImageError
+from union_igrot.gallery.engines.base import VectorIndex
+from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.entries import path_as_text
 from union_igrot.gallery.results import Hit
-from union_igrot.images.decode import as_image
+from union_igrot.images.decode import as_image, check_image
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.model import IGROTModel
 from union_igrot.models.precision import full_precision
-from union_igrot.storage.paths import absolute_path
+from union_igrot.storage.paths import absolute_path, expand_user
 
 ALPHA: Final = 1.0
 """Weight of the query itself in a refined one."""
@@ -37,19 +38,21 @@ feedback in information retrieval (1971)."""
 BATCH: Final = 256
 """Queries embedded at once, as in an evaluation."""
 
-_PARTS: Final = ("image", "text", "liked", "disliked", "exclude")
+_FIELDS: Final = ("image", "text", "liked", "disliked", "exclude")
+_CSV_FIELDS: Final = ("id", "image", "text")
+_IDS_PER_FILTER: Final = 500
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GalleryQuery:
     """One query.
 
     Attributes:
-        images: Images, photos or sketches, in any form that `as_image` takes.
-        text: What is looked for, or what should be different from the images; None for none.
-        liked: Ids of results to come closer to.
-        disliked: Ids of results to go away from; never among the answers.
-        exclude: Ids that are never among the answers.
+        images: Photos or sketches, in any form that `as_image` accepts.
+        text: The modification text of the images, or a text query alone; None for none.
+        liked: Ids of results to move towards.
+        disliked: Ids of results to move away from; they are not among the hits.
+        exclude: Ids that are not among the hits.
     """
 
     images: tuple[Any, ...] = ()
@@ -59,177 +62,199 @@ class Wanted:
     exclude: tuple[str, ...] = ()
 
     @property
-    def without(self) -> tuple[str, ...]:
-        """Ids that are not among the answers."""
+    def excluded(self) -> tuple[str, ...]:
+        """All ids that are not among the hits."""
         return tuple(dict.fromkeys((*self.exclude, *self.disliked)))
 
 
-def wanted_of(given: Mapping[str, Any]) -> Wanted:
-    """Read one query.
+def parse_query(given: Mapping[str, Any]) -> GalleryQuery:
+    """Validate one query.
 
     Args:
-        given: Some of `image` (one image or several), `text`, `liked`, `disliked` and `exclude` (ids, paths
-            or hits, one or several).
+        given: Some of `image` (one or several), `text`, `liked`, `disliked` and `exclude` (ids, paths or hits, one or
+            several).
 
     Raises:
-        ConfigError: Where it has another part, or gives neither image, text nor liked.
+        ConfigError: If it has another field, or neither image, text nor liked results.
     """
-    if unknown := [name for name in given if name not in _PARTS]:
-        raise ConfigError(f"a query has no {unknown[0]!r}; it has {', '.join(_PARTS)}")
+    if unknown := [name for name in given if name not in _FIELDS]:
+        raise ConfigError(f"unknown field of a query: {unknown[0]!r} (expected {', '.join(_FIELDS)})")
     text = given.get("text")
     if text is not None and not isinstance(text, str):
-        raise ConfigError(f"text is {type(text).__name__}; give a text")
-    asked = Wanted(
-        several(given.get("image")),
+        raise ConfigError(f"invalid value for text: {type(text).__name__} (expected str)")
+    query = GalleryQuery(
+        as_items(given.get("image")),
         text if text and text.strip() else None,
-        *(ids_of(given.get(name)) for name in ("liked", "disliked", "exclude")),
+        *(row_ids(given.get(name)) for name in ("liked", "disliked", "exclude")),
     )
-    if not (asked.images or asked.text or asked.liked):
-        raise ConfigError("nothing is asked; give an image, a text, both, or liked results")
-    if both := set(asked.liked) & set(asked.disliked):
-        raise ConfigError(f"{min(both)!r} is liked and disliked; give it on one side")
-    return asked
+    if not (query.images or query.text or query.liked):
+        raise ConfigError("the query is empty (expected an image, a text, both, or liked results)")
+    if both := set(query.liked) & set(query.disliked):
+        raise ConfigError(f"{min(both)!r} is both liked and disliked")
+    return query
 
 
-def all_wanted(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Wanted]:
-    """Read queries.
-
-    Args:
-        queries: See `wanted_of`.
-        names: What each is called in an error; empty for nothing.
-
-    Raises:
-        ConfigError: As `wanted_of`; says which query.
-    """
-    wanted = []
+def parse_queries(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[GalleryQuery]:
+    """Validate queries; `names` are theirs in errors, or empty."""
+    parsed = []
     for given, name in zip(queries, names, strict=True):
         try:
-            wanted.append(wanted_of(given))
+            parsed.append(parse_query(given))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}" if name else str(error)) from None
-    return wanted
+    return parsed
 
 
-def several(given: object) -> tuple[Any, ...]:
-    """Return one thing or several as a tuple; None is none. An array, a tensor and text are one thing."""
+def as_items(given: object) -> tuple[Any, ...]:
+    """Return one item or several as a tuple, None as an empty one; an array, a tensor and a string are one item."""
     if given is None:
         return ()
     kinds = (str, bytes, bytearray, memoryview, Path, Image.Image, np.ndarray, Tensor, Hit, Mapping)
-    single = isinstance(given, kinds)
-    if single or not hasattr(given, "__iter__") or hasattr(given, "read"):
+    if isinstance(given, kinds) or not hasattr(given, "__iter__") or hasattr(given, "read"):
         return (given,)
     return tuple(given)
 
 
-def ids_of(given: object) -> tuple[str, ...]:
-    """Return the ids of rows that are named by id, path or hit, one or several.
-
-    Raises:
-        ConfigError: Where one is something else.
-    """
-    return tuple(_id_of(one) for one in several(given))
+def row_ids(given: object) -> tuple[str, ...]:
+    """Return the ids of rows that are given by id, path or hit, one or several; anything else is a ConfigError."""
+    return tuple(_row_id(one) for one in as_items(given))
 
 
-def _id_of(one: object) -> str:
+def _row_id(one: object) -> str:
     if isinstance(one, Hit):
         return one.id
     if isinstance(one, Path):
         return path_id(one)
     if not isinstance(one, str):
-        raise ConfigError(f"{one!r} names no image of the gallery; give its id, its path or a hit")
+        raise ConfigError(f"invalid image of the gallery: {one!r} (expected its id, its path or a hit)")
     return one
 
 
 def path_id(path: str | Path) -> str:
-    """Name the row of a file: its absolute path as text."""
+    """Return the id of a file's row: its absolute path."""
     return path_as_text(absolute_path(path))
 
 
+def resolve_ids(index: VectorIndex, names: Sequence[str], *, missing_files: bool = False) -> tuple[str, ...]:
+    """Replace relative paths by the ids of their rows; with `missing_files` also those of files that are gone."""
+    candidates = {
+        name: full
+        for name in names
+        if (full := path_id(name)) != name and (missing_files or os.path.exists(full))  # noqa: PTH110 - Path's raises for long names
+    }
+    existing: set[str] = set()
+    lookup = [*candidates, *candidates.values()]
+    for at in range(0, len(lookup), _IDS_PER_FILTER):
+        for batch in index.scan(["id"], match_any("id", lookup[at : at + _IDS_PER_FILTER])):
+            existing.update(str(one) for one in batch["id"])
+    return tuple(
+        candidates[name] if name not in existing and candidates.get(name) in existing else name for name in names
+    )
+
+
+def resolve_queries(index: VectorIndex, queries: Sequence[GalleryQuery]) -> list[GalleryQuery]:
+    """Replace relative paths in queries by the ids of their rows."""
+    names = [name for one in queries for name in (*one.liked, *one.disliked, *one.exclude)]
+    resolved = dict(zip(names, resolve_ids(index, names), strict=True))
+
+    def ids(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(resolved[name] for name in names)
+
+    return [replace(one, liked=ids(one.liked), disliked=ids(one.disliked), exclude=ids(one.exclude)) for one in queries]
+
+
+def read_feedback(
+    index: VectorIndex, queries: Sequence[GalleryQuery], names: Sequence[str], uri: str
+) -> Mapping[str, Float[Tensor, " dim"]]:
+    """Read the embeddings of liked and disliked results; one that does not exist is a DataError."""
+    wanted = list(dict.fromkeys(name for one in queries for name in (*one.liked, *one.disliked)))
+    if not wanted:
+        return {}
+    try:
+        rows = index.fetch(wanted)
+    except DataError:
+        for one, query_name in zip(queries, names, strict=True):
+            for name in (*one.liked, *one.disliked):
+                if not any(batch["id"] for batch in index.scan(["id"], match_any("id", [name]))):
+                    prefix = f"{query_name}: " if query_name else ""
+                    raise DataError(f"{prefix}{name!r} is not in {uri} (expected an image of the gallery)") from None
+        raise
+    return dict(zip(rows.ids, rows.vectors, strict=True))
+
+
 @torch.inference_mode()
-def embed_wanted(
+def embed_gallery_queries(
     model: IGROTModel,
-    wanted: Sequence[Wanted],
-    kept: Mapping[str, Float[Tensor, " dim"]],
+    queries: Sequence[GalleryQuery],
+    feedback: Mapping[str, Float[Tensor, " dim"]],
     names: Sequence[str],
 ) -> Float[Tensor, "queries dim"]:
-    """Embed queries, refined by what was liked and disliked.
+    """Embed queries, refined by liked and disliked results.
 
-    An image without text is embedded with the null text, as the model was trained; text alone is its own embedding.
-    Several images give the normalized mean of their unit embeddings, each with the text.
+    An image without text is embedded with the null text, as in training; a text alone is its own embedding. Several
+    images give the normalized mean of their unit embeddings, each with the text.
 
     Args:
         model: The model.
-        wanted: The queries.
-        kept: Embeddings of the liked and disliked rows, by id.
-        names: What each is called in an error; empty for nothing.
+        queries: The queries.
+        feedback: Embeddings of the liked and disliked rows, by id.
+        names: The name of each query in errors, or empty.
 
     Returns:
         Unit embeddings, float32, on the CPU.
-
-    Raises:
-        ImageError: Where an image cannot be read; says of which query.
     """
-    pairs = [(place, image) for place, one in enumerate(wanted) for image in one.images]
-    spoken = [place for place, one in enumerate(wanted) if one.text and not one.images]
-    mean = torch.zeros(len(wanted), model.backbone.dim)
+    pairs = [(i, image) for i, one in enumerate(queries) for image in one.images]
+    text_only = [i for i, one in enumerate(queries) if one.text and not one.images]
+    mean = torch.zeros(len(queries), model.backbone.dim)
     for at in range(0, len(pairs), BATCH):
         some = pairs[at : at + BATCH]
-        texts = [wanted[place].text for place, _ in some]
-        images = _pictures(some, model, names)
+        texts = [queries[i].text for i, _ in some]
+        images = _load_images(some, model, names)
         with full_precision(model.device):
             embedded = model.embed_queries(images, texts).float().cpu()
-        for (place, _), row in zip(some, embedded, strict=True):
-            # A single image's embedding stays as it is, to the last bit as in an evaluation.
-            mean[place] += row if len(wanted[place].images) == 1 else normalize(row, dim=-1)
-    for at in range(0, len(spoken), BATCH):
-        chosen = spoken[at : at + BATCH]
+        for (i, _), row in zip(some, embedded, strict=True):
+            # The embedding of a single image is unchanged, to the last bit as in an evaluation.
+            mean[i] += row if len(queries[i].images) == 1 else normalize(row, dim=-1)
+    for at in range(0, len(text_only), BATCH):
+        chosen = text_only[at : at + BATCH]
         with full_precision(model.device):
-            mean[chosen] = model.embed_queries(None, [wanted[place].text for place in chosen]).float().cpu()
-    for place, one in enumerate(wanted):
+            mean[chosen] = model.embed_queries(None, [queries[i].text for i in chosen]).float().cpu()
+    for i, one in enumerate(queries):
         if len(one.images) > 1:
-            mean[place] = normalize(mean[place], dim=-1)
+            mean[i] = normalize(mean[i], dim=-1)
         if one.liked or one.disliked:
-            asked = mean[place] if one.images or one.text else None
-            mean[place] = refine(asked, [kept[name] for name in one.liked], [kept[name] for name in one.disliked])
+            query = mean[i] if one.images or one.text else None
+            mean[i] = refine_query(query, [feedback[id_] for id_ in one.liked], [feedback[id_] for id_ in one.disliked])
     return mean
 
 
-def _pictures(
-    some: Sequence[tuple[int, Any]], model: IGROTModel, names: Sequence[str]
+def _load_images(
+    numbered: Sequence[tuple[int, Any]], model: IGROTModel, names: Sequence[str]
 ) -> Float[Tensor, "images 3 size size"]:
-    """Decode and preprocess the images of some queries."""
     to_tensor, size = ImageToTensor(model.preprocess), model.preprocess.size
 
-    def ready(numbered: tuple[int, Any]) -> Tensor:
-        place, image = numbered
+    def load(one: tuple[int, Any]) -> Tensor:
+        i, image = one
         try:
             return to_tensor(as_image(image, at_least=size))
         except ImageError as error:
-            raise ImageError(f"{names[place]}: {error}" if names[place] else str(error)) from error
+            raise ImageError(f"{names[i]}: {error}" if names[i] else str(error)) from error
 
-    if len(some) == 1:
-        return ready(some[0])[None]
+    if len(numbered) == 1:
+        return load(numbered[0])[None]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return torch.stack(list(pool.map(ready, some)))
+        return torch.stack(list(pool.map(load, numbered)))
 
 
-def refine(
+def refine_query(
     query: Float[Tensor, " dim"] | None,
     liked: Sequence[Float[Tensor, " dim"]],
     disliked: Sequence[Float[Tensor, " dim"]],
 ) -> Float[Tensor, " dim"]:
-    """Move a query towards results that were liked and away from those that were not.
+    """Move a query towards liked results and away from disliked ones.
 
-    Rocchio's method on unit vectors: `ALPHA * query + BETA * mean(liked) - GAMMA * mean(disliked)`, normalized;
-    sources at the constants.
-
-    Args:
-        query: Unit embedding of the query, or None where there are liked results alone.
-        liked: Unit embeddings of results.
-        disliked: Unit embeddings of results.
-
-    Returns:
-        A unit embedding.
+    Rocchio's method on unit vectors: `ALPHA * query + BETA * mean(liked) - GAMMA * mean(disliked)`, normalized.
+    Without a query, the liked results are the query.
     """
     parts = [] if query is None else [ALPHA * query]
     if liked:
@@ -237,3 +262,111 @@ def refine(
     if disliked:
         parts.append(-GAMMA * torch.stack(list(disliked)).mean(0))
     return normalize(torch.stack(parts).sum(0), dim=-1)
+
+
+@dataclass(frozen=True)
+class QueryLine:
+    """One query of a file.
+
+    Attributes:
+        name: Its `id`, or its number in the file, from 1.
+        query: Its fields, as for `Gallery.search_many`; images are paths.
+        place: File and line; empty for a query from elsewhere.
+    """
+
+    name: str | int
+    query: dict[str, Any]
+    place: str = ""
+
+
+def read_queries(path: Path) -> list[QueryLine]:
+    """Read a file of queries. Paths in it are relative to the file.
+
+    Args:
+        path: `.jsonl`, with objects of `image` (a path or a list of paths), `text`, `id`, `liked`, `disliked` and
+            `exclude` (lists of ids), all optional; or `.csv`, with a header of `image`, `text` and `id` in any order.
+
+    Raises:
+        DataError: If the file is missing or a line is invalid; names file and line.
+        ImageError: If an image is missing; names file and line.
+    """
+    readers = {".jsonl": _read_json_lines, ".csv": _read_csv_lines}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"invalid value for queries: {path} (expected a .jsonl or .csv file)")
+    lines: dict[str | int, tuple[int, QueryLine]] = {}
+    try:
+        for number, fields in readers[path.suffix.lower()](path):
+            line = _query_line(path, number, len(lines) + 1, fields)
+            if line.name in lines:
+                raise DataError(f"{path}:{number}: the id {line.name!r} is already used in line {lines[line.name][0]}")
+            lines[line.name] = number, line
+    except FileNotFoundError:
+        raise DataError(f"queries={path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"queries={path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise DataError(f"queries={path} is not UTF-8; save it as UTF-8") from None
+    if not lines:
+        raise DataError(f"queries={path} holds no query; add lines with image, text or both")
+    return [line for _, line in lines.values()]
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, text in enumerate(lines, 1):
+            if not text.strip():
+                continue
+            try:
+                fields = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)  # without the position, which looks like one in the file
+                raise DataError(f"{path}:{number}: not JSON ({reason})") from None
+            if not isinstance(fields, dict):
+                raise DataError(f'{path}:{number}: not an object (expected {{"image": "a.jpg", "text": "in red"}})')
+            _check_fields(path, number, list(fields), ("id", *_FIELDS))
+            yield number, {name: value for name, value in fields.items() if value is not None}
+
+
+def _read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.reader(lines, strict=True)
+        header: list[str] = []
+        try:
+            for row in rows:
+                if not header:
+                    header = [cell.strip() for cell in row]
+                    _check_fields(path, rows.line_num, header, _CSV_FIELDS)
+                elif row:
+                    if len(row) != len(header):
+                        raise DataError(f"{path}:{rows.line_num}: has {len(row)} cells, the header {len(header)}")
+                    yield rows.line_num, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.line_num}: {error}") from None
+
+
+def _check_fields(path: Path, number: int, names: list[str], allowed: tuple[str, ...]) -> None:
+    if unknown := [name for name in names if name not in allowed]:
+        raise DataError(f"{path}:{number}: unknown field {unknown[0]!r} (expected {', '.join(allowed)})")
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}:{number}: a name is repeated in the header")
+
+
+def _query_line(path: Path, number: int, default_name: int, fields: dict[str, Any]) -> QueryLine:
+    place = f"{path}:{number}"
+    name = fields.pop("id", default_name)
+    if not isinstance(name, str | int):
+        raise DataError(f"{place}: invalid id {name!r} (expected text or a number)")
+    for field in ("image", "liked", "disliked", "exclude"):
+        if not all(isinstance(one, str) for one in as_items(fields.get(field))):
+            raise DataError(f"{place}: invalid {field} {fields[field]!r} (expected text, or a list of texts)")
+    if "image" in fields:
+        fields["image"] = [path.parent / expand_user(image) for image in as_items(fields["image"])]
+    try:
+        parse_query(fields)
+        for image in fields.get("image", ()):
+            check_image(image)
+    except ConfigError as error:
+        raise DataError(f"{place}: {error}") from None
+    except ImageError as error:
+        raise ImageError(f"{place}: {error}") from None
+    return QueryLine(name, fields, place)

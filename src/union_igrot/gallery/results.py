@@ -1,66 +1,72 @@
-"""What a search found: images with scores, shown by notebooks as images.
+"""Search results, and how they are shown: as a table, as thumbnails of half blocks, and as HTML in notebooks."""
 
-Knows rows of an index. Does not know how they were found.
-"""
-
+import base64
+import html
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final, final, overload
 
 from PIL import Image
+from rich import box
+from rich.color import Color
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
 
-from union_igrot.gallery.display import hits_html
 from union_igrot.gallery.engines.base import ColumnValue, IndexHits
 
 THUMBNAIL: Final = "thumbnail"
-"""The column that holds a small JPEG."""
+"""The column with a small JPEG."""
+
+_CELLS: Final = 16
+_HTML_SIZE: Final = 112
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One image that was found.
+    """One image of a search result.
 
     Attributes:
-        id: What it is called: its path, or the id it was given.
+        id: Its id: a path, or the id it was added with.
         score: Cosine similarity to the query, -1..1.
-        columns: What is kept beside it: `hash`, `size`, `mtime`, `width`, `height`, `source` and the user's own.
-        jpeg: A small JPEG of it; None where none was asked for.
+        columns: Its other columns: `hash`, `size`, `mtime`, `width`, `height`, `source` and the user's own.
+        jpeg: A thumbnail as a JPEG file, or None.
     """
 
     id: str
     score: float
-    columns: Mapping[str, ColumnValue] = field(hash=False)  # so that hits can stand in sets
+    columns: Mapping[str, ColumnValue] = field(default_factory=dict, hash=False)  # so that hits can be in sets
     jpeg: bytes | None = field(default=None, repr=False)
 
     @property
     def path(self) -> Path | None:
-        """The file, where it is one and can be seen; None for bytes in memory and members of tar files."""
+        """The file, or None if there is none, as for bytes in memory and members of tar files."""
         return file_of(self.id)
 
     @property
     def thumbnail(self) -> Image.Image | None:
-        """The small image, 160 pixels at most; None where none was asked for."""
+        """The thumbnail of at most 160 pixels, or None."""
         return None if self.jpeg is None else Image.open(io.BytesIO(self.jpeg))
 
 
 @final
 class SearchResult(Sequence[Hit]):
-    """The answers to one query, best first: a sequence of `Hit`, which a notebook shows as images."""
+    """The hits of one query, best first; notebooks show their thumbnails."""
 
     def __init__(self, hits: Sequence[Hit]) -> None:
         self._hits = tuple(hits)
 
     @property
     def ids(self) -> list[str]:
-        """What was found, best first."""
+        """The ids, best first."""
         return [hit.id for hit in self._hits]
 
     @property
     def scores(self) -> list[float]:
-        """Cosine similarities, not increasing."""
+        """The cosine similarities, in decreasing order."""
         return [hit.score for hit in self._hits]
 
     def __len__(self) -> int:
@@ -70,39 +76,109 @@ class SearchResult(Sequence[Hit]):
         return iter(self._hits)
 
     @overload
-    def __getitem__(self, place: int) -> Hit: ...
+    def __getitem__(self, index: int) -> Hit: ...
     @overload
-    def __getitem__(self, place: slice) -> "SearchResult": ...
-    def __getitem__(self, place: int | slice) -> "Hit | SearchResult":
-        return SearchResult(self._hits[place]) if isinstance(place, slice) else self._hits[place]
+    def __getitem__(self, index: slice) -> "SearchResult": ...
+    def __getitem__(self, index: int | slice) -> "Hit | SearchResult":
+        return SearchResult(self._hits[index]) if isinstance(index, slice) else self._hits[index]
 
     def __repr__(self) -> str:
+        best = f", best {self._hits[0].score:.4f} {self._hits[0].id}" if self._hits else ""
+        return f"SearchResult({len(self)} hits{best})"
+
+    def __str__(self) -> str:
         lines = [f"{rank:>4}  {hit.score:7.4f}  {hit.id}" for rank, hit in enumerate(self._hits, 1)]
-        return "\n".join([f"{len(lines)} answers", *lines])
+        return "\n".join([f"{len(lines)} hits", *lines])
 
     def _repr_html_(self) -> str:
         return hits_html(self._hits)
 
 
-def file_of(name: str) -> Path | None:
-    """Return the file that a row is named after, where it can be seen.
-
-    Files are indexed under their absolute paths; any other name is no file's, even if one of that name lies about.
-    """
-    there = Path(name).is_absolute() and os.path.isfile(name)  # noqa: PTH113 - Path's raises for a closed folder
-    return Path(name) if there else None
-
-
-def search_result(found: IndexHits, k: int, without: Sequence[str]) -> SearchResult:
-    """Take the first k rows found, some left out."""
-    gone = set(without)
-    images = found.columns.get(THUMBNAIL)
+def make_result(found: IndexHits, k: int, excluded: Sequence[str]) -> SearchResult:
+    """Return the first k rows that are not excluded."""
+    left_out = set(excluded)
+    thumbnails = found.columns.get(THUMBNAIL)
     others = {name: values for name, values in found.columns.items() if name != THUMBNAIL}
     hits = []
-    for place, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True)):
-        if name in gone:
-            continue
-        jpeg = None if images is None else images[place]
-        columns = {column: values[place] for column, values in others.items()}
-        hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
+    for i, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True)):
+        if name not in left_out:
+            jpeg = None if thumbnails is None else thumbnails[i]
+            columns = {column: values[i] for column, values in others.items()}
+            hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
     return SearchResult(hits[:k])
+
+
+def file_of(name: str) -> Path | None:
+    """Return the file of a row, if its id is an absolute path of an existing file; other ids are not those of files."""
+    exists = Path(name).is_absolute() and os.path.isfile(name)  # noqa: PTH113 - Path's raises for a closed folder
+    return Path(name) if exists else None
+
+
+def half_blocks(image: Image.Image, cells: int = _CELLS) -> Text:
+    """Draw an image with half-block characters of two pixels each, `cells` long on its longest side."""
+    scale = cells / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    text = Text(no_wrap=True, end="")
+    for top in range(0, small.height, 2):
+        if top:
+            text.append("\n")
+        for left in range(small.width):
+            below = _color(small, left, top + 1) if top + 1 < small.height else None
+            text.append("▀", Style(color=_color(small, left, top), bgcolor=below))
+    return text
+
+
+def _color(image: Image.Image, left: int, top: int) -> Color:
+    return Color.from_rgb(*image.getpixel((left, top)))  # type: ignore[misc]  # an RGB image's pixel is a triple
+
+
+def hit_table(hits: Sequence[Hit], columns: Sequence[str], *, title: str = "", thumbnails: bool = False) -> Table:
+    """Return the hits of one query as a table with some of their columns."""
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", justify="right", no_wrap=True)
+    if thumbnails:
+        table.add_column("", no_wrap=True, min_width=_CELLS)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("image", overflow="fold")
+    for name in columns:
+        table.add_column(Text(name), overflow="fold")
+    for rank, hit in enumerate(hits, 1):
+        cells = [Text(str(rank))]
+        if thumbnails:
+            cells.append(Text("") if hit.thumbnail is None else half_blocks(hit.thumbnail))
+        cells += [Text(f"{hit.score:.4f}"), Text(_printable(hit.id))]
+        cells += [Text(_cell(hit.columns.get(name))) for name in columns]
+        table.add_row(*cells)
+    return table
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return _printable(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal would interpret or cannot encode."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def hits_html(hits: Sequence[Hit]) -> str:
+    """Return the hits of one query as a row of thumbnails with rank, score and name."""
+    cells = []
+    for rank, hit in enumerate(hits, 1):
+        name = _printable(hit.id)
+        image = f'<div style="height:{_HTML_SIZE}px"></div>'
+        if hit.jpeg is not None:
+            data = base64.b64encode(hit.jpeg).decode()
+            image = (
+                f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(name)}" '
+                f'style="height:{_HTML_SIZE}px;width:100%;object-fit:contain;margin:0">'
+            )
+        cells.append(
+            f'<figure style="width:{_HTML_SIZE}px;margin:4px;font-size:11px" title="{html.escape(name)}">{image}'
+            f'<figcaption style="overflow-wrap:anywhere"><b>{rank}</b> · {hit.score:.3f}<br>'
+            f"{html.escape(PurePath(name).name or name)}</figcaption></figure>"
+        )
+    return f'<div style="display:flex;flex-wrap:wrap">{"".join(cells) or "no hits"}</div>'

@@ -1,15 +1,20 @@
 """Which engine a URI means, and what is said where it cannot be opened."""
 
 import importlib.util
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
+from small_gallery import names, picture
+from small_world import trainable
+from toy_engine import ToyIndex
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.engines import factory as opening
+from union_igrot.gallery.engines import factory
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.engines.factory import open_index, register_engine
 from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.gallery import Gallery
 
 
 @pytest.mark.parametrize(
@@ -59,8 +64,32 @@ def test_an_index_in_memory_is_made_anew():
         MemoryIndex(0)
 
 
+def test_an_engine_of_another_package_serves_a_gallery(tmp_path):
+    model = trainable().eval()
+    uri = f"toy:{tmp_path}"
+    with Gallery.open(uri, model) as gallery:
+        gallery.add([picture(number) for number in range(4)], names(4), {"year": [1, 2, 3, None]})
+        assert gallery.search(picture(2), k=2).ids[0] == "p2"
+        assert gallery.search(picture(2), where="year < 3", exclude="p0").ids == ["p1"]
+        assert gallery.delete("p3") == 1
+    assert Gallery.open(uri, model, create=False).ids("year is not null") == ["p0", "p1", "p2"]
+
+
+def test_an_engine_is_found_by_its_entry_point(monkeypatch):
+    entry = EntryPoint(".toys", "toy_engine:ToyIndex", "union_igrot.engines")
+    monkeypatch.setattr(
+        factory, "entry_points", lambda group, name: [entry] if (group, name) == (entry.group, entry.name) else []
+    )
+    monkeypatch.setattr(factory, "_ENGINES", dict(factory._ENGINES))
+    assert len(open_index("any/where.toys", dim=2, create=True)) == 0
+    with pytest.raises(ConfigError, match="is not the name of an index"):
+        open_index("s3://bucket/where.toys", dim=2, create=True)
+    with pytest.raises(ConfigError, match="invalid name of an engine: 'a b'"):
+        register_engine("a b", ToyIndex)
+
+
 def test_the_other_engines_are_not_imported_for_one(tmp_path):
-    names = {name for name in vars(opening) if name[0].isupper()}
+    names = {name for name in vars(factory) if name[0].isupper()}
     assert not names & {"MemoryIndex", "LanceIndex", "MilvusIndex"}
 
 

@@ -182,6 +182,34 @@ def test_no_kill_loses_or_doubles_a_row(uri, tmp_path):
     assert tally.acknowledged > KILLS
 
 
+def test_vectors_are_read_once_for_each_version(uri, monkeypatch):
+    index = made(uri)
+    index.upsert(some("abcd"))
+    index.search(torch.ones(1, 4), 1)
+    first = index._snapshot.vectors(4)
+    index.search(torch.ones(1, 4), 2, where="id > 'a'")
+    assert index._snapshot.vectors(4) is first
+    index.upsert(some("e", seed=1))
+    assert len(index.search(torch.ones(1, 4), 9)[0].ids) == 5
+    assert len(index._snapshot.vectors(4)) == 5
+
+
+def test_exact_search_beyond_the_memory_names_the_way_out(uri, monkeypatch):
+    index = made(uri)
+    index.upsert(some([f"p{i}" for i in range(300)]))
+    monkeypatch.setenv("UNION_EXACT_MEMORY", "4KB")
+    with pytest.raises(ConfigError, match=r"search=ann .* UNION_EXACT_MEMORY"):
+        index.search(torch.ones(1, 4), 1)
+    index.optimize()
+    assert len(index.search(torch.ones(1, 4), 3, mode="ann")[0].ids) == 3
+    monkeypatch.setenv("UNION_EXACT_MEMORY", "much")
+    with pytest.raises(ConfigError, match=r"UNION_EXACT_MEMORY: .*'much'"):
+        index.search(torch.ones(1, 4), 1, mode="exact")
+    monkeypatch.delenv("UNION_EXACT_MEMORY")
+    assert engine.exact_memory() > 2**20
+    assert len(index.search(torch.ones(1, 4), 3)[0].ids) == 3
+
+
 def test_rows_of_one_place_stand_by_their_ids(uri):
     """Two writers that began at one version give the same places."""
     index = made(uri)

@@ -132,9 +132,13 @@ class VectorIndex(ABC):
         queries: Float32[Tensor, "queries dim"],
         k: int,
         condition: Condition | None,
-        mode: SearchMode,
+        mode: Literal["exact", "ann"],
         columns: Sequence[str],
     ) -> list[IndexHits]: ...
+
+    def auto_mode(self) -> Literal["exact", "ann"]:
+        """Return the mode that `auto` stands for now."""
+        return "exact"
 
     @abstractmethod
     def optimize(self) -> None:
@@ -221,7 +225,9 @@ class VectorIndex(ABC):
             raise ConfigError(f"invalid value for mode: {mode!r} (expected one of {', '.join(get_args(SearchMode))})")
         queries = validate_queries(queries, self.dim, k)
         condition = self._condition(where)
-        return self._search(queries, k, condition, mode, columns) if len(queries) else []
+        if not len(queries):
+            return []
+        return self._search(queries, k, condition, self.auto_mode() if mode == "auto" else mode, columns)
 
     def _condition(self, where: str | None) -> Condition | None:
         return None if where is None else parse_filter(where, {"id": "str", **self.columns})
@@ -313,11 +319,7 @@ def validate_rows(rows: Rows, dim: int, kinds: Mapping[str, ColumnKind]) -> tupl
 
 
 def validate_ids(ids: Sequence[str]) -> None:
-    """Check that ids can be stored.
-
-    Raises:
-        DataError: If one is not a string, empty, or not valid Unicode (as undecodable bytes of a path).
-    """
+    """Raise a DataError if an id is not a string, empty, or not valid Unicode, as undecodable bytes of a path."""
     if isinstance(ids, str):
         raise DataError(f"invalid ids: {ids!r} (expected a list of strings)")
     for name in ids:
@@ -329,12 +331,7 @@ def validate_ids(ids: Sequence[str]) -> None:
 
 
 def validate_queries(queries: Float[Tensor, "queries dim"], dim: int, k: int) -> Float32[Tensor, "queries dim"]:
-    """Check the arguments of a search, and return the queries in float32 on the CPU.
-
-    Raises:
-        ConfigError: If k is not at least 1.
-        DataError: If the queries have another width or are not finite.
-    """
+    """Check the arguments of a search, and return the queries in float32 on the CPU."""
     if k < 1:
         raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
     if queries.ndim != 2 or queries.shape[1] != dim:
@@ -347,11 +344,7 @@ def validate_queries(queries: Float[Tensor, "queries dim"], dim: int, k: int) ->
 
 
 def dump_metadata(metadata: Mapping[str, Any] | None) -> str:
-    """Serialize metadata as JSON.
-
-    Raises:
-        ConfigError: If a value is not a JSON value.
-    """
+    """Serialize metadata as JSON; other values are a ConfigError."""
     try:
         return json.dumps(dict(metadata or {}), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -359,11 +352,7 @@ def dump_metadata(metadata: Mapping[str, Any] | None) -> str:
 
 
 def required_dim(uri: str, dim: int | None) -> int:
-    """Return the width of an index to create.
-
-    Raises:
-        ConfigError: If it is missing or less than 1.
-    """
+    """Return the width of an index to create; a missing or invalid one is a ConfigError."""
     if dim is None or dim < 1:
         raise ConfigError(f"cannot create {uri}: dim is {dim} (expected the width of the embeddings)")
     return dim

@@ -122,15 +122,7 @@ def parse_filter(text: str, kinds: Mapping[str, ColumnKind]) -> Condition:
 
 
 def matching(condition: Condition, column: Callable[[str], Sequence[Any]]) -> Bool[np.ndarray, " rows"]:
-    """Evaluate a condition.
-
-    Args:
-        condition: The condition.
-        column: Returns the values of a column by its name.
-
-    Returns:
-        Whether each row passes.
-    """
+    """Return whether each row passes a condition; `column` returns the values of a column by its name."""
     if not isinstance(condition, Comparison):
         join = np.logical_and if isinstance(condition, AllOf) else np.logical_or
         return np.asarray(join.reduce([matching(part, column) for part in condition.parts]), dtype=bool)
@@ -164,14 +156,7 @@ def _predicate(test: Comparison) -> Callable[[Any], bool]:
 
 
 def like_parts(text: str) -> list[str | None]:
-    """Split a pattern of `like`.
-
-    Returns:
-        Literal text, `""` for one character (`_`), and None for any text (`%`).
-
-    Raises:
-        ConfigError: If a backslash precedes anything but `%`, `_` or a backslash.
-    """
+    """Split a pattern of `like` into literal text, `""` for one character (`_`), and None for any text (`%`)."""
     parts: list[str | None] = []
     for token in re.findall(r"\\.?|.", text, re.DOTALL):
         if token == "%":

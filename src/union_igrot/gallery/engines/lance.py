@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar, final
+from typing import Any, Final, Literal, NamedTuple, TypeVar, final
 
 os.environ.setdefault("LANCE_LOG", "error")  # read at the import: its advice on small indexes is not for our users
 
@@ -39,7 +39,6 @@ from union_igrot.gallery.engines.base import (
     ColumnValue,
     IndexHits,
     Rows,
-    SearchMode,
     VectorIndex,
     dump_metadata,
     required_dim,
@@ -183,18 +182,23 @@ class LanceIndex(VectorIndex):
         queries: Float32[Tensor, "queries dim"],
         k: int,
         condition: Condition | None,
-        mode: SearchMode,
+        mode: Literal["exact", "ann"],
         columns: Sequence[str],
     ) -> list[IndexHits]:
         text = None if condition is None else filter_text(condition)
         with self._errors():
-            table = self._latest()
-            index = ann_index(table) if mode != "exact" else None
-            if mode == "ann" and index is None:
-                raise ConfigError(f"{self.uri}: {NO_ANN} yet; optimize() builds it, or search with exact or auto")
-            if index is None or (mode == "auto" and table.count_rows() <= AUTO_EXACT):
+            if mode == "exact":
                 return self._exact(queries, k, text, columns)
+            table = self._latest()
+            if ann_index(table) is None:
+                raise ConfigError(f"{self.uri}: {NO_ANN} yet; optimize() builds it, or search with exact or auto")
             return self._approximate(table, queries, k, text, columns)
+
+    def auto_mode(self) -> Literal["exact", "ann"]:
+        """See `VectorIndex`."""
+        with self._errors():
+            table = self._latest()
+            return "ann" if table.count_rows() > AUTO_EXACT and ann_index(table) is not None else "exact"
 
     def _exact(self, queries: Tensor, k: int, text: str | None, columns: Sequence[str]) -> list[IndexHits]:
         snapshot = self._current()
@@ -330,11 +334,7 @@ class _Snapshot:
         self._vectors: Float32[Tensor, "rows dim"] | None = None
 
     def vectors(self, dim: int) -> Float32[Tensor, "rows dim"]:
-        """Return all vectors in order, read once.
-
-        Raises:
-            ConfigError: If they exceed the memory for exact search.
-        """
+        """Return all vectors in order, read once; a ConfigError if they exceed the memory for exact search."""
         if self._vectors is None:
             size, limit = 4 * dim * len(self.offsets), exact_memory()
             if size > limit:
@@ -360,11 +360,7 @@ class _Snapshot:
 
 
 def exact_memory() -> int:
-    """Return how many bytes the vectors of exact search may take: `UNION_EXACT_MEMORY`, or half of the memory.
-
-    Raises:
-        ConfigError: If the variable is not a size.
-    """
+    """Return how many bytes the vectors of exact search may take: `UNION_EXACT_MEMORY`, or half of the memory."""
     if setting := os.environ.get(MEMORY_VARIABLE):
         try:
             return parse_size(setting)

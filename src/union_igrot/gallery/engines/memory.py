@@ -1,7 +1,7 @@
 """An index in memory, with exact search alone; needs no extra package and belongs to one thread."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from union_igrot.gallery.engines.base import (
     ColumnValue,
     IndexHits,
     Rows,
-    SearchMode,
     VectorIndex,
     required_dim,
     topk_of_rows,
@@ -91,7 +90,7 @@ class MemoryIndex(VectorIndex):
         queries: Float32[Tensor, "queries dim"],
         k: int,
         condition: Condition | None,
-        mode: SearchMode,
+        mode: Literal["exact", "ann"],
         columns: Sequence[str],
     ) -> list[IndexHits]:
         if mode == "ann":

@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -41,7 +41,6 @@ from union_igrot.gallery.engines.base import (
     ColumnValue,
     IndexHits,
     Rows,
-    SearchMode,
     VectorIndex,
     dump_metadata,
     required_dim,
@@ -189,7 +188,7 @@ class MilvusIndex(VectorIndex):
         queries: Float32[Tensor, "queries dim"],
         k: int,
         condition: Condition | None,
-        mode: SearchMode,
+        mode: Literal["exact", "ann"],
         columns: Sequence[str],
     ) -> list[IndexHits]:
         text = self._filter_text(condition)
@@ -198,16 +197,19 @@ class MilvusIndex(VectorIndex):
         with self._errors():
             if k > MAX_HITS and self._count(text or "row >= 0") > MAX_HITS:
                 raise ConfigError(f"invalid value for k: {k} (Milvus returns at most {MAX_HITS:,} rows); use a filter")
-            flat = self._index()["index_type"] == "FLAT"
-            if mode == "auto":
-                mode = "exact" if flat and self._stored() <= AUTO_EXACT else "ann"
-            if mode == "exact" and not flat:
+            if mode == "exact" and self._index()["index_type"] != "FLAT":
                 self._wait_for_index()
             search = self._exact if mode == "exact" else self._approximate
             step = max(1, _RESPONSE_BYTES // ((min(k, MAX_HITS) + _EXTRA_CANDIDATES) * (4 * self.dim + 1024)))
             for some in queries.split(step):
                 hits += search(some, min(k, MAX_HITS), text, fields, kinds)
         return hits
+
+    def auto_mode(self) -> Literal["exact", "ann"]:
+        """See `VectorIndex`."""
+        with self._errors():
+            flat = self._index()["index_type"] == "FLAT"
+            return "exact" if flat and self._stored() <= AUTO_EXACT else "ann"
 
     def _exact(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Columns) -> list[IndexHits]:
         """Request enough candidates that no other row can be among the best, and score them here."""
@@ -375,13 +377,7 @@ def filter_text(condition: Condition, full_like: bool = True) -> str:
 
     A row without a value has no key there, and the result of a comparison with it differs by operator: so each
     comparison that would be true for it is joined with one that is not.
-
-    Args:
-        condition: The filter.
-        full_like: Whether the server supports any pattern of `like`, as Milvus does from 2.4 on.
-
-    Raises:
-        ConfigError: If the server cannot evaluate a `like`.
+    Without `full_like` (Milvus before 2.4), a `like` of anything but a prefix is a ConfigError.
     """
     if not isinstance(condition, Comparison):
         joint = " and " if isinstance(condition, AllOf) else " or "
@@ -451,11 +447,7 @@ def dynamic_key(column: str) -> str:
 
 
 def parse_address(uri: str) -> tuple[str, str, str, str]:
-    """Parse a URI into the server's address, the collection, user and password.
-
-    Raises:
-        ConfigError: If it has another form.
-    """
+    """Parse a URI into the server's address, the collection, user and password."""
     parts = urlsplit(uri)
     name = parts.path.removeprefix("/")
     try:
@@ -479,11 +471,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def to_entities(rows: Rows) -> Iterator[dict[str, Any]]:
-    """Convert rows for Milvus: None has no key, bytes are text.
-
-    Raises:
-        DataError: If a row exceeds the limits of Milvus.
-    """
+    """Convert rows for Milvus: None has no key, bytes are text. A row that exceeds the limits is a DataError."""
     for i, name in enumerate(rows.ids):
         if len(name.encode()) > MAX_ID_BYTES:
             raise DataError(f"the id {name[:40]!r}... is too long for Milvus (at most {MAX_ID_BYTES:,} bytes)")

@@ -1,35 +1,24 @@
 """Search results as a table, as half blocks, as HTML and on a sheet."""
 
 import io
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from union_igrot.gallery.display import half_blocks, hit_table, hits_html
+from union_igrot.gallery.results import Hit, half_blocks, hit_table, hits_html
 from union_igrot.reporting.contact_sheets import SheetRow, contact_sheet
 
 
-@dataclass
-class Found:
-    id: str
-    score: float
-    columns: dict[str, Any] = field(default_factory=dict)
-    colour: str | None = "red"
+def jpeg(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (160, 80), color).save(file, format="JPEG")
+    return file.getvalue()
 
-    @property
-    def jpeg(self) -> bytes | None:
-        if self.colour is None:
-            return None
-        file = io.BytesIO()
-        Image.new("RGB", (160, 80), self.colour).save(file, format="JPEG")
-        return file.getvalue()
 
-    @property
-    def thumbnail(self) -> Image.Image | None:
-        return None if self.colour is None else Image.open(io.BytesIO(self.jpeg))
+def found(name: str, score: float, columns: dict[str, Any] | None = None, color: str | None = "red") -> Hit:
+    return Hit(name, score, columns or {}, None if color is None else jpeg(color))
 
 
 def shown(thing: Any, width: int = 80, colour: str | None = None) -> str:
@@ -59,33 +48,33 @@ def test_half_blocks_keep_the_shape(size, lines, width):
 
 
 def test_a_table_has_a_line_a_hit():
-    hits = [Found("/a/b [red].jpg", 0.98765, {"year": 2020, "x": 0.5}), Found("sha256:1", -0.1, {"year": None})]
+    hits = [found("/a/b [red].jpg", 0.98765, {"year": 2020, "x": 0.5}), found("sha256:1", -0.1, {"year": None})]
     said = shown(hit_table(hits, ["year", "x"], title="'[bold]it's'"))
     assert "'[bold]it's'" in said
     lines = [line.split() for line in said.splitlines()]
     assert ["1", "0.9877", "/a/b", "[red].jpg", "2020", "0.5"] in lines
     assert ["2", "-0.1000", "sha256:1"] in lines
     assert "▀" not in said
-    with_pictures = shown(hit_table([*hits, Found("c", 0.0, colour=None)], [], thumbnails=True), 80, "truecolor")
+    with_pictures = shown(hit_table([*hits, found("c", 0.0, color=None)], [], thumbnails=True), 80, "truecolor")
     assert with_pictures.count("▀") == 2 * 16 * 4
     assert "\x1b[38;2;254;0;0" in with_pictures
 
 
 def test_what_a_terminal_would_act_upon_is_shown_by_its_escape():
-    said = shown(hit_table([Found("a\x1b[2Jb\nc\u202ed.jpg", 0.5, {"x": "\x07"})], ["x"]))
+    said = shown(hit_table([found("a\x1b[2Jb\nc\u202ed.jpg", 0.5, {"x": "\x07"})], ["x"]))
     assert "\x1b" not in said
     assert "a\\x1b[2Jb\\nc\\u202ed.jpg" in said
     assert "\\x07" in said
 
 
 def test_html_holds_pictures_scores_and_escaped_names():
-    text = hits_html([Found('/a/<b>"&.jpg', 0.5), Found("none", 0.25, colour=None)])
+    text = hits_html([found('/a/<b>"&.jpg', 0.5), found("none", 0.25, color=None)])
     assert text.count("<img") == 1
     assert "data:image/jpeg;base64," in text
     assert "<b>1</b> · 0.500<br>&lt;b&gt;&quot;&amp;.jpg" in text
     assert 'title="/a/&lt;b&gt;&quot;&amp;.jpg"' in text
     assert "<b>2</b> · 0.250<br>none" in text
-    assert "nothing found" in hits_html([])
+    assert "no hits" in hits_html([])
 
 
 def test_a_sheet_has_room_for_every_query_and_answer(tmp_path):
