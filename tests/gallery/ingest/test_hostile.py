@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from union_igrot.gallery.ingest.run import Work, ingest_images
 
 from hostile_files import hostile_folder, is_upright, saved, upright
 from small_world import trainable

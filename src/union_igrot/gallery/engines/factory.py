@@ -21,7 +21,7 @@ ENTRY_POINTS: Final = "union_igrot.engines"
 
 
 EngineOpener = Callable[..., VectorIndex]
-"""`opener(uri, dim=..., metadata=..., create=...)`: opens or, if `create` is set, creates an index."""
+"""A function of `uri` and the keywords `dim`, `metadata` and `create` that opens an index, or creates a missing one."""
 
 
 class _Engine(NamedTuple):
