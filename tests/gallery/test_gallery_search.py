@@ -103,14 +103,6 @@ def test_many_queries_are_answered_as_one_by_one(model, gallery, monkeypatch):
     assert gallery.search_many([]) == []
 
 
-def test_a_batch_in_parts_is_the_batch(model, gallery, monkeypatch):
-    asked = [{"image": picture(number)} for number in range(30, 50)]
-    whole = gallery.search_many(asked, COUNT)
-    monkeypatch.setattr(queries, "BATCH", 7)
-    parts = gallery.search_many(asked, COUNT)
-    assert [found.ids for found in parts] == [found.ids for found in whole]
-
-
 @pytest.mark.parametrize(
     ("asked", "error", "part"),
     [
@@ -148,9 +140,6 @@ def test_a_mistake_among_many_queries_says_which(gallery):
         gallery.search_many([{"text": "red"}, {"text": 3}])
     with pytest.raises(ImageError, match=r"^query 2: .*missing"):
         gallery.search_many([{"text": "red"}, {"image": "not there.png"}])
-
-
-def test_queries_are_called_as_they_are_named(gallery):
     with pytest.raises(ImageError, match=r"^a\.csv:7: .*missing"):
         gallery.search_many([{"text": "red"}, {"image": "no.png"}], names=["a.csv:6", "a.csv:7"])
     with pytest.raises(DataError, match=r"^query 2: 'p99' is not in memory:"):

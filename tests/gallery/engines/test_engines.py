@@ -301,9 +301,3 @@ def test_a_scan_shows_one_version(place):
     rest = list(seen)
     ids = [*first["id"], *(one for batch in rest for one in batch["id"])]
     assert ids == [f"p{i}" for i in range(5000)]
-
-
-def test_an_index_is_a_context(place):
-    with place.make(2) as index:
-        index.upsert(some("a", 2))
-        assert len(index) == 1

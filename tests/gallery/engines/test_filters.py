@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.filters import AllOf, AnyOf, like_parts, matching, parse_filter
+from union_igrot.gallery.engines.filters import AllOf, AnyOf, matching, parse_filter
 from union_igrot.gallery.engines.memory import MemoryIndex
 
 COLUMNS = {"id": "str", **KINDS}
@@ -120,11 +120,6 @@ def test_like_beyond_a_beginning_is_refused_for_an_old_milvus():
 @pytest.mark.parametrize(("last", "following"), [("a", "b"), ("\ud7ff", "\ue000"), ("x\U0010ffff", "y")])
 def test_a_beginning_ends_before_the_next_text(last, following):
     assert f'< "{following}"' in dialect("milvus")(parse_filter(f"id like '{last}%'", COLUMNS))
-
-
-def test_a_pattern_is_taken_apart():
-    assert like_parts("a\\%_b%%") == ["a%", "", "b", None, None]
-    assert like_parts("") == []
 
 
 def test_many_parts_are_read_without_recursion():
