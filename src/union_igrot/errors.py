@@ -1,23 +1,22 @@
-"""The errors a user can cause, each one clear line.
+"""Errors that a user can cause, and the helpers that word them; each message is one clear line."""
 
-Knows the shape of a helpful message. Does not know which room raises it.
-"""
+from collections.abc import Collection
 
 
 class UnionError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
-    The message says what was given, what is allowed and what to do next. Command
-    lines print it alone, without a traceback, and end with exit code 2.
+    The message says what is wrong, what is expected and what to do next. Commands print it alone, without a
+    traceback, and exit with code 2.
     """
 
 
 class ConfigError(UnionError):
-    """The configuration is wrong; the message lists every problem found."""
+    """A setting or argument is invalid; the message lists every problem found."""
 
 
 class DataError(UnionError):
-    """An annotation file, a list or a folder is not what its format says."""
+    """An annotation file, a list or a folder does not follow its format."""
 
 
 class ImageError(UnionError):
@@ -25,10 +24,25 @@ class ImageError(UnionError):
 
 
 class CheckpointError(UnionError):
-    """A saved model cannot be read, or does not belong to the given backbone."""
+    """A saved model cannot be read or does not fit its backbone."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what another library said."""
+    """Return the first line of another library's error message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
+    """Return a value if it is one of the allowed ones.
+
+    Raises:
+        ConfigError: If it is not; lists the allowed values and suggests a close one.
+    """
+    if isinstance(value, str) and value in allowed:
+        return value
+    from difflib import get_close_matches  # noqa: PLC0415 - only needed for the error
+
+    close = get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"invalid value for {name}: {value!r} (expected one of {', '.join(allowed)}){hint}")

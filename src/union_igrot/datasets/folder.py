@@ -1,23 +1,44 @@
-"""The user's own images: a folder becomes benchmarks and a training set.
+"""Folders of one's own images, as benchmarks and training sets.
 
-Triplets give composed retrieval: the gallery of a split is every image its rows name, enlarged by `gallery.txt`, and
-a query's own reference is excluded from its ranking. Photos and sketches with classes give sketch retrieval: sketches
-ask, the photos of the split answer, and those of the same class are relevant. How a folder is laid out and how splits
-come about stands in `layouts`. Does not know how images become tensors, nor how metrics are computed.
+Three layouts are known; if several exist, the first of this list is used:
+
+1. `triplets.jsonl`, one object per line: `{"reference": path, "text": what to change or null, "targets": [path, ...]}`
+   and optionally `"split"`; next to it optionally `gallery.txt`, one path per line.
+2. `manifest.csv` with the header `domain,path,class` and optionally `split`; a domain is `photo` or `sketch`.
+3. Class folders `photos/<class>/...` and `sketches/<class>/...`.
+
+Paths are relative to the folder. Names that start with a dot and, in class folders, files that are not images are
+ignored. A split is `train`, `val` or `test`, given in all rows or in none. If none is given, references (layout 1) or
+classes (2, 3) are assigned 70/10/20 to train/val/test by a hash of their names; from three names on, each split gets
+at least one. If only `val` is not given, a fifth of the train references or classes, chosen by the same hash, is held
+out as `val`.
+
+Triplets make composed retrieval: the gallery of a split is every image that its rows name and those of `gallery.txt`;
+the reference of a query is excluded from its ranking. Photos and sketches with classes make sketch retrieval: the
+queries are sketches, the gallery is the photos of the split, and photos of the same class are relevant.
 """
 
+import hashlib
+import os
 import random
+import reprlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar, final
+from typing import Generic, NoReturn, TypeVar, final
 
-from union_igrot.datasets.layouts import SPLITS, Entry, Row, Rows, Sample, Samples, read_folder
-from union_igrot.errors import ConfigError, DataError, ImageError
+from union_igrot.datasets.annotations import check_name, check_path, check_text
+from union_igrot.errors import ConfigError, DataError, ImageError, check_choice
 from union_igrot.images.decode import broken_images, check_image
+from union_igrot.storage.paths import expand_user
+from union_igrot.storage.text import read_csv, read_json_lines, read_lines, refuse_repeated
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, TrainingSet, Triplet
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLITS = ("train", "val", "test")
+_HEADER = ("domain", "path", "class")
+_KEYS = ("reference", "text", "targets")
 _CIR = Protocol(metrics=("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP"), primary="mAP@10", exclude_reference=True)
 _SBIR = Protocol(metrics=("mAP", "mAP@200", "P@100", "P@200", "R@1", "R@10"), primary="mAP")
 _Item = TypeVar("_Item")
@@ -31,26 +52,25 @@ def folder_benchmark(
     Args:
         root: The folder, in one of the known layouts.
         split: `val` or `test`.
-        text: Prompt of every sketch query. Triplets carry their own text.
+        text: Text of every sketch query. Triplets have their own.
         on_missing: `error`, or `skip`: missing images are left out, and so are the queries that lose their own
-            image or all of their answers; `skipped` counts both together, and the note says how many of each.
+            image or all of their targets; `skipped` counts both together, and the note says how many of each.
         verify: Decode every image now, and treat what cannot be decoded as missing.
 
     Returns:
-        The benchmark. The note of its protocol says how the splits came about.
+        The benchmark. The note of its protocol says how the splits were made.
 
     Raises:
-        ConfigError: Where `split` or `on_missing` is another word.
-        DataError: Where the layout, a row or the split is wrong. Names the file and the line.
-        ImageError: Where an image is missing under `error`. Names the file and the line.
+        ConfigError: If `split` or `on_missing` has another value.
+        DataError: If the layout, a row or the split is invalid; names the file and the line.
+        ImageError: If an image is missing under `error`; names the file and the line.
     """
-    _choose("split", split, ("val", "test"))
-    _choose("on_missing", on_missing, ("error", "skip"))
+    check_choice("split", split, ("val", "test"))
+    images = _ImageCheck(on_missing, verify)
     data = read_folder(root)
-    pick = _Pick(data.root, on_missing, verify)
-    if isinstance(data, Rows):
-        return _cir_benchmark(data, split, pick)
-    return _sbir_benchmark(data, split, text, pick)
+    if isinstance(data, FolderTriplets):
+        return _cir_benchmark(data, split, images)
+    return _sbir_benchmark(data, split, text, images)
 
 
 def folder_training(
@@ -64,14 +84,14 @@ def folder_training(
 ) -> TrainingSet:
     """Read the train split of a folder as a training set named `folder`.
 
-    Triplets give one sample a row and target, in the order of the file. Sketches give `pairs` samples: classes take
-    turns, and within a class all sketches and all photos are used equally often, in an order drawn with `seed`.
+    Triplets make one sample for each row and target, in the order of the file. Sketches make `pairs` samples: classes
+    take turns, and within a class all sketches and all photos are used equally often, in an order drawn with `seed`.
 
     Args:
         root: The folder, in one of the known layouts.
         pairs: How many pairs of a sketch and a photo of its class are drawn, at least 1.
         seed: Seed of the draw.
-        text: Prompt of every sketch. Triplets carry their own text.
+        text: Text of every sketch. Triplets have their own.
         on_missing: As for `folder_benchmark`.
         verify: As for `folder_benchmark`.
 
@@ -79,189 +99,396 @@ def folder_training(
         The training set. `group` is the class of a pair, or the path of a triplet's target.
 
     Raises:
-        ConfigError: Where `pairs` is below 1 or `on_missing` is another word.
-        DataError: Where the layout, a row or the split is wrong. Names the file and the line.
-        ImageError: Where an image is missing under `error`. Names the file and the line.
+        ConfigError: If `pairs` is below 1 or `on_missing` has another value.
+        DataError: If the layout, a row or the split is invalid; names the file and the line.
+        ImageError: If an image is missing under `error`; names the file and the line.
     """
     if pairs < 1:
-        raise ConfigError(f"pairs is {pairs}; give a number >= 1")
-    _choose("on_missing", on_missing, ("error", "skip"))
+        raise ConfigError(f"invalid value for pairs: {pairs} (expected an integer >= 1)")
+    images = _ImageCheck(on_missing, verify)
     data = read_folder(root)
-    pick = _Pick(data.root, on_missing, verify)
-    if isinstance(data, Rows):
-        return _cir_training(data, pick)
-    return _sbir_training(data, pairs, random.Random(seed), text, pick)
+    if isinstance(data, FolderTriplets):
+        return _cir_training(data, images)
+    return _sbir_training(data, pairs, random.Random(seed), text, images)
+
+
+# --- what a folder names
 
 
 @final
-class _Pick:
-    """Tells which images are there, and counts what is left out."""
+@dataclass(frozen=True, slots=True)
+class LabeledImage:
+    """An image of a class; `key` is the class, by which splits are assigned."""
 
-    def __init__(self, root: Path, on_missing: str, verify: bool) -> None:
-        self.root, self.skip, self.verify = root, on_missing == "skip", verify
+    place: str
+    is_sketch: bool
+    path: str
+    key: str
+    split: str | None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TripletRow:
+    """A line of triplets.jsonl; `key` is its reference, by which splits are assigned."""
+
+    place: str
+    id: str
+    key: str
+    text: str | None
+    targets: tuple[str, ...]
+    split: str | None
+
+
+_Row = TypeVar("_Row", LabeledImage, TripletRow)
+
+
+@dataclass(frozen=True)
+class _FolderSplits(Generic[_Row]):
+    """The rows of a folder by split, and how the splits were made."""
+
+    root: Path
+    splits: Mapping[str, list[_Row]]
+    note: str
+
+    def rows(self, split: str) -> list[_Row]:
+        """Return the rows of a split, at least one."""
+        if not self.splits[split]:
+            counts = ", ".join(f"{name} {len(self.splits[name])}" for name in SPLITS)
+            raise DataError(
+                f"{self.root}: split {split!r} is empty ({counts}; {self.note}); add rows or classes to it"
+            )
+        return self.splits[split]
+
+
+@final
+class FolderImages(_FolderSplits[LabeledImage]):
+    """Everything that a manifest or class folders name, by split."""
+
+
+@final
+@dataclass(frozen=True)
+class FolderTriplets(_FolderSplits[TripletRow]):
+    """Everything that triplets.jsonl names, by split, and the place of each path of gallery.txt."""
+
+    gallery: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_folder(folder: str | Path) -> FolderTriplets | FolderImages:
+    """Read what a folder names, in the first layout that exists, and assign it to splits.
+
+    The images are not checked, so a missing one changes no split.
+
+    Raises:
+        DataError: If there is no folder, no layout, or a row is invalid; names the file and the line.
+    """
+    root = expand_user(folder).absolute()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; pass the folder that holds the images")
+    if (root / "triplets.jsonl").exists():
+        triplets = _read_triplets(root / "triplets.jsonl")
+        gallery = _read_gallery(root / "gallery.txt") if (root / "gallery.txt").exists() else {}
+        return FolderTriplets(root, *_by_split(triplets, {row.key for row in triplets}, "references"), gallery)
+    if (root / "manifest.csv").exists():
+        images = _read_manifest(root / "manifest.csv")
+    elif (root / "photos").is_dir() and (root / "sketches").is_dir():
+        images = [image for top in ("photos", "sketches") for image in _walk_class_folders(root, top)]
+    else:
+        raise DataError(
+            f"{root}: no known layout; add a triplets.jsonl, a manifest.csv ({','.join(_HEADER)},split), "
+            "or the folders photos/<class>/ and sketches/<class>/"
+        )
+    if not images:
+        raise DataError(f"{root}: names no image; known suffixes are {' '.join(SUFFIXES)}")
+    return FolderImages(root, *_by_split(images, {image.key for image in images if image.is_sketch}, "classes"))
+
+
+def _by_split(rows: list[_Row], query_keys: set[str], what: str) -> tuple[dict[str, list[_Row]], str]:
+    """Assign the rows to splits; `query_keys` are the keys that have queries."""
+    given = rows[0].split is not None
+    for row in rows:
+        if (row.split is not None) != given:
+            raise DataError(f"{row.place}: split is {row.split!r}, unlike before; give it in all rows or in none")
+    assigned: dict[str, str] = {}
+    held_out: set[str] = set()
+    note = "splits as given"
+    names = {row.split for row in rows}
+    if not given:
+        assigned = _assign(query_keys) | _assign({row.key for row in rows} - query_keys)
+        note = f"{what} dealt 70/10/20 into train/val/test by a hash of their names"
+    elif "train" in names and "val" not in names:
+        trained = _by_hash(query_keys & {row.key for row in rows if row.split == "train"})
+        held_out = set(trained[: max(1, round(len(trained) / 5))]) if len(trained) > 1 else set()
+        note = f"{len(held_out)} of {len(trained)} train {what} held out as val by a hash of their names"
+    splits: dict[str, list[_Row]] = {name: [] for name in SPLITS}
+    for row in rows:
+        split = row.split or assigned[row.key]
+        splits["val" if split == "train" and row.key in held_out else split].append(row)
+    return splits, note
+
+
+def _assign(keys: set[str]) -> dict[str, str]:
+    test = max(1, round(len(keys) / 5)) if len(keys) > 1 else 0
+    val = max(1, round(len(keys) / 10)) if len(keys) > 2 else 0
+    order = ["test"] * test + ["val"] * val + ["train"] * (len(keys) - test - val)
+    return dict(zip(_by_hash(keys), order, strict=True))
+
+
+def _by_hash(keys: set[str]) -> list[str]:
+    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
+
+
+def _read_triplets(file: Path) -> list[TripletRow]:
+    rows: list[TripletRow] = []
+    seen: dict[tuple[str, str | None, frozenset[str]], str] = {}
+    for place, value in read_json_lines(file):
+        row = _triplet(value, place)
+        refuse_repeated((row.key, row.text, frozenset(row.targets)), place, seen)
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{file}: contains no row; write one object per line")
+    return rows
+
+
+def _triplet(value: object, place: str) -> TripletRow:
+    if not isinstance(value, dict) or not set(_KEYS) <= value.keys() <= {*_KEYS, "split"}:
+        raise DataError(
+            f"{place}: {reprlib.repr(value)} is not an object with the keys {', '.join(_KEYS)} and optionally split"
+        )
+    reference, text = _image_path(value["reference"], "reference", place), value["text"]
+    if not isinstance(value["targets"], list) or not value["targets"]:
+        raise DataError(f"{place}: targets is {reprlib.repr(value['targets'])}; expected a list of paths, not empty")
+    targets = tuple(_image_path(target, "a target", place) for target in value["targets"])
+    if len({reference, *targets}) <= len(targets):
+        raise DataError(f"{place}: a target is repeated or is the reference; name each other image once")
+    if text is not None and not check_text(text, "text", place).strip():
+        raise DataError(f"{place}: text is {text!r}; expected a text that is not blank, or null")
+    number = place.rpartition(" ")[2]
+    return TripletRow(place, f"{reference}#{number}", reference, text, targets, _split(value.get("split"), place))
+
+
+def _read_gallery(file: Path) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for place, line in read_lines(file):
+        refuse_repeated(_image_path(line, "path", place), place, paths)
+    return paths
+
+
+def _read_manifest(file: Path) -> list[LabeledImage]:
+    rows = read_csv(file)
+    place, header = next(rows, (f"{file}, line 1", []))
+    if sorted(header) not in (sorted(_HEADER), sorted([*_HEADER, "split"])):
+        raise DataError(f"{place}: the header is {reprlib.repr(','.join(header))}; expected {','.join(_HEADER)},split")
+    images: list[LabeledImage] = []
+    seen: dict[str, str] = {}
+    for place, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{place}: {len(row)} fields, but the header has {len(header)}; quote fields with commas")
+        cells = dict(zip(header, row, strict=True))
+        domain = cells["domain"]
+        if domain not in ("photo", "sketch"):
+            raise DataError(f"{place}: domain is {reprlib.repr(domain)}; expected photo or sketch")
+        path, label = _image_path(cells["path"], "path", place), check_name(cells["class"], "class", place)
+        refuse_repeated(path, place, seen)
+        images.append(LabeledImage(place, domain == "sketch", path, label, _split(cells.get("split"), place)))
+    return images
+
+
+def _walk_class_folders(root: Path, top: str) -> Iterator[LabeledImage]:
+    def fail(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions") from None
+
+    for folder, folders, files in os.walk(root / top, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if any(os.path.realpath(parent) == real for parent in Path(folder).parents):
+            raise DataError(f"{folder}: links back to a folder that contains it; remove the link")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        parts = Path(folder).relative_to(root / top).parts
+        for name in sorted(files):
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                continue
+            path = _image_path(Path(top, *parts, name).as_posix(), "path", folder)
+            if not parts:
+                raise DataError(f"{root / path}: is in no class folder; move it to {top}/<class>/")
+            yield LabeledImage(folder, top == "sketches", path, parts[0], None)
+
+
+def _image_path(value: object, name: str, place: str) -> str:
+    path = check_path(value, name, place)
+    if not path.lower().endswith(SUFFIXES):
+        raise DataError(f"{place}: {name} is {reprlib.repr(path)}; known suffixes are {' '.join(SUFFIXES)}")
+    return path
+
+
+def _split(value: object, place: str) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or value not in SPLITS:
+        raise DataError(f"{place}: split is {reprlib.repr(value)}; expected one of {', '.join(SPLITS)}, or none")
+    return value
+
+
+# --- missing images
+
+
+@final
+class _ImageCheck:
+    """Finds the images of a split that cannot be used, and counts what is left out for them."""
+
+    def __init__(self, on_missing: str, verify: bool) -> None:
+        self.skip, self.verify = check_choice("on_missing", on_missing, ("error", "skip")) == "skip", verify
         self.images = self.queries = 0
 
     @property
     def skipped(self) -> int:
         return self.images + self.queries
 
-    def absent(self, named: Mapping[str, str]) -> set[str]:
-        """Of paths, and the places that name them, give the paths that cannot be used."""
-        faults: dict[str, str] = {}
-        for path in named:
+    def unusable(self, root: Path, places: Mapping[str, str]) -> set[str]:
+        """Return the paths that cannot be used, of paths with their places."""
+        reasons: dict[str, str] = {}
+        for path in places:
             try:
-                check_image(self.root / path)
+                check_image(root / path)
             except ImageError as error:
-                faults[path] = str(error)
+                reasons[path] = str(error)
         if self.verify:
-            present = {self.root / path: path for path in named if path not in faults}
-            faults |= {present[file]: why for file, why in broken_images(present)}
-        if faults and not self.skip:
-            first = next(path for path in named if path in faults)
-            more = f" ({len(faults) - 1} more are missing or broken)" if len(faults) > 1 else ""
-            raise ImageError(f"{named[first]}: {faults[first]}, or set on_missing=skip{more}")
-        self.images = len(faults)
-        return set(faults)
+            present = {root / path: path for path in places if path not in reasons}
+            reasons |= {present[file]: reason for file, reason in broken_images(present)}
+        if reasons and not self.skip:
+            first = next(path for path in places if path in reasons)
+            more = f" ({len(reasons) - 1} more are missing or broken)" if len(reasons) > 1 else ""
+            raise ImageError(f"{places[first]}: {reasons[first]}, or set on_missing=skip{more}")
+        self.images = len(reasons)
+        return set(reasons)
 
-    def keep(self, entries: Sequence[Entry], kept: list[Entry], split: str) -> list[Entry]:
-        """Count the queries that went with their images; at least one has to stay."""
-        self.queries = len(entries) - len(kept)
+    def count_queries(self, root: Path, rows: Sequence[_Row], kept: list[_Row], split: str) -> list[_Row]:
+        """Count the queries that were lost with their images; at least one has to remain."""
+        self.queries = len(rows) - len(kept)
         if not kept:
-            raise DataError(f"{self.root}: {self.note(split)}, which leaves no query; add the images")
+            raise DataError(f"{root}: {self.note(split)}, which leaves no query; add the images")
         return kept
 
     def note(self, split: str) -> str:
-        """Say what was left out, for people."""
         return f"{self.images} missing images of {split} left out, {self.queries} queries with them"
+
+
+def _protocol(
+    base: Protocol, note: str, trained: Collection[str], used: Collection[str], what: str, split: str, check: _ImageCheck
+) -> Protocol:
+    shared = len(set(trained).intersection(used))
+    notes = ["own images", note, f"{shared} of the {len(used)} {what} of {split} are in train too"]
+    return replace(base, note="; ".join([*notes, check.note(split)] if check.skipped else notes))
 
 
 # --- composed retrieval
 
 
-def _cir_entries(data: Rows, split: str, pick: _Pick) -> tuple[list[Row], dict[str, str], set[str]]:
-    rows = _of_split(data, data.splits, split)
-    named = _pictures(rows)
+def _triplets(data: FolderTriplets, split: str, check: _ImageCheck) -> tuple[list[TripletRow], dict[str, str], set[str]]:
+    """Return the usable rows of a split, the place of each image that it names, and the unusable images."""
+    rows = data.rows(split)
+    places = _places(rows)
     if split != "train":
-        named |= {path: where for path, where in data.extra.items() if path not in named}
-    absent = pick.absent(named)
-    kept = [row for row in rows if row.key not in absent and not absent.issuperset(row.targets)]
-    return pick.keep(rows, kept, split), named, absent
+        places |= {path: place for path, place in data.gallery.items() if path not in places}
+    unusable = check.unusable(data.root, places)
+    kept = [row for row in rows if row.key not in unusable and not unusable.issuperset(row.targets)]
+    return check.count_queries(data.root, rows, kept, split), places, unusable
 
 
-def _cir_benchmark(data: Rows, split: str, pick: _Pick) -> Benchmark:
-    rows, named, absent = _cir_entries(data, split, pick)
+def _cir_benchmark(data: FolderTriplets, split: str, check: _ImageCheck) -> Benchmark:
+    rows, places, unusable = _triplets(data, split, check)
     queries = [
         Query(
             id=row.id,
             image=data.root / row.key,
             text=row.text,
-            targets=tuple(path for path in row.targets if path not in absent),
+            targets=tuple(path for path in row.targets if path not in unusable),
             exclude=(row.key,),
         )
         for row in rows
     ]
-    gallery = [GalleryItem(path, data.root / path) for path in named if path not in absent]
-    trained = _pictures(data.splits["train"]).keys()
-    protocol = _noted(_CIR, data.note, trained, _pictures(rows).keys(), "images", split, pick)
-    return Benchmark("folder", split, "cir", queries, gallery, protocol, pick.skipped)
+    gallery = [GalleryItem(path, data.root / path) for path in places if path not in unusable]
+    trained = _places(data.splits["train"]).keys()
+    protocol = _protocol(_CIR, data.note, trained, _places(rows).keys(), "images", split, check)
+    return Benchmark("folder", split, "cir", queries, gallery, protocol, check.skipped)
 
 
-def _cir_training(data: Rows, pick: _Pick) -> TrainingSet:
-    rows, _, absent = _cir_entries(data, "train", pick)
+def _cir_training(data: FolderTriplets, check: _ImageCheck) -> TrainingSet:
+    rows, _, unusable = _triplets(data, "train", check)
     triplets = [
         Triplet(data.root / row.key, row.text, data.root / target, target, "cir")
         for row in rows
         for target in row.targets
-        if target not in absent
+        if target not in unusable
     ]
-    return TrainingSet("folder", triplets, skipped=pick.skipped)
+    return TrainingSet("folder", triplets, skipped=check.skipped)
 
 
-def _pictures(rows: Iterable[Row]) -> dict[str, str]:
-    named: dict[str, str] = {}
+def _places(rows: Iterable[TripletRow]) -> dict[str, str]:
+    places: dict[str, str] = {}
     for row in rows:
         for path in (row.key, *row.targets):
-            named.setdefault(path, row.where)
-    return named
+            places.setdefault(path, row.place)
+    return places
 
 
 # --- sketch retrieval
 
 
-def _sbir_entries(data: Samples, split: str, pick: _Pick) -> tuple[list[Sample], list[Sample]]:
-    samples = _of_split(data, data.splits, split)
-    if not any(sample.sketch for sample in samples):
+def _sketches_and_photos(
+    data: FolderImages, split: str, check: _ImageCheck
+) -> tuple[list[LabeledImage], list[LabeledImage]]:
+    images = data.rows(split)
+    if not any(image.is_sketch for image in images):
         raise DataError(f"{data.root}: split {split!r} has photos but no sketch ({data.note}); add sketches to it")
-    answered = {sample.key for sample in samples if not sample.sketch}
-    for sample in samples:
-        if sample.sketch and sample.key not in answered:
+    answered = {image.key for image in images if not image.is_sketch}
+    for image in images:
+        if image.is_sketch and image.key not in answered:
             raise DataError(
-                f"{sample.where}: class {sample.key!r} has sketches but no photo in split {split!r}; "
+                f"{image.place}: class {image.key!r} has sketches but no photo in split {split!r}; "
                 "add photos of this class or remove its sketches"
             )
-    absent = pick.absent({sample.path: sample.where for sample in samples})
-    present = [sample for sample in samples if sample.path not in absent]
-    photos = [sample for sample in present if not sample.sketch]
+    unusable = check.unusable(data.root, {image.path: image.place for image in images})
+    usable = [image for image in images if image.path not in unusable]
+    photos = [image for image in usable if not image.is_sketch]
+    sketches = [image for image in usable if image.is_sketch]
     answered = {photo.key for photo in photos}
-    sketches = [sample for sample in present if sample.sketch]
-    return pick.keep(sketches, [sketch for sketch in sketches if sketch.key in answered], split), photos
+    kept = [sketch for sketch in sketches if sketch.key in answered]
+    return check.count_queries(data.root, sketches, kept, split), photos
 
 
-def _sbir_benchmark(data: Samples, split: str, text: str | None, pick: _Pick) -> Benchmark:
-    sketches, photos = _sbir_entries(data, split, pick)
-    answers = {label: tuple(photo.path for photo in group) for label, group in _by_class(photos).items()}
+def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _ImageCheck) -> Benchmark:
+    sketches, photos = _sketches_and_photos(data, split, check)
+    targets = {label: tuple(photo.path for photo in group) for label, group in _by_class(photos).items()}
     queries = [
-        Query(sketch.path, data.root / sketch.path, text, answers[sketch.key], label=sketch.key) for sketch in sketches
+        Query(sketch.path, data.root / sketch.path, text, targets[sketch.key], label=sketch.key) for sketch in sketches
     ]
     gallery = [GalleryItem(photo.path, data.root / photo.path, photo.key) for photo in photos]
-    trained = {sample.key for sample in data.splits["train"]}
-    protocol = _noted(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, pick)
-    return Benchmark("folder", split, "sbir", queries, gallery, protocol, pick.skipped)
+    trained = {image.key for image in data.splits["train"]}
+    protocol = _protocol(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, check)
+    return Benchmark("folder", split, "sbir", queries, gallery, protocol, check.skipped)
 
 
-def _sbir_training(data: Samples, pairs: int, draw: random.Random, text: str | None, pick: _Pick) -> TrainingSet:
-    sketches, photos = _sbir_entries(data, "train", pick)
-    asking, answering = _by_class(sketches), _by_class(photos)
-    turns = {label: (_turns(asking[label], draw), _turns(answering[label], draw)) for label in sorted(asking)}
+def _sbir_training(
+    data: FolderImages, pairs: int, draw: random.Random, text: str | None, check: _ImageCheck
+) -> TrainingSet:
+    sketches, photos = (_by_class(images) for images in _sketches_and_photos(data, "train", check))
+    turns = {label: (_turns(sketches[label], draw), _turns(photos[label], draw)) for label in sorted(sketches)}
     order = _turns(list(turns), draw)
     triplets = []
     for _ in range(pairs):
         label = next(order)
         sketch, photo = (next(turn) for turn in turns[label])
         triplets.append(Triplet(data.root / sketch.path, text, data.root / photo.path, label, "sbir"))
-    return TrainingSet("folder", triplets, tuple(turns), pick.skipped)
+    return TrainingSet("folder", triplets, tuple(turns), check.skipped)
 
 
-def _by_class(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    groups: defaultdict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.key].append(sample)
+def _by_class(images: Sequence[LabeledImage]) -> dict[str, list[LabeledImage]]:
+    groups: defaultdict[str, list[LabeledImage]] = defaultdict(list)
+    for image in images:
+        groups[image.key].append(image)
     return groups
 
 
 def _turns(items: list[_Item], draw: random.Random) -> Iterator[_Item]:
     while True:
         yield from draw.sample(items, len(items))
-
-
-def _of_split(data: Rows | Samples, splits: Mapping[str, list[Entry]], split: str) -> list[Entry]:
-    if not splits[split]:
-        counts = ", ".join(f"{name} {len(splits[name])}" for name in SPLITS)
-        raise DataError(f"{data.root}: split {split!r} is empty ({counts}; {data.note}); add rows or classes to it")
-    return splits[split]
-
-
-def _noted(
-    protocol: Protocol, note: str, trained: Collection[str], here: Collection[str], what: str, split: str, pick: _Pick
-) -> Protocol:
-    parts = [
-        "own images",
-        note,
-        f"{len(set(trained).intersection(here))} of the {len(here)} {what} of {split} are in train too",
-    ]
-    return replace(protocol, note="; ".join([*parts, pick.note(split)] if pick.skipped else parts))
-
-
-def _choose(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

@@ -1,165 +1,249 @@
-"""The benchmarks by name: one call that reads any of them.
+"""Declarations of benchmarks, built in or registered: what each is called, which options it takes, how it is read.
 
-Knows every reader's name, splits and parts. Does not know what any file holds.
+Imports neither torch nor an image library, so that help and validation stay fast; `loading` imports the readers.
+A package adds benchmarks by `register_benchmark`, or by an entry point of the group `union_igrot.benchmarks` that has
+the benchmark's name and refers to its `BenchmarkDeclaration`.
 """
 
-import inspect
-import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, final
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from string import Formatter
+from typing import Any, Final, NamedTuple, final
 
-from union_igrot.datasets import circo, cirr, dtin, fashioniq, genecis, lasco, sbir
-from union_igrot.datasets.annotations import choose
-from union_igrot.datasets.files import Files
-from union_igrot.errors import ConfigError
-from union_igrot.types import Benchmark, TrainingSet, Triplet
+from union_igrot.errors import ConfigError, UnionError, check_choice
 
-PRESETS = ("official", "union_reference")
+ENTRY_POINTS: Final = "union_igrot.benchmarks"
+Text = str | tuple[str, ...]
+"""The text of a query, or several alternative texts."""
+Template = Callable[[Mapping[str, str]], Text]
+"""Makes the text of a query from the fields of its annotation."""
+Counts = Mapping[tuple[str, str], tuple[int | None, int | None]]
+"""Queries and gallery images by split and part; None if no public count is known."""
+
+
+class Prompt(NamedTuple):
+    """A prompt by name, or a template as it was given, and the function that applies it."""
+
+    name: str
+    text: Template
 
 
 @final
-@dataclass(frozen=True)
-class _Reader:
-    """A reader, its splits (the first is the default) and the options whose values make up its parts."""
+@dataclass(frozen=True, slots=True)
+class BenchmarkOption:
+    """A keyword argument of a benchmark's reader; the setting `data.<name>` of the commands.
 
-    read: Callable[..., Benchmark]
+    Attributes:
+        name: Its name.
+        type: `str`, `int` or `bool`.
+        default: Its value if none is given. If None, None is allowed.
+        choices: Allowed texts; any text if empty.
+        minimum: Smallest allowed integer.
+        is_part: Whether each choice selects a part of the benchmark, whose published result is the mean over the
+            parts. It has no default; the commands take `all` too.
+        for_training: Whether the commands pass it on when they read training triplets.
+        help: One line on what it does.
+    """
+
+    name: str
+    type: type[str] | type[int] | type[bool]
+    default: str | int | bool | None = None
+    choices: tuple[str, ...] = ()
+    minimum: int = 0
+    is_part: bool = False
+    for_training: bool = True
+    help: str = ""
+
+    def expected(self, value: object) -> str | None:
+        """Describe the allowed values if a value is not allowed, else return None."""
+        if value is None and self.default is None and not self.is_part:
+            return None
+        if self.choices:
+            allowed, expected = value in self.choices, f"one of {', '.join(self.choices)}"
+        elif self.type is int:  # a bool is not an int here
+            allowed, expected = type(value) is int and value >= self.minimum, f"an integer >= {self.minimum}"
+        else:
+            allowed, expected = type(value) is self.type, "a text" if self.type is str else "true or false"
+        none = ", or null" if self.default is None and not self.is_part else ""
+        return None if allowed else expected + none
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkDeclaration:
+    """Everything that the package has to know about a benchmark.
+
+    Attributes:
+        name: The name for `load_benchmark` and `data=NAME`.
+        reader: A function `(folder, split, **options)` that returns a `Benchmark`, or `module:function`, imported on
+            first use. It receives a `DatasetFolder`, the split, and a value for each of `all_options`.
+        splits: Names of its splits, the default first.
+        options: Options of its reader beside `prompt` and `preset`.
+        prompts: Its prompts by name, the default first; without any, the reader has no argument `prompt`.
+        prompt_fields: Fields that a written-out template may use.
+        presets: Names of its protocols, the default first; without any, the reader has no argument `preset`.
+        trainable: Whether its split `train` can be trained on.
+        validation_split: Split on which training validates; without it, a tenth of the triplets is held out.
+        folder: Its folder in `$UNION_DATA`, if that is not its name.
+        counts: Numbers of queries and gallery images in the official files, by split and part.
+        source: Where its files can be downloaded.
+    """
+
+    name: str
+    reader: str | Callable[..., Any]
     splits: tuple[str, ...]
-    parts: tuple[Mapping[str, str], ...] = field(default=({},))
-    trains: bool = False
-    folder: str | None = None  # where the data lie under $UNION_DATA, if not under the benchmark's own name
+    options: tuple[BenchmarkOption, ...] = ()
+    prompts: Mapping[str, Template] = field(default_factory=dict)
+    prompt_fields: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    trainable: bool = False
+    validation_split: str | None = None
+    folder: str | None = None
+    counts: Counts = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ConfigError(f"invalid name of a benchmark: {self.name!r} (expected letters, digits and underscores)")
+        if not self.splits or (self.trainable and "train" not in self.splits):
+            needed = "'train' among them" if self.trainable else "at least one"
+            raise ConfigError(f"invalid splits of benchmark {self.name!r}: {self.splits} (expected {needed})")
+
+    @property
+    def all_options(self) -> tuple[BenchmarkOption, ...]:
+        """All options of the reader, with `prompt` and `preset`."""
+        prompt = (BenchmarkOption("prompt", str),) if self.prompts else ()
+        preset = (BenchmarkOption("preset", str, self.presets[0], self.presets),) if self.presets else ()
+        return (*self.options, *prompt, *preset)
+
+    @property
+    def evaluation_splits(self) -> tuple[str, ...]:
+        """The splits to evaluate on: all but `train`, unless that is the only one."""
+        return tuple(split for split in self.splits if split != "train") or self.splits
+
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """The options that select each part; a single empty dictionary if the benchmark is not divided."""
+        return [{one.name: part} for one in self.options if one.is_part for part in one.choices] or [{}]
+
+    def find_prompt(self, prompt: str | None = None) -> Prompt:
+        """Return a prompt.
+
+        Args:
+            prompt: Name of a prompt; or a template with fields in braces, such as `find {caption}`. A text without
+                blanks and braces counts as a name. None for the default.
+
+        Raises:
+            ConfigError: If there is no such prompt or the template uses an unknown field.
+        """
+        if prompt is None:
+            prompt = next(iter(self.prompts))
+        if prompt in self.prompts:
+            return Prompt(prompt, self.prompts[prompt])
+        fields = ", ".join(f"{{{name}}}" for name in self.prompt_fields)
+        expected = f"(expected one of {', '.join(self.prompts)}, or a template with {fields})"
+        if not re.search(r"[\s{]", prompt):
+            raise ConfigError(f"invalid value for prompt of {self.name}: {prompt!r} {expected}")
+        try:
+            parts = list(Formatter().parse(prompt))
+        except ValueError as error:
+            raise ConfigError(f"invalid prompt template: {prompt!r}, {error} {expected}") from None
+        for _, name, spec, conversion in parts:
+            if name is not None and (name not in self.prompt_fields or spec or conversion):
+                raise ConfigError(f"invalid prompt template: {prompt!r} uses an unknown field {{{name}}} {expected}")
+        return Prompt(prompt, prompt.format_map)
+
+    def check_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a value for each option.
+
+        Raises:
+            ConfigError: If an option is unknown or missing, or its value is not allowed.
+        """
+        options = {option.name: option for option in self.all_options}
+        for name in given:
+            check_choice(f"option of {self.name}", name, options)
+        for option in self.options:
+            if option.is_part and given.get(option.name) is None:
+                raise ConfigError(
+                    f"missing option of {self.name}: {option.name} (expected one of {', '.join(option.choices)}; the "
+                    "published result is the mean over them)"
+                )
+        values = {name: given.get(name, option.default) for name, option in options.items()}
+        for name, value in values.items():
+            if expected := options[name].expected(value):
+                raise ConfigError(f"invalid value for {name} of {self.name}: {value!r} (expected {expected})")
+        return values
+
+    def import_reader(self) -> Callable[..., Any]:
+        """Return the reader, imported if it is declared by name."""
+        if callable(self.reader):
+            return self.reader
+        module, _, name = self.reader.partition(":")
+        reader: Callable[..., Any] = getattr(import_module(module), name)
+        return reader
 
 
-_READERS: Mapping[str, _Reader] = {
-    "fashioniq": _Reader(
-        fashioniq.fashioniq, fashioniq.SPLITS, tuple({"category": name} for name in fashioniq.CATEGORIES), trains=True
-    ),
-    "cirr": _Reader(cirr.cirr, cirr.SPLITS, trains=True),
-    "circo": _Reader(circo.circo, circo.SPLITS),
-    "genecis": _Reader(genecis.genecis, genecis.SPLITS, tuple({"task": name} for name in genecis.TASKS)),
-    "lasco": _Reader(lasco.lasco, lasco.SPLITS, trains=True),
-    "llavasco": _Reader(lasco.llavasco, lasco.SPLITS, trains=True),
-    "dtin": _Reader(dtin.dtin, dtin.SPLITS, tuple({"domain": name} for name in dtin.DOMAINS)),
-    "sketchy": _Reader(sbir.sketchy, sbir.SKETCHY_SPLITS, tuple({"split": name} for name in sbir.SKETCHY_SPLITS)),
-    "tuberlin": _Reader(sbir.tuberlin, sbir.TEST),
-    "quickdraw": _Reader(sbir.quickdraw, sbir.TEST),
-    "training_sketchy": _Reader(sbir.training_sketchy, sbir.TRAIN, trains=True, folder="sketchy"),
-}
-BENCHMARKS = tuple(_READERS)
-"""The names that `load_benchmark` knows."""
+_RESERVED: Final = ("shapes", "folder")  # the generated world and folders of one's own images
+_registered: dict[str, BenchmarkDeclaration] = {}
 
 
-def load_benchmark(
-    name: str, root: str | Path | None = None, split: str | None = None, check_images: bool = True, **options: Any
-) -> Benchmark:
-    """Read a public benchmark from its official annotation files.
+def register_benchmark(declaration: BenchmarkDeclaration) -> None:
+    """Add a benchmark, so that `load_benchmark`, `load_training` and the commands know it by its name.
 
-    No image is opened. Options are those of the benchmark's own reader, among them for all `prompt` and
-    `preset="official"|"union_reference"`; `fashioniq` needs `category`, `genecis` `task` and `dtin` `domain`.
-
-    Args:
-        name: One of `BENCHMARKS`.
-        root: The dataset's folder, by default `$UNION_DATA/<name>` (`training_sketchy` lies in `sketchy`).
-        split: Name of the split; by default the one that is usually reported and has published targets.
-        check_images: Look that every image exists. Otherwise nothing but annotation files is touched.
-        **options: The reader's options.
-
-    Returns:
-        The benchmark, with its protocol.
-
-    Raises:
-        ConfigError: Where a name, a split or an option is not known. Lists what is.
-        DataError: Where an annotation file is missing or not in its format. Names the file and the row.
-        ImageError: Where images are missing. Names the first and says how many.
-    """
-    reader = _READERS[choose("benchmark", name, BENCHMARKS)]
-    split = choose(f"split of {name}", reader.splits[0] if split is None else split, reader.splits)
-    allowed = inspect.signature(reader.read).parameters
-    names = [key for key in allowed if key not in ("files", "split")]
-    for key, value in options.items():
-        if key not in names:
-            raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(names)}")
-        if not _fits(value, allowed[key].annotation):
-            raise ConfigError(f"{key} is {value!r}; {name} takes {_described(allowed[key].annotation)}")
-    choose("preset", options.get("preset", PRESETS[0]), PRESETS)
-    files = Files(_root(name, reader) if root is None else root, check_images)
-    benchmark = reader.read(files, split, **options)
-    files.close()
-    return benchmark
-
-
-def load_training(name: str, root: str | Path | None = None, check_images: bool = True, **options: Any) -> TrainingSet:
-    """Read a benchmark's training split as triplets.
-
-    Args:
-        name: `llavasco`, `training_sketchy`, `fashioniq`, `cirr` or `lasco`.
-        root: As for `load_benchmark`.
-        check_images: As for `load_benchmark`.
-        **options: The reader's options, such as `stride` and `limit` of `llavasco`, or `build` and `seed` of
-            `training_sketchy`.
-
-    Returns:
-        One triplet a query and target. `group` is the class of a sketch, else the target's id.
-
-    Raises:
-        ConfigError: As for `load_benchmark`, where the benchmark has no training split, and where the prompt gives
-            several wordings.
-        DataError: As for `load_benchmark`.
-        ImageError: As for `load_benchmark`.
-    """
-    choose("training data", name, tuple(known for known, reader in _READERS.items() if reader.trains))
-    benchmark = load_benchmark(name, root, "train", check_images, **options)
-    if any(len(query.wordings) > 1 for query in benchmark.queries):
-        raise ConfigError(
-            f"prompt {benchmark.protocol.prompt!r} averages the embeddings of several wordings, which training does "
-            "not; choose another prompt to train with"
-        )
-    images = {item.id: item.image for item in benchmark.gallery}
-    triplets = [
-        Triplet(query.image, query.wordings[0], images[target], query.label or target, benchmark.task)
-        for query in benchmark.queries
-        for target in query.targets
-    ]
-    classes = sorted({query.label for query in benchmark.queries if query.label is not None})
-    return TrainingSet(benchmark.name, triplets, tuple(classes))
-
-
-def parts(name: str) -> list[dict[str, str]]:
-    """Return the options that select each part of a benchmark, over which its headline is averaged or listed.
-
-    Returns:
-        Keyword arguments of `load_benchmark`, such as a category; a single empty set where a benchmark
-        is not divided. Parts of `sketchy` are its two cuts, which are never averaged.
+    Registering an equal declaration again does nothing.
 
     Raises:
-        ConfigError: Where there is no such benchmark.
+        ConfigError: If another benchmark has its name.
     """
-    return [dict(part) for part in _READERS[choose("benchmark", name, BENCHMARKS)].parts]
+    name = declaration.name
+    other = _known().get(name)
+    if name in _RESERVED or (isinstance(other, BenchmarkDeclaration) and other != declaration):
+        raise ConfigError(f"cannot register benchmark {name!r}: the name is taken; choose another")
+    _registered[name] = declaration
 
 
-def splits(name: str) -> tuple[str, ...]:
-    """Return the splits of a benchmark, the default first.
+def find_benchmark(name: str) -> BenchmarkDeclaration:
+    """Return the declaration of a benchmark.
 
     Raises:
-        ConfigError: Where there is no such benchmark.
+        ConfigError: If there is no such benchmark, or the package that offers it cannot be imported.
     """
-    return _READERS[choose("benchmark", name, BENCHMARKS)].splits
+    known = _known()
+    found = known[check_choice("benchmark", name, known)]
+    return _load(found) if isinstance(found, EntryPoint) else found
 
 
-def _root(name: str, reader: _Reader) -> Path:
-    home = os.environ.get("UNION_DATA")
-    if not home:
-        raise ConfigError(f"root of {name} is not given and UNION_DATA is not set; give the dataset's folder")
-    own = Path(home) / name
-    return own if reader.folder is None or own.is_dir() else Path(home) / reader.folder
+def benchmark_names(*, trainable: bool = False) -> tuple[str, ...]:
+    """Return the names of all benchmarks, or of those that can be trained on."""
+    names = tuple(_known())
+    return tuple(name for name in names if _is_trainable(name)) if trainable else names
 
 
-def _fits(value: object, annotation: object) -> bool:
-    kinds = getattr(annotation, "__args__", (annotation,))
-    return any(type(value) is kind for kind in kinds)  # a bool is no int here
+def _is_trainable(name: str) -> bool:
+    try:
+        return find_benchmark(name).trainable
+    except UnionError:  # a broken package must not hide the other names
+        return False
 
 
-def _described(annotation: object) -> str:
-    kinds = getattr(annotation, "__args__", (annotation,))
-    return " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+def _known() -> dict[str, BenchmarkDeclaration | EntryPoint]:
+    """Return all benchmarks; those of entry points are not imported yet."""
+    from union_igrot.datasets.builtin import BUILTIN  # noqa: PLC0415 - it imports the classes above
+
+    return {one.name: one for one in entry_points(group=ENTRY_POINTS)} | {one.name: one for one in BUILTIN} | _registered
+
+
+@cache
+def _load(entry_point: EntryPoint) -> BenchmarkDeclaration:
+    origin = f"{entry_point.value} (entry point {entry_point.name} of {ENTRY_POINTS})"
+    try:
+        declaration = entry_point.load()
+    except Exception as error:  # whatever a foreign module raises
+        raise ConfigError(f"cannot import {origin}: {type(error).__name__}: {error}; update its package") from error
+    if not isinstance(declaration, BenchmarkDeclaration) or declaration.name != entry_point.name:
+        raise ConfigError(f"{origin} is not a BenchmarkDeclaration named {entry_point.name}; update its package")
+    return declaration

@@ -1,0 +1,161 @@
+"""Benchmarks and training sets by name, and the validation set that is held out of a training set."""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from union_igrot.datasets.annotations import DatasetFolder
+from union_igrot.datasets.registry import BenchmarkDeclaration, benchmark_names, find_benchmark
+from union_igrot.errors import ConfigError, DataError, check_choice
+from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query, TrainingSet, Triplet
+
+
+def load_benchmark(
+    name: str, root: str | Path | None = None, split: str | None = None, check_images: bool = True, **options: Any
+) -> Benchmark:
+    """Read a public benchmark, or a registered one, from its annotation files.
+
+    No image is opened. Options are those that the benchmark declares, for all public ones `prompt` and
+    `preset="official"|"union_reference"`; `fashioniq` needs `category`, `genecis` `task` and `dtin` `domain`.
+
+    Args:
+        name: One of `benchmark_names()`.
+        root: The dataset's folder, by default `$UNION_DATA/<name>` (for `training_sketchy` also `sketchy`).
+        split: Name of the split; by default the one that is usually reported and has published targets.
+        check_images: Check that every image exists. Otherwise only annotation files are touched.
+        **options: The benchmark's options.
+
+    Returns:
+        The benchmark, with its protocol.
+
+    Raises:
+        ConfigError: If a name, a split or an option is unknown; lists the known ones.
+        DataError: If an annotation file is missing or not in its format; names the file and the row.
+        ImageError: If images are missing; names the first and says how many.
+    """
+    declaration = find_benchmark(name)
+    split = check_choice(f"split of {name}", declaration.splits[0] if split is None else split, declaration.splits)
+    values = declaration.check_options(options)
+    folder = DatasetFolder(_default_root(declaration) if root is None else root, check_images)
+    benchmark = declaration.import_reader()(folder, split, **values)
+    if not isinstance(benchmark, Benchmark):
+        raise ConfigError(f"the reader of {name} returned {type(benchmark).__name__} (expected a Benchmark)")
+    folder.refuse_missing()
+    return benchmark
+
+
+def load_training(name: str, root: str | Path | None = None, check_images: bool = True, **options: Any) -> TrainingSet:
+    """Read a benchmark's split `train` as triplets.
+
+    Args:
+        name: One of `benchmark_names(trainable=True)`, such as `llavasco` or `training_sketchy`.
+        root: As for `load_benchmark`.
+        check_images: As for `load_benchmark`.
+        **options: The benchmark's options, such as `stride` and `limit` of `llavasco`, or `build` and `seed` of
+            `training_sketchy`.
+
+    Returns:
+        One triplet for each query and target. `group` is the class of a sketch, else the target's id.
+
+    Raises:
+        ConfigError: As for `load_benchmark`; if the benchmark has no training split; or if the prompt has several
+            texts for a query.
+        DataError: As for `load_benchmark`.
+        ImageError: As for `load_benchmark`.
+    """
+    check_choice("training data", name, benchmark_names(trainable=True))
+    benchmark = load_benchmark(name, root, "train", check_images, **options)
+    if any(len(query.wordings) > 1 for query in benchmark.queries):
+        raise ConfigError(
+            f"cannot train with prompt {benchmark.protocol.prompt!r}: it averages the embeddings of several texts; "
+            "choose another prompt"
+        )
+    images = {item.id: item.image for item in benchmark.gallery}
+    triplets = [
+        Triplet(query.image, query.wordings[0], images[target], query.label or target, benchmark.task)
+        for query in benchmark.queries
+        for target in query.targets
+    ]
+    classes = sorted({query.label for query in benchmark.queries if query.label is not None})
+    return TrainingSet(benchmark.name, triplets, tuple(classes))
+
+
+def _default_root(declaration: BenchmarkDeclaration) -> Path:
+    home = os.environ.get("UNION_DATA")
+    if not home:
+        raise ConfigError(f"missing root of {declaration.name}: pass the dataset's folder, or set UNION_DATA")
+    own = Path(home) / declaration.name
+    return own if declaration.folder is None or own.is_dir() else Path(home) / declaration.folder
+
+
+def hold_out(training: TrainingSet, share: float = 0.1) -> tuple[TrainingSet, Benchmark]:
+    """Split a training set by groups, so that the best epoch is never chosen on a test split.
+
+    Groups are ordered by a hash of their names and held out until `share` of the triplets is: whole classes of
+    sketches, or all triplets with the same target.
+
+    Args:
+        training: The triplets, all of one task.
+        share: Share of the triplets that is held out, between 0 and 1.
+
+    Returns:
+        The remaining training set, and a benchmark with a query for each held-out triplet. Its gallery holds all
+        held-out targets and, for composed retrieval, the references, each excluded from its own ranking; the images
+        of the query's group are relevant.
+
+    Raises:
+        DataError: If there are fewer than two groups.
+    """
+    sizes = Counter(triplet.group for triplet in training.triplets)
+    groups = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(groups) < 2:
+        raise DataError(f"{training.name}: {len(groups)} group cannot be split into training and validation; add data")
+    held: set[str] = set()
+    count = 0
+    for group in groups[:-1]:
+        if held and count >= share * len(training.triplets):
+            break
+        held.add(group)
+        count += sizes[group]
+    kept = tuple(triplet for triplet in training.triplets if triplet.group not in held)
+    out = [triplet for triplet in training.triplets if triplet.group in held]
+    classes = tuple(name for name in training.classes if name not in held)
+    return TrainingSet(training.name, kept, classes, training.skipped), _held_out_benchmark(training.name, out)
+
+
+def _held_out_benchmark(name: str, triplets: list[Triplet]) -> Benchmark:
+    composed = triplets[0].task == "cir"
+    gallery: dict[ImageSource, GalleryItem] = {}
+    for triplet in triplets:
+        gallery.setdefault(triplet.target, GalleryItem(f"t{len(gallery)}", triplet.target, triplet.group))
+    if composed:
+        for triplet in triplets:
+            gallery.setdefault(triplet.image, GalleryItem(f"t{len(gallery)}", triplet.image))
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for item in gallery.values():
+        if item.label is not None:
+            members[item.label].append(item.id)
+    targets = {group: tuple(ids) for group, ids in members.items()}
+    queries = []
+    for number, triplet in enumerate(triplets):
+        relevant = targets[triplet.group]
+        reference = (gallery[triplet.image].id,) if composed else ()
+        queries.append(
+            Query(
+                id=f"q{number}",
+                image=triplet.image,
+                text=triplet.text,
+                targets=relevant,
+                exclude=tuple(one for one in reference if one not in relevant),
+                label=None if composed else triplet.group,
+            )
+        )
+    protocol = Protocol(
+        metrics=("R@1", "R@10", "R@50", "mAP"),
+        primary="R@10" if composed else "mAP",
+        exclude_reference=composed,
+        note=f"{len(targets)} groups held out of the training triplets",
+    )
+    return Benchmark(name, "held out", triplets[0].task, queries, list(gallery.values()), protocol)

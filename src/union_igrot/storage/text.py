@@ -1,0 +1,159 @@
+"""Reading of text files: UTF-8 text, lines, JSON, JSON lines and CSV, with errors that name file and line.
+
+A place is the text by which an error names a row, such as `queries.csv, line 3`; lines are counted from 1. A byte
+order mark at the start of a file is skipped. `errors` is as for `bytes.decode`: paths in a list may hold bytes that
+are not UTF-8, which `surrogateescape` keeps.
+"""
+
+import csv
+import io
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from union_igrot.errors import DataError
+
+_Value = TypeVar("_Value")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SEPARATOR = re.compile(r"\s*,?\s*")  # some writers put commas between concatenated values
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """Read a file as UTF-8.
+
+    Raises:
+        DataError: If it cannot be read or is not UTF-8.
+    """
+    with _readable(path):
+        data = Path(path).read_bytes().removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return data.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, data[: error.start].count(b"\n") + 1) from None
+
+
+def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, str]]:
+    r"""Yield the place and the text of each line that is not blank, without its `\n` or `\r\n`.
+
+    Raises:
+        DataError: If the file cannot be read or a line is not UTF-8.
+    """
+    with _readable(path), Path(path).open("rb") as file:
+        for number, data in enumerate(file, 1):
+            data = data.removeprefix(_BYTE_ORDER_MARK) if number == 1 else data  # noqa: PLW2901
+            try:
+                line = data.decode(errors=errors).removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError:
+                raise _not_utf8(path, number) from None
+            if line.strip():
+                yield _place(path, number), line
+
+
+def read_json(path: str | Path, *, concatenated: bool = False) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        concatenated: Whether several values may follow each other without a list around them; their list is returned.
+
+    Raises:
+        DataError: If the file cannot be read, is not JSON, or an object has a key twice.
+    """
+    text = read_text(path)
+    if not concatenated or text.lstrip().startswith("["):
+        return _parse(text, path)
+    values, position = [], len(text) - len(text.lstrip())
+    with _parsed(path):
+        while position < len(text):
+            value, position = _DECODER.raw_decode(text, position)
+            values.append(value)
+            separator = _SEPARATOR.match(text, position)
+            position = separator.end() if separator else position
+    return values
+
+
+def read_json_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, Any]]:
+    """Yield the place and the JSON value of each line that is not blank.
+
+    Raises:
+        DataError: If the file cannot be read, a line is not JSON, or an object has a key twice.
+    """
+    for place, line in read_lines(path, errors):
+        yield place, _parse(line, place, lines=False)
+
+
+def read_csv(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, list[str]]]:
+    """Yield the place and the cells of each CSV row that is not empty; a row may span several lines.
+
+    Raises:
+        DataError: If the file cannot be read or its quotes are not closed.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, errors), newline=""), strict=True)
+    number = 1
+    try:
+        for row in reader:
+            if row:
+                yield _place(path, number), row
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{_place(path, number)}: not CSV ({error}); check the quotes") from None
+
+
+def refuse_repeated(value: _Value, place: str, seen: dict[_Value, str]) -> None:
+    """Add a value to those seen, with its place.
+
+    Raises:
+        DataError: If it was seen before; names both places.
+    """
+    if value in seen:
+        raise DataError(f"{place}: {reprlib.repr(value)} repeats {seen[value]}; remove one of the two")
+    seen[value] = place
+
+
+def _place(path: str | Path, number: int) -> str:
+    return f"{path}, line {number}"
+
+
+def _not_utf8(path: str | Path, number: int) -> DataError:
+    return DataError(f"{_place(path, number)}: not UTF-8; save the file as UTF-8")
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python would silently keep the last one
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r} in an object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def _parse(text: str, place: str | Path, *, lines: bool = True) -> Any:
+    with _parsed(place, lines=lines):
+        return _DECODER.decode(text)
+
+
+@contextmanager
+def _parsed(place: str | Path, *, lines: bool = True) -> Iterator[None]:
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if lines else ""
+        raise DataError(f"{place}{line}: not JSON ({error.msg}); correct the file or download it again") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{place}: not usable JSON ({reason}); correct the file or download it again") from None
