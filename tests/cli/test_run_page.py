@@ -8,7 +8,7 @@ import pytest
 from official import WRITERS
 
 from union_igrot.cli.eval import main as evaluate
-from union_igrot.datasets.registry import load_benchmark
+from union_igrot.datasets.loading import load_benchmark
 from union_igrot.reporting.page import MAX_BYTES
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import official
 import pytest
 
-from union_igrot.datasets.registry import load_benchmark, load_training, parts
+from union_igrot.datasets.loading import load_benchmark, load_training
+from union_igrot.datasets.registry import find_benchmark
 from union_igrot.errors import ConfigError, DataError, ImageError
 
 ANNOTATIONS = Path(__file__).parents[2] / "../shared/data/annotations"
@@ -22,7 +23,7 @@ def read(name, root, **options):
 
 COUNT = """
 import json, sys
-from union_igrot.datasets.registry import load_benchmark
+from union_igrot.datasets.loading import load_benchmark
 root, counts = sys.argv[1], {}
 for category in ("dress", "shirt", "toptee"):
     for gallery, captions in (("original", "joined"), ("val", "each"), ("val", "joined")):
@@ -127,7 +128,7 @@ def test_one_missing_picture_is_named(tmp_path):
 
 def test_unchecked_reading_touches_annotations_alone(tmp_path, monkeypatch):
     official.circo(tmp_path, with_images=False)
-    monkeypatch.setattr("union_igrot.datasets.files.check_image", lambda path: pytest.fail(f"{path} was looked at"))
+    monkeypatch.setattr("union_igrot.datasets.annotations.check_image", lambda path: pytest.fail(f"{path} was looked at"))
     read("circo", tmp_path, check_images=False)
 
 
@@ -154,11 +155,11 @@ def test_fashioniq(tmp_path):
     test = read("fashioniq", tmp_path, split="test", category="toptee")
     assert {query.targets for query in test.queries} == {()}
     assert len(test.gallery) == 8
-    with pytest.raises(ConfigError, match="category is not given; choose one of dress, shirt, toptee"):
+    with pytest.raises(ConfigError, match="category .*expected one of dress, shirt, toptee"):
         read("fashioniq", tmp_path)
-    with pytest.raises(ConfigError, match="gallery=val holds the targets"):
+    with pytest.raises(ConfigError, match="gallery=val"):
         read("fashioniq", tmp_path, split="test", category="dress", gallery="val")
-    with pytest.raises(ConfigError, match="leave prompt out"):
+    with pytest.raises(ConfigError, match="leave it out"):
         read("fashioniq", tmp_path, category="dress", gallery="val", prompt="union")
     assert len(load_training("fashioniq", tmp_path, category="shirt").triplets) == 5
 
@@ -234,9 +235,9 @@ def test_llavasco_shapes_stride_and_limit(tmp_path):
     assert [query.id for query in read("llavasco", tmp_path, stride=3, limit=7).queries] == ["0", "3", "6"]
     assert [query.id for query in read("llavasco", tmp_path, stride=3, limit=6).queries] == ["0", "3"]
     assert len(load_training("llavasco", tmp_path, stride=2).triplets) == 5
-    with pytest.raises(ConfigError, match="numbers >= 1"):
+    with pytest.raises(ConfigError, match="an integer >= 1"):
         read("llavasco", tmp_path, stride=-1)
-    with pytest.raises(ConfigError, match="numbers >= 1"):
+    with pytest.raises(ConfigError, match="an integer >= 1"):
         read("llavasco", tmp_path, limit=0, preset="union_reference")
     theirs = read("llavasco", tmp_path, preset="union_reference")
     assert [query.id for query in theirs.queries] == ["0"]
@@ -254,14 +255,14 @@ def test_llavasco_in_the_corpus_of_lasco(tmp_path):
     benchmark = read("llavasco", tmp_path, gallery="corpus", check_images=False)
     assert len(benchmark.gallery) == 10
     assert benchmark.queries[3].targets == ("43",)
-    with pytest.raises(ConfigError, match="take gallery=named for split=train"):
+    with pytest.raises(ConfigError, match="use gallery=named for split=train"):
         read("llavasco", tmp_path, split="train", gallery="corpus", check_images=False)
 
 
 def test_llavasco_never_gives_the_target_away(tmp_path):
     official.llavasco(tmp_path)
     assert not any("SECRET" in query.text for query in read("llavasco", tmp_path).queries)
-    with pytest.raises(ConfigError, match="gives the target's caption away"):
+    with pytest.raises(ConfigError, match="contains the target's caption"):
         read("llavasco", tmp_path, prompt="union_llava")
     quirk = read("llavasco", tmp_path, preset="union_reference")
     assert quirk.queries[0].text == "add 0 with SECRET target 0"
@@ -286,9 +287,9 @@ def test_dtin(tmp_path):
     theirs = read("dtin", tmp_path, domain="toy", preset="union_reference").protocol
     assert (theirs.recall, theirs.ap_norm, theirs.ap_rule) == ("any", "hits", "trapezoid")
     assert read("dtin", tmp_path, domain="toy", recall_mode="any").protocol.recall == "any"
-    with pytest.raises(ConfigError, match="domain is None; choose one of cartoon, origami, toy, sculpture"):
+    with pytest.raises(ConfigError, match="domain .*one of cartoon, origami, toy, sculpture"):
         read("dtin", tmp_path)
-    assert [part["domain"] for part in parts("dtin")] == ["cartoon", "origami", "toy", "sculpture"]
+    assert [part["domain"] for part in find_benchmark("dtin").parts] == ["cartoon", "origami", "toy", "sculpture"]
 
 
 def test_dtin_without_the_first_folder(tmp_path):
@@ -298,8 +299,8 @@ def test_dtin_without_the_first_folder(tmp_path):
 
 def test_an_annotation_file_that_is_not_there(tmp_path):
     with pytest.raises(
-        DataError, match=r"holds no captions/cap\.dress\.val\.json or json/cap\.dress\.val\.json; download"
+        DataError, match=r"contains no captions/cap\.dress\.val\.json or json/cap\.dress\.val\.json; download"
     ):
         read("fashioniq", tmp_path, category="dress")
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="no such folder"):
         read("cirr", tmp_path / "nowhere")

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from union_igrot.datasets.folder import folder_benchmark, folder_training
-from union_igrot.datasets.layouts import SPLITS
+from union_igrot.datasets.folder import SPLITS, folder_benchmark, folder_training
 from union_igrot.errors import ConfigError, DataError, ImageError, UnionError
 from union_igrot.images.decode import broken_images, open_image
 
@@ -273,12 +272,12 @@ def test_verify_finds_what_cannot_be_decoded(tmp_path):
 
 def test_settings_that_do_not_exist(tmp_path):
     root = sketches(tmp_path, {"cat": (1, 1)})
-    with pytest.raises(ConfigError, match="split is 'train'; choose one of val, test"):
+    with pytest.raises(ConfigError, match="split: 'train' .*one of val, test"):
         folder_benchmark(root, "train")
     for read in (folder_benchmark, folder_training):
-        with pytest.raises(ConfigError, match="on_missing is 'ignore'; choose one of error, skip"):
+        with pytest.raises(ConfigError, match="on_missing: 'ignore' .*one of error, skip"):
             read(root, on_missing="ignore")
-    with pytest.raises(ConfigError, match="pairs is 0"):
+    with pytest.raises(ConfigError, match="pairs: 0"):
         folder_training(root, pairs=0)
 
 

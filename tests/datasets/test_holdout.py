@@ -2,7 +2,7 @@
 
 import pytest
 
-from union_igrot.datasets.holdout import hold_out
+from union_igrot.datasets.loading import hold_out
 from union_igrot.errors import DataError
 from union_igrot.synthetic.shapes import shapes_training
 from union_igrot.types import TrainingSet

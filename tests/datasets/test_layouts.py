@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.datasets.layouts import SPLITS, Rows, Samples, read_folder
+from union_igrot.datasets.folder import SPLITS, FolderImages, FolderTriplets, read_folder
 from union_igrot.errors import DataError, UnionError
 
 ROW = {"reference": "a.jpg", "text": "make it red", "targets": ["b.jpg"]}
@@ -44,11 +44,11 @@ def test_the_first_layout_that_exists_is_taken(tmp_path):
         read_folder(tmp_path)
     write(tmp_path, "sketches/cat/a.png", "")
     (sample, _) = read_folder(tmp_path).splits["train"]
-    assert (sample.path, sample.key, sample.sketch) == ("photos/cat/a.jpg", "cat", False)
+    assert (sample.path, sample.key, sample.is_sketch) == ("photos/cat/a.jpg", "cat", False)
     manifest(tmp_path, "photo,x/y.png,dog,train")
     assert read_folder(str(tmp_path)).splits["train"][0].path == "x/y.png"
     triplets(tmp_path, ROW)
-    assert isinstance(read_folder(tmp_path), Rows)
+    assert isinstance(read_folder(tmp_path), FolderTriplets)
 
 
 def test_no_folder(tmp_path):
@@ -68,20 +68,20 @@ def test_triplets_as_written(tmp_path):
     data = read_folder(tmp_path)
     (first,), (second,) = data.splits["val"], data.splits["test"]
     assert (first.key, first.targets, first.text) == ("x/a.JPG", ("b.webp", "c.tif"), "a\u2028b")
-    assert (first.where, second.where) == (f"{listed}, line 1", f"{listed}, line 3")
+    assert (first.place, second.place) == (f"{listed}, line 1", f"{listed}, line 3")
     assert (first.id, second.id) == ("x/a.JPG#1", "x/a.JPG#3")
     assert second.text is None
-    assert data.extra == {"d.png": f"{tmp_path}/gallery.txt, line 1", "b.webp": f"{tmp_path}/gallery.txt, line 3"}
+    assert data.gallery == {"d.png": f"{tmp_path}/gallery.txt, line 1", "b.webp": f"{tmp_path}/gallery.txt, line 3"}
 
 
 def test_manifest_as_written(tmp_path):
     rows = 'class,domain,path\r\n"big, red\u00a0cat",photo,"a,b.jpg"\r\n\r\n"x",sketch,"s.png"\r\nx,photo,p.png\r\n'
     path = write(tmp_path, "manifest.csv", b"\xef\xbb\xbf" + rows.encode())
     data = read_folder(tmp_path)
-    assert isinstance(data, Samples)
-    samples = sorted(chain(*data.splits.values()), key=lambda sample: sample.where)
-    assert [s.where for s in samples] == [f"{path}, line {n}" for n in (2, 4, 5)]
-    assert [(s.key, s.path, s.sketch) for s in samples][:2] == [
+    assert isinstance(data, FolderImages)
+    samples = sorted(chain(*data.splits.values()), key=lambda sample: sample.place)
+    assert [s.place for s in samples] == [f"{path}, line {n}" for n in (2, 4, 5)]
+    assert [(s.key, s.path, s.is_sketch) for s in samples][:2] == [
         ("big, red\u00a0cat", "a,b.jpg", False),
         ("x", "s.png", True),
     ]
@@ -103,7 +103,7 @@ def test_class_folders_are_walked_in_order_without_hidden_things(tmp_path):
         ("sketches/a/1.bmp", "a"),
         ("sketches/b/1.png", "b"),
     ]
-    assert [s.path for s in data.splits["train"] + data.splits["test"] if not s.sketch and s.key == "b"] == [
+    assert [s.path for s in data.splits["train"] + data.splits["test"] if not s.is_sketch and s.key == "b"] == [
         "photos/b/10.JPEG",
         "photos/b/2.jpg",
     ]
@@ -115,7 +115,7 @@ def test_class_folders_gone_wrong(tmp_path):
     with pytest.raises(DataError, match="names no image"):
         read_folder(tmp_path)
     stray = write(tmp_path, "sketches/1.png", "")
-    with pytest.raises(DataError, match=r"sketches/1\.png: lies in no class folder"):
+    with pytest.raises(DataError, match=r"sketches/1\.png: is in no class folder"):
         read_folder(tmp_path)
     stray.unlink()
     loop = tmp_path / "photos" / "a" / "loop"
@@ -154,7 +154,7 @@ def test_photo_only_classes_take_no_place_of_asking_classes(tmp_path):
     manifest(tmp_path, *lines, header="domain,path,class")
     data = read_folder(tmp_path)
     for split in SPLITS:
-        assert sum(sample.sketch for sample in data.splits[split]) == 1
+        assert sum(sample.is_sketch for sample in data.splits[split]) == 1
         assert len(data.splits[split]) > 2
     assert "70/10/20" in data.note
 
@@ -199,19 +199,19 @@ def row(**changes):
     ("line", "says"),
     [
         ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("1" * 5000, "not JSON"),
-        ("[1]", "is no object with the keys reference, text, targets"),
-        ("null", "is no object"),
-        ('{"reference": "a.jpg", "text": "x"}', "is no object with the keys"),
-        (row(Split="train"), "is no object with the keys"),
-        (row(reference=3), "reference is 3; give a text"),
+        ("[" * 100_000, "JSON"),
+        ("1" * 5000, "not usable JSON"),
+        ("[1]", "is not an object with the keys reference, text, targets"),
+        ("null", "is not an object"),
+        ('{"reference": "a.jpg", "text": "x"}', "is not an object with the keys"),
+        (row(Split="train"), "is not an object with the keys"),
+        (row(reference=3), "reference is '3'"),
         (row(reference=""), "reference is ''"),
         (row(reference="/etc/a.jpg"), "inside the folder"),
         (row(reference="C:\\a.jpg"), "inside the folder"),
         (row(reference="x/../../a.jpg"), "inside the folder"),
         (row(reference=".."), "inside the folder"),
-        (row(reference="."), "known suffixes"),
+        (row(reference="."), "inside the folder"),
         (row(reference="a.txt"), "known suffixes are .jpg"),
         (row(reference="a\0.jpg"), "control character"),
         (row(reference="a\n.jpg"), "control character"),
@@ -222,9 +222,9 @@ def row(**changes):
         (row(targets="b.jpg"), "targets is 'b.jpg'"),
         (row(targets=[]), r"targets is \[\]"),
         (row(targets=[None]), "a target is None"),
-        (row(targets=["b.jpg", "./b.jpg"]), "a target stands twice"),
+        (row(targets=["b.jpg", "./b.jpg"]), "a target is repeated"),
         (row(targets=["b.jpg", "a.jpg"]), "or is the reference"),
-        (row(split="dev"), "split is 'dev'; write one of train, val, test"),
+        (row(split="dev"), "split is 'dev'; expected one of train, val, test"),
         (row(split=[1]), r"split is \[1\]"),
         (row(split="val"), "split is 'val', unlike before"),
         (row(text="first", targets=["./c.jpg", "b.jpg"]), "repeats .*line 1"),
@@ -243,7 +243,7 @@ def test_a_wrong_triplet_names_file_and_line(tmp_path, line, says):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("picture,b.jpg,x,train", "domain is 'picture'; write photo or sketch"),
+        ("picture,b.jpg,x,train", "domain is 'picture'; expected photo or sketch"),
         ("photo,,x,train", "path is ''"),
         ("photo,b.jpg,,train", "class is ''"),
         ('photo,b.jpg,"a\tb",train', "control character"),
@@ -270,7 +270,7 @@ def test_a_wrong_manifest_row_names_file_and_line(tmp_path, line, says):
 @pytest.mark.parametrize("header", ["", "path,class", "domain,path,class,split,more", "domain,path,class,path", "a"])
 def test_a_wrong_header(tmp_path, header):
     manifest(tmp_path, header=header)
-    with pytest.raises(DataError, match=r"line 1: the header is .*write domain,path,class,split"):
+    with pytest.raises(DataError, match=r"line 1: the header is .*expected domain,path,class,split"):
         read_folder(tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_files_that_are_empty_unreadable_or_not_utf8(tmp_path):
     with pytest.raises(DataError, match="names no image"):
         read_folder(tmp_path)
     file = write(tmp_path, "triplets.jsonl", "\n \n")
-    with pytest.raises(DataError, match="holds no row"):
+    with pytest.raises(DataError, match="contains no row"):
         read_folder(tmp_path)
     file.write_bytes(b"\xef\xbb\xbf" + row().encode() + b"\n\xff\n")
     with pytest.raises(DataError, match=r"triplets\.jsonl, line 2: not UTF-8"):

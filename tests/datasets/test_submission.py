@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.datasets.registry import load_benchmark
+from union_igrot.datasets.loading import load_benchmark
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.metrics.functional import average_precision, recall_at_k
@@ -73,13 +73,13 @@ def test_nothing_wrong_is_written(cirr, circo, tmp_path):
         write_cirr(tmp_path, cirr, short, subset_rankings(cirr))
     strange = subset_rankings(cirr)
     strange[2] = [item.id for item in cirr.gallery[-3:]]
-    with pytest.raises(DataError, match=r"not written: key '102': holds .* not in the query's subset"):
+    with pytest.raises(DataError, match=r"not written: key '102': contains .* not in the query's subset"):
         write_cirr(tmp_path, cirr, rankings(cirr), strange)
     with pytest.raises(DataError, match="53 rankings for 54 queries"):
         write_cirr(tmp_path, cirr, rankings(cirr)[1:], subset_rankings(cirr))
-    with pytest.raises(DataError, match="not written: key '0': holds 'x', which is not a whole number"):
+    with pytest.raises(DataError, match="not written: key '0': contains 'x', which is not an integer"):
         write_circo(tmp_path / "c.json", circo, [["x"] * 50] * 5)
-    with pytest.raises(ConfigError, match="give a benchmark of cirr"):
+    with pytest.raises(ConfigError, match="expected cirr"):
         write_cirr(tmp_path, circo, [], [])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
@@ -97,45 +97,45 @@ def set_to(key, change):
 @pytest.mark.parametrize(
     ("kind", "mutate", "problem"),
     [
-        ("recall", set_to("103", lambda v: v[:49]), "key '103': has 49 entries; it must have exactly 50"),
-        ("recall", set_to("103", lambda v: [*v[:49], v[0]]), "key '103': holds 'test1-3-0-img0' twice"),
+        ("recall", set_to("103", lambda v: v[:49]), "key '103': has 49 entries; expected exactly 50"),
+        ("recall", set_to("103", lambda v: [*v[:49], v[0]]), "key '103': contains 'test1-3-0-img0' twice"),
         (
             "recall",
             set_to("103", lambda v: ["test1-3-0-img0", *v[1:]]),
-            "key '103': holds the reference 'test1-3-0-img0'",
+            "key '103': contains the reference 'test1-3-0-img0'",
         ),
         (
             "recall",
             set_to("103", lambda v: ["test1-3-0-img0.png", *v[1:]]),
-            "key '103': holds 'test1-3-0-img0.png', which is not in the gallery (names have no folder",
+            "key '103': contains 'test1-3-0-img0.png', which is not in the gallery (names have no folder",
         ),
-        ("recall", set_to("103", lambda v: [7, *v[1:]]), "key '103': holds 7, which is not a text"),
-        ("recall", lambda v: v.update({"103": "abc"}), "key '103': is 'abc'; it must be a list of 50 ids"),
+        ("recall", set_to("103", lambda v: [7, *v[1:]]), "key '103': contains 7, which is not a text"),
+        ("recall", lambda v: v.update({"103": "abc"}), "key '103': is 'abc'; expected a list of 50 ids"),
         ("recall", lambda v: v.pop("103"), "key '103': is missing"),
-        ("recall", lambda v: v.update({"9": []}), "key '9': is no query of cirr (test1)"),
-        ("recall", lambda v: v.update(version="rc1"), "key 'version': is 'rc1'; it must be 'rc2'"),
-        ("recall", lambda v: v.pop("metric"), "key 'metric': is None; it must be one of recall, recall_subset"),
-        ("subset", set_to("103", lambda v: v[:2]), "key '103': has 2 entries; it must have exactly 3"),
+        ("recall", lambda v: v.update({"9": []}), "key '9': is not a query of cirr (test1)"),
+        ("recall", lambda v: v.update(version="rc1"), "key 'version': is 'rc1'; expected 'rc2'"),
+        ("recall", lambda v: v.pop("metric"), "key 'metric': is None; expected one of recall, recall_subset"),
+        ("subset", set_to("103", lambda v: v[:2]), "key '103': has 2 entries; expected exactly 3"),
         (
             "subset",
             set_to("103", lambda v: [*v[:2], "test1-40-0-img0"]),
-            "key '103': holds 'test1-40-0-img0', which is not in the query's subset",
+            "key '103': contains 'test1-40-0-img0', which is not in the query's subset",
         ),
-        ("subset", set_to("103", lambda v: [*v[:2], "test1-3-0-img0"]), "key '103': holds the reference"),
+        ("subset", set_to("103", lambda v: [*v[:2], "test1-3-0-img0"]), "key '103': contains the reference"),
         ("circo", set_to("2", lambda v: v[:49]), "key '2': has 49 entries"),
-        ("circo", set_to("2", lambda v: [*v[:49], v[0]]), "key '2': holds '1014' twice"),
-        ("circo", set_to("2", lambda v: [str(v[0]), *v[1:]]), "key '2': holds '1014', which is not a whole number"),
-        ("circo", set_to("2", lambda v: [True, *v[1:]]), "key '2': holds True, which is not a whole number"),
-        ("circo", set_to("2", lambda v: [3, *v[1:]]), "key '2': holds 3, which is not in the gallery"),
+        ("circo", set_to("2", lambda v: [*v[:49], v[0]]), "key '2': contains '1014' twice"),
+        ("circo", set_to("2", lambda v: [str(v[0]), *v[1:]]), "key '2': contains '1014', which is not an integer"),
+        ("circo", set_to("2", lambda v: [True, *v[1:]]), "key '2': contains True, which is not an integer"),
+        ("circo", set_to("2", lambda v: [3, *v[1:]]), "key '2': contains 3, which is not in the gallery"),
         ("circo", lambda v: v.pop("2"), "key '2': is missing; every query needs a list, without gaps"),
-        ("circo", lambda v: v.update({"05": []}), "key '05': is no query"),
+        ("circo", lambda v: v.update({"05": []}), "key '05': is not a query"),
     ],
 )
 def test_each_problem_is_named(written, kind, mutate, problem):
     path, benchmark = written[kind]
     content = json.loads(path.read_text())
     if problem.endswith("twice") and kind == "recall":
-        problem = f"key '103': holds {content['103'][0]!r} twice"
+        problem = f"key '103': contains {content['103'][0]!r} twice"
     mutate(content)
     path.write_text(json.dumps(content))
     (found,) = check_submission(path, benchmark)
@@ -147,15 +147,15 @@ def test_files_that_are_no_submission(written, tmp_path, cirr, circo):
     text = path.read_text()
     for content, problem in (
         (text[:-5], "not JSON"),
-        ("[]", "no JSON object"),
-        (text.replace('"1":', '"0":'), "twice"),
+        ("[]", "not a JSON object"),
+        (text.replace('"1":', '"0":'), "duplicate key"),
     ):
         path.write_text(content)
         (found,) = check_submission(path, circo)
         assert problem in found
     assert "cannot be read" in check_submission(tmp_path / "none.json", cirr)[0]
     official.tuberlin(tmp_path, with_images=False)
-    with pytest.raises(ConfigError, match="give a benchmark of cirr or circo"):
+    with pytest.raises(ConfigError, match="expected cirr or circo"):
         check_submission(path, load_benchmark("tuberlin", tmp_path, check_images=False))
 
 
@@ -170,11 +170,11 @@ def test_predictions_of_any_method(written, circo, cirr, tmp_path):
     assert read_predictions(recall, cirr)[0] == [item.id for item in cirr.gallery[1:51]]
     for broken, match in (
         ({"0": [1000]}, "key '1': is missing"),
-        (content | {"7": [1000]}, "key '7': is no query of circo"),
-        (content | {"3": []}, r"key '3': is \[\]; it must be a list"),
-        (content | {"3": [1000, "1000"]}, "key '3': holds '1000' twice"),
-        (content | {"3": [1000, None]}, "key '3': holds None, which is not in the gallery"),
-        (content | {"3": [{}]}, "key '3': holds {}, which is not in the gallery"),
+        (content | {"7": [1000]}, "key '7': is not a query of circo"),
+        (content | {"3": []}, r"key '3': is \[\]; expected a list"),
+        (content | {"3": [1000, "1000"]}, "key '3': contains '1000' twice"),
+        (content | {"3": [1000, None]}, "key '3': contains None, which is not in the gallery"),
+        (content | {"3": [{}]}, "key '3': contains {}, which is not in the gallery"),
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(DataError, match=match):

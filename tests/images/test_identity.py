@@ -6,7 +6,7 @@ import official
 import pytest
 
 from small_world import Noise
-from union_igrot.datasets.registry import load_benchmark, load_training
+from union_igrot.datasets.loading import load_benchmark, load_training
 from union_igrot.images.crop import Crop
 from union_igrot.images.identity import image_identities, image_identity
 

@@ -26,19 +26,20 @@ def check(config: DictConfig, fresh: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from union_igrot.datasets.counts import COUNTS, FETCHED_FROM
-    from union_igrot.datasets.registry import load_benchmark, parts
+    from union_igrot.datasets.loading import load_benchmark
+    from union_igrot.datasets.registry import benchmark_names, find_benchmark
     from union_igrot.errors import ConfigError, UnionError
 
     del fresh
     name = config.data.name
-    if name not in COUNTS:
-        raise ConfigError(f"data={name} is no public benchmark; choose one of {', '.join(COUNTS)}")
+    if name not in benchmark_names():
+        raise ConfigError(f"data={name} is not a public benchmark; choose one of {', '.join(benchmark_names())}")
+    declaration = find_benchmark(name)
     root = config.data.root
     table = Table("split", "part", "queries", "gallery", "state", title=f"{name} in {root or '$UNION_DATA'}")
-    key = next(iter(parts(name)[0]), "")
+    key = next(iter(declaration.parts[0]), "")
     complete = True
-    for (split, part), expected in COUNTS[name].items():
+    for (split, part), expected in declaration.expected_counts.items():
         options = {key: part} if part else {}
         state, found = "", (0, 0)
         for images in (False, True):
@@ -58,5 +59,5 @@ def check(config: DictConfig, fresh: Path) -> None:
     console = Console()
     console.print(table)
     if not complete:
-        console.print(FETCHED_FROM[name], highlight=False, markup=False)
+        console.print(declaration.source, highlight=False, markup=False)
         raise SystemExit(EXIT_INCOMPLETE)

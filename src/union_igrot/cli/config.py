@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,7 +19,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from union_igrot.cli.rules import BACKBONE, FIXED, RULES, VARIANTS, one_of
+from union_igrot.cli.rules import BACKBONE, FIXED, RULES, VARIANTS, one_of, rules_by_data
+from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError
 
 _ONE_MODEL = (
@@ -63,7 +65,7 @@ def check_config(name: str, config: DictConfig) -> None:
     """
     values = _leaves(OmegaConf.to_container(config))  # type: ignore[arg-type]
     rules = dict(RULES[name])
-    for key, variants in VARIANTS.items():
+    for key, variants in (VARIANTS | {"data.name": rules_by_data(str(values.get("data.name")))}).items():
         read = {"eval": "data.name", "check": "data.name", "convert": "target.kind"}.get(name)
         if name == "train" or key == read:
             rules[key] = one_of(*variants)
@@ -123,6 +125,7 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
     known = sorted(path.stem for path in conf_dir().glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"configuration {name!r} does not exist; choose one of {', '.join(known)}")
+    offer_registered(overrides)
     # A program that runs under Hydra itself gets its own state back.
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None
@@ -140,6 +143,18 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
     if name == "eval" and "model" in config and any(override.startswith("checkpoint=") for override in overrides):
         raise ConfigError(_ONE_MODEL)
     return config
+
+
+def offer_registered(overrides: Sequence[str]) -> None:
+    """Let Hydra know the registered benchmarks that are chosen; the built-in ones have files in `conf/data`."""
+    for override in overrides:
+        group, _, names = override.lstrip("+").partition("=")
+        for name in set(names.split(",")) & set(benchmark_names()) if group == "data" else ():
+            if not (conf_dir() / "data" / f"{name}.yaml").exists():
+                declaration = find_benchmark(name)
+                options = {one.name: "all" if one.is_part else one.default for one in declaration.settings}
+                node = {"name": name, "root": None, "split": declaration.evaluation_splits[0], "check_images": True}
+                ConfigStore.instance().store(group="data", name=name, node=node | options)
 
 
 def check_sweep(name: str, overrides: Sequence[str]) -> None:
@@ -178,7 +193,8 @@ def _swept(override: Override) -> list[str]:
 
 def options_of(group: str) -> list[str]:
     """Name what a configuration group offers."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    registered = benchmark_names() if group == "data" else ()
+    return sorted({path.stem for path in (conf_dir() / group).glob("*.yaml")} | set(registered))
 
 
 def _explain(error: Exception, name: str) -> str:

@@ -1,21 +1,16 @@
-"""From a checked data configuration to benchmarks and triplets.
-
-Knows which settings go to which reader. Does not know models.
-"""
+"""From a checked data configuration to benchmarks and triplets."""
 
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from union_igrot.datasets.folder import folder_benchmark, folder_training
-from union_igrot.datasets.holdout import hold_out
-from union_igrot.datasets.registry import load_benchmark, load_training, parts
+from union_igrot.datasets.loading import load_parts, load_training_parts
+from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError
 from union_igrot.storage.paths import expand_user
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.types import Benchmark, TrainingSet
-
-TRAINED_ON = ("shapes", "folder", "llavasco", "lasco", "training_sketchy", "fashioniq", "cirr")
 
 
 def benchmarks(data: DictConfig, split: str | None = None) -> list[Benchmark]:
@@ -33,11 +28,7 @@ def benchmarks(data: DictConfig, split: str | None = None) -> list[Benchmark]:
         return [composed, shapes_sbir(split, count, data.seed, gallery=max(count, 20))]
     if data.name == "folder":
         return [folder_benchmark(expand_user(data.root), split, **_folder_options(data))]
-    options = _public_options(data)
-    divided = parts(data.name)
-    if len(divided) == 1 or not set(divided[0]) - {"split"} or set(divided[0]) <= set(options):
-        divided = [{}]
-    return [load_benchmark(data.name, data.root, split, data.check_images, **options, **part) for part in divided]
+    return load_parts(data.name, data.root, split, data.check_images, **_public_options(data))
 
 
 def training(data: DictConfig) -> tuple[TrainingSet, list[Benchmark]]:
@@ -51,20 +42,11 @@ def training(data: DictConfig) -> tuple[TrainingSet, list[Benchmark]]:
     if data.name == "folder":
         root, options = expand_user(data.root), _folder_options(data)
         return folder_training(root, pairs=data.pairs, seed=data.seed, **options), benchmarks(data, "val")
-    if data.name not in TRAINED_ON:
-        raise ConfigError(f"data={data.name} is for evaluation only; train on one of {', '.join(TRAINED_ON)}")
-    options = _public_options(data)
-    if data.name == "llavasco":
-        samples = load_training("llavasco", data.root, data.check_images, **options)
-        return samples, benchmarks(data, "val")
-    divided = [{}] if data.name != "fashioniq" or "category" in options else parts("fashioniq")
-    options.pop("gallery", None)
-    read = [load_training(data.name, data.root, data.check_images, **options, **part) for part in divided]
-    whole = TrainingSet(
-        data.name, tuple(t for one in read for t in one.triplets), tuple(c for one in read for c in one.classes)
-    )
-    samples, validation = hold_out(whole)
-    return samples, [validation]
+    trainable = benchmark_names(trainable=True)
+    if data.name not in trainable:
+        names = ", ".join(("shapes", "folder", *trainable))
+        raise ConfigError(f"data={data.name} is for evaluation only; train on one of {names}")
+    return load_training_parts(data.name, data.root, data.check_images, **_public_options(data))
 
 
 def tested(data: DictConfig) -> list[Benchmark]:
@@ -82,8 +64,11 @@ def _folder_options(data: DictConfig) -> dict[str, Any]:
 
 
 def _public_options(data: DictConfig) -> dict[str, Any]:
-    """Return the reader's own options: what is set, and is not `all`."""
+    """Return the reader's own options that are set; `all` selects every part."""
+    parts = {option.name for option in find_benchmark(data.name).options if option.is_part}
     settings: dict[str, Any] = OmegaConf.to_container(data)  # type: ignore[assignment]
     for name in ("name", "root", "split", "check_images"):
         del settings[name]
-    return {name: value for name, value in settings.items() if value is not None and value != "all"}
+    return {
+        name: value for name, value in settings.items() if value is not None and not (name in parts and value == "all")
+    }

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from union_igrot.datasets.registry import BenchmarkDeclaration, BenchmarkOption, benchmark_names, find_benchmark
 from union_igrot.errors import UnionError
 from union_igrot.storage.paths import expand_user
 from union_igrot.storage.sizes import DURATION_FORMAT, SIZE_FORMAT, parse_duration, parse_size
@@ -148,17 +149,26 @@ _COMMON: dict[str, Check] = {
 }
 
 
-def _public(*splits: str, preset: bool = True, **more: Check) -> dict[str, Check]:
-    """Return the rules of a public benchmark's settings."""
+def _option(option: BenchmarkOption) -> Check:
+    everything = (*option.choices, "all")
+    return one_of(*everything) if option.is_part else option.expected
+
+
+def benchmark_rules(declaration: BenchmarkDeclaration) -> dict[str, Check]:
+    """Return the rules for the settings of a benchmark."""
     rules: dict[str, Check] = {
         "root": _folder_or_null,
-        "split": one_of(*splits),
-        "prompt": _text_or_null,
+        "split": one_of(*declaration.evaluation_splits),
         "check_images": _flag,
-        **({"preset": one_of("official", "union_reference")} if preset else {}),
-        **more,
+        **{option.name: _option(option) for option in declaration.settings},
     }
     return {f"data.{name}": check for name, check in rules.items()}
+
+
+def rules_by_data(name: str) -> dict[str, dict[str, Check]]:
+    """Return the rules for the settings of each data option; of the benchmarks only those of `name`."""
+    known = {one: benchmark_rules(find_benchmark(one)) if one == name else {} for one in benchmark_names()}
+    return {**VARIANTS["data.name"], **known}
 
 
 _MACHINE: dict[str, Check] = {
@@ -306,36 +316,6 @@ VARIANTS: dict[str, dict[str, dict[str, Check]]] = {
             "data.text": _text_or_null,
             "data.on_missing": one_of("error", "skip"),
         },
-        "fashioniq": _public(
-            "val",
-            "test",
-            category=one_of("dress", "shirt", "toptee", "all"),
-            gallery=one_of("original", "val"),
-        ),
-        "cirr": _public("val", "test1"),
-        "circo": _public("val", "test"),
-        "genecis": _public(
-            "val",
-            preset=False,
-            task=one_of("focus_attribute", "change_attribute", "focus_object", "change_object", "all"),
-        ),
-        "lasco": _public("val"),
-        "llavasco": _public("val", stride=_whole(1, null=True), limit=_whole(1, null=True)),
-        "dtin": _public(
-            "val",
-            domain=one_of("cartoon", "origami", "toy", "sculpture", "all"),
-            recall_mode=one_of("fraction", "any", None),
-            only_with_gt=_flag,
-        ),
-        "sketchy": _public("zeroshot1", "zeroshot0"),
-        "tuberlin": _public("test"),
-        "quickdraw": _public("test"),
-        "training_sketchy": _public(
-            "train",
-            lists=one_of("zeroshot1", "zeroshot0"),
-            build=_whole(1, null=True),
-            seed=_whole(0),
-        ),
     },
     "fusion.kind": {
         "image": {},

@@ -180,7 +180,7 @@ def check_name(value: object, name: str, place: str) -> str:
         return str(check_integer(value, name, place))
     text = check_text(value, name, place)
     if not text.strip() or any(letter < " " for letter in text):
-        raise DataError(f"{place}: {name} is {reprlib.repr(text)}; expected a text, not blank and without control characters")
+        raise DataError(f"{place}: {name} is {reprlib.repr(text)}; expected a text without control characters")
     return text
 
 

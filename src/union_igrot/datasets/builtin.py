@@ -44,7 +44,7 @@ FASHIONIQ = BenchmarkDeclaration(
     options=(
         BenchmarkOption("category", str, choices=CATEGORIES, is_part=True),
         BenchmarkOption("gallery", str, "original", ("original", "val"), for_training=False),
-        BenchmarkOption("captions", str, choices=("joined", "each")),
+        BenchmarkOption("captions", str, choices=("joined", "each"), is_setting=False),
     ),
     prompts={
         "union": "{c1} and {c2}".format_map,
@@ -129,7 +129,7 @@ LLAVASCO = BenchmarkDeclaration(
     options=(
         BenchmarkOption("stride", int, minimum=1),
         BenchmarkOption("limit", int, minimum=1),
-        BenchmarkOption("gallery", str, "named", ("named", "corpus"), for_training=False),
+        BenchmarkOption("gallery", str, "named", ("named", "corpus"), for_training=False, is_setting=False),
     ),
     prompts={
         "union": "{relative_caption}".format_map,

@@ -45,7 +45,7 @@ def read_circo(folder: DatasetFolder, split: str, *, prompt: str | None, preset:
     queries = []
     for row, record in enumerate(records):
         if record.integer("id") != row:
-            raise DataError(f"{record.place}: id is {record.integer('id')} (expected {row}); rows must be complete, in order")
+            raise DataError(f"{record.place}: id is {record.integer('id')} (expected {row}); rows are missing")
         queries.append(_query(record, split, folder, paths, wording.text, exclude))
     ks = (5, 10, 25, 50)
     fields = [{"shared_concept": concept, "relative_caption": ""} for concept in ("a", "b")]
@@ -91,7 +91,7 @@ def _query(
         tags = _aspects(record)
     for name in (reference, *targets):
         if name not in paths:
-            raise DataError(f"{record.place}: image {name} is not in image_info_unlabeled2017.json; download both again")
+            raise DataError(f"{record.place}: image {name} is not in image_info_unlabeled2017.json; download both")
     fields = {key: record.text(key) for key in ("shared_concept", "relative_caption")}
     image = folder.image(*paths[reference])
     excluded = (reference,) if exclude else ()

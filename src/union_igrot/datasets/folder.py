@@ -155,9 +155,7 @@ class _FolderSplits(Generic[_Row]):
         """Return the rows of a split, at least one."""
         if not self.splits[split]:
             counts = ", ".join(f"{name} {len(self.splits[name])}" for name in SPLITS)
-            raise DataError(
-                f"{self.root}: split {split!r} is empty ({counts}; {self.note}); add rows or classes to it"
-            )
+            raise DataError(f"{self.root}: split {split!r} is empty ({counts}; {self.note}); add rows or classes to it")
         return self.splits[split]
 
 
@@ -373,7 +371,13 @@ class _ImageCheck:
 
 
 def _protocol(
-    base: Protocol, note: str, trained: Collection[str], used: Collection[str], what: str, split: str, check: _ImageCheck
+    base: Protocol,
+    note: str,
+    trained: Collection[str],
+    used: Collection[str],
+    what: str,
+    split: str,
+    check: _ImageCheck,
 ) -> Protocol:
     shared = len(set(trained).intersection(used))
     notes = ["own images", note, f"{shared} of the {len(used)} {what} of {split} are in train too"]
@@ -383,7 +387,9 @@ def _protocol(
 # --- composed retrieval
 
 
-def _triplets(data: FolderTriplets, split: str, check: _ImageCheck) -> tuple[list[TripletRow], dict[str, str], set[str]]:
+def _triplets(
+    data: FolderTriplets, split: str, check: _ImageCheck
+) -> tuple[list[TripletRow], dict[str, str], set[str]]:
     """Return the usable rows of a split, the place of each image that it names, and the unusable images."""
     rows = data.rows(split)
     places = _places(rows)

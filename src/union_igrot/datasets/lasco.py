@@ -75,11 +75,7 @@ def read_llavasco(
         The benchmark. Query ids are the row's numbers in the file, before the stride.
     """
     reference = preset == "union_reference"
-    if prompt is None and reference and split == "val":
-        prompt = LEAKING_PROMPT
-    elif prompt == LEAKING_PROMPT and split == "val" and not reference:
-        raise ConfigError(f"prompt {prompt!r} contains the target's caption; use another, or use it for training only")
-    wording = LLAVASCO.find_prompt(prompt)
+    wording = LLAVASCO.find_prompt(_prompt(prompt, reference, split))
     if reference:  # the authors' loader takes [:350000:70]
         stride, limit = stride or 70, limit or 350_000
     stride = stride or 1
@@ -101,9 +97,18 @@ def read_llavasco(
         text = wording.text({key: record.text(key) for key in ("relative_caption", "llava_target_caption")})
         queries.append(Query(str(row), _image(folder, record.place, _coco(split, image)), text, (str(target),)))
     note = f"LlavaSCo {split}, gallery={gallery}, stride={stride}, limit={limit}; reference kept"
-    if prompt == LEAKING_PROMPT:
+    if wording.name == LEAKING_PROMPT:
         note += "; LEAK: the text holds the target's own caption, as the authors' loader adds it"
     return Benchmark("llavasco", split, "cir", queries, list(items.values()), _protocol(preset, wording.name, note))
+
+
+def _prompt(prompt: str | None, reference: bool, split: str) -> str | None:
+    """Keep the target's caption out of validation, but for the authors' own protocol."""
+    if prompt is None and reference and split == "val":
+        return LEAKING_PROMPT
+    if prompt == LEAKING_PROMPT and split == "val" and not reference:
+        raise ConfigError(f"prompt {prompt!r} contains the target's caption; use another, or use it for training only")
+    return prompt
 
 
 def _check_row(record: Record) -> None:

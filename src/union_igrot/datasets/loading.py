@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,42 @@ def load_training(name: str, root: str | Path | None = None, check_images: bool 
     ]
     classes = sorted({query.label for query in benchmark.queries if query.label is not None})
     return TrainingSet(benchmark.name, triplets, tuple(classes))
+
+
+def load_parts(
+    name: str, root: str | Path | None = None, split: str | None = None, check_images: bool = True, **options: Any
+) -> list[Benchmark]:
+    """Read all parts of a benchmark, such as the categories of `fashioniq`; only one if an option selects it.
+
+    Arguments and errors are as for `load_benchmark`.
+    """
+    parts = _parts(find_benchmark(name), options)
+    return [load_benchmark(name, root, split, check_images, **options, **part) for part in parts]
+
+
+def load_training_parts(
+    name: str, root: str | Path | None = None, check_images: bool = True, **options: Any
+) -> tuple[TrainingSet, list[Benchmark]]:
+    """Read the triplets of all parts of a benchmark, and benchmarks for validation.
+
+    Validation uses the benchmark's own split for it, or triplets that are held out. Arguments and errors are as for
+    `load_training`; options that do not apply to training are used for validation only.
+    """
+    check_choice("training data", name, benchmark_names(trainable=True))
+    declaration = find_benchmark(name)
+    unused = {option.name for option in declaration.options if not option.for_training}
+    kept = {key: value for key, value in options.items() if key not in unused}
+    parts = [load_training(name, root, check_images, **kept, **part) for part in _parts(declaration, options)]
+    triplets = tuple(triplet for part in parts for triplet in part.triplets)
+    training = TrainingSet(name, triplets, tuple(label for part in parts for label in part.classes))
+    if declaration.validation_split:
+        return training, load_parts(name, root, declaration.validation_split, check_images, **options)
+    training, validation = hold_out(training)
+    return training, [validation]
+
+
+def _parts(declaration: BenchmarkDeclaration, options: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{}] if options.keys() & declaration.parts[0].keys() else declaration.parts
 
 
 def _default_root(declaration: BenchmarkDeclaration) -> Path:

@@ -46,6 +46,7 @@ class BenchmarkOption:
         is_part: Whether each choice selects a part of the benchmark, whose published result is the mean over the
             parts. It has no default; the commands take `all` too.
         for_training: Whether the commands pass it on when they read training triplets.
+        is_setting: Whether the commands have it as a setting.
         help: One line on what it does.
     """
 
@@ -56,6 +57,7 @@ class BenchmarkOption:
     minimum: int = 0
     is_part: bool = False
     for_training: bool = True
+    is_setting: bool = True
     help: str = ""
 
     def expected(self, value: object) -> str | None:
@@ -121,6 +123,12 @@ class BenchmarkDeclaration:
         return (*self.options, *prompt, *preset)
 
     @property
+    def settings(self) -> tuple[BenchmarkOption, ...]:
+        """The options that are settings `data.<name>` of the commands; a single preset is none."""
+        options = (option for option in self.all_options if option.name != "preset" or len(self.presets) > 1)
+        return tuple(option for option in options if option.is_setting)
+
+    @property
     def evaluation_splits(self) -> tuple[str, ...]:
         """The splits to evaluate on: all but `train`, unless that is the only one."""
         return tuple(split for split in self.splits if split != "train") or self.splits
@@ -129,6 +137,12 @@ class BenchmarkDeclaration:
     def parts(self) -> list[dict[str, str]]:
         """The options that select each part; a single empty dictionary if the benchmark is not divided."""
         return [{one.name: part} for one in self.options if one.is_part for part in one.choices] or [{}]
+
+    @property
+    def expected_counts(self) -> Counts:
+        """`counts`; without any, unknown ones for each split and part."""
+        parts = [next(iter(part.values()), "") for part in self.parts]
+        return self.counts or {(split, part): (None, None) for split in self.splits for part in parts}
 
     def find_prompt(self, prompt: str | None = None) -> Prompt:
         """Return a prompt.
@@ -234,7 +248,9 @@ def _known() -> dict[str, BenchmarkDeclaration | EntryPoint]:
     """Return all benchmarks; those of entry points are not imported yet."""
     from union_igrot.datasets.builtin import BUILTIN  # noqa: PLC0415 - it imports the classes above
 
-    return {one.name: one for one in entry_points(group=ENTRY_POINTS)} | {one.name: one for one in BUILTIN} | _registered
+    builtin = {one.name: one for one in BUILTIN}
+    foreign = {one.name: one for one in entry_points(group=ENTRY_POINTS) if one.name not in builtin}
+    return builtin | foreign | _registered
 
 
 @cache

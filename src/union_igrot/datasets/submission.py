@@ -18,7 +18,6 @@ from union_igrot.storage.text import read_json
 from union_igrot.types import Benchmark, Query
 
 
-
 @final
 @dataclass(frozen=True, slots=True)
 class _SubmissionFormat:
@@ -95,8 +94,8 @@ def write_circo(path: str | Path, benchmark: Benchmark, rankings: Sequence[Seque
         DataError: If a ranking is too short or contains what it must not; nothing is written then.
     """
     _require(benchmark, "circo")
-    rankings_by_query = _rankings_by_query(benchmark, rankings, _CIRCO)
-    content = {key: [int(name) if name.isdecimal() else name for name in names] for key, names in rankings_by_query.items()}
+    lists = _rankings_by_query(benchmark, rankings, _CIRCO)
+    content = {key: [int(name) if name.isdecimal() else name for name in names] for key, names in lists.items()}
     _refuse_invalid(Path(path), _problems(content, benchmark, _CIRCO))
     _write(Path(path), content)
     return Path(path)
@@ -173,9 +172,11 @@ def _known_id(name: object, known: set[str]) -> str:
     return text if text in known or not text.isdecimal() or short not in known else short
 
 
-def _rankings_by_query(benchmark: Benchmark, rankings: Sequence[Sequence[str]], spec: _SubmissionFormat) -> dict[str, list[str]]:
+def _rankings_by_query(
+    benchmark: Benchmark, rankings: Sequence[Sequence[str]], spec: _SubmissionFormat
+) -> dict[str, list[str]]:
     if len(rankings) != len(benchmark.queries):
-        raise DataError(f"{len(rankings)} rankings for {len(benchmark.queries)} queries; pass one for each query, in order")
+        raise DataError(f"{len(rankings)} rankings for {len(benchmark.queries)} queries; pass one for each query")
     drop = benchmark.protocol.exclude_reference
     return {
         query.id: [name for name in names if not (drop and name in query.exclude)][: spec.length]
@@ -246,7 +247,7 @@ def _has_suffix(name: str) -> bool:
 
 def _require(benchmark: Benchmark, *names: str) -> None:
     if benchmark.name not in names:
-        raise ConfigError(f"{benchmark.name} has no such submission file (expected a benchmark of {' or '.join(names)})")
+        raise ConfigError(f"{benchmark.name} has no such submission file (expected {' or '.join(names)})")
 
 
 def _refuse_invalid(path: Path, problems: list[str]) -> None:
