@@ -1,13 +1,14 @@
 """`union-check` on official files without images, on complete small ones, and on nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from official import WRITERS
 
 from union_igrot.cli.check import main as check
-from union_igrot.datasets.counts import COUNTS, FETCHED_FROM
-from union_igrot.datasets.registry import BENCHMARKS, parts, splits
+from union_igrot.datasets import registry
+from union_igrot.datasets.builtin import BUILTIN, TUBERLIN
 
 ANNOTATIONS = Path(__file__).parents[3] / "shared" / "data" / "annotations"
 
@@ -19,11 +20,11 @@ def run(arguments, capsys):
 
 
 def test_every_benchmark_is_known_with_its_own_splits_and_parts():
-    assert set(COUNTS) == set(FETCHED_FROM) == set(BENCHMARKS)
-    for name, counts in COUNTS.items():
-        values = {value for part in parts(name) for key, value in part.items() if key != "split"}
-        assert {split for split, _ in counts} <= set(splits(name))
-        assert {part for _, part in counts} == (values or {""})
+    for declaration in BUILTIN:
+        assert declaration.source
+        values = {value for part in declaration.parts for value in part.values()}
+        assert {split for split, _ in declaration.counts} <= set(declaration.splits)
+        assert {part for _, part in declaration.counts} == (values or {""})
 
 
 def test_other_counts_than_the_official_ones_are_incomplete(tmp_path, capsys):
@@ -36,7 +37,7 @@ def test_other_counts_than_the_official_ones_are_incomplete(tmp_path, capsys):
 
 def test_complete_files_end_well(tmp_path, capsys, monkeypatch):
     WRITERS["tuberlin"](tmp_path)
-    monkeypatch.setitem(COUNTS, "tuberlin", {("test", ""): (None, None)})
+    monkeypatch.setitem(registry._registered, "tuberlin", replace(TUBERLIN, counts={}))
     check(["data=tuberlin", f"data.root={tmp_path}"])
     assert "complete" in capsys.readouterr().out
 

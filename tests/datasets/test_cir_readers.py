@@ -128,7 +128,7 @@ def test_one_missing_picture_is_named(tmp_path):
 
 def test_unchecked_reading_touches_annotations_alone(tmp_path, monkeypatch):
     official.circo(tmp_path, with_images=False)
-    monkeypatch.setattr("union_igrot.datasets.annotations.check_image", lambda path: pytest.fail(f"{path} was looked at"))
+    monkeypatch.setattr("union_igrot.datasets.annotations.check_image", lambda path: pytest.fail(f"{path}"))
     read("circo", tmp_path, check_images=False)
 
 
@@ -155,7 +155,7 @@ def test_fashioniq(tmp_path):
     test = read("fashioniq", tmp_path, split="test", category="toptee")
     assert {query.targets for query in test.queries} == {()}
     assert len(test.gallery) == 8
-    with pytest.raises(ConfigError, match="category .*expected one of dress, shirt, toptee"):
+    with pytest.raises(ConfigError, match=r"category .*expected one of dress, shirt, toptee"):
         read("fashioniq", tmp_path)
     with pytest.raises(ConfigError, match="gallery=val"):
         read("fashioniq", tmp_path, split="test", category="dress", gallery="val")
@@ -287,7 +287,7 @@ def test_dtin(tmp_path):
     theirs = read("dtin", tmp_path, domain="toy", preset="union_reference").protocol
     assert (theirs.recall, theirs.ap_norm, theirs.ap_rule) == ("any", "hits", "trapezoid")
     assert read("dtin", tmp_path, domain="toy", recall_mode="any").protocol.recall == "any"
-    with pytest.raises(ConfigError, match="domain .*one of cartoon, origami, toy, sculpture"):
+    with pytest.raises(ConfigError, match=r"domain .*one of cartoon, origami, toy, sculpture"):
         read("dtin", tmp_path)
     assert [part["domain"] for part in find_benchmark("dtin").parts] == ["cartoon", "origami", "toy", "sculpture"]
 

@@ -272,10 +272,10 @@ def test_verify_finds_what_cannot_be_decoded(tmp_path):
 
 def test_settings_that_do_not_exist(tmp_path):
     root = sketches(tmp_path, {"cat": (1, 1)})
-    with pytest.raises(ConfigError, match="split: 'train' .*one of val, test"):
+    with pytest.raises(ConfigError, match=r"split: 'train' .*one of val, test"):
         folder_benchmark(root, "train")
     for read in (folder_benchmark, folder_training):
-        with pytest.raises(ConfigError, match="on_missing: 'ignore' .*one of error, skip"):
+        with pytest.raises(ConfigError, match=r"on_missing: 'ignore' .*one of error, skip"):
             read(root, on_missing="ignore")
     with pytest.raises(ConfigError, match="pairs: 0"):
         folder_training(root, pairs=0)

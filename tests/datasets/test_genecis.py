@@ -117,7 +117,7 @@ def test_a_wrong_box(tmp_path, box):
 
 def test_options(tmp_path):
     official.genecis(tmp_path, with_images=False)
-    with pytest.raises(ConfigError, match="task .*expected one of focus_attribute"):
+    with pytest.raises(ConfigError, match=r"task .*expected one of focus_attribute"):
         load_benchmark("genecis", tmp_path)
     with pytest.raises(ConfigError, match="preset of genecis: 'union_reference'"):
         load_benchmark("genecis", tmp_path, task="focus_object", preset="union_reference")

@@ -285,7 +285,7 @@ def test_files_that_are_empty_unreadable_or_not_utf8(tmp_path):
     with pytest.raises(DataError, match=r"triplets\.jsonl, line 2: not UTF-8"):
         read_folder(tmp_path)
     triplets(tmp_path, ROW)
-    for lines, says in (("a.jpg\na.jpg", "line 2: repeats"), ("../a.jpg", "line 1: path"), ("\na", "line 2: path")):
+    for lines, says in (("a.jpg\na.jpg", "line 2: .*repeats"), ("../a.jpg", "line 1: path"), ("\na", "line 2: path")):
         write(tmp_path, "gallery.txt", lines)
         with pytest.raises(DataError, match=f"gallery.txt, {says}"):
             read_folder(tmp_path)

@@ -3,8 +3,13 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.datasets.prompts import FIELDS, PROMPTS, default_prompt, template
+from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, UnionError
+
+
+def template(benchmark, prompt):
+    return find_benchmark(benchmark).find_prompt(prompt).text
+
 
 TWO = {"c1": "is Shiny, and silver.", "c2": "fit & flare?"}
 
@@ -74,20 +79,19 @@ def test_wording(benchmark, prompt, text):
 
 
 def test_the_authors_wording_is_the_default():
-    assert {default_prompt(name) for name in PROMPTS if name != "genecis"} == {"union"}
-    assert PROMPTS.keys() == FIELDS.keys()
+    assert {find_benchmark(name).find_prompt().name for name in benchmark_names() if name != "genecis"} == {"union"}
 
 
 @pytest.mark.parametrize(
     "prompt", ["", "nope", "{nope}", "{caption.upper}", "{caption!r}", "{caption:>99}", "{", "{}", "{0}"]
 )
 def test_an_unknown_prompt_names_what_is_allowed(prompt):
-    with pytest.raises(ConfigError, match=r"give one of union, clip4cir, .*\{caption\}"):
+    with pytest.raises(ConfigError, match=r"expected one of union, clip4cir, .*\{caption\}"):
         template("cirr", prompt)
 
 
 def test_the_target_caption_is_no_field():
-    with pytest.raises(ConfigError, match="no plain field"):
+    with pytest.raises(ConfigError, match="unknown field"):
         template("llavasco", "add {llava_target_caption}")
 
 

@@ -1,72 +1,158 @@
-"""Names, options and folders of the one call that reads them all."""
+"""Declarations of benchmarks: names, options, and those of other packages."""
 
 import inspect
+from importlib.metadata import EntryPoint
 
 import official
 import pytest
+from hydra.core.config_store import ConfigStore
+from PIL import Image
 
-from union_igrot.datasets.prompts import PROMPTS
-from union_igrot.datasets.registry import BENCHMARKS, load_benchmark, load_training, parts, splits
-from union_igrot.errors import ConfigError
+from union_igrot.cli.check import main as check
+from union_igrot.cli.config import compose
+from union_igrot.cli.data import benchmarks, training
+from union_igrot.cli.eval import main as evaluate
+from union_igrot.datasets import (
+    BenchmarkDeclaration,
+    BenchmarkOption,
+    load_benchmark,
+    load_training,
+    register_benchmark,
+    registry,
+)
+from union_igrot.datasets.builtin import BUILTIN, CIRR
+from union_igrot.datasets.registry import benchmark_names, find_benchmark
+from union_igrot.errors import ConfigError, ImageError
+from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 
-def test_names():
-    assert set(BENCHMARKS) == set(official.WRITERS) == set(PROMPTS)
-    with pytest.raises(ConfigError, match="benchmark is 'nope'; choose one of fashioniq, cirr, circo"):
-        load_benchmark("nope", "/")
-    with pytest.raises(ConfigError, match="choose one of fashioniq"):
-        parts("nope")
-    with pytest.raises(ConfigError, match="training data is 'circo'; choose one of fashioniq, cirr, lasco, llavasco"):
-        load_training("circo", "/")
+def read_colors(folder, split, *, side, limit, prompt):
+    """Read a benchmark of another package: gallery and queries are the images of a folder."""
+    text = COLORS.find_prompt(prompt).text({"side": side})
+    names = [f"{split}/{number}.png" for number in range(limit)]
+    images = [folder.image("here", name) for name in names]
+    gallery = [GalleryItem(name, image) for name, image in zip(names, images, strict=True)]
+    queries = [Query(name, image, text, (name,)) for name, image in zip(names, images, strict=True)]
+    return Benchmark(f"colors_{side}", split, "cir", queries, gallery, Protocol(prompt=prompt or "default"))
+
+
+COLORS = BenchmarkDeclaration(
+    name="colors",
+    reader=read_colors,
+    splits=("test", "train"),
+    options=(
+        BenchmarkOption("side", str, choices=("left", "right"), is_part=True),
+        BenchmarkOption("limit", int, 4, minimum=1),
+    ),
+    prompts={"default": "the {side} one".format_map},
+    prompt_fields=("side",),
+    trainable=True,
+    source="the shop on the corner",
+)
+
+
+@pytest.fixture
+def colors(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    stored = dict(ConfigStore.instance().repo)
+    register_benchmark(COLORS)
+    for split in COLORS.splits:
+        (tmp_path / split).mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / split / f"{number}.png")
+    yield tmp_path
+    ConfigStore.instance().repo = stored
+
+
+def test_a_registered_benchmark_is_loaded(colors):
+    benchmark = load_benchmark("colors", colors, side="left", limit=3)
+    assert (benchmark.name, len(benchmark.queries)) == ("colors_left", 3)
+    assert benchmark.queries[0].text == "the left one"
+    assert len(load_training("colors", colors, side="right").triplets) == 4
+    with pytest.raises(ConfigError, match="missing option of colors: side"):
+        load_benchmark("colors", colors)
+    with pytest.raises(ConfigError, match=r"limit of colors: 0 .*>= 1"):
+        load_benchmark("colors", colors, side="left", limit=0)
+    with pytest.raises(ConfigError, match=r"'colours' \(expected one of .*quickdraw.*colors\); did you mean colors"):
+        load_benchmark("colours", colors)
+    (colors / "test/1.png").unlink()
+    with pytest.raises(ImageError, match=r"test/1\.png.*1 of 4 images"):
+        load_benchmark("colors", colors, side="left")
+
+
+def test_a_registered_benchmark_in_the_commands(colors, capsys):
+    config = compose("eval", ["data=colors", f"data.root={colors}", "data.limit=2"])
+    assert (config.data.side, config.data.split, config.data.check_images) == ("all", "test", True)
+    assert [one.name for one in benchmarks(config.data)] == ["colors_left", "colors_right"]
+    config = compose("train", ["data=colors", f"data.root={colors}", "data.side=left"])
+    samples, (held,) = training(config.data)
+    assert (len(samples.triplets) + len(held.queries), held.split) == (4, "held out")
+    with pytest.raises(ConfigError, match=r"data.side=up .*left, right, all"):
+        compose("eval", ["data=colors", "data.side=up"])
+    with pytest.raises(ConfigError, match=r"data=colours .*colors"):
+        compose("eval", ["data=colours"])
+    check(["data=colors", f"data.root={colors}"])
+    assert "complete" in capsys.readouterr().out
+
+
+def test_a_registered_benchmark_is_evaluated(colors, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    words = ["data=colors", f"data.root={colors}", "checkpoint=tiny", f"output_dir={out}", f"cache_dir={out / 'cache'}"]
+    evaluate([*words, "features.workers=0", "progress=false"])
+    assert "colors_left" in (out / "results.json").read_text()
+
+
+def test_entry_points_are_imported_when_needed(monkeypatch):
+    points = [
+        EntryPoint("colors", f"{__name__}:COLORS", registry.ENTRY_POINTS),
+        EntryPoint("broken", "no_such_package:it", registry.ENTRY_POINTS),
+        EntryPoint("other", f"{__name__}:COLORS", registry.ENTRY_POINTS),
+        EntryPoint("cirr", "no_such_package:it", registry.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda **_: points)
+    assert benchmark_names()[-3:] == ("colors", "broken", "other")
+    assert "broken" not in benchmark_names(trainable=True)
+    assert find_benchmark("colors") is COLORS
+    assert find_benchmark("cirr") is CIRR
+    with pytest.raises(ConfigError, match=r"cannot import no_such_package:it .*ModuleNotFoundError"):
+        find_benchmark("broken")
+    with pytest.raises(ConfigError, match="not a BenchmarkDeclaration named other"):
+        find_benchmark("other")
+
+
+def test_names_are_unique_and_declarations_are_valid(colors):
+    register_benchmark(COLORS)  # again
+    for name in ("cirr", "shapes", "colors"):
+        with pytest.raises(ConfigError, match="taken"):
+            register_benchmark(BenchmarkDeclaration(name=name, reader=read_colors, splits=("val",)))
+    with pytest.raises(ConfigError, match="'a b'"):
+        BenchmarkDeclaration(name="a b", reader=read_colors, splits=("val",))
+    with pytest.raises(ConfigError, match="'train' among them"):
+        BenchmarkDeclaration(name="a", reader=read_colors, splits=("val",), trainable=True)
+
+
+@pytest.mark.parametrize("declaration", BUILTIN, ids=lambda one: one.name)
+def test_readers_take_the_declared_options(declaration):
+    takes = inspect.signature(declaration.import_reader()).parameters
+    assert list(takes)[:2] == ["folder", "split"]
+    assert set(list(takes)[2:]) == {option.name for option in declaration.all_options}
+    assert find_benchmark(declaration.name) is declaration
 
 
 def test_split_option_and_preset(tmp_path):
+    assert set(benchmark_names()) == set(official.WRITERS)
     official.cirr(tmp_path, splits=("val",))
-    with pytest.raises(ConfigError, match="split of cirr is 'dev'; choose one of val, train, test1"):
+    with pytest.raises(ConfigError, match=r"'nope' .*one of fashioniq, cirr, circo"):
+        load_benchmark("nope", "/")
+    with pytest.raises(ConfigError, match=r"'circo' .*one of fashioniq, cirr, lasco, llavasco, training_sketchy"):
+        load_training("circo", "/")
+    with pytest.raises(ConfigError, match=r"split of cirr: 'dev' .*one of val, train, test1"):
         load_benchmark("cirr", tmp_path, split="dev")
-    with pytest.raises(ConfigError, match="cirr has no option 'stride'; it has prompt, preset"):
+    with pytest.raises(ConfigError, match=r"option of cirr: 'stride' .*one of prompt, preset"):
         load_benchmark("cirr", tmp_path, stride=2)
-    with pytest.raises(ConfigError, match="prompt is 3; cirr takes str or None"):
+    with pytest.raises(ConfigError, match="prompt of cirr: 3 "):
         load_benchmark("cirr", tmp_path, prompt=3)
-    with pytest.raises(ConfigError, match="stride is True; llavasco takes int or None"):
+    with pytest.raises(ConfigError, match=r"stride of llavasco: True .*an integer >= 1"):
         load_benchmark("llavasco", tmp_path, stride=True)
-    with pytest.raises(ConfigError, match="preset is 'mine'; choose one of official, union_reference"):
+    with pytest.raises(ConfigError, match=r"preset of cirr: 'mine' .*one of official, union_reference"):
         load_benchmark("cirr", tmp_path, preset="mine")
-    assert splits("cirr") == ("val", "train", "test1")
-
-
-def test_root_falls_back_to_the_environment(tmp_path, monkeypatch):
-    monkeypatch.delenv("UNION_DATA", raising=False)
-    with pytest.raises(ConfigError, match="root of cirr is not given and UNION_DATA is not set"):
-        load_benchmark("cirr")
-    monkeypatch.setenv("UNION_DATA", str(tmp_path))
-    official.cirr(tmp_path / "cirr")
-    assert len(load_benchmark("cirr").queries) == 6
-    official.training_sketchy(tmp_path / "sketchy")
-    assert len(load_training("training_sketchy").triplets) == 6
-
-
-@pytest.mark.parametrize("name", official.WRITERS)
-def test_parts_are_options(tmp_path, name):
-    official.WRITERS[name](tmp_path, with_images=False)
-    found = [load_benchmark(name, tmp_path, check_images=False, **part) for part in parts(name)]
-    assert len({(benchmark.name, benchmark.split) for benchmark in found}) == len(found)
-    listed = inspect.signature(load_benchmark).parameters
-    assert list(listed)[:4] == ["name", "root", "split", "check_images"]
-
-
-@pytest.mark.parametrize("name", ["fashioniq", "cirr", "lasco", "llavasco", "training_sketchy"])
-def test_training_sets(tmp_path, name):
-    options = {"category": "dress"} if name == "fashioniq" else {}
-    given = {} if name in ("llavasco", "training_sketchy") else {"splits": ("train",)}
-    official.WRITERS[name](tmp_path, **given)
-    training = load_training(name, tmp_path, **options)
-    assert training.triplets
-    assert all(triplet.image.is_file() and triplet.target.is_file() for triplet in training.triplets)
-    assert {triplet.task for triplet in training.triplets} == {"sbir" if name == "training_sketchy" else "cir"}
-
-
-def test_averaged_wordings_are_not_trained_on(tmp_path):
-    official.WRITERS["fashioniq"](tmp_path, splits=("train",))
-    with pytest.raises(ConfigError, match=r"'searle.* averages the embeddings of several wordings.*to train with"):
-        load_training("fashioniq", tmp_path, category="dress", prompt="searle")

@@ -92,7 +92,7 @@ def test_drawn_training_pairs(tmp_path):
     )
     assert training.classes == tuple(sorted(official.CLASSES))
     assert "train" in training.triplets[0].image.name  # the training lists, not the unseen classes'
-    with pytest.raises(ConfigError, match="build .*: 0"):
+    with pytest.raises(ConfigError, match=r"build .*: 0"):
         load_training("training_sketchy", tmp_path, build=0)
     with pytest.raises(ConfigError, match="one of zeroshot1, zeroshot0"):
         load_training("training_sketchy", tmp_path, build=1, lists="zeroshot2")

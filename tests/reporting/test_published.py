@@ -3,7 +3,8 @@
 import official
 import pytest
 
-from union_igrot.datasets.registry import load_benchmark, parts, splits
+from union_igrot.datasets.loading import load_benchmark
+from union_igrot.datasets.registry import find_benchmark
 from union_igrot.reporting.published import HIDDEN, published_for, published_results
 
 
@@ -11,12 +12,12 @@ from union_igrot.reporting.published import HIDDEN, published_for, published_res
 def test_names_are_those_of_our_rows(name, tmp_path):
     plain = name.removesuffix("_mean")
     official.WRITERS[plain](tmp_path, with_images=False)
-    part = parts(plain)[0] if name.endswith("_mean") else {}
+    part = find_benchmark(plain).parts[0] if name.endswith("_mean") else {}
     protocol = load_benchmark(plain, tmp_path, check_images=False, **part).protocol
     for one in published_results():
         if one.benchmark == name:
             assert set(one.metrics) <= set(protocol.metrics), one
-            assert one.split in splits(plain) or (one.split == "not stated" and name in HIDDEN), one
+            assert one.split in find_benchmark(plain).splits or (one.split == "not stated" and name in HIDDEN), one
 
 
 def test_each_is_said_once_in_percent_with_its_source():
