@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from slow_metrics import slow_ap, slow_precision, slow_recall
 from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import scoring
@@ -44,26 +45,6 @@ def ranked(benchmark, query, scores, ids=None):
     return [name for _, _, name in sorted(rows)]
 
 
-def area(hits, relevant, k, protocol):
-    """Average precision of one ranking, as section 2 of the protocols writes it."""
-    top = hits if k is None else hits[:k]
-    k = len(hits) if k is None else k
-    ranks = [place for place, hit in enumerate(top) if hit]
-    total = 0.0
-    for j, r in enumerate(ranks):
-        precision = (j + 1) / (r + 1)
-        if protocol.ap_rule == "step":
-            total += precision
-        elif protocol.ap_rule == "voc":
-            total += max((i + 1) / (ranks[i] + 1) for i in range(j, len(ranks)))
-        else:
-            total += (precision + (1.0 if r == 0 else j / r)) / 2
-    if protocol.ap_norm == "hits":
-        small = 1e-5 if protocol.ap_rule == "trapezoid" else 0.0
-        return total / (len(ranks) + small) if ranks else 0.0
-    return total / (relevant if protocol.ap_norm == "all" else min(k, relevant))
-
-
 def metric(name, benchmark, query, scores):
     kind, _, depth = name.partition("@")
     k = int(depth) if depth else None
@@ -72,13 +53,11 @@ def metric(name, benchmark, query, scores):
         inside = set(query.subset or ())
     ranking = ranked(benchmark, query, scores, inside)
     hits = [candidate in query.targets for candidate in ranking]
-    if not any(hits):
-        return math.nan
     if kind in ("R", "Rs"):
-        return float(any(hits[:k]))
+        return slow_recall(hits, sum(hits), k, "any")
     if kind == "P":
-        return sum(hits[:k]) / k
-    return area(hits, sum(hits), k, benchmark.protocol)
+        return slow_precision(hits, sum(hits), k, "k")
+    return slow_ap(hits, sum(hits), k, benchmark.protocol.ap_norm, benchmark.protocol.ap_rule)
 
 
 def mean_of(benchmark, column):

@@ -18,9 +18,9 @@ def compare(config: DictConfig, fresh: Path) -> None:
     """Print a table of paired differences, first - second, for each benchmark of both runs."""
     # Heavy imports are delayed so that --help and usage errors are fast.
     from rich.console import Console
-    from rich.table import Table
 
     from union_igrot.errors import DataError
+    from union_igrot.evaluation.tables import Cell, ResultTable, TableRow, print_table
     from union_igrot.metrics.statistics import paired_interval, randomization_test
     from union_igrot.reporting.files import read_query_values
 
@@ -34,11 +34,15 @@ def compare(config: DictConfig, fresh: Path) -> None:
         if one != other:
             raise DataError(f"{name}: the queries of the two runs differ; evaluate both on the same data")
         title = name.removeprefix("queries-").removesuffix(".safetensors")
-        table = Table("metric", "first", "second", "first - second [95 %]", "p", title=f"{title} · {config.method}")
+        rows = []
         for key in (key for key in first if key.startswith(f"{config.method}/") and key in second):
             gap = paired_interval(first[key], second[key], seed=config.seed)
             chance = randomization_test(first[key], second[key], config.rounds, config.seed)
             means = [f"{100 * side[key].nanmean().item():.2f}" for side in (first, second)]
             spread = f"{100 * gap.mean:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
-            table.add_row(key.removeprefix(f"{config.method}/"), *means, spread, f"{chance:.4f}")
-        Console().print(table)
+            rows.append(
+                TableRow(key.removeprefix(f"{config.method}/"), list(map(Cell, [*means, spread, f"{chance:.4f}"])))
+            )
+        head = list(map(Cell, ["metric", "first", "second", "first - second [95 %]", "p"]))
+        Console().print(f"{title} · {config.method}\n", highlight=False, markup=False, style="bold")
+        print_table(ResultTable(title, head, rows), Console())

@@ -349,7 +349,7 @@ def as_text(result: EvaluationResult) -> str:
     """Return what `print_results` prints, without colors."""
     text = io.StringIO()
     print_results(result, Console(file=text, width=_TEXT_WIDTH, color_system=None))
-    return text.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip()
 
 
 def as_html(result: EvaluationResult) -> str:
