@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 @pytest.fixture
 def small(monkeypatch):
-    """Batches of 24 photos and 24 sketches in place of hundreds."""
+    """Batches of 24 photos and 24 sketches instead of hundreds."""
 
     def few(seed, split, pairs=0, sketches=0, shapes=SEEN_SHAPES):
         return caption_batch(seed, split, 12, 24, shapes)

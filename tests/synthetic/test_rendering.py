@@ -17,20 +17,20 @@ from union_igrot.synthetic.rendering import (
     render_photo,
     render_sketch,
 )
-from union_igrot.synthetic.scenes import BACKGROUNDS, COLORS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
+from union_igrot.synthetic.scenes import BACKGROUNDS, COLORS, FILLS, POSITIONS, SHAPES, SIZES, Scene, Thing
 
 GOLDEN = "15d686f80e107cbd01330566a26b2b6e1fb86b2a73d751099601aeec31242dd2"
 """Changes with the drawing code alone; then the version in `ShapesImage.key` changes too."""
 
 
-def one(shape="circle", color="red", size="large", fill="plain", place="middle", background="snow"):
-    return Scene(background, (Thing(shape, color, size, fill, place),))
+def one(shape="circle", color="red", size="large", fill="plain", position="middle", background="snow"):
+    return Scene(background, (Thing(shape, color, size, fill, position),))
 
 
 def many():
-    """Forty scenes with every shape, color, size, fill, place and background; every fifth holds two things."""
+    """Forty scenes with every shape, color, size, fill, position and background; every fifth holds two things."""
     for i in range(40):
-        thing = Thing(SHAPES[i % 20], COLORS[i % 10], SIZES[i % 3], FILLS[(i + i // 20) % 4], PLACES[i % 5])
+        thing = Thing(SHAPES[i % 20], COLORS[i % 10], SIZES[i % 3], FILLS[(i + i // 20) % 4], POSITIONS[i % 5])
         second = Thing(SHAPES[(i + 7) % 20], COLORS[(i + 3) % 10], SIZES[(i + 1) % 3], FILLS[(i + 2) % 4], "right")
         yield Scene(BACKGROUNDS[i % 8], (thing, second) if i % 5 == 0 else (thing,))
 
@@ -66,7 +66,7 @@ def test_tables_cover_the_grammar():
     assert set(COLOR_RGB) == set(COLORS)
     assert set(BACKGROUND_RGB) == set(BACKGROUNDS)
     assert set(RADIUS) == set(SIZES)
-    assert set(CENTERS) == set(PLACES)
+    assert set(CENTERS) == set(POSITIONS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,13 +83,13 @@ def test_outlines_fill_about_the_unit_circle(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sketch_is_dark_strokes_on_white_at_the_place(shape):
-    for seed, place in enumerate(PLACES):
-        strokes = ink(one(shape, place=place, size="medium"), seed)
+    for seed, position in enumerate(POSITIONS):
+        strokes = ink(one(shape, position=position, size="medium"), seed)
         assert strokes.max() > 0.6
         assert 0.01 < strokes.mean() < 0.35
         y, x = (np.average(axis, weights=strokes) / PIXELS for axis in np.mgrid[0:PIXELS, 0:PIXELS])
-        assert abs(x - CENTERS[place][0]) < 0.13
-        assert abs(y - CENTERS[place][1]) < 0.13
+        assert abs(x - CENTERS[position][0]) < 0.13
+        assert abs(y - CENTERS[position][1]) < 0.13
 
 
 def test_sketch_knows_nothing_of_colour_fill_or_background():

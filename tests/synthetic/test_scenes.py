@@ -14,10 +14,10 @@ from union_igrot.synthetic.scenes import (
     EDIT_KINDS,
     FILLS,
     OPPOSITE,
-    PLACES,
+    POSITIONS,
     SHAPES,
     SIZES,
-    SPLITS,
+    SPLIT_BUCKETS,
     Scene,
     Thing,
     caption,
@@ -42,12 +42,12 @@ def one_of(words):
 
 
 SHAPE, COLOR, SIZE, FILL = one_of(SHAPES), one_of(COLORS), one_of(SIZES), one_of(FILLS)
-GROUND, PLACE, AT, A = one_of(BACKGROUNDS), one_of(PLACES), one_of(WHERE), "an? "
+GROUND, PLACE, AT, A = one_of(BACKGROUNDS), one_of(POSITIONS), one_of(WHERE), "an? "
 
 
 def plain(scene):
-    """A scene as a background and a set of (shape, color, size, fill, place)."""
-    return scene.background, frozenset((t.shape, t.color, t.size, t.fill, t.place) for t in scene.things)
+    """A scene as a background and a set of (shape, color, size, fill, position)."""
+    return scene.background, frozenset((t.shape, t.color, t.size, t.fill, t.position) for t in scene.things)
 
 
 def named(things, shape):
@@ -113,7 +113,7 @@ RULES = [
      + f"{COLOR} {SHAPE} {AT}", added),
     *[(pattern, without) for pattern in (f"remove the {SHAPE}", f"without the {SHAPE}", f"take the {SHAPE} away")],
     (f"swap the {SHAPE} and the {SHAPE}", swapped),
-    (f"move the {SHAPE} to the {PLACE}", lambda s, shape, place: changed(s, shape, 4, [place])),
+    (f"move the {SHAPE} to the {PLACE}", lambda s, shape, position: changed(s, shape, 4, [position])),
     (f"the {SHAPE} is {AT}", lambda s, shape, at: changed(s, shape, 4, [WHERE[at]])),
 ]  # fmt: skip
 
@@ -151,11 +151,11 @@ def check_scene(scene):
         assert t.color in COLORS
         assert t.size in SIZES
         assert t.fill in FILLS
-        assert t.place in PLACES
+        assert t.position in POSITIONS
     if len(scene.things) == 2:
         one, two = scene.things
         assert one.shape != two.shape
-        assert OPPOSITE[one.place] == two.place
+        assert OPPOSITE[one.position] == two.position
     else:
         assert len(scene.things) == 1
 
@@ -210,13 +210,13 @@ def test_the_parser_refuses_a_wrong_target():
 
 
 @settings(max_examples=60, deadline=None)
-@given(SEEDS, st.sampled_from(sorted(SPLITS)), st.sampled_from([0.0, 0.25, 1.0]))
+@given(SEEDS, st.sampled_from(sorted(SPLIT_BUCKETS)), st.sampled_from([0.0, 0.25, 1.0]))
 def test_edit_keeps_every_target_of_its_split(seed, split, double):
     rng = random.Random(seed)
     scene = random_scene(rng, split)
     edit = edit_scene(rng, scene, double)
     targets, rules = satisfying(edit.text, {plain(scene)})
-    things = {place: Scene(place[0], tuple(Thing(*t) for t in place[1])) for place in targets}
+    things = {position: Scene(position[0], tuple(Thing(*t) for t in position[1])) for position in targets}
     assert {plain(a) for a in edit.targets} == {k for k, s in things.items() if s.split == split} - {plain(scene)}
     assert {a.split for a in edit.targets} == {split}
     assert len(rules) == len(edit.kinds) == {0.0: 1, 1.0: 2}.get(double, len(rules))
@@ -225,7 +225,7 @@ def test_edit_keeps_every_target_of_its_split(seed, split, double):
 @settings(max_examples=60, deadline=None)
 @given(
     SEEDS,
-    st.sampled_from(sorted(SPLITS)),
+    st.sampled_from(sorted(SPLIT_BUCKETS)),
     st.sampled_from([None, 1, 2]),
     st.none() | st.sampled_from(SHAPES),
 )
@@ -248,7 +248,7 @@ def test_random_scenes_are_uniform():
         (SIZES, [t.size for t in things]),
         (FILLS, [t.fill for t in things]),
         (BACKGROUNDS, [s.background for s in scenes]),
-        (PLACES, [s.things[0].place for s in scenes if len(s.things) == 1]),
+        (POSITIONS, [s.things[0].position for s in scenes if len(s.things) == 1]),
     ):
         counts = Counter(drawn)
         assert set(counts) == set(values)
@@ -262,9 +262,9 @@ def test_split_depends_on_content_alone():
     assert Scene("sea", (one, two)).code == Scene("sea", (two, one)).code
     assert Scene("sea", (one, two)).code != Scene("sky", (one, two)).code
     assert Scene("sea", (one,)).code != Scene("sea", (two,)).code
-    assert sorted(b for buckets in SPLITS.values() for b in buckets) == list(range(100))
+    assert sorted(b for buckets in SPLIT_BUCKETS.values() for b in buckets) == list(range(100))
     scenes = [
-        Scene(b, (Thing(s, c, "small", "plain", p),)) for b, s, c, p in product(BACKGROUNDS, SHAPES, COLORS, PLACES)
+        Scene(b, (Thing(s, c, "small", "plain", p),)) for b, s, c, p in product(BACKGROUNDS, SHAPES, COLORS, POSITIONS)
     ]
     shares = Counter(scene.split for scene in scenes)
     assert shares["train"] / len(scenes) == pytest.approx(0.7, abs=0.02)
@@ -273,7 +273,7 @@ def test_split_depends_on_content_alone():
 
 
 def read_caption(text):
-    """What a caption says: the background or None, and (shape, color, size, fill, place), each None where not said."""
+    """The background and the set of (shape, color, size, fill, position) of a caption, None if not named."""
     text = re.sub("^(a photo of|a picture with) ", "", text)
     match = re.fullmatch(f"(.*?)(?: (?:on|over|in front of) {GROUND})?", text)
     part = f"{A}(?:{SIZE} )?(?:{COLOR} )?(?:{FILL} )?{SHAPE}(?: {AT})?"

@@ -4,7 +4,7 @@
 
 Contrastive training of images against captions; each scene is in the batch together with an edit of it, which is a
 hard negative. A second loss classifies images of one thing by the prompts "a <shape>" (photos) and "a sketch of a
-<shape>" (sketches); without it, shape is learned long after color and place. Only training scenes are used; sketches
+<shape>" (sketches); without it, shape is learned long after color and position. Only training scenes are used; sketches
 and prompts show the fourteen seen shapes alone.
 """
 

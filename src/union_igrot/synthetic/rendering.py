@@ -190,7 +190,7 @@ def _outline(thing: Thing, bits: BitStream, scale: float) -> tuple[list[Point], 
     radius = RADIUS[thing.size] * bits.uniform(0.92, 1.08) * scale
     stretch = bits.uniform(0.9, 1.1)
     angle = bits.uniform(-0.2, 0.2)
-    cx, cy = (c + bits.uniform(-0.035, 0.035) for c in CENTERS[thing.place])
+    cx, cy = (c + bits.uniform(-0.035, 0.035) for c in CENTERS[thing.position])
     cos, sin = math.cos(angle), math.sin(angle)
     points = []
     for px, py in OUTLINES[thing.shape]:

@@ -23,12 +23,12 @@ COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", 
 SIZES = ("small", "medium", "large")
 FILLS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "sea", "sky", "bricks", "wood", "snow", "night")
-PLACES = ("left", "right", "top", "bottom", "middle")
+POSITIONS = ("left", "right", "top", "bottom", "middle")
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 EDIT_KINDS = ("colour", "shape", "size", "fill", "background", "add", "remove", "move")
-SPLITS: dict[str, range] = {"train": range(70), "val": range(70, 80), "test": range(80, 100)}
+SPLIT_BUCKETS: dict[str, range] = {"train": range(70), "val": range(70, 80), "test": range(80, 100)}
 
-_PLACE_WORDS = {
+_WHERE = {
     "left": "on the left", "right": "on the right", "top": "at the top",
     "bottom": "at the bottom", "middle": "in the middle",
 }  # fmt: skip
@@ -47,7 +47,7 @@ class Thing:
     color: str
     size: str
     fill: str
-    place: str
+    position: str
 
     def words(self, forget: Callable[[], bool] = lambda: False) -> str:
         """Describe the thing, without the attributes for which `forget` returns True."""
@@ -58,7 +58,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background with one thing, or two of different shapes at opposite places."""
+    """A background with one thing, or two of different shapes at opposite positions."""
 
     background: str
     things: tuple[Thing, ...]
@@ -66,14 +66,14 @@ class Scene:
     @cached_property
     def code(self) -> str:
         """Identity of the content, independent of the order of the things."""
-        things = sorted(f"{t.shape}.{t.color}.{t.size}.{t.fill}.{t.place}" for t in self.things)
+        things = sorted(f"{t.shape}.{t.color}.{t.size}.{t.fill}.{t.position}" for t in self.things)
         return "|".join([self.background, *things])
 
     @cached_property
     def split(self) -> str:
         """The only split in which this scene may appear, by a hash of its content."""
         bucket = int.from_bytes(hashlib.sha256(self.code.encode()).digest()[:4], "big") % 100
-        return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+        return next(name for name, buckets in SPLIT_BUCKETS.items() if bucket in buckets)
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,14 @@ def pick(rng: random.Random, options: Sequence[str], exclude: str | None = None)
     return left[int(rng.random() * len(left))]
 
 
-def random_thing(rng: random.Random, shape: str | None = None, place: str | None = None) -> Thing:
-    """Draw a thing; also its shape and place if they are None."""
+def random_thing(rng: random.Random, shape: str | None = None, position: str | None = None) -> Thing:
+    """Draw a thing; also its shape and position if they are None."""
     return Thing(
-        shape or pick(rng, SHAPES), pick(rng, COLORS), pick(rng, SIZES), pick(rng, FILLS), place or pick(rng, PLACES)
+        shape or pick(rng, SHAPES),
+        pick(rng, COLORS),
+        pick(rng, SIZES),
+        pick(rng, FILLS),
+        position or pick(rng, POSITIONS),
     )
 
 
@@ -115,10 +119,10 @@ def random_scene(rng: random.Random, split: str, things: int | None = None, shap
     """
     while True:
         count = things or 1 + int(rng.random() * 2)
-        first = random_thing(rng, shape, pick(rng, PLACES, exclude="middle") if count == 2 else None)
+        first = random_thing(rng, shape, pick(rng, POSITIONS, exclude="middle") if count == 2 else None)
         group = [first]
         if count == 2:
-            group.append(random_thing(rng, pick(rng, SHAPES, exclude=first.shape), OPPOSITE[first.place]))
+            group.append(random_thing(rng, pick(rng, SHAPES, exclude=first.shape), OPPOSITE[first.position]))
         scene = Scene(pick(rng, BACKGROUNDS), tuple(group))
         if scene.split == split:
             return scene
@@ -133,7 +137,7 @@ def caption(rng: random.Random, scene: Scene, forget: float = 0.0) -> str:
     things = list(scene.things)
     if rng.random() < 0.5:
         things.reverse()
-    parts = [with_article(t.words(forgotten)) + ("" if forgotten() else f" {_PLACE_WORDS[t.place]}") for t in things]
+    parts = [with_article(t.words(forgotten)) + ("" if forgotten() else f" {_WHERE[t.position]}") for t in things]
     ground = "" if forgotten() else f" {pick(rng, ('on', 'over', 'in front of'))} {scene.background}"
     return f"{pick(rng, ('', '', 'a photo of ', 'a picture with '))}{' and '.join(parts)}{ground}"
 
@@ -182,14 +186,14 @@ def _edit_background(rng: random.Random, scene: Scene) -> Edit:
 
 
 def _edit_add(rng: random.Random, scene: Scene) -> Edit | None:
-    if len(scene.things) == 2 or scene.things[0].place == "middle":
+    if len(scene.things) == 2 or scene.things[0].position == "middle":
         return None
     first = scene.things[0]
-    new = random_thing(rng, pick(rng, SHAPES, exclude=first.shape), OPPOSITE[first.place])
+    new = random_thing(rng, pick(rng, SHAPES, exclude=first.shape), OPPOSITE[first.position])
     sizes, size = ((new.size,), f"{new.size} ") if rng.random() < 0.5 else (SIZES, "")
     # The text never names the fill, so every fill satisfies it.
     targets = tuple(replace(scene, things=(first, replace(new, size=s, fill=f))) for s, f in product(sizes, FILLS))
-    return Edit(("add",), f"add {with_article(f'{size}{new.color} {new.shape}')} {_PLACE_WORDS[new.place]}", targets)
+    return Edit(("add",), f"add {with_article(f'{size}{new.color} {new.shape}')} {_WHERE[new.position]}", targets)
 
 
 def _edit_remove(rng: random.Random, scene: Scene) -> Edit | None:
@@ -204,12 +208,12 @@ def _edit_remove(rng: random.Random, scene: Scene) -> Edit | None:
 def _edit_move(rng: random.Random, scene: Scene) -> Edit:
     if len(scene.things) == 2:
         one, two = scene.things
-        moved = (replace(one, place=two.place), replace(two, place=one.place))
+        moved = (replace(one, position=two.position), replace(two, position=one.position))
         return Edit(("move",), f"swap the {one.shape} and the {two.shape}", (replace(scene, things=moved),))
     thing = scene.things[0]
-    place = pick(rng, PLACES, exclude=thing.place)
-    text = pick(rng, (f"move the {thing.shape} to the {place}", f"the {thing.shape} is {_PLACE_WORDS[place]}"))
-    return Edit(("move",), text, (_replaced(scene, thing, replace(thing, place=place)),))
+    position = pick(rng, POSITIONS, exclude=thing.position)
+    text = pick(rng, (f"move the {thing.shape} to the {position}", f"the {thing.shape} is {_WHERE[position]}"))
+    return Edit(("move",), text, (_replaced(scene, thing, replace(thing, position=position)),))
 
 
 _EDITORS: dict[str, Callable[[random.Random, Scene], Edit | None]] = {

@@ -16,7 +16,7 @@ from union_igrot.synthetic.scenes import (
     HELD_OUT_SHAPES,
     SEEN_SHAPES,
     SHAPES,
-    SPLITS,
+    SPLIT_BUCKETS,
     Edit,
     Scene,
     caption,
@@ -65,8 +65,8 @@ class ShapesImage:
 
 
 def _check(split: str, **counts: int) -> None:
-    if split not in SPLITS:
-        raise DataError(f"invalid split of shapes: {split!r} (expected {', '.join(SPLITS)})")
+    if split not in SPLIT_BUCKETS:
+        raise DataError(f"invalid split of shapes: {split!r} (expected {', '.join(SPLIT_BUCKETS)})")
     for name, count in counts.items():
         if count < 1:
             raise DataError(f"invalid value for {name}: {count} (expected an integer >= 1)")

@@ -115,7 +115,7 @@ def grammar_words():
         scene = scenes.random_scene(rng, "train")
         texts += [scenes.caption(rng, scene), scenes.edit_scene(rng, scene).text]
     texts += [f"a sketch of {scenes.with_article(shape)}" for shape in scenes.SHAPES]
-    for words in (scenes.SHAPES, scenes.COLORS, scenes.SIZES, scenes.FILLS, scenes.BACKGROUNDS, scenes.PLACES):
+    for words in (scenes.SHAPES, scenes.COLORS, scenes.SIZES, scenes.FILLS, scenes.BACKGROUNDS, scenes.POSITIONS):
         texts += words
     return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
 
