@@ -5,7 +5,6 @@ What is in the index is not embedded again, which is also how an interrupted run
 
 import hashlib
 import math
-import re
 import shutil
 import sys
 import time
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from union_igrot.errors import DataError, ImageError, UnionError
 from union_igrot.gallery.engines.base import VectorIndex
+from union_igrot.gallery.engines.factory import MEMORY, local_path
 from union_igrot.gallery.ingest.codec import JpegBatchDecoder, require_codec
 from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
 from union_igrot.gallery.ingest.entries import Entry, Listing
@@ -38,7 +38,6 @@ from union_igrot.models.precision import full_precision
 from union_igrot.progress import progress_bar
 from union_igrot.storage.cache import ADVICE, default_root
 from union_igrot.storage.locks import acquire_exclusive
-from union_igrot.storage.paths import absolute_path
 
 EXAMPLES: Final = 5
 """Broken images that a report names."""
@@ -374,11 +373,12 @@ def lock_index(uri: str, cache: Path | None = None) -> Iterator[Path | None]:
         UnionError: If another process is putting images into the index.
         DataError: If the cache folder cannot be written.
     """
-    if uri == "memory:":
+    if uri == MEMORY:
         yield None
         return
     root = (cache or default_root()) / "indexing"
-    path = None if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri) else Path(absolute_path(uri))
+    local = local_path(uri)
+    path = None if local is None else Path(local)
     name = hashlib.sha256(str(path or uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     lock = root / f"{name}.lock"
     try:
