@@ -37,7 +37,9 @@ def run(*arguments, **named):
     start = ["-c"] if named.pop("code", False) else ["-m", "union_igrot.cli.index"]
     command = [sys.executable, "-W", "ignore", *start, *arguments]
     options = {"capture_output": True, "text": True, "timeout": 300, **named}
-    return subprocess.run(command, check=False, env={**here, "OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.run(
+        command, check=False, env={**here, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}, **options
+    )
 
 
 def ids(uri):
