@@ -1,7 +1,5 @@
 """Queries of a gallery: images, text, and liked or disliked results; their embeddings; and files of queries."""
 
-import csv
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,7 @@ from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.model import IGROTModel
 from union_igrot.models.precision import full_precision
 from union_igrot.storage.paths import absolute_path, expand_user
+from union_igrot.storage.text import read_csv, read_json_lines
 
 ALPHA: Final = 1.0
 """Weight of the query itself in a refined one."""
@@ -290,69 +289,50 @@ def read_queries(path: Path) -> list[QueryLine]:
         DataError: If the file is missing or a line is invalid; names file and line.
         ImageError: If an image is missing; names file and line.
     """
-    readers = {".jsonl": _read_json_lines, ".csv": _read_csv_lines}
+    readers = {".jsonl": _read_json_queries, ".csv": _read_csv_queries}
     if path.suffix.lower() not in readers:
         raise DataError(f"invalid value for queries: {path} (expected a .jsonl or .csv file)")
-    lines: dict[str | int, tuple[int, QueryLine]] = {}
-    try:
-        for number, fields in readers[path.suffix.lower()](path):
-            line = _query_line(path, number, len(lines) + 1, fields)
-            if line.name in lines:
-                raise DataError(f"{path}:{number}: the id {line.name!r} is already used in line {lines[line.name][0]}")
-            lines[line.name] = number, line
-    except FileNotFoundError:
-        raise DataError(f"queries={path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"queries={path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError:
-        raise DataError(f"queries={path} is not UTF-8; save it as UTF-8") from None
+    if not path.exists():
+        raise DataError(f"queries={path}: no such file")
+    lines: dict[str | int, QueryLine] = {}
+    for place, fields in readers[path.suffix.lower()](path):
+        line = _query_line(path, place, len(lines) + 1, fields)
+        if line.name in lines:
+            raise DataError(f"{place}: the id {line.name!r} is already used in {lines[line.name].place}")
+        lines[line.name] = line
     if not lines:
         raise DataError(f"queries={path} holds no query; add lines with image, text or both")
-    return [line for _, line in lines.values()]
+    return list(lines.values())
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, text in enumerate(lines, 1):
-            if not text.strip():
-                continue
-            try:
-                fields = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)  # without the position, which looks like one in the file
-                raise DataError(f"{path}:{number}: not JSON ({reason})") from None
-            if not isinstance(fields, dict):
-                raise DataError(f'{path}:{number}: not an object (expected {{"image": "a.jpg", "text": "in red"}})')
-            _check_fields(path, number, list(fields), ("id", *_FIELDS))
-            yield number, {name: value for name, value in fields.items() if value is not None}
+def _read_json_queries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, fields in read_json_lines(path):
+        if not isinstance(fields, dict):
+            raise DataError(f'{place}: not an object (expected {{"image": "a.jpg", "text": "in red"}})')
+        _check_fields(place, list(fields), ("id", *_FIELDS))
+        yield place, {name: value for name, value in fields.items() if value is not None}
 
 
-def _read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, strict=True)
-        header: list[str] = []
-        try:
-            for row in rows:
-                if not header:
-                    header = [cell.strip() for cell in row]
-                    _check_fields(path, rows.line_num, header, _CSV_FIELDS)
-                elif row:
-                    if len(row) != len(header):
-                        raise DataError(f"{path}:{rows.line_num}: has {len(row)} cells, the header {len(header)}")
-                    yield rows.line_num, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
-        except csv.Error as error:
-            raise DataError(f"{path}:{rows.line_num}: {error}") from None
+def _read_csv_queries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    header: list[str] = []
+    for place, row in read_csv(path):
+        if not header:
+            header = [cell.strip() for cell in row]
+            _check_fields(place, header, _CSV_FIELDS)
+        elif len(row) != len(header):
+            raise DataError(f"{place}: has {len(row)} cells, the header {len(header)}")
+        else:
+            yield place, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
 
 
-def _check_fields(path: Path, number: int, names: list[str], allowed: tuple[str, ...]) -> None:
+def _check_fields(place: str, names: list[str], allowed: tuple[str, ...]) -> None:
     if unknown := [name for name in names if name not in allowed]:
-        raise DataError(f"{path}:{number}: unknown field {unknown[0]!r} (expected {', '.join(allowed)})")
+        raise DataError(f"{place}: unknown field {unknown[0]!r} (expected {', '.join(allowed)})")
     if len(set(names)) != len(names):
-        raise DataError(f"{path}:{number}: a name is repeated in the header")
+        raise DataError(f"{place}: a name is repeated in the header")
 
 
-def _query_line(path: Path, number: int, default_name: int, fields: dict[str, Any]) -> QueryLine:
-    place = f"{path}:{number}"
+def _query_line(path: Path, place: str, default_name: int, fields: dict[str, Any]) -> QueryLine:
     name = fields.pop("id", default_name)
     if not isinstance(name, str | int):
         raise DataError(f"{place}: invalid id {name!r} (expected text or a number)")

@@ -222,7 +222,7 @@ def test_lists_in_parts_agree_on_the_kinds(tmp_path):
         ("l.csv", "path,label\n,dog\n", "line 2"),
         ("l.csv", "path,size\na.jpg,3\n", "reserved column name: size"),
         ("l.csv", "path,label\na.jpg,x\na.jpg,y\n", "twice with different columns"),
-        ("l.csv", 'path,label\na.jpg,"dog\nb.jpg,cat\n', "line 3: unexpected end of data"),
+        ("l.csv", 'path,label\na.jpg,"dog\nb.jpg,cat\n', "line 2: .*unexpected end of data"),
         ("l.csv", "path,year,year\na.jpg,1,2\n", "'year' twice"),
         ("l.jsonl", '{"path": "\\ud800.jpg"}\n', "line 1"),
         ("l.jsonl", '{"path": "a.jpg"}\n{"file": "b.jpg"}\n', "line 2"),

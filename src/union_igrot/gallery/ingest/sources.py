@@ -1,6 +1,5 @@
 """Expand `images=` into entries: folders, patterns, list files and WebDataset tar shards. No image is opened."""
 
-import csv
 import importlib.util
 import itertools
 import json
@@ -27,6 +26,7 @@ from union_igrot.gallery.ingest.entries import (
     unique_entries,
 )
 from union_igrot.storage.paths import absolute_path
+from union_igrot.storage.text import read_csv, read_json_lines, read_lines
 
 SOURCE_FORMS: Final = (
     'a folder, an image, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
@@ -223,49 +223,43 @@ def _read_list(path: str) -> list[Entry]:
     return entries
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:  # noqa: PTH123
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line.removesuffix("\n").removesuffix("\r")
-
-
 def _read_text(path: str) -> Iterator[_ListedImage]:
-    return ((line, {}) for _, line in _lines(path) if not line.startswith("#"))
+    return ((line, {}) for _, line in read_lines(path, "surrogateescape") if not line.startswith("#"))
 
 
 def _read_jsonl(path: str) -> Iterator[_ListedImage]:
-    for number, line in _lines(path):
-        try:
-            values = json.loads(line)
-            name = values.pop("path")
-            os.fsencode(name)  # fails for an unpaired surrogate, "\\ud800"
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            name = None
-        if not isinstance(name, str) or not name:
-            raise DataError(f'{path}, line {number}: expected an object with a path, {{"path": "a.jpg", ...}}')
+    for place, values in read_json_lines(path, "surrogateescape"):
+        name = values.pop("path", None) if isinstance(values, dict) else None
+        if not isinstance(name, str) or not name or not _is_file_name(name):
+            raise DataError(f'{place}: expected an object with a path, {{"path": "a.jpg", ...}}')
         yield name, values
 
 
+def _is_file_name(name: str) -> bool:
+    try:
+        os.fsencode(name)  # fails for an unpaired surrogate, "\\ud800"
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_csv(path: str) -> Iterator[_ListedImage]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:  # noqa: PTH123
-        reader = csv.DictReader(file, strict=True)  # otherwise an open quote swallows all that follows
-        try:
-            header = reader.fieldnames or ()
-            if (repeated := first_repeated(header)) is not None:
-                raise DataError(f"{path}: the header has the column {repeated!r} twice; rename one")
-            if "path" not in header:
-                raise DataError(f"{path}: the header has no column path; found {header}")
-            rows = []
-            for row in reader:
-                if None in row or not row["path"]:
-                    raise DataError(f"{path}, line {reader.line_num}: more cells than the header, or no path")
-                rows.append(row)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.reader.line_num}: {error}") from None
-    parsers = {name: _cell_parser([row[name] for row in rows]) for name in header if name != "path"}
-    for row in rows:
-        yield row["path"], {name: parse(row[name]) if row[name] else None for name, parse in parsers.items()}
+    cells = read_csv(path, "surrogateescape")
+    _, header = next(cells, ("", []))
+    if (repeated := first_repeated(header)) is not None:
+        raise DataError(f"{path}: the header has the column {repeated!r} twice; rename one")
+    if "path" not in header:
+        raise DataError(f"{path}: the header has no column path; found {header}")
+    rows: list[dict[str, str | None]] = []
+    for place, row in cells:
+        values = dict(itertools.zip_longest(header, row[: len(header)]))
+        if len(row) > len(header) or not values["path"]:
+            raise DataError(f"{place}: more cells than the header, or no path")
+        rows.append(values)
+    parsers = {name: _cell_parser([values[name] for values in rows]) for name in header if name != "path"}
+    for values in rows:
+        columns = {name: parse(cell) if (cell := values[name]) else None for name, parse in parsers.items()}
+        yield str(values["path"]), columns
 
 
 def _cell_parser(cells: list[str | None]) -> Callable[[str], UserValue]:
