@@ -1,39 +1,95 @@
-"""Search images with an image: one model for composed and sketch-based retrieval.
+"""Image-guided retrieval with optional text: composed image retrieval and sketch-based retrieval in one model.
 
-Holds the version and the public names, imported when first used. Imports nothing heavy
-itself.
+The public names are imported when they are first used.
 """
+
+from typing import TYPE_CHECKING
 
 from union_igrot._lazy import lazy_exports
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from union_igrot.api import evaluate as evaluate, picture_batch as picture_batch
+    from union_igrot.cli.config import compose as compose
+    from union_igrot.datasets.folder import folder_benchmark as folder_benchmark, folder_training as folder_training
+    from union_igrot.datasets.loading import load_benchmark as load_benchmark, load_training as load_training
+    from union_igrot.errors import UnionError as UnionError
+    from union_igrot.evaluation.evaluate import evaluate_benchmark as evaluate_benchmark
+    from union_igrot.evaluation.exact import rank as rank
+    from union_igrot.evaluation.results import EvaluationResult as EvaluationResult
+    from union_igrot.features.extractor import Encoder as Encoder
+    from union_igrot.features.store import FeatureStore as FeatureStore
+    from union_igrot.gallery.gallery import Gallery as Gallery
+    from union_igrot.images.transforms import image_batch as image_batch
+    from union_igrot.metrics.functional import (
+        average_precision as average_precision,
+        precision_at_k as precision_at_k,
+        recall_at_k as recall_at_k,
+    )
+    from union_igrot.models.backbones.base import Backbone as Backbone
+    from union_igrot.models.heads.query import QueryHead as QueryHead
+    from union_igrot.models.heads.target import TargetHead as TargetHead
+    from union_igrot.models.model import IGROTModel as IGROTModel, load as load
+    from union_igrot.models.reference import load_reference_checkpoint as load_reference_checkpoint
+    from union_igrot.synthetic.shapes import (
+        shapes_cir as shapes_cir,
+        shapes_sbir as shapes_sbir,
+        shapes_training as shapes_training,
+    )
+    from union_igrot.training.learner import Learner as Learner, Recipe as Recipe
+    from union_igrot.training.losses import InfoNCE as InfoNCE
+    from union_igrot.types import (
+        Benchmark as Benchmark,
+        Features as Features,
+        GalleryItem as GalleryItem,
+        Preprocess as Preprocess,
+        Protocol as Protocol,
+        Query as Query,
+        TrainingSet as TrainingSet,
+        Triplet as Triplet,
+    )
+
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Benchmark": "types",
-        "Encoder": "features.extractor",
-        "FeatureStore": "features.store",
-        "Features": "types",
-        "Gallery": "gallery.gallery",
-        "GalleryItem": "types",
-        "IGROTModel": "models.model",
-        "Preprocess": "types",
-        "Protocol": "types",
-        "Query": "types",
-        "UnionError": "errors",
+        "evaluate": "api",
+        "picture_batch": "api",
         "compose": "cli.config",
-        "evaluate_benchmark": "evaluation.evaluate:evaluate",
         "folder_benchmark": "datasets.folder",
         "folder_training": "datasets.folder",
-        "image_batch": "images.transforms",
-        "load": "models.model",
         "load_benchmark": "datasets.loading",
-        "load_reference_checkpoint": "models.reference",
         "load_training": "datasets.loading",
+        "UnionError": "errors",
+        "evaluate_benchmark": "evaluation.evaluate",
         "rank": "evaluation.exact",
+        "EvaluationResult": "evaluation.results",
+        "Encoder": "features.extractor",
+        "FeatureStore": "features.store",
+        "Gallery": "gallery.gallery",
+        "image_batch": "images.transforms",
+        "average_precision": "metrics.functional",
+        "precision_at_k": "metrics.functional",
+        "recall_at_k": "metrics.functional",
+        "Backbone": "models.backbones.base",
+        "QueryHead": "models.heads.query",
+        "TargetHead": "models.heads.target",
+        "IGROTModel": "models.model",
+        "load": "models.model",
+        "load_reference_checkpoint": "models.reference",
         "shapes_cir": "synthetic.shapes",
         "shapes_sbir": "synthetic.shapes",
         "shapes_training": "synthetic.shapes",
+        "Learner": "training.learner",
+        "Recipe": "training.learner",
+        "InfoNCE": "training.losses",
+        "Benchmark": "types",
+        "Features": "types",
+        "GalleryItem": "types",
+        "Preprocess": "types",
+        "Protocol": "types",
+        "Query": "types",
+        "TrainingSet": "types",
+        "Triplet": "types",
     },
 )

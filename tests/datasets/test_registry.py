@@ -10,7 +10,6 @@ from PIL import Image
 
 from union_igrot.cli.check import main as check
 from union_igrot.cli.config import compose
-from union_igrot.cli.data import benchmarks, training
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.datasets import (
     BenchmarkDeclaration,
@@ -23,6 +22,7 @@ from union_igrot.datasets import (
 from union_igrot.datasets.builtin import BUILTIN, CIRR
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, ImageError
+from union_igrot.training.data import read_benchmarks, read_training
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 
@@ -83,9 +83,9 @@ def test_a_registered_benchmark_is_loaded(colors):
 def test_a_registered_benchmark_in_the_commands(colors, capsys):
     config = compose("eval", ["data=colors", f"data.root={colors}", "data.limit=2"])
     assert (config.data.side, config.data.split, config.data.check_images) == ("all", "test", True)
-    assert [one.name for one in benchmarks(config.data)] == ["colors_left", "colors_right"]
+    assert [one.name for one in read_benchmarks(config.data)] == ["colors_left", "colors_right"]
     config = compose("train", ["data=colors", f"data.root={colors}", "data.side=left"])
-    samples, (held,) = training(config.data)
+    samples, (held,) = read_training(config.data)
     assert (len(samples.triplets) + len(held.queries), held.split) == (4, "held out")
     with pytest.raises(ConfigError, match=r"data.side=up .*left, right, all"):
         compose("eval", ["data=colors", "data.side=up"])

@@ -57,10 +57,8 @@ def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> En
     """Open the feature store of a backbone; progress is shown where the configuration and `shown` say so."""
     root = default_root() if config.cache_dir is None else expand_user(config.cache_dir)
     options = config.features
-    kind = options.dtype if options.precision == "float32" else f"{options.dtype}-{options.precision}"
     limit = chosen_limit(config.cache_limit)
-    name = f"{backbone.fingerprint()}-{kind}"
-    store = FeatureStore(root, name, dtype=options.dtype, backbone=backbone.name, limit=limit)
+    store = FeatureStore.for_backbone(backbone, root, dtype=options.dtype, precision=options.precision, limit=limit)
     return Encoder(
         backbone,
         store,

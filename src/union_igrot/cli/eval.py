@@ -29,10 +29,11 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
         The folder of the results.
     """
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from union_igrot.cli import assemble, data
+    from union_igrot.cli import assemble
     from union_igrot.cli.results import evaluate_and_report, report_predictions
     from union_igrot.models.devices import resolve_device
     from union_igrot.storage.atomic import write_atomic
+    from union_igrot.training.data import mean_name, read_evaluated
 
     folder = fresh if config.output_dir is None else expand_user(config.output_dir)
     try:
@@ -42,14 +43,15 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     if "model" in config:
         config.checkpoint = None  # the default, which is not asked
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(config))
+    data = assemble.plain(config.data)
     if config.predictions is not None:
-        report_predictions(expand_user(config.predictions), data.tested(config.data), folder, config.seed)
+        report_predictions(expand_user(config.predictions), read_evaluated(data), folder, config.seed)
         return folder
     model, checkpoint = _model(config)
     model.to(resolve_device(config.device))
-    test = data.tested(config.data)
+    test = read_evaluated(data)
     encoder = assemble.encoder(config, model.backbone)
-    whole = data.whole(config.data)
+    whole = mean_name(data)
     evaluate_and_report(model, test, encoder, folder, config.seed, whole, checkpoint=checkpoint)
     return folder
 

@@ -10,10 +10,11 @@ from typing import Any
 import lightning
 from omegaconf import DictConfig
 
-from union_igrot.cli import assemble, data
+from union_igrot.cli import assemble
 from union_igrot.cli.loggers import open_loggers
 from union_igrot.images.identity import image_identities
 from union_igrot.models.model import IGROTModel
+from union_igrot.training.data import read_training
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, fit, load_best
 from union_igrot.training.losses import InfoNCE
@@ -36,7 +37,7 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         The model with the best epoch's weights, in evaluation mode; whole in the first process.
     """
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    samples, validation = data.training(config.data)
+    samples, validation = read_training(assemble.plain(config.data))
     settings = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
     card = {
         "data": samples.name,

@@ -53,7 +53,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     """Train, evaluate and write: what one process does, or the first of several."""
     from rich.console import Console
 
-    from union_igrot.cli import assemble, data
+    from union_igrot.cli import assemble
     from union_igrot.cli.fit import PLACES, fit_heads
     from union_igrot.cli.results import evaluate_and_report
     from union_igrot.errors import UnionError
@@ -61,6 +61,7 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
     from union_igrot.models.model import IGROTModel
     from union_igrot.reporting.model_card import write_model_card
     from union_igrot.storage.atomic import write_atomic
+    from union_igrot.training.data import mean_name, read_evaluated
     from union_igrot.training.run_folder import identity_of, open_run
 
     deciding = {key: value for key, value in assemble.plain(config).items() if key not in PLACES}
@@ -85,8 +86,10 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
         model.to(resolve_device("cpu" if config.strategy.accelerator == "cpu" else "auto"))
         # Of its own: the weights of a tuned backbone are others now.
         encoder = assemble.encoder(config, model.backbone)
-        whole, saved = data.whole(config.data), str(run.path / "model")
-        evaluate_and_report(model, data.tested(config.data), encoder, run.path, config.seed, whole, checkpoint=saved)
+        data, saved = assemble.plain(config.data), str(run.path / "model")
+        evaluate_and_report(
+            model, read_evaluated(data), encoder, run.path, config.seed, mean_name(data), checkpoint=saved
+        )
         write_model_card(run.path / "model", run.path / "results.json")
         run.reach("done")
         return run.path

@@ -20,8 +20,9 @@ from torch import Tensor
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.features.keys import Index, digests_of
 from union_igrot.features.shards import Shard, map_shard, serialize
+from union_igrot.models.backbones.base import Backbone
 from union_igrot.storage.atomic import log, remove_temporary
-from union_igrot.storage.cache import ADVICE, check_manifest, feature_folder, make_room, write_cached
+from union_igrot.storage.cache import ADVICE, check_manifest, default_root, feature_folder, make_room, write_cached
 from union_igrot.storage.locks import acquire_shared, lock_path, note_use
 from union_igrot.storage.sizes import format_size
 from union_igrot.types import Features
@@ -80,6 +81,29 @@ class FeatureStore:
         check_manifest(self.folder / "manifest.json", {"format": 1, "dtype": dtype}, notes)
         remove_temporary(self.folder, all_of_them=alone)
         self.refresh()
+
+    @classmethod
+    def for_backbone(
+        cls,
+        backbone: Backbone,
+        root: Path | None = None,
+        *,
+        dtype: Dtype = "float32",
+        precision: str = "float32",
+        limit: int | None = None,
+    ) -> "FeatureStore":
+        """Open the store of a backbone's features.
+
+        Args:
+            backbone: The backbone.
+            root: The cache folder; the default one if None.
+            dtype: How numbers are stored.
+            precision: Precision of the backbone while it encodes; features of another precision are kept apart.
+            limit: As for `FeatureStore`.
+        """
+        kind = dtype if precision == "float32" else f"{dtype}-{precision}"
+        name = f"{backbone.fingerprint()}-{kind}"
+        return cls(default_root() if root is None else root, name, dtype, backbone=backbone.name, limit=limit)
 
     def close(self) -> None:
         """Let other processes prune this fingerprint. Also done when the store is collected or the process ends."""
