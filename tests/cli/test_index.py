@@ -270,7 +270,7 @@ def test_a_killed_ray_actor_loses_nothing(tmp_path):
     uri = str(tmp_path / "photos.lance")
     said = run(KILLED_ACTOR, str(tmp_path / "pictures"), uri, code=True)
     assert said.returncode == 0, said.stderr
-    assert said.stdout.split() == ["1003", "1003", "1"]
+    assert "1003 1003 1" in said.stdout.splitlines()  # beside what Ray says of the death
     assert len(set(ids(uri))) == 1003
 
 
