@@ -1,210 +1,426 @@
-"""Configurations: where `conf/` is, composing and checking them.
+"""From a command line to checked settings: grammar, composition of `conf/`, validation with all mistakes at once.
 
-The only room beside `cli` that knows Hydra and OmegaConf. Does not import anything heavy,
-so that a mistake is reported before a model is thought of.
+Every command composes here, once. `union-train` and `union-eval` compose their groups and experiments with Hydra.
+Nothing heavy is imported before the settings are known to be valid.
 """
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra import compose as hydra_compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from union_igrot.cli.rules import BACKBONE, FIXED, RULES, VARIANTS, one_of, rules_by_data
-from union_igrot.datasets.registry import benchmark_names, find_benchmark
+from union_igrot.cli.fields import REQUIRED, Setting, declared, show
+from union_igrot.cli.settings import COMMANDS, GROUPS, UNTRAINED_HEADS
 from union_igrot.errors import ConfigError
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
 _ONE_MODEL = (
-    "model=... evaluates a backbone without trained heads and checkpoint=... trained ones, which bring their backbone "
-    "along; give one of the two"
+    "model=... evaluates a backbone without trained heads, checkpoint=... a trained model with its own backbone; "
+    "give one of the two"
 )
 
 
+@cache
 def conf_dir() -> Path:
-    """Find the folder of configurations: in the installed package, or beside `src`.
+    """Return the folder of the YAML files: in the installed package, or next to `src`.
 
     Raises:
-        ConfigError: Where neither exists.
+        ConfigError: If neither exists.
     """
     package = Path(__file__).resolve().parents[1]
-    places = [package / "conf", package.parents[1] / "conf"]
-    for place in places:
-        if (place / "train.yaml").is_file():
-            return place
-    raise ConfigError(f"no configurations at {places[0]} or {places[1]}; install the package again")
+    folders = [package / "conf", package.parents[1] / "conf"]
+    for folder in folders:
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"no configuration files in {folders[0]} or {folders[1]}; reinstall the package")
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _leaves(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def options_of(group: str) -> list[str]:
+    """Return the options of a group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-def check_config(name: str, config: DictConfig) -> None:
-    """Check every value of a composed configuration.
+def read_option(group: str, option: str) -> dict[str, Any]:
+    """Return the values of an option of a group."""
+    import yaml
 
-    Args:
-        name: `train` or `eval`.
-        config: What `compose` gave.
+    values: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    return values
 
-    Raises:
-        ConfigError: Naming every problem: unknown keys, missing keys, values not allowed.
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean ...?` for an unknown word; empty if no known one is similar."""
+    known = list(known)
+    ending = [one for one in known if one.endswith(f".{word}")]
+    near = ending or difflib.get_close_matches(word, known, 1, 0.6)
+    return f"did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
+    return f"unknown {what} {word} ({suggestion(word.rpartition('=')[2], known) or otherwise})"
+
+
+@dataclass
+class Arguments:
+    """A parsed command line.
+
+    Attributes:
+        settings: Keys and texts in their order.
+        hydra: Settings of Hydra itself, such as `hydra.run.dir=x`.
+        problems: What cannot be parsed.
+        help: Topic of `--help`, empty for the short help; None without it.
+        version: Whether `--version` was given.
+        sweep: Whether `-m` was given.
+        show: Whether `--cfg job` was given: print the composed settings.
     """
-    values = _leaves(OmegaConf.to_container(config))  # type: ignore[arg-type]
-    rules = dict(RULES[name])
-    for key, variants in (VARIANTS | {"data.name": rules_by_data(str(values.get("data.name")))}).items():
-        read = {"eval": "data.name", "check": "data.name", "convert": "target.kind"}.get(name)
-        if name == "train" or key == read:
-            rules[key] = one_of(*variants)
-            rules |= variants.get(str(values.get(key)), {})
-    if name == "eval" and "model.name" in values:
-        rules |= BACKBONE
-    problems = []
-    for key, value in values.items():
-        if key not in rules:
-            near = difflib.get_close_matches(key, rules, 1)
-            problems.append(f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
-        elif isinstance(value, str) and value == "???":
-            problems.append(f"{key} is not given; add {key}=VALUE")
-        elif allowed := rules[key](value):
-            problems.append(f"{key}={value} is not allowed; give {allowed}")
-    problems += [f"{key} is missing" for key in rules if key not in values]
-    problems += _contradictions(name, values)
-    if problems:
-        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+    settings: list[tuple[str, str]] = field(default_factory=list)
+    hydra: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    help: str | None = None
+    version: bool = False
+    sweep: bool = False
+    show: bool = False
+
+    def plain(self) -> list[str]:
+        """Return all settings as KEY=VALUE."""
+        return [*(f"{key}={text}" for key, text in self.settings), *self.hydra]
 
 
-def _contradictions(name: str, values: Mapping[str, Any]) -> list[str]:
-    """Name settings that are each allowed, but not together."""
-    if name == "eval" and "model.name" in values:
-        problems = [_ONE_MODEL] if values.get("checkpoint") not in (None, "tiny") else []
-        if values.get("weights") is not None:
-            problems.append("weights belong to a checkpoint's backbone; beside model=... give model.weights")
-        if values.get("predictions") is not None:
-            problems.append("predictions are scored without a model; leave model=... out")
-        return problems
-    problems = []
-    if name == "convert" and values.get("target.kind") == "shared":
-        problems.append("target=shared is not the published code's; choose target=frozen, sum or union")
-    heads = {values.get("fusion.kind"), values.get("target.kind")}
-    tuned = values.get("model.finetune", "none") != "none"
-    if name == "train" and heads <= FIXED and values.get("model.projector", "none") == "none" and not tuned:
-        problems.append("nothing is left to train; choose fusion=transagg or target=union")
-    if values.get("recipe.checkpointing") is True and not tuned:
-        problems.append("recipe.checkpointing=true is for tuned encoders; give model.finetune=both, or leave it false")
-    return problems
-
-
-def compose(name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose and check a configuration, as the commands do.
+def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
+    """Parse `KEY=VALUE`, `--KEY VALUE` and `--KEY=VALUE`; values are taken as typed.
 
     Args:
-        name: `train` or `eval`.
-        overrides: As on the command line, such as `["data=folder", "data.root=images"]`.
+        name: The command, such as `train`.
+        words: The command line without the program.
+    """
+    found, known, rest = Arguments(), _known(name), list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.partition("=")
+        if word in ("-h", "--help"):
+            found.help = rest.pop(0) if rest and re.fullmatch(r"\w[\w.]*", rest[0]) else ""
+        elif word == "--version":
+            found.version = True
+        elif word in ("-m", "--multirun"):
+            found.sweep = True
+        elif word in ("-c", "--cfg") and rest:
+            found.show = rest.pop(0) == "job" or found.problems.append("--cfg takes job") is None
+        elif word.startswith("--") and len(key) > 2:
+            key = key[2:] if key[2:] in known else key[2:].replace("-", "_")
+            if not equals and key in known:
+                text = _value_of(known[key], rest)
+                if text is None:
+                    found.problems.append(f"--{key} needs a value (expected {known[key].expected})")
+                    continue
+            found.settings.append((key, text))
+        elif equals and not word.startswith("-"):
+            key = key.lstrip("+")
+            hydra = COMMANDS[name].hydra and re.match(r"hydra[./]", key)
+            found.hydra.append(word) if hydra else found.settings.append((key, text))
+        else:
+            near = suggestion(word.lstrip("-"), [*known, "help", "version", "multirun"])
+            found.problems.append(f"unexpected argument {word!r} (expected KEY=VALUE or --KEY VALUE{'; ' * bool(near)}{near})")
+    return found
+
+
+def _value_of(setting: Setting, rest: list[str]) -> str | None:
+    """Take the value that follows `--KEY`; a boolean alone is true."""
+    if bool in setting.types and (not rest or rest[0].lower() not in ("true", "false")):
+        return "true"
+    return None if not rest or re.match(r"--\w|-[hmc]$", rest[0]) else rest.pop(0)
+
+
+@cache
+def _known(name: str) -> dict[str, Setting]:
+    """Return all settings and groups that a command may have, whichever options are chosen."""
+    known = {one.key: one for one in declared(COMMANDS[name].settings)}
+    for group, (default, meaning) in COMMANDS[name].groups.items():
+        known[group] = Setting(group, (str,), default, {"help": meaning, "expected": "an option"})
+        settings = GROUPS[group].settings if group in GROUPS else {}
+        for variant in [settings] if isinstance(settings, type) else settings.values():
+            known |= {one.key: one for one in declared(variant, f"{group}.")}
+    return known
+
+
+def schema_of(name: str, values: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return the settings of a command with the chosen variants of its groups.
+
+    Args:
+        name: The command.
+        values: Its composed values, nested.
+    """
+    schema = {one.key: one for one in declared(COMMANDS[name].settings)}
+    for group in COMMANDS[name].groups:
+        if group in GROUPS and isinstance(values.get(group), dict):
+            variant = GROUPS[group].variant(values[group].get(GROUPS[group].key))
+            schema |= {one.key: one for one in declared(variant, f"{group}.")} if variant else {}
+    return schema
+
+
+def resolve(name: str, arguments: Arguments) -> tuple[dict[str, Any], str]:
+    """Compose and validate the settings of a command.
 
     Returns:
-        The composed configuration.
+        The nested values, and the run folder if Hydra composes the command.
 
     Raises:
-        ConfigError: For an unknown name, group, option, key or value; all values that are
-            not allowed are named together.
+        ConfigError: With all mistakes: unknown settings, options and values, and missing ones.
     """
-    known = sorted(path.stem for path in conf_dir().glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"configuration {name!r} does not exist; choose one of {', '.join(known)}")
-    offer_registered(overrides)
+    command, problems = COMMANDS[name], list(arguments.problems)
+    options = {group: default for group, (default, _) in command.groups.items()}
+    given: list[tuple[str, str]] = []
+    for key, text in arguments.settings:
+        if key not in options:
+            given.append((key, text))
+        elif text in options_of(key) or (text == "null" and command.groups[key][0] is None):
+            options[key] = None if text == "null" else text
+        else:
+            problems.append(_wrong_option(name, key, text))
+    values, folder = _composed(name, options, arguments.hydra)
+    for group in [group for group, option in options.items() if option == REQUIRED]:
+        if not any(key == group for key, _ in arguments.settings):
+            problems.append(f"{group} is required: {command.groups[group][1]} (expected {', '.join(options_of(group))})")
+    # What decides the variant of a group comes first: the other settings depend on it.
+    decisive = {f"{group}.{GROUPS[group].key}" for group in options if group in GROUPS}
+    given.sort(key=lambda one: one[0] not in decisive)
+    problems += _apply(name, values, given)
+    problems += problems_of(name, values)
+    if name == "eval" and "model" in values and any(key == "checkpoint" for key, _ in given):
+        problems.append(_ONE_MODEL)
+    _raise(dict.fromkeys(problems))
+    return values, folder
+
+
+def _raise(problems: Iterable[str]) -> None:
+    problems = list(problems)
+    if problems:
+        listed = "\n  ".join([f"{len(problems)} invalid arguments:", *problems])
+        raise ConfigError(problems[0] if len(problems) == 1 else listed)
+
+
+def _wrong_option(name: str, group: str, option: str) -> str:
+    trained = "; for trained heads use checkpoint=FOLDER" if (name, group) == ("eval", "model") else ""
+    near = suggestion(option, options_of(group))
+    return f"unknown option {group}={option} ({f'{near} ' * bool(near)}expected {', '.join(options_of(group))}{trained})"
+
+
+def _composed(name: str, options: Mapping[str, str | None], hydra: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the values of the chosen options and the defaults of the command, and Hydra's run folder."""
+    if COMMANDS[name].hydra:
+        chosen = [f"{group}={option}" for group, option in options.items() if option is not None]
+        return _compose_with_hydra(name, [*chosen, *hydra])
+    values = {group: read_option(group, option) for group, option in options.items() if option not in (None, REQUIRED)}
+    for one in declared(COMMANDS[name].settings):
+        _put(values, one.key, list(one.default) if isinstance(one.default, tuple) else one.default)
+    return values, ""
+
+
+def _compose_with_hydra(name: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
+    from hydra import compose as hydra_compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     # A program that runs under Hydra itself gets its own state back.
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=name):
-            config = hydra_compose(name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_explain(error, name)) from None
-    except TypeError:  # Hydra looks for names in a list of options, whatever the list holds
-        given = " ".join(override for override in overrides if "=[" in override)
-        raise ConfigError(f"{given} is not allowed; a group takes one name, such as model=tiny") from None
+            config = hydra_compose(name, overrides=overrides, return_hydra_config=True)
+            folder = str(config.hydra.run.dir)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
     finally:
         GlobalHydra.instance().hydra = outer
-    check_config(name, config)
-    if name == "eval" and "model" in config and any(override.startswith("checkpoint=") for override in overrides):
-        raise ConfigError(_ONE_MODEL)
-    return config
+    values: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    del values["hydra"]
+    return values, folder
 
 
-def offer_registered(overrides: Sequence[str]) -> None:
-    """Let Hydra know the registered benchmarks that are chosen; the built-in ones have files in `conf/data`."""
-    for override in overrides:
-        group, _, names = override.lstrip("+").partition("=")
-        for name in set(names.split(",")) & set(benchmark_names()) if group == "data" else ():
-            if not (conf_dir() / "data" / f"{name}.yaml").exists():
-                declaration = find_benchmark(name)
-                options = {one.name: "all" if one.is_part else one.default for one in declaration.settings}
-                node = {"name": name, "root": None, "split": declaration.evaluation_splits[0], "check_images": True}
-                ConfigStore.instance().store(group="data", name=name, node=node | options)
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[last] = value
 
 
-def check_sweep(name: str, overrides: Sequence[str]) -> None:
-    """Compose and check what a sweep (`-m`) will run: every value that is swept over, once.
+def _apply(name: str, values: dict[str, Any], given: Sequence[tuple[str, str]]) -> list[str]:
+    """Set what was given; return a line for each setting that does not exist or is given in two ways."""
+    problems: list[str] = []
+    lists: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for key, text in given:
+        schema = schema_of(name, values)
+        setting = schema.get(key)
+        group = key.partition(".")[0]
+        if setting is None and _is_foreign(values, group):
+            _put(values, key, Setting(key, (bool, int, float, str, type(None)), None, {}).parse(text))
+        elif setting is None:
+            problems.append(_unknown_setting(name, key, schema))
+        elif tuple in setting.types:
+            lists.setdefault(key, []).append(text)
+        elif key in seen and str in setting.types and not COMMANDS[name].hydra:
+            problems.append(f"{key} is given twice; quote it if a shell expanded it ({{a,b}})")
+        else:
+            _put(values, key, setting.parse(text))
+        seen.add(key)
+    for key, texts in lists.items():
+        bracketed = [text for text in texts if text.startswith("[") and text.endswith("]")]
+        if bracketed and len(texts) > 1:
+            problems.append(f"{key} is given both as a list and repeated; use {key}=[A,B], or {key}=A {key}=B")
+        else:
+            _put(values, key, _read_list(bracketed[0]) if bracketed else texts)
+    return problems
+
+
+def _read_list(text: str) -> list[str] | str:
+    import yaml
+
+    try:
+        found = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds text alone
+    except yaml.YAMLError:
+        return text
+    return found if isinstance(found, list) else text
+
+
+def _is_foreign(values: Mapping[str, Any], group: str) -> bool:
+    """Whether a group holds a name of another package, whose settings are checked when it is built."""
+    if group not in GROUPS or not isinstance(values.get(group), dict):
+        return False
+    return GROUPS[group].variant(values[group].get(GROUPS[group].key)) is None
+
+
+def _unknown_setting(name: str, key: str, schema: Mapping[str, Setting]) -> str:
+    inner = [one for one in schema if one.startswith(f"{key}.")]
+    if inner:
+        return f"{key} is a section; set {', '.join(inner)}"
+    return _unknown("setting", key, [*schema, *COMMANDS[name].groups], f"union-{name} --help all lists all")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def problems_of(name: str, values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value that is missing, unknown or not allowed, and for each contradiction."""
+    schema, leaves, problems = schema_of(name, values), dict(_leaves(values)), []
+    for key, value in leaves.items():
+        setting = schema.get(key)
+        if setting is None:
+            if not _is_foreign(values, key.partition(".")[0]):
+                problems.append(_unknown_setting(name, key, schema))
+        elif value == REQUIRED:
+            problems.append(f"{key} is required: {setting.help}; add {key}=VALUE")
+        elif not setting.allows(value):
+            near = suggestion(str(value), map(str, setting.choices))
+            problems.append(f"invalid value for {key}: {show(value)} (expected {setting.expected}{'; ' * bool(near)}{near})")
+    return problems + _contradictions(name, leaves)
+
+
+def _contradictions(name: str, values: Mapping[str, Any]) -> Iterator[str] | list[str]:
+    """Return a line for each combination that is not allowed."""
+    problems = []
+    alone = name == "eval" and "model.name" in values
+    if alone and values.get("checkpoint") not in (None, "tiny"):
+        problems.append(_ONE_MODEL)
+    if alone and values.get("weights") is not None:
+        problems.append("weights= are those of a checkpoint's backbone; with model=... use model.weights=")
+    if alone and values.get("predictions") is not None:
+        problems.append("predictions are scored without a model; leave out model=...")
+    if name == "convert" and values.get("target.kind") == "shared":
+        problems.append("the published code has no target=shared (expected target=frozen, sum or union)")
+    if name == "convert" and values.get("model.weights") is not None:
+        problems.append("model.weights must be null: the checkpoint contains its weights")
+    if name != "train":
+        for key in ("model.projector", "model.finetune"):
+            if values.get(key, "none") != "none":
+                problems.append(f"{key} must be none: union-{name} trains nothing")
+        return problems
+    heads = {values.get("fusion.kind"), values.get("target.kind")}
+    tuned = values.get("model.finetune") != "none"
+    if heads <= UNTRAINED_HEADS and values.get("model.projector") == "none" and not tuned:
+        problems.append("nothing to train; choose fusion=transagg or target=union")
+    if values.get("recipe.checkpointing") is True and not tuned:
+        problems.append("recipe.checkpointing=true requires fine-tuning; set model.finetune=both, or leave it false")
+    return problems
+
+
+def as_config(values: Mapping[str, Any]) -> "DictConfig":
+    """Return nested values with access by attribute; text that looks like an interpolation stays text."""
+    from omegaconf import OmegaConf
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: escaped(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [escaped(one) for one in value]
+        # One backslash more than twice those before it makes ${...} plain text.
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(values))
+
+
+def compose(name: str = "train", overrides: Sequence[str] = ()) -> "DictConfig":
+    """Compose and validate the settings of a command.
 
     Args:
-        name: `train` or `eval`.
-        overrides: As on the command line; one may name several values, `seed=0,1` or `seed=range(3)`.
+        name: The command, such as `train`, `eval` or `search`.
+        overrides: As on the command line, such as `["data=folder", "data.root=images"]`.
+
+    Returns:
+        The settings.
 
     Raises:
-        ConfigError: As `compose`, or where several runs would share one folder.
+        ConfigError: With all unknown settings, options and values, one per line.
     """
-    for override in overrides:
+    if name not in COMMANDS:
+        raise ConfigError(_unknown("command", name, COMMANDS, "") + f" (expected {', '.join(COMMANDS)})")
+    return as_config(resolve(name, parse_arguments(name, overrides))[0])
+
+
+def check_sweep(name: str, arguments: Arguments) -> None:
+    """Validate each value of a sweep once, before its first run.
+
+    Raises:
+        ConfigError: As `resolve`, or if several runs would share one folder.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    plain = [f"{key}={text}" for key, text in arguments.settings]
+    for override in plain:
         if "glob(" in override:
-            raise ConfigError(f"{override} is not given value by value; list the values, or give a range")
+            raise ConfigError(f"{override}: glob is not supported; list the values, or use a range")
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        choices = [_swept(override) for override in parsed]
+        values = [_swept(override) for override in OverridesParser.create().parse_overrides(plain)]
     except HydraException as error:
-        raise ConfigError(_explain(error, name)) from None
-    first = [values[0] for values in choices]
-    several = any(len(values) > 1 for values in choices)
-    if several and any(override.startswith("output_dir=") for override in first):
-        raise ConfigError("output_dir is the folder of one run; leave it out, or give hydra.sweep.dir=FOLDER for all")
-    compose(name, first)
-    for place, values in enumerate(choices):
-        for value in values[1:]:
-            compose(name, [*first[:place], value, *first[place + 1 :]])
+        raise ConfigError(" ".join(str(error).split())) from None
+    first = [choices[0] for choices in values]
+    if any(len(choices) > 1 for choices in values) and any(key == "output_dir" for key, _ in first):
+        raise ConfigError("output_dir is the folder of one run; leave it out, or use hydra.sweep.dir=FOLDER for all")
+    resolve(name, Arguments(first, arguments.hydra, arguments.problems))
+    for place, choices in enumerate(values):
+        for choice in choices[1:]:
+            resolve(name, Arguments([*first[:place], choice, *first[place + 1 :]]))
 
 
-def _swept(override: Override) -> list[str]:
+def _swept(override: "Override") -> list[tuple[str, str]]:
+    """Return the key with each of its values."""
+    key = override.get_key_element()
     if not override.is_sweep_override():
-        return [str(override.input_line)]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-def options_of(group: str) -> list[str]:
-    """Name what a configuration group offers."""
-    registered = benchmark_names() if group == "data" else ()
-    return sorted({path.stem for path in (conf_dir() / group).glob("*.yaml")} | set(registered))
-
-
-def _explain(error: Exception, name: str) -> str:
-    text = " ".join(str(error).split())
-    missing = isinstance(error, MissingConfigException) and re.search(r"'(\w+)/([^']+)'", text)
-    if missing:
-        group, option = missing.groups()
-        trained = "; for trained heads give checkpoint=FOLDER" if (name, group) == ("eval", "model") else ""
-        return f"{group}={option} does not exist; choose one of {', '.join(options_of(group))}{trained}"
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        return f"{unknown.group(1)} is not a setting; --help lists the settings"
-    return text
+        value = override.value()
+        return [(key, show(getattr(value, "text", value)))]
+    return [(key, text.strip("'\"")) for text in override.sweep_string_iterator()]

@@ -1,0 +1,122 @@
+"""How settings are declared: fields of dataclasses with help and allowed values in their metadata.
+
+The metadata may hold `help`; `choices`; the bounds `low`, `high` and `above` (excluded); `path` (`file` or `folder`,
+which must exist); or `accepts`, a test of the value, with `expected`, its description. `verbatim` text is never null.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from union_igrot.storage.paths import from_home
+
+REQUIRED = "???"
+"""Default of a setting without a default, as in Hydra's files."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A declared setting with its full name, such as `recipe.epochs`."""
+
+    key: str
+    types: tuple[Any, ...]
+    default: Any
+    options: Mapping[str, Any]
+
+    @property
+    def help(self) -> str:
+        """Meaning of the setting."""
+        return str(self.options.get("help", ""))
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """Allowed values, if they are a fixed list."""
+        return tuple(self.options.get("choices", ()))
+
+    @property
+    def expected(self) -> str:
+        """Allowed values in words."""
+        if "expected" in self.options:
+            words = [self.options["expected"]]
+        elif self.choices:
+            words = [show(choice) for choice in self.choices]
+        elif bool in self.types:
+            words = ["true", "false"]
+        elif tuple in self.types:
+            words = ["text; repeat the setting for several values", "[A,B]"]
+        elif "path" in self.options:
+            words = [f"an existing {self.options['path']}"]
+        else:
+            kind = "a number" if float in self.types else "an integer" if int in self.types else "text"
+            bounds = {"low": ">=", "above": ">", "high": "<="}
+            limits = [f"{sign} {self.options[name]:g}" for name, sign in bounds.items() if name in self.options]
+            words = [f"{kind} {' and '.join(limits)}".strip()]
+        if NoneType in self.types and "null" not in words and not self.options.get("verbatim"):
+            words.append("null")
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a text stands for; the text itself if it fits none of the types."""
+        if text == "null" and NoneType in self.types and not self.options.get("verbatim"):
+            return None
+        if bool in self.types and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        number = float in self.types
+        for kind in (int, float) if number else (int,) if int in self.types else ():
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value has one of the types and is allowed."""
+        if value is None or isinstance(value, bool):
+            return type(value) in self.types
+        if "accepts" in self.options:
+            return bool(self.options["accepts"](value))
+        if isinstance(value, list | tuple):
+            return tuple in self.types and all(isinstance(one, str) and one not in ("", REQUIRED) for one in value)
+        if isinstance(value, int | float):
+            low, high, above = (self.options.get(name) for name in ("low", "high", "above"))
+            typed = float in self.types or (int in self.types and isinstance(value, int))
+            fits = (
+                (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+            )
+            return (typed and math.isfinite(value) and fits and not self.choices) or value in self.choices
+        if self.choices or str not in self.types:
+            return value in self.choices
+        if "path" in self.options:
+            path = from_home(value)
+            return path.is_dir() if self.options["path"] == "folder" else path.exists()
+        return NoneType in self.types or bool(value.strip())
+
+
+def show(value: Any) -> str:
+    """Return a value as it is written on a command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def setting(default: Any, help: str, **options: Any) -> Any:  # noqa: A002 - the name that argparse uses
+    """Declare a field; for the options see the module."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+def declared(group: type, prefix: str = "") -> Iterator[Setting]:
+    """Yield the settings of a dataclass, those of nested dataclasses with their full names."""
+    hints = get_type_hints(group)
+    for one in fields(group):
+        hint = hints[one.name]
+        if is_dataclass(hint):
+            yield from declared(hint, f"{prefix}{one.name}.")  # type: ignore[arg-type] # a class, since it is a hint
+            continue
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        literals = tuple(value for member in members if get_origin(member) is Literal for value in get_args(member))
+        options = {**({"choices": literals} if literals else {}), **one.metadata}
+        types = (*map(type, literals), *(get_origin(one) or one for one in members if get_origin(one) is not Literal))
+        default = REQUIRED if one.default is MISSING or one.default == REQUIRED else one.default
+        yield Setting(f"{prefix}{one.name}", types, default, options)

@@ -1,0 +1,654 @@
+"""The settings of all commands, each declared once; YAML files, `--help` and the reference are tested against them."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from union_igrot.cli.fields import REQUIRED, setting
+from union_igrot.errors import UnionError
+from union_igrot.metrics.names import parse_metric
+from union_igrot.storage.sizes import SIZES, SPANS, parse_size, parse_span
+
+
+def _readable(parse: Callable[[Any], Any], *words: str) -> Callable[[Any], bool]:
+    """Return a test whether a function can read a value, or it is one of some words."""
+
+    def accepts(value: Any) -> bool:
+        try:
+            return value in words or parse(value) is not None
+        except UnionError:
+            return False
+
+    return accepts
+
+
+# Settings that several commands share.
+
+
+def _seed(of: str) -> Any:
+    return setting(0, f"seed of {of}", low=0, high=2**32 - 1)
+
+
+def _device(of: str) -> Any:
+    return setting(
+        "auto",
+        f"device of {of}: auto (a GPU if there is one), cpu, cuda, cuda:1, mps",
+        accepts=lambda value: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(value))),
+        expected="auto, cpu, cuda, cuda:NUMBER or mps",
+    )
+
+
+def _cache_dir() -> Any:
+    return setting(None, "cache folder; $UNION_CACHE or ~/.cache/union-igrot if null")
+
+
+def _progress() -> Any:
+    return setting(True, "show progress bars on standard error")
+
+
+def _weights(of: str, or_else: str = "the usual ones if null") -> Any:
+    return setting(None, f"weights of {of}; {or_else}", path="file")
+
+
+def _workers() -> Any:
+    return setting(None, "decoding processes; all cores but one (8 at most without a GPU) if null", low=0)
+
+
+@dataclass
+class Features:
+    """Feature extraction with the frozen backbone."""
+
+    batch_size: int = setting(256, "images per batch", low=1)
+    workers: int | None = _workers()
+    dtype: Literal["float32", "float16"] = setting("float32", "storage type of cached features: float32 or float16")
+    precision: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "precision of the frozen backbone: float32, bfloat16 or float16"
+    )
+
+
+@dataclass
+class Cached:
+    """Settings of commands that extract features."""
+
+    cache_dir: str | None = _cache_dir()
+    cache_limit: str | None = setting(
+        None,
+        "size limit of the cache, such as 50GB; $UNION_CACHE_LIMIT or no limit if null",
+        accepts=_readable(parse_size),
+        expected=SIZES,
+    )
+    progress: bool = _progress()
+    features: Features = field(default_factory=Features)
+
+
+# Groups; `conf/GROUP/OPTION.yaml` holds the values of each option.
+
+BACKBONES = ("tiny", "base", "large", "openclip_h", "blip", "siglip2")
+
+
+@dataclass
+class Model:
+    """Backbone, and the sizes of heads that fit it."""
+
+    name: str = setting(
+        REQUIRED,
+        "name of the backbone, or open_clip:ARCHITECTURE/TAG, or hf:REPOSITORY",
+        accepts=lambda value: value in BACKBONES or bool(re.match(r"(open_clip|hf):\S+$", str(value))),
+        expected=f"{', '.join(BACKBONES)}, open_clip:ARCHITECTURE/TAG or hf:REPOSITORY",
+    )
+    weights: str | None = setting(None, "file or folder to load instead of the usual weights", path="file")
+    feedforward: int = setting(2048, "inner width of the heads' feedforward layers", low=1)
+    union_heads: int = setting(8, "attention heads of the UNION target head, 64 wide each", low=1)
+    projector: Literal["none", "mlp"] = setting("none", "none, or mlp: a small residual network on image embeddings")
+    finetune: Literal["none", "text", "image", "both"] = setting(
+        "none", "none, or text, image, both: encoders to fine-tune at recipe.backbone_rate"
+    )
+
+
+@dataclass
+class Shapes:
+    """The generated world."""
+
+    name: str = "shapes"
+    split: Literal["val", "test"] = setting("test", "split to evaluate: val or test")
+    seed: int = setting(0, "seed of the generated scenes and images", low=0)
+    triplets: int = setting(5000, "training triplets of composed retrieval", low=0)
+    pairs: int = setting(2500, "training pairs of a sketch and an image", low=0)
+    val_queries: int = setting(400, "validation queries per task; validation selects the best epoch", low=1)
+    queries: int = setting(2000, "test queries per task", low=1)
+
+
+@dataclass
+class Folder:
+    """Your own images."""
+
+    name: str = "folder"
+    root: str = setting(REQUIRED, "your folder", path="folder")
+    split: Literal["val", "test"] = setting("test", "split to evaluate: val or test")
+    seed: int = setting(0, "seed of the drawn training pairs", low=0)
+    pairs: int = setting(2500, "training pairs of a sketch and a photo, if there are no triplets", low=1)
+    text: str | None = setting(None, "modification text of every sketch; none if null")
+    on_missing: Literal["error", "skip"] = setting("error", "missing and broken images: error, or skip (and count)")
+
+
+@dataclass
+class Public:
+    """A public benchmark."""
+
+    name: str = REQUIRED
+    root: str | None = setting(None, "dataset folder; its folder in $UNION_DATA if null", path="folder")
+    split: Literal["val"] = setting("val", "split to evaluate: val, the only one")
+    prompt: str | None = setting(None, "prompt of the queries, a name or a template; the benchmark's own if null")
+    check_images: bool = setting(True, "check first that all images exist")
+
+
+@dataclass
+class Preset(Public):
+    """A public benchmark with two protocols."""
+
+    preset: Literal["official", "union_reference"] = setting(
+        "official", "protocol: official, or union_reference (conventions of the published code)"
+    )
+
+
+@dataclass
+class FashionIQ(Preset):  # noqa: D101 - the YAML files describe the benchmarks
+    split: Literal["val", "test"] = setting("val", "split to evaluate: val; the targets of test are not published")
+    category: Literal["dress", "shirt", "toptee", "all"] = setting(
+        "all", "dress, shirt, toptee, or all with their mean"
+    )
+    gallery: Literal["original", "val"] = setting("original", "original, or val (the smaller galleries of VAL)")
+
+
+@dataclass
+class Cirr(Preset):  # noqa: D101
+    split: Literal["val", "test1"] = setting("val", "val, or test1 (hidden targets: writes a submission file)")
+
+
+@dataclass
+class Circo(Preset):  # noqa: D101
+    split: Literal["val", "test"] = setting("val", "val, or test (hidden targets: writes a submission file)")
+
+
+@dataclass
+class GeneCIS(Public):  # noqa: D101
+    task: Literal["focus_attribute", "change_attribute", "focus_object", "change_object", "all"] = setting(
+        "all", "focus_attribute, change_attribute, focus_object, change_object, or all with their mean"
+    )
+
+
+@dataclass
+class LlavaSCo(Preset):  # noqa: D101
+    stride: int | None = setting(None, "read every n-th row; all if null (published code: 70)", low=1)
+    limit: int | None = setting(
+        None, "read this many rows at most, before the stride; all if null (published code: 350000)", low=1
+    )
+
+
+@dataclass
+class Dtin(Preset):  # noqa: D101
+    domain: Literal["cartoon", "origami", "toy", "sculpture", "all"] = setting(
+        "all", "cartoon, origami, toy, sculpture, or all with their mean"
+    )
+    recall_mode: Literal["fraction", "any"] | None = setting(
+        None, "recall: fraction of the targets found, or any; the preset's if null"
+    )
+    only_with_gt: bool = setting(False, "leave out queries without targets")
+
+
+@dataclass
+class Sketchy(Preset):  # noqa: D101
+    split: Literal["zeroshot1", "zeroshot0"] = setting("zeroshot1", "zeroshot1 (25 classes) or zeroshot0 (21 classes)")
+
+
+@dataclass
+class OnlyTest(Preset):  # noqa: D101
+    split: Literal["test"] = setting("test", "split to evaluate: test, the only one")
+
+
+@dataclass
+class TrainingSketchy(Preset):  # noqa: D101
+    split: Literal["train"] = setting("train", "split: train, the only one")
+    lists: Literal["zeroshot1", "zeroshot0"] = setting("zeroshot1", "training classes of: zeroshot1 or zeroshot0")
+    build: int | None = setting(None, "number of pairs to draw; the authors' file if null", low=1)
+    seed: int = setting(0, "seed of the drawn pairs", low=0)
+
+
+@dataclass
+class Head:
+    """A head without settings."""
+
+    kind: str = REQUIRED
+
+
+@dataclass
+class TransAgg(Head):
+    """Token fusion with three learned weights."""
+
+    layers: int = setting(2, "transformer layers", low=1)
+    heads: int = setting(8, "attention heads", low=1)
+    dropout: float = setting(0.1, "dropout", low=0, high=0.999)
+    mask: Literal["exclude", "legacy"] = setting(
+        "exclude", "padding: exclude, or legacy (+1 on padding, as the reference trains)"
+    )
+    start: Literal["balanced", "reference"] = setting(
+        "balanced", "initial weights: balanced (1, 1, 1), or reference (random)"
+    )
+
+
+@dataclass
+class SumTarget(Head):
+    """Image plus null text."""
+
+    form: Literal["normalised", "training", "inference"] = setting(
+        "normalised", "normalised, or the reference's: training or inference"
+    )
+
+
+@dataclass
+class UnionTarget(Head):
+    """A learned mixture of the image and the null text."""
+
+    layers: int = setting(4, "transformer layers", low=1)
+    dropout: float = setting(0.1, "dropout of the head", low=0, high=0.999)
+    encoder_dropout: float = setting(0.1, "dropout of its encoder", low=0, high=0.999)
+    start: Literal["image", "reference"] = setting("image", "start: image (the plain embedding), or reference (random)")
+
+
+@dataclass
+class Loss:
+    """Contrastive loss."""
+
+    scale: float = setting(30.0, "factor of the cosine similarities (1 / temperature)", above=0)
+    symmetric: bool = setting(False, "also retrieve queries from targets")
+    skip_duplicates: bool = setting(True, "do not count equal targets in a batch as negatives")
+
+
+@dataclass
+class Recipe:
+    """Optimizer, schedule and length of training."""
+
+    epochs: int = setting(4, "epochs", low=1)
+    batch_size: int = setting(128, "samples per step and device, of one task", low=2)
+    accumulate: int = setting(1, "batches per optimizer step; negatives come from one batch", low=1)
+    rate: float = setting(1e-3, "highest learning rate of the heads", above=0)
+    backbone_rate: float = setting(1e-6, "highest learning rate of a fine-tuned encoder", above=0)
+    weight_decay: float = setting(0.05, "weight decay of AdamW", low=0)
+    decay: Literal["matrices", "all"] = setting("matrices", "weights that decay: matrices or all")
+    eps: float = setting(1e-8, "epsilon of AdamW", above=0)
+    schedule: Literal["cosine", "restarts"] = setting(
+        "cosine", "cosine with warm-up, or restarts (cosine in cycles, no warm-up)"
+    )
+    cycle: int | None = setting(None, "epochs per cycle of restarts; all epochs if null", low=1)
+    warmup: float = setting(0.05, "share of the steps with rising learning rate", low=0, high=1)
+    floor: float = setting(0.01, "share of the learning rate at the end of a cycle", low=0, high=1)
+    clip: float = setting(5.0, "largest norm of the gradient", above=0)
+    checkpointing: bool = setting(False, "recompute layers of a fine-tuned encoder to save memory")
+    monitor: str = setting(
+        "val/score",
+        "metric that selects the best epoch; val/score is the mean of the primary metrics",
+        accepts=lambda value: value == "val/score" or _is_monitored(str(value)),
+        expected="val/score or val/BENCHMARK/METRIC, such as val/shapes_cir/mAP@10",
+    )
+
+
+def _is_monitored(value: str) -> bool:
+    found = re.fullmatch(r"val/\w+/(\S+)", value)
+    return found is not None and _readable(parse_metric)(found[1])
+
+
+@dataclass
+class Precision:
+    """Numeric precision."""
+
+    trainer: Literal["32-true", "bf16-mixed", "16-mixed"] = setting(
+        "32-true", "precision as Lightning names it: 32-true, bf16-mixed or 16-mixed"
+    )
+
+
+@dataclass
+class Strategy:
+    """Devices."""
+
+    accelerator: str = setting("auto", "accelerator as Lightning names it: auto, cpu, gpu, ...")
+    devices: int | str = setting(
+        "auto",
+        "number of devices, or auto",
+        accepts=lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
+        expected="auto or an integer >= 1",
+    )
+    nodes: int = setting(1, "number of machines", low=1)
+    name: str = setting("auto", "strategy as Lightning names it: auto, ddp, fsdp, ...")
+
+
+@dataclass
+class Logger:
+    """A logger without settings."""
+
+    name: str = REQUIRED
+
+
+@dataclass
+class Wandb(Logger):
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online"] = setting("offline", "offline (in the run folder, no account) or online")
+    project: str = setting("union-igrot", "project name")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of settings whose values come from a chosen option.
+
+    Attributes:
+        settings: The dataclass; or one per value of `key`.
+        key: Setting that decides which.
+    """
+
+    settings: type | Mapping[str, type]
+    key: str = "name"
+
+    def variant(self, value: Any) -> type | None:
+        """Return the dataclass for a value of `key`; None if the value is not known."""
+        return self.settings if isinstance(self.settings, type) else self.settings.get(str(value))
+
+
+GROUPS: Mapping[str, Group] = {
+    "model": Group(Model),
+    "data": Group(
+        {
+            **{"shapes": Shapes, "folder": Folder, "fashioniq": FashionIQ, "cirr": Cirr, "circo": Circo},
+            **{"genecis": GeneCIS, "lasco": Preset, "llavasco": LlavaSCo, "dtin": Dtin, "sketchy": Sketchy},
+            **{"tuberlin": OnlyTest, "quickdraw": OnlyTest, "training_sketchy": TrainingSketchy},
+        }
+    ),
+    "fusion": Group({"image": Head, "text": Head, "sum": Head, "transagg": TransAgg}, "kind"),
+    "target": Group({"frozen": Head, "shared": Head, "sum": SumTarget, "union": UnionTarget}, "kind"),
+    "loss": Group(Loss),
+    "recipe": Group(Recipe),
+    "precision": Group(Precision),
+    "strategy": Group(Strategy),
+    "logger": Group({"csv": Logger, "none": Logger, "tensorboard": Logger, "wandb": Wandb}),
+}
+UNTRAINED_HEADS = {"image", "text", "sum", "frozen", "shared"}
+"""Kinds of heads without weights."""
+
+
+# Commands.
+
+
+@dataclass
+class TrainSettings(Cached):
+    """Settings of `union-train`."""
+
+    seed: int = _seed("weights, sample order, random baseline and bootstrap")
+    output_dir: str | None = setting(None, "run folder; outputs/train/DATE/TIME if null")
+
+
+@dataclass
+class EvalSettings(Cached):
+    """Settings of `union-eval`."""
+
+    checkpoint: str | None = setting(
+        "tiny", "folder of a run or its model/, a hub repository, or tiny: the bundled model"
+    )
+    weights: str | None = _weights("the checkpoint's backbone")
+    device: str = _device("encoding and ranking")
+    predictions: str | None = setting(None, "submission file of any method, scored without a model", path="file")
+    seed: int = _seed("random baseline and bootstrap")
+    output_dir: str | None = setting(None, "folder of the results; outputs/eval/DATE/TIME if null")
+
+
+@dataclass
+class IndexSettings:
+    """Settings of `union-index`."""
+
+    images: str | None = setting(
+        None, 'a folder, a pattern ("photos/**/*.jpg"), a list file, or tar shards ("s-{0000..0009}.tar")'
+    )
+    index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
+    remove: str | None = setting(
+        None, "instead of images: filter of rows to remove, such as id like '/photos/old/%'", verbatim=True
+    )
+    checkpoint: str = setting("tiny", "tiny, folder of a run, hub repository, or name of a backbone (untrained)")
+    weights: str | None = _weights("the checkpoint's backbone")
+    on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
+    prune: bool = setting(True, "remove rows of this source whose images are gone")
+    batch_size: int = setting(256, "images per batch", low=1)
+    workers: int | None = _workers()
+    decoder: Literal["pillow", "torchcodec"] = setting("pillow", "decoder of JPEGs: pillow, or torchcodec on the GPU")
+    cache_dir: str | None = _cache_dir()
+    progress: bool = _progress()
+
+
+@dataclass
+class SearchSettings:
+    """Settings of `union-search`."""
+
+    index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
+    image: tuple[str, ...] = setting((), "photo or sketch; repeat for several, which are averaged")
+    text: str | None = setting(None, "modification text with an image, or a text query alone", verbatim=True)
+    k: int = setting(20, "results per query", low=1)
+    where: str | None = setting(None, "filter on columns, such as class = 'dog' and year > 2020", verbatim=True)
+    search: Literal["auto", "exact", "ann"] = setting(
+        "auto", "exact, ann (approximate), or auto: exact up to 200,000 images"
+    )
+    liked: tuple[str, ...] = setting((), "ids of results to move towards")
+    disliked: tuple[str, ...] = setting((), "ids of results to move away from; hidden")
+    exclude: tuple[str, ...] = setting((), "ids to hide, such as the query's own")
+    queries: str | None = setting(None, "file of queries (.jsonl or .csv) with image, text or both per line")
+    checkpoint: str | None = setting(None, "model of the queries; the one recorded in the index if null")
+    weights: str | None = _weights("its backbone", "those recorded in the index if null")
+    device: str = _device("the query encoder")
+    format: Literal["auto", "table", "jsonl"] = setting(
+        "auto", "table, jsonl (one object per result), or auto: table on a terminal, else jsonl"
+    )
+    thumbnails: Literal["auto", "on", "off"] = setting(
+        "auto", "images in the table: on, off, or auto: on if the terminal has 16 million colors"
+    )
+    contact: str | None = setting(None, "contact sheet (.png) of the first queries and their results")
+    progress: bool = _progress()
+
+
+@dataclass
+class DemoSettings(Cached):
+    """Settings of `union-demo`."""
+
+    index: str | None = setting(None, "index made by union-index; the generated world if null")
+    checkpoint: str | None = setting(None, "model of the index, as in union-index; the recorded one, or tiny, if null")
+    second_index: str | None = setting(None, "second index of the same images, shown side by side")
+    second_checkpoint: str | None = setting(None, "model of the second index, or second model on the generated world")
+    device: str = _device("the query encoder")
+    host: str = setting("127.0.0.1", "address to bind to; any but localhost requires user=NAME")
+    port: int = setting(7860, "port, or 0 for any free one", low=0, high=65_535)
+    name: str | None = setting(None, "host name of a proxy in front, such as one that adds TLS")
+    user: str | None = setting(None, "user name for the login; the password is $UNION_DEMO_PASSWORD, or prompted for")
+    page: int = setting(24, "images per page", low=2, high=200)
+    megabytes: float = setting(10, "upload limit in MB", above=0, high=1000)
+    megapixels: float = setting(50, "upload limit in megapixels, checked before decoding", above=0, high=1000)
+    waiting: int = setting(64, "searches that may wait; further ones are rejected", low=1, high=10_000)
+
+
+@dataclass
+class ConvertSettings:
+    """Settings of `union-convert`."""
+
+    checkpoint: str = setting(REQUIRED, "the authors' .pth file", path="file")
+    output_dir: str = setting(REQUIRED, "folder of the converted model, new or empty")
+    mask: Literal["exclude", "legacy"] = setting(
+        "exclude", "padding: exclude, as the published code evaluates, or legacy, as it trains"
+    )
+    tokenizer: str | None = setting(
+        None, "BLIP's tokenizer (folder or vocab.txt); the hub's cache if null", path="file"
+    )
+    text_heads: int | None = setting(None, "attention heads of CLIP's text encoder; its width / 64 if null", low=1)
+    half: bool = setting(False, "write 16-bit weights")
+
+
+@dataclass
+class CompareSettings:
+    """Settings of `union-compare`."""
+
+    first: str = setting(REQUIRED, "folder of a run", path="folder")
+    second: str = setting(REQUIRED, "folder of another run", path="folder")
+    method: Literal["trained", "image", "text", "sum", "chance"] = setting(
+        "trained", "method to compare: trained, or image, text, sum, chance"
+    )
+    rounds: int = setting(10000, "draws of the randomization test", low=1)
+    seed: int = _seed("bootstrap and draws")
+
+
+@dataclass
+class CacheSettings:
+    """Settings of `union-cache`."""
+
+    cache_dir: str | None = _cache_dir()
+    prune: str | None = setting(
+        None,
+        "size to prune to, such as 50GB (least recently used first), or all",
+        accepts=_readable(parse_size, "all"),
+        expected=f"all, {SIZES}",
+    )
+    older_than: str | None = setting(
+        None,
+        "prune only what was not used for this long, such as 30d; without prune=, all of that",
+        accepts=_readable(parse_span),
+        expected=SPANS,
+    )
+
+
+@dataclass
+class CheckSettings:
+    """`union-check` has no settings but its group."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and what its help says.
+
+    Attributes:
+        summary: What it does.
+        settings: Dataclass of its settings.
+        examples: Command lines.
+        groups: Its groups, each with the default option (None: no option) and its meaning.
+        notes: Further lines of the help.
+        hydra: Whether Hydra composes it: experiments, sweeps and `hydra.` settings.
+    """
+
+    summary: str
+    settings: type
+    examples: tuple[str, ...]
+    groups: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    hydra: bool = False
+
+
+_DEVICES = {
+    "precision": ("fp32", "numeric precision"),
+    "strategy": ("auto", "devices and how they share the work"),
+}
+COMMANDS: Mapping[str, Command] = {
+    "train": Command(
+        "Train the heads on a frozen backbone, then evaluate them.",
+        TrainSettings,
+        (
+            "union-train",
+            "union-train model=large data=llavasco",
+            "union-train data=folder data.root=photos recipe.epochs=8",
+            "union-train -m target=union,sum seed=0,1,2",
+        ),
+        {
+            "model": ("tiny", "frozen vision-language model"),
+            "data": ("shapes", "training and evaluation data"),
+            "fusion": ("transagg", "query head"),
+            "target": ("union", "target head (gallery encoder)"),
+            "loss": ("infonce_small", "contrastive loss"),
+            "recipe": ("default", "optimizer, schedule and length of training"),
+            **_DEVICES,
+            "logger": ("csv", "where losses and metrics are logged"),
+            "experiment": (None, "a row of the paper: options of all groups at once"),
+        },
+        ("the same command resumes an interrupted run",),
+        hydra=True,
+    ),
+    "eval": Command(
+        "Evaluate a trained model, or a backbone alone, next to a random baseline and untrained baselines.",
+        EvalSettings,
+        (
+            "union-eval checkpoint=outputs/train/DATE/TIME",
+            "union-eval checkpoint=tiny data=circo data.root=data/circo",
+            "union-eval model=base data=cirr",
+        ),
+        {
+            "model": (None, "a backbone without trained heads, instead of a checkpoint"),
+            "data": ("shapes", "data to evaluate on"),
+        },
+        hydra=True,
+    ),
+    "index": Command(
+        "Index images, update an index, or remove rows from it.",
+        IndexSettings,
+        (
+            "union-index images=photos/ index=photos.lance",
+            "union-index images=photos/ index=photos.lance checkpoint=base strategy=cpu",
+            "union-index index=photos.lance remove=\"id like '/photos/old/%'\"",
+        ),
+        _DEVICES,
+        (
+            "run it again to update: new and changed images are embedded, moved ones recognized, missing ones removed",
+            "it resumes after an interruption, and the index can be searched all the time",
+            "list files: .txt (a path per line), or .csv, .jsonl, .parquet with a column path and any other columns",
+            "tar shards (WebDataset): .json, .txt and .cls files next to an image become columns",
+            "broken images are listed in INDEX.skipped.jsonl; delete it to try them again",
+            "several sources may share an index, one run each; after a source folder was renamed, remove its rows by "
+            "remove=\"source = '/its/old/path'\"",
+        ),
+    ),
+    "search": Command(
+        "Search a gallery with an image, a sketch, a text, or several of them.",
+        SearchSettings,
+        (
+            "union-search index=photos.lance image=sketch.png",
+            'union-search index=photos.lance image=a.jpg text="in blue" k=5',
+            'union-search index=photos.lance text="a red car" where="year > 2020"',
+        ),
+        notes=("exit code: 0 results, 1 no results, 2 usage error, 130 interrupted, 141 broken pipe",),
+    ),
+    "demo": Command(
+        "Serve a web page that searches a gallery, or the generated world, by sketch, photo and text.",
+        DemoSettings,
+        ("union-demo", "union-demo index=photos.lance", "union-demo index=photos.lance host=0.0.0.0 user=anna"),
+        notes=("page and password travel unencrypted; for other machines use a proxy with TLS and name=ITS.NAME",),
+    ),
+    "check": Command(
+        "Check whether the files of a public benchmark are complete.",
+        CheckSettings,
+        ("union-check data=circo", "union-check data=cirr data.root=data/cirr"),
+        {"data": (REQUIRED, "benchmark")},
+        ("exit code: 0 complete, 1 incomplete, 2 usage error",),
+    ),
+    "compare": Command(
+        "Compare two runs query by query: paired differences with intervals and a randomization test.",
+        CompareSettings,
+        ("union-compare first=outputs/a second=outputs/b",),
+    ),
+    "convert": Command(
+        "Convert a checkpoint of the published code (UNION or TransAgg) into a model of this package.",
+        ConvertSettings,
+        (
+            "union-convert checkpoint=union.pth output_dir=converted",
+            "union-convert checkpoint=transagg.pth target=frozen model=blip output_dir=converted",
+        ),
+        {
+            "model": ("base", "backbone in the file; its weights and sizes are the file's"),
+            "target": ("union", "target head in the file; frozen for TransAgg, which has none"),
+        },
+    ),
+    "cache": Command(
+        "List the cache of features and unfinished work, and prune it.",
+        CacheSettings,
+        ("union-cache", "union-cache prune=50GB", "union-cache older_than=30d"),
+        notes=("exit code: 0 done, 1 more is left than prune= allows, since it is in use, 2 usage error",),
+    ),
+}
