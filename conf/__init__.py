@@ -1,1 +1,1 @@
-"""The configurations, as data; read by `union_igrot.config`."""
+"""The configurations, as data; read by `union_igrot.cli.config`."""

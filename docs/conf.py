@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from union_igrot import _PUBLIC, __version__
-from union_igrot.cli.config import conf_dir
 from union_igrot.cli.help import help_text
+from union_igrot.cli.settings import COMMANDS
 
 HERE = Path(__file__).resolve().parent
 
@@ -112,8 +112,8 @@ def write_reference() -> None:
 def write_commands() -> None:
     """Write what each command says to `--help`."""
     lines = ["# Commands\n", "What `--help` says, which is read from the configurations themselves.\n"]
-    for path in sorted(conf_dir().glob("*.yaml")):
-        lines += [f"## union-{path.stem}\n", "```text", help_text(path.stem), "```\n"]
+    for name in sorted(COMMANDS):
+        lines += [f"## union-{name}\n", "```text", help_text(name, "all"), "```\n"]
     (HERE / "reference" / "commands.md").write_text("\n".join(lines))
 
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from small_runs import SMALL, SMALL_DATA, Run
-from union_igrot.cli.config import compose, conf_dir
+from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.cli.train import main as train
-from union_igrot.cli.typed import as_typed
 from union_igrot.demo import serve as serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ LINES_OF_BASH = [
     if line.split("#")[0].strip()
 ]
 STEPS = [step.strip() for line in LINES_OF_BASH for step in line.split("&&")]
-COMMAND_NAMES = {f"union-{path.stem}" for path in conf_dir().glob("*.yaml")}
+COMMAND_NAMES = {f"union-{name}" for name in COMMANDS}
 UNION_STEPS = [step for step in dict.fromkeys(STEPS) if step.startswith("union-")]
 
 
@@ -52,8 +52,7 @@ def test_every_command_of_the_readme_is_composed(step, tmp_path, monkeypatch, ca
         if argument.startswith("data.root="):
             Path(argument.removeprefix("data.root=")).mkdir()
     name = command.removeprefix("union-")
-    own = import_module(f"union_igrot.cli.{name}")
-    compose(name, as_typed(arguments, getattr(own, "LITERAL", ()), getattr(own, "SEVERAL", ())))
+    compose(name, arguments)
 
 
 @pytest.mark.slow

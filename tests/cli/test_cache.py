@@ -112,7 +112,7 @@ def test_a_mistake_is_one_line_with_code_2(argument, capsys):
         cache([argument])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "is not allowed; give" in said
+    assert "invalid value for" in said
     assert len(said.splitlines()) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_command_hands_the_limit_and_the_name_on_to_its_store(tmp_path):
     settings = ["cache_limit=1MB", f"cache_dir={tmp_path}", "progress=false"]
     store = assemble.encoder(compose("eval", settings), LinearBackbone()).store
     assert (store.limit, store.backbone, store.root) == (10**6, "linear", tmp_path)
-    with pytest.raises(ConfigError, match="cache_limit=much is not allowed; give null or a number of bytes"):
+    with pytest.raises(ConfigError, match="cache_limit: much"):
         compose("train", ["cache_limit=much"])
 
 
@@ -175,5 +175,5 @@ def test_nothing_heavy_is_imported_for_help_and_mistakes():
 def test_help_names_the_exit_codes(capsys):
     cache(["--help"])
     said = capsys.readouterr().out
-    assert "exit code: 0 done, 1 more is left" in said
+    assert "Exit code: 0 done, 1 more is left" in said
     assert "usage: union-cache" in said

@@ -94,14 +94,14 @@ def test_vit_b_32_is_converted_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["checkpoint=nowhere.pth"], "checkpoint=nowhere.pth is not allowed; give an existing file"),
+        (["checkpoint=nowhere.pth"], "checkpoint: nowhere.pth (expected an existing file"),
         (["model=blip"], "holds a CLIP, but model='blip'"),
         (["model=tiny"], "not OpenCLIP's"),
-        (["target=shared"], "target=shared is not the published code's; choose target=frozen, sum or union"),
-        (["mask=none"], "mask=none is not allowed; give one of exclude, legacy"),
-        (["model.weights=x.pt"], "give null, since the file brings its weights"),
+        (["target=shared"], "expected target=frozen, sum or union"),
+        (["mask=none"], "mask: none (expected exclude or legacy"),
+        (["model.weights=taken"], "model.weights"),
         (["output_dir=taken"], "output_dir taken is not an empty folder; give a new one"),
-        (["text_heads=0"], "text_heads=0 is not allowed"),
+        (["text_heads=0"], "text_heads: 0"),
     ],
 )
 def test_a_mistake_is_one_line(mini, tmp_path, monkeypatch, capsys, change, message):
@@ -133,5 +133,5 @@ def test_missing_and_unknown_tensors_are_listed_in_one_line(tmp_path, capsys):
 def test_the_help_names_every_setting(capsys):
     convert(["--help"])
     said = capsys.readouterr().out
-    for setting in ("checkpoint=???", "output_dir=???", "mask=exclude", "tokenizer=null", "model=...", "target=..."):
+    for setting in ("checkpoint=???", "output_dir=???", "mask=exclude", "tokenizer=null", "model", "target"):
         assert setting in said

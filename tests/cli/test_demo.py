@@ -83,9 +83,9 @@ def test_an_index_is_taken_as_typed(told):
         (["second_index=b"], "give index=PATH too"),
         (["index=a", "second_checkpoint=b"], "give second_index=PATH"),
         (["user=a:b"], "a name without a colon"),
-        (["port=70000"], "port=70000 is not allowed"),
-        (["page=0"], "page=0 is not allowed"),
-        (["megapixels=0"], "megapixels=0 is not allowed"),
+        (["port=70000"], "port: 70000"),
+        (["page=0"], "page: 0"),
+        (["megapixels=0"], "megapixels: 0"),
         (["wating=3"], "wating"),
     ],
 )

@@ -14,8 +14,7 @@ from PIL import Image
 from small_world import Noise, trainable
 from union_igrot.cli import search as command
 from union_igrot.cli.config import compose
-from union_igrot.cli.search import LITERAL, SEVERAL, main as search
-from union_igrot.cli.typed import as_typed
+from union_igrot.cli.search import main as search
 from union_igrot.errors import CheckpointError, DataError, ImageError, UnionError
 from union_igrot.gallery import gallery as room
 from union_igrot.gallery.gallery import Gallery
@@ -58,7 +57,7 @@ def rows(capsys) -> list[dict]:
 
 def ask(*arguments: str) -> None:
     """What the command does, without the time that Hydra takes to run it."""
-    command.search(compose("search", as_typed(["index=x.lance", *arguments], LITERAL, SEVERAL)), Path())
+    command.search(compose("search", ["index=x.lance", *arguments]), Path())
 
 
 def ends(code: int, *arguments: str) -> None:

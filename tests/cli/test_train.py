@@ -96,7 +96,7 @@ def interrupted_before_evaluation(run: Run, folder: Path, monkeypatch: pytest.Mo
 def test_a_run_interrupted_at_its_evaluation_goes_on_without_training(small_run: Run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     interrupted_before_evaluation(small_run, folder, monkeypatch)
-    assert capsys.readouterr().err.endswith("union-train: interrupted; the same command goes on from here\n")
+    assert capsys.readouterr().err.endswith("union-train: interrupted; run the same command again to resume\n")
     assert not (folder / "results.json").exists()
     heads = (folder / "model" / "heads.safetensors").stat()
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
 from union_igrot.cli.command import run_command
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from rich.table import Table
 
     from union_igrot.storage.cache import Usage
@@ -24,10 +23,10 @@ EXIT_IN_USE = 1
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-cache`."""
-    run_command("cache", cache, argv, literal=("cache_dir",))
+    run_command("cache", cache, argv)
 
 
-def cache(config: DictConfig, fresh: Path) -> None:
+def cache(config: "DictConfig", fresh: Path) -> None:
     """List the cache; or prune it as configured and list what is left, with code 1 where that is too much."""
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     import shutil

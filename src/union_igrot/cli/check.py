@@ -5,13 +5,15 @@ Knows expected counts and the readers. Does not know models.
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
 
 EXIT_INCOMPLETE = 1
 """Exit code where anything is missing or differs from the official counts."""
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("check", check, argv)
 
 
-def check(config: DictConfig, fresh: Path) -> None:
+def check(config: "DictConfig", fresh: Path) -> None:
     """Print a line for each split and part of a benchmark; end with code 1 where one is not complete."""
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from rich.console import Console

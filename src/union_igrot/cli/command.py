@@ -1,155 +1,150 @@
-"""What all commands share: help, early checks, one clear line for a mistake.
-
-Knows Hydra and the errors. Does not know what a command does.
-"""
+"""What all commands share: help, validation before heavy imports, one line per mistake, exit codes."""
 
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from union_igrot import __version__
-from union_igrot.cli.config import check_config, check_sweep, compose, conf_dir
-from union_igrot.cli.help import SWEPT, help_text
-from union_igrot.cli.sweep import Sweep, in_sweep
-from union_igrot.cli.typed import as_typed
+from union_igrot.cli.config import Arguments, as_config, check_sweep, conf_dir, parse_arguments, problems_of, resolve
+from union_igrot.cli.help import help_text
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.errors import ConfigError, UnionError
 
-EXIT_MISTAKE = 2
-"""Exit code for a mistake the user can mend."""
-EXIT_DEFECT = 70
-"""Exit code after what should not happen, as sysexits.h has it."""
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+EXIT_USAGE = 2
+"""Exit code for a user's mistake."""
+EXIT_INTERNAL = 70
+"""Exit code after an internal error, as in sysexits.h."""
 EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
-_TAKING = frozenset(("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "-cn", "-cd"))
-"""Flags of Hydra that a word follows."""
-_FLAGS = _TAKING | {
-    *("-h", "--help", "--hydra-help", "--version", "-m", "--multirun", "-r", "--run", "--resolve"),
-    *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"),
-}
+def _say(command: str, text: object) -> None:
+    print(f"{command}: {text}", file=sys.stderr)  # noqa: T201 - output of the command
 
 
 @contextmanager
 def _one_line(command: str, advice: str = "") -> Iterator[None]:
+    """Report a user's mistake and an interruption in one line."""
     try:
         yield
     except UnionError as error:
-        print(f"{command}: {error}", file=sys.stderr)  # noqa: T201 - the command's voice
-        raise SystemExit(EXIT_MISTAKE) from None
+        _say(command, error)
+        raise SystemExit(EXIT_USAGE) from None
     except KeyboardInterrupt:
-        print(f"{command}: interrupted{advice}", file=sys.stderr)  # noqa: T201 - its voice
+        _say(command, f"interrupted{advice}")
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @contextmanager
-def _told(command: str) -> Iterator[None]:
-    """End with a code of its own after what should not happen: 1 may mean something to the command."""
+def _internal_errors(command: str) -> Iterator[None]:
+    """Exit with a code of its own after a bug: 1 may have a meaning in the command."""
     try:
         yield
     except (UnionError, SystemExit):
         raise
     except Exception:
         traceback.print_exc()
-        print(f"{command}: this is a defect; please report it with the lines above", file=sys.stderr)  # noqa: T201 - its voice
-        raise SystemExit(EXIT_DEFECT) from None
-
-
-def _check_words(arguments: Sequence[str], literal: Collection[str]) -> None:
-    """Refuse slips that Hydra would answer at length, or not at all.
-
-    Of a setting that is given twice the later one counts, as in Hydra, but for those whose text is taken as
-    typed: there it was a shell that took one text apart.
-    """
-    given: set[str] = set()
-    for before, argument in pairwise(["", *arguments]):
-        key, equals, _ = argument.partition("=")
-        if argument.startswith("-"):
-            if argument.partition("=")[0] not in _FLAGS:
-                raise ConfigError(f"{argument} is no flag; settings are written without dashes, KEY=VALUE (--help)")
-        elif not equals:
-            if before not in _TAKING and not argument.startswith("~"):
-                raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE (--help lists the keys)")
-        elif key in given and key in literal:
-            raise ConfigError(f"{key} is given twice; give it once (a shell takes {{a,b}} apart: put it in quotes)")
-        given.add(key)
+        _say(command, "internal error, please report this traceback")
+        raise SystemExit(EXIT_INTERNAL) from None
 
 
 def run_command(
     name: str,
-    task: Callable[[DictConfig, Path], Path | None],
+    task: "Callable[[DictConfig, Path], Path | None]",
     argv: Sequence[str] | None = None,
     *,
-    literal: Collection[str] = (),
-    several: Collection[str] = (),
     resumes: bool = False,
 ) -> None:
-    """Run a command under Hydra.
+    """Run a command.
 
     Args:
-        name: Name of the configuration, `train` or `eval`.
-        task: Takes the checked configuration and Hydra's run folder; gives the folder of its results, or None
-            where that is Hydra's.
-        argv: Arguments; the process's own where None.
-        literal: Settings whose text is taken as it was typed; see `cli.typed`.
-        several: Settings of a list of such texts.
-        resumes: Whether the same command goes on after an interruption.
+        name: Name of the command, such as `train`.
+        task: Takes the validated settings and a new run folder (the current folder if the command has none);
+            returns the folder of its results, or None for the given one.
+        argv: Arguments; those of the process if None.
+        resumes: Whether the same command resumes after an interruption.
 
     Raises:
-        SystemExit: With code 2 and one line on standard error for a user's mistake, with
-            code 130 and one line after Ctrl-C. A sweep goes on after a job's mistake and ends with its code.
+        SystemExit: With code 2 and the mistakes on standard error, or code 130 after Ctrl-C. A sweep continues after
+            a job's mistake and exits with its code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     command = f"union-{name}"
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(name))  # noqa: T201 - the command's voice
-        return
-    if "--version" in arguments:
-        print(__version__)  # noqa: T201 - the command's voice
-        return
-    with _one_line(command):
-        _check_words(arguments, literal)
-        arguments = as_typed(arguments, literal, several)
-        flags = {argument for argument in arguments if argument.startswith("-")}
-        plain = [argument for argument in arguments if argument not in flags]
-        if not flags:
-            compose(name, plain)
-        elif name not in SWEPT and flags & {"-m", "--multirun"}:
-            raise ConfigError(f"it runs once; -m is for {' and '.join(f'union-{one}' for one in SWEPT)}")
-        elif flags <= {"-m", "--multirun"}:
-            check_sweep(name, plain)
-        folder = str(conf_dir())
+    advice = "; run the same command again to resume" if resumes else ""
+    with _one_line(command, advice):
+        arguments = parse_arguments(name, sys.argv[1:] if argv is None else argv)
+        if arguments.help is not None:
+            print(help_text(name, arguments.help))  # noqa: T201 - output of the command
+        elif arguments.version:
+            print(__version__)  # noqa: T201 - output of the command
+        elif arguments.sweep:
+            _sweep(name, task, arguments, advice)
+        else:
+            values, hydra = resolve(name, arguments)
+            config = as_config(values)
+            if arguments.show:
+                from omegaconf import OmegaConf
 
-    sweep = Sweep(name, EXIT_MISTAKE)
+                print(OmegaConf.to_yaml(config), end="")  # noqa: T201 - output of the command
+                return
+            folder = Path.cwd() if hydra is None else _start_run(hydra, arguments)
+            with _internal_errors(command):
+                task(config, folder)
 
-    def guarded(config: DictConfig) -> None:
+
+def _start_run(hydra: Any, arguments: Arguments) -> Path:
+    """Make the run folder, and record how the run was started."""
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = Path(hydra.hydra.run.dir).absolute()
+    hydra.hydra.overrides.task = arguments.plain()
+    hydra.hydra.runtime.output_dir = str(folder)
+    HydraConfig.instance().set_config(hydra)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create the run folder {folder} ({error.strerror})") from None
+    return folder
+
+
+def _sweep(name: str, task: "Callable[[DictConfig, Path], Path | None]", arguments: Arguments, advice: str) -> None:
+    """Run the jobs of a sweep by Hydra, whose grammar and launcher apply."""
+    if not COMMANDS[name].hydra:
+        swept = " and ".join(f"union-{one}" for one in COMMANDS if COMMANDS[one].hydra)
+        raise ConfigError(f"-m is not supported: union-{name} runs once (expected {swept})")
+    check_sweep(name, arguments)
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from union_igrot.cli.sweep import Sweep
+
+    command = f"union-{name}"
+    sweep = Sweep(name, EXIT_USAGE)
+
+    def job(config: "DictConfig") -> None:
         fresh = Path(HydraConfig.get().runtime.output_dir)
 
         def work() -> Path | None:
-            check_config(name, config)
+            problems = problems_of(name, OmegaConf.to_container(config))  # type: ignore[arg-type] # str keys
+            if problems:
+                raise ConfigError("; ".join(problems))
             return task(config, fresh)
 
-        with _one_line(command, "; the same command goes on from here" if resumes else ""):
-            if in_sweep():
-                sweep.job(work, fresh)
-            else:
-                with _told(command):
-                    work()
+        with _one_line(command, advice):
+            sweep.job(work, fresh)
 
-    before = sys.argv
-    sys.argv = [command, *arguments]
-    # A relative folder in an override is meant from where the user stands; Hydra must not move.
-    here = Path.cwd()
+    # Relative folders refer to the current folder; Hydra must not change it.
+    before, here = sys.argv, Path.cwd()
+    sys.argv = [command, *arguments.plain(), "-m"]
     try:
-        hydra.main(version_base="1.3", config_path=folder, config_name=name)(guarded)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     finally:
         sys.argv = before
         os.chdir(here)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
 from union_igrot.storage.paths import expand_user
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("compare", compare, argv)
 
 
-def compare(config: DictConfig, fresh: Path) -> None:
+def compare(config: "DictConfig", fresh: Path) -> None:
     """Print a table of paired differences, first - second, for each benchmark of both runs."""
     # Heavy imports are delayed so that --help and usage errors are fast.
     from rich.console import Console

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from union_igrot.cli.fields import REQUIRED, Setting, declared, show
-from union_igrot.cli.settings import COMMANDS, GROUPS, UNTRAINED_HEADS
+from union_igrot.cli.groups import GROUPS, UNTRAINED_HEADS
+from union_igrot.cli.settings import COMMANDS
+from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,14 +45,29 @@ def conf_dir() -> Path:
 
 def options_of(group: str) -> list[str]:
     """Return the options of a group."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    registered = benchmark_names() if group == "data" else ()
+    return sorted({path.stem for path in (conf_dir() / group).glob("*.yaml")} | set(registered))
+
+
+def is_registered(group: str, option: str) -> bool:
+    """Whether an option is a benchmark of another package, without a file in `conf/`."""
+    return group == "data" and option in benchmark_names() and not (conf_dir() / group / f"{option}.yaml").is_file()
 
 
 def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the values of an option of a group."""
     import yaml
 
-    values: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    if is_registered(group, option):
+        benchmark = find_benchmark(option)
+        values: dict[str, Any] = {
+            "name": option,
+            "root": None,
+            "split": benchmark.evaluation_splits[0],
+            "check_images": True,
+        }
+        return values | {one.name: "all" if one.is_part else one.default for one in benchmark.settings}
+    values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
     return values
 
 
@@ -61,6 +77,11 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     ending = [one for one in known if one.endswith(f".{word}")]
     near = ending or difflib.get_close_matches(word, known, 1, 0.6)
     return f"did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = suggestion(word, known)
+    return f"; {near}" if near else ""
 
 
 def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
@@ -112,12 +133,14 @@ def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
         elif word in ("-m", "--multirun"):
             found.sweep = True
         elif word in ("-c", "--cfg") and rest:
-            found.show = rest.pop(0) == "job" or found.problems.append("--cfg takes job") is None
+            found.show = rest.pop(0) == "job"
+            found.problems += [] if found.show else ["invalid value for --cfg (expected job)"]
         elif word.startswith("--") and len(key) > 2:
             key = key[2:] if key[2:] in known else key[2:].replace("-", "_")
             if not equals and key in known:
-                text = _value_of(known[key], rest)
-                if text is None:
+                following = _value_of(known[key], rest)
+                text = following or ""
+                if following is None:
                     found.problems.append(f"--{key} needs a value (expected {known[key].expected})")
                     continue
             found.settings.append((key, text))
@@ -127,7 +150,9 @@ def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
             found.hydra.append(word) if hydra else found.settings.append((key, text))
         else:
             near = suggestion(word.lstrip("-"), [*known, "help", "version", "multirun"])
-            found.problems.append(f"unexpected argument {word!r} (expected KEY=VALUE or --KEY VALUE{'; ' * bool(near)}{near})")
+            found.problems.append(
+                f"unexpected argument {word!r} (expected KEY=VALUE or --KEY VALUE{'; ' * bool(near)}{near})"
+            )
     return found
 
 
@@ -165,11 +190,11 @@ def schema_of(name: str, values: Mapping[str, Any]) -> dict[str, Setting]:
     return schema
 
 
-def resolve(name: str, arguments: Arguments) -> tuple[dict[str, Any], str]:
+def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfig | None]":
     """Compose and validate the settings of a command.
 
     Returns:
-        The nested values, and the run folder if Hydra composes the command.
+        The nested values, and the configuration with Hydra's own if Hydra composes the command.
 
     Raises:
         ConfigError: With all mistakes: unknown settings, options and values, and missing ones.
@@ -184,10 +209,13 @@ def resolve(name: str, arguments: Arguments) -> tuple[dict[str, Any], str]:
             options[key] = None if text == "null" else text
         else:
             problems.append(_wrong_option(name, key, text))
-    values, folder = _composed(name, options, arguments.hydra)
-    for group in [group for group, option in options.items() if option == REQUIRED]:
-        if not any(key == group for key, _ in arguments.settings):
-            problems.append(f"{group} is required: {command.groups[group][1]} (expected {', '.join(options_of(group))})")
+    values, hydra = _composed(name, options, arguments.hydra)
+    tried = {key for key, _ in arguments.settings}
+    problems += [
+        f"{group} is required: {command.groups[group][1]} (expected {', '.join(options_of(group))})"
+        for group, option in options.items()
+        if option == REQUIRED and group not in tried
+    ]
     # What decides the variant of a group comes first: the other settings depend on it.
     decisive = {f"{group}.{GROUPS[group].key}" for group in options if group in GROUPS}
     given.sort(key=lambda one: one[0] not in decisive)
@@ -196,7 +224,7 @@ def resolve(name: str, arguments: Arguments) -> tuple[dict[str, Any], str]:
     if name == "eval" and "model" in values and any(key == "checkpoint" for key, _ in given):
         problems.append(_ONE_MODEL)
     _raise(dict.fromkeys(problems))
-    return values, folder
+    return values, hydra
 
 
 def _raise(problems: Iterable[str]) -> None:
@@ -209,21 +237,29 @@ def _raise(problems: Iterable[str]) -> None:
 def _wrong_option(name: str, group: str, option: str) -> str:
     trained = "; for trained heads use checkpoint=FOLDER" if (name, group) == ("eval", "model") else ""
     near = suggestion(option, options_of(group))
-    return f"unknown option {group}={option} ({f'{near} ' * bool(near)}expected {', '.join(options_of(group))}{trained})"
+    return (
+        f"unknown option {group}={option} ({f'{near} ' * bool(near)}expected {', '.join(options_of(group))}{trained})"
+    )
 
 
-def _composed(name: str, options: Mapping[str, str | None], hydra: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Return the values of the chosen options and the defaults of the command, and Hydra's run folder."""
+def _composed(
+    name: str, options: Mapping[str, str | None], hydra: Sequence[str]
+) -> "tuple[dict[str, Any], DictConfig | None]":
+    """Return the values of the chosen options and the defaults of the command, and Hydra's configuration."""
     if COMMANDS[name].hydra:
-        chosen = [f"{group}={option}" for group, option in options.items() if option is not None]
-        return _compose_with_hydra(name, [*chosen, *hydra])
-    values = {group: read_option(group, option) for group, option in options.items() if option not in (None, REQUIRED)}
+        foreign = {group: option for group, option in options.items() if option and is_registered(group, option)}
+        chosen = [f"{group}={option}" for group, option in options.items() if option and group not in foreign]
+        composed, config = _compose_with_hydra(name, [*chosen, *hydra])
+        return composed | {group: read_option(group, option) for group, option in foreign.items()}, config
+    values: dict[str, Any] = {
+        group: read_option(group, option) for group, option in options.items() if option and option != REQUIRED
+    }
     for one in declared(COMMANDS[name].settings):
         _put(values, one.key, list(one.default) if isinstance(one.default, tuple) else one.default)
-    return values, ""
+    return values, None
 
 
-def _compose_with_hydra(name: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
+def _compose_with_hydra(name: str, overrides: list[str]) -> "tuple[dict[str, Any], DictConfig]":
     from hydra import compose as hydra_compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -236,14 +272,14 @@ def _compose_with_hydra(name: str, overrides: list[str]) -> tuple[dict[str, Any]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=name):
             config = hydra_compose(name, overrides=overrides, return_hydra_config=True)
-            folder = str(config.hydra.run.dir)
+            str(config.hydra.run.dir)  # an invalid one is an error here
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     finally:
         GlobalHydra.instance().hydra = outer
     values: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     del values["hydra"]
-    return values, folder
+    return values, config
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -286,7 +322,7 @@ def _read_list(text: str) -> list[str] | str:
     import yaml
 
     try:
-        found = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds text alone
+        found = yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
         return text
     return found if isinstance(found, list) else text
@@ -326,36 +362,35 @@ def problems_of(name: str, values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is required: {setting.help}; add {key}=VALUE")
         elif not setting.allows(value):
             near = suggestion(str(value), map(str, setting.choices))
-            problems.append(f"invalid value for {key}: {show(value)} (expected {setting.expected}{'; ' * bool(near)}{near})")
+            problems.append(
+                f"invalid value for {key}: {show(value)} (expected {setting.expected}{'; ' * bool(near)}{near})"
+            )
     return problems + _contradictions(name, leaves)
 
 
-def _contradictions(name: str, values: Mapping[str, Any]) -> Iterator[str] | list[str]:
+def _contradictions(name: str, values: Mapping[str, Any]) -> list[str]:
     """Return a line for each combination that is not allowed."""
-    problems = []
     alone = name == "eval" and "model.name" in values
-    if alone and values.get("checkpoint") not in (None, "tiny"):
-        problems.append(_ONE_MODEL)
-    if alone and values.get("weights") is not None:
-        problems.append("weights= are those of a checkpoint's backbone; with model=... use model.weights=")
-    if alone and values.get("predictions") is not None:
-        problems.append("predictions are scored without a model; leave out model=...")
-    if name == "convert" and values.get("target.kind") == "shared":
-        problems.append("the published code has no target=shared (expected target=frozen, sum or union)")
-    if name == "convert" and values.get("model.weights") is not None:
-        problems.append("model.weights must be null: the checkpoint contains its weights")
-    if name != "train":
-        for key in ("model.projector", "model.finetune"):
-            if values.get(key, "none") != "none":
-                problems.append(f"{key} must be none: union-{name} trains nothing")
-        return problems
-    heads = {values.get("fusion.kind"), values.get("target.kind")}
-    tuned = values.get("model.finetune") != "none"
-    if heads <= UNTRAINED_HEADS and values.get("model.projector") == "none" and not tuned:
-        problems.append("nothing to train; choose fusion=transagg or target=union")
-    if values.get("recipe.checkpointing") is True and not tuned:
-        problems.append("recipe.checkpointing=true requires fine-tuning; set model.finetune=both, or leave it false")
-    return problems
+    target, fusion, tuned = values.get("target.kind"), values.get("fusion.kind"), values.get("model.finetune") != "none"
+    untrained = {fusion, target} <= UNTRAINED_HEADS and values.get("model.projector") == "none" and not tuned
+    rules = {
+        _ONE_MODEL: alone and values.get("checkpoint") not in (None, "tiny"),
+        "weights= are those of a checkpoint's backbone; with model=... use model.weights=": alone
+        and values.get("weights") is not None,
+        "predictions are scored without a model; leave out model=...": alone and values.get("predictions") is not None,
+        "the published code has no target=shared (expected target=frozen, sum or union)": name == "convert"
+        and target == "shared",
+        "model.weights must be null: the checkpoint contains its weights": name == "convert"
+        and values.get("model.weights") is not None,
+        "nothing to train; choose fusion=transagg or target=union": name == "train" and untrained,
+        "recipe.checkpointing=true requires fine-tuning; set model.finetune=both, or leave it false": not tuned
+        and values.get("recipe.checkpointing") is True,
+    }
+    for key in ("model.projector", "model.finetune"):
+        rules[f"{key} must be none: union-{name} trains nothing"] = (
+            name != "train" and values.get(key, "none") != "none"
+        )
+    return [problem for problem, applies in rules.items() if applies]
 
 
 def as_config(values: Mapping[str, Any]) -> "DictConfig":
@@ -370,7 +405,8 @@ def as_config(values: Mapping[str, Any]) -> "DictConfig":
         # One backslash more than twice those before it makes ${...} plain text.
         return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value) if isinstance(value, str) else value
 
-    return OmegaConf.create(escaped(values))
+    config: DictConfig = OmegaConf.create(escaped(values))
+    return config
 
 
 def compose(name: str = "train", overrides: Sequence[str] = ()) -> "DictConfig":

@@ -5,19 +5,21 @@ Knows the order of the steps. Does not know how a checkpoint is read.
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
 from union_igrot.storage.paths import expand_user
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-convert`."""
-    run_command("convert", convert, argv, literal=("checkpoint", "output_dir", "tokenizer"))
+    run_command("convert", convert, argv)
 
 
-def convert(config: DictConfig, fresh: Path) -> None:
+def convert(config: "DictConfig", fresh: Path) -> None:
     """Read the authors' file and write heads, the backbone's weights, a description and a card."""
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from rich.console import Console

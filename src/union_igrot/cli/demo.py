@@ -12,18 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from union_igrot.demo.backends import SearchBackend
     from union_igrot.demo.server import Login
     from union_igrot.demo.synthetic_gallery import SyntheticGallery
     from union_igrot.models.model import IGROTModel
 
-LITERAL = ("index", "checkpoint", "second_index", "second_checkpoint", "user", "name")
 PASSWORD = "UNION_DEMO_PASSWORD"
 """The environment variable that holds the password."""
 UNTRAINED = {"image + text": "sum", "image alone": "image"}
@@ -32,10 +31,10 @@ UNTRAINED = {"image + text": "sum", "image alone": "image"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-demo`."""
-    run_command("demo", demo, argv, literal=LITERAL)
+    run_command("demo", demo, argv)
 
 
-def demo(config: DictConfig, fresh: Path) -> None:
+def demo(config: "DictConfig", fresh: Path) -> None:
     """Serve the page as configured, until it is stopped."""
     del fresh
     missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
@@ -67,7 +66,7 @@ def demo(config: DictConfig, fresh: Path) -> None:
     serve(app, held, ready)
 
 
-def _check(config: DictConfig) -> None:
+def _check(config: "DictConfig") -> None:
     """Refuse what contradicts itself, or is open to others without a password."""
     if config.index is None and config.second_index is not None:
         raise ConfigError("second_index is compared with index; give index=PATH too")
@@ -103,7 +102,7 @@ def _login(user: str | None) -> "Login | None":
     return Login(user, password)
 
 
-def _galleries(config: DictConfig) -> "list[SearchBackend]":
+def _galleries(config: "DictConfig") -> "list[SearchBackend]":
     from union_igrot.demo.gallery_backend import open_backend
 
     engines: list[SearchBackend] = [open_backend(config.index, config.checkpoint, config.device)]
@@ -112,7 +111,7 @@ def _galleries(config: DictConfig) -> "list[SearchBackend]":
     return engines
 
 
-def _world(config: DictConfig) -> "list[SearchBackend]":
+def _world(config: "DictConfig") -> "list[SearchBackend]":
     """Give the generated world under the model, under a second one where wanted, and under its untrained baselines."""
     from union_igrot.demo.backends import heads_name
     from union_igrot.demo.synthetic_gallery import SyntheticGallery
@@ -131,7 +130,7 @@ def _world(config: DictConfig) -> "list[SearchBackend]":
     return [_engine(config, world, name, model) for name, model in models.items()]
 
 
-def _engine(config: DictConfig, world: "SyntheticGallery", name: str, model: "IGROTModel") -> "SearchBackend":
+def _engine(config: "DictConfig", world: "SyntheticGallery", name: str, model: "IGROTModel") -> "SearchBackend":
     from union_igrot.cli.assemble import encoder
 
     filling = encoder(config, model.backbone)

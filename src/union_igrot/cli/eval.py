@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from union_igrot.models.model import IGROTModel
 
 
@@ -22,13 +22,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("eval", evaluate_checkpoint, argv, resumes=True)
 
 
-def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
+def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
     """Evaluate as configured; `fresh` is used where no folder is named.
 
     Returns:
         The folder of the results.
     """
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    # Heavy imports are delayed so that --help and usage errors are fast.
+    from omegaconf import OmegaConf
+
     from union_igrot.cli import assemble
     from union_igrot.cli.results import evaluate_and_report, report_predictions
     from union_igrot.models.devices import resolve_device
@@ -56,7 +58,7 @@ def evaluate_checkpoint(config: DictConfig, fresh: Path) -> Path:
     return folder
 
 
-def _model(config: DictConfig) -> "tuple[IGROTModel, str | None]":
+def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     """Load what is evaluated: trained heads and where they are from, or a backbone without any."""
     from union_igrot.models.backbones.factory import build_backbone, is_backbone
     from union_igrot.models.model import baseline, load

@@ -5,12 +5,13 @@ which must exist); or `accepts`, a test of the value, with `expected`, its descr
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from union_igrot.storage.paths import from_home
+from union_igrot.errors import UnionError
+from union_igrot.storage.paths import expand_user
 
 REQUIRED = "???"
 """Default of a setting without a default, as in Hydra's files."""
@@ -51,7 +52,7 @@ class Setting:
         else:
             kind = "a number" if float in self.types else "an integer" if int in self.types else "text"
             bounds = {"low": ">=", "above": ">", "high": "<="}
-            limits = [f"{sign} {self.options[name]:g}" for name, sign in bounds.items() if name in self.options]
+            limits = [f"{sign} {self.options[name]}" for name, sign in bounds.items() if name in self.options]
             words = [f"{kind} {' and '.join(limits)}".strip()]
         if NoneType in self.types and "null" not in words and not self.options.get("verbatim"):
             words.append("null")
@@ -80,18 +81,20 @@ class Setting:
         if isinstance(value, list | tuple):
             return tuple in self.types and all(isinstance(one, str) and one not in ("", REQUIRED) for one in value)
         if isinstance(value, int | float):
-            low, high, above = (self.options.get(name) for name in ("low", "high", "above"))
-            typed = float in self.types or (int in self.types and isinstance(value, int))
-            fits = (
-                (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-            )
-            return (typed and math.isfinite(value) and fits and not self.choices) or value in self.choices
+            return self._in_range(value) if not self.choices else value in self.choices
         if self.choices or str not in self.types:
             return value in self.choices
-        if "path" in self.options:
-            path = from_home(value)
-            return path.is_dir() if self.options["path"] == "folder" else path.exists()
-        return NoneType in self.types or bool(value.strip())
+        return self._exists(value) and (NoneType in self.types or bool(value.strip()))
+
+    def _in_range(self, value: int | float) -> bool:
+        low, high, above = (self.options.get(name) for name in ("low", "high", "above"))
+        typed = float in self.types or (int in self.types and isinstance(value, int))
+        fits = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        return typed and math.isfinite(value) and fits
+
+    def _exists(self, value: str) -> bool:
+        kind = self.options.get("path")
+        return kind is None or (expand_user(value).is_dir() if kind == "folder" else expand_user(value).exists())
 
 
 def show(value: Any) -> str:
@@ -120,3 +123,15 @@ def declared(group: type, prefix: str = "") -> Iterator[Setting]:
         types = (*map(type, literals), *(get_origin(one) or one for one in members if get_origin(one) is not Literal))
         default = REQUIRED if one.default is MISSING or one.default == REQUIRED else one.default
         yield Setting(f"{prefix}{one.name}", types, default, options)
+
+
+def readable(parse: Callable[[Any], Any], *words: str) -> Callable[[Any], bool]:
+    """Return a test whether a function can read a value, or it is one of some words."""
+
+    def accepts(value: Any) -> bool:
+        try:
+            return value in words or parse(value) is not None
+        except UnionError:
+            return False
+
+    return accepts

@@ -1,76 +1,118 @@
-"""What a command takes, read from the comments of the YAML files themselves.
+"""The text of `--help`, from the declared settings and the options in `conf/`."""
 
-Knows how those files are laid out. Does not compose or check anything.
-"""
-
-import re
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterable
 from textwrap import wrap
 
-from union_igrot.cli.config import conf_dir, options_of
+from union_igrot.cli.config import conf_dir, is_registered, options_of, read_option, suggestion
+from union_igrot.cli.fields import Setting, declared, show
+from union_igrot.cli.groups import GROUPS
+from union_igrot.cli.settings import COMMANDS
+from union_igrot.errors import ConfigError
 
-SWEPT = ("train", "eval")
-"""Commands that `-m` runs over comma-separated values."""
-_WIDE = 88
-_WHOLE = "# @package _global_\n"
-"""Stands before the line for the help in a file that sets several groups."""
+_WIDTH = 100
+_COLUMN = 30
 
 
-def help_text(name: str) -> str:
-    """Say what a command takes: its groups with their options, and its settings.
+def help_text(name: str, topic: str = "") -> str:
+    """Return the help of a command.
 
-    Read from the comments of the YAML files themselves; comments below the first line stand at the end.
+    Args:
+        name: The command, such as `train`.
+        topic: Empty for the short help, a group or section such as `recipe`, or `all`.
+
+    Raises:
+        ConfigError: If there is no such topic.
     """
-    lines = (conf_dir() / f"{name}.yaml").read_text().splitlines()
-    groups = [m.groups() for line in lines if (m := re.match(r"\s+- (\w+): (\w+|\?{3})\s+# (.+)", line))]
-    out = [
-        *_laid("", lines[0].removeprefix("# "), 0),
+    command = COMMANDS[name]
+    keys = [one.key for one in declared(command.settings) if "." in one.key]
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    topics = [*command.groups, *sections, "all"]
+    if topic and topic not in topics:
+        near = suggestion(topic, topics)
+        raise ConfigError(f"unknown help topic {topic} ({f'{near} ' * bool(near)}expected {', '.join(topics)})")
+    if topic not in ("", "all"):
+        return "\n".join(_topic(name, topic))
+    lines = _short(name, sections)
+    for one in (*command.groups, *sections) if topic else ():
+        lines += ["", *_topic(name, one)]
+    return "\n".join(lines)
+
+
+def _short(name: str, sections: list[str]) -> list[str]:
+    command = COMMANDS[name]
+    groups = " [GROUP=OPTION ...]" if command.groups else ""
+    lines = [
+        *wrap(command.summary, _WIDTH),
         "",
-        f"usage: union-{name} [GROUP=OPTION ...] [KEY=VALUE ...]{' [-m]' if name in SWEPT else ''}",
-        "",
+        f"usage: union-{name}{groups} [KEY=VALUE ...]{' [-m]' * command.hydra}",
     ]
-    out += ["groups:"] if groups else []
-    for group, default, meaning in groups:
-        options = [f"{option} (default)" if option == default else option for option in options_of(group)]
-        out += _laid(f"  {group}", f"{meaning}: {', '.join(options)}", 13)
-    out += ["", "settings:"]
-    for section, body in _sections(lines):
-        for key, value, meaning in body:
-            out += _laid(f"  {section}{key}={value}", meaning, 34)
-    for group, _, _ in groups:
-        out += ["", f"{group}=..."]
-        wide = max(15, 2 + max(map(len, options_of(group))))
-        for option in options_of(group):
-            text = (conf_dir() / group / f"{option}.yaml").read_text().removeprefix(_WHOLE).splitlines()
-            out += _laid(f"  {option}", text[0].removeprefix("# "), 2 + wide)
-            for line in text[1:]:
-                setting = re.match(r"(\w+): (\S+)(?:\s+# (.+))?", line)
-                # `name` and `kind` that repeat the option are no settings to a reader.
-                if setting and not (setting[1] in {"name", "kind"} and setting[2] == option):
-                    out += _laid(f"{'':<17}{group}.{setting[1]}={setting[2]}", setting[3] or "", 48)
-    notes = [line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines[1:])]
-    out += ["", *(line for note in notes for line in _laid("-", note, 2))] if notes else []
-    sweep = "-m sweeps over comma-separated values; " if name in SWEPT else ""
-    out += ["", f"{sweep}--cfg job prints the composed configuration"]
-    return "\n".join(out)
+    lines += ["", "examples:", *(f"  {example}" for example in command.examples)]
+    if command.groups:
+        lines += ["", "groups (--help GROUP shows the settings of each option):"]
+    for group, (default, meaning) in command.groups.items():
+        options = [f"{one} (default)" if one == default else one for one in options_of(group)]
+        listed = ", ".join(options) if len(options) <= 16 else f"{', '.join(options[:2])}, ... ({len(options)} options)"
+        lines += _entry(f"  {group}", f"{meaning}: {listed}", 14)
+    own = vars(command.settings).get("__annotations__", {})
+    settings = sorted(declared(command.settings), key=lambda one: ("." in one.key, one.key not in own))
+    lines += ["", "settings:"] if settings else []
+    lines += _settings(one for one in settings if "." not in one.key)
+    lines += [f"  {section}.*  (--help {section})" for section in sections]
+    lines += [
+        "",
+        "options:",
+        *_entry("  -h, --help [TOPIC]", "this help, or that of a group or section, or all", _COLUMN),
+    ]
+    lines += _entry("  --version", "print the version", _COLUMN)
+    lines += _entry("  --cfg job", "print the composed settings and exit", _COLUMN)
+    if command.hydra:
+        lines += _entry("  -m, --multirun", "run once for each combination of comma-separated values", _COLUMN)
+    lines += ["", "KEY=VALUE, --KEY VALUE and --KEY=VALUE are the same; values are taken as typed."]
+    for note in command.notes:
+        lines += wrap(f"{note[0].upper()}{note[1:]}.", _WIDTH)
+    return lines
 
 
-def _laid(left: str, right: str, at: int) -> list[str]:
-    """Put a meaning beside a name, from a column on, in lines of at most `_WIDE` characters."""
-    lines = wrap(right, _WIDE - at, break_long_words=False, break_on_hyphens=False) or [""]
-    first = [left] if len(left) >= at > 0 else [f"{left:<{at}}{lines.pop(0)}".rstrip()]
-    return first + [f"{'':<{at}}{line}".rstrip() for line in lines if line]
+def _topic(name: str, topic: str) -> list[str]:
+    """Return the settings of a section, or of each option of a group."""
+    if topic not in COMMANDS[name].groups:
+        inner = [one for one in declared(COMMANDS[name].settings) if one.key.startswith(f"{topic}.")]
+        return [f"{topic}.*", *_settings(inner)]
+    default, meaning = COMMANDS[name].groups[topic]
+    lines, described = [f"{topic}=OPTION  {meaning}; default {show(default)}"], set()
+    for option in options_of(topic):
+        lines += _entry(f"  {option}", summary_of(topic, option), 20)
+    for option in options_of(topic) if topic in GROUPS else ():
+        group, values = GROUPS[topic], read_option(topic, option)
+        variant = group.variant(values.get(group.key))
+        if variant is None:
+            continue
+        schema = {one.key: one for one in declared(variant, f"{topic}.")}
+        shown = tuple((key, show(value)) for key, value in values.items() if key not in ("name", "kind"))
+        if not shown or shown in described:
+            continue
+        described.add(shown)
+        lines += ["", f"with {topic}={option}:"]
+        for key, value in shown:
+            one = schema[f"{topic}.{key}"]
+            lines += _entry(f"  {one.key}={value}", one.help, _COLUMN + 4)
+    return lines
 
 
-def _sections(lines: Sequence[str]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    sections: list[tuple[str, list[tuple[str, str, str]]]] = [("", [])]
-    for line in lines:
-        if re.match(r"hydra:", line):
-            break
-        if head := re.match(r"(\w+):\s*$", line):
-            sections.append((f"{head.group(1)}.", []))
-        elif setting := re.match(r"(\s*)(\w+): (\S+)\s+# (.+)", line):
-            indent, key, value, meaning = setting.groups()
-            sections[-1 if indent else 0][1].append((key, value, meaning))
-    return [section for section in sections if section[0] != "defaults."]
+def summary_of(group: str, option: str) -> str:
+    """Return the first comment of an option's file."""
+    if is_registered(group, option):
+        return "Benchmark of another package."
+    text = (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
+    return text.removeprefix("# @package _global_\n").partition("\n")[0].removeprefix("# ")
+
+
+def _settings(settings: Iterable[Setting]) -> list[str]:
+    return [line for one in settings for line in _entry(f"  {one.key}={show(one.default)}", one.help, _COLUMN)]
+
+
+def _entry(left: str, right: str, at: int) -> list[str]:
+    """Return a name and its meaning in two columns."""
+    lines = wrap(right, _WIDTH - at, break_long_words=False, break_on_hyphens=False) or [""]
+    first = [left] if len(left) >= at - 1 else [f"{left:<{at}}{lines.pop(0)}".rstrip()]
+    return [*first, *(f"{'':<{at}}{line}" for line in lines if line)]

@@ -5,29 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     import torch
+    from omegaconf import DictConfig
 
     from union_igrot.gallery.ingest.entries import Listing
     from union_igrot.gallery.ingest.report import IngestReport
 
 _DELETE_ROWS = 10_000
 _USE_RAY = "union-index uses one device of one machine; for more pass executor=ray ray.actors=N"
-LITERAL = ("images", "index", "remove", "checkpoint", "weights", "cache_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-index`."""
-    run_command("index", index_images, argv, literal=LITERAL, resumes=True)
+    run_command("index", index_images, argv, resumes=True)
 
 
-def index_images(config: DictConfig, fresh: Path) -> None:
+def index_images(config: "DictConfig", fresh: Path) -> None:
     """Put images into an index as configured, or remove rows from it."""
     del fresh
     if (config.images is None) == (config.remove is None):
@@ -41,7 +39,7 @@ def index_images(config: DictConfig, fresh: Path) -> None:
         _add_images(config)
 
 
-def _check_one_process(config: DictConfig) -> None:
+def _check_one_process(config: "DictConfig") -> None:
     """Refuse settings of several processes."""
     where = config.strategy
     for name, allowed in (("name", ("auto",)), ("devices", ("auto", 1)), ("nodes", (1,))):
@@ -52,7 +50,7 @@ def _check_one_process(config: DictConfig) -> None:
         raise ConfigError(f"union-index was started by torchrun; {_USE_RAY}")
 
 
-def _remove_rows(config: DictConfig) -> None:
+def _remove_rows(config: "DictConfig") -> None:
     from union_igrot.gallery.engines.factory import open_index
 
     with open_index(config.index) as index:
@@ -66,7 +64,7 @@ def _remove_rows(config: DictConfig) -> None:
         print(f"{index.uri}: {len(index):,} rows; {removed:,} removed")  # noqa: T201 - output of the command
 
 
-def _add_images(config: DictConfig) -> None:
+def _add_images(config: "DictConfig") -> None:
     # Imported here, so that --help and mistakes in the configuration are fast.
     from union_igrot.gallery.ingest.pipeline import ingest_images
     from union_igrot.gallery.ingest.report import IngestOptions

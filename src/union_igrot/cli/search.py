@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from rich.console import Console
 
     from union_igrot.gallery.queries import QueryLine
@@ -25,8 +24,6 @@ EXIT_NO_HITS = 1
 """Exit code if no query has hits."""
 EXIT_BROKEN_PIPE = 141
 """Exit code if the reader closed the output (`| head`), as in shells."""
-LITERAL = ("index", "text", "where", "queries", "contact", "checkpoint", "weights")
-SEVERAL = ("image", "liked", "disliked", "exclude")
 SHEET_QUERIES = 12
 """Queries on a contact sheet."""
 _BATCH = 256
@@ -34,10 +31,10 @@ _BATCH = 256
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-search`."""
-    run_command("search", search, argv, literal=LITERAL, several=SEVERAL)
+    run_command("search", search, argv)
 
 
-def search(config: DictConfig, fresh: Path) -> None:
+def search(config: "DictConfig", fresh: Path) -> None:
     """Search as configured; exit with 1 if there are no hits."""
     del fresh
     _check(config)
@@ -78,7 +75,7 @@ def search(config: DictConfig, fresh: Path) -> None:
         raise SystemExit(EXIT_NO_HITS)
 
 
-def _check(config: DictConfig) -> None:
+def _check(config: "DictConfig") -> None:
     """Refuse settings that contradict each other."""
     single = [name for name in ("image", "text", "liked", "disliked", "exclude") if config[name]]
     if config.queries is not None and single:
@@ -91,7 +88,7 @@ def _check(config: DictConfig) -> None:
         raise ConfigError(f"contact={config.contact}: the folder {folder} does not exist")
 
 
-def _query_lines(config: DictConfig) -> "list[QueryLine]":
+def _query_lines(config: "DictConfig") -> "list[QueryLine]":
     from union_igrot.gallery.queries import QueryLine, read_queries
     from union_igrot.images.decode import check_image
 
@@ -115,7 +112,7 @@ def _pipe_output() -> Iterator[None]:
         raise SystemExit(EXIT_BROKEN_PIPE) from None
 
 
-def _print_result(config: DictConfig, line: "QueryLine", result: "SearchResult") -> None:
+def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult") -> None:
     if config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty()):
         for rank, hit in enumerate(result, 1):
             columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-from union_igrot.cli.command import EXIT_MISTAKE, run_command
+from union_igrot.cli.command import EXIT_USAGE, run_command
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from union_igrot.training.processes import Processes
 
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("train", train, argv, resumes=True)
 
 
-def train(config: DictConfig, fresh: Path) -> Path | None:
+def train(config: "DictConfig", fresh: Path) -> Path | None:
     """Train as configured; `fresh` is used where no folder is named and nothing is resumed.
 
     Returns:
@@ -39,6 +38,8 @@ def train(config: DictConfig, fresh: Path) -> Path | None:
     if processes.world == 1:
         count = count_processes(where.accelerator, where.devices, where.nodes)
         if count > 1:
+            from hydra.core.hydra_config import HydraConfig
+
             place = str(fresh).replace("\\", "\\\\").replace("'", "\\'")
             said = [*HydraConfig.get().overrides.task, f"hydra.run.dir='{place}'"]
             launch_processes("union_igrot.cli.train", said, count)
@@ -49,8 +50,9 @@ def train(config: DictConfig, fresh: Path) -> Path | None:
     return None
 
 
-def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
+def _lead(config: "DictConfig", fresh: Path, processes: "Processes") -> Path:
     """Train, evaluate and write: what one process does, or the first of several."""
+    from omegaconf import OmegaConf
     from rich.console import Console
 
     from union_igrot.cli import assemble
@@ -95,14 +97,14 @@ def _lead(config: DictConfig, fresh: Path, processes: "Processes") -> Path:
         return run.path
 
 
-def _follow(config: DictConfig, fresh: Path, processes: "Processes") -> None:
+def _follow(config: "DictConfig", fresh: Path, processes: "Processes") -> None:
     """Train with the first process, in its folder, and say nothing."""
     from union_igrot.cli.fit import fit_heads
     from union_igrot.errors import UnionError
 
     told = json.loads(processes.broadcast("run"))
     if told is None:
-        raise SystemExit(EXIT_MISTAKE)
+        raise SystemExit(EXIT_USAGE)
     folder, stage = Path(told[0]), told[1]
     if fresh != folder and fresh.is_dir() and not any(fresh.iterdir()):
         fresh.rmdir()
