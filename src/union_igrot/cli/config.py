@@ -67,7 +67,7 @@ def read_option(group: str, option: str) -> dict[str, Any]:
             "check_images": True,
         }
         return values | {one.name: "all" if one.is_part else one.default for one in benchmark.settings}
-    values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    values: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
     return values
 
 
