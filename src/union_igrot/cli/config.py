@@ -58,16 +58,13 @@ def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the values of an option of a group."""
     import yaml
 
+    values: dict[str, Any]
     if is_registered(group, option):
         benchmark = find_benchmark(option)
-        values: dict[str, Any] = {
-            "name": option,
-            "root": None,
-            "split": benchmark.evaluation_splits[0],
-            "check_images": True,
-        }
-        return values | {one.name: "all" if one.is_part else one.default for one in benchmark.settings}
-    values: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        values = {"name": option, "root": None, "split": benchmark.evaluation_splits[0], "check_images": True}
+        values |= {one.name: "all" if one.is_part else one.default for one in benchmark.settings}
+    else:
+        values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
     return values
 
 
