@@ -1,10 +1,10 @@
-"""Query heads: an image's and a text's features become one query embedding.
+"""Query heads: features of an image and a text become one query embedding.
 
-Three heads without weights (image, text, sum) and TransAgg's fusion. Does not know which
-backbone the features come from, how targets are represented or what the loss is.
+Three heads without weights (image, text, sum) and TransAgg's fusion; `Head` is what query and target heads share.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,21 +18,45 @@ from union_igrot.types import Features
 MaskMode = Literal["exclude", "legacy"]
 
 
-class QueryHead(nn.Module, ABC):
-    """Fuses the features of a batch of images and texts.
+class Head(nn.Module):
+    """A trained module that makes embeddings of a backbone's features.
 
     Attributes:
         kind: Name of the head in configurations and saved models.
-        needs_tokens: Whether token features are read, or pooled ones alone.
+        needs_tokens: Whether the head reads token features, or only pooled ones.
+        model_sizes: Options whose values come from the settings of the backbone (group `model`), each with the
+            name of that setting.
         options: The keyword arguments that build the same head again.
     """
 
     kind: str
     needs_tokens: bool = False
+    model_sizes: Mapping[str, str] = {}
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+def check_sizes(**values: int) -> None:
+    """Raise ConfigError for the first option below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"invalid value for {name}: {value} (expected an integer >= 1)")
+
+
+def check_rates(**values: float) -> None:
+    """Raise ConfigError for the first rate outside of [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"invalid value for {name}: {value} (expected a rate >= 0 and < 1)")
+
+
+class QueryHead(Head, ABC):
+    """Fuses the features of a batch of images and texts; see `Head` for what a subclass declares."""
 
     @abstractmethod
     def forward(self, images: Features, texts: Features) -> Float[Tensor, "batch dim"]:
@@ -40,7 +64,7 @@ class QueryHead(nn.Module, ABC):
 
 
 class ImageFusion(QueryHead):
-    """The image alone; a baseline without training."""
+    """The image alone, a baseline without training."""
 
     kind = "image"
 
@@ -50,7 +74,7 @@ class ImageFusion(QueryHead):
 
 
 class TextFusion(QueryHead):
-    """The text alone; a baseline without training."""
+    """The text alone, a baseline without training."""
 
     kind = "text"
 
@@ -60,7 +84,7 @@ class TextFusion(QueryHead):
 
 
 class SumFusion(QueryHead):
-    """The sum of both unit embeddings, of unit length; a baseline without training."""
+    """The normalized sum of both unit embeddings, a baseline without training."""
 
     kind = "sum"
 
@@ -70,11 +94,11 @@ class SumFusion(QueryHead):
 
 
 class FusionLayer(nn.Module):
-    """One pre-norm transformer encoder layer, its attention bias given outright.
+    """A pre-norm transformer encoder layer with an additive attention bias.
 
-    Equal to torch's `TransformerEncoderLayer(norm_first=True, activation="gelu")`, with the
-    same parameter names, but never on torch's fused inference path, which turns an
-    additive mask into an excluding one. Computes only the rows that are asked for.
+    Equal to torch's `TransformerEncoderLayer(norm_first=True, activation="gelu")`, with the same parameter names,
+    but never on torch's fused inference path, which turns an additive mask into an excluding one. Computes only the
+    requested rows.
     """
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
@@ -90,7 +114,7 @@ class FusionLayer(nn.Module):
         bias: Float[Tensor, "batch length"],
         rows: Int[Tensor, "batch rows"] | None = None,
     ) -> Float[Tensor, "batch out dim"]:
-        """Attend from `rows` (all where None) to every token, `bias` added to the keys' logits."""
+        """Attend from `rows` (None: all) to every token; `bias` is added to the logits of the keys."""
         kept = x if rows is None else x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
         kept = kept + self.dropout(self._attend(self.norm1(kept), self.norm1(x), bias))
         inner = self.dropout(F.gelu(self.linear1(self.norm2(kept))))
@@ -115,7 +139,7 @@ class FusionLayer(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Holds the layers under the reference's parameter names."""
+    """The layers, under the reference's parameter names."""
 
     def __init__(self, layers: list[FusionLayer]) -> None:
         super().__init__()
@@ -125,10 +149,9 @@ class _Encoder(nn.Module):
 class TransAggFusion(QueryHead):
     """TransAgg's query head: token fusion and three learned weights.
 
-    The tokens `[text ; separator ; image]` pass a transformer encoder; the outputs at the
-    image's and the text's pooled tokens give a fused embedding `f`, and `f` gives weights
-    `w`; the query is `normalize(w0 text + w1 f + w2 image)`. After Liu et al., "Zero-shot
-    Composed Text-Image Retrieval" (BMVC 2023) and its published code, parameter names
+    The tokens `[text ; separator ; image]` pass a transformer encoder. The outputs at the pooled tokens of image and
+    text give a fused embedding `f`, and `f` gives weights `w`; the query is `normalize(w0 text + w1 f + w2 image)`.
+    After Liu et al., "Zero-shot Composed Text-Image Retrieval" (BMVC 2023) and its published code, parameter names
     included.
 
     Args:
@@ -137,17 +160,17 @@ class TransAggFusion(QueryHead):
         heads: Attention heads; must divide `width`.
         feedforward: Inner width of the layers (2048 in the reference at every `width`).
         dropout: Dropout rate, at least 0 and below 1.
-        mask: What padding does. `exclude` keeps it out of attention; `legacy` adds 1 to its
-            logits, as the reference does while it trains, in training and evaluation alike.
-        start: Weights at the start. `balanced` gives `w = (1, 1, 1)` for every query,
-            `reference` torch's random defaults.
+        mask: Treatment of padding. `exclude` keeps it out of attention; `legacy` adds 1 to its logits, as the
+            reference does in training, here in training and evaluation alike.
+        start: Initial weights. `balanced` gives `w = (1, 1, 1)` for every query, `reference` torch's random defaults.
 
     Raises:
-        ConfigError: Where `heads` does not divide `width`.
+        ConfigError: If a value is out of range, or `heads` does not divide `width`.
     """
 
     kind = "transagg"
     needs_tokens = True
+    model_sizes = {"feedforward": "feedforward"}  # noqa: RUF012 - read only
 
     def __init__(
         self,
@@ -159,11 +182,13 @@ class TransAggFusion(QueryHead):
         mask: MaskMode = "exclude",
         start: Literal["balanced", "reference"] = "balanced",
     ) -> None:
+        check_sizes(width=width, layers=layers, heads=heads, feedforward=feedforward)
+        check_rates(dropout=dropout)
         if width % heads:
             fitting = [count for count in range(1, width + 1) if width % count == 0]
             raise ConfigError(
-                f"fusion 'transagg': {heads} heads do not divide the backbone's width {width}; "
-                f"give fusion.heads one of {', '.join(map(str, fitting))}"
+                f"invalid value for fusion.heads: {heads} (expected a divisor of the backbone's width {width}: "
+                f"{', '.join(map(str, fitting))})"
             )
         super().__init__(layers=layers, heads=heads, feedforward=feedforward, dropout=dropout, mask=mask, start=start)
         self.mask: MaskMode = mask
@@ -181,17 +206,17 @@ class TransAggFusion(QueryHead):
         """Return query embeddings of unit length.
 
         Raises:
-            ValueError: Where one side comes without tokens.
+            ValueError: If images or texts have no token features.
         """
         if images.tokens is None or texts.tokens is None or images.pooled_at is None or texts.pooled_at is None:
-            raise ValueError("TransAgg reads token features; the given features hold pooled embeddings alone")
+            raise ValueError("TransAgg needs token features; got pooled embeddings only")
         separator = self.sep_token.expand(len(images), 1, -1)
         x = torch.cat([texts.tokens, separator, images.tokens], dim=1)
         at = texts.tokens.shape[1] + 1
         rows = torch.stack([images.pooled_at + at, texts.pooled_at], dim=1)
         bias = self._bias(x, images.mask, texts.mask)
         for number, layer in enumerate(self.fusion.layers, 1):
-            # Only two rows of the last layer's output are read.
+            # Of the last layer only two rows are read.
             x = layer(x, bias, rows if number == len(self.fusion.layers) else None)
         inner = self.dropout(F.relu(self.combiner_layer(x.flatten(1))))
         fused = self.output_layer(inner)

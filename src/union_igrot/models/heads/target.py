@@ -1,41 +1,26 @@
 """Target heads: how a gallery image is represented.
 
-The plain image embedding, its sum with the null text's, UNION's learned mixture of both,
-and the query's own fusion with the null text. Does not know where features come from,
-which query head they meet or what the loss is.
+The image embedding alone, its sum with the null-text embedding, UNION's learned mixture of both, and the query head's
+fusion with the null text.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import T5Config
-from transformers.models.t5.modeling_t5 import T5Stack
 
+from union_igrot.models.heads.query import Head, check_rates, check_sizes
 from union_igrot.types import Features
 
 Fuse = Callable[[Features, Features], Tensor]
 
 
-class TargetHead(nn.Module, ABC):
-    """Represents gallery images.
-
-    Attributes:
-        kind: Name of the head in configurations and saved models.
-        needs_tokens: Whether token features are read, or pooled ones alone.
-        options: The keyword arguments that build the same head again.
-    """
-
-    kind: str
-    needs_tokens: bool = False
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
+class TargetHead(Head, ABC):
+    """Represents gallery images; see `Head` for what a subclass declares."""
 
     @abstractmethod
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:
@@ -44,7 +29,7 @@ class TargetHead(nn.Module, ABC):
         Args:
             images: Features of the images.
             null: Features of the empty text, expanded to the batch.
-            fuse: The model's query head, for a target that shares it.
+            fuse: The model's query head.
         """
 
 
@@ -59,13 +44,12 @@ class FrozenTarget(TargetHead):
 
 
 class SumTarget(TargetHead):
-    """Image embedding plus null text embedding.
+    """Image embedding plus null-text embedding.
 
     Args:
-        form: `normalized` sums unit vectors and normalizes the sum. The reference has two
-            other forms: `training` leaves the sum of unit vectors as it is (a constant
-            shift of a query's logits, so no change at all), `inference` normalizes the sum
-            of the raw vectors.
+        form: `normalised` sums unit vectors and normalizes the sum. The reference has two other forms: `training`
+            leaves the sum of unit vectors as it is (a constant shift of a query's logits), `inference` normalizes
+            the sum of the raw vectors.
     """
 
     kind = "sum"
@@ -83,25 +67,28 @@ class SumTarget(TargetHead):
 
 
 class UnionTarget(TargetHead):
-    """UNION: a learned mixture of the image embedding and the null text's.
+    """UNION: a learned mixture of the image embedding and the null-text embedding.
 
-    The two embeddings pass a T5 encoder as a sequence of two tokens; both outputs, side by
-    side, give one number `m` through a small network; the target is
-    `normalize(m image + (1 - m) null)`, `m` not bounded. After arXiv 2511.22253 and its
-    published code, parameter names included; the encoder is transformers' own.
+    The two embeddings pass a T5 encoder as a sequence of two tokens. A small network maps both outputs, concatenated,
+    to one number `m`; the target is `normalize(m image + (1 - m) null)`, `m` unbounded. After arXiv 2511.22253 and its
+    published code, parameter names included; the encoder is that of transformers.
 
     Args:
         width: Width of the joint space.
         layers: Encoder layers.
-        heads: Attention heads of width 64 each (8 for widths 256 and 512, 12 for 768).
+        heads: Attention heads, 64 wide each (8 for widths 256 and 512, 12 for 768).
         feedforward: Inner width of the layers.
-        dropout: Dropout rate of the small network is half of it.
+        dropout: Twice the dropout rate of the small network.
         encoder_dropout: Dropout rate of the encoder.
-        start: `image` starts at `m = 1`, the plain image embedding; `reference` at random,
-            near `m = 0`, where all targets are nearly the null text.
+        start: `image` starts at `m = 1`, the plain image embedding; `reference` at random, near `m = 0`, where all
+            targets are nearly the null text.
+
+    Raises:
+        ConfigError: If a value is out of range.
     """
 
     kind = "union"
+    model_sizes = {"feedforward": "feedforward", "heads": "union_heads"}  # noqa: RUF012 - read only
 
     def __init__(
         self,
@@ -113,6 +100,11 @@ class UnionTarget(TargetHead):
         encoder_dropout: float = 0.1,
         start: Literal["image", "reference"] = "image",
     ) -> None:
+        from transformers import T5Config  # noqa: PLC0415 - only this head needs T5
+        from transformers.models.t5.modeling_t5 import T5Stack  # noqa: PLC0415
+
+        check_sizes(width=width, layers=layers, heads=heads, feedforward=feedforward)
+        check_rates(dropout=dropout, encoder_dropout=encoder_dropout)
         super().__init__(
             layers=layers,
             heads=heads,
@@ -134,7 +126,7 @@ class UnionTarget(TargetHead):
             eos_token_id=None,
         )
         self.t5_layers = T5Stack(config)
-        # Its tokens are embeddings already: no vocabulary, so no table of one.
+        # Its input tokens are embeddings, so there is no vocabulary.
         del self.t5_layers.embed_tokens
         last = nn.Linear(width, 1)
         self.union_weighted_layer = nn.Sequential(
@@ -151,11 +143,11 @@ class UnionTarget(TargetHead):
             nn.init.ones_(last.bias)
 
     def weight(self, images: Float[Tensor, "batch dim"], null: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 1"]:
-        """Return each image's share `m` of its own embedding, not bounded."""
+        """Return the weight `m` of each image embedding, unbounded."""
         tokens = torch.stack([images, null], dim=1)
         encoded = self.t5_layers(inputs_embeds=tokens).last_hidden_state
-        share: Tensor = self.union_weighted_layer(encoded.flatten(1))
-        return share
+        m: Tensor = self.union_weighted_layer(encoded.flatten(1))
+        return m
 
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
         """Return the normalized mixture."""
@@ -164,10 +156,7 @@ class UnionTarget(TargetHead):
 
 
 class SharedTarget(TargetHead):
-    """The image through the query's own fusion with the null text: one encoder for both sides.
-
-    Has no weights of its own.
-    """
+    """The query head applied to the image and the null text: one encoder for queries and targets."""
 
     kind = "shared"
     needs_tokens = True

@@ -1,0 +1,135 @@
+"""Backbones, heads and projectors built by name, their options checked."""
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from union_igrot.errors import ConfigError
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.heads.projector import VisionProjector
+from union_igrot.models.heads.query import Head, QueryHead
+from union_igrot.models.heads.target import TargetHead
+from union_igrot.models.registry import BACKBONE_FORMS, BACKBONES, QUERY_HEADS, TARGET_HEADS, Registry
+from union_igrot.storage.paths import expand_user
+
+H = TypeVar("H", bound=Head)
+
+
+def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
+    """Build a frozen backbone.
+
+    Args:
+        name: `tiny` (bundled), `base` (OpenAI's CLIP ViT-B/32), `large` (ViT-L/14), `openclip_h`, `blip`, `siglip2`,
+            `open_clip:<architecture>/<tag>`, `hf:<repository>`, or a registered name.
+        weights: A file or folder to load instead of the default weights, which are bundled (`tiny`) or downloaded on
+            first use.
+
+    Raises:
+        ConfigError: If the name is unknown.
+        CheckpointError: If the weights cannot be loaded.
+    """
+    path = None if weights is None else expand_user(weights)
+    # OpenCLIP and transformers take seconds to import.
+    if name.startswith("open_clip:"):
+        from union_igrot.models.backbones.open_clip import load_open_clip  # noqa: PLC0415
+
+        return load_open_clip(name, path)
+    if name.startswith("hf:"):
+        from union_igrot.models.backbones.hf import load_hf  # noqa: PLC0415
+
+        return load_hf(name, path)
+    if name not in BACKBONES:
+        raise ConfigError(BACKBONES.unknown(name, BACKBONE_FORMS))
+    backbone: Backbone = BACKBONES.get(name)(name, path)
+    return backbone
+
+
+def build_query_head(kind: str, width: int, sizes: Mapping[str, Any] | None = None, **options: Any) -> QueryHead:
+    """Build a query head.
+
+    Args:
+        kind: `image`, `text`, `sum`, `transagg` or a registered name.
+        width: Width of the joint space.
+        sizes: Sizes that suit the backbone, from which the head takes those it declares in `model_sizes`.
+        options: The head's own options.
+
+    Raises:
+        ConfigError: If the name or an option is unknown, or a value is invalid.
+    """
+    return _build(QUERY_HEADS, QueryHead, kind, width, sizes, options)
+
+
+def build_target_head(kind: str, width: int, sizes: Mapping[str, Any] | None = None, **options: Any) -> TargetHead:
+    """Build a target head: `frozen`, `sum`, `union`, `shared` or a registered name; see `build_query_head`."""
+    return _build(TARGET_HEADS, TargetHead, kind, width, sizes, options)
+
+
+def build_projector(kind: str, width: int, **options: Any) -> VisionProjector | None:
+    """Build a vision projector: `mlp`, or `none`, for which None is returned.
+
+    Raises:
+        ConfigError: If the name or an option is unknown, or a value is invalid.
+    """
+    if kind not in ("none", "mlp"):
+        raise ConfigError(f"unknown projector {kind!r}; choose none or mlp")
+    if kind == "mlp":
+        return _construct("projector 'mlp'", VisionProjector, width, options)
+    if options:
+        raise ConfigError(f"projector 'none' takes no option (got {', '.join(sorted(options))})")
+    return None
+
+
+def _build(
+    registry: Registry, base: type[H], kind: str, width: int, sizes: Mapping[str, Any] | None, options: dict[str, Any]
+) -> H:
+    head = registry.get(kind)
+    if not (isinstance(head, type) and issubclass(head, base)):
+        raise ConfigError(f"{registry.what} {kind!r} is {head!r} (expected a subclass of {base.__name__})")
+    taken = {name: sizes[key] for name, key in head.model_sizes.items() if sizes is not None and key in sizes}
+    return _construct(f"{registry.what} {kind!r}", head, width, taken | options)
+
+
+C = TypeVar("C")
+
+
+def _construct(what: str, made: type[C], width: int, options: dict[str, Any]) -> C:
+    parameters = signature(made).parameters
+    takes = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD]
+    if unknown := sorted(set(options) - set(takes)):
+        allowed = ", ".join(name for name in takes if name != "width") or "none"
+        raise ConfigError(f"{what} has no option {', '.join(unknown)} (options: {allowed})")
+    given = {"width": width, **options} if "width" in takes else options
+    for name, value in given.items():
+        if not _fits(parameters[name].annotation, value):
+            expected = _expected(parameters[name].annotation)
+            raise ConfigError(f"invalid value for {name} of {what}: {value!r} (expected {expected})")
+    try:
+        return made(**given)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot build {what} at width {width}: {error}") from None
+
+
+def _fits(annotation: Any, value: object) -> bool:
+    """Return whether a value is of an option's type; annotations other than plain types are not checked."""
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_fits(one, value) for one in get_args(annotation))
+    if annotation in (None, NoneType):
+        return value is None
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation) if annotation in (bool, str) else True
+
+
+def _expected(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_expected(one) for one in get_args(annotation))
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "null"}
+    return names.get(annotation, str(annotation))

@@ -1,0 +1,151 @@
+"""Names of backbones and heads: built-in, registered, or from the entry points of other packages.
+
+Imports nothing heavy, so that a configuration is checked without torch.
+"""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar, final
+
+from union_igrot.errors import ConfigError
+
+T = TypeVar("T", bound=Callable[..., Any])
+BACKBONE_PREFIXES = ("open_clip:", "hf:")
+"""What the names of further backbones begin with."""
+BACKBONE_FORMS = "open_clip:<architecture>/<tag> or hf:<repository>"
+
+
+@final
+class Registry:
+    """Classes or functions by name, each imported when it is used.
+
+    Args:
+        what: What the names stand for, for errors.
+        group: Group of entry points by which other packages add theirs.
+        builtin: Built-in names, each with `module:attribute` below `union_igrot.models`.
+    """
+
+    def __init__(self, what: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.what, self.group = what, group
+        self.builtin = tuple(builtin)
+        self._builtin = dict(builtin)
+        self._registered: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """Return all names: built-in, registered and from entry points."""
+        return list(dict.fromkeys([*self.builtin, *self._registered, *_entry_points(self.group)]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builtin or name in self._registered or name in _entry_points(self.group)
+
+    def register(self, name: str, value: Any) -> None:
+        """Add a name; a name registered before is replaced.
+
+        Raises:
+            ConfigError: If the name is a built-in one.
+        """
+        if name in self._builtin:
+            raise ConfigError(f"{self.what} {name!r} is built in; register it under another name")
+        self._registered[name] = value
+
+    def get(self, name: str) -> Any:
+        """Return what a name stands for.
+
+        Raises:
+            ConfigError: If the name is unknown, or its package cannot be imported.
+        """
+        if name in self._builtin:
+            module, _, attribute = self._builtin[name].partition(":")
+            return getattr(import_module(f"union_igrot.models.{module}"), attribute)
+        if name in self._registered:
+            return self._registered[name]
+        if (found := _entry_points(self.group).get(name)) is None:
+            raise ConfigError(self.unknown(name))
+        try:
+            return found.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"cannot import {self.what} {name!r} ({error}); reinstall {found.value}") from None
+
+    def unknown(self, name: str, more: str = "") -> str:
+        """Return the error line for an unknown name; `more` names further forms that are allowed."""
+        choices = ", ".join(self.names()) + (f", {more}" if more else "")
+        return f"unknown {self.what} {name!r}{did_you_mean(name, self.names())}; choose one of {choices}"
+
+
+@cache
+def _entry_points(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return ` (did you mean X?)` for the nearest of some names, or an empty text if none is near."""
+    near = get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+BACKBONES = Registry(
+    "backbone",
+    "union_igrot.backbones",
+    {
+        "tiny": "backbones.tiny:load_tiny",
+        "base": "backbones.open_clip:load_open_clip",
+        "large": "backbones.open_clip:load_open_clip",
+        "openclip_h": "backbones.open_clip:load_open_clip",
+        "blip": "backbones.hf:load_hf",
+        "siglip2": "backbones.hf:load_hf",
+    },
+)
+QUERY_HEADS = Registry(
+    "query head",
+    "union_igrot.query_heads",
+    {
+        "image": "heads.query:ImageFusion",
+        "text": "heads.query:TextFusion",
+        "sum": "heads.query:SumFusion",
+        "transagg": "heads.query:TransAggFusion",
+    },
+)
+TARGET_HEADS = Registry(
+    "target head",
+    "union_igrot.target_heads",
+    {
+        "frozen": "heads.target:FrozenTarget",
+        "sum": "heads.target:SumTarget",
+        "union": "heads.target:UnionTarget",
+        "shared": "heads.target:SharedTarget",
+    },
+)
+
+
+def is_backbone(name: str) -> bool:
+    """Return whether a name has the form of a backbone's; `tiny` is the bundled model, heads included."""
+    return name != "tiny" and (name in BACKBONES or name.startswith(BACKBONE_PREFIXES))
+
+
+def register_query_head(head: T) -> T:
+    """Register a `QueryHead` class under its `kind`; also usable as a class decorator."""
+    QUERY_HEADS.register(head.kind, head)  # type: ignore[attr-defined]
+    return head
+
+
+def register_target_head(head: T) -> T:
+    """Register a `TargetHead` class under its `kind`; also usable as a class decorator."""
+    TARGET_HEADS.register(head.kind, head)  # type: ignore[attr-defined]
+    return head
+
+
+def register_backbone(name: str) -> Callable[[T], T]:
+    """Return a decorator that registers a function `(name, weights) -> Backbone`.
+
+    Args:
+        name: Name of the backbone in configurations and saved models.
+    """
+
+    def register(build: T) -> T:
+        BACKBONES.register(name, build)
+        return build
+
+    return register
