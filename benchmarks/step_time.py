@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
-from union_igrot.models.heads.factory import build_query_head, build_target_head
+from union_igrot.models.factory import build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel
 from union_igrot.training.losses import InfoNCE
 from union_igrot.types import Features, Preprocess

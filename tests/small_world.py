@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from union_igrot.features.extractor import Encoder
 from union_igrot.features.store import FeatureStore
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.heads.factory import build_query_head, build_target_head
+from union_igrot.models.factory import build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel
 from union_igrot.types import Benchmark, Features, GalleryItem, Preprocess, Protocol, Query, TrainingSet, Triplet
 

@@ -27,8 +27,8 @@ from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.transforms import image_batch
+from union_igrot.models.devices import full_precision
 from union_igrot.models.model import load
-from union_igrot.models.precision import full_precision
 from union_igrot.models.reference import load_reference_checkpoint
 from union_igrot.synthetic.shapes import shapes_cir
 from union_igrot.training.datamodule import IGROTDataModule

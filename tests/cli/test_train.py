@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small_runs import SMALL, Run, figures, rows_of
 from union_igrot.cli.config import compose
 from union_igrot.cli.train import main as train
-from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import IGROTModel
 
 METHODS = ["chance", "image", "text", "sum", "trained"]

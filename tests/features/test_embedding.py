@@ -16,7 +16,7 @@ from union_igrot.features.extractor import Encoder, Shelf
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.heads.factory import build_query_head
+from union_igrot.models.factory import build_query_head
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 

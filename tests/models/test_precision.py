@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from union_igrot.models.precision import full_precision
+from union_igrot.models.devices import full_precision
 
 CPU = torch.device("cpu")
 

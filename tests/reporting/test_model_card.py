@@ -11,7 +11,8 @@ from small_runs import Run
 from union_igrot.errors import CheckpointError
 from union_igrot.evaluation.tables import format_percent
 from union_igrot.metrics.statistics import Difference
-from union_igrot.reporting.model_card import PLACEHOLDER, rename_model_card, render_model_card, write_model_card
+from union_igrot.models.hub import rename_model_card
+from union_igrot.reporting.model_card import PLACEHOLDER, render_model_card, write_model_card
 from union_igrot.types import Protocol
 
 NOTES = {

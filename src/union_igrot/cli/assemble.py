@@ -10,10 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from union_igrot.features.extractor import Encoder
 from union_igrot.features.store import FeatureStore
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.backbones.factory import build_backbone
 from union_igrot.models.devices import TrainerConfig
-from union_igrot.models.heads.factory import build_query_head, build_target_head
-from union_igrot.models.heads.projector import build_projector
+from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import chosen_limit, default_root
 from union_igrot.storage.paths import expand_user
@@ -29,16 +27,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def new_model(config: DictConfig, card: dict[str, Any]) -> IGROTModel:
     """Build a model with heads at their start; torch's seed decides their weights."""
     backbone = build_backbone(config.model.name, config.model.weights)
-    fusion, target = plain(config.fusion), plain(config.target)
-    if fusion["kind"] == "transagg":
-        fusion["feedforward"] = config.model.feedforward
-    if target["kind"] == "union":
-        target |= {"feedforward": config.model.feedforward, "heads": config.model.union_heads}
-    width = backbone.dim
+    sizes, width = plain(config.model), backbone.dim
     return IGROTModel(
         backbone,
-        build_query_head(width=width, **fusion),
-        build_target_head(width=width, **target),
+        build_query_head(width=width, sizes=sizes, **plain(config.fusion)),
+        build_target_head(width=width, sizes=sizes, **plain(config.target)),
         card,
         build_projector(config.model.projector, width),
     )

@@ -44,7 +44,8 @@ def convert(config: "DictConfig", fresh: Path) -> None:
     )
     model.save(folder, half=config.half)
     write_model_card(folder, folder / "results.json")
-    heads, backbone = sum(x.numel() for x in model.heads()), sum(x.numel() for x in model.backbone.parameters())
+    heads = sum(x.numel() for x in model.head_parameters())
+    backbone = sum(x.numel() for x in model.backbone.parameters())
     described = model.describe()
     console = Console()
     for line in (

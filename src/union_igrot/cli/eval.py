@@ -60,15 +60,15 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
 
 def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     """Load what is evaluated: trained heads and where they are from, or a backbone without any."""
-    from union_igrot.models.backbones.factory import build_backbone, is_backbone
+    from union_igrot.models.factory import build_backbone
     from union_igrot.models.model import baseline, load
+    from union_igrot.models.registry import is_backbone
 
     if "model" in config:
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
     if config.checkpoint in (None, "tiny"):
-        return load("tiny", config.weights), "tiny"
+        return load("tiny", weights=config.weights), "tiny"
     checkpoint = expand_user(config.checkpoint)
     if is_backbone(str(config.checkpoint)) and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
-    inner = checkpoint / "model"
-    return load(inner if inner.is_dir() else checkpoint, config.weights), str(config.checkpoint)
+    return load(checkpoint, weights=config.weights), str(config.checkpoint)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.models.precision import full_precision
+from union_igrot.models.devices import full_precision
 from union_igrot.types import Ranking
 
 TILE = (128, 2048)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from union_igrot.errors import DataError
 from union_igrot.evaluation.exact import CHUNK_BYTES, blocks, check_exclusions, not_finite, products
-from union_igrot.models.precision import full_precision
+from union_igrot.models.devices import full_precision
 
 _FEW_TIES = 64
 """Number of tied items in a row above which one stable sort is cheaper than single lookups."""

@@ -21,8 +21,7 @@ from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import image_key
 from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.devices import default_workers
-from union_igrot.models.precision import full_precision
+from union_igrot.models.devices import default_workers, full_precision
 from union_igrot.progress import progress_bar
 from union_igrot.types import Features, ImageSource
 

@@ -8,8 +8,9 @@ from typing import Any, Final
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
-from union_igrot.models.backbones.factory import build_backbone, is_backbone
+from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
+from union_igrot.models.registry import is_backbone
 from union_igrot.storage.paths import expand_user
 
 FORMAT: Final = 1
@@ -94,9 +95,8 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     """
     folder = expand_user(checkpoint)
     if str(checkpoint) == "tiny" or not folder.is_dir():
-        return load(str(checkpoint), weights), str(checkpoint)
-    inner = folder / "model"
-    return load(inner if inner.is_dir() else folder, weights), str(folder.absolute())
+        return load(str(checkpoint), weights=weights), str(checkpoint)
+    return load(folder, weights=weights), str(folder.absolute())
 
 
 def load_recorded_model(

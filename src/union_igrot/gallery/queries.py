@@ -21,8 +21,8 @@ from union_igrot.gallery.ingest.entries import path_as_text
 from union_igrot.gallery.results import Hit
 from union_igrot.images.decode import as_image, check_image
 from union_igrot.images.transforms import ImageToTensor
+from union_igrot.models.devices import full_precision
 from union_igrot.models.model import IGROTModel
-from union_igrot.models.precision import full_precision
 from union_igrot.storage.paths import absolute_path, expand_user
 from union_igrot.storage.text import read_csv, read_json_lines
 

@@ -1,6 +1,8 @@
-"""The devices that a model works on, and how many processes decode images for one."""
+"""Devices and precision: where a model runs, how many processes decode images for it, and exact float32."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -8,14 +10,14 @@ import torch
 
 from union_igrot.errors import ConfigError
 
-_DECODING = {"cpu": 8}
-_MOST_DECODING = 32
+_MOST_WORKERS = {"cpu": 8}
+_MOST_WORKERS_ELSEWHERE = 32
 
 
 @final
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Where and how a Trainer of Lightning works.
+    """Devices, strategy and precision of a Lightning Trainer.
 
     Attributes:
         accelerator: `auto`, `cpu`, `gpu`, ...
@@ -33,43 +35,65 @@ class TrainerConfig:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the work is done by CUDA (or ROCm) devices."""
+        """Whether the devices are GPUs of CUDA or ROCm."""
         return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Find the device that a name means.
+    """Return the device of a name.
 
     Args:
         name: `auto` (the first GPU of CUDA or ROCm, else Apple's, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
 
     Raises:
-        ConfigError: Where it is not there; names those that are.
+        ConfigError: If the device is not available.
     """
-    there = ["cpu"]
+    available = ["cpu"]
     if torch.backends.mps.is_available():
-        there.insert(0, "mps")
+        available.insert(0, "mps")
     if torch.cuda.is_available():
-        there[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    found = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)
-    if found not in there:
-        raise ConfigError(f"device={name} is not on this machine; give {' or '.join(['auto', *there])}")
+        available[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    found = {"auto": available[0], "cuda": "cuda:0"}.get(name, name)
+    if found not in available:
+        raise ConfigError(f"device {name!r} is not available here; choose {' or '.join(['auto', *available])}")
     return torch.device(found)
 
 
-def default_workers(device: torch.device, here: int = 1) -> int:
-    """Return how many processes decode images for a model, where nobody says: all cores but one.
+def default_workers(device: torch.device, processes: int = 1) -> int:
+    """Return the default number of decoding workers: all cores but one.
 
-    Eight at most for a model on the CPU, which needs the cores itself, and 32 for one on an accelerator.
+    At most 8 for a model on the CPU, which needs the cores itself, and 32 for one on an accelerator.
 
     Args:
-        device: Where the model works.
-        here: Processes of this machine that each decode, and share the cores.
+        device: Device of the model.
+        processes: Processes of this machine that each decode, and share the cores.
     """
-    spare = ((os.cpu_count() or 1) - 1) // here
-    return min(max(spare, 0), _DECODING.get(device.type, _MOST_DECODING))
+    spare = ((os.cpu_count() or 1) - 1) // processes
+    return min(max(spare, 0), _MOST_WORKERS.get(device.type, _MOST_WORKERS_ELSEWHERE))
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device for people: of a GPU its model."""
+    """Return the name of a device for people, with the model of a GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute products and convolutions of float32 in float32, without autocast, TF32 or bfloat16.
+
+    By default torch lets a GPU's convolutions round their inputs to the ten bits of TF32.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        backends: Any = torch.backends  # its stubs are incomplete
+        if hasattr(backends.cuda.matmul, "fp32_precision"):
+            cpu = backends.mkldnn
+            for switch in (backends.cuda.matmul, backends.cudnn.conv, cpu.matmul, cpu.conv):
+                stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+                switch.fp32_precision = "ieee"
+        else:  # older torch
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(setattr, backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32)
+            backends.cudnn.allow_tf32 = False
+        yield

@@ -9,12 +9,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.heads.projector import VisionProjector
-from union_igrot.models.heads.query import Head, QueryHead
+from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.registry import BACKBONE_FORMS, BACKBONES, QUERY_HEADS, TARGET_HEADS, Registry
 from union_igrot.storage.paths import expand_user
-
-H = TypeVar("H", bound=Head)
 
 
 def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
@@ -58,12 +56,14 @@ def build_query_head(kind: str, width: int, sizes: Mapping[str, Any] | None = No
     Raises:
         ConfigError: If the name or an option is unknown, or a value is invalid.
     """
-    return _build(QUERY_HEADS, QueryHead, kind, width, sizes, options)
+    head: QueryHead = _build(QUERY_HEADS, QueryHead, kind, width, sizes, options)
+    return head
 
 
 def build_target_head(kind: str, width: int, sizes: Mapping[str, Any] | None = None, **options: Any) -> TargetHead:
     """Build a target head: `frozen`, `sum`, `union`, `shared` or a registered name; see `build_query_head`."""
-    return _build(TARGET_HEADS, TargetHead, kind, width, sizes, options)
+    head: TargetHead = _build(TARGET_HEADS, TargetHead, kind, width, sizes, options)
+    return head
 
 
 def build_projector(kind: str, width: int, **options: Any) -> VisionProjector | None:
@@ -82,10 +82,10 @@ def build_projector(kind: str, width: int, **options: Any) -> VisionProjector | 
 
 
 def _build(
-    registry: Registry, base: type[H], kind: str, width: int, sizes: Mapping[str, Any] | None, options: dict[str, Any]
-) -> H:
-    head = registry.get(kind)
-    if not (isinstance(head, type) and issubclass(head, base)):
+    registry: Registry, base: Any, kind: str, width: int, sizes: Mapping[str, Any] | None, options: dict[str, Any]
+) -> Any:
+    head: Any = registry.get(kind)
+    if base not in getattr(head, "__mro__", ()):
         raise ConfigError(f"{registry.what} {kind!r} is {head!r} (expected a subclass of {base.__name__})")
     taken = {name: sizes[key] for name, key in head.model_sizes.items() if sizes is not None and key in sizes}
     return _construct(f"{registry.what} {kind!r}", head, width, taken | options)

@@ -1,52 +1,64 @@
-"""The model: a frozen backbone, a vision projector where wanted, a query head and a target head.
-
-`embed_queries` and `embed_gallery` are written here once and used by training, evaluation,
-command lines and demo alike. Saves and loads the heads. Does not know benchmarks, losses,
-caches or devices' strategies.
-"""
+"""The model: a frozen backbone, a query head, a target head and an optional vision projector."""
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError, first_line
+from union_igrot.errors import CheckpointError, ConfigError, DataError, first_line
+from union_igrot.images.transforms import image_batch
 from union_igrot.models.backbones.base import Backbone, Modality, weights_hash
-from union_igrot.models.backbones.factory import build_backbone, is_backbone
-from union_igrot.models.backbones.portable import build_again, put_weights, remove_weights, write_weights
-from union_igrot.models.checkpoint import read_saved, write_saved
-from union_igrot.models.heads.factory import build_query_head, build_target_head
-from union_igrot.models.heads.projector import VisionProjector, build_projector
+from union_igrot.models.checkpoint import (
+    load_backbone_weights,
+    read_checkpoint,
+    remove_backbone,
+    resolve_checkpoint,
+    restore_backbone,
+    save_backbone,
+    write_checkpoint,
+)
+from union_igrot.models.devices import full_precision, resolve_device
+from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
+from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
-from union_igrot.models.hub import HubModel
-from union_igrot.types import Features, Preprocess
+from union_igrot.models.hub import check_name, fetch_model, push_folder, short_card, split_name
+from union_igrot.models.registry import BACKBONES, did_you_mean, is_backbone
+from union_igrot.progress import progress_bar
+from union_igrot.storage.paths import expand_user
+from union_igrot.types import Features, LazyImage, Preprocess
 
 
 @final
-class IGROTModel(nn.Module, HubModel):
+class IGROTModel(nn.Module):
     """Embeds queries (image, text or both) and gallery images into one space.
+
+    `encode_queries` and `encode_gallery` take paths, images and texts; `embed_queries` and `embed_gallery` take
+    preprocessed tensors or features, with gradients.
 
     Args:
         backbone: The frozen vision-language model.
         fusion: The query head.
         target: The target head.
         metadata: Facts on the training: data, classes, settings ("card" in `model.json`).
-        projector: Changes image features on the query and the target side, or None.
-        null: Features of the empty text, where another model of this backbone has encoded it.
+        projector: Changes the image features of queries and gallery, or None.
+        null: Features of the empty text, if another model of this backbone has encoded it.
 
     Attributes:
-        training_images: Identities (`data.identity`) of the images the heads were trained on; None where
-            they are not recorded.
-        tuned: Whether the backbone's weights are not those its name stands for: an encoder was tuned, or
-            came inside another's file. `save` then writes them beside the heads.
+        training_images: Identities (`images.identity`) of the training images, or None if they are not recorded.
+        tuned: Whether the backbone's weights differ from those of its name: an encoder was tuned, or the weights
+            came with a checkpoint of the reference. `save` then writes them beside the heads.
+        readme: The model card that was loaded with the heads, or None.
     """
 
     def __init__(
@@ -63,8 +75,14 @@ class IGROTModel(nn.Module, HubModel):
         self.metadata: dict[str, Any] = metadata or {}
         self.training_images: frozenset[str] | None = None
         self.tuned = False
-        self._hub_mixin_config = None  # model.json says all; the mixin writes no file of its own then
+        self.readme: str | None = None
+        self._readme_heads = ""  # hash of the heads that `readme` describes
         self._null = null
+
+    def __repr__(self) -> str:
+        heads = f"{self.fusion.kind} queries, {self.target.kind} target" + (", projector" if self.projector else "")
+        trained = f", trained on {self.metadata['data']}" if self.metadata.get("data") else ""
+        return f"IGROTModel({self.backbone.name}, {heads}, dim={self.backbone.dim}, device={self.device}{trained})"
 
     @property
     def preprocess(self) -> Preprocess:
@@ -73,101 +91,194 @@ class IGROTModel(nn.Module, HubModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the weights."""
         return self.backbone.device
 
-    def tune(self, sides: Collection[Modality]) -> None:
-        """Let encoders of the backbone be trained with the heads, until `finish_training`."""
-        self.backbone.tune(sides)
-        self.tuned = self.tuned or bool(sides)
+    def tune(self, encoders: Collection[Modality]) -> None:
+        """Train encoders of the backbone with the heads, until `finish_training`."""
+        self.backbone.tune(encoders)
+        self.tuned = self.tuned or bool(encoders)
         self._null = None
 
     def finish_training(self) -> None:
-        """End a training: evaluation mode, the backbone frozen as it now is."""
+        """Freeze the backbone and switch to evaluation mode."""
         self.backbone.freeze()
         self.eval()
         self._null = None
 
     def null_text(self) -> Features:
-        """Return the features of the empty text, encoded once and kept; while texts are tuned, encoded each time."""
+        """Return the features of the empty text, encoded once, or each time while the text encoder is tuned."""
         if "text" in self.backbone.tuned_encoders:
             return self.backbone.encode_text([""])
         if self._null is None or self._null.pooled.device != self.device:
-            # Not in inference mode, even where the caller is: nothing could be trained with it later.
+            # Never in inference mode: later training could not use such a tensor.
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._null = self.backbone.encode_text([""])
         return self._null
 
     def embed_queries(
-        self,
-        images: Float[Tensor, "batch 3 height width"] | Features | None = None,
-        texts: Sequence[str | None] | Features | None = None,
+        self, images: Tensor | Features | None = None, texts: str | Sequence[str | None] | Features | None = None
     ) -> Float[Tensor, "batch dim"]:
-        """Embed queries.
+        """Embed queries from preprocessed images, or features.
 
         Args:
-            images: Preprocessed images, or their features.
-            texts: What to change in each, or the texts' features; None and "" are the null
-                text, one by one or all together.
+            images: Float tensors [batch, 3, size, size] preprocessed by `preprocess`, or their features. None embeds
+                the texts alone.
+            texts: Modification texts, one per image, or their features; a `str` is one text. None and "" are the
+                null text.
 
         Returns:
             Embeddings of unit length.
 
         Raises:
-            ValueError: Where neither side is given, or their numbers differ.
+            ConfigError: If neither images nor texts are given, or one has a wrong type, dtype or shape.
+            DataError: If the numbers of images and texts differ.
         """
         if images is None:
-            return self._embed_texts_alone(texts)
-        encoded = self._encode_images(images)
-        spoken = self._encode_texts(texts, len(encoded))
-        if len(spoken) != len(encoded):
-            raise ValueError(f"{len(encoded)} images and {len(spoken)} texts; give one text an image, or none at all")
-        return self._fuse(encoded, spoken)
+            if texts is None:
+                raise ConfigError("embed_queries needs images, texts or both")
+            # Without an image the text embedding is the query: no head was trained for it.
+            return nn.functional.normalize(self._text_features(texts, 0).pooled, dim=-1)
+        encoded = self._image_features(images, "encode_queries")
+        text_features = self._text_features(texts, len(encoded))
+        if len(text_features) != len(encoded):
+            raise DataError(
+                f"got {len(encoded)} images and {len(text_features)} texts (expected one text per image, or none)"
+            )
+        return self._fuse(encoded, text_features)
 
-    def embed_gallery(self, images: Float[Tensor, "batch 3 height width"] | Features) -> Float[Tensor, "batch dim"]:
-        """Embed gallery images.
+    def embed_gallery(self, images: Tensor | Features) -> Float[Tensor, "batch dim"]:
+        """Embed gallery images from preprocessed images, or features.
 
         Args:
-            images: Preprocessed images, or their features.
+            images: As for `embed_queries`.
 
         Returns:
-            Embeddings, of unit length but for the reference's training sum.
+            Embeddings of unit length, except under the reference's training sum.
+
+        Raises:
+            ConfigError: If the images have a wrong type, dtype or shape.
         """
-        encoded = self._encode_images(images)
+        encoded = self._image_features(images, "encode_gallery")
         embedded: Tensor = self.target(encoded, self.null_text().expand(len(encoded)), self._fuse)
         return embedded
+
+    def encode_queries(
+        self,
+        images: object = None,
+        texts: str | Sequence[str | None] | None = None,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        device: str | torch.device | None = None,
+    ) -> Float[Tensor, "queries dim"]:
+        """Encode queries from paths, images and texts, without gradients.
+
+        Args:
+            images: One image or several: paths, PIL images, arrays, tensors, bytes, open files or `LazyImage`s, see
+                `images.decode.as_image`. A single array or tensor of at most 3 dimensions is one image. A float
+                tensor of 4 dimensions is a preprocessed batch, as for `embed_queries`. None encodes the texts alone.
+            texts: One modification text per image, or None; a `str` is one text.
+            batch_size: Queries per forward pass.
+            progress: Whether to show a progress bar.
+            device: Device of the result; None for the CPU.
+
+        Returns:
+            Embeddings of unit length, float32.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            ConfigError: If neither images nor texts are given, or one has a wrong type or shape.
+            DataError: If the numbers of images and texts differ.
+        """
+        some_texts = _as_texts(texts)
+        if images is None:
+            if some_texts is None:
+                raise ConfigError("encode_queries needs images, texts or both")
+            some_images, count = None, len(some_texts)
+        else:
+            some_images = _as_images(images)
+            count = len(some_images)
+        if some_texts is not None and len(some_texts) != count:
+            raise DataError(f"got {count} images and {len(some_texts)} texts (expected one text per image, or none)")
+
+        def embed(span: slice) -> Tensor:
+            loaded = None if some_images is None else self._load(some_images[span])
+            return self.embed_queries(loaded, None if some_texts is None else some_texts[span])
+
+        return self._encode(embed, count, batch_size, progress, device)
+
+    def encode_gallery(
+        self,
+        images: object,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        device: str | torch.device | None = None,
+    ) -> Float[Tensor, "images dim"]:
+        """Encode gallery images, without gradients; arguments, result and errors as for `encode_queries`."""
+        some = _as_images(images)
+        return self._encode(
+            lambda span: self.embed_gallery(self._load(some[span])), len(some), batch_size, progress, device
+        )
+
+    def _load(self, images: Sequence[object] | Tensor) -> Tensor:
+        return images if isinstance(images, Tensor) else image_batch(images, self.preprocess)
+
+    def _encode(
+        self,
+        embed: Callable[[slice], Tensor],
+        count: int,
+        batch_size: int,
+        progress: bool,
+        device: str | torch.device | None,
+    ) -> Tensor:
+        """Embed items batch by batch in evaluation mode, and normalize the embeddings."""
+        if batch_size < 1:
+            raise ConfigError(f"invalid value for batch_size: {batch_size} (expected an integer >= 1)")
+        there = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
+        parts, training = [torch.empty(0, self.backbone.dim, device=there)], self.training
+        self.eval()
+        try:
+            with progress_bar(shown=progress) as bar, torch.no_grad(), full_precision(self.device):
+                task = bar.add_task("encoding", total=count)
+                for at in range(0, count, batch_size):
+                    span = slice(at, min(at + batch_size, count))
+                    parts.append(nn.functional.normalize(embed(span).float(), dim=-1).to(there))
+                    bar.advance(task, span.stop - span.start)
+        finally:
+            self.train(training)
+        return torch.cat(parts)
 
     def _fuse(self, images: Features, texts: Features) -> Tensor:
         fused: Tensor = self.fusion(images, texts)
         return fused
 
-    def _encode_images(self, images: Float[Tensor, "batch 3 height width"] | Features) -> Features:
-        encoded = images if isinstance(images, Features) else self.backbone.encode_image(images.to(self.device))
+    def _image_features(self, images: Tensor | Features, instead: str) -> Features:
+        if isinstance(images, Features):
+            encoded = images
+        else:
+            check_model_input(images, self.preprocess.size, instead)
+            encoded = self.backbone.encode_image(images.to(self.device))
         if self.projector is None:
             return encoded
         projected: Features = self.projector(encoded)
         return projected
 
-    def _encode_texts(self, texts: Sequence[str | None] | Features | None, batch: int) -> Features:
+    def _text_features(self, texts: str | Sequence[str | None] | Features | None, batch: int) -> Features:
         if isinstance(texts, Features):
             return texts
-        if texts is None or not any(texts):
-            return self.null_text().expand(batch if texts is None else len(texts))
-        return self.backbone.encode_text([text or "" for text in texts])
+        several = _as_texts(texts)
+        if several is None or not any(several):
+            return self.null_text().expand(batch if several is None else len(several))
+        return self.backbone.encode_text([text or "" for text in several])
 
-    def _embed_texts_alone(self, texts: Sequence[str | None] | Features | None) -> Float[Tensor, "batch dim"]:
-        if texts is None:
-            raise ValueError("embed_queries needs images, texts or both")
-        spoken = self._encode_texts(texts, 0)
-        # Without an image the text's own embedding is the query: no head was trained for it.
-        return nn.functional.normalize(spoken.pooled, dim=-1)
-
-    def heads(self) -> Iterator[nn.Parameter]:
+    def head_parameters(self) -> Iterator[nn.Parameter]:
         """Return every weight that is not the backbone's."""
         return (weight for name, weight in self.named_parameters() if not name.startswith("backbone."))
 
     def heads_state_dict(self) -> dict[str, Tensor]:
-        """Return the heads' weights by name; the backbone is never among them."""
+        """Return the weights of the heads and the projector by name."""
         return {name: x for name, x in self.state_dict().items() if not name.startswith("backbone.")}
 
     def fingerprint(self) -> str:
@@ -175,7 +286,7 @@ class IGROTModel(nn.Module, HubModel):
         return model_fingerprint(self.describe())
 
     def describe(self) -> dict[str, Any]:
-        """Say which model this is, for results and saved files."""
+        """Return what identifies this model, for results and saved files."""
         return {
             "backbone": self.backbone.name,
             "backbone_fingerprint": self.backbone.fingerprint(),
@@ -187,134 +298,247 @@ class IGROTModel(nn.Module, HubModel):
         }
 
     def save(self, folder: str | Path, *, half: bool = False) -> Path:
-        """Write the heads and their description; nothing half-written is ever left under the final names.
+        """Write the heads, their description and a model card; each file appears complete or not at all.
 
         Args:
-            folder: Where to write `heads.safetensors`, `model.json`, where they are recorded the identities of
-                the images trained on (`training_images.txt`), and where `tuned` is set the backbone's weights
-                (`backbone.safetensors`) and tokenizer; made if absent.
+            folder: The folder, created if absent. `training_images.txt` is written if the training images are
+                recorded, and the backbone's weights and tokenizer if `tuned` is set.
             half: Whether to write 16-bit weights.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError: Where the folder cannot be written.
+            CheckpointError: If the folder cannot be written.
         """
-        folder = Path(folder)
+        folder = expand_user(folder)
         state = {name: (x.half() if half else x).cpu() for name, x in self.heads_state_dict().items()}
-        notes = {**self.describe(), "card": self.metadata}
-        notes["heads"] = weights_hash({name: x.float() for name, x in state.items()})
+        described = {**self.describe(), "card": self.metadata}
+        same_heads = described["heads"] == self._readme_heads
+        described["heads"] = weights_hash({name: x.float() for name, x in state.items()})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.tuned:
-                own = write_weights(self.backbone, folder, half=half)
-                notes["backbone_fingerprint"], notes["backbone_weights"] = own
-            write_saved(folder, notes, state, self.training_images)
+                fingerprint, built = save_backbone(self.backbone, folder, half=half)
+                described |= {"backbone_fingerprint": fingerprint, "backbone_weights": built}
+            readme = self.readme if self.readme is not None and same_heads else short_card(described)
+            write_checkpoint(folder, described, state, self.training_images, readme)
             if not self.tuned:
-                remove_weights(folder)
+                remove_backbone(folder)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} cannot be written ({first_line(error)}); give another folder") from None
+            raise CheckpointError(f"cannot write {folder} ({first_line(error)}); give another folder") from None
         return folder
 
-    @classmethod
-    def load(
-        cls, folder: str | Path, backbone: Backbone | None = None, weights: str | Path | None = None
-    ) -> "IGROTModel":
-        """Read a saved model.
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
+    ) -> str:
+        """Upload the heads, their description and the model card to the Hugging Face hub.
+
+        The weights of a frozen backbone are not uploaded; those of a tuned one are.
 
         Args:
-            folder: What `save` wrote.
-            backbone: The backbone to put the heads on; built by its saved name where None. Where the folder
-                holds the backbone's own weights, they are put into it.
-            weights: Weights of the backbone that is built; its default ones where None. Not looked at where
-                the folder holds the backbone's own.
+            repo_id: `owner/name`; created if it does not exist.
+            private: Whether a new repository is private; None for the account's default.
+            token: Access token; None for the one of `hf auth login`.
+            options: Further options: `branch`, `commit_message`, `card` (text of the model card), and those of
+                `huggingface_hub.HfApi.upload_folder`, such as `create_pr`.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            CheckpointError: If the name is invalid, or the hub cannot be reached or refuses.
+        """
+        check_name(repo_id)
+        with TemporaryDirectory() as folder:
+            return push_folder(self.save(folder), repo_id, private=private, token=token, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        backbone: Backbone | None = None,
+        weights: str | Path | None = None,
+        **options: Any,
+    ) -> "IGROTModel":
+        """Load a model from a folder or the Hugging Face hub.
+
+        Args:
+            name: Folder of a saved model or of a run, or `owner/name` or `owner/name@revision` on the hub. An
+                existing folder takes precedence.
+            revision: A branch, tag or commit on the hub; None for the latest of `main`.
+            backbone: As for `load`.
+            weights: As for `load`.
+            options: Further options of `huggingface_hub.snapshot_download`: `token`, `cache_dir`, `force_download`,
+                `local_files_only`.
 
         Returns:
             The model in evaluation mode.
 
         Raises:
-            CheckpointError: Where files are missing or damaged, or the backbone is not the
-                one the heads were trained on.
+            CheckpointError: If there is no such model, or it cannot be downloaded or read.
         """
-        folder = Path(folder)
-        saved = read_saved(folder)
-        if saved.own is not None:
-            backbone = put_weights(backbone, folder) if backbone else build_again(saved.backbone, saved.own, folder)
-        else:
+        if expand_user(name).is_dir():
+            return cls.load(name, backbone, weights)
+        named = split_name(str(name))
+        if named is None:
+            raise CheckpointError(
+                f"no model {str(name)!r}{did_you_mean(str(name), BACKBONES.names())}; give a folder with model.json and"
+                " heads.safetensors, owner/name on the Hugging Face hub, tiny, or a backbone such as base"
+            )
+        return cls.load(fetch_model(named[0], revision or named[1], **options), backbone, weights)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, backbone: Backbone | None = None, weights: str | Path | None = None
+    ) -> "IGROTModel":
+        """Load a saved model.
+
+        Args:
+            folder: Folder that `save` wrote, or of a run with `model/` inside.
+            backbone: The backbone of the heads; None builds it by its saved name. Weights that were saved with the
+                heads are loaded into it.
+            weights: Weights of the backbone that is built; None for its default ones. Ignored if the folder holds
+                the backbone's weights.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            CheckpointError: If files are missing or damaged, or the backbone is not the one that the heads were
+                trained on.
+        """
+        folder = resolve_checkpoint(folder)
+        saved = read_checkpoint(folder)
+        if saved.backbone_weights is None:
             backbone = backbone or build_backbone(saved.backbone, weights)
+        elif backbone is None:
+            backbone = restore_backbone(saved.backbone, saved.backbone_weights, folder)
+        else:
+            load_backbone_weights(backbone, folder)
         if backbone.fingerprint() != saved.fingerprint:
-            given = "is not what model.json describes; copy both again"
             raise CheckpointError(
                 f"{folder} was trained on backbone {saved.backbone} {saved.fingerprint}, "
                 f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"
-                if saved.own is None
-                else f"{folder}: backbone.safetensors {given}"
+                if saved.backbone_weights is None
+                else f"{folder}: backbone.safetensors does not match model.json; copy both again"
             )
         if weights_hash(saved.state) != saved.heads:
-            raise CheckpointError(f"{folder}: heads.safetensors does not belong to model.json; copy both again")
-        fusion = build_query_head(saved.kinds["fusion"], backbone.dim, **saved.options["fusion"])
-        target = build_target_head(saved.kinds["target"], backbone.dim, **saved.options["target"])
+            raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
+        query_head = build_query_head(saved.kinds["fusion"], backbone.dim, **saved.options["fusion"])
+        target_head = build_target_head(saved.kinds["target"], backbone.dim, **saved.options["target"])
         projector = build_projector(saved.kinds["projector"], backbone.dim, **saved.options["projector"])
-        model = cls(backbone, fusion, target, saved.card, projector)
-        model.tuned, model.training_images = saved.own is not None, saved.images
-        model.readme, model.readme_for = saved.readme, saved.heads
-        model._take_heads(saved.state, folder)
+        model = cls(backbone, query_head, target_head, saved.metadata, projector)
+        model.tuned, model.training_images = saved.backbone_weights is not None, saved.images
+        model.readme, model._readme_heads = saved.readme, saved.heads
+        model._load_heads(saved.state, folder)
         return model.eval()
 
-    def _take_heads(self, state: dict[str, Tensor], folder: Path) -> None:
+    def _load_heads(self, state: dict[str, Tensor], folder: Path) -> None:
         known = self.heads_state_dict()
         wrong = [key for key in state.keys() & known.keys() if state[key].shape != known[key].shape]
         if wrong:
-            raise CheckpointError(f"{folder}: weights of another shape than model.json describes: {sorted(wrong)[:3]}")
+            raise CheckpointError(f"{folder}: shapes of weights differ from model.json: {sorted(wrong)[:3]}")
         missing, unexpected = self.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:
-            raise CheckpointError(f"{folder}: weights missing {missing}, not known {unexpected}")
+            raise CheckpointError(f"{folder}: weights missing: {missing}, unknown: {unexpected}")
 
 
-def model_fingerprint(described: Mapping[str, Any]) -> str:
-    """Return a model's fingerprint from its description, without hashing its weights again.
+def check_model_input(images: object, size: int, instead: str) -> None:
+    """Raise ConfigError unless images are a float tensor [batch, 3, size, size]; `instead` takes other images."""
+    if isinstance(images, Tensor):
+        if images.is_floating_point() and images.ndim == 4 and images.shape[1:] == (3, size, size):
+            return
+        given = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+    else:
+        given = type(images).__name__
+    raise ConfigError(
+        f"images must be float tensors [batch, 3, {size}, {size}] preprocessed by model.preprocess (got {given}); "
+        f"use {instead} for paths, PIL images and arrays"
+    )
 
-    Args:
-        described: What `IGROTModel.describe` gave.
-    """
+
+def _as_texts(texts: object) -> list[str | None] | None:
+    """Return texts as a list; a single text becomes a list of one."""
+    if texts is None:
+        return None
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, list | tuple) and all(text is None or isinstance(text, str) for text in texts):
+        return list(texts)
+    odd = texts if not isinstance(texts, list | tuple) else next(t for t in texts if not isinstance(t, str | None))
+    raise ConfigError(f"texts must be a str or a list of str and None (got {type(odd).__name__})")
+
+
+def _as_images(images: object) -> Sequence[object] | Tensor:
+    """Return images as a sequence, or as the batch they are; a single image becomes a list of one."""
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        batch = isinstance(images, Tensor) and images.is_floating_point()
+        return images if isinstance(images, Tensor) and batch else list(images)
+    single = (str, Path, Image.Image, np.ndarray, Tensor, bytes, bytearray, memoryview, LazyImage)
+    if isinstance(images, single) or hasattr(images, "read"):
+        return [images]
+    try:
+        return list(images)  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise ConfigError(
+            f"images must be paths, PIL images, arrays or tensors, one or several (got {type(images).__name__})"
+        ) from None
+
+
+def model_fingerprint(description: Mapping[str, Any]) -> str:
+    """Return a model's fingerprint from the result of `IGROTModel.describe`, without hashing its weights again."""
     # Heads without weights differ by kind alone.
-    heads = json.dumps([described[part] for part in ("heads", "fusion", "target", "projector")], sort_keys=True)
-    return f"{described['backbone_fingerprint']}-{hashlib.sha256(heads.encode()).hexdigest()[:16]}"
+    heads = json.dumps([description[part] for part in ("heads", "fusion", "target", "projector")], sort_keys=True)
+    return f"{description['backbone_fingerprint']}-{hashlib.sha256(heads.encode()).hexdigest()[:16]}"
 
 
 def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGROTModel:
-    """Return a method without training: the image, the text or their sum against plain image embeddings.
+    """Return an untrained model: image, text or their sum as queries, plain image embeddings as targets.
 
     Args:
         backbone: The frozen model.
         kind: `image`, `text` or `sum`.
-        null: The null text's features, where they are known.
+        null: Features of the empty text, if they are known.
     """
     heads = build_query_head(kind, backbone.dim), build_target_head("frozen", backbone.dim)
     return IGROTModel(backbone, *heads, null=null).eval()
 
 
-def load(name: str | Path = "tiny", weights: str | Path | None = None, revision: str | None = None) -> IGROTModel:
+def load(
+    name: str | Path = "tiny",
+    device: str | torch.device | None = None,
+    *,
+    weights: str | Path | None = None,
+    revision: str | None = None,
+) -> IGROTModel:
     """Load a model.
 
     Args:
-        name: `tiny` for the embedded default, a folder written by `IGROTModel.save`, or `owner/name` of a
-            model on the Hugging Face hub, also `owner/name@revision`. Or a backbone alone, without trained heads:
-            `base`, `large`, `openclip_h`, `blip`, `siglip2`, `open_clip:<architecture>/<tag>` or `hf:<repository>`;
-            queries are then the sum of image and text, as in `baseline`. A folder of that name goes first.
-        weights: Weights of the backbone; its default ones where None.
-        revision: A branch, tag or commit on the hub; the latest of `main` where None.
+        name: `tiny` for the bundled model; the folder of a run, or one that `IGROTModel.save` wrote; or `owner/name`
+            of a model on the Hugging Face hub, also `owner/name@revision`. Or a backbone without trained heads:
+            `base`, `large`, `openclip_h`, `blip`, `siglip2`, `open_clip:<architecture>/<tag>`, `hf:<repository>` or
+            a registered name; queries are then the sum of image and text, as in `baseline`. An existing folder takes
+            precedence over the hub and backbones.
+        device: `cpu`, `cuda`, `cuda:1`, `mps` or `auto`; None for the CPU.
+        weights: Weights of the backbone; None for its default ones.
+        revision: A branch, tag or commit on the hub; None for the latest of `main`.
 
     Returns:
-        The model in evaluation mode, ready to embed.
+        The model in evaluation mode, ready to encode.
 
     Raises:
-        CheckpointError: Where there is no such model; the line says where it was looked for.
+        CheckpointError: If there is no such model; the error says what was tried.
+        ConfigError: If the device is not available.
     """
+    there = resolve_device(device) if isinstance(device, str) else device
     if str(name) == "tiny":
-        return IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
-    if is_backbone(str(name)) and not Path(name).is_dir():
-        return baseline(build_backbone(str(name), weights), "sum")
-    return IGROTModel.from_pretrained(name, weights=weights, revision=revision)
+        model = IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
+    elif is_backbone(str(name)) and not Path(name).is_dir():
+        model = baseline(build_backbone(str(name), weights), "sum")
+    else:
+        model = IGROTModel.from_pretrained(name, weights=weights, revision=revision)
+    return model if there is None else model.to(there)

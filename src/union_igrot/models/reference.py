@@ -21,8 +21,8 @@ from union_igrot.models.backbones.open_clip import (
     OpenClipBackbone,
     configuration,
 )
-from union_igrot.models.backbones.weights import fill, read_state_dict, summarize_names, unwrap_state_dict
-from union_igrot.models.heads.factory import build_query_head, build_target_head
+from union_igrot.models.backbones.weights import load_strict, read_state_dict, summarize_names, unwrap_state_dict
+from union_igrot.models.factory import build_query_head, build_target_head
 from union_igrot.models.heads.query import MaskMode, QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.model import IGROTModel
@@ -144,7 +144,7 @@ def _backbone(
     if isinstance(model, Backbone):
         if not isinstance(model, BlipBackbone if is_blip else OpenClipBackbone):
             raise ConfigError(f"{where} holds a {kind}, but the backbone given is a {type(model).__name__}")
-        fill(model.network, encoder, f"the {kind} in {where}")
+        load_strict(model.network, encoder, f"the {kind} in {where}")
         return model
     if is_blip != (model == "blip"):
         allowed = "blip" if is_blip else "base, large or open_clip:<architecture>"
@@ -213,7 +213,7 @@ def _blip(state: dict[str, Tensor], tokenizer: str | Path | None, where: str) ->
     network = BlipForImageTextRetrieval(BlipConfig(**sizes))
     preprocess = Preprocess(sizes["vision_config"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
     backbone = BlipBackbone(network, words, preprocess, "blip")
-    fill(backbone.network, state, f"the BLIP in {where}")
+    load_strict(backbone.network, state, f"the BLIP in {where}")
     return backbone
 
 
@@ -276,13 +276,14 @@ def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, where: str)
             f"the fusion head in {where} misses fusion.layers.0.linear1.weight; give the whole state dict"
         )
     fusion = build_query_head("transagg", width, layers=layers, feedforward=first.shape[0], mask=mask)
-    fill(fusion, own, f"the fusion head in {where}")
+    load_strict(fusion, own, f"the fusion head in {where}")
     return fusion
 
 
 def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str, where: str) -> TargetHead:
     if target != "union":
-        return build_target_head(target, width, **({"form": sum_form} if target == "sum" else {}))
+        options: dict[str, Any] = {"form": sum_form} if target == "sum" else {}
+        return build_target_head(target, width, **options)
     own = {name: x for name, x in heads.items() if name.startswith(_TARGET)}
     query, inner = (
         own.get(f"t5_layers.block.0.layer.{part}.weight") for part in ("0.SelfAttention.q", "1.DenseReluDense.wi")
@@ -295,5 +296,5 @@ def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str,
     layers = _count(own, r"^t5_layers\.block\.(\d+)\.")
     # Heads of T5 are 64 wide at every width of the joint space.
     head = build_target_head("union", width, layers=layers, heads=query.shape[0] // 64, feedforward=inner.shape[0])
-    fill(head, own, f"the UNION head in {where}")
+    load_strict(head, own, f"the UNION head in {where}")
     return head

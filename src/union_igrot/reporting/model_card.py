@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from union_igrot.storage.atomic import write_atomic
 
 PLACEHOLDER = "OWNER/NAME"
 """Name of a model that is not on the hub yet."""
-_LOADED = re.compile(r'union_igrot\.load\("([^"]+)"\)')
 _NAMED_CLASSES = 60
 _TAGS = ("composed-image-retrieval", "sketch-based-image-retrieval", "image-retrieval", "union-igrot")
 _RIGHTS = {
@@ -74,20 +72,6 @@ def render_model_card(
         *("## Limits\n", _limits(notes, card, result)),
     ]
     return "\n".join(parts)
-
-
-def rename_model_card(text: str, name: str | None) -> str:
-    """Replace the model's name in the loading instructions of a card.
-
-    Args:
-        text: A card, possibly edited by hand.
-        name: The new name; the card is unchanged if None.
-    """
-    old = _LOADED.search(text)
-    if old is None or name is None:
-        return text
-    before = re.escape(old[1])
-    return re.sub(rf'(union_igrot\.load\("|checkpoint=){before}(?=["\s]|$)', lambda found: found[1] + name, text)
 
 
 def write_model_card(folder: Path, results: Path, *, name: str | None = None) -> Path:

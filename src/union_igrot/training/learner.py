@@ -164,7 +164,10 @@ class Learner(lightning.LightningModule):
         """AdamW over the heads and what is tuned of the backbone, each at its own rate."""
         recipe = self.recipe
         groups: list[dict[str, Any]] = []
-        for rate, part in ((recipe.rate, self.model.heads()), (recipe.backbone_rate, self.model.backbone.parameters())):
+        for rate, part in (
+            (recipe.rate, self.model.head_parameters()),
+            (recipe.backbone_rate, self.model.backbone.parameters()),
+        ):
             trained = [weight for weight in part if weight.requires_grad]
             plain = [weight for weight in trained if weight.ndim <= 1 and recipe.decay == "matrices"]
             decayed = [weight for weight in trained if weight.ndim > 1 or recipe.decay == "all"]

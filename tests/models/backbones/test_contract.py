@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from union_igrot.models.backbones.base import weights_hash
-from union_igrot.models.backbones.factory import build_backbone
+from union_igrot.models.factory import build_backbone
 
 TEXTS = ["make it red", "", "a small dog ! two cats", "two red cats " * 60]
 # Name, fixture of the weights, image tokens, whether the pooled vector is also a token of the text.

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
 from union_igrot.errors import CheckpointError, ConfigError
-from union_igrot.models.backbones.factory import build_backbone
 from union_igrot.models.backbones.hf import load_hf, load_tokenizer
+from union_igrot.models.factory import build_backbone
 from union_igrot.types import Preprocess
 
 TEXTS = ["make it red", "a small dog ! two cats", ""]
@@ -136,7 +136,7 @@ def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
 def test_wrong_names_and_files_for_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="choose blip, siglip2 or hf:"):
         load_hf("base")
-    with pytest.raises(ConfigError, match="choose tiny, base, large"):
+    with pytest.raises(ConfigError, match="choose one of tiny, base, large"):
         build_backbone("nope")
     (tmp_path / "weights.bin").write_text("x")
     with pytest.raises(CheckpointError, match="is not a folder"):

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.backbones import open_clip as room
-from union_igrot.models.backbones.factory import build_backbone
 from union_igrot.models.backbones.open_clip import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -18,6 +17,7 @@ from union_igrot.models.backbones.open_clip import (
     configuration,
     load_open_clip,
 )
+from union_igrot.models.factory import build_backbone
 from union_igrot.types import Preprocess
 
 PLAIN = Preprocess(32, OPENAI_MEAN, OPENAI_STD)

@@ -55,6 +55,10 @@ class Backbone(nn.Module, ABC):
     preprocess: Preprocess
     tuned_encoders: frozenset[Modality] = frozenset()
 
+    def __repr__(self) -> str:
+        size = self.preprocess.size
+        return f"{type(self).__name__}({self.name}, dim={self.dim}, image_size={size}, device={self.device})"
+
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode preprocessed images.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.backbones.towers import NotSupportedError, image_tower, text_tower
-from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, fill, read_state_dict, summarize_names
+from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, load_strict, read_state_dict, summarize_names
 from union_igrot.types import Features, Preprocess
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "batch length"]]
@@ -96,7 +96,7 @@ class OpenClipBackbone(Backbone):
         except NotSupportedError as error:
             raise ConfigError(f"backbone {name!r} {error}; choose another architecture") from None
         if state is not None:
-            fill(self.network, _own_names(self.network, state), where, f"{name!r} may be another architecture")
+            load_strict(self.network, _own_names(self.network, state), where, f"{name!r} may be another architecture")
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:

@@ -5,12 +5,12 @@ by `pretrain_tiny.py`; it knows colored shapes and nothing of photographs. Does 
 that script, the world's grammar, heads or benchmarks.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.backbones.weights import fill, read_state_dict
+from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.types import Features, Preprocess
 
 CONTEXT = 32
@@ -129,6 +129,7 @@ class TinyVLM(nn.Module):
         return projected
 
 
+@final
 class TinyBackbone(Backbone):
     """The embedded vision-language model, frozen.
 
@@ -149,7 +150,7 @@ class TinyBackbone(Backbone):
         else:
             state = read_state_dict(weights)
         hint = "give a file written by `python -m union_igrot.synthetic.pretrain`"
-        fill(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
+        load_strict(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.network.to(memory_format=torch.channels_last)  # convolutions on a CPU are half as fast without
         self.freeze()
 
@@ -167,7 +168,8 @@ class TinyBackbone(Backbone):
         return Features(tokens[torch.arange(len(ids), device=tokens.device), end], tokens, mask, end)
 
 
-def shipped_note() -> dict[str, object]:
-    """Read how the shipped weights were made: command, seed and held-out metrics."""
-    note: dict[str, object] = json.loads((files("union_igrot") / "weights" / "tiny" / "backbone.json").read_text())
-    return note
+def load_tiny(name: str, weights: Path | None = None) -> TinyBackbone:
+    """Build the bundled backbone under a name of the registry."""
+    backbone = TinyBackbone(weights)
+    backbone.name = name
+    return backbone

@@ -120,7 +120,7 @@ def unwrap_state_dict(found: object, where: str) -> dict[str, Tensor]:
     return dict(found)
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], where: str, hint: str = "") -> None:
+def load_strict(network: nn.Module, state: Mapping[str, Tensor], where: str, hint: str = "") -> None:
     """Copy a state dict into a network, every tensor of both accounted for.
 
     Args:

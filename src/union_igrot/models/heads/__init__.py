@@ -1,4 +1,14 @@
-"""The trained parts - query fusion, target and vision projector.
+"""Query heads, target heads and the vision projector."""
 
-Names nothing itself: import the module that is meant.
-"""
+from typing import TYPE_CHECKING
+
+from union_igrot._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from union_igrot.models.heads.projector import VisionProjector as VisionProjector
+    from union_igrot.models.heads.query import QueryHead as QueryHead
+    from union_igrot.models.heads.target import TargetHead as TargetHead
+
+__getattr__, __dir__ = lazy_exports(
+    __name__, {"QueryHead": "query", "TargetHead": "target", "VisionProjector": "projector"}
+)

@@ -9,8 +9,15 @@ from safetensors.torch import load_file, save_file
 from test_contract import KINDS, TEXTS, pictures
 
 from union_igrot.errors import CheckpointError, ConfigError
-from union_igrot.models.backbones.factory import build_backbone
-from union_igrot.models.backbones.portable import FILE, WORDS, build_again, put_weights, remove_weights, write_weights
+from union_igrot.models.checkpoint import (
+    BACKBONE_FILE as FILE,
+    TOKENIZER_FOLDER,
+    load_backbone_weights,
+    remove_backbone,
+    restore_backbone,
+    save_backbone,
+)
+from union_igrot.models.factory import build_backbone
 
 
 @pytest.fixture(params=KINDS)
@@ -26,11 +33,11 @@ def backbone(request):
 
 @torch.no_grad()
 def test_a_backbone_is_built_again_from_its_own_files_alone(backbone, tmp_path):
-    fingerprint, notes = write_weights(backbone, tmp_path)
+    fingerprint, notes = save_backbone(backbone, tmp_path)
     assert fingerprint == backbone.fingerprint()
     notes = json.loads(json.dumps(notes))
     assert str(tmp_path) not in json.dumps(notes)
-    again = build_again(backbone.name, notes, tmp_path)
+    again = restore_backbone(backbone.name, notes, tmp_path)
     assert again.fingerprint() == fingerprint
     assert (again.name, again.dim, again.preprocess) == (backbone.name, backbone.dim, backbone.preprocess)
     images = pictures(backbone)
@@ -42,58 +49,60 @@ def test_a_backbone_is_built_again_from_its_own_files_alone(backbone, tmp_path):
         assert found.pooled_at.equal(wanted.pooled_at)
         assert found.mask.equal(wanted.mask)
     # And once more, from what was built so.
-    assert write_weights(again, tmp_path)[1] == write_weights(backbone, tmp_path)[1]
-    remove_weights(tmp_path)
+    assert save_backbone(again, tmp_path)[1] == save_backbone(backbone, tmp_path)[1]
+    remove_backbone(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_half_weights_have_the_fingerprint_that_they_are_read_with(tmp_path):
     backbone = build_backbone("tiny")
     backbone.network.text_norm.weight.data += 1e-5  # what is shipped has 16 bits already
-    fingerprint, notes = write_weights(backbone, tmp_path, half=True)
+    fingerprint, notes = save_backbone(backbone, tmp_path, half=True)
     assert fingerprint != backbone.fingerprint()
     assert {x.dtype for x in load_file(tmp_path / FILE).values() if x.is_floating_point()} == {torch.float16}
-    assert build_again("tiny", notes, tmp_path).fingerprint() == fingerprint
+    assert restore_backbone("tiny", notes, tmp_path).fingerprint() == fingerprint
 
 
 def test_the_file_serves_as_weights_of_its_name(tmp_path):
     backbone = build_backbone("tiny")
-    write_weights(backbone, tmp_path)
+    save_backbone(backbone, tmp_path)
     assert build_backbone("tiny", tmp_path / FILE).fingerprint() == backbone.fingerprint()
 
 
 def test_weights_of_two_names_are_written_once_each(tmp_path):
     backbone = build_backbone("tiny")
     backbone.network.twin = backbone.network.text_norm.weight
-    write_weights(backbone, tmp_path)
+    save_backbone(backbone, tmp_path)
     state = load_file(tmp_path / FILE)
     assert state["twin"].equal(state["text_norm.weight"])
 
 
 def test_writing_again_leaves_no_words_of_another(tmp_path, clip_folder):
     words = build_backbone("hf:some/clip", clip_folder)
-    write_weights(words, tmp_path)
-    assert (tmp_path / WORDS).is_dir()
-    write_weights(build_backbone("tiny"), tmp_path)
+    save_backbone(words, tmp_path)
+    assert (tmp_path / TOKENIZER_FOLDER).is_dir()
+    save_backbone(build_backbone("tiny"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path, clip_folder):
     backbone = build_backbone("hf:some/clip", clip_folder)
-    _, notes = write_weights(backbone, tmp_path)
+    _, notes = save_backbone(backbone, tmp_path)
     for change in ({"kind": "magic"}, {"config": None}, {"preprocess": {"size": 3}}):
-        with pytest.raises(CheckpointError, match=r"does not say how its backbone is built .*copy the model again"):
-            build_again("hf:some/clip", notes | change, tmp_path)
-    shutil.rmtree(tmp_path / WORDS)
+        with pytest.raises(
+            CheckpointError, match=r"does not describe how to build its backbone .*copy the model again"
+        ):
+            restore_backbone("hf:some/clip", notes | change, tmp_path)
+    shutil.rmtree(tmp_path / TOKENIZER_FOLDER)
     with pytest.raises(CheckpointError, match="tokenizer files"):
-        build_again("hf:some/clip", notes, tmp_path)
+        restore_backbone("hf:some/clip", notes, tmp_path)
     state = load_file(tmp_path / FILE)
     state.pop("text_projection.weight")
     save_file(state, tmp_path / FILE)
     with pytest.raises(CheckpointError, match=r"missing \[network\.text_projection\.weight\]"):
-        put_weights(backbone, tmp_path)
+        load_backbone_weights(backbone, tmp_path)
     (tmp_path / FILE).unlink()
     with pytest.raises(CheckpointError, match="is not a file"):
-        put_weights(backbone, tmp_path)
+        load_backbone_weights(backbone, tmp_path)
     with pytest.raises(ConfigError, match="'magic' does not exist"):
-        build_again("magic", {}, tmp_path)
+        restore_backbone("magic", {}, tmp_path)
