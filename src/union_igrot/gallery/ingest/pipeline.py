@@ -32,9 +32,8 @@ from union_igrot.gallery.ingest.report import IngestOptions, IngestReport, Skipp
 from union_igrot.gallery.ingest.writer import RowWriter
 from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, read_batches
 from union_igrot.images.transforms import model_input
-from union_igrot.models.devices import default_workers
+from union_igrot.models.devices import default_workers, full_precision
 from union_igrot.models.model import IGROTModel
-from union_igrot.models.precision import full_precision
 from union_igrot.progress import progress_bar
 from union_igrot.storage.cache import ADVICE, default_root
 from union_igrot.storage.locks import acquire_exclusive
