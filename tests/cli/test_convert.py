@@ -49,7 +49,7 @@ def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, t
     assert notes["card"]["source"] == "authors.pth"
     assert str(tmp_path) not in (folder / "model.json").read_text()
     card = (folder / "README.md").read_text()
-    assert "- **converted from**: `authors.pth`" in card
+    assert "- **converted from**: authors.pth" in card
     assert notes["heads"] in card
 
 

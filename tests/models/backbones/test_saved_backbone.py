@@ -104,5 +104,5 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, clip_folder):
     (tmp_path / FILE).unlink()
     with pytest.raises(CheckpointError, match="is not a file"):
         load_backbone_weights(backbone, tmp_path)
-    with pytest.raises(ConfigError, match="'magic' does not exist"):
+    with pytest.raises(ConfigError, match="unknown backbone 'magic'"):
         restore_backbone("magic", {}, tmp_path)
