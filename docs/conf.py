@@ -1,8 +1,4 @@
-"""How the documentation is built: `nox -s docs`.
-
-The pages of the commands come from their configurations and the pages of the modules from their
-docstrings, so that neither can fall behind. A warning is an error.
-"""
+"""Sphinx configuration of `nox -s docs`; the reference is generated from `--help` and docstrings. Warnings are errors."""
 
 from importlib import import_module
 from pathlib import Path
@@ -39,56 +35,54 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 copybutton_exclude = ".linenos, .gp, .go"
 
-ROOMS = {
-    "Vocabulary and errors": ["types", "errors"],
-    "Configurations": ["config"],
+MODULES = {
+    "Data types and errors": ["types", "errors"],
+    "Python API": ["api"],
+    "Configuration": ["cli.config"],
     "Models": [
-        "model",
-        "reference",
-        "backbones.base",
-        "backbones.build",
-        "heads.build",
-        "heads.fusion",
-        "heads.target",
-        "heads.projector",
+        "models.model",
+        "models.registry",
+        "models.factory",
+        "models.backbones.base",
+        "models.heads.query",
+        "models.heads.target",
+        "models.heads.projector",
+        "models.reference",
     ],
-    "Benchmarks and data": [
-        "data.registry",
-        "data.folder",
-        "data.shapes",
-        "data.pictures",
-        "data.transforms",
-        "data.submission",
+    "Images and datasets": [
+        "images.decode",
+        "images.transforms",
+        "datasets.registry",
+        "datasets.loading",
+        "datasets.folder",
+        "datasets.submission",
+        "synthetic.shapes",
     ],
     "Evaluation": [
-        "evaluate",
-        "scoring",
-        "predictions",
+        "evaluation.results",
+        "evaluation.evaluate",
+        "evaluation.scoring",
+        "evaluation.predictions",
+        "evaluation.exact",
+        "metrics.names",
         "metrics.functional",
         "metrics.statistics",
     ],
-    "Training": ["losses", "datamodule", "learner", "processes"],
+    "Training": ["training.losses", "training.datamodule", "training.learner", "training.processes"],
     "Galleries": [
         "gallery.gallery",
-        "gallery.answers",
-        "indexing.run",
-        "indexing.work",
-        "index.base",
-        "index.where",
-        "index.exact",
-        "index.open",
+        "gallery.results",
+        "gallery.engines.base",
+        "gallery.engines.factory",
+        "gallery.engines.filters",
     ],
-    "Features": ["encode", "store.features", "store.space"],
+    "Features": ["features.extractor", "features.store", "storage.cache"],
 }
-"""What stands in the reference, in this order; what another program builds on."""
-
-
-ELSEWHERE = {"indexing.run": "Report, Work"}
-"""Names that a room hands on from another, where they are described."""
+"""Modules of the reference, in this order."""
 
 
 def write_reference() -> None:
-    """Write a page a room, one that lists them, and one of the public names."""
+    """Write a page per module, one that lists them, and one of the public names."""
     place = HERE / "reference" / "modules"
     place.mkdir(parents=True, exist_ok=True)
     index = ["# Modules\n", "```{toctree}\n:maxdepth: 1\n", "union_igrot", "```\n"]
@@ -100,12 +94,11 @@ def write_reference() -> None:
         kind = "class" if isinstance(found, type) else "func"
         lines.append(f"| `{name}` | {summary} | {{py:{kind}}}`~union_igrot.{room}.{inner}` |")
     (place / "union_igrot.md").write_text("\n".join(lines) + "\n")
-    for theme, rooms in ROOMS.items():
-        index += [f"## {theme}\n", "```{toctree}\n:maxdepth: 1\n", *rooms, "```\n"]
-        for room in rooms:
-            without = f"   :exclude-members: {ELSEWHERE[room]}\n" if room in ELSEWHERE else ""
-            page = f"{room}\n{'=' * len(room)}\n\n.. automodule:: union_igrot.{room}\n{without}"
-            (place / f"{room}.rst").write_text(page)
+    for theme, modules in MODULES.items():
+        index += [f"## {theme}\n", "```{toctree}\n:maxdepth: 1\n", *modules, "```\n"]
+        for module in modules:
+            page = f"{module}\n{'=' * len(module)}\n\n.. automodule:: union_igrot.{module}\n"
+            (place / f"{module}.rst").write_text(page)
     (place / "index.md").write_text("\n".join(index))
 
 
