@@ -131,8 +131,8 @@ MISTAKES = [
     (["disliked=p1"], "the query is empty"),
     (["image=not there.png"], "not there.png: the image is missing"),
     (["image="], "image"),
-    (["text=red", "k=0"], "k=0"),
-    (["text=red", "search=quick"], "search=quick"),
+    (["text=red", "k=0"], "k: 0"),
+    (["text=red", "search=quick"], "search: quick"),
     (["text=red", "search=ann"], "no approximate index"),
     (["text=red", "where=color = 'red'"], "no column 'color'"),
     (["text=red", "where=year >"], "cannot be parsed"),
@@ -143,7 +143,7 @@ MISTAKES = [
     (["text=red", "contact=a.jpg"], "expected a .png file"),
     (["text=red", "contact=no/a.png"], "does not exist"),
     (["text=red", "checkpoint=no/such"], "no/such"),
-    (["text=red", "format=xml"], "format=xml"),
+    (["text=red", "format=xml"], "format: xml"),
     (["txt=red"], "txt"),
 ]
 
@@ -320,7 +320,7 @@ def test_a_name_beyond_the_outputs_letters_is_escaped(gallery, tmp_path, monkeyp
 def test_help_names_the_exit_codes(capsys):
     search(["--help"])
     said = capsys.readouterr().out
-    for part in ("usage: union-search", "0 something was found, 1 nothing was found", "taken as typed", "where=null"):
+    for part in ("usage: union-search", "0 results, 1 no results", "taken as typed", "where=null"):
         assert part in said
 
 

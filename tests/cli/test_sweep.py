@@ -125,9 +125,9 @@ def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
     [
         (["model=base", "checkpoint=tiny"], "give one of the two"),
         (["model=base", "checkpoint=runs/a"], "give one of the two"),
-        (["model=runs/a"], "for trained heads give checkpoint=FOLDER"),
-        (["model=tiny", "model.projector=mlp"], "nothing is trained here"),
-        (["model=tiny", "weights=conftest.py"], "give model.weights"),
+        (["model=runs/a"], "checkpoint=FOLDER"),
+        (["model=tiny", "model.projector=mlp"], "trains nothing"),
+        (["model=tiny", "weights=conftest.py"], "use model.weights"),
         (["model=tiny", "predictions=conftest.py"], "without a model"),
     ],
 )

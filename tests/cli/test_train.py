@@ -18,7 +18,7 @@ METHODS = ["chance", "image", "text", "sum", "trained"]
 
 def test_everything_a_reader_needs_is_written(small_run: Run):
     names = {path.name for path in small_run.folder.iterdir()}
-    assert names >= {"model", "results.json", "results.csv", "curve.png", "config.yaml", "logs", "run.json"}
+    assert names >= {"model", "results.json", "results.csv", "config.yaml", "logs", "run.json"}
     assert names >= {"contact-shapes_cir.png", "contact-shapes_sbir.png"}
     assert not [name for name in names if name.endswith((".partial", ".tmp"))]
     for image in small_run.folder.glob("*.png"):

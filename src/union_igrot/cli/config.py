@@ -183,8 +183,28 @@ def schema_of(name: str, values: Mapping[str, Any]) -> dict[str, Setting]:
     for group in COMMANDS[name].groups:
         if group in GROUPS and isinstance(values.get(group), dict):
             variant = GROUPS[group].variant(values[group].get(GROUPS[group].key))
-            schema |= {one.key: one for one in declared(variant, f"{group}.")} if variant else {}
+            foreign = _registered_settings(values[group]) if group == "data" and not variant else []
+            schema |= {one.key: one for one in (declared(variant, f"{group}.") if variant else foreign)}
     return schema
+
+
+def _registered_settings(data: Mapping[str, Any]) -> list[Setting]:
+    """Return the settings of a benchmark of another package; none if the name is unknown."""
+    if data.get("name") not in benchmark_names():
+        return []
+    benchmark = find_benchmark(data["name"])
+    settings = [
+        Setting("data.name", (str,), benchmark.name, {}),
+        Setting("data.root", (str, type(None)), None, {"path": "folder"}),
+        Setting("data.split", (str,), benchmark.splits[0], {"choices": benchmark.evaluation_splits}),
+        Setting("data.check_images", (bool,), True, {}),
+    ]
+    for one in benchmark.settings:
+        choices = (*one.choices, *(["all"] * one.is_part))
+        limits = {"choices": choices} if choices else {"low": one.minimum} if one.type is int else {}
+        optional = (type(None),) if one.default is None and not one.is_part else ()
+        settings.append(Setting(f"data.{one.name}", (one.type, *optional), one.default, {**limits, "help": one.help}))
+    return settings
 
 
 def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfig | None]":
@@ -197,24 +217,24 @@ def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfi
         ConfigError: With all mistakes: unknown settings, options and values, and missing ones.
     """
     command, problems = COMMANDS[name], list(arguments.problems)
-    options = {group: default for group, (default, _) in command.groups.items()}
+    chosen: dict[str, str] = {}
     given: list[tuple[str, str]] = []
     for key, text in arguments.settings:
-        if key not in options:
+        if key not in command.groups:
             given.append((key, text))
         elif text in options_of(key) or (text == "null" and command.groups[key][0] is None):
-            options[key] = None if text == "null" else text
+            chosen[key] = text
         else:
             problems.append(_wrong_option(name, key, text))
-    values, hydra = _composed(name, options, arguments.hydra)
+    values, hydra = _composed(name, chosen, arguments.hydra)
     tried = {key for key, _ in arguments.settings}
     problems += [
         f"{group} is required: {command.groups[group][1]} (expected {', '.join(options_of(group))})"
-        for group, option in options.items()
-        if option == REQUIRED and group not in tried
+        for group, (default, _) in command.groups.items()
+        if default == REQUIRED and group not in tried
     ]
     # What decides the variant of a group comes first: the other settings depend on it.
-    decisive = {f"{group}.{GROUPS[group].key}" for group in options if group in GROUPS}
+    decisive = {f"{group}.{GROUPS[group].key}" for group in command.groups if group in GROUPS}
     given.sort(key=lambda one: one[0] not in decisive)
     problems += _apply(name, values, given)
     problems += problems_of(name, values)
@@ -239,15 +259,15 @@ def _wrong_option(name: str, group: str, option: str) -> str:
     )
 
 
-def _composed(
-    name: str, options: Mapping[str, str | None], hydra: Sequence[str]
-) -> "tuple[dict[str, Any], DictConfig | None]":
+def _composed(name: str, chosen: Mapping[str, str], hydra: Sequence[str]) -> "tuple[dict[str, Any], DictConfig | None]":
     """Return the values of the chosen options and the defaults of the command, and Hydra's configuration."""
     if COMMANDS[name].hydra:
-        foreign = {group: option for group, option in options.items() if option and is_registered(group, option)}
-        chosen = [f"{group}={option}" for group, option in options.items() if option and group not in foreign]
-        composed, config = _compose_with_hydra(name, [*chosen, *hydra])
+        # Without the defaults: an experiment chooses options too.
+        foreign = {group: option for group, option in chosen.items() if is_registered(group, option)}
+        overrides = [f"{group}={option}" for group, option in chosen.items() if group not in foreign]
+        composed, config = _compose_with_hydra(name, [*overrides, *hydra])
         return composed | {group: read_option(group, option) for group, option in foreign.items()}, config
+    options = {**{group: default for group, (default, _) in COMMANDS[name].groups.items()}, **chosen}
     values: dict[str, Any] = {
         group: read_option(group, option) for group, option in options.items() if option and option != REQUIRED
     }
@@ -327,7 +347,7 @@ def _read_list(text: str) -> list[str] | str:
 
 def _is_foreign(values: Mapping[str, Any], group: str) -> bool:
     """Whether a group holds a name of another package, whose settings are checked when it is built."""
-    if group not in GROUPS or not isinstance(values.get(group), dict):
+    if group not in GROUPS or group == "data" or not isinstance(values.get(group), dict):
         return False
     return GROUPS[group].variant(values[group].get(GROUPS[group].key)) is None
 
