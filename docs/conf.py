@@ -1,4 +1,4 @@
-"""Sphinx configuration of `nox -s docs`; the reference is generated from `--help` and docstrings. Warnings are errors."""
+"""Sphinx configuration of `nox -s docs`; the reference comes from `--help` and docstrings. Warnings are errors."""
 
 from importlib import import_module
 from pathlib import Path

@@ -130,7 +130,7 @@ class BenchmarkDeclaration:
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
-        """The splits to evaluate on: all but `train`, unless that is the only one."""
+        """The splits to evaluate on, all but `train`, unless that is the only one."""
         return tuple(split for split in self.splits if split != "train") or self.splits
 
     @property

@@ -23,7 +23,7 @@ from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
 from union_igrot.types import GalleryItem, ImageSource
 
 QUERIES: Final = 1000
-"""Queries whose gallery is used: about 6,000 images, embedded in 15 s on two cores."""
+"""Queries whose gallery is used, about 6,000 images, embedded in 15 s on two cores."""
 _STEP: Final = 256
 
 

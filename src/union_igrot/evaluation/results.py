@@ -195,7 +195,7 @@ class BenchmarkResult:
 
     @property
     def main(self) -> MethodResult:
-        """The method that the result is about: the trained model, else the strongest of the baselines' list."""
+        """The method that the result is about, the trained model, else the strongest of the baselines' list."""
         return next((one for one in self.methods if one.method in OWN_METHODS), self.methods[-1])
 
     @property

@@ -56,7 +56,7 @@ class ShapesImage:
 
     @property
     def key(self) -> str:
-        """Identity: version of the rendering, style, seed, content, and the thing that is drawn first."""
+        """Identity from version of the rendering, style, seed, content and the object drawn first."""
         return f"shapes-1/{self.style}/{self.seed}/{self.scene.code}/{self.scene.things[0].shape}"
 
     def open(self) -> Image.Image:

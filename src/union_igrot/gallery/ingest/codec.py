@@ -29,7 +29,7 @@ from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
 MAX_PIXELS: Final = 2**27
-"""Pixels decoded at once: 400 MB, and four times as much while they are resized."""
+"""Pixels decoded at once, 400 MB and four times as much while they are resized."""
 _THREADS: Final = 4
 """Threads that write thumbnails, during which Pillow releases the GIL."""
 
