@@ -1,9 +1,9 @@
 """Sphinx configuration of `nox -s docs`; the reference comes from `--help` and docstrings. Warnings are errors."""
 
-from importlib import import_module
 from pathlib import Path
 
-from union_igrot import _PUBLIC, __version__
+import union_igrot
+from union_igrot import __version__
 from union_igrot.cli.help import help_text
 from union_igrot.cli.settings import COMMANDS
 
@@ -88,11 +88,13 @@ def write_reference() -> None:
     index = ["# Modules\n", "```{toctree}\n:maxdepth: 1\n", "union_igrot", "```\n"]
     lines = ["# union_igrot\n", "What `import union_igrot` offers; each is imported when it is first used.\n"]
     lines += ["| name | what it is | described under |", "| --- | --- | --- |"]
-    for name, (room, inner) in sorted(_PUBLIC.items(), key=lambda one: one[0].lower()):
-        found = getattr(import_module(f"union_igrot.{room}"), inner)
+    for name in sorted(dir(union_igrot), key=str.lower):
+        if name == "picture_batch":  # deprecated
+            continue
+        found = getattr(union_igrot, name)
         summary = str(found.__doc__).strip().partition("\n")[0].replace("|", "\\|")
         kind = "class" if isinstance(found, type) else "func"
-        lines.append(f"| `{name}` | {summary} | {{py:{kind}}}`~union_igrot.{room}.{inner}` |")
+        lines.append(f"| `{name}` | {summary} | {{py:{kind}}}`~{found.__module__}.{found.__qualname__}` |")
     (place / "union_igrot.md").write_text("\n".join(lines) + "\n")
     for theme, modules in MODULES.items():
         index += [f"## {theme}\n", "```{toctree}\n:maxdepth: 1\n", *modules, "```\n"]
@@ -103,8 +105,8 @@ def write_reference() -> None:
 
 
 def write_commands() -> None:
-    """Write what each command says to `--help`."""
-    lines = ["# Commands\n", "What `--help` says, which is read from the configurations themselves.\n"]
+    """Write what `--help all` of each command says."""
+    lines = ["# Commands\n", "What `--help all` of each command prints.\n"]
     for name in sorted(COMMANDS):
         lines += [f"## union-{name}\n", "```text", help_text(name, "all"), "```\n"]
     (HERE / "reference" / "commands.md").write_text("\n".join(lines))
