@@ -37,7 +37,7 @@ def test_they_are_saved_and_loaded_with_the_model(model, tmp_path):
     named = (tmp_path / "m" / "training_images.txt").read_text().split()
     assert named == sorted(model.training_images)
     (tmp_path / "m" / "training_images.txt").write_text("\n".join(named[:-1]))
-    with pytest.raises(CheckpointError, match=r"training_images\.txt names 30 images, model\.json 31"):
+    with pytest.raises(CheckpointError, match=r"training_images\.txt lists 30 images .*31"):
         IGROTModel.load(tmp_path / "m", model.backbone)
     (tmp_path / "m" / "training_images.txt").unlink()
     assert IGROTModel.load(tmp_path / "m", model.backbone).training_images is None
