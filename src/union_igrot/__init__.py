@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from union_igrot.cli.config import compose as compose
     from union_igrot.datasets.folder import folder_benchmark as folder_benchmark, folder_training as folder_training
     from union_igrot.datasets.loading import load_benchmark as load_benchmark, load_training as load_training
+    from union_igrot.datasets.registry import register_benchmark as register_benchmark
     from union_igrot.errors import UnionError as UnionError
     from union_igrot.evaluation.evaluate import evaluate_benchmark as evaluate_benchmark
     from union_igrot.evaluation.exact import rank as rank
     from union_igrot.evaluation.results import EvaluationResult as EvaluationResult
     from union_igrot.features.extractor import Encoder as Encoder
     from union_igrot.features.store import FeatureStore as FeatureStore
+    from union_igrot.gallery.engines.factory import register_engine as register_engine
     from union_igrot.gallery.gallery import Gallery as Gallery
     from union_igrot.images.transforms import image_batch as image_batch
     from union_igrot.metrics.functional import (
@@ -27,11 +29,17 @@ if TYPE_CHECKING:
         precision_at_k as precision_at_k,
         recall_at_k as recall_at_k,
     )
+    from union_igrot.metrics.names import register_metric as register_metric
     from union_igrot.models.backbones.base import Backbone as Backbone
     from union_igrot.models.heads.query import QueryHead as QueryHead
     from union_igrot.models.heads.target import TargetHead as TargetHead
     from union_igrot.models.model import IGROTModel as IGROTModel, load as load
     from union_igrot.models.reference import load_reference_checkpoint as load_reference_checkpoint
+    from union_igrot.models.registry import (
+        register_backbone as register_backbone,
+        register_query_head as register_query_head,
+        register_target_head as register_target_head,
+    )
     from union_igrot.synthetic.shapes import (
         shapes_cir as shapes_cir,
         shapes_sbir as shapes_sbir,
@@ -60,23 +68,29 @@ __getattr__, __dir__ = lazy_exports(
         "folder_training": "datasets.folder",
         "load_benchmark": "datasets.loading",
         "load_training": "datasets.loading",
+        "register_benchmark": "datasets.registry",
         "UnionError": "errors",
         "evaluate_benchmark": "evaluation.evaluate",
         "rank": "evaluation.exact",
         "EvaluationResult": "evaluation.results",
         "Encoder": "features.extractor",
         "FeatureStore": "features.store",
+        "register_engine": "gallery.engines.factory",
         "Gallery": "gallery.gallery",
         "image_batch": "images.transforms",
         "average_precision": "metrics.functional",
         "precision_at_k": "metrics.functional",
         "recall_at_k": "metrics.functional",
+        "register_metric": "metrics.names",
         "Backbone": "models.backbones.base",
         "QueryHead": "models.heads.query",
         "TargetHead": "models.heads.target",
         "IGROTModel": "models.model",
         "load": "models.model",
         "load_reference_checkpoint": "models.reference",
+        "register_backbone": "models.registry",
+        "register_query_head": "models.registry",
+        "register_target_head": "models.registry",
         "shapes_cir": "synthetic.shapes",
         "shapes_sbir": "synthetic.shapes",
         "shapes_training": "synthetic.shapes",
