@@ -29,7 +29,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = [f"{sys.argv[3]}/training", sys.argv[3]]
 import torch
 import torch.distributed as dist
 
