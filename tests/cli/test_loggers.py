@@ -183,8 +183,8 @@ def test_the_logger_changes_nothing_of_a_training(small_run: Run, tmp_path, monk
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     if name == "none":
         assert not (tmp_path / "run" / "logs").exists()
-        assert "Curves of the training" not in page
+        assert "Training curves" not in page
     else:
         assert (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").is_file()
         assert list((tmp_path / "run" / "logs" / name).iterdir())
-        assert "Curves of the training" in page
+        assert "Training curves" in page
