@@ -28,9 +28,9 @@ class Squares(SearchBackend):
 
     def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
         self.requests.append(request)
-        picture, text = request.picture, request.text
+        image, text = request.image, request.text
         exclude = request.exclude[0] if request.exclude else None
-        middle = None if picture is None else picture.convert("RGB").getpixel((picture.width // 2, picture.height // 2))
+        middle = None if image is None else image.convert("RGB").getpixel((image.width // 2, image.height // 2))
         self.asked.append((middle, text, exclude))
         if text == "break":
             raise RuntimeError("a defect inside")
@@ -47,7 +47,7 @@ class Squares(SearchBackend):
     def answer(self, name: str) -> DisplayedImage:
         return self._answer(name)
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         return Image.new("RGB", (640, 480), self._colour(name))
 
     def _colour(self, name: str) -> tuple[int, int, int]:

@@ -137,7 +137,7 @@ def test_marks_and_a_filter_go_with_the_question(controller):
     controller.act(token, "mark", {"engine": 0, "id": "s3", "liked": False})
     found = controller.act(token, "search", {"text": "", "where": " class = 'c&s4' "})
     asked = controller.engines[0].requests[-1]
-    assert (asked.liked, asked.disliked, asked.where, asked.picture) == (("s2",), ("s3",), "class = 'c&s4'", None)
+    assert (asked.liked, asked.disliked, asked.where, asked.image) == (("s2",), ("s3",), "class = 'c&s4'", None)
     assert "s3" not in ids(found)
     undone = controller.act(token, "undo", {})
     assert (undone.where, undone.session.marks) == ("", ())

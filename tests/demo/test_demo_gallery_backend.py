@@ -66,7 +66,7 @@ def test_a_picture_tells_its_path_and_the_users_columns(engine, folder):
     place = sorted(folder.glob("*.png")).index(Path(name))
     assert (one.title, one.path) == ("picture 10.png", name)
     assert one.details == {"artist": f"artist {place}", "year": str(place)}
-    assert engine.picture(name).tobytes() == open_image(folder / "picture 10.png").tobytes()
+    assert engine.image(name).tobytes() == open_image(folder / "picture 10.png").tobytes()
     last = engine.answer(str(sorted(folder.glob("*.png"))[-1]))
     assert last.details == {"year": "11"}
 
@@ -74,14 +74,14 @@ def test_a_picture_tells_its_path_and_the_users_columns(engine, folder):
 def test_a_thumbnail_stands_for_a_file_that_is_gone(engine, folder):
     name = str(folder / "picture 4.png")
     Path(name).write_bytes(b"broken")
-    assert max(engine.picture(name).size) == 160
+    assert max(engine.image(name).size) == 160
     Path(name).unlink()
-    assert max(engine.picture(name).size) == 160
+    assert max(engine.image(name).size) == 160
 
 
 def test_no_file_is_opened_that_the_index_does_not_hold(engine, folder):
     Image.new("RGB", (9, 9)).save(folder / "secret.png")
-    for ask in (engine.answer, engine.picture):
+    for ask in (engine.answer, engine.image):
         with pytest.raises(DataError):
             ask(str(folder / "secret.png"))
 
@@ -91,8 +91,8 @@ def test_a_name_that_is_no_files_path_opens_no_file(engine, folder, monkeypatch)
     Image.new("RGB", (500, 500), "red").save(folder / "p.png")
     named = Image.new("RGB", (48, 48), "blue")
     engine._gallery.add([named, named.rotate(9)], ids=["p.png", "n" * 400])
-    assert engine.picture("p.png").size == (48, 48)
-    assert engine.picture("n" * 400).size == (48, 48)  # longer than a file's name can be
+    assert engine.image("p.png").size == (48, 48)
+    assert engine.image("n" * 400).size == (48, 48)  # longer than a file's name can be
     assert all(hit.path is None for hit in engine._gallery.search(named, k=2))
 
 
@@ -104,7 +104,7 @@ def test_rows_without_thumbnail(folder, engine):
     assert (one.title, one.path) == ("0.png", "shard.tar/0.png")
     assert one.thumbnail.startswith(b"\x89PNG")
     with pytest.raises(ImageError, match=r"0\.png cannot be opened"):
-        engine.picture("shard.tar/0.png")
+        engine.image("shard.tar/0.png")
 
 
 def test_pictures_to_start_from(engine):

@@ -6,7 +6,7 @@ from union_igrot.errors import DataError
 
 SKETCH = Reference("sketch", "your sketch", b"small", strokes=(((1, 2), (3, 4)),))
 PICKED = Reference("result", "a star", b"small", b"view", id="p1")
-PHOTO = Reference("photo", "cat.jpg", b"small", b"view", picture=b"pixels")
+PHOTO = Reference("photo", "cat.jpg", b"small", b"view", image=b"pixels")
 
 
 def test_a_question_needs_a_reference_or_a_sentence():
@@ -36,7 +36,7 @@ def test_marks_are_asked_with_and_come_back_with_their_turn():
     full = Session()
     for number in range(MAX_MARKS):
         full = full.mark(Mark(str(number), "", b"", liked=True))
-    with pytest.raises(DataError, match="take a mark away first"):
+    with pytest.raises(DataError, match="remove a mark first"):
         full.mark(more)
     assert len(full.mark(Mark("7", "", b"", liked=False)).marks) == MAX_MARKS
 
@@ -88,7 +88,7 @@ def test_undo_takes_first_back_what_was_not_asked_yet():
 def test_the_size_is_that_of_the_pictures():
     assert Session().size == 0
     mark = Mark("a", "a star", b"12345", liked=True)
-    photo = Reference("photo", "cat", b"123", b"1234", picture=b"12")
+    photo = Reference("photo", "cat", b"123", b"1234", image=b"12")
     assert Session().set_reference(photo).mark(mark).size == 14
     assert Session().set_reference(photo).mark(mark).search(photo, "").size == 28
 

@@ -61,9 +61,9 @@ def test_the_gallery_is_that_of_both_benchmarks(small, tmp_path):
     assert (
         decode_thumbnail(one.thumbnail).tobytes()
         == small.items[-1].image.open().tobytes()
-        == engine.picture(one.id).tobytes()
+        == engine.image(one.id).tobytes()
     )
-    for ask in (engine.answer, engine.picture):
+    for ask in (engine.answer, engine.image):
         with pytest.raises(DataError):
             ask("photo-99999")
 

@@ -45,7 +45,7 @@ def test_a_photo_of_any_usual_format_is_taken(kind):
     given = Image.new("RGB", (300, 200), (200, 30, 40))
     held = photo(as_file(given, kind), f"cat.{kind.lower()}", Limits())
     assert (held.kind, held.name) == ("photo", f"cat.{kind.lower()}")
-    kept = decode_thumbnail(held.picture)
+    kept = decode_thumbnail(held.image)
     assert kept.size == (300, 200)
     assert np.abs(np.asarray(kept).mean((0, 1)) - (200, 30, 40)).max() < 4
     assert max(decode_thumbnail(held.thumbnail).size) == THUMBNAIL_SIDE
@@ -55,9 +55,9 @@ def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
     held = photo(as_file(Image.new("RGB", (3000, 1500), "blue"), "JPEG", exif=exif), "big.jpg", Limits())
-    assert decode_thumbnail(held.picture).size == (KEPT_SIDE // 2, KEPT_SIDE)
+    assert decode_thumbnail(held.image).size == (KEPT_SIDE // 2, KEPT_SIDE)
     clear = photo(as_file(Image.new("RGBA", (100, 100), (0, 0, 0, 0))), "clear.png", Limits())
-    assert np.asarray(decode_thumbnail(clear.picture)).min() >= 254
+    assert np.asarray(decode_thumbnail(clear.image)).min() >= 254
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class SearchRequest:
     """A query to a backend.
 
     Attributes:
-        picture: The reference photo or the sketch, or None.
+        image: The reference photo or the sketch, or None.
         text: Modification text, or a text query without an image; None for none.
         where: A filter on the gallery's columns; None for none.
         liked: Ids of images to move towards.
@@ -47,7 +47,7 @@ class SearchRequest:
         exclude: Further ids to leave out of the results.
     """
 
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     text: str | None = None
     where: str | None = None
     liked: Sequence[str] = ()
@@ -110,7 +110,7 @@ class SearchBackend(ABC):
         """
 
     @abstractmethod
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """Decode one image by its id at full size.
 
         Raises:

@@ -105,7 +105,7 @@ class LargeImage:
 
     engine: int
     answer: DisplayedImage
-    picture: bytes
+    image: bytes
     width: int
     height: int
 
@@ -229,7 +229,7 @@ class DemoController:
 
     def _pick(self, token: str, session: Session, given: Parameters) -> Screen:
         number, one = self._displayed(token, given)
-        view = encode_thumbnail(downscale(self.engines[number].picture(one.id), VIEW_SIDE))
+        view = encode_thumbnail(downscale(self.engines[number].image(one.id), VIEW_SIDE))
         held = Reference(
             "result", one.title, one.thumbnail, view, id=one.id, engine=number, path=one.path, details=one.details
         )
@@ -276,7 +276,7 @@ class DemoController:
 
     def _large(self, token: str, session: Session, given: Parameters) -> Screen:
         number, answer = self._displayed(token, given)
-        image = self.engines[number].picture(answer.id)
+        image = self.engines[number].image(answer.id)
         data = encode_thumbnail(downscale(image, KEPT_SIDE))
         return Screen(token, session, large=LargeImage(number, answer, data, *image.size))
 
@@ -314,9 +314,9 @@ class DemoController:
         columns, further = [], False
         for number in [0] if session.compared is None else [0, session.compared]:
             engine = self.engines[number]
-            picture = None if turn.reference is None else self._query_image(turn.reference, engine)
+            image = None if turn.reference is None else self._query_image(turn.reference, engine)
             exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
-            asked = SearchRequest(picture, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
+            asked = SearchRequest(image, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
             found = engine.search(asked, skip, per_page + 1)
             columns.append(ResultColumn(number, engine.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
@@ -332,12 +332,12 @@ class DemoController:
         if reference.kind == "sketch":
             return draw_strokes(reference.strokes, engine.sketch_scale)
         if reference.kind == "photo":
-            return decode_thumbnail(reference.picture)
+            return decode_thumbnail(reference.image)
         assert reference.id is not None
         try:
-            return self.engines[reference.engine].picture(reference.id)
+            return self.engines[reference.engine].image(reference.id)
         except DataError:  # it was removed from the gallery after it was selected
-            return decode_thumbnail(reference.picture)
+            return decode_thumbnail(reference.image)
 
 
 def _integer(given: Parameters, name: str) -> int:

@@ -47,7 +47,7 @@ class ItemRenderer(ABC):
         """Return a row as shown on the page."""
 
     @abstractmethod
-    def picture(self, name: str, columns: Columns) -> Image.Image:
+    def image(self, name: str, columns: Columns) -> Image.Image:
         """Decode the image of a row at full size.
 
         Raises:
@@ -78,7 +78,7 @@ class FileItems(ItemRenderer):
         small = encode_thumbnail(Image.new("RGB", (8, 8), "grey")) if jpeg is None else jpeg
         return DisplayedImage(name, Path(name).name or name, small, score, name, said)
 
-    def picture(self, name: str, columns: Columns) -> Image.Image:
+    def image(self, name: str, columns: Columns) -> Image.Image:
         """See `ItemRenderer`. Falls back to the thumbnail if there is no readable file."""
         if (path := file_of(name)) is not None:
             with suppress(ImageError):
@@ -130,7 +130,7 @@ class GalleryBackend(SearchBackend):
                 raise DataError(f"{self.gallery} no longer contains all marked images; clear the marks.") from None
         try:
             found = self._gallery.search(
-                request.picture,
+                request.image,
                 request.text,
                 skip + count,
                 request.where,
@@ -149,7 +149,7 @@ class GalleryBackend(SearchBackend):
             if fresh or not self._pool:
                 self._pool = self._some_ids()
             chosen = random.Random(sample_seed).sample(self._pool, min(count, len(self._pool)))
-            with suppress(DataError):  # a picture that was removed since: its name is forgotten with the others
+            with suppress(DataError):  # an image that was removed since: its name is forgotten with the others
                 return self._answers(chosen)
         raise DataError(f"{self.gallery} is being changed; try again in a moment.")
 
@@ -158,9 +158,9 @@ class GalleryBackend(SearchBackend):
         (one,) = self._answers([name])
         return one
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """See `SearchBackend`."""
-        return self._album.picture(name, self._row(name))  # the row first: nothing is opened that is not in the index
+        return self._album.image(name, self._row(name))  # the row first: nothing is opened that is not in the index
 
     def _some_ids(self) -> list[str]:
         found: list[str] = []

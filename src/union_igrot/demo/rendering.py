@@ -13,10 +13,10 @@ STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg
 """Static files and their media types."""
 
 
-def data_uri(picture: bytes) -> Markup:
+def data_uri(image: bytes) -> Markup:
     """Return a PNG or JPEG as a data URI, so that no image has a URL on the server."""
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return Markup(f"data:image/{kind};base64,{base64.b64encode(picture).decode()}")
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(image).decode()}")
 
 
 def static_file(name: str) -> bytes:

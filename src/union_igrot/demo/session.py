@@ -25,7 +25,7 @@ class Reference:
         thumbnail: A small PNG or JPEG.
         view: A larger one; empty for a sketch, which the pad shows.
         strokes: The strokes of a sketch.
-        picture: The PNG or JPEG of a photo that is searched with.
+        image: The PNG or JPEG of a photo that is searched with.
         id: Id of a gallery image.
         engine: Number of the backend that found a gallery image.
         path: File of a gallery image, if any.
@@ -37,7 +37,7 @@ class Reference:
     thumbnail: bytes
     view: bytes = b""
     strokes: tuple[Stroke, ...] = ()
-    picture: bytes = b""
+    image: bytes = b""
     id: str | None = None
     engine: int = 0
     path: str | None = None
@@ -138,8 +138,8 @@ class Session:
         """Approximate bytes of all stored images; shared ones count each time."""
         held = [turn.reference for turn in self.turns] + [self.reference]
         marks = [mark for turn in self.turns for mark in turn.marks] + list(self.marks)
-        pictures = sum(len(one.thumbnail) + len(one.view) + len(one.picture) for one in held if one is not None)
-        return pictures + sum(len(mark.thumbnail) for mark in marks)
+        total = sum(len(one.thumbnail) + len(one.view) + len(one.image) for one in held if one is not None)
+        return total + sum(len(mark.thumbnail) for mark in marks)
 
     @property
     def _current_reference(self) -> Reference | None:
@@ -155,7 +155,7 @@ class Session:
         turn = Turn(reference, " ".join(text.split()), where.strip(), self.marks)
         if reference is None and not turn.text and not turn.liked:
             what = "A filter alone ranks nothing" if turn.where else "There is nothing to search with yet"
-            raise DataError(f"{what}: draw, give a photo, click a picture, mark one with +, or type a sentence.")
+            raise DataError(f"{what}: draw, give a photo, click an image, mark one with +, or type a text.")
         turns = (*self.turns[: self.at + 1], turn)[-MAX_TURNS:]
         asked = replace(self, turns=turns, at=len(turns) - 1)
         return replace(asked, reference=asked._current_reference)
@@ -207,7 +207,7 @@ class Session:
         if any((mark.id, mark.liked) == (marked.id, marked.liked) for mark in self.marks):
             return replace(self, marks=others)
         if len(others) >= MAX_MARKS:
-            raise DataError(f"{MAX_MARKS} pictures are marked already; take a mark away first.")
+            raise DataError(f"{MAX_MARKS} images are marked already; remove a mark first.")
         return replace(self, marks=(*others, marked))
 
     def unmark(self, name: str | None = None) -> "Session":

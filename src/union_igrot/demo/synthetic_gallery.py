@@ -52,7 +52,7 @@ class SyntheticItems(ItemRenderer):
         details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
         return DisplayedImage(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's images are frozen values
 
-    def picture(self, name: str, columns: Mapping[str, ColumnValue]) -> Image.Image:
+    def image(self, name: str, columns: Mapping[str, ColumnValue]) -> Image.Image:
         """See `ItemRenderer`."""
         del columns
         return open_image(self._images[name])
@@ -69,8 +69,8 @@ class SyntheticGallery:
     def __init__(self, queries: int = QUERIES) -> None:
         cir = shapes_cir("test", queries, distractors=queries // 4)
         sbir = shapes_sbir("test", 1, gallery=queries)
-        pictures = [*cir.gallery, *sbir.gallery]
-        self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(pictures)]
+        images = [*cir.gallery, *sbir.gallery]
+        self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(images)]
 
     def engine(self, name: str, model: IGROTModel, encoder: Encoder) -> GalleryBackend:
         """Embed the gallery with a model.

@@ -68,7 +68,7 @@ def photo(data: bytes, name: str, limits: Limits) -> Reference:
         raise ImageError(_unreadable(name)) from None
     image = downscale(image, KEPT_SIDE)
     small, view = (encode_thumbnail(downscale(image, side)) for side in (THUMBNAIL_SIDE, VIEW_SIDE))
-    return Reference("photo", name, small, view, picture=encode_thumbnail(image))
+    return Reference("photo", name, small, view, image=encode_thumbnail(image))
 
 
 def sketch(given: Any) -> Reference | None:

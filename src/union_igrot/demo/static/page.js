@@ -285,7 +285,7 @@ document.addEventListener("drop", (event) => {
   give(event.dataTransfer.files[0]);
 });
 $("large").addEventListener("click", (event) => {
-  if (event.target === $("large")) $("large").close(); // beside the picture
+  if (event.target === $("large")) $("large").close(); // outside the image
 });
 
 paint();
