@@ -71,9 +71,7 @@ def _check(config: "DictConfig") -> None:
     if config.index is None and config.second_index is not None:
         raise ConfigError("second_index is compared with index; give index=PATH too")
     if config.index is not None and config.second_index is None and config.second_checkpoint is not None:
-        raise ConfigError(
-            "an index belongs to one model; index the images with the other one, give second_index=PATH"
-        )
+        raise ConfigError("an index belongs to one model; index the images with the other one, give second_index=PATH")
     if config.user is not None and (":" in config.user or not config.user.strip()):
         raise ConfigError(f"user={config.user} is not allowed; give a name without a colon")
     if not _own(config.host) and config.user is None:
