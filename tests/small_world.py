@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.factory import build_query_head, build_target_head
@@ -136,10 +136,10 @@ def triplets(cir: int = 40, sbir: int = 20, seed: int = 0) -> TrainingSet:
     return TrainingSet("noise", tuple(samples))
 
 
-def encoder(folder: Path, backbone: Backbone | None = None, batch_size: int = 8, shard: int = 16) -> Encoder:
+def extractor(folder: Path, backbone: Backbone | None = None, batch_size: int = 8, shard: int = 16) -> FeatureExtractor:
     backbone = backbone or LinearBackbone()
     store = FeatureStore(folder, backbone.fingerprint())
-    return Encoder(backbone, store, batch_size=batch_size, workers=0, shard=shard, progress=False)
+    return FeatureExtractor(backbone, store, batch_size=batch_size, workers=0, shard=shard, progress=False)
 
 
 def trainable(

@@ -12,14 +12,14 @@ from torch.nn.functional import normalize
 
 from codec_pictures import PICTURES, entries_of, indexed
 from small_runs import SMALL, rows_of
-from small_world import cir_benchmark, encoder, sbir_benchmark, trainable, triplets
+from small_world import cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
 from union_igrot.evaluation.exact import exact_topk
 from union_igrot.evaluation.ranking import rank_chunks
 from union_igrot.evaluation.scoring import score
-from union_igrot.features.embedding import embed
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.embedding import embed_benchmark
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import data_entry
@@ -98,9 +98,11 @@ def test_features_and_figures_are_the_same_in_every_arithmetic(tmp_path, precisi
         model = load("tiny").to(device)
         store = FeatureStore(tmp_path / device, model.backbone.fingerprint())
         arithmetic = precision if device == "cuda" else "float32"
-        filling = Encoder(model.backbone, store, batch_size=64, workers=1, precision=arithmetic, progress=False)
+        filling = FeatureExtractor(
+            model.backbone, store, batch_size=64, workers=1, precision=arithmetic, progress=False
+        )
         world = shapes_cir("val", 40)
-        queries, gallery, _ = embed(model, world, filling)
+        queries, gallery, _ = embed_benchmark(model, world, filling)
         assert queries.device.type == device
         assert queries.dtype == torch.float32
         found[device] = queries.cpu(), gallery.cpu(), score(world, queries, gallery).values
@@ -134,7 +136,7 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
         data = IGROTDataModule(
             triplets(),
             benchmarks,
-            encoder(tmp_path / device, model.backbone),
+            extractor(tmp_path / device, model.backbone),
             query_tokens=True,
             target_tokens=False,
             batch_size=10,

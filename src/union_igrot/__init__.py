@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from union_igrot.evaluation.evaluate import evaluate_benchmark as evaluate_benchmark
     from union_igrot.evaluation.exact import rank as rank
     from union_igrot.evaluation.results import EvaluationResult as EvaluationResult
-    from union_igrot.features.extractor import Encoder as Encoder
+    from union_igrot.features.extractor import FeatureExtractor as FeatureExtractor
     from union_igrot.features.store import FeatureStore as FeatureStore
     from union_igrot.gallery.engines.factory import register_engine as register_engine
     from union_igrot.gallery.gallery import Gallery as Gallery
@@ -73,7 +73,7 @@ __getattr__, __dir__ = lazy_exports(
         "evaluate_benchmark": "evaluation.evaluate",
         "rank": "evaluation.exact",
         "EvaluationResult": "evaluation.results",
-        "Encoder": "features.extractor",
+        "FeatureExtractor": "features.extractor",
         "FeatureStore": "features.store",
         "register_engine": "gallery.engines.factory",
         "Gallery": "gallery.gallery",

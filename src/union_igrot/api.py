@@ -10,7 +10,7 @@ from torch import Tensor
 from union_igrot.errors import ConfigError
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.transforms import image_batch
 from union_igrot.models.model import IGROTModel
@@ -62,14 +62,14 @@ def evaluate(
     cache = default_root() if cache_dir is None else expand_user(cache_dir)
     result, parts = EvaluationResult(), []
     with FeatureStore.for_backbone(model.backbone, cache, limit=chosen_limit(None)) as store:
-        encoder = Encoder(model.backbone, store, batch_size=batch_size, workers=workers, progress=progress)
+        extractor = FeatureExtractor(model.backbone, store, batch_size=batch_size, workers=workers, progress=progress)
         for one in benchmarks:
             if not any(query.targets for query in one.queries):
                 raise ConfigError(
                     f"the targets of {one.name} {one.split} are not published; choose another split, or write a "
                     "submission file with union-eval"
                 )
-            parts.append(evaluate_benchmark(model, one, encoder, seed))
+            parts.append(evaluate_benchmark(model, one, extractor, seed))
             result += parts[-1]
     return result + average_parts(parts, mean, seed) if mean and len(parts) > 1 else result
 

@@ -154,7 +154,7 @@ def test_folders_of_earlier_versions_are_listed_and_pruned(root, capsys, part):
 
 def test_a_command_hands_the_limit_and_the_name_on_to_its_store(tmp_path):
     settings = ["cache_limit=1MB", f"cache_dir={tmp_path}", "progress=false"]
-    store = assemble.encoder(compose("eval", settings), LinearBackbone()).store
+    store = assemble.extractor(compose("eval", settings), LinearBackbone()).store
     assert (store.limit, store.backbone, store.root) == (10**6, "linear", tmp_path)
     with pytest.raises(ConfigError, match="cache_limit: much"):
         compose("train", ["cache_limit=much"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from official import WRITERS
 
-from small_world import cir_benchmark, encoder, trainable
+from small_world import cir_benchmark, extractor, trainable
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.results import submit
 from union_igrot.cli.train import main as train
@@ -150,5 +150,5 @@ def test_a_hidden_split_without_a_server_is_refused_before_anything_is_encoded(t
     hidden = replace(cir_benchmark(), queries=tuple(replace(q, targets=()) for q in cir_benchmark().queries))
     model = trainable()
     with pytest.raises(ConfigError, match="noise_cir val are not published, and no server scores it"):
-        submit(model, hidden, encoder(tmp_path, model.backbone), tmp_path)
+        submit(model, hidden, extractor(tmp_path, model.backbone), tmp_path)
     assert model.backbone.image_batches == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from small_world import LinearBackbone, encoder, trainable
+from small_world import LinearBackbone, extractor, trainable
 from union_igrot import shapes_cir, shapes_sbir
 from union_igrot.demo.backends import SearchRequest, heads_name, sketch_scale
 from union_igrot.demo.synthetic_gallery import SyntheticGallery
@@ -20,7 +20,7 @@ def small() -> SyntheticGallery:
 @pytest.mark.parametrize("target", ["union", "shared"])
 def test_answers_are_the_literal_ranking(small, tmp_path, target):
     model = trainable(target=target)
-    filling = encoder(tmp_path, model.backbone)
+    filling = extractor(tmp_path, model.backbone)
     engine = small.engine("trained", model, filling)
     query = shapes_cir("test", 20, distractors=5).queries[0]
     picture = query.image.open()
@@ -43,7 +43,7 @@ def test_answers_are_the_literal_ranking(small, tmp_path, target):
 def test_pictures_are_embedded_once_and_kept(small, tmp_path):
     for _ in range(2):
         backbone = LinearBackbone()
-        small.engine("trained", trainable(backbone=backbone), encoder(tmp_path, backbone))
+        small.engine("trained", trainable(backbone=backbone), extractor(tmp_path, backbone))
         seen = sum(backbone.image_batches)
         assert seen in (0, len({item.image.key for item in small.items}), len(small.items))
     assert seen == 0
@@ -54,7 +54,7 @@ def test_the_gallery_is_that_of_both_benchmarks(small, tmp_path):
     assert [item.image for item in small.items] == [item.image for item in (*cir, *sbir)]
     assert len({item.id for item in small.items}) == len(small.items) == len(cir) + len(sbir)
     model = trainable("sum", "frozen")
-    engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
+    engine = small.engine("sum", model, extractor(tmp_path, model.backbone))
     assert len(engine) == len(small.items)
     one = engine.answer(small.items[-1].id)
     assert (one.title, one.details, one.path) == (small.items[-1].caption, {"class": small.items[-1].label}, None)
@@ -70,7 +70,7 @@ def test_the_gallery_is_that_of_both_benchmarks(small, tmp_path):
 
 def test_the_world_is_filtered_and_refined(small, tmp_path):
     model = trainable("sum", "frozen")
-    engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
+    engine = small.engine("sum", model, extractor(tmp_path, model.backbone))
     labels = {item.id: item.label for item in small.items}
     captions = {item.id: item.caption for item in small.items}
     label = next(label for label in labels.values() if label)
@@ -87,7 +87,7 @@ def test_the_world_is_filtered_and_refined(small, tmp_path):
 
 def test_text_alone_and_a_picture_alone(small, tmp_path):
     model = baseline(LinearBackbone(), "sum")
-    engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
+    engine = small.engine("sum", model, extractor(tmp_path, model.backbone))
     by_text = engine.search(SearchRequest(None, "a red star"), 0, 5)
     assert len({one.id for one in by_text}) == 5
     by_image = engine.search(SearchRequest(Image.new("RGB", (60, 60), "red"), exclude=("not in this gallery",)), 0, 5)
@@ -96,7 +96,7 @@ def test_text_alone_and_a_picture_alone(small, tmp_path):
 
 def test_the_same_deal_gives_the_same_pictures(small, tmp_path):
     model = trainable("sum", "frozen")
-    engine = small.engine("sum", model, encoder(tmp_path, model.backbone))
+    engine = small.engine("sum", model, extractor(tmp_path, model.backbone))
     dealt = [[one.id for one in engine.some(9, sample_seed)] for sample_seed in (3, 3, 4)]
     assert dealt[0] == dealt[1] != dealt[2]
     assert len(engine.some(10**6, 0)) == len(engine)

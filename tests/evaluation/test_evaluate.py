@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from slow_metrics import slow_ap, slow_precision, slow_recall
-from small_world import DIM, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
+from small_world import DIM, LinearBackbone, Noise, cir_benchmark, extractor, sbir_benchmark, trainable
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import scoring
 from union_igrot.evaluation.evaluate import evaluate_benchmark, means, method_result
 from union_igrot.evaluation.ranking import rank_chunks
 from union_igrot.evaluation.results import EvaluationResult
 from union_igrot.evaluation.scoring import RANKING_DEPTH, Relevance, score
-from union_igrot.features.embedding import embed
+from union_igrot.features.embedding import embed_benchmark
 from union_igrot.models.model import baseline
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
@@ -236,10 +236,10 @@ def test_queries_made_on_the_fly_keep_their_own_targets():
 def test_every_image_and_text_is_encoded_once_for_all_methods(tmp_path):
     backbone = LinearBackbone()
     benchmark = cir_benchmark()
-    filled = encoder(tmp_path, backbone)
+    filled = extractor(tmp_path, backbone)
     model = trainable("transagg", "shared", backbone).eval()
     backbone.text_batches.clear()
-    queries, gallery, seconds = embed(model, benchmark, filled)
+    queries, gallery, seconds = embed_benchmark(model, benchmark, filled)
     assert queries.shape == (23, DIM)
     assert gallery.shape == (31, DIM)
     assert set(seconds) == {"encode", "embed"}
@@ -248,17 +248,17 @@ def test_every_image_and_text_is_encoded_once_for_all_methods(tmp_path):
     spoken = [text for batch in backbone.text_batches for text in batch if text]
     assert sorted(spoken) == sorted({query.text for query in benchmark.queries})
     before = len(backbone.image_batches)
-    embed(baseline(backbone, "sum"), benchmark, filled)
+    embed_benchmark(baseline(backbone, "sum"), benchmark, filled)
     assert len(backbone.image_batches) == before
 
 
 def test_embeddings_are_those_of_the_model(tmp_path):
     backbone, benchmark = LinearBackbone(), cir_benchmark()
-    filled = encoder(tmp_path, backbone, batch_size=5)
+    filled = extractor(tmp_path, backbone, batch_size=5)
     model = trainable("transagg", "union", backbone).eval()
-    queries, gallery, _ = embed(model, benchmark, filled)
-    images = filled.lookup(filled.fill_images([q.image for q in benchmark.queries], tokens=True), tokens=True)
-    items = filled.lookup(filled.fill_images([i.image for i in benchmark.gallery], tokens=False), tokens=False)
+    queries, gallery, _ = embed_benchmark(model, benchmark, filled)
+    images = filled.lookup(filled.extract_images([q.image for q in benchmark.queries], tokens=True), tokens=True)
+    items = filled.lookup(filled.extract_images([i.image for i in benchmark.gallery], tokens=False), tokens=False)
     with torch.no_grad():
         texts = backbone.encode_text([query.text for query in benchmark.queries])
         torch.testing.assert_close(queries, model.embed_queries(images, texts), atol=1e-5, rtol=0)
@@ -268,7 +268,7 @@ def test_embeddings_are_those_of_the_model(tmp_path):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     backbone = LinearBackbone()
-    filled = encoder(tmp_path_factory.mktemp("cache"), backbone)
+    filled = extractor(tmp_path_factory.mktemp("cache"), backbone)
     return [
         evaluate_benchmark(trainable("transagg", "union", backbone), benchmark, filled, seed=1)
         for benchmark in (cir_benchmark(40, 60), sbir_benchmark(60, 40))
@@ -320,7 +320,7 @@ def test_metrics_by_tag_are_means_over_their_queries(found):
 def test_the_same_seed_gives_the_same_results(tmp_path, found):
     backbone = LinearBackbone()
     again = evaluate_benchmark(
-        trainable("transagg", "union", backbone), cir_benchmark(40, 60), encoder(tmp_path, backbone), 1
+        trainable("transagg", "union", backbone), cir_benchmark(40, 60), extractor(tmp_path, backbone), 1
     )
     timeless = [[replace(one, seconds={}) for one in result.methods] for result in (again, found[0])]
     assert timeless[0] == timeless[1]
@@ -333,7 +333,7 @@ def test_chance_is_what_chance_expects(tmp_path):
     asked = tuple(Query(f"q{i}", Noise(0), "x", (f"g{rng.randrange(gallery)}",)) for i in range(queries))
     benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1", "R@10", "mAP"), "mAP"))
     backbone = LinearBackbone()
-    chance = evaluate_benchmark(baseline(backbone, "image"), benchmark, encoder(tmp_path, backbone)).methods[0]
+    chance = evaluate_benchmark(baseline(backbone, "image"), benchmark, extractor(tmp_path, backbone)).methods[0]
     harmonic = sum(1 / rank for rank in range(1, gallery + 1)) / gallery
     expected = {"R@1": 1 / gallery, "R@10": 10 / gallery, "mAP": harmonic}
     for name, mean in expected.items():
@@ -346,7 +346,7 @@ def test_evaluation_leaves_the_model_in_evaluation_mode(tmp_path):
     backbone = LinearBackbone()
     model = trainable("transagg", "union", backbone, dropout=0.5).train()
     first, second = (
-        evaluate_benchmark(model, cir_benchmark(8), encoder(tmp_path, backbone)).methods[-1] for _ in range(2)
+        evaluate_benchmark(model, cir_benchmark(8), extractor(tmp_path, backbone)).methods[-1] for _ in range(2)
     )
     assert not model.training
     assert first.metrics == second.metrics

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from small_world import LinearBackbone, cir_benchmark, encoder, trainable
+from small_world import LinearBackbone, cir_benchmark, extractor, trainable
 from union_igrot.errors import CheckpointError
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, seen_images
 from union_igrot.evaluation.results import SeenImages
@@ -56,7 +56,7 @@ def test_the_embedded_model_says_what_it_was_trained_on():
 def test_results_of_trained_heads_hold_it_and_a_backbone_alone_has_none(model, tmp_path):
     benchmark = cir_benchmark(queries=8, gallery=10)
     model.training_images = image_identities([benchmark.gallery[0].image])
-    filled = encoder(tmp_path, model.backbone)
+    filled = extractor(tmp_path, model.backbone)
     found = evaluate_benchmark(model, benchmark, filled)
     assert [one.seen_images for one in found.methods[:-1]] == [None] * 4
     assert found.methods[-1].seen_images.gallery == 1
@@ -68,7 +68,7 @@ def test_results_of_trained_heads_hold_it_and_a_backbone_alone_has_none(model, t
 
 def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     backbone = LinearBackbone()
-    model, filled = trainable("sum", "frozen", backbone), encoder(tmp_path, backbone)
+    model, filled = trainable("sum", "frozen", backbone), extractor(tmp_path, backbone)
     one = cir_benchmark(queries=8, gallery=10, name="a")
     model.training_images = image_identities([one.gallery[0].image, one.gallery[1].image])
     first = evaluate_benchmark(model, one, filled)
@@ -87,7 +87,7 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
 
 
 def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
-    filled = encoder(tmp_path, model.backbone)
+    filled = extractor(tmp_path, model.backbone)
     parts = [evaluate_benchmark(model, cir_benchmark(8, size, size, name=str(size)), filled) for size in (10, 12)]
     mean = average_parts(parts, "mean").methods[-1]
     assert mean.n_gallery == 22

@@ -9,7 +9,7 @@ import pytest
 
 from small_results import method, result
 from small_runs import Run
-from small_world import cir_benchmark, encoder, trainable
+from small_world import cir_benchmark, extractor, trainable
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.evaluate import evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult, SeenImages, TagMetric
@@ -59,7 +59,7 @@ def test_a_file_that_is_none_is_named(tmp_path, content):
 
 def test_an_evaluation_is_short_where_it_is_shown_and_keeps_every_query(tmp_path):
     model = trainable()
-    found = evaluate_benchmark(model, cir_benchmark(), encoder(tmp_path, model.backbone))
+    found = evaluate_benchmark(model, cir_benchmark(), extractor(tmp_path, model.backbone))
     for value in (found, found.methods[-1], found.scored[0]):
         assert len(repr(value)) < 200
     (scored,) = found.scored

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from small_world import DIM, TRANSAGG, LinearBackbone, Noise, cir_benchmark, encoder, sbir_benchmark, trainable
+from small_world import DIM, TRANSAGG, LinearBackbone, Noise, cir_benchmark, extractor, sbir_benchmark, trainable
 from union_igrot.evaluation import evaluate as evaluation
 from union_igrot.evaluation.evaluate import evaluate_benchmark
-from union_igrot.features.embedding import embed, embed_each
-from union_igrot.features.extractor import Encoder, Shelf
+from union_igrot.features.embedding import embed_benchmark, embed_models
+from union_igrot.features.extractor import BufferedWriter, FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
 from union_igrot.models.backbones.base import Backbone
@@ -43,17 +43,17 @@ QUICK = [(shared_pictures, "union", 0), (sbir_benchmark, "shared", ALL)]
     ("make", "target", "room"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in QUICK)]
 )
 def test_an_evaluation_passes_each_picture_and_text_and_the_null_text_once(tmp_path, monkeypatch, make, target, room):
-    monkeypatch.setattr(evaluation, "embed_each", functools.partial(embed_each, room=room))
+    monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, room=room))
     backbone, benchmark = LinearBackbone(), make()
     model = trainable("transagg", target, backbone)
-    evaluate_benchmark(model, benchmark, encoder(tmp_path, backbone))
+    evaluate_benchmark(model, benchmark, extractor(tmp_path, backbone))
     assert sum(backbone.image_batches) == len(pictures_of(benchmark))
     spoken = sorted(itertools.chain(*backbone.text_batches))
     assert spoken == sorted({query.text or "" for query in benchmark.queries} | {""})
     texts = len(set(spoken)) - 1
     assert len(backbone.text_batches) == 1 + -(-texts // 8)
     before = len(backbone.image_batches)
-    evaluate_benchmark(model, benchmark, encoder(tmp_path, backbone))
+    evaluate_benchmark(model, benchmark, extractor(tmp_path, backbone))
     assert len(backbone.image_batches) == before
     assert sorted(itertools.chain(*backbone.text_batches)) == spoken
 
@@ -62,8 +62,10 @@ def test_an_evaluation_passes_each_picture_and_text_and_the_null_text_once(tmp_p
 def test_embeddings_of_a_stream_are_those_of_kept_tokens(tmp_path, target):
     backbone, benchmark = LinearBackbone(), shared_pictures()
     model = trainable("transagg", target, backbone).eval()
-    streamed, kept = (encoder(tmp_path / name, backbone, batch_size=5) for name in ("streamed", "kept"))
-    for found, expected in zip(embed(model, benchmark, streamed, room=0), embed(model, benchmark, kept), strict=True):
+    streamed, kept = (extractor(tmp_path / name, backbone, batch_size=5) for name in ("streamed", "kept"))
+    for found, expected in zip(
+        embed_benchmark(model, benchmark, streamed, room=0), embed_benchmark(model, benchmark, kept), strict=True
+    ):
         if isinstance(found, torch.Tensor):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     keys = [f"image/{image_key(query.image)}" for query in benchmark.queries]
@@ -72,25 +74,28 @@ def test_embeddings_of_a_stream_are_those_of_kept_tokens(tmp_path, target):
     assert not kept.store.missing(keys, tokens=True)
     # And what was kept gives the same again, without the backbone.
     before = len(backbone.image_batches)
-    again = [embed(model, benchmark, encoder(tmp_path / name, backbone, 5), room=0) for name in ("streamed", "kept")]
+    again = [
+        embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone, 5), room=0)
+        for name in ("streamed", "kept")
+    ]
     assert len(backbone.image_batches) == before
     for queries, gallery, _ in again:
-        torch.testing.assert_close(queries, embed(model, benchmark, kept)[0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(gallery, embed(model, benchmark, kept)[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(queries, embed_benchmark(model, benchmark, kept)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(gallery, embed_benchmark(model, benchmark, kept)[1], rtol=0, atol=1e-6)
 
 
 def test_embeddings_are_what_the_model_says_of_each_query_and_picture(tmp_path):
     backbone, benchmark = LinearBackbone(), shared_pictures()
     benchmark = replace(benchmark, queries=benchmark.queries[:6] + benchmark.queries[-5:])
     model = trainable("transagg", "union", backbone).eval()
-    queries, gallery, _ = embed(model, benchmark, encoder(tmp_path, backbone, batch_size=5), room=0)
-    own = encoder(tmp_path / "own", backbone)
+    queries, gallery, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone, batch_size=5), room=0)
+    own = extractor(tmp_path / "own", backbone)
     with torch.inference_mode():
         for place, query in enumerate(benchmark.queries):
-            image = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
+            image = own.lookup(own.extract_images([query.image], tokens=True), tokens=True)
             torch.testing.assert_close(queries[place], model.embed_queries(image, [query.text])[0], rtol=0, atol=1e-5)
         for place, item in enumerate(benchmark.gallery):
-            image = own.lookup(own.fill_images([item.image], tokens=False), tokens=False)
+            image = own.lookup(own.extract_images([item.image], tokens=False), tokens=False)
             torch.testing.assert_close(gallery[place], model.embed_gallery(image)[0], rtol=0, atol=1e-5)
 
 
@@ -101,12 +106,12 @@ def test_half_precision_stores_round_a_stream_as_they_round_what_they_keep(tmp_p
     for name, room in (("streamed", 0), ("kept", ALL)):
         for _ in range(2):
             store = FeatureStore(tmp_path / name, backbone.fingerprint(), dtype="float16")
-            half = Encoder(backbone, store, batch_size=8, workers=0, progress=False)
-            found.append(embed(model, benchmark, half, room=room))
+            half = FeatureExtractor(backbone, store, batch_size=8, workers=0, progress=False)
+            found.append(embed_benchmark(model, benchmark, half, room=room))
     for queries, gallery, _ in found[1:]:
         torch.testing.assert_close(queries, found[0][0], rtol=0, atol=1e-6)
         torch.testing.assert_close(gallery, found[0][1], rtol=0, atol=1e-6)
-    exact = embed(model, benchmark, encoder(tmp_path / "exact", backbone))[0]
+    exact = embed_benchmark(model, benchmark, extractor(tmp_path / "exact", backbone))[0]
     assert not torch.allclose(found[0][0], exact, rtol=0, atol=1e-6)
 
 
@@ -137,13 +142,13 @@ def test_an_interrupted_stream_goes_on_after_its_finished_blocks(tmp_path, targe
     stopped = Stopped(16)
     model = trainable("transagg", target, stopped).eval()
     with pytest.raises(KeyboardInterrupt):
-        embed(model, benchmark, encoder(tmp_path, stopped), room=0)
+        embed_benchmark(model, benchmark, extractor(tmp_path, stopped), room=0)
     assert sum(stopped.inner.image_batches) == 16
     backbone = LinearBackbone()
     model = trainable("transagg", target, backbone).eval()
-    found = embed(model, benchmark, encoder(tmp_path, backbone), room=0)
+    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=0)
     assert sum(backbone.image_batches) == len(pictures_of(benchmark)) - 16
-    expected = embed(model, benchmark, encoder(tmp_path / "whole", backbone))
+    expected = embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone))
     for one, other in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -153,15 +158,15 @@ def test_a_killed_stream_goes_on_after_what_was_written(tmp_path, monkeypatch):
     stopped = Stopped(32)
     model = trainable("transagg", "shared", stopped).eval()
     with monkeypatch.context() as killed:
-        flush = Shelf.flush
-        killed.setattr(Shelf, "flush", lambda shelf: flush(shelf) if len(shelf._keys) >= shelf._size else None)
+        flush = BufferedWriter.flush
+        killed.setattr(BufferedWriter, "flush", lambda shelf: flush(shelf) if len(shelf._keys) >= shelf._size else None)
         with pytest.raises(KeyboardInterrupt):
-            embed(model, benchmark, encoder(tmp_path, stopped), room=0)
+            embed_benchmark(model, benchmark, extractor(tmp_path, stopped), room=0)
     backbone = LinearBackbone()
     model = trainable("transagg", "shared", backbone).eval()
-    found = embed(model, benchmark, encoder(tmp_path, backbone), room=0)
+    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=0)
     assert 0 < len(pictures_of(benchmark)) - sum(backbone.image_batches) <= 32
-    expected = embed(model, benchmark, encoder(tmp_path / "whole", backbone))
+    expected = embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone))
     for one, other in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -174,11 +179,11 @@ def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
     other = IGROTModel(backbone, fusion, model.target).eval()
     assert other.describe()["heads"] == model.describe()["heads"]  # of the same weights
     assert other.fingerprint() != model.fingerprint()
-    first = embed(model, benchmark, encoder(tmp_path, backbone), room=0)[0]
+    first = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=0)[0]
     passed = sum(backbone.image_batches)
-    second = embed(other, benchmark, encoder(tmp_path, backbone), room=0)[0]
+    second = embed_benchmark(other, benchmark, extractor(tmp_path, backbone), room=0)[0]
     assert sum(backbone.image_batches) > passed
-    torch.testing.assert_close(second, embed(other, benchmark, encoder(tmp_path / "own", backbone))[0])
+    torch.testing.assert_close(second, embed_benchmark(other, benchmark, extractor(tmp_path / "own", backbone))[0])
     assert not torch.allclose(first, second, atol=1e-3)
 
 
@@ -189,11 +194,11 @@ def test_models_are_embedded_together_as_each_alone(tmp_path):
         "one": trainable("transagg", "union", backbone, seed=1).eval(),
         "two": trainable("transagg", "shared", backbone, seed=2).eval(),
     }
-    together = dict(embed_each(models, benchmark, encoder(tmp_path / "together", backbone), room=0))
+    together = dict(embed_models(models, benchmark, extractor(tmp_path / "together", backbone), room=0))
     assert list(together) == list(models)
     assert sum(backbone.image_batches) == len(pictures_of(benchmark))
     for name, model in models.items():
-        queries, gallery, seconds = embed(model, benchmark, encoder(tmp_path / name, backbone))
+        queries, gallery, seconds = embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone))
         torch.testing.assert_close(together[name].queries, queries, rtol=0, atol=1e-6)
         torch.testing.assert_close(together[name].gallery, gallery, rtol=0, atol=1e-6)
         assert set(seconds) == {"encode", "embed"}
@@ -208,10 +213,10 @@ def test_embeddings_of_several_wordings_are_averaged(tmp_path, room):
     items = tuple(GalleryItem(f"g{i}", Noise(10 + i)) for i in range(3))
     benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1",), "R@1"))
     model = trainable("transagg", "union", backbone).eval()
-    found, _, _ = embed(model, benchmark, encoder(tmp_path, backbone), room=room)
-    own = encoder(tmp_path / "own", backbone)
+    found, _, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=room)
+    own = extractor(tmp_path / "own", backbone)
     for place, query in enumerate(asked):
-        image = own.lookup(own.fill_images([query.image], tokens=True), tokens=True)
+        image = own.lookup(own.extract_images([query.image], tokens=True), tokens=True)
         with torch.inference_mode():
             each = [F.normalize(model.embed_queries(image, [text])[0], dim=-1) for text in query.wordings]
         expected = F.normalize(sum(each) / len(each), dim=-1)

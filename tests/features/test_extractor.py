@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from small_world import DIM, LinearBackbone, Noise, encoder
+from small_world import DIM, LinearBackbone, Noise, extractor
 from union_igrot.errors import ImageError
-from union_igrot.features.extractor import Encoder, join_features
+from union_igrot.features.extractor import FeatureExtractor, join_features
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import image_key, open_image
@@ -32,11 +32,11 @@ def written(folder, count):
 def test_pictures_are_encoded_once_each_and_found_by_key(tmp_path):
     backbone = LinearBackbone()
     sources = [Noise(i) for i in (4, 1, 4, 2, 0, 1, 3, 3)]
-    filled = encoder(tmp_path, backbone, batch_size=2)
-    keys = filled.fill_images(sources, tokens=True)
+    filled = extractor(tmp_path, backbone, batch_size=2)
+    keys = filled.extract_images(sources, tokens=True)
     assert sum(backbone.image_batches) == 5
     assert max(backbone.image_batches) == 2
-    assert filled.fill_images(sources, tokens=True) == keys
+    assert filled.extract_images(sources, tokens=True) == keys
     assert sum(backbone.image_batches) == 5
     found, expected = filled.lookup(keys, tokens=True), directly(backbone, sources)
     torch.testing.assert_close(found.pooled, expected.pooled, atol=1e-5, rtol=0)
@@ -47,26 +47,26 @@ def test_pictures_are_encoded_once_each_and_found_by_key(tmp_path):
 
 def test_texts_are_encoded_once_each_and_none_is_the_empty_text(tmp_path):
     backbone = LinearBackbone()
-    filled = encoder(tmp_path, backbone, batch_size=3)
-    keys = filled.fill_texts(["red", None, "blue square", "", "red", "large"])
+    filled = extractor(tmp_path, backbone, batch_size=3)
+    keys = filled.extract_texts(["red", None, "blue square", "", "red", "large"])
     assert sorted(itertools.chain(*backbone.text_batches)) == ["", "blue square", "large", "red"]
     assert keys[1] == keys[3]
     assert keys[0] == keys[4]
-    filled.fill_texts(["large", "small"])
+    filled.extract_texts(["large", "small"])
     assert backbone.text_batches[-1] == ["small"]
 
 
 def test_a_picture_and_a_text_of_one_name_are_two_things(tmp_path):
-    filled = encoder(tmp_path)
-    assert not set(filled.fill_images([Noise(1)], tokens=False)) & set(filled.fill_texts([Noise(1).key]))
+    filled = extractor(tmp_path)
+    assert not set(filled.extract_images([Noise(1)], tokens=False)) & set(filled.extract_texts([Noise(1).key]))
 
 
 @pytest.mark.parametrize("make", [LinearBackbone, TinyBackbone])
 def test_texts_of_differing_lengths_say_the_same_together_and_alone(tmp_path, make):
     backbone = make()
     texts = ["", "a red circle", "make the large blue square small and remove the striped star", "night"]
-    filled = encoder(tmp_path, backbone, batch_size=4)
-    together = filled.lookup(filled.fill_texts(texts), tokens=True)
+    filled = extractor(tmp_path, backbone, batch_size=4)
+    together = filled.lookup(filled.extract_texts(texts), tokens=True)
     for row, text in enumerate(texts):
         alone = backbone.encode_text([text])
         length = alone.tokens.shape[1]
@@ -77,24 +77,24 @@ def test_texts_of_differing_lengths_say_the_same_together_and_alone(tmp_path, ma
 
 
 def test_a_new_run_encodes_only_what_an_earlier_one_left_out(tmp_path):
-    encoder(tmp_path).fill_images([Noise(i) for i in range(6)], tokens=True)
+    extractor(tmp_path).extract_images([Noise(i) for i in range(6)], tokens=True)
     backbone = LinearBackbone()
-    keys = encoder(tmp_path, backbone).fill_images([Noise(i) for i in range(10)], tokens=True)
+    keys = extractor(tmp_path, backbone).extract_images([Noise(i) for i in range(10)], tokens=True)
     assert sum(backbone.image_batches) == 4
-    found = encoder(tmp_path, backbone).lookup(keys, tokens=False).pooled
+    found = extractor(tmp_path, backbone).lookup(keys, tokens=False).pooled
     torch.testing.assert_close(found, directly(backbone, [Noise(i) for i in range(10)]).pooled, atol=1e-5, rtol=0)
 
 
 def test_tokens_that_were_not_kept_are_encoded_when_they_are_asked_for(tmp_path):
     backbone = LinearBackbone()
-    filled = encoder(tmp_path, backbone)
+    filled = extractor(tmp_path, backbone)
     sources = [Noise(i) for i in range(5)]
-    keys = filled.fill_images(sources, tokens=False)
+    keys = filled.extract_images(sources, tokens=False)
     assert filled.lookup(keys, tokens=False).tokens is None
-    assert filled.fill_images(sources, tokens=True) == keys
+    assert filled.extract_images(sources, tokens=True) == keys
     assert sum(backbone.image_batches) == 10
     assert filled.lookup(keys, tokens=True).tokens.shape == (5, 5, DIM)
-    filled.fill_images(sources, tokens=False)
+    filled.extract_images(sources, tokens=False)
     assert sum(backbone.image_batches) == 10
 
 
@@ -106,12 +106,12 @@ def test_a_broken_picture_is_named_and_what_came_before_is_kept(tmp_path, worker
     paths[5].write_bytes(whole[: len(whole) // 2])
     backbone = LinearBackbone()
     store = FeatureStore(tmp_path / "cache", backbone.fingerprint())
-    filled = Encoder(backbone, store, batch_size=2, workers=workers, shard=100, progress=False)
+    filled = FeatureExtractor(backbone, store, batch_size=2, workers=workers, shard=100, progress=False)
     with pytest.raises(ImageError, match=r"5\.png"):
-        filled.fill_images(paths, tokens=True)
+        filled.extract_images(paths, tokens=True)
     assert sum(backbone.image_batches) == 4  # the batch with the broken one is not encoded
     paths[5].write_bytes(whole)
-    keys = filled.fill_images(paths, tokens=True)
+    keys = filled.extract_images(paths, tokens=True)
     assert sum(backbone.image_batches) == 8
     expected = directly(backbone, paths).pooled
     torch.testing.assert_close(filled.lookup(keys, tokens=False).pooled, expected, atol=1e-5, rtol=0)
@@ -123,9 +123,9 @@ def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, room
     backbone = LinearBackbone()
     sources = [Noise(i) for i in range(11)]
     store = FeatureStore(tmp_path, backbone.fingerprint())
-    filled = Encoder(backbone, store, batch_size=4, workers=workers, shard=6, progress=False)
-    filled.fill_images([sources[i] for i in (0, 1, 2, 3, 5, 9)], tokens=True)
-    filled.fill_images([sources[6]], tokens=False)
+    filled = FeatureExtractor(backbone, store, batch_size=4, workers=workers, shard=6, progress=False)
+    filled.extract_images([sources[i] for i in (0, 1, 2, 3, 5, 9)], tokens=True)
+    filled.extract_images([sources[6]], tokens=False)
     passed = sum(backbone.image_batches)
     blocks = list(filled.stream(sources, room=room))
     assert sum(backbone.image_batches) - passed == 5  # what stands there with tokens is not encoded again
@@ -136,7 +136,7 @@ def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, room
     torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-5, rtol=0)
     assert found.mask.equal(expected.mask)
     assert found.pooled_at.equal(expected.pooled_at)
-    keys = filled.fill_images(sources, tokens=False)
+    keys = filled.extract_images(sources, tokens=False)
     assert len(store.missing(keys, tokens=True)) == (0 if room else 5)
     assert sum(backbone.image_batches) - passed == 5
     torch.testing.assert_close(filled.lookup(keys, tokens=False).pooled, expected.pooled, atol=1e-5, rtol=0)
@@ -146,7 +146,7 @@ def test_the_room_is_that_of_all_tokens_on_disk(tmp_path):
     backbone, sources = LinearBackbone(), [Noise(i) for i in range(6)]
     needed = 6 * (5 * DIM * 4 + 5)  # five tokens an image, and a byte of mask each
     for room in (needed - 1, needed):
-        filled = encoder(tmp_path / str(room), backbone, batch_size=2)
+        filled = extractor(tmp_path / str(room), backbone, batch_size=2)
         assert [block.kept for block in filled.stream(sources, room=room)] == [room == needed] * 3
 
 
@@ -156,7 +156,7 @@ def test_a_broken_picture_ends_a_stream_and_what_came_before_is_kept(tmp_path):
     paths[5].write_bytes(b"broken")
     backbone = LinearBackbone()
     store = FeatureStore(tmp_path / "cache", backbone.fingerprint())
-    filled = Encoder(backbone, store, batch_size=2, workers=0, shard=100, progress=False)
+    filled = FeatureExtractor(backbone, store, batch_size=2, workers=0, shard=100, progress=False)
     with pytest.raises(ImageError, match=r"5\.png"):
         list(filled.stream(paths, room=0))
     assert len(store.missing([f"image/{image_key(path)}" for path in paths])) == 4
@@ -164,12 +164,12 @@ def test_a_broken_picture_ends_a_stream_and_what_came_before_is_kept(tmp_path):
 
 def test_a_text_that_is_known_is_not_encoded(tmp_path):
     backbone = LinearBackbone()
-    filled = encoder(tmp_path, backbone)
+    filled = extractor(tmp_path, backbone)
     seen = backbone.encode_text(["red square"])
-    filled.know_text("red square", seen)
-    filled.know_text("red square", backbone.encode_text(["blue"]))
+    filled.add_text("red square", seen)
+    filled.add_text("red square", backbone.encode_text(["blue"]))
     passed = len(backbone.text_batches)
-    found = filled.lookup(filled.fill_texts(["red square"]), tokens=True)
+    found = filled.lookup(filled.extract_texts(["red square"]), tokens=True)
     assert len(backbone.text_batches) == passed
     assert found.tokens.equal(seen.tokens)
     assert found.pooled.equal(seen.pooled)
@@ -178,7 +178,7 @@ def test_a_text_that_is_known_is_not_encoded(tmp_path):
 def test_a_missing_picture_is_named_before_anything_is_encoded(tmp_path):
     backbone = LinearBackbone()
     with pytest.raises(ImageError, match=r"nowhere\.png"):
-        encoder(tmp_path, backbone).fill_images([Noise(1), tmp_path / "nowhere.png"], tokens=False)
+        extractor(tmp_path, backbone).extract_images([Noise(1), tmp_path / "nowhere.png"], tokens=False)
     assert not backbone.image_batches
 
 
@@ -202,9 +202,11 @@ def test_an_interruption_keeps_whole_shards_and_what_was_pending(tmp_path):
     store = FeatureStore(tmp_path, LinearBackbone().fingerprint())
     sources = [Noise(i) for i in range(9)]
     with pytest.raises(KeyboardInterrupt):
-        Encoder(Stopped(), store, batch_size=2, workers=0, shard=4, progress=False).fill_images(sources, tokens=False)
+        FeatureExtractor(Stopped(), store, batch_size=2, workers=0, shard=4, progress=False).extract_images(
+            sources, tokens=False
+        )
     backbone = LinearBackbone()
-    keys = encoder(tmp_path, backbone).fill_images(sources, tokens=False)
+    keys = extractor(tmp_path, backbone).extract_images(sources, tokens=False)
     assert sum(backbone.image_batches) == 3  # six of nine were kept
     expected = directly(backbone, sources).pooled
     torch.testing.assert_close(store.get(keys).pooled, expected, atol=1e-5, rtol=0)
@@ -223,7 +225,7 @@ def test_encoding_leaves_torch_s_random_numbers_alone(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    encoder(tmp_path).fill_images([Noise(i) for i in range(9)], tokens=True)
+    extractor(tmp_path).extract_images([Noise(i) for i in range(9)], tokens=True)
     assert torch.rand(3).equal(expected)
 
 
@@ -232,9 +234,9 @@ def test_progress_is_shown_on_standard_error_or_not_at_all(tmp_path, capfd, monk
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     backbone = LinearBackbone()
     store = FeatureStore(tmp_path, backbone.fingerprint())
-    filled = Encoder(backbone, store, workers=0, progress=progress)
-    filled.fill_images([Noise(1)], tokens=True, what="drawings")
-    filled.fill_texts(["red"])
+    filled = FeatureExtractor(backbone, store, workers=0, progress=progress)
+    filled.extract_images([Noise(1)], tokens=True, label="drawings")
+    filled.extract_texts(["red"])
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("encoding drawings" in shown.err) == progress
@@ -243,8 +245,8 @@ def test_progress_is_shown_on_standard_error_or_not_at_all(tmp_path, capfd, monk
 
 def test_nothing_to_encode_shows_nothing(tmp_path, capfd):
     backbone = LinearBackbone()
-    filled = Encoder(backbone, FeatureStore(tmp_path, backbone.fingerprint()), workers=0)
-    assert filled.fill_images([], tokens=True) == []
+    filled = FeatureExtractor(backbone, FeatureStore(tmp_path, backbone.fingerprint()), workers=0)
+    assert filled.extract_images([], tokens=True) == []
     assert capfd.readouterr().err == ""
 
 
@@ -274,9 +276,9 @@ def test_features_of_half_arithmetic_are_near_and_kept_apart(tmp_path):
     found = {}
     for precision in ("float32", "bfloat16"):
         store = FeatureStore(tmp_path, precision)
-        filled = Encoder(backbone, store, workers=0, precision=precision, progress=False)
-        keys = filled.fill_images([Noise(i) for i in range(9)], tokens=True)
-        texts = filled.fill_texts(["red square", "the night"])
+        filled = FeatureExtractor(backbone, store, workers=0, precision=precision, progress=False)
+        keys = filled.extract_images([Noise(i) for i in range(9)], tokens=True)
+        texts = filled.extract_texts(["red square", "the night"])
         seen, said = filled.lookup(keys, tokens=True), filled.lookup(texts, tokens=True)
         assert {x.dtype for x in (seen.pooled, seen.tokens, said.pooled)} == {torch.float32}
         found[precision] = seen

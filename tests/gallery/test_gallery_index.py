@@ -7,11 +7,11 @@ import pytest
 import union_igrot
 from small_backbones import CLIP_CONFIG, write_open_clip
 from small_gallery import COUNT, names, picture
-from small_world import DIM, LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable
+from small_world import DIM, LinearBackbone, cir_benchmark, extractor, sbir_benchmark, trainable
 from union_igrot.datasets.folder import folder_benchmark
 from union_igrot.errors import CheckpointError, ConfigError, DataError
 from union_igrot.evaluation import scoring
-from union_igrot.features.embedding import embed
+from union_igrot.features.embedding import embed_benchmark
 from union_igrot.gallery import metadata as cards
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.gallery import Gallery
@@ -131,7 +131,9 @@ class TestOnDisk:
 
 def differing(model: IGROTModel, benchmark: Benchmark, folder: Path, uri: str) -> int:
     """Count the queries that a gallery's exact search ranks otherwise than the evaluation, to the last image."""
-    asked, kept, _ = embed(model, benchmark, encoder(folder / "store", model.backbone, batch_size=256, shard=2048))
+    asked, kept, _ = embed_benchmark(
+        model, benchmark, extractor(folder / "store", model.backbone, batch_size=256, shard=2048)
+    )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scoring, "RANKING_DEPTH", len(benchmark.gallery))
         truth = scoring.score(benchmark, asked, kept).ranking.positions

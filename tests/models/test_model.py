@@ -291,7 +291,7 @@ def test_unknown_heads_are_errors_that_name_the_known():
 
 
 def tuned_tiny():
-    """A model on the embedded backbone whose text encoder was tuned."""
+    """A model on the embedded backbone whose text extractor was tuned."""
     torch.manual_seed(0)
     fusion = build_query_head("transagg", 128, layers=1, heads=2, feedforward=32)
     model = IGROTModel(build_backbone("tiny"), fusion, build_target_head("frozen", 128))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from html_page import Page, check_page
 from small_runs import Run
-from small_world import Noise, cir_benchmark, encoder, sbir_benchmark, trainable
+from small_world import Noise, cir_benchmark, extractor, sbir_benchmark, trainable
 from union_igrot.errors import ImageError
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, TagMetric
@@ -40,7 +40,7 @@ def alone(benchmark, **scores):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Composed queries, sketches, and composed queries once more."""
-    model, filled = trainable(), encoder(tmp_path_factory.mktemp("store"))
+    model, filled = trainable(), extractor(tmp_path_factory.mktemp("store"))
     asked = cir_benchmark(), sbir_benchmark(), cir_benchmark(seed=1, name="more_noise")
     return [evaluate_benchmark(model, benchmark, filled) for benchmark in asked]
 

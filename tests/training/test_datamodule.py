@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, triplets
+from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, triplets
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.training.datamodule import IGROTDataModule, TaskBatches
@@ -18,7 +18,7 @@ def module(folder, backbone=None, batch_size=6, tokens=True, validation=None, ra
     data = IGROTDataModule(
         triplets(),
         [cir_benchmark(), sbir_benchmark()] if validation is None else validation,
-        encoder(folder, backbone),
+        extractor(folder, backbone),
         query_tokens=tokens,
         target_tokens=False,
         batch_size=batch_size,
@@ -191,7 +191,7 @@ def test_averaged_wordings_are_not_validated_with(tmp_path):
 def test_a_small_task_still_gives_a_batch(tmp_path):
     few = triplets(cir=20, sbir=3)
     data = IGROTDataModule(
-        TrainingSet("few", few.triplets), [], encoder(tmp_path), query_tokens=False, target_tokens=False, batch_size=8
+        TrainingSet("few", few.triplets), [], extractor(tmp_path), query_tokens=False, target_tokens=False, batch_size=8
     )
     data.setup("fit")
     assert sorted(len(batch.images) for batch in data.train_dataloader()) == [3, 8, 8]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
+from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
-from union_igrot.features.embedding import embed
+from union_igrot.features.embedding import embed_benchmark
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit
 from union_igrot.training.losses import InfoNCE
@@ -72,7 +72,7 @@ def benchmarks():
 def train(folder, machine, batch_size, name):
     """Train at rate 0, so that each step's loss and gradient are those of the same weights."""
     model = trainable("transagg", "union", LinearBackbone())
-    filled = encoder(folder / "cache", model.backbone)
+    filled = extractor(folder / "cache", model.backbone)
     data = IGROTDataModule(
         triplets(), benchmarks(), filled, query_tokens=True, target_tokens=False, batch_size=batch_size
     )
@@ -147,7 +147,7 @@ def test_validation_figures_are_those_of_one_process_and_of_the_evaluation(runs)
         assert found[name]["figures"] == pytest.approx(figures, abs=1e-6)
         assert found[name]["best"] == pytest.approx(found["alone"]["best"], abs=1e-6)
     for benchmark in benchmarks():
-        queries, gallery, _ = embed(model.eval(), benchmark, filled)
+        queries, gallery, _ = embed_benchmark(model.eval(), benchmark, filled)
         for name, figure in means(benchmark, score(benchmark, queries, gallery)).items():
             assert figures[f"val/{benchmark.name}/{name}"] == pytest.approx(figure, abs=1e-4)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
+from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.errors import ConfigError
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
-from union_igrot.features.embedding import embed
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.embedding import embed_benchmark
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit, warmup_cosine
@@ -62,7 +62,7 @@ class Log(Callback):
 
 def parts(folder, model, recipe=None, benchmarks=None, batch_size=10):
     benchmarks = [cir_benchmark(), sbir_benchmark()] if benchmarks is None else benchmarks
-    filled = encoder(folder, model.backbone)
+    filled = extractor(folder, model.backbone)
     data = IGROTDataModule(
         triplets(),
         benchmarks,
@@ -123,7 +123,7 @@ def test_validation_figures_are_those_of_the_evaluation(trained):
     logged = log.figures[int(best["epoch"])]
     primary = []
     for benchmark in learner.benchmarks:
-        queries, gallery, _ = embed(model.eval(), benchmark, filled)
+        queries, gallery, _ = embed_benchmark(model.eval(), benchmark, filled)
         expected = means(benchmark, score(benchmark, queries, gallery))
         primary.append(expected[benchmark.protocol.primary])
         for name, figure in expected.items():
@@ -329,7 +329,7 @@ def test_an_encoder_with_a_bar_trains_the_same(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     model = trainable("transagg", "frozen")
     learner, _, filled = parts(tmp_path / "cache", model, Recipe(epochs=1), [cir_benchmark(6)])
-    shown = Encoder(model.backbone, filled.store, workers=0, progress=True)
+    shown = FeatureExtractor(model.backbone, filled.store, workers=0, progress=True)
     data = IGROTDataModule(triplets(), [cir_benchmark(6)], shown, query_tokens=True, target_tokens=False, batch_size=10)
     fit(learner, data, tmp_path / "run", machine=CPU, progress=True)
     assert "encoding training queries" in capfd.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_learner import CPU, KilledError, Log, StopAfter
 
-from small_world import LinearBackbone, cir_benchmark, encoder, sbir_benchmark, trainable, triplets
+from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.errors import ImageError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.training.datamodule import IGROTDataModule
@@ -27,7 +27,7 @@ def parts(folder, sides, recipe=None, *, tuned=True, batch_size=10, benchmarks=B
     data = IGROTDataModule(
         samples or triplets(),
         benchmarks,
-        encoder(folder, model.backbone),
+        extractor(folder, model.backbone),
         query_tokens=model.fusion.needs_tokens,
         target_tokens=model.target.needs_tokens,
         batch_size=batch_size,

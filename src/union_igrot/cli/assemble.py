@@ -1,4 +1,4 @@
-"""From a checked configuration to built parts: backbone, model, encoder.
+"""From a checked configuration to built parts: backbone, model, extractor.
 
 Fills numbers into constructors and nothing else. Does not know training or evaluation.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.devices import TrainerConfig
@@ -46,13 +46,13 @@ def machine(config: DictConfig, processes: Processes) -> TrainerConfig:
     return TrainerConfig(where.accelerator, devices, nodes, where.name, config.precision.trainer)
 
 
-def encoder(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> Encoder:
+def extractor(config: DictConfig, backbone: Backbone, *, shown: bool = True) -> FeatureExtractor:
     """Open the feature store of a backbone; progress is shown where the configuration and `shown` say so."""
     root = default_root() if config.cache_dir is None else expand_user(config.cache_dir)
     options = config.features
     limit = chosen_limit(config.cache_limit)
     store = FeatureStore.for_backbone(backbone, root, dtype=options.dtype, precision=options.precision, limit=limit)
-    return Encoder(
+    return FeatureExtractor(
         backbone,
         store,
         batch_size=options.batch_size,

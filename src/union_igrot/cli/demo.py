@@ -129,9 +129,9 @@ def _world(config: "DictConfig") -> "list[SearchBackend]":
 
 
 def _engine(config: "DictConfig", world: "SyntheticGallery", name: str, model: "IGROTModel") -> "SearchBackend":
-    from union_igrot.cli.assemble import encoder
+    from union_igrot.cli.assemble import extractor
 
-    filling = encoder(config, model.backbone)
+    filling = extractor(config, model.backbone)
     with filling.store:
         return world.engine(name, model, filling)
 

@@ -52,9 +52,9 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
     model, checkpoint = _model(config)
     model.to(resolve_device(config.device))
     test = read_evaluated(data)
-    encoder = assemble.encoder(config, model.backbone)
+    extractor = assemble.extractor(config, model.backbone)
     whole = mean_name(data)
-    evaluate_and_report(model, test, encoder, folder, config.seed, whole, checkpoint=checkpoint)
+    evaluate_and_report(model, test, extractor, folder, config.seed, whole, checkpoint=checkpoint)
     return folder
 
 

@@ -46,7 +46,7 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
         "skipped": samples.skipped,
     }
     model = assemble.new_model(config, {**card, "config": settings})
-    encoder = assemble.encoder(config, model.backbone, shown=processes.is_main)
+    extractor = assemble.extractor(config, model.backbone, shown=processes.is_main)
     recipe = assemble.plain(config.recipe)
     batch_size, checkpointing = recipe.pop("batch_size"), recipe.pop("checkpointing")
     model.tune(_SIDES[config.model.finetune])
@@ -56,7 +56,7 @@ def fit_heads(config: DictConfig, folder: Path, processes: Processes) -> IGROTMo
     batches = IGROTDataModule(
         samples,
         validation,
-        encoder,
+        extractor,
         query_tokens=model.fusion.needs_tokens,
         target_tokens=model.target.needs_tokens,
         batch_size=batch_size,

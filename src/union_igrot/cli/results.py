@@ -15,8 +15,8 @@ from union_igrot.evaluation.predictions import score_predictions
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark
 from union_igrot.evaluation.scoring import score
 from union_igrot.evaluation.tables import print_results
-from union_igrot.features.embedding import embed
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.embedding import embed_benchmark
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.reporting.charts import read_curves
@@ -31,7 +31,7 @@ _SUBMITTED = ("circo", "cirr")
 def evaluate_and_report(
     model: IGROTModel,
     benchmarks: Sequence[Benchmark],
-    encoder: Encoder,
+    extractor: FeatureExtractor,
     folder: Path,
     seed: int,
     whole: str = "",
@@ -47,7 +47,7 @@ def evaluate_and_report(
     Args:
         model: The model.
         benchmarks: What to evaluate on.
-        encoder: Encoder with the model's backbone.
+        extractor: Extractor with the model's backbone.
         folder: Where to write.
         seed: Seed of chance and bootstrap.
         whole: Name of the mean over the benchmarks, if they are parts of one.
@@ -57,10 +57,10 @@ def evaluate_and_report(
     opener = partial(open_image, at_least=TILE_SIDE)
     for benchmark in benchmarks:
         if not any(query.targets for query in benchmark.queries):
-            result += EvaluationResult(scored=(submit(model, benchmark, encoder, folder),))
+            result += EvaluationResult(scored=(submit(model, benchmark, extractor, folder),))
             continue
         found = evaluate_benchmark(
-            model, benchmark, encoder, seed, trained=checkpoint is not None, checkpoint=checkpoint
+            model, benchmark, extractor, seed, trained=checkpoint is not None, checkpoint=checkpoint
         )
         parts.append(found)
         result += found
@@ -105,7 +105,7 @@ def _show(result: EvaluationResult, folder: Path, page: Path) -> None:
     Console().print(f"written to {folder}; open {page}", highlight=False, markup=False, soft_wrap=True)
 
 
-def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Path) -> ScoredBenchmark:
+def submit(model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor, folder: Path) -> ScoredBenchmark:
     """Write the submission files of a split whose targets are not published (CIRR, CIRCO).
 
     Raises:
@@ -116,7 +116,7 @@ def submit(model: IGROTModel, benchmark: Benchmark, encoder: Encoder, folder: Pa
             f"the targets of {benchmark.name} {benchmark.split} are not published, and no server scores it; choose a "
             f"split with targets, or one of {', '.join(_SUBMITTED)}"
         )
-    queries, gallery, _ = embed(model, benchmark, encoder)
+    queries, gallery, _ = embed_benchmark(model, benchmark, extractor)
     scores = score(benchmark, queries, gallery)
     names = [item.id for item in benchmark.gallery]
     rankings = [[names[at] for at in row] for row in scores.ranking.positions.tolist()]

@@ -87,10 +87,10 @@ def _lead(config: "DictConfig", fresh: Path, processes: "Processes") -> Path:
         # Where the training was: what comes from disk, or was in pieces, lies on the CPU.
         model.to(resolve_device("cpu" if config.strategy.accelerator == "cpu" else "auto"))
         # Of its own: the weights of a tuned backbone are others now.
-        encoder = assemble.encoder(config, model.backbone)
+        extractor = assemble.extractor(config, model.backbone)
         data, saved = assemble.plain(config.data), str(run.path / "model")
         evaluate_and_report(
-            model, read_evaluated(data), encoder, run.path, config.seed, mean_name(data), checkpoint=saved
+            model, read_evaluated(data), extractor, run.path, config.seed, mean_name(data), checkpoint=saved
         )
         write_model_card(run.path / "model", run.path / "results.json")
         run.reach("done")

@@ -13,7 +13,7 @@ from torch import Tensor
 from union_igrot.demo.backends import DisplayedImage
 from union_igrot.demo.gallery_backend import GalleryBackend, ItemRenderer
 from union_igrot.demo.uploads import encode_thumbnail
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.gallery.engines.base import ColumnValue, Rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
@@ -72,19 +72,19 @@ class SyntheticGallery:
         images = [*cir.gallery, *sbir.gallery]
         self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(images)]
 
-    def engine(self, name: str, model: IGROTModel, encoder: Encoder) -> GalleryBackend:
+    def engine(self, name: str, model: IGROTModel, extractor: FeatureExtractor) -> GalleryBackend:
         """Embed the gallery with a model.
 
         Args:
             name: Name of the model on the page.
             model: The model.
-            encoder: Encodes images with the model's backbone and caches their features.
+            extractor: Encodes images with the model's backbone and caches their features.
         """
         sources = [item.image for item in self.items]
-        keys = encoder.fill_images(sources, tokens=model.target.needs_tokens, what="the generated world")
+        keys = extractor.extract_images(sources, tokens=model.target.needs_tokens, label="the generated world")
         rows = MemoryIndex(model.backbone.dim)
         columns = {"class": [item.label for item in self.items], "caption": [item.caption for item in self.items]}
-        rows.upsert(Rows([item.id for item in self.items], _embedded(model, encoder, keys), columns))
+        rows.upsert(Rows([item.id for item in self.items], _embedded(model, extractor, keys), columns))
         return GalleryBackend(Gallery(rows, model, rows.uri), rows, SyntheticItems(self.items), name)
 
 
@@ -95,7 +95,9 @@ def _small(source: ImageSource) -> bytes:
 
 
 @torch.inference_mode()
-def _embedded(model: IGROTModel, encoder: Encoder, keys: Sequence[str]) -> Float[Tensor, "gallery dim"]:
+def _embedded(model: IGROTModel, extractor: FeatureExtractor, keys: Sequence[str]) -> Float[Tensor, "gallery dim"]:
     tokens = model.target.needs_tokens
     steps = range(0, len(keys), _STEP)
-    return torch.cat([model.embed_gallery(encoder.lookup(keys[at : at + _STEP], tokens=tokens)).cpu() for at in steps])
+    return torch.cat(
+        [model.embed_gallery(extractor.lookup(keys[at : at + _STEP], tokens=tokens)).cpu() for at in steps]
+    )

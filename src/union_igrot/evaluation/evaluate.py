@@ -16,8 +16,8 @@ from torch import Tensor
 import union_igrot
 from union_igrot.evaluation.results import EvaluationResult, MethodResult, ScoredBenchmark, SeenImages, TagMetric
 from union_igrot.evaluation.scoring import Relevance, score
-from union_igrot.features.embedding import embed_each
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.embedding import embed_models
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.identity import image_identity
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.statistics import Difference, Interval, bootstrap_intervals, paired_interval
@@ -37,7 +37,7 @@ def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
 def evaluate_benchmark(
     model: IGROTModel,
     benchmark: Benchmark,
-    encoder: Encoder,
+    extractor: FeatureExtractor,
     seed: int = 0,
     *,
     trained: bool = True,
@@ -48,7 +48,7 @@ def evaluate_benchmark(
     Args:
         model: The model with trained heads.
         benchmark: What to evaluate on.
-        encoder: Encoder with the model's backbone.
+        extractor: Extractor with the model's backbone.
         seed: Seed of chance and of the bootstrap.
         trained: Whether to evaluate the model's own heads, or the baselines of its backbone alone.
         checkpoint: Where the trained heads were loaded from, for the description of the model.
@@ -70,14 +70,14 @@ def evaluate_benchmark(
     random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
-    for name, embedded in embed_each(models, benchmark, encoder):
+    for name, embedded in embed_models(models, benchmark, extractor):
         start = time.perf_counter()
         scores[name] = score(benchmark, embedded.queries, embedded.gallery)
         seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
     if trained and checkpoint is not None:
         described["trained"]["checkpoint"] = checkpoint
-    arithmetic = {"device": device_name(model.device), **encoder.arithmetic}
+    arithmetic = {"device": device_name(model.device), **extractor.arithmetic}
     methods = []
     for name, one in scores.items():
         result = method_result(benchmark, name, one, described[name], seconds[name], seed)

@@ -3,7 +3,7 @@
 Images whose tokens a model reads pass through in blocks: encoded, embedded by every model
 that reads tokens, and forgotten, unless their tokens are few enough to be kept for a next
 time. Then finished embeddings are kept instead, so that an interrupted evaluation goes on.
-Knows models, the encoder and the store. Does not know rankings, nor what a metric is.
+Knows models, the extractor and the store. Does not know rankings, nor what a metric is.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import union_igrot
-from union_igrot.features.extractor import Encoder, Shelf
+from union_igrot.features.extractor import BufferedWriter, FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
 from union_igrot.models.model import IGROTModel
@@ -47,20 +47,20 @@ class Embedded(NamedTuple):
     seconds: dict[str, float]
 
 
-def embed(
-    model: IGROTModel, benchmark: Benchmark, encoder: Encoder, *, room: int = TOKEN_BYTES
+def embed_benchmark(
+    model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor, *, room: int = TOKEN_BYTES
 ) -> tuple[Float[Tensor, "queries dim"], Float[Tensor, "gallery dim"], dict[str, float]]:
-    """Embed a benchmark with one model; see `embed_each`.
+    """Embed a benchmark with one model; see `embed_models`.
 
     Returns:
         Query embeddings, gallery embeddings, seconds.
     """
-    ((_, embedded),) = embed_each({"model": model}, benchmark, encoder, room=room)
+    ((_, embedded),) = embed_models({"model": model}, benchmark, extractor, room=room)
     return embedded
 
 
-def embed_each(
-    models: Mapping[str, IGROTModel], benchmark: Benchmark, encoder: Encoder, *, room: int = TOKEN_BYTES
+def embed_models(
+    models: Mapping[str, IGROTModel], benchmark: Benchmark, extractor: FeatureExtractor, *, room: int = TOKEN_BYTES
 ) -> Iterator[tuple[str, Embedded]]:
     """Embed a benchmark's queries and gallery with several models of one backbone.
 
@@ -70,7 +70,7 @@ def embed_each(
     Args:
         models: The models by name.
         benchmark: Whose queries and gallery.
-        encoder: Of the models' backbone.
+        extractor: Of the models' backbone.
         room: Bytes on disk that the tokens of its images may take, at most the store's
             own limit. Where they take more, none are kept, and embeddings of finished
             blocks are kept in their place.
@@ -80,16 +80,16 @@ def embed_each(
         tokens are held beside the one that is given out.
     """
     start = time.perf_counter()
-    limit = encoder.store.limit
+    limit = extractor.store.limit
     sources, queries, gallery = _sides(benchmark)
     null = next(iter(models.values())).null_text()
     if "" in queries.texts:
-        encoder.know_text("", null)
-    encoder.fill_texts(queries.texts, what=f"{benchmark.name} texts")
-    jobs = {name: (_Job(model, queries, encoder), _Job(model, gallery, encoder)) for name, model in models.items()}
+        extractor.add_text("", null)
+    extractor.extract_texts(queries.texts, label=f"{benchmark.name} texts")
+    jobs = {name: (_Job(model, queries, extractor), _Job(model, gallery, extractor)) for name, model in models.items()}
     hungry = [job for both in jobs.values() for job in both if job.reads_tokens]
-    _stream(hungry, sources, encoder, room if limit is None else min(room, limit), f"{benchmark.name} images")
-    keys = encoder.fill_images(sources, tokens=False, what=f"{benchmark.name} images")
+    _stream(hungry, sources, extractor, room if limit is None else min(room, limit), f"{benchmark.name} images")
+    keys = extractor.extract_images(sources, tokens=False, label=f"{benchmark.name} images")
     encoding = time.perf_counter() - start - sum(job.seconds for job in hungry)
     for name in models:
         both = jobs.pop(name)
@@ -154,31 +154,31 @@ def _sides(benchmark: Benchmark) -> tuple[list[ImageSource], _Side, _Side]:
 class _Job:
     """One side of a benchmark for one model."""
 
-    def __init__(self, model: IGROTModel, side: _Side, encoder: Encoder) -> None:
+    def __init__(self, model: IGROTModel, side: _Side, extractor: FeatureExtractor) -> None:
         self.model, self.side, self.seconds = model, side, 0.0
         self.reads_tokens = (model.fusion if side.name == "queries" else model.target).needs_tokens
-        self._encoder = encoder
+        self._extractor = extractor
         self._embeddings: Tensor | None = None
 
     def run_all(self, keys: Sequence[str]) -> None:
         """Embed every row from pooled features, given the images' keys."""
-        step = self._encoder.batch_size
+        step = self._extractor.batch_size
         for at in range(0, len(self.side.images), step):
             rows = list(range(at, min(at + step, len(self.side.images))))
-            images = self._encoder.lookup([keys[self.side.images[row]] for row in rows], tokens=False)
+            images = self._extractor.lookup([keys[self.side.images[row]] for row in rows], tokens=False)
             self.run(rows, images, list(range(len(rows))))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], images: Features, places: Sequence[int]) -> None:
         """Embed some rows, given features of images and each row's place among them."""
         start = time.perf_counter()
-        step = self._encoder.batch_size
+        step = self._extractor.batch_size
         for at in range(0, len(rows), step):
             some = list(rows[at : at + step])
             seen = images.select(torch.tensor(places[at : at + step], device=images.pooled.device))
             if self.side.texts:
                 keys = [f"text/{self.side.texts[row]}" for row in some]
-                embedded = self.model.embed_queries(seen, self._encoder.lookup(keys, tokens=self.reads_tokens))
+                embedded = self.model.embed_queries(seen, self._extractor.lookup(keys, tokens=self.reads_tokens))
             else:
                 embedded = self.model.embed_gallery(seen)
             self.put(some, embedded)
@@ -213,23 +213,23 @@ class _Job:
 class _Finished:
     """Embeddings of one job that an interrupted evaluation left, and those of this one."""
 
-    def __init__(self, job: _Job, encoder: Encoder) -> None:
+    def __init__(self, job: _Job, extractor: FeatureExtractor) -> None:
         self.job = job
-        self._shard = encoder.shard
-        self._beside = encoder.store
-        described = json.dumps([encoder.store.fingerprint, job.model.describe(), union_igrot.__version__])
+        self._shard = extractor.shard
+        self._beside = extractor.store
+        described = json.dumps([extractor.store.fingerprint, job.model.describe(), union_igrot.__version__])
         self._name = f"embedded-{hashlib.sha256(described.encode()).hexdigest()[:32]}"
         self._store: FeatureStore | None = None
-        self._shelf: Shelf | None = None
-        if feature_folder(encoder.store.root, self._name).is_dir():
+        self._shelf: BufferedWriter | None = None
+        if feature_folder(extractor.store.root, self._name).is_dir():
             self._open()
 
-    def _open(self) -> Shelf:
+    def _open(self) -> BufferedWriter:
         if self._store is None or self._shelf is None:
             features = self._beside
             label = f"{features.backbone}, embeddings of one model"
             self._store = FeatureStore(features.root, self._name, backbone=label, limit=features.limit)
-            self._shelf = Shelf(self._store, self._shard)
+            self._shelf = BufferedWriter(self._store, self._shard)
         return self._shelf
 
     def take(self) -> set[int]:
@@ -253,9 +253,11 @@ class _Finished:
             self._shelf.flush()
 
 
-def _stream(jobs: Sequence[_Job], sources: Sequence[ImageSource], encoder: Encoder, room: int, what: str) -> None:
+def _stream(
+    jobs: Sequence[_Job], sources: Sequence[ImageSource], extractor: FeatureExtractor, room: int, label: str
+) -> None:
     """Pass the images of jobs that read tokens through the backbone, and embed each block for all jobs at once."""
-    finished = [_Finished(job, encoder) for job in jobs]
+    finished = [_Finished(job, extractor) for job in jobs]
     waiting: list[dict[int, list[int]]] = []
     for one in finished:
         waiting.append(defaultdict(list))
@@ -263,7 +265,7 @@ def _stream(jobs: Sequence[_Job], sources: Sequence[ImageSource], encoder: Encod
             waiting[-1][one.job.side.images[row]].append(row)
     needed = sorted(set().union(*waiting))
     try:
-        for block in encoder.stream([sources[number] for number in needed], room=room, what=what):
+        for block in extractor.stream([sources[number] for number in needed], room=room, label=label):
             for one, by_image in zip(finished, waiting, strict=True):
                 pairs = [(row, place) for place, at in enumerate(block.rows) for row in by_image.get(needed[at], ())]
                 if pairs:

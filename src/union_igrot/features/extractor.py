@@ -29,7 +29,7 @@ Arithmetic = Literal["float32", "bfloat16", "float16"]
 
 
 @final
-class Shelf:
+class BufferedWriter:
     """Gathers features until there are enough for one write to a store.
 
     Args:
@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
 
 @final
-class Encoder:
+class FeatureExtractor:
     """Fills a feature store from a backbone and reads it.
 
     Args:
@@ -111,13 +111,13 @@ class Encoder:
         """How features come about and are kept, for whoever states metrics made of them."""
         return {"precision": self.precision, "kept": self.store.dtype}
 
-    def fill_images(self, sources: Sequence[ImageSource], *, tokens: bool, what: str = "pictures") -> list[str]:
+    def extract_images(self, sources: Sequence[ImageSource], *, tokens: bool, label: str = "pictures") -> list[str]:
         """Encode the images that the store does not hold yet.
 
         Args:
             sources: The images; one may stand several times.
             tokens: Whether token features are kept beside the pooled ones.
-            what: What the progress bar calls them.
+            label: What the progress bar calls them.
 
         Returns:
             A key for each image, for `lookup`.
@@ -134,10 +134,10 @@ class Encoder:
             for batch in load_pixels(sources, batches, self.backbone.preprocess, self.workers, **options):
                 yield self._encode_pixels(batch)
 
-        self._fill(keys, todo, forward, tokens=tokens, what=what)
+        self._fill(keys, todo, forward, tokens=tokens, label=label)
         return keys
 
-    def stream(self, sources: Sequence[ImageSource], *, room: int, what: str = "pictures") -> Iterator[Block]:
+    def stream(self, sources: Sequence[ImageSource], *, room: int, label: str = "pictures") -> Iterator[Block]:
         """Return the features of images with their tokens, a block at a time, in order.
 
         What the store lacks is decoded ahead in workers and encoded. The pooled features
@@ -147,7 +147,7 @@ class Encoder:
         Args:
             sources: The images, each once.
             room: Bytes on disk that their tokens may take.
-            what: What the progress bar calls them.
+            label: What the progress bar calls them.
 
         Raises:
             ImageError: Where one is missing or broken; what was encoded before is kept.
@@ -158,10 +158,10 @@ class Encoder:
         todo = [[row for row in span if row in absent] for span in spans]
         wanted, pinned = [rows for rows in todo if rows], self.backbone.device.type == "cuda"
         decoded = load_pixels(sources, wanted, self.backbone.preprocess, self.workers, pinned=pinned)
-        shelf = Shelf(self.store, self.shard)
+        shelf = BufferedWriter(self.store, self.shard)
         kept: bool | None = None
         with progress_bar(shown=self.progress and bool(absent)) as bar:
-            task = bar.add_task(f"encoding {what}", total=len(absent))
+            task = bar.add_task(f"encoding {label}", total=len(absent))
             try:
                 for span, rows in zip(spans, todo, strict=True):
                     new = self._rounded(self._encode_pixels(next(decoded))) if rows else None
@@ -198,7 +198,7 @@ class Encoder:
         order = torch.tensor([place[row] for row in span], device=new.pooled.device)
         return join_features([new, stored]).select(order)
 
-    def fill_texts(self, texts: Sequence[str | None], what: str = "texts") -> list[str]:
+    def extract_texts(self, texts: Sequence[str | None], label: str = "texts") -> list[str]:
         """Encode the texts that the store does not hold yet; None is the empty text.
 
         Returns:
@@ -211,10 +211,10 @@ class Encoder:
             for at in range(0, len(rows), self.batch_size):
                 yield self._forward(self.backbone.encode_text, [spoken[row] for row in rows[at : at + self.batch_size]])
 
-        self._fill(keys, self._todo(keys, tokens=True), forward, tokens=True, what=what)
+        self._fill(keys, self._todo(keys, tokens=True), forward, tokens=True, label=label)
         return keys
 
-    def know_text(self, text: str, features: Features) -> None:
+    def add_text(self, text: str, features: Features) -> None:
         """Keep what the backbone said of a text when somebody else asked it, unless the store holds that.
 
         Not taken where the store's features come of another arithmetic than float32.
@@ -247,13 +247,13 @@ class Encoder:
         forward: Callable[[list[int]], Iterator[Features]],
         *,
         tokens: bool,
-        what: str,
+        label: str,
     ) -> None:
         if not todo:
             return
         with progress_bar(shown=self.progress) as bar:
-            task = bar.add_task(f"encoding {what}", total=len(todo))
-            shelf, done = Shelf(self.store, self.shard), 0
+            task = bar.add_task(f"encoding {label}", total=len(todo))
+            shelf, done = BufferedWriter(self.store, self.shard), 0
             try:
                 for features in forward(todo):
                     rows = todo[done : done + len(features)]

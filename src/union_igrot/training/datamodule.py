@@ -1,7 +1,7 @@
 """The LightningDataModule: batches for training and validation.
 
 What a frozen encoder says is encoded once; for an encoder that is being tuned, batches
-hold images and texts themselves. Knows triplets, benchmarks and the encoder. Does not
+hold images and texts themselves. Knows triplets, benchmarks and the extractor. Does not
 know heads, losses or the optimizer.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from union_igrot.errors import ConfigError, DataError, ImageError
-from union_igrot.features.extractor import Encoder
+from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.dataset import ImageDataset, OpenAsPixels, first_error, image_loader
 from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Modality
@@ -142,7 +142,7 @@ class IGROTDataModule(lightning.LightningDataModule):
     Args:
         training: The triplets.
         validation: Benchmarks looked at after each epoch.
-        encoder: Encodes what the feature store lacks, before the first step.
+        extractor: Encodes what the feature store lacks, before the first step.
         query_tokens: Whether the query head reads tokens.
         target_tokens: Whether the target head reads tokens.
         batch_size: Triplets a process takes at once.
@@ -154,7 +154,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         self,
         training: TrainingSet,
         validation: Sequence[Benchmark],
-        encoder: Encoder,
+        extractor: FeatureExtractor,
         *,
         query_tokens: bool,
         target_tokens: bool,
@@ -165,7 +165,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         super().__init__()
         self._live = frozenset(live)
         self._triplets: Sequence[Triplet] = training.triplets
-        self._benchmarks, self._encoder = validation, encoder
+        self._benchmarks, self._extractor = validation, extractor
         self._query_tokens, self._target_tokens = query_tokens, target_tokens
         self._batch_size, self._seed = batch_size, seed
         groups = sorted({triplet.group for triplet in self._triplets})
@@ -185,7 +185,7 @@ class IGROTDataModule(lightning.LightningDataModule):
 
     def _encode(self) -> None:
         if self.trainer is not None:  # Lightning moves the model only after this
-            self._encoder.backbone.to(self.trainer.strategy.root_device)
+            self._extractor.backbone.to(self.trainer.strategy.root_device)
         self._images = self._pictures([t.image for t in self._triplets], "training queries", tokens=self._query_tokens)
         self._texts = self._sentences([t.text for t in self._triplets], "training texts")
         self._targets = self._pictures(
@@ -202,11 +202,13 @@ class IGROTDataModule(lightning.LightningDataModule):
 
     def _pictures(self, sources: Sequence[ImageSource], what: str, *, tokens: bool) -> list[str]:
         """Encode images and give their keys; none are needed where each step encodes them."""
-        return [] if "image" in self._live else self._encoder.fill_images(sources, tokens=tokens, what=what)
+        return [] if "image" in self._live else self._extractor.extract_images(sources, tokens=tokens, label=what)
 
     def _sentences(self, texts: Sequence[str | None], what: str) -> list[str]:
         """Encode texts and give their keys; where each step encodes them, the texts themselves."""
-        return [text or "" for text in texts] if "text" in self._live else self._encoder.fill_texts(texts, what=what)
+        return (
+            [text or "" for text in texts] if "text" in self._live else self._extractor.extract_texts(texts, label=what)
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of one task each as `types.Batch`, whole once they passed `transfer_batch_to_device`."""
@@ -241,8 +243,8 @@ class IGROTDataModule(lightning.LightningDataModule):
         return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch, generator=own)  # type: ignore[arg-type]
 
     def _image_loader(self, samples: Sequence[_Sample], batches: Iterable[list[int]]) -> DataLoader[Any]:
-        dataset = ImageDataset(samples, _OpenSample(self._encoder.backbone.preprocess))
-        return image_loader(dataset, batches, _stack_samples, workers=self._encoder.workers, persistent=True)
+        dataset = ImageDataset(samples, _OpenSample(self._extractor.backbone.preprocess))
+        return image_loader(dataset, batches, _stack_samples, workers=self._extractor.workers, persistent=True)
 
     def transfer_batch_to_device(
         self, batch: Batch | EvalBatch | _Decoded | ImageError, device: torch.device, dataloader_idx: int
@@ -253,7 +255,7 @@ class IGROTDataModule(lightning.LightningDataModule):
             raise batch
         if not isinstance(batch, _Decoded):
             return batch
-        wanted = self._encoder.backbone.preprocess
+        wanted = self._extractor.backbone.preprocess
         images = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.images]
         if isinstance(batch.of[0], _Block):
             first, last = batch.of[0], batch.of[-1]
@@ -271,7 +273,7 @@ class IGROTDataModule(lightning.LightningDataModule):
             raise DataError(
                 f"{total} validation queries and images cannot be shared by {world} processes; use fewer devices"
             )
-        step = min(self._encoder.batch_size, total // world)
+        step = min(self._extractor.batch_size, total // world)
         return [
             _Block(number, side, range(at, min(at + step, count)))
             for number, side, count in counts
@@ -286,7 +288,7 @@ class IGROTDataModule(lightning.LightningDataModule):
             images=self._look(self._images, rows, tokens=self._query_tokens) if images is None else images,
             texts=self._spoken(self._texts, rows),
             targets=self._look(self._targets, rows, tokens=self._target_tokens) if targets is None else targets,
-            groups=self._groups[rows].to(self._encoder.backbone.device),
+            groups=self._groups[rows].to(self._extractor.backbone.device),
         )
 
     def _eval_batch(self, block: _Block, pictures: Tensor | None = None) -> EvalBatch:
@@ -300,7 +302,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         return EvalBatch(block.benchmark, "queries", positions, images, self._spoken(keys["texts"], block.span))
 
     def _look(self, keys: Sequence[str], rows: Iterable[int], *, tokens: bool) -> Features:
-        return self._encoder.lookup([keys[row] for row in rows], tokens=tokens)
+        return self._extractor.lookup([keys[row] for row in rows], tokens=tokens)
 
     def _spoken(self, texts: Sequence[str], rows: Iterable[int]) -> Features | list[str]:
         if "text" in self._live:
