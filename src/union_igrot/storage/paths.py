@@ -1,6 +1,8 @@
-"""Paths as people type them."""
+"""Paths as people type them and as lists spell them."""
 
 import os
+import re
+import unicodedata
 from pathlib import Path
 
 
@@ -12,3 +14,41 @@ def expand_user(path: str | Path) -> Path:
 def absolute_path(path: str | Path) -> str:
     """Return the absolute path without `~` and `..`; symbolic links are not resolved."""
     return os.path.abspath(expand_user(path))  # noqa: PTH100 - Path.absolute keeps ".."
+
+
+def is_web_address(text: str) -> bool:
+    """Return whether a text is an address such as `https://host/a.jpg`, which is no path."""
+    return re.match(r"(https?|ftp)://", text, re.IGNORECASE) is not None
+
+
+def find_path(path: str) -> str:
+    r"""Return the spelling of a path under which it exists.
+
+    Lists written on Windows separate folders by backslashes, and macOS writes letters with accents decomposed (NFD)
+    that others write composed (NFC).
+
+    Args:
+        path: A path with any spelling.
+
+    Returns:
+        The existing path, or the path as given if there is none.
+    """
+    for spelling in (path, path.replace("\\", "/")):
+        if os.path.lexists(spelling):
+            return spelling
+        if not spelling.isascii() and (found := _find_unicode(spelling)) is not None:
+            return found
+    return path
+
+
+def _find_unicode(path: str) -> str | None:
+    """Find a path whose names have their letters composed or decomposed in another way."""
+    found = ""
+    for at, name in enumerate(path.split("/")):
+        options = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+        prefix = f"{found}/" if at else ""
+        match = next((prefix + one for one in options if os.path.lexists(prefix + one or "/")), None)
+        if match is None:
+            return None
+        found = match
+    return found
