@@ -62,7 +62,6 @@ MODULES = {
         "evaluation.results",
         "evaluation.evaluate",
         "evaluation.scoring",
-        "evaluation.predictions",
         "evaluation.exact",
         "metrics.names",
         "metrics.functional",

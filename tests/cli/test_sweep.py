@@ -13,7 +13,7 @@ from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.reporting.files import write_results
+from union_igrot.evaluation.results import write_results
 from union_igrot.types import Protocol
 
 

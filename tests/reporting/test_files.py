@@ -4,9 +4,8 @@ from dataclasses import replace
 import pytest
 
 from small_results import method, result
-from union_igrot.evaluation.results import EvaluationResult
+from union_igrot.evaluation.results import EvaluationResult, write_results
 from union_igrot.metrics.statistics import Interval
-from union_igrot.reporting.files import write_results
 from union_igrot.types import Protocol
 
 ONE = method(

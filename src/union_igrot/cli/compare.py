@@ -22,9 +22,9 @@ def compare(config: "DictConfig", fresh: Path) -> None:
     from rich.console import Console
 
     from union_igrot.errors import DataError
+    from union_igrot.evaluation.results import read_query_values
     from union_igrot.evaluation.tables import Cell, ResultTable, TableRow, print_table
     from union_igrot.metrics.statistics import paired_interval, randomization_test
-    from union_igrot.reporting.files import read_query_values
 
     del fresh
     folders = [expand_user(config[side]) for side in ("first", "second")]

@@ -11,9 +11,8 @@ from union_igrot.cli.page import write_run_page
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, method_result
-from union_igrot.evaluation.predictions import score_predictions
-from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark
-from union_igrot.evaluation.scoring import score
+from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, write_query_values, write_results
+from union_igrot.evaluation.scoring import score, score_predictions
 from union_igrot.evaluation.tables import print_results
 from union_igrot.features.embedding import embed_benchmark
 from union_igrot.features.extractor import FeatureExtractor
@@ -21,7 +20,6 @@ from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.reporting.charts import read_curves
 from union_igrot.reporting.contact_sheets import TILE_SIDE, benchmark_sheet
-from union_igrot.reporting.files import write_query_values, write_results
 from union_igrot.types import Benchmark
 
 _SUBMITTED = ("circo", "cirr")

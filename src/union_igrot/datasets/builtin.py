@@ -39,7 +39,7 @@ def _both_orders(fields: Mapping[str, str]) -> tuple[str, ...]:
 
 FASHIONIQ = BenchmarkDeclaration(
     name="fashioniq",
-    reader=f"{_READERS}.fashioniq:read_fashioniq",
+    reader=f"{_READERS}.composed:read_fashioniq",
     splits=("val", "train", "test"),
     options=(
         BenchmarkOption("category", str, choices=CATEGORIES, is_part=True),
@@ -64,7 +64,7 @@ FASHIONIQ = BenchmarkDeclaration(
 )
 CIRR = BenchmarkDeclaration(
     name="cirr",
-    reader=f"{_READERS}.cirr:read_cirr",
+    reader=f"{_READERS}.composed:read_cirr",
     splits=("val", "train", "test1"),
     prompts={
         "union": lambda fields: f"find a photo that {fields['caption'].lower()}",
@@ -82,7 +82,7 @@ CIRR = BenchmarkDeclaration(
 )
 CIRCO = BenchmarkDeclaration(
     name="circo",
-    reader=f"{_READERS}.circo:read_circo",
+    reader=f"{_READERS}.composed:read_circo",
     splits=("val", "test"),
     prompts={
         "union": lambda fields: f"{fields['shared_concept'].lower()} but {fields['relative_caption'].lower()}",
@@ -97,7 +97,7 @@ CIRCO = BenchmarkDeclaration(
 )
 GENECIS = BenchmarkDeclaration(
     name="genecis",
-    reader=f"{_READERS}.genecis:read_genecis",
+    reader=f"{_READERS}.composed:read_genecis",
     splits=("val",),
     options=(BenchmarkOption("task", str, choices=TASKS, is_part=True),),
     prompts={"clip": "{condition}".format_map},
@@ -144,7 +144,7 @@ LLAVASCO = BenchmarkDeclaration(
 )
 DTIN = BenchmarkDeclaration(
     name="dtin",
-    reader=f"{_READERS}.dtin:read_dtin",
+    reader=f"{_READERS}.composed:read_dtin",
     splits=("val",),
     options=(
         BenchmarkOption("domain", str, choices=DOMAINS, is_part=True),

@@ -262,7 +262,7 @@ def _triplet(value: object, place: str) -> TripletRow:
     if text is not None and not check_text(text, "text", place).strip():
         raise DataError(f"{place}: text is {text!r}; expected a text that is not blank, or null")
     number = place.rpartition(" ")[2]
-    return TripletRow(place, f"{reference}#{number}", reference, text, targets, _split(value.get("split"), place))
+    return TripletRow(place, f"{reference}#{number}", reference, text, targets, _check_split(value.get("split"), place))
 
 
 def _read_gallery(file: Path) -> dict[str, str]:
@@ -288,7 +288,7 @@ def _read_manifest(file: Path) -> list[LabeledImage]:
             raise DataError(f"{place}: domain is {reprlib.repr(domain)}; expected photo or sketch")
         path, label = _image_path(cells["path"], "path", place), check_name(cells["class"], "class", place)
         refuse_repeated(path, place, seen)
-        images.append(LabeledImage(place, domain == "sketch", path, label, _split(cells.get("split"), place)))
+        images.append(LabeledImage(place, domain == "sketch", path, label, _check_split(cells.get("split"), place)))
     return images
 
 
@@ -318,7 +318,7 @@ def _image_path(value: object, name: str, place: str) -> str:
     return path
 
 
-def _split(value: object, place: str) -> str | None:
+def _check_split(value: object, place: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or value not in SPLITS:
@@ -370,7 +370,7 @@ class _ImageCheck:
         return f"{self.images} missing images of {split} left out, {self.queries} queries with them"
 
 
-def _protocol(
+def _folder_protocol(
     base: Protocol,
     note: str,
     trained: Collection[str],
@@ -414,7 +414,7 @@ def _cir_benchmark(data: FolderTriplets, split: str, check: _ImageCheck) -> Benc
     ]
     gallery = [GalleryItem(path, data.root / path) for path in places if path not in unusable]
     trained = _places(data.splits["train"]).keys()
-    protocol = _protocol(_CIR, data.note, trained, _places(rows).keys(), "images", split, check)
+    protocol = _folder_protocol(_CIR, data.note, trained, _places(rows).keys(), "images", split, check)
     return Benchmark("folder", split, "cir", queries, gallery, protocol, check.skipped)
 
 
@@ -464,20 +464,20 @@ def _sketches_and_photos(
 
 def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _ImageCheck) -> Benchmark:
     sketches, photos = _sketches_and_photos(data, split, check)
-    targets = {label: tuple(photo.path for photo in group) for label, group in _by_class(photos).items()}
+    targets = {label: tuple(photo.path for photo in group) for label, group in _images_by_class(photos).items()}
     queries = [
         Query(sketch.path, data.root / sketch.path, text, targets[sketch.key], label=sketch.key) for sketch in sketches
     ]
     gallery = [GalleryItem(photo.path, data.root / photo.path, photo.key) for photo in photos]
     trained = {image.key for image in data.splits["train"]}
-    protocol = _protocol(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, check)
+    protocol = _folder_protocol(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, check)
     return Benchmark("folder", split, "sbir", queries, gallery, protocol, check.skipped)
 
 
 def _sbir_training(
     data: FolderImages, pairs: int, draw: random.Random, text: str | None, check: _ImageCheck
 ) -> TrainingSet:
-    sketches, photos = (_by_class(images) for images in _sketches_and_photos(data, "train", check))
+    sketches, photos = (_images_by_class(images) for images in _sketches_and_photos(data, "train", check))
     turns = {label: (_turns(sketches[label], draw), _turns(photos[label], draw)) for label in sorted(sketches)}
     order = _turns(list(turns), draw)
     triplets = []
@@ -488,7 +488,7 @@ def _sbir_training(
     return TrainingSet("folder", triplets, tuple(turns), check.skipped)
 
 
-def _by_class(images: Sequence[LabeledImage]) -> dict[str, list[LabeledImage]]:
+def _images_by_class(images: Sequence[LabeledImage]) -> dict[str, list[LabeledImage]]:
     groups: defaultdict[str, list[LabeledImage]] = defaultdict(list)
     for image in images:
         groups[image.key].append(image)

@@ -42,11 +42,13 @@ def read_lasco(folder: DatasetFolder, split: str, *, prompt: str | None, preset:
                 _add(gallery, number, folder, record.place, path)
         elif str(target[0]) not in gallery:
             raise DataError(f"{record.place}: target {target[0]} is not in the corpus; download both files again")
-        image = _image(folder, record.place, reference[1])
+        image = _coco_image(folder, record.place, reference[1])
         text = wording.text({"query_text": record.text("query-text")})
         queries.append(Query(name, image, text, (str(target[0]),)))
     note = f"LaSCo {split}, gallery={'corpus' if split == 'val' else 'the pictures its rows name'}; reference kept"
-    return Benchmark("lasco", split, "cir", queries, list(gallery.values()), _protocol(preset, wording.name, note))
+    return Benchmark(
+        "lasco", split, "cir", queries, list(gallery.values()), _lasco_protocol(preset, wording.name, note)
+    )
 
 
 def read_llavasco(
@@ -95,11 +97,13 @@ def read_llavasco(
         elif str(target) not in items:
             raise DataError(f"{record.place}: target {target} is not in the corpus; use gallery=named")
         text = wording.text({key: record.text(key) for key in ("relative_caption", "llava_target_caption")})
-        queries.append(Query(str(row), _image(folder, record.place, _coco(split, image)), text, (str(target),)))
+        queries.append(Query(str(row), _coco_image(folder, record.place, _coco(split, image)), text, (str(target),)))
     note = f"LlavaSCo {split}, gallery={gallery}, stride={stride}, limit={limit}; reference kept"
     if wording.name == LEAKING_PROMPT:
         note += "; LEAK: the text holds the target's own caption, as the authors' loader adds it"
-    return Benchmark("llavasco", split, "cir", queries, list(items.values()), _protocol(preset, wording.name, note))
+    return Benchmark(
+        "llavasco", split, "cir", queries, list(items.values()), _lasco_protocol(preset, wording.name, note)
+    )
 
 
 def _prompt(prompt: str | None, reference: bool, split: str) -> str | None:
@@ -118,7 +122,7 @@ def _check_row(record: Record) -> None:
         record.integer(key)
 
 
-def _protocol(preset: str, prompt: str, note: str) -> Protocol:
+def _lasco_protocol(preset: str, prompt: str, note: str) -> Protocol:
     return Protocol(preset, tuple(f"R@{k}" for k in _KS), "R@10", prompt=prompt, note=note)
 
 
@@ -139,20 +143,20 @@ def _corpus(folder: DatasetFolder) -> dict[str, GalleryItem]:
     for place, number, path in rows:
         name = check_name(number, "id", place)
         refuse_repeated(name, place, seen)
-        gallery[name] = GalleryItem(name, _image(folder, place, check_path(path, "path", place)))
+        gallery[name] = GalleryItem(name, _coco_image(folder, place, check_path(path, "path", place)))
     return gallery
 
 
 def _add(gallery: dict[str, GalleryItem], number: int, folder: DatasetFolder, place: str, path: str) -> None:
     if str(number) not in gallery:
-        gallery[str(number)] = GalleryItem(str(number), _image(folder, place, path))
+        gallery[str(number)] = GalleryItem(str(number), _coco_image(folder, place, path))
 
 
 def _coco(split: str, number: int) -> str:
     return f"{split}2014/COCO_{split}2014_{number:012d}.jpg"
 
 
-def _image(folder: DatasetFolder, place: str, path: str) -> Path:
+def _coco_image(folder: DatasetFolder, place: str, path: str) -> Path:
     """Find a COCO image; the corpus file has an extra `val/` before the folder that the rows lack."""
     plain = path.removeprefix("val/").removeprefix("train/")
     return folder.image(place, plain, f"{plain.partition('2014/')[0]}/{plain}", f"coco/{plain}")

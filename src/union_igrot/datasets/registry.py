@@ -214,7 +214,7 @@ def register_benchmark(declaration: BenchmarkDeclaration) -> None:
         ConfigError: If another benchmark has its name.
     """
     name = declaration.name
-    other = _known().get(name)
+    other = _all_declarations().get(name)
     if name in _RESERVED or (isinstance(other, BenchmarkDeclaration) and other != declaration):
         raise ConfigError(f"cannot register benchmark {name!r}: the name is taken; choose another")
     _registered[name] = declaration
@@ -226,14 +226,14 @@ def find_benchmark(name: str) -> BenchmarkDeclaration:
     Raises:
         ConfigError: If there is no such benchmark, or the package that offers it cannot be imported.
     """
-    known = _known()
+    known = _all_declarations()
     found = known[check_choice("benchmark", name, known)]
     return _load(found) if isinstance(found, EntryPoint) else found
 
 
 def benchmark_names(*, trainable: bool = False) -> tuple[str, ...]:
     """Return the names of all benchmarks, or of those that can be trained on."""
-    names = tuple(_known())
+    names = tuple(_all_declarations())
     return tuple(name for name in names if _is_trainable(name)) if trainable else names
 
 
@@ -244,7 +244,7 @@ def _is_trainable(name: str) -> bool:
         return False
 
 
-def _known() -> dict[str, BenchmarkDeclaration | EntryPoint]:
+def _all_declarations() -> dict[str, BenchmarkDeclaration | EntryPoint]:
     """Return all benchmarks; those of entry points are not imported yet."""
     from union_igrot.datasets.builtin import BUILTIN  # noqa: PLC0415 - it imports the classes above
 

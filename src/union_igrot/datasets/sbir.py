@@ -81,7 +81,7 @@ def _unseen_classes(
 ) -> Benchmark:
     name, wording = declaration.name, declaration.find_prompt(prompt)
     classes, sketches, photos = _read_lists(folder, lists, "zero")
-    targets = {label: tuple(row.path for row in rows) for label, rows in _by_class(photos).items()}
+    targets = {label: tuple(row.path for row in rows) for label, rows in _rows_by_class(photos).items()}
     gallery = [GalleryItem(row.path, folder.image(row.place, row.path), classes[row.label]) for row in photos]
     texts = {label: wording.text({"class": title}) for label, title in classes.items()}
     queries = []
@@ -176,7 +176,7 @@ def _given_pairs(folder: DatasetFolder, lists: str) -> list[_SketchPhotoPair]:
 
 def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> list[_SketchPhotoPair]:
     classes, *rows = _read_lists(folder, _ListFiles(lists, *_SKETCHY_LISTS), "train")
-    sketches, photos = (_by_class(side) for side in rows)
+    sketches, photos = (_rows_by_class(side) for side in rows)
     draw = random.Random(seed)
     labels = sorted(sketches.keys() & photos.keys())
     if not labels:
@@ -205,7 +205,7 @@ def _read_lists(
     return classes, sketches, photos
 
 
-def _by_class(rows: Sequence[LabeledPath]) -> dict[int, list[LabeledPath]]:
+def _rows_by_class(rows: Sequence[LabeledPath]) -> dict[int, list[LabeledPath]]:
     groups: defaultdict[int, list[LabeledPath]] = defaultdict(list)
     for row in rows:
         groups[row.label].append(row)

@@ -64,7 +64,7 @@ def write_cirr(
         ConfigError: If the benchmark is not CIRR.
         DataError: If a ranking is too short or contains what it must not; nothing is written then.
     """
-    _require(benchmark, "cirr")
+    _require_benchmark(benchmark, "cirr")
     folder = Path(folder)
     contents = {}
     for spec, rows in ((_CIRR["recall"], rankings), (_CIRR["recall_subset"], subset_rankings)):
@@ -93,7 +93,7 @@ def write_circo(path: str | Path, benchmark: Benchmark, rankings: Sequence[Seque
         ConfigError: If the benchmark is not CIRCO.
         DataError: If a ranking is too short or contains what it must not; nothing is written then.
     """
-    _require(benchmark, "circo")
+    _require_benchmark(benchmark, "circo")
     lists = _rankings_by_query(benchmark, rankings, _CIRCO)
     content = {key: [int(name) if name.isdecimal() else name for name in names] for key, names in lists.items()}
     _refuse_invalid(Path(path), _problems(content, benchmark, _CIRCO))
@@ -114,7 +114,7 @@ def check_submission(path: str | Path, benchmark: Benchmark) -> list[str]:
     Raises:
         ConfigError: If the benchmark has no submission file.
     """
-    _require(benchmark, "cirr", "circo")
+    _require_benchmark(benchmark, "cirr", "circo")
     try:
         content = check_record(read_json(Path(path)), str(path)).fields
     except DataError as error:
@@ -245,7 +245,7 @@ def _has_suffix(name: str) -> bool:
     return "/" in name or name.lower().endswith((".png", ".jpg", ".jpeg"))
 
 
-def _require(benchmark: Benchmark, *names: str) -> None:
+def _require_benchmark(benchmark: Benchmark, *names: str) -> None:
     if benchmark.name not in names:
         raise ConfigError(f"{benchmark.name} has no such submission file (expected {' or '.join(names)})")
 

@@ -11,24 +11,26 @@ if TYPE_CHECKING:
         means as means,
     )
     from union_igrot.evaluation.exact import exact_topk as exact_topk, rank as rank
-    from union_igrot.evaluation.predictions import score_predictions as score_predictions
     from union_igrot.evaluation.ranking import rank_chunks as rank_chunks
     from union_igrot.evaluation.results import (
         BenchmarkResult as BenchmarkResult,
         EvaluationResult as EvaluationResult,
         MethodResult as MethodResult,
         ScoredBenchmark as ScoredBenchmark,
+        read_query_values as read_query_values,
+        write_query_values as write_query_values,
+        write_results as write_results,
     )
-    from union_igrot.evaluation.scoring import score as score
+    from union_igrot.evaluation.scoring import score as score, score_predictions as score_predictions
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(("average_parts", "evaluate_benchmark", "means"), "evaluate"),
         **dict.fromkeys(("exact_topk", "rank"), "exact"),
-        "score_predictions": "predictions",
         "rank_chunks": "ranking",
         **dict.fromkeys(("BenchmarkResult", "EvaluationResult", "MethodResult", "ScoredBenchmark"), "results"),
-        "score": "scoring",
+        **dict.fromkeys(("read_query_values", "write_query_values", "write_results"), "results"),
+        **dict.fromkeys(("score", "score_predictions"), "scoring"),
     },
 )

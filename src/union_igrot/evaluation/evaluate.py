@@ -85,7 +85,7 @@ def evaluate_benchmark(
     if trained:
         methods[-1] = replace(
             methods[-1],
-            differences=_differences({name: x.values for name, x in scores.items()}, _labels(benchmark), seed),
+            differences=_paired_differences({name: x.values for name, x in scores.items()}, _labels(benchmark), seed),
             seen_classes=tuple(seen_classes(model, benchmark)),
             seen_images=seen_images(model, benchmark),
         )
@@ -96,7 +96,7 @@ def _labels(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
     return Relevance.of(benchmark).labels if benchmark.protocol.average == "macro" else None
 
 
-def _differences(
+def _paired_differences(
     values: Mapping[str, Mapping[str, Tensor]], labels: Int[Tensor, " queries"] | None, seed: int
 ) -> dict[str, dict[str, Difference]]:
     """Return the paired differences trained - other in percent points."""
@@ -215,7 +215,7 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
             )
         )
     if "trained" in values:
-        methods[-1] = replace(methods[-1], differences=_differences(values, labels, seed))
+        methods[-1] = replace(methods[-1], differences=_paired_differences(values, labels, seed))
     return EvaluationResult(tuple(methods))
 
 

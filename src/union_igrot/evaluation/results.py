@@ -1,5 +1,7 @@
 """Evaluation results as typed values: what `results.json` holds, and what every table and page is made from."""
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, final
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from union_igrot.errors import ConfigError, DataError, first_line
 from union_igrot.metrics.statistics import Difference, Interval
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark, Protocol, Scores
 
 OWN_METHODS = ("trained", "predictions")
@@ -149,13 +156,13 @@ class MethodResult:
             **{name: values[name] for name in plain},
             **{name: values[name] for name in optional if name in values},
             protocol=protocol,
-            metrics={name: _number(value) for name, value in values["metrics"].items()},
-            intervals={name: Interval(*map(_number, bounds)) for name, bounds in values["ci95"].items()},
-            by_tag={tag: TagMetric(one["n_queries"], _number(one[protocol.primary])) for tag, one in by_tag},
+            metrics={name: _from_json(value) for name, value in values["metrics"].items()},
+            intervals={name: Interval(*map(_from_json, bounds)) for name, bounds in values["ci95"].items()},
+            by_tag={tag: TagMetric(one["n_queries"], _from_json(one[protocol.primary])) for tag, one in by_tag},
             seen_classes=tuple(values.get("seen_classes", ())),
             seen_images=None if images is None else SeenImages(**images),
             differences={
-                other: {name: Difference(*map(_number, value)) for name, value in metrics.items()}
+                other: {name: Difference(*map(_from_json, value)) for name, value in metrics.items()}
                 for other, metrics in gains
             },
             parts=tuple(values.get("parts", ())),
@@ -320,7 +327,49 @@ class EvaluationResult:
             raise DataError(f"cannot read {path}: {error}") from None
 
 
-def _number(value: float | None) -> float:
+def write_results(folder: Path, result: EvaluationResult) -> None:
+    """Write `results.json` (everything) and `results.csv` (a line per metric) into an existing folder."""
+    write_atomic(folder / "results.json", result.to_json())
+    table = io.StringIO()
+    head = ["benchmark", "split", "method", "n_queries", "n_gallery", "metric", "percent", "low95", "high95", "seed"]
+    writer = csv.DictWriter(table, head, lineterminator="\n")
+    writer.writeheader()
+    for record in result.records():
+        writer.writerow(record | {name: f"{record[name]:.4f}" for name in ("percent", "low95", "high95")})
+    write_atomic(folder / "results.csv", table.getvalue())
+
+
+def write_query_values(folder: Path, scored: ScoredBenchmark) -> None:
+    """Write every query's metrics under every method, so that `union-compare` can compare two runs.
+
+    A hash of the queries is written too, so that only equal ones are compared.
+    """
+    benchmark = scored.benchmark
+    flat = {
+        f"{method}/{metric}": values.contiguous()
+        for method, one in scored.scores.items()
+        for metric, values in one.values.items()
+    }
+    path = folder / f"queries-{benchmark.name}-{benchmark.split}.safetensors"
+    metadata = {"queries": benchmark.queries_hash()}
+    write_atomic(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
+
+
+def read_query_values(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the hash of the queries and the values by `method/metric` that `write_query_values` wrote.
+
+    Raises:
+        DataError: If the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as held:
+            identity = (held.metadata() or {}).get("queries", "")
+            return identity, {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read {path} ({error}); evaluate the run again") from None
+
+
+def _from_json(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 

@@ -129,11 +129,11 @@ def parse_metric(name: str) -> ParsedMetric:
     Raises:
         ConfigError: If no family has such a name.
     """
-    parsed = _parse(name)
+    parsed = _split_name(name)
     if parsed is None:
         for entry in entry_points(group=ENTRY_POINTS):
             register_metric(entry.load())
-        parsed = _parse(name)
+        parsed = _split_name(name)
     if parsed is None:
         forms = ", ".join(form for family in metric_families() for form in family.forms)
         raise ConfigError(f"unknown metric {name!r} (expected {forms} with an integer k >= 1, such as R@10)")
@@ -146,7 +146,7 @@ def families_of(names: Iterable[str]) -> list[MetricFamily]:
     return [family for family in metric_families() if family.name in kinds]
 
 
-def _parse(name: str) -> ParsedMetric | None:
+def _split_name(name: str) -> ParsedMetric | None:
     match = re.fullmatch(r"(\w+?)(?:@([1-9][0-9]*))?", name, flags=re.ASCII)
     family = _FAMILIES.get(match[1]) if match else None
     if match is None or family is None:

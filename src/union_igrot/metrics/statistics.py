@@ -135,7 +135,7 @@ def paired_interval(
     Returns:
         Mean of `first` minus `second`, and its bounds. Queries for which either is nan are left out.
     """
-    gaps = _differences(first, second)
+    gaps = _query_differences(first, second)
     low, high = bootstrap_interval(gaps, level, resamples, seed, labels)
     mean = average(gaps, None if labels is None else labels.cpu(), "micro" if labels is None else "macro")
     return Difference(float(mean), low, high)
@@ -162,7 +162,7 @@ def randomization_test(
     """
     if rounds < 1:
         raise ConfigError(f"invalid value for rounds: {rounds} (expected an integer >= 1)")
-    gaps = _differences(first, second).numpy()
+    gaps = _query_differences(first, second).numpy()
     gaps = gaps[~np.isnan(gaps)]
     if not len(gaps):
         raise DataError("no query has a value under both methods; compare metrics that are defined for both")
@@ -179,7 +179,7 @@ def randomization_test(
     return (as_far + 1) / (rounds + 1)
 
 
-def _differences(first: Float[Tensor, " queries"], second: Float[Tensor, " others"]) -> Float[Tensor, " queries"]:
+def _query_differences(first: Float[Tensor, " queries"], second: Float[Tensor, " others"]) -> Float[Tensor, " queries"]:
     if len(first) != len(second):
         raise DataError(f"{len(first)} and {len(second)} values are not of the same queries; pass one per query")
     return first.detach().to("cpu", torch.float64) - second.detach().to("cpu", torch.float64)

@@ -6,25 +6,22 @@ from union_igrot._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from union_igrot.reporting.contact_sheets import SheetRow as SheetRow, contact_sheet as contact_sheet
-    from union_igrot.reporting.files import (
-        read_query_values as read_query_values,
-        write_query_values as write_query_values,
-        write_results as write_results,
-    )
     from union_igrot.reporting.model_card import (
         render_model_card as render_model_card,
         write_model_card as write_model_card,
     )
     from union_igrot.reporting.page import Provenance as Provenance, write_page as write_page
-    from union_igrot.reporting.published import published_for as published_for, published_results as published_results
+    from union_igrot.reporting.sweep_results import (
+        published_for as published_for,
+        published_results as published_results,
+    )
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(("SheetRow", "contact_sheet"), "contact_sheets"),
-        **dict.fromkeys(("read_query_values", "write_query_values", "write_results"), "files"),
         **dict.fromkeys(("render_model_card", "write_model_card"), "model_card"),
         **dict.fromkeys(("Provenance", "write_page"), "page"),
-        **dict.fromkeys(("published_for", "published_results"), "published"),
+        **dict.fromkeys(("published_for", "published_results"), "sweep_results"),
     },
 )

@@ -1,4 +1,8 @@
-"""The results of a sweep's jobs in one table: a row per model and method, a column per benchmark, published below."""
+"""The results of a sweep's jobs in one table: a row per model and method, a column per benchmark, published below.
+
+Each entry of `published.csv` states where it was read and what is known of its protocol. Two metrics are comparable
+only if split, gallery, text and convention agree. Results that nobody could look up again are not included.
+"""
 
 import csv
 import io
@@ -7,6 +11,8 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, final
 
@@ -28,7 +34,6 @@ from union_igrot.evaluation.tables import (
     print_table,
 )
 from union_igrot.metrics.statistics import Interval
-from union_igrot.reporting.published import Published, published_for
 from union_igrot.storage.atomic import write_atomic
 
 _Key = tuple[str, str]  # name and split of a benchmark
@@ -38,7 +43,59 @@ _CSV_COLUMNS = (
     *("percent", "low95", "high95", "protocol", "seen_classes", "seen_queries", "seen_gallery"),
     *("backbone_hash", "heads_hash", "settings", "seed", "versions", "source"),
 )
-_WORDS = ("model", "method", "split", "source and protocol")
+_TEXT_COLUMNS = ("model", "method", "split", "source and protocol")
+HIDDEN_SPLITS = ("cirr", "circo")
+"""Benchmarks whose published results are of a split without public targets, so they are shown beside ours of `val`."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a method is published to reach on a benchmark.
+
+    Attributes:
+        method: The method's name.
+        backbone: Its backbone.
+        benchmark: Name of the benchmark, as in our results.
+        split: Name of the split; `not stated` if the source does not say.
+        metrics: Metrics in percent by name, as in our results.
+        mark: `V` if it was read where the authors published it; `S` if in another paper's table.
+        source: Where it was read.
+        note: What is known of the protocol; may be empty.
+    """
+
+    method: str
+    backbone: str
+    benchmark: str
+    split: str
+    metrics: Mapping[str, float]
+    mark: str
+    source: str
+    note: str = ""
+
+
+@cache
+def published_results() -> tuple[Published, ...]:
+    """Return all published results, by benchmark."""
+    found = []
+    with (files("union_igrot.reporting") / "published.csv").open(encoding="utf-8") as lines:
+        for line in csv.DictReader(lines):
+            pairs = (pair.split("=") for pair in line.pop("metrics").split())
+            found.append(Published(**line, metrics={name: float(value) for name, value in pairs}))
+    return tuple(found)
+
+
+def published_for(benchmark: str, split: str) -> list[Published]:
+    """Return the published results to show beside ours on a benchmark.
+
+    Returns:
+        Those of the same split; for CIRR and CIRCO all of them, which are to be shown with their split.
+    """
+    return [
+        one
+        for one in published_results()
+        if one.benchmark == benchmark and (one.split == split or benchmark in HIDDEN_SPLITS)
+    ]
 
 
 @final
@@ -261,7 +318,7 @@ def _benchmark_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> Resul
         for one in published
     ]
     heads = ["model", "method", *metrics, *(("split", "source and protocol") if published else ())]
-    kinds = {result.protocol.primary: "primary"} | dict.fromkeys(_WORDS, "words")
+    kinds = {result.protocol.primary: "primary"} | dict.fromkeys(_TEXT_COLUMNS, "words")
     return ResultTable(result.title, [Cell(name, kind=kinds.get(name, "")) for name in heads], table)
 
 

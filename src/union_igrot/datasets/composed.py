@@ -1,0 +1,429 @@
+"""Composed retrieval with written captions or conditions: FashionIQ, CIRR, CIRCO, GeneCIS and domain-transfer ImageNet.
+
+- FashionIQ (XiaoxiaoGuo/fashion-iq): clothes and two captions of what should be different, in three categories. Two
+  galleries are in use and their metrics cannot be compared: `original` is the category's split file; `val`
+  (yanbeic/VAL) is every image that the queries name, with each caption a query of its own and the reference excluded.
+- CIRR (Cuberick-Orion/CIRR, branch cirr_dataset): natural photos, ranked in the whole split and in a subset of six
+  similar images. The reference is always excluded from the ranking.
+- CIRCO (miccunifi/CIRCO): COCO photos with several targets each. The first target of a query is its single
+  `target_img_id`, the only one that the official recall counts.
+- GeneCIS (facebookresearch/genecis): four tasks with a condition of a few words and ten to fifteen candidates per
+  query. The images of attribute tasks are objects cut out of Visual Genome photos, those of object tasks COCO photos.
+- Domain-transfer ImageNet (DTIN): images of the photo's class in another domain are relevant. The lists are Pic2Word's.
+  Recall is the fraction of the targets found (Pic2Word) or optionally any target found (MagicLens, UNION). Pic2Word
+  adds 1e-5 to the divisor, which is left out here.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from union_igrot.datasets.annotations import (
+    DatasetFolder,
+    LabeledPath,
+    Record,
+    check_name,
+    check_path,
+    check_record,
+    check_text,
+    read_labeled_paths,
+    read_list,
+    read_records,
+)
+from union_igrot.datasets.builtin import CATEGORIES, CIRCO, CIRR, DOMAINS, DTIN, FASHIONIQ, GENECIS
+from union_igrot.datasets.registry import Template, Text
+from union_igrot.errors import ConfigError, DataError
+from union_igrot.images.crop import Crop
+from union_igrot.storage.text import read_json, refuse_repeated
+from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query
+
+_COCO_UNLABELED = "COCO2017_unlabeled"
+_COCO_VAL = ("val2017", "coco/val2017", "coco2017/val2017", "images/val2017")
+_GENOME = ("VG_100K", "VG_100K_2", "VG_100K_all", "images/VG_100K", "images/VG_100K_2")
+_CIRCO_ASPECTS = (
+    *("cardinality", "addition", "negation", "direct_addressing", "compare_change", "comparative_statement"),
+    *("statement_with_conjunction", "spatial_relations_background", "viewpoint"),
+)
+_REAL_DOMAIN = 6  # of DTIN's queries
+_DTIN_KS = (1, 5, 10, 50, 100, 200)
+
+
+# --- FashionIQ
+
+
+class _CaptionPair(NamedTuple):
+    place: str
+    candidate: str
+    target: str | None
+    captions: tuple[str, str]
+
+
+def read_fashioniq(
+    folder: DatasetFolder,
+    split: str,
+    *,
+    category: str,
+    gallery: str,
+    captions: str | None,
+    prompt: str | None,
+    preset: str,
+) -> Benchmark:
+    """Read one category of FashionIQ.
+
+    Args:
+        folder: The dataset's folder, with `captions/` (or `json/`), `image_splits/` and `images/`.
+        split: `val`, `train`, or `test` (whose targets are not published).
+        category: `dress`, `shirt` or `toptee`. The published result is the mean over the three.
+        gallery: `original` or `val`.
+        captions: `joined`: one query of both captions for each row; `each`: one query for each caption. By default
+            `joined` for the original gallery and `each` for VAL's.
+        prompt: Name or template.
+        preset: `official` or `union_reference`; they are the same here.
+
+    Returns:
+        The benchmark. Query ids are `category-split-row`, followed by `-0` and `-1` if each caption is a query.
+    """
+    val = gallery == "val"
+    each = (captions or ("each" if val else "joined")) == "each"
+    if each and prompt is not None:
+        raise ConfigError("prompt joins two captions and cannot be used with captions=each; leave it out")
+    if val and split == "test":
+        raise ConfigError("gallery=val needs the targets, which are not published for split=test; use gallery=original")
+    wording = FASHIONIQ.find_prompt(prompt)
+    rows, places = _read_caption_pairs(folder, split, category)
+    if val:
+        places = {name: row.place for row in rows for name in (row.candidate, row.target) if name is not None}
+        places = dict(sorted(places.items()))
+    for row in rows:
+        if row.target is not None and row.target not in places:
+            raise DataError(f"{row.place}: target {row.target!r} is not in the split file; download both files again")
+    items = [GalleryItem(name, _product_image(folder, name, place)) for name, place in places.items()]
+    queries = [
+        Query(name, _product_image(folder, row.candidate, row.place), text, targets, (row.candidate,) if val else ())
+        for number, row in enumerate(rows)
+        for targets in [() if row.target is None else (row.target,)]
+        for name, text in _caption_texts(f"{category}-{split}-{number}", row.captions, None if each else wording.text)
+    ]
+    note = f"gallery={gallery}; {'each caption asks' if each else 'both captions joined'}; FashionIQ {category}"
+    averaged = any(len(query.wordings) > 1 for query in queries)
+    name = f"{wording.name}, unit embeddings of both orders averaged" if averaged else wording.name
+    protocol = Protocol(
+        name=preset,
+        metrics=("R@10", "R@50"),
+        primary="R@10",
+        exclude_reference=val,
+        means=(("R@10", "R@50"),),
+        prompt="caption as it stands" if each else name,
+        note=f"{note}; the dataset's metric is the mean over {', '.join(CATEGORIES)}",
+    )
+    return Benchmark(f"fashioniq_{category}", split, "cir", queries, items, protocol)
+
+
+def _read_caption_pairs(folder: DatasetFolder, split: str, category: str) -> tuple[list[_CaptionPair], dict[str, str]]:
+    """Return the rows, and the place of each image of the split file."""
+    captions = f"cap.{category}.{split}.json"
+    records = read_records(folder.annotation(f"captions/{captions}", f"json/{captions}"))
+    file = folder.annotation(f"image_splits/split.{category}.{split}.json")
+    places: dict[str, str] = {}
+    for row, value in enumerate(read_list(file)):
+        place = f"{file}, row {row}"
+        refuse_repeated(_product_id(value, "entry", place), place, places)
+    return [_caption_pair(record, split == "test") for record in records], places
+
+
+def _caption_pair(record: Record, hidden: bool) -> _CaptionPair:
+    captions = record.get("captions")
+    if not isinstance(captions, list) or len(captions) != 2:
+        raise DataError(f"{record.place}: captions must be a list of two texts; download the file again")
+    first, second = (check_text(caption, "captions", record.place) for caption in captions)
+    candidate = _product_id(record.get("candidate"), "candidate", record.place)
+    target = None if hidden else _product_id(record.get("target"), "target", record.place)
+    if candidate == target:
+        raise DataError(f"{record.place}: the candidate is its own target, {target!r}; download the file again")
+    return _CaptionPair(record.place, candidate, target, (first, second))
+
+
+def _product_id(value: object, name: str, place: str) -> str:
+    number = check_name(value, name, place)
+    if "/" in number or "\\" in number:
+        raise DataError(f"{place}: {name} is {number!r}, a path; expected the number of a product")
+    return number
+
+
+def _product_image(folder: DatasetFolder, name: str, place: str) -> Path:
+    return folder.image(place, f"images/{name}.png", f"images/{name}.jpg", f"images/{name}.jpeg")
+
+
+def _caption_texts(name: str, captions: tuple[str, str], joined: Template | None) -> list[tuple[str, Text]]:
+    """Return the ids and texts of a row's queries: one, or one for each caption if they are not joined."""
+    first, second = captions
+    if joined is None:
+        return [(f"{name}-0", first), (f"{name}-1", second)]
+    return [(name, joined({"c1": first, "c2": second}))]
+
+
+# --- CIRR
+
+
+def read_cirr(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
+    """Read one split of CIRR.
+
+    Args:
+        folder: The dataset's folder, with `cirr/captions/`, `cirr/image_splits/` and the images that these name.
+        split: `val`, `train`, or `test1` (whose targets are not published).
+        prompt: Name or template.
+        preset: `official` or `union_reference`; they are the same here.
+
+    Returns:
+        The benchmark. Query ids are the pairids; a subset has the five members other than the reference.
+    """
+    wording = CIRR.find_prompt(prompt)
+    records = read_records(folder.annotation(f"cirr/captions/cap.rc2.{split}.json"))
+    file = folder.annotation(f"cirr/image_splits/split.rc2.{split}.json")
+    listed = check_record(read_json(file), str(file))
+    paths = {name: check_path(path, name, f"{file}, {name!r}") for name, path in listed.fields.items()}
+    if not paths:
+        raise DataError(f"{file}: names no image; download the file again")
+    gallery = [GalleryItem(name, _cirr_image(folder, f"{file}, {name!r}", path)) for name, path in paths.items()]
+    seen: dict[str, str] = {}
+    queries = []
+    for record in records:
+        refuse_repeated(record.name("pairid"), record.place, seen)
+        queries.append(_cirr_query(record, split, folder, paths, wording.text))
+    protocol = Protocol(
+        name=preset,
+        metrics=("R@1", "R@2", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3"),
+        primary="R@5",
+        exclude_reference=True,
+        means=(("R@5", "Rs@1"),),
+        prompt=wording.name,
+        note=f"CIRR {split}; the reference is out of every ranking; subsets of five beside the reference",
+    )
+    return Benchmark("cirr", split, "cir", queries, gallery, protocol)
+
+
+def _cirr_query(record: Record, split: str, folder: DatasetFolder, paths: dict[str, str], text: Template) -> Query:
+    reference = record.name("reference")
+    target = () if split == "test1" else (record.name("target_hard"),)
+    members = record.record("img_set").names("members")
+    for name in (reference, *target, *members):
+        if name not in paths:
+            raise DataError(f"{record.place}: {name!r} is not in the split file; download both files again")
+    if reference in target:
+        raise DataError(f"{record.place}: the reference is its own target, {reference!r}; download the file again")
+    if not {reference, *target} <= set(members):
+        raise DataError(f"{record.place}: img_set.members lacks the reference or the target; download the file again")
+    return Query(
+        id=record.name("pairid"),
+        image=_cirr_image(folder, record.place, paths[reference]),
+        text=text({"caption": record.text("caption")}),
+        targets=target,
+        exclude=(reference,),
+        subset=tuple(name for name in members if name != reference),
+    )
+
+
+def _cirr_image(folder: DatasetFolder, place: str, path: str) -> Path:
+    """Find an image; NLVR2's download has `train/NAME.png` if the split file says `train/34/NAME.png`."""
+    first, *_, last = path.split("/")
+    return folder.image(place, path, f"{first}/{last}") if path.count("/") > 1 else folder.image(place, path)
+
+
+# --- CIRCO
+
+
+def read_circo(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
+    """Read one split of CIRCO.
+
+    Args:
+        folder: The dataset's folder, with `annotations/` and `COCO2017_unlabeled/`.
+        split: `val`, or `test` (whose targets are not published).
+        prompt: Name or template. The default uses `shared_concept`, which zero-shot baselines do not see.
+        preset: `official` keeps the reference in the ranking; `union_reference` excludes it, as its authors do.
+
+    Returns:
+        The benchmark. Query ids are `0`, `1`, ...; tags are the semantic aspects.
+    """
+    wording = CIRCO.find_prompt(prompt)
+    records = read_records(folder.annotation(f"annotations/{split}.json"))
+    paths = _coco_paths(folder)
+    gallery = [GalleryItem(name, folder.image(place, path)) for name, (place, path) in paths.items()]
+    exclude = preset == "union_reference"
+    queries = []
+    for row, record in enumerate(records):
+        if record.integer("id") != row:
+            raise DataError(f"{record.place}: id is {record.integer('id')} (expected {row}); rows are missing")
+        queries.append(_circo_query(record, split, folder, paths, wording.text, exclude))
+    ks = (5, 10, 25, 50)
+    fields = [{"shared_concept": concept, "relative_caption": ""} for concept in ("a", "b")]
+    uses_concept = wording.text(fields[0]) != wording.text(fields[1])
+    hint = "; the texts use shared_concept, which zero-shot baselines do not see"
+    protocol = Protocol(
+        name=preset,
+        metrics=(*(f"mAP@{k}" for k in ks), *(f"R@{k}" for k in ks)),
+        primary="mAP@10",
+        exclude_reference=exclude,
+        recall_targets="first",
+        prompt=wording.name,
+        note=f"CIRCO {split}; recall counts the single target alone" + (hint if uses_concept else ""),
+    )
+    return Benchmark("circo", split, "cir", queries, gallery, protocol)
+
+
+def _coco_paths(folder: DatasetFolder) -> dict[str, tuple[str, str]]:
+    """Return the place and the path of each image by its id."""
+    file = folder.annotation(f"{_COCO_UNLABELED}/annotations/image_info_unlabeled2017.json")
+    paths: dict[str, tuple[str, str]] = {}
+    seen: dict[str, str] = {}
+    for image in check_record(read_json(file), str(file)).records("images"):
+        name = str(image.integer("id"))
+        refuse_repeated(name, image.place, seen)
+        path = check_path(image.get("file_name"), "file_name", image.place)
+        paths[name] = (image.place, f"{_COCO_UNLABELED}/unlabeled2017/{path}")
+    return paths
+
+
+def _circo_query(
+    record: Record, split: str, folder: DatasetFolder, paths: dict[str, tuple[str, str]], text: Template, exclude: bool
+) -> Query:
+    reference = str(record.integer("reference_img_id"))
+    targets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    if split == "val":
+        single = str(record.integer("target_img_id"))
+        targets = tuple(str(number) for number in record.integers("gt_img_ids"))
+        if single not in targets or reference in targets:
+            raise DataError(f"{record.place}: gt_img_ids lacks target_img_id or has the reference; download it again")
+        targets = (single, *(name for name in targets if name != single))
+        aspects = record.get("semantic_aspects")
+        if not isinstance(aspects, list) or any(aspect not in _CIRCO_ASPECTS for aspect in aspects):
+            raise DataError(f"{record.place}: semantic_aspects must be a list of {', '.join(_CIRCO_ASPECTS)}")
+        tags = tuple(aspects)
+    for name in (reference, *targets):
+        if name not in paths:
+            raise DataError(f"{record.place}: image {name} is not in image_info_unlabeled2017.json; download both")
+    fields = {key: record.text(key) for key in ("shared_concept", "relative_caption")}
+    image = folder.image(*paths[reference])
+    excluded = (reference,) if exclude else ()
+    return Query(str(record.integer("id")), image, text(fields), targets, excluded, tags=tags)
+
+
+# --- GeneCIS
+
+
+def read_genecis(folder: DatasetFolder, split: str, *, task: str, prompt: str | None, preset: str) -> Benchmark:
+    """Read one task of GeneCIS.
+
+    Args:
+        folder: The dataset's folder, with `genecis/<task>.json`, and `val2017/` (object tasks) or `VG_100K/`
+            (attribute tasks).
+        split: `val`, the only one.
+        task: `focus_attribute`, `change_attribute`, `focus_object` or `change_object`. The published result is the
+            mean R@1 over the four.
+        prompt: Name or template.
+        preset: `official`, the only one: the UNION authors have no reader of GeneCIS.
+
+    Returns:
+        The benchmark. The gallery has each candidate of any query once; a query's `subset` names its own candidates,
+        the target first, in the order of the file. One official row names its target twice; so does its subset.
+    """
+    wording = GENECIS.find_prompt(prompt)
+    gallery: dict[str, GalleryItem] = {}
+    queries = []
+    for row, record in enumerate(read_records(folder.annotation(f"genecis/{task}.json", f"{task}.json"))):
+        _, image = _candidate(record.record("reference"), folder, task)
+        candidates = [_candidate(item, folder, task) for item in (record.record("target"), *record.records("gallery"))]
+        for name, candidate in candidates:
+            gallery.setdefault(name, GalleryItem(name, candidate))
+        names = tuple(name for name, _ in candidates)
+        text = wording.text({"condition": record.name("condition")})
+        queries.append(Query(f"{task}-{row}", image, text, names[:1], subset=names))
+    protocol = Protocol(
+        name=preset,
+        metrics=("R@1", "R@2", "R@3"),
+        primary="R@1",
+        ties="pessimistic",
+        candidates="subset",
+        prompt=wording.name,
+        note=f"GeneCIS {task}; each query ranks its own candidates; the headline is the mean R@1 over the four tasks",
+    )
+    return Benchmark(f"genecis_{task}", split, "cir", queries, list(gallery.values()), protocol)
+
+
+def _candidate(record: Record, folder: DatasetFolder, task: str) -> tuple[str, ImageSource]:
+    if task.endswith("object"):
+        number = record.integer("val_image_id")
+        return str(number), folder.image(record.place, *(f"{name}/{number:012d}.jpg" for name in _COCO_VAL))
+    number, box = record.integer("image_id"), record.box("instance_bbox")
+    path = folder.image(record.place, *(f"{name}/{number}.jpg" for name in _GENOME))
+    return f"{number}:{','.join(map(str, box))}", Crop(path, box)
+
+
+# --- DTIN
+
+
+def read_dtin(
+    folder: DatasetFolder,
+    split: str,
+    *,
+    domain: str,
+    recall_mode: str | None,
+    only_with_gt: bool,
+    prompt: str | None,
+    preset: str,
+) -> Benchmark:
+    """Read one target domain.
+
+    Args:
+        folder: The dataset's folder, with `imgnet/imgnet_real_query.txt`, `imgnet/imgnet_targets.txt` and the
+            images, whose paths may or may not begin with the lists' own first folder, `imgnet/`.
+        split: `val`, the only one.
+        domain: `cartoon`, `origami`, `toy` or `sculpture`.
+        recall_mode: `fraction` (default) or `any` (default under `union_reference`).
+        only_with_gt: Leave out the queries without a target in the domain. By default they count as 0.
+        prompt: Name or template.
+        preset: `official`, or `union_reference` with average precision by trapezoids over the hits in the top k.
+
+    Returns:
+        The benchmark. Its gallery is the same for every domain and includes the queries' own photos as distractors.
+    """
+    reference = preset == "union_reference"
+    mode = recall_mode or ("any" if reference else "fraction")
+    wording = DTIN.find_prompt(prompt)
+    text = wording.text({"domain": domain})
+
+    def image(row: LabeledPath) -> Path:
+        return folder.image(row.place, row.path, row.path.partition("/")[2] or row.path)
+
+    photos = read_labeled_paths(folder.annotation("imgnet/imgnet_real_query.txt", "imgnet_real_query.txt"))
+    listed = read_labeled_paths(folder.annotation("imgnet/imgnet_targets.txt", "imgnet_targets.txt"))
+    members: defaultdict[int, list[str]] = defaultdict(list)
+    gallery = []
+    for row in listed:
+        if row.label // 1000 not in (*range(len(DOMAINS)), _REAL_DOMAIN):
+            raise DataError(f"{row.place}: label {row.label} has no known domain; expected class + 1000 * domain")
+        if row.label // 1000 == DOMAINS.index(domain):
+            members[row.label % 1000].append(row.path)
+        gallery.append(GalleryItem(row.path, image(row), str(row.label % 1000)))
+    targets = {label: tuple(paths) for label, paths in members.items()}
+    for row in photos:
+        if row.label >= 1000:
+            raise DataError(f"{row.place}: label {row.label} is not the class of a query; expected a number below 1000")
+    queries = [
+        Query(row.path, image(row), text, targets.get(row.label, ()), label=str(row.label))
+        for row in photos
+        if not only_with_gt or row.label in targets
+    ]
+    unanswered = "left out" if only_with_gt else "counted as 0"
+    protocol = Protocol(
+        name=preset,
+        metrics=(*(f"R@{k}" for k in _DTIN_KS), *(f"P@{k}" for k in _DTIN_KS), "mAP"),
+        primary="R@10",
+        ap_norm="hits" if reference else "min",
+        ap_rule="trapezoid" if reference else "step",
+        recall="any" if mode == "any" else "fraction",
+        unanswered="omit" if only_with_gt else "zero",
+        prompt=wording.name,
+        note=f"DTIN {domain}; queries without an answer {unanswered}; the query's own photo is a distractor",
+    )
+    return Benchmark(f"dtin_{domain}", split, "cir", queries, gallery, protocol)
