@@ -3,11 +3,9 @@
     python benchmarks/evaluation_scale.py
     python benchmarks/evaluation_scale.py --sizes quickdraw --width 512 --queries 6000
 
-For each size the full evaluation (exact ranking of the whole gallery in chunks, every
-metric of the protocol, mAP@all included) stands beside the bare score matrix product in
-the same chunks on the same machine, timed before and after it. Memory is the peak above
-what stands before the evaluation, features included, each size in a process of its own; on a GPU it is what lies there.
-Knows `scoring.score`; does not know real data.
+For each size the full evaluation (exact ranking of the whole gallery in chunks, every metric of the protocol, mAP@all
+included) is compared with the bare score matrix product in the same chunks, timed before and after it. Memory is the
+peak above that before the evaluation, each size in its own process; on a GPU it is the device's memory.
 """
 
 import argparse
@@ -32,6 +30,7 @@ SIZES = {
     "tuberlin": (2_400, 27_989, 30),
     "quickdraw": (92_291, 54_151, 30),
     "circo": (800, 123_403, 0),
+    "tiny": (60, 200, 4),
 }
 SBIR = Protocol(metrics=("mAP", "mAP@200", "P@100", "P@200"), primary="mAP")
 CIRCO = Protocol(metrics=("mAP@5", "mAP@10", "mAP@25", "mAP@50", "R@10"), primary="mAP@10", recall_targets="first")
@@ -65,7 +64,7 @@ def bare_product(queries: torch.Tensor, gallery: torch.Tensor) -> float:
 
 
 def settle(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
+    """Wait until a device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -78,7 +77,7 @@ def peak_mib(device: torch.device) -> float:
 
 
 def now_mib(device: torch.device) -> float:
-    """Return the memory now, of this process (Linux alone says) or on the device."""
+    """Return the memory now, of this process (on Linux) or on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -95,10 +94,10 @@ def measure(name: str, width: int, most: int, device: torch.device) -> dict[str,
         for n in counts
     )
     queries, gallery = queries.to(device), gallery.to(device)
-    # The evaluation comes first, so that the peak is its own; the product is timed on some chunks before, too.
+    # The full product runs after the evaluation, so that the peak is the evaluation's.
     some = queries[: max(1, len(queries) // 8)]
     before = now_mib(device)
-    bare_product(some[:1], gallery)  # a GPU loads its kernels
+    bare_product(some[:1], gallery)  # loads the kernels of a GPU
     warm = bare_product(some, gallery) * len(queries) / len(some)
     start = time.perf_counter()
     score(benchmark, queries, gallery)
@@ -121,12 +120,12 @@ def measure(name: str, width: int, most: int, device: torch.device) -> dict[str,
 def main() -> None:
     """Measure the chosen sizes and print a JSON line each and a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=[size for size in SIZES if size != "tiny"], choices=list(SIZES))
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--queries", type=int, default=10**9, help="at most so many of each size, for a quick look")
+    parser.add_argument("--queries", type=int, default=10**9, help="largest number of queries per size")
     parser.add_argument(
-        "--alone", action="store_true", help="print the JSON line of one size, measured in this process"
+        "--alone", action="store_true", help="measure one size in this process and print its JSON line only"
     )
     args = parser.parse_args()
     if args.alone:
@@ -142,8 +141,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         row = json.loads(done.stdout)
-        figures = ("product_s", "evaluation_s", "ratio", "mib_above_features")
-        table.add_row(name, f"{row['queries']:,} x {row['gallery']:,}", *(str(row[key]) for key in figures))
+        shown = ("product_s", "evaluation_s", "ratio", "mib_above_features")
+        table.add_row(name, f"{row['queries']:,} x {row['gallery']:,}", *(str(row[key]) for key in shown))
     Console().print(table)
 
 

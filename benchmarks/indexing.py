@@ -4,10 +4,11 @@
     python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --decoders pillow torchcodec
     python benchmarks/indexing.py --arch tiny --images 5000 --side 4000
 
-Rows: the backbone's bare forward on batches that lie on its device, the whole model on them, and for each decoder
-decoding alone, in as many worker processes, and indexing from the first file to the last row (Lance where it is
-installed, else in memory), new and unchanged. A line says where Pillow's time goes. Images are generated JPEGs with
-detail at all scales, so that they decode as photos do. Weights are random: time does not depend on them.
+Rows: the backbone's bare forward on batches that are on its device, the whole model on them, and for each decoder
+decoding alone, in as many worker processes, and indexing from the first file to the last row (Lance if it is installed,
+else in memory), new and unchanged; with --ray also on one Ray actor. A line splits Pillow's time into steps. Images are
+generated JPEGs with detail at all scales, so that they decode as photos do. Weights are random: time does not depend on
+them.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from union_igrot.images.transforms import ImageToPixels, model_input
 from union_igrot.models.model import IGROTModel, load
 
 DISTINCT = 128
-"""Images that are drawn; more are these again, with other bytes at the end."""
+"""Distinct images; more are copies with other trailing bytes."""
 CAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -55,20 +56,22 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--side", default=1280, type=int, help="longer side of the images in pixels; 4:3")
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 1), type=int)
     parser.add_argument("--decoders", default=["pillow"], nargs="+", choices=["pillow", "torchcodec"])
+    parser.add_argument("--sample", default=None, type=int, help="images of the rows without indexing; default all")
+    parser.add_argument("--ray", action="store_true", help="also index on one Ray actor")
     parser.add_argument("--repeats", default=3, type=int, help="the fastest of these counts")
     parser.add_argument("--json", default=None, help="also write the metrics to this file")
     return parser.parse_args()
 
 
-def write_pictures(folder: Path, count: int, side: int) -> int:
-    """Write JPEGs of noise at all scales; give their mean size in bytes."""
+def write_images(folder: Path, count: int, side: int) -> int:
+    """Write JPEGs of noise at all scales; return their mean size in bytes."""
     rng = np.random.default_rng(0)
     high, wide = side * 3 // 4, side
     layers = []
     for scale in range(9):
         small = rng.integers(0, 256, (max(1, high >> scale), max(1, wide >> scale), 3), dtype=np.uint8)
         layers.append(np.asarray(Image.fromarray(small).resize((wide, high), Image.Resampling.BICUBIC), np.float32))
-    weights = [1.2**at for at in range(len(layers))]  # about as many bytes a pixel as photos take
+    weights = [1.2**at for at in range(len(layers))]  # about as many bytes per pixel as photos
     texture = sum(layer * weight for layer, weight in zip(layers, weights, strict=True)) / sum(weights)
     made = []
     for number in range(min(count, DISTINCT)):
@@ -76,7 +79,7 @@ def write_pictures(folder: Path, count: int, side: int) -> int:
         file = io.BytesIO()
         Image.fromarray(shifted).save(file, "JPEG", quality=88)
         made.append(file.getvalue())
-    for number in range(count):  # bytes behind the end of a JPEG make it another file, and decode to nothing
+    for number in range(count):  # trailing bytes make it another file and are not decoded
         (folder / f"{number:06d}.jpg").write_bytes(made[number % len(made)] + number.to_bytes(4, "big"))
     return sum(map(len, made)) // len(made)
 
@@ -96,16 +99,16 @@ def fastest(repeats: int, work: Callable[[], object], device: str) -> float:
 def decoded(
     model: IGROTModel, folder: Path, arguments: argparse.Namespace, decoder: str = "pillow"
 ) -> Iterator[torch.Tensor]:
-    """Decode all images as indexing does."""
+    """Decode the sample as indexing does."""
     options = IngestOptions(arguments.batch, arguments.workers, decoder)
-    entries = list_images(str(folder)).entries
+    entries = list_images(str(folder)).entries[: arguments.sample]
     batches = decode_entries(model, entries, options, np.empty(0, dtype=np.uint64), Timings())
     return (torch.cat([part.pixels for part in parts]) for _, parts in batches)
 
 
 def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:
-    """Time the steps of decoding an image, in this process, in milliseconds an image."""
-    spent = dict.fromkeys(("read and hash", "decode", "bring to the model's size", "thumbnail"), 0.0)
+    """Time the steps of decoding an image, in this process, in milliseconds per image."""
+    spent = dict.fromkeys(("read and hash", "decode", "resize", "thumbnail"), 0.0)
     to_pixels, files = ImageToPixels(model.preprocess), sorted(folder.iterdir())[:most]
     for file in files:
         marks = [time.perf_counter()]
@@ -123,11 +126,19 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
     return spent
 
 
-def index(model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str) -> IngestReport:
+def index(
+    model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str, executor: str = "local"
+) -> IngestReport:
     """Index the images."""
-    place = folder.parent / "cache"
     options = IngestOptions(
-        arguments.batch, arguments.workers, decoder, progress=False, cache=place, precision=arguments.precision
+        arguments.batch,
+        arguments.workers,
+        decoder,
+        progress=False,
+        cache=folder.parent / "cache",
+        precision=arguments.precision,
+        executor=executor,
+        actors=1,
     )
     with open_index(uri, dim=model.backbone.dim, create=True) as rows:
         return ingest_images(rows, model, list_images(str(folder)), options)
@@ -141,11 +152,11 @@ def main() -> None:
     cast = CAST[arguments.precision]
     engine = "lance" if importlib.util.find_spec("lance") else "memory:"
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "pictures"
+        folder = Path(place) / "images"
         folder.mkdir()
-        size = write_pictures(folder, arguments.images, arguments.side)
-        some = decoded(model, folder, arguments)
-        batches = [model_input(pixels.to(arguments.device), model.preprocess) for pixels in some]
+        size = write_images(folder, arguments.images, arguments.side)
+        sample = decoded(model, folder, arguments)
+        batches = [model_input(pixels.to(arguments.device), model.preprocess) for pixels in sample]
 
         def forward(whole: bool) -> None:
             kind = arguments.device.split(":")[0]
@@ -169,10 +180,14 @@ def main() -> None:
             seconds[f"reading and embedding, {name}"] = reports[name].working
             seconds[f"indexing, {name}"] = min(report.seconds for report in made)
             again = None if engine == "memory:" else index(model, folder, uris[0], arguments, name)
-    tell(arguments, seconds, steps, reports, again, size)
+        if arguments.ray:
+            uri = engine if engine == "memory:" else f"{place}/ray.lance"
+            reports["Ray"] = index(model, folder, uri, arguments, arguments.decoders[0], "ray")
+            seconds["indexing, one Ray actor"] = reports["Ray"].seconds
+    print_results(arguments, seconds, steps, reports, again, size)
 
 
-def tell(
+def print_results(
     arguments: argparse.Namespace,
     seconds: dict[str, float],
     steps: dict[str, float],
@@ -187,23 +202,25 @@ def tell(
         f"threads, {arguments.workers} workers; {arguments.images:,} JPEGs of {arguments.side} pixels, "
         f"{size // 1000} kB"
     )
-    for column in ("work", "pictures/s", "of bare forward"):
-        table.add_column(column, justify="left" if column == "work" else "right")
-    bare = seconds["backbone forward, bare"]
+    for column in ("step", "images/s", "time relative to bare forward"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    sample = min(arguments.images, arguments.sample or arguments.images)
+    counts = {name: arguments.images if name.startswith(("indexing", "reading")) else sample for name in seconds}
+    bare = sample / seconds["backbone forward, bare"]
     rows = []
     for name, spent in seconds.items():
-        rate = arguments.images / spent
-        table.add_row(name, f"{rate:,.1f}", f"{spent / bare:.2f}")
-        rows.append({"work": name, "pictures_per_second": rate, "of_bare_forward": spent / bare})
+        rate = counts[name] / spent
+        table.add_row(name, f"{rate:,.1f}", f"{bare / rate:.2f}")
+        rows.append({"step": name, "images_per_second": rate, "of_bare_forward": bare / rate})
     Console().print(table)
-    print("a decoder's time, ms an image: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
+    print("decoding, ms per image: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
     for name, best in reports.items():
         print(
             f"{name}: model idle for {best.decoding_wait:.2f} s (decoding) and {best.writing_wait:.2f} s (writing), "
             f"decoding idle for {best.decoding_idle:.2f} s (model)"
         )
     if again is not None:
-        print(f"run again, {again.unchanged:,} unchanged images took {again.seconds:.2f} s")
+        print(f"second run: {again.unchanged:,} unchanged images took {again.seconds:.2f} s")
     text = json.dumps(
         {"settings": vars(arguments) | {"processor": where, "bytes": size}, "rows": rows, "decoder_ms": steps}, indent=2
     )

@@ -5,7 +5,7 @@
 
 Rows: the backbone's bare forward (images and texts of a batch), a training step that encodes
 everything, one on features encoded before, a gallery batch. Weights are random and images
-are noise: time does not depend on them. Knows neither data nor files; says nothing of quality.
+are noise: time does not depend on them.
 """
 
 import argparse
@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import open_clip
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
 from union_igrot.models.factory import build_query_head, build_target_head
-from union_igrot.models.model import IGROTModel
+from union_igrot.models.model import IGROTModel, load
 from union_igrot.training.losses import InfoNCE
 from union_igrot.types import Features, Preprocess
 
@@ -34,18 +33,20 @@ TEXT = "is a small dog with a hat, and it sits on the left of the sofa"
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Time a training step and a gallery batch.")
-    parser.add_argument("--arch", default="ViT-B-32", choices=open_clip.list_models(), metavar="NAME")
+    parser.add_argument("--arch", default="ViT-B-32", help="an open_clip architecture, or tiny")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--precision", default="fp32", choices=DTYPES)
-    parser.add_argument("--batch", default=16, type=int, help="samples of a step, images of a gallery batch")
+    parser.add_argument("--batch", default=16, type=int, help="samples per step, images per gallery batch")
     parser.add_argument("--steps", default=5, type=int, help="timed repeats; the fastest counts")
-    parser.add_argument("--warmup", default=2, type=int, help="repeats before the clock runs")
+    parser.add_argument("--warmup", default=2, type=int, help="repeats that are not timed")
     parser.add_argument("--json", default=None, help="also write the metrics to this file")
     return parser.parse_args()
 
 
 def build_model(arch: str) -> IGROTModel:
-    """Build the paper's model (TransAgg and UNION) on a CLIP with random weights."""
+    """Build the paper's model (TransAgg and UNION) on a CLIP with random weights, or load the bundled model."""
+    if arch == "tiny":
+        return load("tiny")
     torch.manual_seed(0)
     config = configuration(f"open_clip:{arch}/openai")
     size = config["vision_cfg"]["image_size"]
@@ -56,7 +57,7 @@ def build_model(arch: str) -> IGROTModel:
 
 
 def measure(planned: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Time each piece of work in milliseconds, all in turn, so that a busy machine slows them alike."""
+    """Time each step in milliseconds, in turn, so that other load slows all of them alike."""
     on_gpu = arguments.device.startswith("cuda")
     times: dict[str, list[float]] = {name: [] for name in planned}
     for repeat in range(arguments.warmup + arguments.steps):
@@ -71,13 +72,13 @@ def measure(planned: dict[str, Callable[[], object]], arguments: argparse.Namesp
 
 
 def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[Callable[[], object], int, int]]:
-    """Return the pieces of work, each with the images and the texts that it encodes."""
+    """Return the steps, each with the number of images and texts that it encodes."""
     batch, device = arguments.batch, arguments.device
     size = model.preprocess.size
     images, targets = torch.randn(2, batch, 3, size, size, device=device)
     texts, groups = [TEXT] * batch, torch.arange(batch, device=device)
     trained = [x for x in model.parameters() if x.requires_grad]
-    optimiser, loss = torch.optim.AdamW(trained, lr=1e-4), InfoNCE()
+    optimizer, loss = torch.optim.AdamW(trained, lr=1e-4), InfoNCE()
     cast = torch.autocast(device.split(":")[0], DTYPES[arguments.precision], enabled=arguments.precision != "fp32")
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=arguments.precision == "fp16")
 
@@ -91,11 +92,11 @@ def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[C
             model.backbone.encode_image(targets)
 
     def step(reference: torch.Tensor | Features, text: list[str] | Features, target: torch.Tensor | Features) -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with cast:
             value = loss(model.embed_queries(reference, text), model.embed_gallery(target), groups)
         scaler.scale(value).backward()
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
 
     def gallery() -> None:
@@ -118,15 +119,15 @@ def main() -> None:
     model = build_model(arguments.arch).to(arguments.device).train()
     planned = works(model, arguments)
     measured = measure({name: work for name, (work, _, _) in planned.items()}, arguments)
-    # The fastest repeat is the least disturbed one; the median beside it tells how disturbed the rest was.
+    # The fastest repeat is the least disturbed one; the median shows how disturbed the others were.
     times = {name: min(repeats) for name, repeats in measured.items()}
     bare = {
         name: times["backbone forward of a " + ("gallery batch" if "gallery" in name else "step")] for name in times
     }
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
     table = Table(title=f"{arguments.arch}, {arguments.precision}, batch {arguments.batch}, {where}")
-    for column in ("work", "images / texts encoded", "ms", "median ms", "of bare forward", "samples / s"):
-        table.add_column(column, justify="left" if column == "work" else "right")
+    for column in ("step", "images / texts encoded", "ms", "median ms", "of bare forward", "samples / s"):
+        table.add_column(column, justify="left" if column == "step" else "right")
     rows = []
     for name, milliseconds in times.items():
         share, rate = milliseconds / bare[name], 1000 * arguments.batch / milliseconds
@@ -137,7 +138,7 @@ def main() -> None:
         )
         rows.append(
             {
-                "work": name,
+                "step": name,
                 "ms": milliseconds,
                 "median_ms": median,
                 "of_bare_forward": share,
