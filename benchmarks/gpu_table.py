@@ -27,7 +27,8 @@ def rows(out: Path) -> Iterator[tuple[str, str]]:
         elif part == "evaluation":
             found = json.loads((out / "evaluation.log").read_text().splitlines()[-1])
             name = f"evaluation, {found['queries']:,} queries, {found['gallery']:,} images"
-            yield name, f"{found['evaluation_s']} s ({found['ratio']} x the bare product), {found['mib_above_features']} MiB"
+            time = f"{found['evaluation_s']} s ({found['ratio']} x the bare product)"
+            yield name, f"{time}, {found['mib_above_features']} MiB"
         elif part == "fsdp":
             results = json.loads((out / "fsdp" / "results.json").read_text())
             found = next(row for row in results if row["method"] == "trained")
