@@ -58,9 +58,7 @@ class ToyIndex(VectorIndex):
         found = self._select(self._passing(condition), columns).columns
         return iter([found] if len(next(iter(found.values()), [])) else [])
 
-    def _search(self, queries, k, condition, mode, columns):
-        if mode == "ann":
-            raise ConfigError("there is no approximate index here")
+    def _exact(self, queries, k, condition, columns):
         rows = self._select(self._passing(condition), [])
         if not rows.ids:
             return [IndexHits.empty(columns) for _ in queries]

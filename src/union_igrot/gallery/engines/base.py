@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, TypeVar, get_args
@@ -14,20 +15,23 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, check_choice
 from union_igrot.evaluation import exact
 from union_igrot.gallery.engines.filters import ColumnKind, Condition, parse_filter
 from union_igrot.types import Ranking
 
 ColumnValue = str | int | float | bool | bytes | None
 """A value of a column."""
+Queries = Float32[Tensor, "queries dim"]
+"""Embeddings of queries."""
+ColumnBatch = Mapping[str, Sequence[ColumnValue]]
+"""Columns of some rows by name, one value per row."""
 SearchMode = Literal["exact", "ann", "auto"]
 """Exact search, approximate search, or a choice by size, which is exact up to `AUTO_EXACT` rows."""
 AUTO_EXACT: Final = 200_000
 """Rows up to which `auto` is exact, at tens of milliseconds per query."""
 SCAN_BATCH: Final = 4096
 """Rows in a batch of `scan`."""
-NO_ANN: Final = "there is no approximate index"
 RESERVED: Final = ("id", "row", "vector")
 """Column names that engines use themselves."""
 
@@ -56,7 +60,7 @@ class Rows:
 
     ids: Sequence[str]
     vectors: Float[Tensor, "rows dim"]
-    columns: Mapping[str, Sequence[ColumnValue]]
+    columns: ColumnBatch
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,25 @@ class IndexHits:
 
     ids: Sequence[str]
     scores: Float[Tensor, " found"]
-    columns: Mapping[str, Sequence[ColumnValue]]
+    columns: ColumnBatch
 
     @classmethod
     def empty(cls, columns: Sequence[str]) -> "IndexHits":
         """Return the result of a query without hits."""
         return cls([], torch.empty(0), {name: [] for name in columns})
+
+    @classmethod
+    def of_rows(
+        cls,
+        data: ColumnBatch,
+        rows: Int64[np.ndarray, " found"],
+        scores: Float32[Tensor, " found"],
+        columns: Sequence[str],
+    ) -> "IndexHits":
+        """Return some rows of a batch with `id`; columns that it lacks are None."""
+        chosen = rows.tolist()
+        values = {name: [data[name][i] if name in data else None for i in chosen] for name in columns}
+        return cls([str(data["id"][i]) for i in chosen], scores, values)
 
 
 class VectorIndex(ABC):
@@ -122,19 +139,21 @@ class VectorIndex(ABC):
         """Return those rows of distinct ids that exist, in any order, with all columns."""
 
     @abstractmethod
-    def _scan(
-        self, columns: Sequence[str], condition: Condition | None
-    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]: ...
+    def _scan(self, columns: Sequence[str], condition: Condition | None) -> Iterator[ColumnBatch]:
+        """Read columns of the rows that pass, as they are at the call."""
 
     @abstractmethod
-    def _search(
-        self,
-        queries: Float32[Tensor, "queries dim"],
-        k: int,
-        condition: Condition | None,
-        mode: Literal["exact", "ann"],
-        columns: Sequence[str],
-    ) -> list[IndexHits]: ...
+    def _exact(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        """Search by comparing each query with all rows that pass."""
+
+    def _ann(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:  # noqa: ARG002
+        """Search with the approximate index; an engine without one keeps this error."""
+        raise ConfigError(f"{self.uri}: there is no approximate index; search with exact or auto")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the engine into a DataError of one line, around all methods above."""
+        yield
 
     def auto_mode(self) -> Literal["exact", "ann"]:
         """Return the mode that `auto` stands for now."""
@@ -156,12 +175,14 @@ class VectorIndex(ABC):
         """
         rows, new = validate_rows(rows, self.dim, self.columns)
         if rows.ids:
-            self._upsert(rows, new)
+            with self._errors():
+                self._upsert(rows, new)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove rows and return how many existed."""
         validate_ids(ids)
-        return self._delete(list(dict.fromkeys(ids))) if ids else 0
+        with self._errors():
+            return self._delete(list(dict.fromkeys(ids))) if ids else 0
 
     def fetch(self, ids: Sequence[str]) -> Rows:
         """Read rows in the order of the ids.
@@ -170,7 +191,8 @@ class VectorIndex(ABC):
             DataError: If ids do not exist; names them.
         """
         validate_ids(ids)
-        found = self._fetch(list(dict.fromkeys(ids)))
+        with self._errors():
+            found = self._fetch(list(dict.fromkeys(ids)))
         position = {name: i for i, name in enumerate(found.ids)}
         if absent := [name for name in ids if name not in position]:
             shown = ", ".join(map(repr, absent[:3])) + (", ..." if len(absent) > 3 else "")
@@ -179,7 +201,7 @@ class VectorIndex(ABC):
         columns = {name: [values[i] for i in order] for name, values in found.columns.items()}
         return Rows(list(ids), found.vectors[order], columns)
 
-    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[ColumnBatch]:
         """Read columns of all rows in batches, in the order in which the rows were first written.
 
         Later writes are not seen (on Milvus, they may be).
@@ -191,7 +213,12 @@ class VectorIndex(ABC):
         Raises:
             ConfigError: If the filter is invalid.
         """
-        return self._scan(columns, self._condition(where))
+        with self._errors():
+            return self._guarded(self._scan(columns, self._condition(where)))
+
+    def _guarded(self, batches: Iterator[ColumnBatch]) -> Iterator[ColumnBatch]:
+        with self._errors():
+            yield from batches
 
     def search(
         self,
@@ -221,13 +248,21 @@ class VectorIndex(ABC):
                 index is too large for `exact`.
             DataError: If the queries have another width or are not finite.
         """
-        if mode not in get_args(SearchMode):
-            raise ConfigError(f"invalid value for mode: {mode!r} (expected one of {', '.join(get_args(SearchMode))})")
-        queries = validate_queries(queries, self.dim, k)
-        condition = self._condition(where)
+        check_choice("mode", mode, get_args(SearchMode))
+        if k < 1:
+            raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise DataError(
+                f"invalid shape of queries: {_shape(queries)} (index of width {self.dim}); embed them with its model"
+            )
+        if not queries.isfinite().all():
+            raise DataError("a query holds nan or infinity; encode it again")
+        condition, queries = self._condition(where), queries.detach().to("cpu", torch.float32)
         if not len(queries):
             return []
-        return self._search(queries, k, condition, self.auto_mode() if mode == "auto" else mode, columns)
+        with self._errors():
+            search = self._ann if (self.auto_mode() if mode == "auto" else mode) == "ann" else self._exact
+            return search(queries, k, condition, columns)
 
     def _condition(self, where: str | None) -> Condition | None:
         return None if where is None else parse_filter(where, {"id": "str", **self.columns})
@@ -243,7 +278,7 @@ class VectorIndex(ABC):
 
 
 def topk_of_rows(
-    queries: Float32[Tensor, "queries dim"],
+    queries: Queries,
     vectors: Float32[Tensor, "all dim"],
     rows: Int64[np.ndarray, " rows"] | None,
     k: int,
@@ -275,6 +310,37 @@ def topk_of_rows(
         scores, order = torch.cat([scores, found.scores], dim=1).sort(dim=1, descending=True, stable=True)
         positions, scores = positions.gather(1, order)[:, :k], scores[:, :k]
     return Ranking(positions, scores)
+
+
+def rank_rows(
+    queries: Queries,
+    vectors: Float32[Tensor, "all dim"],
+    rows: Int64[np.ndarray, " rows"] | None,
+    k: int,
+    columns: Sequence[str],
+    read: Callable[[Int64[np.ndarray, " found"], Sequence[str]], ColumnBatch],
+) -> list[IndexHits]:
+    """Search some rows of a matrix.
+
+    Args:
+        queries: Embeddings.
+        vectors: The matrix.
+        rows: Row numbers, increasing; None for all rows.
+        k: Number of hits.
+        columns: Columns of the hits.
+        read: Reads columns, `id` among them, of row numbers.
+
+    Returns:
+        One result per query; equal scores are ordered by row number.
+    """
+    count = len(vectors) if rows is None else len(rows)
+    if not count:
+        return [IndexHits.empty(columns) for _ in queries]
+    found = topk_of_rows(queries, vectors, rows, min(k, count))
+    positions = found.positions.numpy()
+    numbers, inverse = np.unique(positions if rows is None else rows[positions], return_inverse=True)
+    data, chosen = read(numbers, ["id", *columns]), inverse.reshape(positions.shape)
+    return [IndexHits.of_rows(data, at, scores, columns) for at, scores in zip(chosen, found.scores, strict=True)]
 
 
 def validate_rows(rows: Rows, dim: int, kinds: Mapping[str, ColumnKind]) -> tuple[Rows, dict[str, ColumnKind]]:
@@ -314,7 +380,7 @@ def validate_rows(rows: Rows, dim: int, kinds: Mapping[str, ColumnKind]) -> tupl
             if name not in kinds:
                 _check_name(name)
                 new[name] = kind
-            columns[name] = [None if value is None else _NORMALIZED[kind](name, value) for value in values]
+            columns[name] = [None if value is None else _normalize_value(name, kind, value) for value in values]
     return Rows(list(rows.ids), vectors, columns), new
 
 
@@ -328,19 +394,6 @@ def validate_ids(ids: Sequence[str]) -> None:
         if not name:
             raise DataError("an id is empty (expected a name for each row)")
         _check_unicode("the id", name)
-
-
-def validate_queries(queries: Float[Tensor, "queries dim"], dim: int, k: int) -> Float32[Tensor, "queries dim"]:
-    """Check the arguments of a search, and return the queries in float32 on the CPU."""
-    if k < 1:
-        raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
-    if queries.ndim != 2 or queries.shape[1] != dim:
-        raise DataError(
-            f"queries of shape {_shape(queries)} for an index of width {dim}; embed them with the model of the index"
-        )
-    if not queries.isfinite().all():
-        raise DataError("a query holds nan or infinity; encode it again")
-    return queries.detach().to("cpu", torch.float32)
 
 
 def dump_metadata(metadata: Mapping[str, Any] | None) -> str:
@@ -399,27 +452,18 @@ def _check_unicode(what: str, text: str) -> None:
         raise DataError(f"{what} {text!r} is not valid Unicode; rename it") from None
 
 
-def _string(name: str, value: Any) -> str:
-    _check_unicode(f"in the column {name!r}", value)
-    return str(value)
-
-
-def _integer(name: str, value: Any) -> int:
-    if not -_INT64 < value < _INT64:
-        raise DataError(f"the column {name!r} holds {value}, which exceeds 64 bits; pass it as text")
-    return int(value)
-
-
-def _number(name: str, value: Any) -> float:
-    if not math.isfinite(value):
-        raise DataError(f"the column {name!r} holds {value}; pass None for a missing number")
-    return float(value) + 0.0  # engines do not agree on whether -0.0 equals 0.0
-
-
-_NORMALIZED: Final[Mapping[ColumnKind, Callable[[str, Any], ColumnValue]]] = {
-    "str": _string,
-    "int": _integer,
-    "float": _number,
-    "bool": lambda _, value: bool(value),
-    "bytes": lambda _, value: bytes(value),
-}
+def _normalize_value(name: str, kind: ColumnKind, value: Any) -> ColumnValue:
+    match kind:
+        case "str":
+            _check_unicode(f"in the column {name!r}", value)
+            return str(value)
+        case "int" if not -_INT64 < value < _INT64:
+            raise DataError(f"the column {name!r} holds {value}, which exceeds 64 bits; pass it as text")
+        case "int":
+            return int(value)
+        case "float" if not math.isfinite(value):
+            raise DataError(f"the column {name!r} holds {value}; pass None for a missing number")
+        case "float":
+            return float(value) + 0.0  # engines do not agree on whether -0.0 equals 0.0
+        case _:
+            return bool(value) if kind == "bool" else bytes(value)

@@ -1,5 +1,6 @@
 """Open an index by its URI, with the engine registered for its scheme or suffix."""
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
@@ -102,13 +103,6 @@ def _find_engine(uri: str) -> _Engine | None:
     return engine if engine is not None and scheme in ("", *engine.stores) else None
 
 
-def _require(module: str, extra: str, uri: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f'{without_password(uri)} needs a package that is not installed; pip install "union-igrot[{extra}]"'
-        )
-
-
 def _open_memory(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
     from union_igrot.gallery.engines.memory import MemoryIndex  # noqa: PLC0415 - engines are imported if needed
 
@@ -119,23 +113,25 @@ def _open_memory(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | Non
     return MemoryIndex(required_dim(uri, dim), metadata)
 
 
-def _open_lance(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
-    _require("lance", "gallery", uri)
-    from union_igrot.gallery.engines.lance import LanceIndex  # noqa: PLC0415
+def _builtin(module: str, name: str, package: str, extra: str) -> EngineOpener:
+    """Return an opener that imports an engine, and the package that it needs, when it is used."""
 
-    return LanceIndex(uri, dim=dim, metadata=metadata, create=create)
+    def opener(uri: str, **options: Any) -> VectorIndex:
+        if importlib.util.find_spec(package) is None:
+            shown = without_password(uri)
+            raise ConfigError(f'{shown} needs a package that is not installed; pip install "union-igrot[{extra}]"')
+        index: VectorIndex = getattr(importlib.import_module(module), name)(uri, **options)
+        return index
+
+    return opener
 
 
-def _open_milvus(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
-    _require("pymilvus", "milvus", uri)
-    from union_igrot.gallery.engines.milvus import MilvusIndex  # noqa: PLC0415
-
-    return MilvusIndex(uri, dim=dim, metadata=metadata, create=create)
-
-
+_open_milvus = _builtin("union_igrot.gallery.engines.milvus", "MilvusIndex", "pymilvus", "milvus")
 _ENGINES: Final[dict[str, _Engine]] = {
     "memory": _Engine(_open_memory, ()),
-    ".lance": _Engine(_open_lance, ("s3", "gs", "az")),
+    ".lance": _Engine(
+        _builtin("union_igrot.gallery.engines.lance", "LanceIndex", "lance", "gallery"), ("s3", "gs", "az")
+    ),
     "milvus": _Engine(_open_milvus, ()),
     "milvus+tls": _Engine(_open_milvus, ()),
 }

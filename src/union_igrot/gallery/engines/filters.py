@@ -19,12 +19,15 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Final, Literal
 
 import numpy as np
 from jaxtyping import Bool
+from sqlglot import exp, parse_one
+from sqlglot.errors import ParseError, TokenError
 
 from union_igrot.errors import ConfigError
 
@@ -34,16 +37,23 @@ Constant = str | int | float | bool
 Operator = Literal["=", "!=", "<", "<=", ">", ">=", "in", "not in", "like", "not like", "is null", "is not null"]
 
 _WORDS: Final = frozenset(("and", "or", "not", "in", "between", "like", "is", "null", "true", "false", "escape"))
-_PAIRS: Final[tuple[tuple[Operator, Operator], ...]] = (
-    ("=", "!="),
-    ("<", ">="),
-    ("<=", ">"),
-    ("in", "not in"),
-    ("like", "not like"),
-    ("is null", "is not null"),
+# An operator, its negation, the one with exchanged sides, its function, and its class in the parsed text.
+_COMPARISONS: Final[tuple[tuple[Operator, Operator, Operator, Callable[[Any, Any], bool], type], ...]] = (
+    ("=", "!=", "=", eq, exp.EQ),
+    ("!=", "=", "!=", ne, exp.NEQ),
+    ("<", ">=", ">", lt, exp.LT),
+    ("<=", ">", ">=", le, exp.LTE),
+    (">", "<=", "<", gt, exp.GT),
+    (">=", "<", "<=", ge, exp.GTE),
 )
-_NEGATED: Final[Mapping[Operator, Operator]] = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
-_SWAPPED: Final[Mapping[Operator, Operator]] = {"=": "=", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_COMPARE: Final = {op: compare for op, _, _, compare, _ in _COMPARISONS}
+_PARSED: Final = {node: op for op, *_, node in _COMPARISONS}
+_SWAPPED: Final = {op: swapped for op, _, swapped, _, _ in _COMPARISONS}
+_NEGATED: Final[Mapping[Operator, Operator]] = {
+    **{op: negated for op, negated, *_ in _COMPARISONS},
+    **{"in": "not in", "like": "not like", "not like": "like", "is null": "is not null"},
+}
+_ENDS: Final[tuple[tuple[Operator, str], ...]] = ((">=", "low"), ("<=", "high"))
 _MAX_COMPARISONS: Final = 1000
 _KIND_NAMES: Final = {"str": "text", "int": "integers", "float": "numbers", "bool": "booleans", "bytes": "bytes"}
 _INT64: Final = 2**63
@@ -127,32 +137,53 @@ def matching(condition: Condition, column: Callable[[str], Sequence[Any]]) -> Bo
         join = np.logical_and if isinstance(condition, AllOf) else np.logical_or
         return np.asarray(join.reduce([matching(part, column) for part in condition.parts]), dtype=bool)
     values, passes = column(condition.column), _predicate(condition)
-    if condition.op == "is null":
-        return np.fromiter((value is None for value in values), bool, len(values))
-    return np.fromiter((value is not None and passes(value) for value in values), bool, len(values))
+    on_none = condition.op == "is null"
+    return np.fromiter((on_none if value is None else passes(value) for value in values), bool, len(values))
 
 
 def _predicate(test: Comparison) -> Callable[[Any], bool]:
     """Return the comparison as a function of a value that is not None."""
+    negated = test.op.startswith("not ")
     if test.op in ("is null", "is not null"):
-        return lambda _: True
+        return lambda _: test.op == "is not null"
     if test.op in ("in", "not in"):
-        wanted = set(test.values)
-        return lambda value: (value in wanted) is (test.op == "in")
-    constant: Any = test.values[0]
+        listed = frozenset(test.values)
+        return lambda value: (value in listed) is not negated
     if test.op in ("like", "not like"):
-        parts = (".*" if part is None else re.escape(part) if part else "." for part in like_parts(constant))
-        fullmatch = re.compile("".join(parts), re.DOTALL).fullmatch
-        return lambda value: (fullmatch(value) is not None) is (test.op == "like")
-    compare: dict[Operator, Callable[[Any], bool]] = {
-        "=": lambda value: value == constant,
-        "!=": lambda value: value != constant,
-        "<": lambda value: value < constant,
-        "<=": lambda value: value <= constant,
-        ">": lambda value: value > constant,
-        ">=": lambda value: value >= constant,
-    }
-    return compare[test.op]
+        matches = like_matcher(str(test.values[0]))
+        return lambda value: matches(value) is not negated
+    compare, constant = _COMPARE[test.op], test.values[0]
+    return lambda value: compare(value, constant)
+
+
+def like_matcher(pattern: str) -> Callable[[str], bool]:
+    """Return whether a text matches a pattern of `like`, in time linear in the text whatever the pattern.
+
+    All matches of a prefix of the pattern are followed at once, as the bits of a number (Baeza-Yates and Gonnet, A new
+    approach to text searching, 1992): a regular expression would try them one after the other.
+    """
+    literals, accepts, any_char, loops, size = [], dict[str, int](), 0, 0, 0
+    for part in like_parts(pattern):
+        if part is None:
+            loops |= 1 << size
+        elif not part:
+            any_char |= 1 << size
+            size += 1
+        else:
+            literals.append(part)
+            for char in part:
+                accepts[char] = accepts.get(char, 0) | 1 << size
+                size += 1
+
+    def matches(text: str) -> bool:
+        if not all(literal in text for literal in literals):
+            return False
+        states = 1
+        for char in text:
+            states = (states & (accepts.get(char, 0) | any_char)) << 1 | states & loops
+        return states >> size & 1 == 1
+
+    return matches
 
 
 def like_parts(text: str) -> list[str | None]:
@@ -174,9 +205,6 @@ def like_parts(text: str) -> list[str | None]:
 
 @lru_cache(maxsize=256)  # a filter is often used for many searches
 def _parse(text: str) -> Condition:
-    from sqlglot import exp, parse_one  # noqa: PLC0415 - only if there is a filter
-    from sqlglot.errors import ParseError, TokenError  # noqa: PLC0415
-
     if not text.strip():
         raise ConfigError("is empty (expected such as class = 'dog' and year > 2020)")
     log = logging.getLogger("sqlglot")
@@ -203,9 +231,6 @@ def _parse(text: str) -> Condition:
 
 def _keyword_advice(text: str) -> str:
     """Return advice on quoting if a word outside of quotes is a keyword of SQL."""
-    from sqlglot import exp, parse_one  # noqa: PLC0415
-    from sqlglot.errors import ParseError, TokenError  # noqa: PLC0415
-
     for word in re.findall(r"[a-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", " ", text), re.IGNORECASE):
         if word.lower() not in _WORDS:
             try:
@@ -217,8 +242,6 @@ def _keyword_advice(text: str) -> str:
 
 def _condition(node: Any, negated: bool) -> Condition:
     """Convert a parsed expression, or its negation."""
-    from sqlglot import exp  # noqa: PLC0415
-
     while isinstance(node, exp.Paren | exp.Not):
         _check_only(node, "this")
         negated ^= isinstance(node, exp.Not)
@@ -228,29 +251,21 @@ def _condition(node: Any, negated: bool) -> Condition:
         parts = tuple(_condition(part, negated) for part in node.flatten())
         return AllOf(parts) if isinstance(node, exp.And) is not negated else AnyOf(parts)
     if isinstance(node, exp.Between):
-        ends = (("<", "low"), (">", "high")) if negated else ((">=", "low"), ("<=", "high"))
-        tests = tuple(Comparison(_column(node.this), op, (_constant(node.args[end]),)) for op, end in ends)  # type: ignore[arg-type]
-        return AnyOf(tests) if negated else AllOf(tests)
-    test = _comparison(node)
-    return Comparison(test.column, _NEGATED[test.op], test.values) if negated else test
+        low, high = (Comparison(_column(node.this), op, (_constant(node.args[end]),)) for op, end in _ENDS)
+        return AnyOf((_negate(low), _negate(high))) if negated else AllOf((low, high))
+    return _negate(_comparison(node)) if negated else _comparison(node)
+
+
+def _negate(test: Comparison) -> Comparison:
+    return replace(test, op=_NEGATED[test.op])
 
 
 def _comparison(node: Any) -> Comparison:
-    from sqlglot import exp  # noqa: PLC0415
-
-    compared: dict[type, Operator] = {
-        exp.EQ: "=",
-        exp.NEQ: "!=",
-        exp.LT: "<",
-        exp.LTE: "<=",
-        exp.GT: ">",
-        exp.GTE: ">=",
-    }
-    if type(node) in compared:
-        op = compared[type(node)]
-        if isinstance(node.expression, exp.Column) and not isinstance(node.this, exp.Column):
-            return Comparison(_column(node.expression), _SWAPPED[op], (_constant(node.this),))
-        return Comparison(_column(node.this), op, (_constant(node.expression),))
+    if (op := _PARSED.get(type(node))) is not None:
+        left, right = node.this, node.expression
+        if isinstance(right, exp.Column) and not isinstance(left, exp.Column):
+            left, right, op = right, left, _SWAPPED[op]
+        return Comparison(_column(left), op, (_constant(right),))
     if isinstance(node, exp.In) and node.expressions:
         return Comparison(_column(node.this), "in", tuple(_constant(one) for one in node.expressions))
     if isinstance(node, exp.Like):
@@ -270,7 +285,6 @@ def _check_only(node: Any, *names: str) -> None:
 
 
 def _column(node: Any) -> str:
-    from sqlglot import exp  # noqa: PLC0415
 
     if not isinstance(node, exp.Column) or not isinstance(node.this, exp.Identifier) or len(node.parts) != 1:
         raise ConfigError(
@@ -280,7 +294,6 @@ def _column(node: Any) -> str:
 
 
 def _constant(node: Any) -> Constant:
-    from sqlglot import exp  # noqa: PLC0415
 
     if isinstance(node, exp.Null):
         raise ConfigError("nothing equals null; write: is null")

@@ -34,15 +34,15 @@ from torch import Tensor
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.engines.base import (
     AUTO_EXACT,
-    NO_ANN,
     SCAN_BATCH,
-    ColumnValue,
+    ColumnBatch,
     IndexHits,
+    Queries,
     Rows,
     VectorIndex,
     dump_metadata,
+    rank_rows,
     required_dim,
-    topk_of_rows,
     validate_rows,
 )
 from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, quote
@@ -153,81 +153,48 @@ class LanceIndex(VectorIndex):
         return self._write(delete)
 
     def _fetch(self, ids: Sequence[str]) -> Rows:
-        with self._errors():
-            table = self._latest()
-            names = list(_column_kinds(table))
-            found = _find_ids(table, ids, ["id", "vector", *names])
+        table = self._latest()
+        names = list(_column_kinds(table))
+        found = _find_ids(table, ids, ["id", "vector", *names])
         vectors = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         return Rows(found["id"].to_pylist(), torch.from_numpy(vectors.copy()), found.select(names).to_pydict())
 
-    def _scan(
-        self, columns: Sequence[str], condition: Condition | None
-    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
-        with self._errors():
-            snapshot = self._current()
-            rows = None if condition is None else snapshot.matching(filter_text(condition))
+    def _scan(self, columns: Sequence[str], condition: Condition | None) -> Iterator[ColumnBatch]:
+        snapshot = self._current()
+        rows = snapshot.matching(condition)
         offsets = snapshot.offsets if rows is None else snapshot.offsets[rows]
-        return self._batches(snapshot.table, offsets, columns)
+        starts = range(0, len(offsets), SCAN_BATCH)
+        return (_take(snapshot.table, offsets[at : at + SCAN_BATCH], columns) for at in starts)
 
-    def _batches(
-        self, table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[str]
-    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
-        for at in range(0, len(offsets), SCAN_BATCH):
-            with self._errors():
-                batch = _take(table, offsets[at : at + SCAN_BATCH], columns)
-            yield batch
+    def _exact(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        snapshot = self._current()
 
-    def _search(
-        self,
-        queries: Float32[Tensor, "queries dim"],
-        k: int,
-        condition: Condition | None,
-        mode: Literal["exact", "ann"],
-        columns: Sequence[str],
-    ) -> list[IndexHits]:
-        text = None if condition is None else filter_text(condition)
-        with self._errors():
-            if mode == "exact":
-                return self._exact(queries, k, text, columns)
-            table = self._latest()
-            if ann_index(table) is None:
-                raise ConfigError(f"{self.uri}: {NO_ANN} yet; optimize() builds it, or search with exact or auto")
-            return self._approximate(table, queries, k, text, columns)
+        def read(rows: Int64[np.ndarray, " found"], names: Sequence[str]) -> ColumnBatch:
+            return _take(snapshot.table, snapshot.offsets[rows], names)
+
+        return rank_rows(queries, snapshot.vectors(self.dim), snapshot.matching(condition), k, columns, read)
+
+    def _ann(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        table, hits = self._latest(), []
+        index, names = ann_index(table), _column_kinds(table)
+        if index is None:
+            raise ConfigError(
+                f"{self.uri}: there is no approximate index yet; optimize() builds it, or search with exact or auto"
+            )
+        read = ["id", "row", "_distance", *dict.fromkeys(name for name in columns if name in names)]
+        for query in queries:
+            found = search_ann(table, index, query, k, condition, read)
+            scores = 1.0 - found["_distance"].to_numpy().astype(np.float64)
+            order = np.lexsort((found["row"].to_numpy(), -scores))
+            data = found.to_pydict()
+            hits.append(IndexHits.of_rows(data, order, torch.from_numpy(scores[order]).float(), columns))
+        return hits
 
     def auto_mode(self) -> Literal["exact", "ann"]:
         """See `VectorIndex`."""
         with self._errors():
             table = self._latest()
             return "ann" if table.count_rows() > AUTO_EXACT and ann_index(table) is not None else "exact"
-
-    def _exact(self, queries: Tensor, k: int, text: str | None, columns: Sequence[str]) -> list[IndexHits]:
-        snapshot = self._current()
-        rows = None if text is None else snapshot.matching(text)
-        count = len(snapshot.offsets) if rows is None else len(rows)
-        if not count:
-            return [IndexHits.empty(columns) for _ in queries]
-        found = topk_of_rows(queries, snapshot.vectors(self.dim), rows, min(k, count))
-        positions = found.positions.numpy()
-        offsets, inverse = np.unique(
-            snapshot.offsets[positions if rows is None else rows[positions]], return_inverse=True
-        )
-        data = _take(snapshot.table, offsets, ["id", *columns])
-        inverse = inverse.reshape(positions.shape)
-        return [_hits(data, at, scores, columns) for at, scores in zip(inverse, found.scores, strict=True)]
-
-    def _approximate(
-        self, table: Any, queries: Tensor, k: int, text: str | None, columns: Sequence[str]
-    ) -> list[IndexHits]:
-        names = _column_kinds(table)
-        read = ["id", "row", "_distance", *dict.fromkeys(name for name in columns if name in names)]
-        hits = []
-        for query in queries:
-            found = search_ann(table, query, k, text, read)
-            scores = 1.0 - found["_distance"].to_numpy().astype(np.float64)
-            order = np.lexsort((found["row"].to_numpy(), -scores))
-            data = {name: found[name].to_pylist() for name in found.column_names}
-            hits.append(_hits(data, order, torch.from_numpy(scores[order]).float(), columns))
-        return hits
 
     def optimize(self) -> None:
         """See `VectorIndex`."""
@@ -353,9 +320,11 @@ class _Snapshot:
             self._vectors = vectors
         return self._vectors
 
-    def matching(self, text: str) -> Int64[np.ndarray, " found"]:
-        """Return the positions of the rows that pass a filter."""
-        found = self.table.scanner(columns=[], filter=text, with_row_address=True).to_table()
+    def matching(self, condition: Condition | None) -> Int64[np.ndarray, " found"] | None:
+        """Return the positions of the rows that pass a filter, None without one."""
+        if condition is None:
+            return None
+        found = self.table.scanner(columns=[], filter=filter_text(condition), with_row_address=True).to_table()
         return np.flatnonzero(np.isin(self._addresses, found["_rowaddr"].to_numpy()))
 
 
@@ -449,14 +418,15 @@ def _extend_ann(table: Any, name: str) -> None:
     table.optimize.optimize_indices(index_names=[name], num_indices_to_merge=merged)
 
 
-def search_ann(table: Any, query: Float32[Tensor, " dim"], k: int, text: str | None, columns: list[str]) -> Any:
+def search_ann(
+    table: Any, index: AnnIndex, query: Float32[Tensor, " dim"], k: int, condition: Condition | None, columns: list[str]
+) -> Any:
     """Find about the k rows of largest dot product; rows that are not indexed yet are scored too.
 
     A filter is applied first. The fewer rows pass it, the more partitions hold hits; Lance then searches on until the
     hits are settled.
     """
-    index = ann_index(table)
-    assert index is not None
+    text = None if condition is None else filter_text(condition)
     enough = math.ceil(SPARE * k * index.partitions / max(1, index.rows))
     probes = min(index.partitions, max(MIN_PROBES, index.partitions // PROBED_SHARE, enough))
     nearest = {
@@ -508,24 +478,12 @@ def _find_ids(table: Any, ids: Sequence[str], columns: Sequence[str]) -> Any:
     return pa.concat_tables(found)
 
 
-def _take(table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[str]) -> dict[str, list[ColumnValue]]:
+def _take(table: Any, offsets: Int64[np.ndarray, " rows"], columns: Sequence[str]) -> ColumnBatch:
     """Read columns of some rows; unknown columns are None."""
     kinds = _column_kinds(table)
     existing = [name for name in dict.fromkeys(columns) if name == "id" or name in kinds]
     found = table.take(pa.array(offsets, pa.uint64()), columns=existing).to_pydict() if existing else {}
     return {name: found.get(name, [None] * len(offsets)) for name in columns}
-
-
-def _hits(
-    data: Mapping[str, Sequence[ColumnValue]],
-    rows: Int64[np.ndarray, " found"],
-    scores: Float32[Tensor, " found"],
-    columns: Sequence[str],
-) -> IndexHits:
-    chosen = rows.tolist()
-    unknown: list[ColumnValue] = [None] * len(data["id"])
-    values = {name: [data.get(name, unknown)[i] for i in chosen] for name in columns}
-    return IndexHits([str(data["id"][i]) for i in chosen], scores, values)
 
 
 def _is_conflict(error: OSError) -> bool:

@@ -1,23 +1,22 @@
 """An index in memory, with exact search alone; needs no extra package and belongs to one thread."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import Tensor
+from jaxtyping import Int64
 
-from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import (
-    NO_ANN,
     SCAN_BATCH,
+    ColumnBatch,
     ColumnValue,
     IndexHits,
+    Queries,
     Rows,
     VectorIndex,
+    rank_rows,
     required_dim,
-    topk_of_rows,
 )
 from union_igrot.gallery.engines.filters import ColumnKind, Condition, matching
 
@@ -76,36 +75,19 @@ class MemoryIndex(VectorIndex):
         positions = list(found.values())
         return Rows(list(found), self._vectors[positions], self._read(positions, list(self._columns)))
 
-    def _scan(
-        self, columns: Sequence[str], condition: Condition | None
-    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
-        self.optimize()
-        rows = range(len(self)) if condition is None else np.flatnonzero(matching(condition, self._column)).tolist()
-        found = self._read(rows, columns)
-        starts = range(0, len(rows), SCAN_BATCH)
+    def _scan(self, columns: Sequence[str], condition: Condition | None) -> Iterator[ColumnBatch]:
+        rows = self._matching(condition)
+        found = self._read(range(len(self)) if rows is None else rows.tolist(), columns)
+        starts = range(0, len(self) if rows is None else len(rows), SCAN_BATCH)
         return ({name: values[at : at + SCAN_BATCH] for name, values in found.items()} for at in starts)
 
-    def _search(
-        self,
-        queries: Float32[Tensor, "queries dim"],
-        k: int,
-        condition: Condition | None,
-        mode: Literal["exact", "ann"],
-        columns: Sequence[str],
-    ) -> list[IndexHits]:
-        if mode == "ann":
-            raise ConfigError(f"{self.uri}: {NO_ANN}; search with exact or auto")
+    def _exact(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        rows = self._matching(condition)
+        return rank_rows(queries, self._vectors[: len(self)], rows, k, columns, self._read)
+
+    def _matching(self, condition: Condition | None) -> Int64[np.ndarray, " rows"] | None:
         self.optimize()
-        rows = None if condition is None else np.flatnonzero(matching(condition, self._column))
-        count = len(self) if rows is None else len(rows)
-        if not count:
-            return [IndexHits.empty(columns) for _ in queries]
-        found = topk_of_rows(queries, self._vectors[: len(self)], rows, min(k, count))
-        hits = []
-        for positions, scores in zip(found.positions.numpy(), found.scores, strict=True):
-            chosen = (positions if rows is None else rows[positions]).tolist()
-            hits.append(IndexHits([self._ids[i] for i in chosen], scores, self._read(chosen, columns)))
-        return hits
+        return None if condition is None else np.flatnonzero(matching(condition, self._column))
 
     def optimize(self) -> None:
         """Drop removed rows."""
@@ -120,6 +102,8 @@ class MemoryIndex(VectorIndex):
     def _column(self, name: str) -> Sequence[ColumnValue]:
         return self._ids if name == "id" else self._columns[name]
 
-    def _read(self, rows: Sequence[int], columns: Sequence[str]) -> dict[str, list[ColumnValue]]:
+    def _read(
+        self, rows: Sequence[int] | Int64[np.ndarray, " rows"], columns: Sequence[str]
+    ) -> dict[str, list[ColumnValue]]:
         known = {name: self._column(name) for name in columns if name == "id" or name in self._columns}
         return {name: [known[name][i] for i in rows] if name in known else [None] * len(rows) for name in columns}

@@ -22,7 +22,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Literal, final
 from urllib.parse import unquote, urlsplit
@@ -38,8 +38,10 @@ from union_igrot.evaluation.exact import exact_topk
 from union_igrot.gallery.engines.base import (
     AUTO_EXACT,
     SCAN_BATCH,
+    ColumnBatch,
     ColumnValue,
     IndexHits,
+    Queries,
     Rows,
     VectorIndex,
     dump_metadata,
@@ -77,8 +79,10 @@ _RESPONSE_BYTES: Final = 32 * 2**20
 _TOLERANCE: Final = 1e-5
 """Largest difference between the server's score and ours, relative to the largest score."""
 
-Columns = Mapping[str, ColumnKind | None]
+ColumnKinds = Mapping[str, ColumnKind | None]
 """Columns to read and their kinds, None if unknown."""
+FoundRows = tuple[list[dict[str, Any]], Tensor]
+"""Rows found for a query, best first, and their scores."""
 
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs each refused call with a traceback
 
@@ -123,50 +127,43 @@ class MilvusIndex(VectorIndex):
 
     def _upsert(self, rows: Rows, new: Mapping[str, ColumnKind]) -> None:
         entities = list(to_entities(rows))
-        with self._errors():
-            if new:
-                self._client.alter_collection_properties(self._name, {_KIND + name: kind for name, kind in new.items()})
-            known = {one["id"]: one["row"] for one in self._find_ids(rows.ids, ["id", "row"], "Strong")}
-            for entity in entities:
-                self._last_position = max(time.time_ns(), self._last_position + 1)
-                entity["row"] = known.get(entity["id"], self._last_position)
-            self._fresh = -_FRESH_SECONDS
-            for request in split_requests(entities, self.dim):
-                self._client.upsert(self._name, request)
+        if new:
+            self._client.alter_collection_properties(self._name, {_KIND + name: kind for name, kind in new.items()})
+        known = {one["id"]: one["row"] for one in self._find_ids(rows.ids, ["id", "row"], "Strong")}
+        for entity in entities:
+            self._last_position = max(time.time_ns(), self._last_position + 1)
+            entity["row"] = known.get(entity["id"], self._last_position)
+        self._fresh = -_FRESH_SECONDS
+        for request in split_requests(entities, self.dim):
+            self._client.upsert(self._name, request)
 
     def _delete(self, ids: Sequence[str]) -> int:
-        with self._errors():
-            existing = [one["id"] for one in self._find_ids(ids, ["id"], "Strong")]
-            self._fresh = -_FRESH_SECONDS
-            for at in range(0, len(existing), _IDS_PER_REQUEST):
-                self._client.delete(self._name, filter=ids_filter(existing[at : at + _IDS_PER_REQUEST]))
+        existing = [one["id"] for one in self._find_ids(ids, ["id"], "Strong")]
+        self._fresh = -_FRESH_SECONDS
+        for at in range(0, len(existing), _IDS_PER_REQUEST):
+            self._client.delete(self._name, filter=ids_filter(existing[at : at + _IDS_PER_REQUEST]))
         return len(existing)
 
     def _fetch(self, ids: Sequence[str]) -> Rows:
         columns = self.columns
-        with self._errors():
-            found = self._find_ids(ids, ["id", "vector", *map(dynamic_key, columns)], self._consistency())
-        vectors = torch.from_numpy(stack_vectors([one["vector"] for one in found], self.dim))
+        found = self._find_ids(ids, ["id", "vector", *map(dynamic_key, columns)], self._consistency())
+        vectors = stack_vectors([one["vector"] for one in found], self.dim)
         return Rows([one["id"] for one in found], vectors, _read_columns(found, columns))
 
-    def _scan(
-        self, columns: Sequence[str], condition: Condition | None
-    ) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
+    def _scan(self, columns: Sequence[str], condition: Condition | None) -> Iterator[ColumnBatch]:
         text = self._filter_text(condition)
         found: list[tuple[int, str]] = []
-        with self._errors():
-            level, after = self._consistency(), ""
-            while page := self._page(text, after, level):
-                found += [(one["row"], one["id"]) for one in page]
-                level, after = "Session", max(one["id"] for one in page)
+        level, after = self._consistency(), ""
+        while page := self._page(text, after, level):
+            found += [(one["row"], one["id"]) for one in page]
+            level, after = "Session", max(one["id"] for one in page)
         return self._batches([name for _, name in sorted(found)], self._with_kinds(columns))
 
-    def _batches(self, ids: Sequence[str], columns: Columns) -> Iterator[Mapping[str, Sequence[ColumnValue]]]:
+    def _batches(self, ids: Sequence[str], columns: ColumnKinds) -> Iterator[ColumnBatch]:
         fields = [dynamic_key(name) for name in columns if name != "id"]
         for at in range(0, len(ids), _IDS_PER_REQUEST):
             some = ids[at : at + _IDS_PER_REQUEST]
-            with self._errors():
-                found = {one["id"]: one for one in self._find_ids(some, ["id", *fields], "Session")}
+            found = {one["id"]: one for one in self._find_ids(some, ["id", *fields], "Session")}
             yield _read_columns([found[name] for name in some if name in found], columns)
 
     def _page(self, text: str, after: str, level: str) -> list[dict[str, Any]]:
@@ -183,70 +180,64 @@ class MilvusIndex(VectorIndex):
             )
         )
 
-    def _search(
-        self,
-        queries: Float32[Tensor, "queries dim"],
-        k: int,
-        condition: Condition | None,
-        mode: Literal["exact", "ann"],
-        columns: Sequence[str],
-    ) -> list[IndexHits]:
-        text = self._filter_text(condition)
-        fields = ["row", *(dynamic_key(name) for name in columns if name != "id")]
-        kinds, hits = self._with_kinds(columns), list[IndexHits]()
-        with self._errors():
-            if k > MAX_HITS and self._count(text or "row >= 0") > MAX_HITS:
-                raise ConfigError(f"invalid value for k: {k} (Milvus returns at most {MAX_HITS:,} rows); use a filter")
-            if mode == "exact" and self._index()["index_type"] != "FLAT":
-                self._wait_for_index()
-            search = self._exact if mode == "exact" else self._approximate
-            step = max(1, _RESPONSE_BYTES // ((min(k, MAX_HITS) + _EXTRA_CANDIDATES) * (4 * self.dim + 1024)))
-            for some in queries.split(step):
-                hits += search(some, min(k, MAX_HITS), text, fields, kinds)
-        return hits
-
     def auto_mode(self) -> Literal["exact", "ann"]:
         """See `VectorIndex`."""
         with self._errors():
             flat = self._index()["index_type"] == "FLAT"
             return "exact" if flat and self._stored() <= AUTO_EXACT else "ann"
 
-    def _exact(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Columns) -> list[IndexHits]:
-        """Request enough candidates that no other row can be among the best, and score them here."""
-        limit = min(k + _EXTRA_CANDIDATES, MAX_HITS)
-        hits = []
-        results = self._request(queries, limit, text, ["vector", *fields], NLIST)
-        for query, candidates in zip(queries, results, strict=True):
-            found, requested = candidates, limit
-            while True:
-                if not found:
-                    hits.append(IndexHits.empty(list(columns)))
-                    break
-                found.sort(key=lambda one: (one["row"], one["id"]))
-                vectors = torch.from_numpy(stack_vectors([one["vector"] for one in found], self.dim))
-                best = exact_topk(query[None], vectors, min(k, len(found)))
-                tolerance = _TOLERANCE * float(vectors.norm(dim=1).max() * query.norm())
-                last = min(one["distance"] for one in found)
-                complete = len(found) < requested or requested == MAX_HITS
-                if complete or last < float(best.scores[0, -1]) - tolerance:
-                    chosen = [found[i] for i in best.positions[0].tolist()]
-                    hits.append(
-                        IndexHits([one["id"] for one in chosen], best.scores[0], _read_columns(chosen, columns))
-                    )
-                    break
-                requested = min(4 * requested, MAX_HITS)
-                (found,) = self._request(query[None], requested, text, ["vector", *fields], NLIST)
-        return hits
+    def _exact(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        if self._index()["index_type"] != "FLAT":
+            self._wait_for_index()
+        return self._in_steps(self._exact_step, queries, k, condition, columns)
 
-    def _approximate(self, queries: Tensor, k: int, text: str, fields: list[str], columns: Columns) -> list[IndexHits]:
-        hits, probes = [], FILTERED_PROBES if text else PROBES
+    def _ann(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        return self._in_steps(self._ann_step, queries, k, condition, columns)
+
+    def _in_steps(
+        self,
+        search: Callable[[Tensor, int, str, list[str]], Iterator[FoundRows]],
+        queries: Tensor,
+        k: int,
+        condition: Condition | None,
+        columns: Sequence[str],
+    ) -> list[IndexHits]:
+        """Search for so many queries at once that a response stays below its limit."""
+        text, kinds = self._filter_text(condition), self._with_kinds(columns)
+        if k > MAX_HITS and self._count(text or "row >= 0") > MAX_HITS:
+            raise ConfigError(f"invalid value for k: {k} (Milvus returns at most {MAX_HITS:,} rows); use a filter")
+        k, fields = min(k, MAX_HITS), ["row", *(dynamic_key(name) for name in columns if name != "id")]
+        step = max(1, _RESPONSE_BYTES // ((k + _EXTRA_CANDIDATES) * (4 * self.dim + 1024)))
+        found = [hits for some in queries.split(step) for hits in search(some, k, text, fields)]
+        return [IndexHits([one["id"] for one in rows], x, _read_columns(rows, kinds)) for rows, x in found]
+
+    def _exact_step(
+        self, queries: Tensor, k: int, text: str, fields: list[str], requested: int = 0
+    ) -> Iterator[FoundRows]:
+        """Request enough candidates that no other row can be among the best, and score them here."""
+        requested = min(requested or k + _EXTRA_CANDIDATES, MAX_HITS)
+        results = self._request(queries, requested, text, ["vector", *fields], NLIST)
+        for query, found in zip(queries, results, strict=True):
+            found.sort(key=lambda one: (one["row"], one["id"]))
+            vectors = stack_vectors([one["vector"] for one in found], self.dim)
+            if not found:
+                yield [], torch.empty(0)
+                continue
+            best = exact_topk(query[None], vectors, min(k, len(found)))
+            tolerance = _TOLERANCE * float(vectors.norm(dim=1).max() * query.norm())
+            last = min(one["distance"] for one in found)
+            if len(found) == requested < MAX_HITS and last >= float(best.scores[0, -1]) - tolerance:
+                yield from self._exact_step(query[None], k, text, fields, 4 * requested)
+            else:
+                yield [found[i] for i in best.positions[0].tolist()], best.scores[0]
+
+    def _ann_step(self, queries: Tensor, k: int, text: str, fields: list[str]) -> Iterator[FoundRows]:
+        probes = FILTERED_PROBES if text else PROBES
         if SPARE * k * NLIST > AUTO_EXACT * probes:  # a smaller collection has no inverted file
             probes = min(NLIST, max(probes, -(-SPARE * k * NLIST // max(1, self._stored()))))
         for found in self._request(queries, k, text, fields, probes):
             found.sort(key=lambda one: (-one["distance"], one["row"], one["id"]))
-            scores = torch.tensor([one["distance"] for one in found], dtype=torch.float32)
-            hits.append(IndexHits([one["id"] for one in found], scores, _read_columns(found, columns)))
-        return hits
+            yield found, torch.tensor([one["distance"] for one in found], dtype=torch.float32)
 
     def _request(
         self, queries: Tensor, limit: int, text: str, fields: list[str], probes: int
@@ -330,7 +321,7 @@ class MilvusIndex(VectorIndex):
             )
         return found
 
-    def _with_kinds(self, columns: Sequence[str]) -> Columns:
+    def _with_kinds(self, columns: Sequence[str]) -> ColumnKinds:
         kinds = self.columns if columns else {}
         return {name: kinds.get(name) for name in columns}
 
@@ -503,12 +494,12 @@ def split_requests(entities: Sequence[dict[str, Any]], dim: int) -> Iterator[lis
         yield request
 
 
-def stack_vectors(found: Sequence[Sequence[float]], dim: int) -> Float32[np.ndarray, "rows dim"]:
+def stack_vectors(found: Sequence[Sequence[float]], dim: int) -> Float32[Tensor, "rows dim"]:
     """Stack embeddings as Milvus returns them."""
-    return np.asarray(found, dtype=np.float32).reshape(-1, dim)
+    return torch.from_numpy(np.asarray(found, dtype=np.float32).reshape(-1, dim))
 
 
-def _read_columns(found: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, list[ColumnValue]]:
+def _read_columns(found: Sequence[Mapping[str, Any]], columns: ColumnKinds) -> dict[str, list[ColumnValue]]:
     def read(column: str, kind: ColumnKind | None) -> list[ColumnValue]:
         values = [one.get("id" if column == "id" else dynamic_key(column)) for one in found]
         if kind == "bytes":
