@@ -35,12 +35,8 @@ def list_additions(
     DataError.
     """
     # Values belong to images by position, whatever labels the rows of a table have.
-    names = None if ids is None else [ids] if isinstance(ids, str) else _as_list(ids, "ids")
-    values = {name: one if isinstance(one, str) else _as_list(one, name) for name, one in (columns or {}).items()}
-    for what, given in [("ids", names), *values.items()]:
-        if given is not None and (isinstance(given, str) or len(given) != len(images)):
-            count = "one string" if isinstance(given, str) else f"{len(given)} values"
-            raise DataError(f"{what}: {count} for {len(images)} images (expected one value per image)")
+    names = None if ids is None else _as_list([ids] if isinstance(ids, str) else ids, "ids", len(images))
+    values = {name: _as_list(one, name, len(images)) for name, one in (columns or {}).items()}
     for what, strings in (("an id", names or ()), ("a column name", list(values))):
         if wrong := [one for one in strings if not isinstance(one, str)]:
             raise DataError(f"invalid value for {what}: {wrong[0]!r} (expected str, not {type(wrong[0]).__name__})")
@@ -55,11 +51,15 @@ def list_additions(
     return Listing(ADDED_SOURCE, unique_entries(entries, "the images given"))
 
 
-def _as_list(values: Any, what: Any) -> list[Any]:
+def _as_list(values: Any, what: Any, count: int) -> list[Any]:
     try:
-        return list(values)
+        found = list(values)
     except TypeError:
         raise DataError(f"invalid value for {what}: {values!r} (expected a list, one value per image)") from None
+    if isinstance(values, str) or len(found) != count:
+        given = "one string" if isinstance(values, str) else f"{len(found)} values"
+        raise DataError(f"{what}: {given} for {count} images (expected one value per image)")
+    return found
 
 
 def _entry(image: Any, name: str | None, columns: dict[str, Any], position: int) -> Entry:

@@ -298,7 +298,7 @@ class Gallery:
             return []
         index = self.index
         parsed = resolve_queries(index, parsed)
-        embedded = embed_gallery_queries(self.model, parsed, read_feedback(index, parsed, names, self.uri), names)
+        embedded = embed_gallery_queries(self.model, parsed, read_feedback(index, parsed, names), names)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
         groups: dict[int, list[int]] = {}
         for i, query in enumerate(parsed):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from union_igrot.errors import ConfigError, DataError, ImageError
+from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.entries import path_as_text
@@ -97,11 +98,18 @@ def parse_queries(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     """Validate queries; `names` are theirs in errors, or empty."""
     parsed = []
     for given, name in zip(queries, names, strict=True):
-        try:
+        with _named(name):
             parsed.append(parse_query(given))
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}" if name else str(error)) from None
     return parsed
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Begin an error with the name of a query, if it has one."""
+    try:
+        yield
+    except UnionError as error:
+        raise (type(error)(f"{name}: {error}") if name else error) from error.__cause__
 
 
 def as_items(given: object) -> tuple[Any, ...]:
@@ -116,17 +124,10 @@ def as_items(given: object) -> tuple[Any, ...]:
 
 def row_ids(given: object) -> tuple[str, ...]:
     """Return the ids of rows that are given by id, path or hit, one or several; anything else is a ConfigError."""
-    return tuple(_row_id(one) for one in as_items(given))
-
-
-def _row_id(one: object) -> str:
-    if isinstance(one, Hit):
-        return one.id
-    if isinstance(one, Path):
-        return path_id(one)
-    if not isinstance(one, str):
-        raise ConfigError(f"invalid image of the gallery: {one!r} (expected its id, its path or a hit)")
-    return one
+    items = as_items(given)
+    if wrong := [one for one in items if not isinstance(one, Hit | Path | str)]:
+        raise ConfigError(f"invalid image of the gallery: {wrong[0]!r} (expected its id, its path or a hit)")
+    return tuple(one.id if isinstance(one, Hit) else path_id(one) if isinstance(one, Path) else one for one in items)
 
 
 def path_id(path: str | Path) -> str:
@@ -141,29 +142,30 @@ def resolve_ids(index: VectorIndex, names: Sequence[str], *, missing_files: bool
         for name in names
         if (full := path_id(name)) != name and (missing_files or os.path.exists(full))  # noqa: PTH110 - Path's raises for long names
     }
-    existing: set[str] = set()
-    lookup = [*candidates, *candidates.values()]
-    for at in range(0, len(lookup), _IDS_PER_FILTER):
-        for batch in index.scan(["id"], match_any("id", lookup[at : at + _IDS_PER_FILTER])):
-            existing.update(str(one) for one in batch["id"])
+    existing = _existing_ids(index, [*candidates, *candidates.values()])
     return tuple(
         candidates[name] if name not in existing and candidates.get(name) in existing else name for name in names
     )
 
 
+def _existing_ids(index: VectorIndex, names: Sequence[str]) -> set[str]:
+    filters = [match_any("id", names[at : at + _IDS_PER_FILTER]) for at in range(0, len(names), _IDS_PER_FILTER)]
+    return {str(name) for where in filters for batch in index.scan(["id"], where) for name in batch["id"]}
+
+
 def resolve_queries(index: VectorIndex, queries: Sequence[GalleryQuery]) -> list[GalleryQuery]:
     """Replace relative paths in queries by the ids of their rows."""
-    names = [name for one in queries for name in (*one.liked, *one.disliked, *one.exclude)]
-    resolved = dict(zip(names, resolve_ids(index, names), strict=True))
+    given = [name for one in queries for name in (*one.liked, *one.disliked, *one.exclude)]
+    found = dict(zip(given, resolve_ids(index, given), strict=True))
 
     def ids(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(resolved[name] for name in names)
+        return tuple(found[name] for name in names)
 
     return [replace(one, liked=ids(one.liked), disliked=ids(one.disliked), exclude=ids(one.exclude)) for one in queries]
 
 
 def read_feedback(
-    index: VectorIndex, queries: Sequence[GalleryQuery], names: Sequence[str], uri: str
+    index: VectorIndex, queries: Sequence[GalleryQuery], names: Sequence[str]
 ) -> Mapping[str, Float[Tensor, " dim"]]:
     """Read the embeddings of liked and disliked results; one that does not exist is a DataError."""
     wanted = list(dict.fromkeys(name for one in queries for name in (*one.liked, *one.disliked)))
@@ -172,11 +174,13 @@ def read_feedback(
     try:
         rows = index.fetch(wanted)
     except DataError:
+        existing = _existing_ids(index, wanted)
         for one, query_name in zip(queries, names, strict=True):
-            for name in (*one.liked, *one.disliked):
-                if not any(batch["id"] for batch in index.scan(["id"], match_any("id", [name]))):
-                    prefix = f"{query_name}: " if query_name else ""
-                    raise DataError(f"{prefix}{name!r} is not in {uri} (expected an image of the gallery)") from None
+            if missing := [name for name in (*one.liked, *one.disliked) if name not in existing]:
+                with _named(query_name):
+                    raise DataError(
+                        f"{missing[0]!r} is not in {index.uri} (expected an image of the gallery)"
+                    ) from None
         raise
     return dict(zip(rows.ids, rows.vectors, strict=True))
 
@@ -205,18 +209,15 @@ def embed_gallery_queries(
     pairs = [(i, image) for i, one in enumerate(queries) for image in one.images]
     text_only = [i for i, one in enumerate(queries) if one.text and not one.images]
     mean = torch.zeros(len(queries), model.backbone.dim)
-    for at in range(0, len(pairs), BATCH):
-        some = pairs[at : at + BATCH]
-        texts = [queries[i].text for i, _ in some]
-        images = _load_images(some, model, names)
-        with full_precision(model.device):
-            embedded = model.embed_queries(images, texts).float().cpu()
-        for (i, _), row in zip(some, embedded, strict=True):
-            # The embedding of a single image is unchanged, to the last bit as in an evaluation.
-            mean[i] += row if len(queries[i].images) == 1 else normalize(row, dim=-1)
-    for at in range(0, len(text_only), BATCH):
-        chosen = text_only[at : at + BATCH]
-        with full_precision(model.device):
+    with full_precision(model.device):
+        for at in range(0, len(pairs), BATCH):
+            some = pairs[at : at + BATCH]
+            embedded = model.embed_queries(_load_images(some, model, names), [queries[i].text for i, _ in some])
+            for (i, _), row in zip(some, embedded.float().cpu(), strict=True):
+                # The embedding of a single image is unchanged, to the last bit as in an evaluation.
+                mean[i] += row if len(queries[i].images) == 1 else normalize(row, dim=-1)
+        for at in range(0, len(text_only), BATCH):
+            chosen = text_only[at : at + BATCH]
             mean[chosen] = model.embed_queries(None, [queries[i].text for i in chosen]).float().cpu()
     for i, one in enumerate(queries):
         if len(one.images) > 1:
@@ -234,10 +235,8 @@ def _load_images(
 
     def load(one: tuple[int, Any]) -> Tensor:
         i, image = one
-        try:
+        with _named(names[i]):
             return to_tensor(as_image(image, at_least=size))
-        except ImageError as error:
-            raise ImageError(f"{names[i]}: {error}" if names[i] else str(error)) from error
 
     if len(numbered) == 1:
         return load(numbered[0])[None]
@@ -314,15 +313,14 @@ def _read_json_queries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_csv_queries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    header: list[str] = []
-    for place, row in read_csv(path):
-        if not header:
-            header = [cell.strip() for cell in row]
-            _check_fields(place, header, _CSV_FIELDS)
-        elif len(row) != len(header):
+    rows = read_csv(path)
+    place, row = next(rows, ("", []))
+    header = [cell.strip() for cell in row]
+    _check_fields(place, header, _CSV_FIELDS)
+    for place, row in rows:
+        if len(row) != len(header):
             raise DataError(f"{place}: has {len(row)} cells, the header {len(header)}")
-        else:
-            yield place, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+        yield place, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
 
 
 def _check_fields(place: str, names: list[str], allowed: tuple[str, ...]) -> None:
@@ -342,11 +340,10 @@ def _query_line(path: Path, place: str, default_name: int, fields: dict[str, Any
     if "image" in fields:
         fields["image"] = [path.parent / expand_user(image) for image in as_items(fields["image"])]
     try:
-        parse_query(fields)
-        for image in fields.get("image", ()):
-            check_image(image)
+        with _named(place):
+            parse_query(fields)
+            for image in fields.get("image", ()):
+                check_image(image)
     except ConfigError as error:
-        raise DataError(f"{place}: {error}") from None
-    except ImageError as error:
-        raise ImageError(f"{place}: {error}") from None
+        raise DataError(str(error)) from None
     return QueryLine(name, fields, place)

@@ -198,42 +198,36 @@ class LanceIndex(VectorIndex):
 
     def optimize(self) -> None:
         """See `VectorIndex`."""
-        self._compact(None)
-        self._write(update_ann)
-        self._compact(None)  # of rows that are in one part of the approximate index now
         with self._errors():
+            self._compact(None)
+            self._write(update_ann)
+            self._compact(None)  # of rows that are in one part of the approximate index now
             self._latest().cleanup_old_versions(_KEPT, error_if_tagged_old_versions=False)
 
     def close(self) -> None:
         """See `VectorIndex`."""
         self._snapshot = None
 
-    def _write(self, write: Callable[[Any], T]) -> T:
+    def _write(self, write: Callable[[Any], T], seconds: float | None = None) -> T:
         """Write to the latest version; again if another writer was faster."""
-        end, tries = time.monotonic() + _RETRY_SECONDS, 0
-        with self._errors():
-            while True:
-                try:
-                    return write(self._latest())
-                except OSError as error:
-                    if not _is_conflict(error) or time.monotonic() > end:
-                        raise
-                tries += 1
-                time.sleep(random.uniform(0, min(1.0, 0.01 * 2**tries)))
+        end, tries = time.monotonic() + (seconds or _RETRY_SECONDS), 0
+        while True:
+            try:
+                return write(self._latest())
+            except OSError as error:
+                if not _is_conflict(error) or time.monotonic() > end:
+                    raise
+            tries += 1
+            time.sleep(random.uniform(0, min(1.0, 0.01 * 2**tries)))
 
     def _compact(self, rows: int | None) -> None:
         """Merge small files, up to a number of rows; left for the next time if other writers are always faster."""
-        end = time.monotonic() + _RETRY_SECONDS / 4
-        with self._errors():
-            while time.monotonic() < end:
-                try:
-                    self._latest().optimize.compact_files(target_rows_per_fragment=rows)
-                    return
-                except OSError as error:
-                    if not _is_conflict(error):
-                        raise
-                time.sleep(random.uniform(0, 0.2))
-        log.warning("%s: files are not merged yet, as others are writing", self.uri)
+        try:
+            self._write(lambda table: table.optimize.compact_files(target_rows_per_fragment=rows), _RETRY_SECONDS / 4)
+        except OSError as error:
+            if not _is_conflict(error):
+                raise
+            log.warning("%s: files are not merged yet, as others are writing", self.uri)
 
     def _latest(self) -> Any:
         """Return the newest version as an object of its own, which later writes do not change."""
