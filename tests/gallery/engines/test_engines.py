@@ -167,7 +167,7 @@ def test_questions_that_cannot_be_answered_are_refused(place):
     index.upsert(some("ab", year=[1, None]))
     with pytest.raises(ConfigError, match="k: 0"):
         index.search(torch.ones(1, 4), 0)
-    with pytest.raises(DataError, match="queries: 1x3 .index of width 4"):
+    with pytest.raises(DataError, match=r"queries: 1x3 .index of width 4"):
         index.search(torch.ones(1, 3), 1)
     with pytest.raises(DataError, match="a query holds nan"):
         index.search(torch.full((1, 4), float("inf")), 1)
