@@ -1,7 +1,4 @@
-"""A small seeded backbone that counts its passes, and small benchmarks of noise, shared by the tests.
-
-Knows the vocabulary and the backbone's contract. Does not know what is tested with it.
-"""
+"""A small seeded backbone that counts its passes, and small benchmarks of noise, shared by the tests."""
 
 import random
 import zlib
@@ -30,7 +27,7 @@ WORDS = ("red", "blue", "large", "small", "remove", "the", "square", "night")
 
 @final
 class LinearBackbone(Backbone):
-    """Linear on flattened 8 x 8 images, a table of hashed words; counts what it is asked.
+    """Linear on flattened 8 x 8 images, a table of hashed words; counts its calls.
 
     Attributes:
         image_batches: Size of each batch of images.

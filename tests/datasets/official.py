@@ -1,7 +1,7 @@
-"""Small datasets in the benchmarks' official formats, made up for the tests.
+"""Small datasets in the benchmarks' official formats, generated for the tests.
 
-Each function of `WRITERS` writes one dataset under a folder, with images on request, and gives the keyword
-arguments under which `load_benchmark` reads it. Does not know what a reader makes of it.
+Each function of `WRITERS` writes one dataset under a folder, with images on request, and returns the options with
+which `load_benchmark` reads it.
 """
 
 import json
@@ -29,7 +29,7 @@ def write_lines(root, path, lines):
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def write_pictures(root, paths):
+def write_images(root, paths):
     """Write tiny images of one color and a bar each, which follow from the path."""
     for path in paths:
         file = Path(root) / path
@@ -53,7 +53,7 @@ def fashioniq(root, with_images=True, splits=("val",), suffixes=(".png", ".jpg")
             write_json(root, f"captions/cap.{category}.{split}.json", rows)
             write_json(root, f"image_splits/split.{category}.{split}.json", names)
             if with_images:
-                write_pictures(root, [f"images/{name}{suffixes[at % 2]}" for at, name in enumerate(names)])
+                write_images(root, [f"images/{name}{suffixes[at % 2]}" for at, name in enumerate(names)])
     return [{"category": category} for category in CATEGORIES]
 
 
@@ -74,7 +74,7 @@ def cirr(root, with_images=True, splits=("val", "test1"), size=12):
         paths = {name: f"./{folder}/{name}.png" for name in names}
         write_json(root, f"cirr/image_splits/split.rc2.{split}.json", paths)
         if with_images:
-            write_pictures(root, paths.values())
+            write_images(root, paths.values())
     return [{"split": split} for split in splits]
 
 
@@ -97,7 +97,7 @@ def circo(root, with_images=True, splits=("val", "test"), size=12):
             rows.append(row)
         write_json(root, f"annotations/{split}.json", rows)
     if with_images:
-        write_pictures(root, [f"COCO2017_unlabeled/unlabeled2017/{image['file_name']}" for image in images])
+        write_images(root, [f"COCO2017_unlabeled/unlabeled2017/{image['file_name']}" for image in images])
     return [{"split": split} for split in splits]
 
 
@@ -123,7 +123,7 @@ def genecis(root, with_images=True):
         write_json(root, f"genecis/{task}.json", rows)
         if with_images:
             names = [f"val2017/{at:012d}.jpg" if whole else f"VG_100K/{at}.jpg" for at in range(4 + count)]
-            write_pictures(root, names)
+            write_images(root, names)
     return [{"task": task} for task in TASKS]
 
 
@@ -143,7 +143,7 @@ def lasco(root, with_images=True, splits=("val",)):
     corpus = [{"id": number, "path": f"val/{name}"} for number, name in names.items()]
     write_json(root, "lasco_val_corpus.json", corpus)
     if with_images:
-        write_pictures(root, names.values())
+        write_images(root, names.values())
     return [{"split": split} for split in splits]
 
 
@@ -162,7 +162,7 @@ def llavasco(root, with_images=True, size=9):
         write_json(root, f"{split}_llavasco.json", rows)
         if with_images:
             folder = f"{split}2014"
-            write_pictures(root, [f"{folder}/COCO_{folder}_{10 + at:012d}.jpg" for at in range(size + 1)])
+            write_images(root, [f"{folder}/COCO_{folder}_{10 + at:012d}.jpg" for at in range(size + 1)])
     return [{"split": "train"}, {"split": "val"}]
 
 
@@ -182,7 +182,7 @@ def dtin(root, with_images=True, prefix="imgnet/"):
     write_lines(root, "imgnet/imgnet_real_query.txt", queries)
     write_lines(root, "imgnet/imgnet_targets.txt", targets)
     if with_images:
-        write_pictures(root, [prefix + path.removeprefix("imgnet/") for path in paths])
+        write_images(root, [prefix + path.removeprefix("imgnet/") for path in paths])
     return [{"domain": domain} for domain in DOMAINS]
 
 
@@ -198,7 +198,7 @@ def _sbir(root, folder, lists, places, with_images, kinds=("zero", "train")):
             ]
             write_lines(root, f"{folder}/{listing.format(kind)}", [f"{path} {label} " for path, label in paths])
             if with_images:
-                write_pictures(root, [path for path, _ in paths])
+                write_images(root, [path for path, _ in paths])
 
 
 def sketchy(root, with_images=True):
@@ -234,7 +234,7 @@ def training_sketchy(root, with_images=True):
         photo = f"EXTEND_image_sketchy_ready/cat/p{at // 2}.jpg"
         lines.append(f"cat {sketch} {photo}")
         if with_images:
-            write_pictures(root, [sketch, photo])
+            write_images(root, [sketch, photo])
     write_lines(root, "zeroshot1/training_sketchy.txt", lines)
     return [{}]
 

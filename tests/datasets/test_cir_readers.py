@@ -95,7 +95,7 @@ def test_sketchy_counts(counted):
 
 
 @pytest.mark.parametrize("name", official.WRITERS)
-def test_every_picture_of_the_official_layout_is_found(name, tmp_path):
+def test_every_image_of_the_official_layout_is_found(name, tmp_path):
     for options in official.WRITERS[name](tmp_path):
         benchmark = read(name, tmp_path, **options)
         assert benchmark.protocol.primary in benchmark.protocol.metrics
@@ -109,7 +109,7 @@ def test_every_picture_of_the_official_layout_is_found(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", official.WRITERS)
-def test_missing_pictures_are_one_error(name, tmp_path):
+def test_missing_images_are_one_error(name, tmp_path):
     options = official.WRITERS[name](tmp_path, with_images=False)[0]
     with pytest.raises(
         ImageError, match=r"is missing; .* (\d+) of \1 images are missing: .*check_images=False"
@@ -119,7 +119,7 @@ def test_missing_pictures_are_one_error(name, tmp_path):
     assert read(name, tmp_path, check_images=False, **options).queries
 
 
-def test_one_missing_picture_is_named(tmp_path):
+def test_one_missing_image_is_named(tmp_path):
     official.cirr(tmp_path)
     (tmp_path / "dev/val-3-0-img0.png").unlink()
     with pytest.raises(ImageError, match=r"val-3-0-img0\.png: the image is missing.* 1 of 12 images"):
@@ -259,7 +259,7 @@ def test_llavasco_in_the_corpus_of_lasco(tmp_path):
         read("llavasco", tmp_path, split="train", gallery="corpus", check_images=False)
 
 
-def test_llavasco_never_gives_the_target_away(tmp_path):
+def test_llavasco_texts_do_not_leak_the_target(tmp_path):
     official.llavasco(tmp_path)
     assert not any("SECRET" in query.text for query in read("llavasco", tmp_path).queries)
     with pytest.raises(ConfigError, match="contains the target's caption"):
@@ -297,7 +297,7 @@ def test_dtin_without_the_first_folder(tmp_path):
     assert read("dtin", tmp_path, domain="origami").queries[0].image == tmp_path / "real/n0/ILSVRC2012_val_0.JPEG"
 
 
-def test_an_annotation_file_that_is_not_there(tmp_path):
+def test_a_missing_annotation_file(tmp_path):
     with pytest.raises(
         DataError, match=r"contains no captions/cap\.dress\.val\.json or json/cap\.dress\.val\.json; download"
     ):

@@ -1,5 +1,6 @@
-"""Metrics of a benchmark equal those of plain loops, and results hold what they promise."""
+"""Metrics of a benchmark equal those of plain loops; results are complete and say what the model was trained on."""
 
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -11,14 +12,15 @@ from hypothesis import given, settings, strategies as st
 
 from slow_metrics import slow_ap, slow_precision, slow_recall
 from small_world import DIM, LinearBackbone, Noise, cir_benchmark, extractor, sbir_benchmark, trainable
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import CheckpointError, ConfigError, DataError
 from union_igrot.evaluation import scoring
-from union_igrot.evaluation.evaluate import evaluate_benchmark, means, method_result
+from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, means, method_result, seen_images
 from union_igrot.evaluation.ranking import rank_chunks
-from union_igrot.evaluation.results import EvaluationResult
+from union_igrot.evaluation.results import EvaluationResult, SeenImages
 from union_igrot.evaluation.scoring import RANKING_DEPTH, Relevance, score
 from union_igrot.features.embedding import embed_benchmark
-from union_igrot.models.model import baseline
+from union_igrot.images.identity import image_identities
+from union_igrot.models.model import IGROTModel, baseline, load
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 KEYS = [
@@ -35,7 +37,7 @@ def small_integers(benchmark, seed=0, dim=4):
 
 
 def ranked(benchmark, query, scores, ids=None):
-    """The ids that may answer, best first, ties in gallery order."""
+    """The ids of the candidates, best first, ties in gallery order."""
     gone = query.exclude if benchmark.protocol.exclude_reference else ()
     rows = [
         (-scores[place], place, item.id)
@@ -110,7 +112,7 @@ def test_any_benchmark_equals_plain_loops(seed, queries, gallery, kept):
     compare(benchmark, *small_integers(benchmark, seed, dim=2))
 
 
-def test_an_excluded_target_is_no_answer():
+def test_an_excluded_target_does_not_count():
     items = tuple(GalleryItem(name, Noise(i)) for i, name in enumerate("abc"))
     query = Query("q", Noise(9), "red", targets=("a", "c"), exclude=("a",), subset=("a", "b", "c"))
     protocol = Protocol("p", ("R@1", "mAP", "Rs@1"), "mAP", exclude_reference=True)
@@ -123,7 +125,7 @@ def test_an_excluded_target_is_no_answer():
     assert kept.values["R@1"].item() == 1.0
 
 
-def test_the_first_results_never_hold_what_is_excluded():
+def test_excluded_items_are_never_among_the_first_results():
     benchmark = cir_benchmark(queries=12, gallery=20)
     found = score(benchmark, *small_integers(benchmark))
     assert found.ranking.positions.shape == (12, 19)
@@ -166,7 +168,7 @@ def test_some_rows_alone_get_the_metrics_they_have_among_all():
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_the_gallery_s_order_decides_ties_alone(seed):
+def test_the_gallery_order_matters_only_for_ties(seed):
     benchmark = sbir_benchmark(queries=12, gallery=23)
     generator = torch.Generator().manual_seed(seed)
     queries, gallery = (torch.randn(n, 8, generator=generator) for n in (12, 23))
@@ -178,7 +180,7 @@ def test_the_gallery_s_order_decides_ties_alone(seed):
     assert order[again.ranking.positions].equal(found.ranking.positions)
 
 
-def test_a_perfect_model_gets_everything_right():
+def test_a_perfect_model():
     items = tuple(GalleryItem(f"g{i}", Noise(i)) for i in range(40))
     queries = tuple(Query(f"q{i}", Noise(50 + i), "x", (f"g{i}",), subset=(f"g{i}", "g39", "g38")) for i in range(30))
     protocol = Protocol("p", ("R@1", "mAP", "mAP@10", "Rs@1"), "mAP")
@@ -199,7 +201,7 @@ def test_metrics_without_any_value_are_nan_and_survive_json():
     assert set(again.to_dict()["metrics"].values()) == {None}
 
 
-def test_what_a_benchmark_does_not_have_is_an_error():
+def test_missing_subsets_or_classes_are_errors():
     sketches, composed = sbir_benchmark(), cir_benchmark()
     subsets = replace(sketches, protocol=Protocol("p", ("Rs@1",), "Rs@1"))
     with pytest.raises(DataError, match="subset"):
@@ -213,7 +215,7 @@ def test_what_a_benchmark_does_not_have_is_an_error():
         score(composed, queries, gallery)
 
 
-def test_queries_made_on_the_fly_keep_their_own_targets():
+def test_lazily_created_queries_keep_their_targets():
     class Lazy(Sequence):
         """Makes each query anew, so that its tuples do not live on."""
 
@@ -275,7 +277,7 @@ def found(tmp_path_factory):
     ]
 
 
-def test_results_hold_exactly_what_is_promised(found):
+def test_results_have_the_documented_fields(found):
     for result in found:
         (scored,), methods = result.scored, ["chance", "image", "text", "sum", "trained"]
         benchmark = scored.benchmark
@@ -350,3 +352,84 @@ def test_evaluation_leaves_the_model_in_evaluation_mode(tmp_path):
     )
     assert not model.training
     assert first.metrics == second.metrics
+
+
+@pytest.fixture
+def model():
+    return trainable("sum", "frozen")
+
+
+def test_images_are_counted_on_both_sides(model):
+    benchmark = cir_benchmark(queries=12, gallery=20)
+    assert seen_images(model, benchmark) is None
+    model.training_images = frozenset()
+    assert seen_images(model, benchmark) == SeenImages(0, 0)
+    model.training_images = image_identities(item.image for item in benchmark.gallery[:5])
+    first = {item.image for item in benchmark.gallery[:5]}
+    expected = sum(query.image in first for query in benchmark.queries)
+    assert expected > 0
+    assert seen_images(model, benchmark) == SeenImages(expected, 5)
+
+
+def test_training_images_are_saved_with_the_model(model, tmp_path):
+    model.training_images = image_identities(item.image for item in cir_benchmark().gallery)
+    model.save(tmp_path / "m")
+    assert IGROTModel.load(tmp_path / "m", model.backbone).training_images == model.training_images
+    named = (tmp_path / "m" / "training_images.txt").read_text().split()
+    assert named == sorted(model.training_images)
+    (tmp_path / "m" / "training_images.txt").write_text("\n".join(named[:-1]))
+    with pytest.raises(CheckpointError, match=r"training_images\.txt lists 30 images .*31"):
+        IGROTModel.load(tmp_path / "m", model.backbone)
+    (tmp_path / "m" / "training_images.txt").unlink()
+    assert IGROTModel.load(tmp_path / "m", model.backbone).training_images is None
+    model.training_images = None
+    model.save(tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "model.json").read_text())["training_images"] is None
+    assert IGROTModel.load(tmp_path / "other", model.backbone).training_images is None
+
+
+def test_the_bundled_model_records_its_training_images():
+    tiny = load("tiny")
+    assert tiny.training_images is not None
+    assert len(tiny.training_images) == 15_000
+
+
+def test_only_trained_heads_have_an_overlap(model, tmp_path):
+    benchmark = cir_benchmark(queries=8, gallery=10)
+    model.training_images = image_identities([benchmark.gallery[0].image])
+    filled = extractor(tmp_path, model.backbone)
+    found = evaluate_benchmark(model, benchmark, filled)
+    assert [one.seen_images for one in found.methods[:-1]] == [None] * 4
+    assert found.methods[-1].seen_images.gallery == 1
+    alone = evaluate_benchmark(model, benchmark, filled, trained=False)
+    assert list(alone.scored[0].scores) == ["chance", "image", "text", "sum"]
+    assert not any(one.differences for one in alone.methods)
+    assert [one.metrics for one in alone.methods] == [one.metrics for one in found.methods[:-1]]
+
+
+def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
+    backbone = LinearBackbone()
+    model, filled = trainable("sum", "frozen", backbone), extractor(tmp_path, backbone)
+    one = cir_benchmark(queries=8, gallery=10, name="a")
+    model.training_images = image_identities([one.gallery[0].image, one.gallery[1].image])
+    first = evaluate_benchmark(model, one, filled)
+    same = evaluate_benchmark(model, replace(one, name="b"), filled)
+    methods = average_parts([first, same], "both").methods
+    shared = methods[-1]
+    assert (shared.n_queries, shared.n_gallery) == (16, 10)
+    assert shared.seen_images == SeenImages(2 * first.methods[-1].seen_images.queries, 2)
+    assert shared.parts == ("a", "b")
+    assert shared.metrics["mAP"] == pytest.approx(first.methods[-1].metrics["mAP"])
+    assert set(shared.differences) == {"chance", "image", "text", "sum"}
+    mean, low, high = shared.differences["image"]["mAP"]
+    assert mean == pytest.approx(shared.metrics["mAP"] - methods[1].metrics["mAP"])
+    assert low <= mean <= high
+    assert list(shared.to_dict())[-3:] == ["arithmetic", "gain95", "parts"]
+
+
+def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
+    filled = extractor(tmp_path, model.backbone)
+    parts = [evaluate_benchmark(model, cir_benchmark(8, size, size, name=str(size)), filled) for size in (10, 12)]
+    mean = average_parts(parts, "mean").methods[-1]
+    assert mean.n_gallery == 22
+    assert mean.seen_images is None

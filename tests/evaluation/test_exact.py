@@ -1,4 +1,4 @@
-"""Exact search against a full stable sort, whatever the chunks."""
+"""Exact search against a full stable sort, for any chunk size."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def searches(draw):
     return torch.tensor(queries).float(), torch.tensor(gallery).float(), exclude, tile, draw(st.integers(1, 2000))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(searches(), st.integers(1, 26), st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
 def test_chunked_equals_the_full_stable_sort(search, k, dtype):
     queries, gallery, exclude, tile, budget = search
@@ -114,7 +114,7 @@ def test_packed_scores_fall_as_scores_rise_and_negative_zero_equals_zero():
     assert exact._scores_of(rising << 32).tolist() == scores.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.data())
 def test_a_tile_depends_on_the_position_alone(length, size, data):
     def tile_of(start, stop):
@@ -210,6 +210,6 @@ def test_rank_is_the_public_form():
         (torch.ones(2, 4, dtype=torch.int64), torch.ones(3, 4), "int64"),
     ],
 )
-def test_rank_says_what_it_expects(queries, gallery, said):
+def test_rank_checks_its_arguments(queries, gallery, said):
     with pytest.raises(DataError, match=said):
         rank(queries, gallery, 1)

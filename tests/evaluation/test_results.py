@@ -1,8 +1,10 @@
-"""Results survive their file, and are short where they are shown."""
+"""Results survive their file, and are short when shown."""
 
+import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,9 @@ from small_runs import Run
 from small_world import cir_benchmark, extractor, trainable
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.evaluate import evaluate_benchmark
-from union_igrot.evaluation.results import EvaluationResult, SeenImages, TagMetric
-from union_igrot.metrics.statistics import Difference
+from union_igrot.evaluation.results import EvaluationResult, SeenImages, TagMetric, write_results
+from union_igrot.metrics.statistics import Difference, Interval
+from union_igrot.types import Protocol
 
 
 def test_the_file_of_a_run_is_read_and_written_unchanged(small_run: Run):
@@ -48,7 +51,7 @@ def test_every_field_survives():
 
 
 @pytest.mark.parametrize("content", ["", "{", "3", '[{"method": "x"}]', '["x"]'])
-def test_a_file_that_is_none_is_named(tmp_path, content):
+def test_an_invalid_file_is_named(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(DataError, match=r"results\.json.*union-train") as told:
         EvaluationResult.load(tmp_path / "results.json")
@@ -57,7 +60,7 @@ def test_a_file_that_is_none_is_named(tmp_path, content):
         EvaluationResult.load(tmp_path / "lost")
 
 
-def test_an_evaluation_is_short_where_it_is_shown_and_keeps_every_query(tmp_path):
+def test_reprs_are_short(tmp_path):
     model = trainable()
     found = evaluate_benchmark(model, cir_benchmark(), extractor(tmp_path, model.backbone))
     for value in (found, found.methods[-1], found.scored[0]):
@@ -88,3 +91,49 @@ def test_written_values_are_plain_json():
     assert isinstance(values, list)
     assert "gain95" not in values[0]
     assert values[0]["ci95"]["mAP@10"] == [39.0, 41.0]
+
+
+ONE = method(
+    "trained",
+    50.0,
+    "b",
+    protocol=Protocol(metrics=("R@1", "mAP"), primary="mAP"),
+    metrics={"R@1": 100 / 3},
+    intervals={"R@1": Interval(0.0, 100.0), "mAP": Interval(25.0, 75.12345)},
+    n_queries=3,
+    n_gallery=9,
+    seed=7,
+)
+
+
+def test_json_and_csv_files(tmp_path):
+    both = result(ONE, replace(ONE, method="chance, plain"))
+    write_results(tmp_path, both)
+    assert EvaluationResult.load(tmp_path / "results.json") == both
+    with (tmp_path / "results.csv").open(newline="") as lines:
+        table = list(csv.DictReader(lines))
+    assert [(line["method"], line["metric"]) for line in table] == [
+        ("trained", "R@1"),
+        ("trained", "mAP"),
+        ("chance, plain", "R@1"),
+        ("chance, plain", "mAP"),
+    ]
+    assert table[1] == {
+        "benchmark": "b",
+        "split": "val",
+        "method": "trained",
+        "n_queries": "3",
+        "n_gallery": "9",
+        "metric": "mAP",
+        "percent": "50.0000",
+        "low95": "25.0000",
+        "high95": "75.1235",
+        "seed": "7",
+    }
+
+
+def test_a_failed_write_keeps_the_old_results(tmp_path):
+    write_results(tmp_path, result(ONE))
+    with pytest.raises(TypeError):
+        write_results(tmp_path, result(replace(ONE, model={"backbone": object()})))
+    assert EvaluationResult.load(tmp_path / "results.json") == result(ONE)

@@ -88,7 +88,7 @@ def test_subset_rankings_are_the_whole_rankings_of_the_subset():
 
 
 def own_candidates(ties):
-    """Each query ranks three images of its own; the target stands first, as GeneCIS stores it."""
+    """Each query ranks three images of its own; the target is the first, as GeneCIS stores it."""
     items = tuple(GalleryItem(f"g{i}", Noise(i)) for i in range(6))
     asked = (
         Query("a", Noise(50), "red", ("g0",), subset=("g0", "g1", "g2")),

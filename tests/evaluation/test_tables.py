@@ -49,7 +49,7 @@ def test_eight_metrics_and_the_interval_fit_into_80_columns(value):
     assert "…" not in text
 
 
-def test_the_protocol_stands_below_and_brackets_of_a_note_are_printed_as_they_are():
+def test_the_protocol_is_printed_below_verbatim():
     text = " ".join(shown(one("trained", 1.0, n_skipped=3)).split())
     assert "AP divided by min(k, R), step rule; micro average; reference left out; ties by gallery order" in text
     assert "own images [/strange] [red]" in text
@@ -67,19 +67,19 @@ def test_each_convention_of_average_precision_is_named(norm, words):
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(0.1, 2, "better"), (-3, -0.1, "worse"), (-1, 1, "no clear difference")]
 )
-def test_a_difference_is_called_one_only_where_its_interval_leaves_zero_out(low, high, verdict):
+def test_a_difference_is_clear_if_its_interval_excludes_zero(low, high, verdict):
     gain = {"sum": {"mAP@10": Difference(0.5, low, high)}}
     (line,) = difference_lines(one("trained", 1.0, differences=gain))
     assert line == f"trained - image + text: +0.5 [{low:+.1f}, {high:+.1f}] mAP@10, {verdict}"
     assert line in shown(one("sum", 0.5), one("trained", 1.0, differences=gain))
 
 
-def test_each_benchmark_gets_a_table_of_its_own():
+def test_each_benchmark_has_its_own_table():
     text = shown(one("trained", 1.0), one("trained", 2.0, "shapes_sbir"))
     assert text.index("shapes_cir") < text.index("1.0 ") < text.index("shapes_sbir") < text.index("2.0 ")
 
 
-def test_what_does_not_fit_goes_into_a_further_table_and_nothing_is_cut_off():
+def test_wide_tables_are_divided():
     names = (*(f"R@{k}" for k in (1, 5, 10, 50, 100, 200)), *(f"P@{k}" for k in (1, 5, 10, 50, 100, 200)), "mAP")
     wide = one(
         "trained",
@@ -114,13 +114,13 @@ def test_what_does_not_fit_goes_into_a_further_table_and_nothing_is_cut_off():
         ({}, "protocol official", "prompt"),
     ],
 )
-def test_a_protocol_says_what_its_metrics_use_and_nothing_else(changes, said, not_said):
+def test_a_protocol_describes_only_what_its_metrics_use(changes, said, not_said):
     words = describe_protocol(Protocol(**changes))
     assert said in words
     assert not_said not in words
 
 
-def test_what_was_trained_on_is_told_and_marks_the_metric():
+def test_overlap_with_training_is_described_and_marked():
     seen = one("trained", 5.0, seen_images=SeenImages(3, 1200), seen_classes=("cup", "tree"))
     text = " ".join(shown(one("chance", 1.0), seen).split())
     assert "trained * 5.0" in text
@@ -143,7 +143,7 @@ def test_the_primary_metric_by_tag_is_one_sentence():
     )
 
 
-def test_what_holds_for_all_parts_stands_under_their_mean_alone():
+def test_notes_of_parts_are_below_their_mean_only():
     gain = {"sum": {"mAP@10": Difference(0.5, 0.1, 2)}}
     parts = [one("trained", 1.0, f"iq_{name}", differences=gain) for name in ("dress", "shirt")]
     whole = one("trained", 2.0, "iq_mean", differences=gain, parts=("iq_dress", "iq_shirt"))
@@ -156,7 +156,7 @@ def test_what_holds_for_all_parts_stands_under_their_mean_alone():
 @pytest.mark.parametrize(
     ("value", "said"), [(None, "-"), (float("nan"), "-"), (0.04, "0.0"), (99.95, "100.0"), (99.96, "100")]
 )
-def test_metrics_have_one_place_and_a_dash_where_there_is_none(value, said):
+def test_percentages_have_one_decimal(value, said):
     assert format_percent(value) == said
 
 

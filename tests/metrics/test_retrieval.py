@@ -124,7 +124,7 @@ def test_conventions_reach_the_metrics():
     assert_same(feed(metrics, data, [range(23)]).values(), expected)
 
 
-def test_states_lie_in_few_blocks_that_are_made_in_advance():
+def test_states_are_few_preallocated_blocks():
     """One small tensor a batch, living on between large ones, would tear the heap to pieces."""
     data = world(queries=200)
     batches = [range(at, at + 10) for at in range(0, 200, 10)]
@@ -140,14 +140,14 @@ def test_states_lie_in_few_blocks_that_are_made_in_advance():
     assert len(expecting.values()["mAP"]) == 200
 
 
-def test_more_and_fewer_queries_than_expected_are_taken():
+def test_the_expected_number_of_queries_is_only_a_hint():
     data = world()
     for expected in (1, 7, 100):
         metrics = feed(RetrievalMetrics(NAMES, expected=expected), data, [range(9), range(9, 23)])
         assert_same(metrics.values(), expected_values(data))
 
 
-def test_a_batch_s_own_metrics_do_not_disturb_those_of_all():
+def test_metrics_of_a_batch_do_not_change_the_total():
     data = world()
     metrics, own = RetrievalMetrics(NAMES, expected=23), []
     for at in (0, 8, 16):

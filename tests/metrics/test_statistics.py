@@ -24,14 +24,14 @@ def some(n=200, seed=0):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 5))
-def test_bounds_lie_among_the_values_and_repeat(values, seed):
+def test_bounds_are_within_the_values_and_deterministic(values, seed):
     x = torch.tensor(values, dtype=torch.float64)
     low, high = bootstrap_interval(x, resamples=50, seed=seed)
     assert x.min() - 1e-12 <= low <= high <= x.max() + 1e-12
     assert bootstrap_interval(x, resamples=50, seed=seed) == (low, high)
 
 
-def test_equal_values_leave_no_doubt():
+def test_equal_values_have_no_spread():
     assert bootstrap_interval(torch.full((30,), 0.25)) == (0.25, 0.25)
 
 
@@ -66,7 +66,7 @@ def test_nan_is_left_out():
     assert all(math.isnan(bound) for bound in bootstrap_interval(torch.full((3,), torch.nan)))
 
 
-def test_how_many_are_drawn_at_once_changes_nothing(monkeypatch):
+def test_the_chunk_size_of_draws_changes_nothing(monkeypatch):
     x, labels = some(90), torch.arange(90) % 7
     whole = bootstrap_interval(x, resamples=100), bootstrap_interval(x, resamples=100, labels=labels)
     for at_once in (1, 900, 5000):

@@ -27,7 +27,7 @@ def test_every_finite_point_is_inside_the_drawing_and_the_others_are_counted(cur
     assert (f"{lost:,} of {len(curve):,} values are not finite" in chart.description) == (lost > 0)
 
 
-def test_a_curve_is_said_and_drawn_upwards():
+def test_a_curve_is_described_and_drawn_upwards():
     chart = layout_chart("val/score", [(9.0, 50.25), (19.0, 40.0), (29.0, 60.0)])
     assert chart.description == "from 50.25 at step 9 to 60 at step 29; lowest 40 (step 19), highest 60 (step 29)"
     (a, b, c) = points(chart)
@@ -51,7 +51,7 @@ def test_a_thinned_curve_keeps_its_mean_and_its_order(number):
 
 
 @given(st.floats(-1e12, 1e12), st.floats(0, 1e12), st.booleans())
-def test_ticks_are_few_even_and_hold_the_range(low, span, whole):
+def test_ticks_are_few_even_and_cover_the_range(low, span, whole):
     ticks = nice_ticks(low, low + span, whole=whole)
     slack = 1e-6 * max(abs(low), span, 1.0)
     assert 2 <= len(ticks) <= 7

@@ -50,7 +50,7 @@ def test_relevant_results_are_framed_green_and_others_red(tmp_path):
     assert corners(draw(tmp_path / "sheet.png")) == [WRONG, RIGHT, WRONG, WRONG]
 
 
-def test_an_image_that_is_gone_by_now_leaves_its_place_empty(tmp_path):
+def test_a_missing_image_leaves_an_empty_tile(tmp_path):
     def opened(source):
         if source.key == "g2":
             raise ImageError("gone")
@@ -76,7 +76,7 @@ def test_at_most_twelve_queries_and_images_of_any_shape_are_shown(tmp_path, quer
     assert sheet.size == (9 * 104 + 24, min(queries, 12) * (22 + 96 + 16 + 8) + 8)
 
 
-def test_nothing_half_written_gets_the_name(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     (tmp_path / "s.png").write_text("old")
 
     def broken(_: object) -> Image.Image:

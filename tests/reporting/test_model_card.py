@@ -58,7 +58,7 @@ def test_a_training_leaves_a_card_with_every_metric(small_run: Run):
     assert body.count("\n## ") == 6
 
 
-def test_metrics_stand_with_counts_protocol_intervals_differences_and_versions():
+def test_metrics_come_with_counts_protocol_intervals_and_differences():
     text = render_model_card(NOTES, result=result(*METHODS))
     assert "### birds, val: 1,200 queries, 4,000 images" in text
     assert "| method | R@1 | **mAP** |\n| --- | ---: | ---: |" in text
@@ -79,7 +79,7 @@ def test_of_parts_the_metrics_are_shown_and_the_protocol_once():
     assert "mean of the parts' means" in animals
 
 
-def test_without_training_or_metrics_the_card_says_so():
+def test_a_card_without_training_or_metrics():
     text = render_model_card({**NOTES, "tuned": True, "card": {}})
     assert f'union_igrot.load("{PLACEHOLDER}")' in text
     assert "not recorded" in text
@@ -115,7 +115,7 @@ def test_rights_and_the_command_follow_the_data(card, asked, rights):
     assert ("- **converted from**: authors.pth" in text) == ("source" in card)
 
 
-def test_a_new_name_is_put_where_the_model_is_loaded_and_nowhere_else():
+def test_renaming_changes_only_the_loading_lines():
     text = render_model_card(NOTES, name="model")
     renamed = rename_model_card(text, "someone/x")
     assert 'union_igrot.load("someone/x")' in renamed

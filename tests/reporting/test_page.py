@@ -50,7 +50,7 @@ def noise(parts):
     return parts[:2]
 
 
-def test_a_training_leaves_one_whole_page(small_run: Run):
+def test_the_page_of_a_training(small_run: Run):
     path = small_run.folder / "report.html"
     assert path.stat().st_size <= MAX_BYTES
     page = check_page(path.read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def test_wins_ties_and_losses_are_counted_query_by_query(small_run: Run):
             assert line[6] == ("better" if low > 0 else "worse" if high < 0 else "no clear difference")
 
 
-def test_an_evaluation_of_a_backbone_alone_has_nothing_of_a_training(noise):
+def test_the_page_of_a_backbone_alone(noise):
     (scored,) = noise[0].scored
     scores = {name: part for name, part in scored.scores.items() if name != "trained"}
     page = check_page(drawn(EvaluationResult(noise[0].methods[:-1], (replace(scored, scores=scores),))))
@@ -127,7 +127,7 @@ def test_an_evaluation_of_a_backbone_alone_has_nothing_of_a_training(noise):
     assert table[0] == ["benchmark", "image + text", "text alone", "image alone", "chance"]
 
 
-def test_every_tile_says_in_words_and_by_its_frame_whether_it_is_right(noise):
+def test_tiles_mark_relevant_results_by_words_and_frame(noise):
     (composed, _) = noise
     page = check_page(drawn(composed))
     (scored,) = composed.scored
@@ -184,7 +184,7 @@ def test_the_worst_and_the_best_are_what_a_slow_search_finds():
     assert worst.description.startswith("None")
 
 
-def test_where_targets_are_not_published_nothing_is_called_right_or_wrong():
+def test_without_published_targets_no_result_is_marked():
     found = Benchmark(
         "b",
         "test",
@@ -200,7 +200,7 @@ def test_where_targets_are_not_published_nothing_is_called_right_or_wrong():
     assert "not published" in "".join(one["text"] for one in page.all("li"))
 
 
-def test_a_subset_that_is_filled_up_shows_no_image_for_what_is_not_there():
+def test_padding_of_a_subset_is_not_shown():
     items = [GalleryItem(f"g{n}", Noise(n)) for n in range(5)]
     found = Benchmark("b", "val", "cir", [Query("q", Noise(9), targets=("g1",))], items, Protocol())
     ranking = Ranking(torch.tensor([[2, 1, -1, -1]]), torch.zeros(1, 4))
@@ -209,7 +209,7 @@ def test_a_subset_that_is_filled_up_shows_no_image_for_what_is_not_there():
     assert tiles == 3 * ["query", "1 ✗ wrongg2", "2 ✓ rightg1"]
 
 
-def test_whatever_a_text_holds_is_shown_and_does_nothing(noise):
+def test_texts_are_escaped(noise):
     (scored,) = noise[1].scored
     items = [replace(item, caption=f"{item.id} {NASTY}") for item in scored.benchmark.gallery]
     queries = [replace(query, text=NASTY, label=NASTY) for query in scored.benchmark.queries]
@@ -252,7 +252,7 @@ class Static:
 
 
 @pytest.mark.parametrize("limit", [40_000, 200_000, 600_000])
-def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
+def test_a_page_stays_within_its_bound(noise, limit):
     photos = {}
 
     def static(source):
@@ -270,7 +270,7 @@ def test_a_page_stays_within_its_bound_and_says_what_did_not_fit(noise, limit):
     assert examples == 0 if limit == 40_000 else limit - len(text.encode()) < 70_000
 
 
-def test_a_image_that_is_not_there_is_said_to_be_and_the_rest_is_shown(noise):
+def test_a_missing_image_leaves_a_placeholder(noise):
     composed, (scored,) = noise[0], noise[0].scored
     gone = scored.benchmark.gallery[int(scored.scores["trained"].ranking.positions[0, 0])].image.key
 

@@ -1,4 +1,4 @@
-"""A sweep's table: which results share a row, what is averaged, and what the files hold."""
+"""A sweep's table: which results share a row, what is averaged, what the files hold, and published results."""
 
 import csv
 import io
@@ -7,14 +7,20 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import official
 import pytest
 from rich.console import Console
 
 from small_results import method, result
+from union_igrot.datasets.loading import load_benchmark
+from union_igrot.datasets.registry import find_benchmark
 from union_igrot.evaluation.results import SeenImages, TagMetric
 from union_igrot.reporting.sweep_results import (
+    HIDDEN_SPLITS,
     SweepJob,
     print_sweep,
+    published_for,
+    published_results,
     sweep_rows,
     sweep_table,
     varying_settings,
@@ -54,7 +60,7 @@ def table(jobs, command):
     return {(row.model, row.method): row for row in sweep_rows(jobs, command)}
 
 
-def test_runs_that_differ_in_their_seed_are_averaged_and_baselines_stand_once():
+def test_runs_with_different_seeds_are_averaged():
     found = table(trained_jobs(), "train")
     assert list(found) == [
         ("tiny", "image alone"),
@@ -74,7 +80,7 @@ def test_runs_that_differ_in_their_seed_are_averaged_and_baselines_stand_once():
     assert found["tiny", "image alone"].metric(("other", "val"), "mAP@10") is None
 
 
-def test_evaluations_of_one_checkpoint_share_a_line_over_benchmarks():
+def test_evaluations_of_one_checkpoint_share_a_row():
     jobs = [
         job(n, (f"checkpoint={name}", f"data={data}"), one("sum", 3.0, data), one("trained", value, data))
         for n, (name, data, value) in enumerate([("tiny", "circo", 4.0), ("tiny", "cirr", 5.0), ("a/b", "cirr", 6.0)])
@@ -89,7 +95,7 @@ def test_evaluations_of_one_checkpoint_share_a_line_over_benchmarks():
     ]
 
 
-def test_baselines_whose_metrics_differ_are_told_apart():
+def test_baselines_with_different_metrics_have_separate_rows():
     jobs = [
         job(n, ("data=circo", f"data.prompt={prompt}"), one("text", value), one("image", 9.0))
         for n, (prompt, value) in enumerate([("union", 4.0), ("searle", 5.0)])
@@ -113,13 +119,13 @@ def test_a_failed_job_is_named_and_changes_no_line():
     assert "1 of 2 jobs done" in out.getvalue()
 
 
-def test_parts_stand_in_tables_of_their_own_and_not_in_the_first():
+def test_the_first_table_has_no_parts():
     parts = [one("image", 1.0, "iq_a"), one("image", 3.0, "iq_b"), one("image", 2.0, "iq_mean", parts=("iq_a", "iq_b"))]
     heads = sweep_table([job(0, (), *parts)], "eval").head
     assert [cell.text for cell in heads] == ["model", "method", "iq_mean\nval\nmAP@10"]
 
 
-def test_the_csv_holds_every_metric_ours_and_published(tmp_path):
+def test_the_csv_has_every_metric(tmp_path):
     jobs = trained_jobs()
     seen = {"seen_images": SeenImages(1, 2), "seen_classes": ("cup",)}
     jobs[0] = with_trained(jobs[0], **seen)
@@ -146,7 +152,7 @@ def test_the_csv_holds_every_metric_ours_and_published(tmp_path):
     assert any(line["method"].startswith("TransAgg + UNION") and line["percent"] == "34.5" for line in published)
 
 
-def test_the_markdown_sets_chance_and_published_rows_beneath(tmp_path):
+def test_the_markdown_lists_chance_and_published_rows_last(tmp_path):
     jobs = trained_jobs()
     jobs[5] = with_trained(jobs[5], seen_classes=("cup", "a|b"))
     failed = SweepJob(6, "", ("target=|", "seed=0", "data.queries=10"), error="broken | pipe")
@@ -182,3 +188,54 @@ def test_the_terminal_cuts_no_metric_off(width):
     assert "…" not in shown
     assert shown.count("12.3") == 16
     assert max(map(len, shown.splitlines()[:-1])) <= width
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(one.benchmark for one in published_results()))
+def test_names_are_those_of_our_rows(name, tmp_path):
+    plain = name.removesuffix("_mean")
+    official.WRITERS[plain](tmp_path, with_images=False)
+    part = find_benchmark(plain).parts[0] if name.endswith("_mean") else {}
+    protocol = load_benchmark(plain, tmp_path, check_images=False, **part).protocol
+    for one in published_results():
+        if one.benchmark == name:
+            assert set(one.metrics) <= set(protocol.metrics), one
+            assert one.split in find_benchmark(plain).splits or (one.split == "not stated" and name in HIDDEN_SPLITS), (
+                one
+            )
+
+
+def test_published_results_are_unique_percentages_with_a_source():
+    keys = [(one.method, one.backbone, one.benchmark, one.split) for one in published_results()]
+    assert len(keys) == len(set(keys))
+    for one in published_results():
+        assert one.metrics, one
+        assert all(0 < value < 100 for value in one.metrics.values()), one
+        assert one.source, one
+        depths = [value for name, value in one.metrics.items() if name.startswith(("R@", "Rs@"))]
+        assert depths == sorted(depths) or one.benchmark == "cirr", one  # recall grows with k
+        if one.benchmark == "cirr":
+            for kind in ("R@", "Rs@"):
+                rising = [value for name, value in one.metrics.items() if name.startswith(kind)]
+                assert rising == sorted(rising), one
+
+
+def test_published_lenient_average_precision_is_noted():
+    """Strict AP@k is at most P@k where every class has k photos: a row that breaks it says why."""
+    broken = [
+        one
+        for one in published_results()
+        if one.benchmark == "sketchy" and one.metrics["mAP@200"] > one.metrics["P@200"]
+    ]
+    assert {one.method for one in broken} == {"TransAgg, 5K pairs", "TransAgg + UNION, 5K"}
+    assert all("lenient" in one.note for one in broken)
+
+
+def test_published_rows_of_other_splits():
+    def union(benchmark, split):
+        return [one.metrics for one in published_for(benchmark, split) if one.method.startswith("TransAgg + UNION")]
+
+    assert union("circo", "val") == [{"mAP@10": 34.5, "mAP@50": 38.5}]
+    assert union("cirr", "val") == [{"R@10": 77.6, "R@50": 92.9}]
+    assert union("sketchy", "zeroshot0") == [{"mAP@200": 82.7, "P@200": 79.9}]
+    assert union("sketchy", "zeroshot1") == []
+    assert published_for("shapes_cir", "test") == []
