@@ -147,7 +147,7 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
             else TrainerConfig("gpu", 1, strategy=strategy, precision=precision)
         )
         learner = Learner(model, InfoNCE(scale=20.0), Recipe(epochs=1, rate=1e-4), benchmarks)
-        best[device] = fit(learner, data, tmp_path / f"run {device}", machine=machine, progress=False)
+        best[device] = fit(learner, data, tmp_path / f"run {device}", trainer=machine, progress=False)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert best["cuda"]["val/score"] == pytest.approx(best["cpu"]["val/score"], abs=0.02)

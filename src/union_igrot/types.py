@@ -1,14 +1,11 @@
-"""The vocabulary of the house: queries, galleries, benchmarks, features, scores.
-
-Plain frozen values that every other room speaks. Does not know how a file is read,
-how an image is encoded or how a metric is computed.
-"""
+"""Values that all packages share: queries, galleries, benchmarks, training triplets, features and scores."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol as Interface, runtime_checkable
+from reprlib import Repr
+from typing import Any, Literal, Protocol as Interface, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,17 +45,30 @@ ImageSource = Path | LazyImage
 """Where an image comes from, a file or a `LazyImage`."""
 
 
+_REPR = Repr()
+_REPR.maxstring, _REPR.maxtuple = 30, 2
+
+
+def _short(value: object) -> str:
+    """Return a short form of an id, a text or an image source for a `repr`."""
+    if isinstance(value, Path):
+        value = value.name
+    elif value is not None and not isinstance(value, str | tuple):
+        value = getattr(value, "key", type(value).__name__)
+    return _REPR.repr(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One question to a gallery.
+    """A query to a gallery.
 
     Attributes:
         id: Unique within its benchmark.
-        image: The reference photo or the sketch.
-        text: What to change, or None. Several wordings of it are embedded one by one, and
-            their embeddings averaged.
-        targets: Gallery ids that answer the query. Empty on hidden test splits.
-        exclude: Gallery ids that are never ranked for this query (its own reference).
+        image: The reference image: a photo or a sketch.
+        text: The modification text, or None. Several wordings of it are embedded one by one, and their embeddings
+            averaged.
+        targets: Ids of the relevant gallery images. Empty on hidden test splits.
+        exclude: Gallery ids that are never ranked for this query (its own reference image).
         subset: Gallery ids of the query's subset ranking (CIRR), or None.
         label: Class of the query, for averages by class, or None.
         tags: Names of groups the query is also reported under (edit types, aspects).
@@ -73,15 +83,18 @@ class Query:
     label: str | None = None
     tags: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Query({_short(self.id)}, {_short(self.image)}, text={_short(self.text)}, {len(self.targets)} targets)"
+
     @property
     def wordings(self) -> tuple[str | None, ...]:
-        """The text's wordings; a single one, or None, where it has not several."""
+        """The wordings of the text; a single one, which may be None, unless it has several."""
         return self.text if isinstance(self.text, tuple) else (self.text,)
 
 
 @dataclass(frozen=True, slots=True)
 class GalleryItem:
-    """One image that can be an answer.
+    """A gallery image.
 
     Attributes:
         id: Unique within its gallery.
@@ -95,10 +108,13 @@ class GalleryItem:
     label: str | None = None
     caption: str | None = None
 
+    def __repr__(self) -> str:
+        return f"GalleryItem({_short(self.id)}, {_short(self.image)}, label={_short(self.label)})"
+
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How a benchmark is scored; printed beside every metric.
+    """How a benchmark is scored; printed next to every metric.
 
     Attributes:
         name: Name of the preset, `official` unless another convention was chosen.
@@ -110,13 +126,16 @@ class Protocol:
         average: Mean over queries (`micro`) or mean of the classes' means (`macro`).
         ties: How equal scores are ordered.
         note: Anything else a reader of the metric has to know.
-        recall: `R@k` is 1 where any target is found, or the `fraction` of the targets found.
+        recall: `R@k` is 1 if any target is found, or the `fraction` of the targets found.
         recall_targets: Whether `R@k` looks for `all` targets, or the `first` of each query alone (CIRCO).
         precision_cut: What `P@k` divides by: `k`, see `metrics.functional.precision_at_k`.
         candidates: What is ranked: the whole `gallery`, or each query's own `subset` (GeneCIS).
         unanswered: Whether a query without any target is left out (`omit`) or counts as 0 (`zero`).
         means: Further metrics, each the mean of the named ones, such as `("R@5", "Rs@1")` for CIRR.
         prompt: The template of the queries' texts, by name or written out.
+
+    Raises:
+        DataError: If `primary` is not among `metrics`.
     """
 
     name: str = "official"
@@ -138,14 +157,16 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.primary not in self.metrics:
-            raise DataError(
-                f"the primary metric {self.primary!r} is not among the protocol's metrics {list(self.metrics)}"
-            )
+            raise DataError(f"invalid value for primary: {self.primary!r} (expected one of {', '.join(self.metrics)})")
+
+    def __repr__(self) -> str:
+        metrics = _short(", ".join(self.metrics))
+        return f"Protocol({_short(self.name)}, metrics={metrics}, primary={self.primary}, average={self.average})"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Queries, a gallery and the protocol that scores one against the other.
+    """Queries, a gallery and the protocol that scores the rankings.
 
     Attributes:
         name: Name of the benchmark, such as `shapes_cir`.
@@ -157,8 +178,7 @@ class Benchmark:
         skipped: How many items were left out on request (`on_missing=skip`).
 
     Raises:
-        DataError: Where it is empty, has an id twice, or names a target, an excluded
-            or a subset id that the gallery does not hold.
+        DataError: If it is empty, repeats a gallery id, or a target, an excluded or a subset id is not in the gallery.
     """
 
     name: str
@@ -170,14 +190,16 @@ class Benchmark:
     skipped: int = 0
 
     def __post_init__(self) -> None:
-        where = f"{self.name} ({self.split})"
+        title = f"{self.name} ({self.split})"
         if not self.queries:
-            raise DataError(f"{where}: there is no query; choose another split or add some")
+            raise DataError(f"{title}: no queries; choose another split or add some")
         if not self.gallery:
-            raise DataError(f"{where}: the gallery is empty; choose another split or add images")
-        known = {item.id for item in self.gallery}
-        if len(known) != len(self.gallery):
-            raise DataError(f"{where}: a gallery id stands twice among {len(self.gallery)} items")
+            raise DataError(f"{title}: the gallery is empty; choose another split or add images")
+        known: set[str] = set()
+        for item in self.gallery:
+            if item.id in known:
+                raise DataError(f"{title}: gallery id {item.id!r} is repeated (expected unique ids)")
+            known.add(item.id)
         checked: set[int] = set()
         for query in self.queries:
             for ids in (query.targets, query.exclude, query.subset or ()):
@@ -186,10 +208,14 @@ class Benchmark:
                 checked.add(id(ids))
                 for name in ids:
                     if name not in known:
-                        raise DataError(f"{where}: query {query.id!r} names {name!r}, which the gallery does not hold")
+                        raise DataError(f"{title}: query {query.id!r} names {name!r}, which is not in the gallery")
+
+    def __repr__(self) -> str:
+        size = f"{len(self.queries):,} queries x {len(self.gallery):,} images"
+        return f"Benchmark({_short(self.name)}, {_short(self.split)}, {self.task}, {size}, {self.protocol.primary})"
 
     def queries_hash(self) -> str:
-        """Hash the queries' ids, texts and targets: equal where two runs were asked the same."""
+        """Hash the queries' ids, texts and targets, to tell whether two runs had the same queries."""
         digest = hashlib.sha256()
         targets: dict[int, bytes] = {}
         for query in self.queries:
@@ -201,14 +227,13 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """One training sample: a query and one image that answers it.
+    """A training sample: a query and one of its targets.
 
     Attributes:
-        image: The reference photo or the sketch.
-        text: What to change, or None.
-        target: The answer.
-        group: Identity of the answer's content. Targets of one group are never each
-            other's negatives.
+        image: The reference image: a photo or a sketch.
+        text: The modification text, or None.
+        target: The target image.
+        group: Identity of the target's content. Targets of one group are never each other's negatives.
         task: `cir` or `sbir`. A batch holds samples of one task.
     """
 
@@ -218,15 +243,18 @@ class Triplet:
     group: str
     task: Task
 
+    def __repr__(self) -> str:
+        return f"Triplet({_short(self.image)}, {_short(self.text)}, {_short(self.target)}, {self.task})"
+
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The triplets to train on, and what a reader has to know of them.
+    """Training triplets.
 
     Attributes:
         name: Name of the data.
         triplets: The samples.
-        classes: Names of the classes seen, for the overlap check of zero-shot metrics.
+        classes: Names of the classes in it, for the overlap check of zero-shot metrics.
         skipped: How many items were left out on request.
     """
 
@@ -235,10 +263,13 @@ class TrainingSet:
     classes: tuple[str, ...] = ()
     skipped: int = 0
 
+    def __repr__(self) -> str:
+        return f"TrainingSet({_short(self.name)}, {len(self.triplets):,} triplets, {len(self.classes):,} classes)"
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """How an image becomes a tensor; a value that two parties can compare.
+    """How an image becomes a tensor.
 
     Attributes:
         size: Height and width of the result in pixels.
@@ -263,14 +294,18 @@ class Preprocess:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+def _shapes(**tensors: Tensor | None) -> str:
+    return ", ".join(f"{name}={list(x.shape)}" for name, x in tensors.items() if x is not None)
+
+
+@dataclass(frozen=True, repr=False)
 class Features:
-    """What a frozen backbone says of a batch of images or texts, not normalized.
+    """Unnormalized features of a batch of images or texts.
 
     Attributes:
         pooled: The embedding of each item in the joint space.
-        tokens: All tokens projected into the same space, or None where not kept.
-        mask: True at real tokens, False at padding. None where `tokens` is None.
+        tokens: All tokens projected into the same space, or None if they are not needed.
+        mask: True at real tokens, False at padding. None if `tokens` is None.
         pooled_at: Position among the tokens that `pooled` was read from.
     """
 
@@ -282,12 +317,15 @@ class Features:
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
+    def __repr__(self) -> str:
+        return f"Features({_shapes(pooled=self.pooled, tokens=self.tokens)}, device={self.pooled.device})"
+
     def to(self, device: torch.device | str) -> "Features":
         """Move every tensor to a device."""
         return self._each(lambda x: x.to(device))
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Features":
-        """Take some items, in the given order."""
+        """Select some items, in the given order."""
         return self._each(lambda x: x[rows])
 
     def expand(self, batch: int) -> "Features":
@@ -295,32 +333,14 @@ class Features:
         return self._each(lambda x: x.expand(batch, *x.shape[1:]))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
-        def each(x: Tensor | None) -> Tensor | None:
-            return None if x is None else change(x)
-
-        return Features(change(self.pooled), each(self.tokens), each(self.mask), each(self.pooled_at))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Training samples of one task, as images and texts or as their features.
-
-    Attributes:
-        images: Reference images, preprocessed or already encoded.
-        texts: What to change; an entry may be None.
-        targets: Target images, preprocessed or already encoded.
-        groups: Identity of each target's content; equal groups are not negatives.
-    """
-
-    images: Float[Tensor, "batch 3 height width"] | Features
-    texts: Sequence[str | None] | Features
-    targets: Float[Tensor, "batch 3 height width"] | Features
-    groups: Int[Tensor, " batch"]
+        tensors = (self.pooled, self.tokens, self.mask, self.pooled_at)
+        changed: list[Any] = [None if x is None else change(x) for x in tensors]
+        return Features(*changed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
-    """The first answers to each query, best first.
+    """The first hits of each query, best first.
 
     Attributes:
         positions: Positions in the gallery.
@@ -330,38 +350,25 @@ class Ranking:
     positions: Int[Tensor, "queries k"]
     scores: Float[Tensor, "queries k"]
 
+    def __repr__(self) -> str:
+        return f"Ranking({_shapes(positions=self.positions)})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Scores:
     """The metrics of one method on one benchmark, query by query.
 
     Attributes:
-        values: For each metric's name one value a query, 0..1; nan where the metric is
-            not defined for the query (no target, no subset).
-        ranking: The first answers to each query.
-        subsets: Gallery positions of each query's subset, best first and -1 behind; None
-            where the benchmark has no subsets.
+        values: For each metric's name one value per query, 0..1; nan if the metric is not defined for the query (no
+            target, no subset).
+        ranking: The first hits of each query.
+        subsets: Gallery positions of each query's subset, best first, padded with -1; None if the benchmark has no
+            subsets.
     """
 
     values: Mapping[str, Float[Tensor, " queries"]]
     ranking: Ranking
     subsets: Int[Tensor, "queries subset"] | None = None
 
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """Some queries or gallery images of a benchmark.
-
-    Attributes:
-        benchmark: Which of the benchmarks in use.
-        side: `queries` or `gallery`.
-        positions: Their positions on that side.
-        images: Images, preprocessed or already encoded.
-        texts: The queries' texts; None for a gallery.
-    """
-
-    benchmark: int
-    side: Literal["queries", "gallery"]
-    positions: Int[Tensor, " batch"]
-    images: Float[Tensor, "batch 3 height width"] | Features
-    texts: Sequence[str | None] | Features | None = None
+    def __repr__(self) -> str:
+        return f"Scores({_short(', '.join(self.values))}, {self.ranking})"

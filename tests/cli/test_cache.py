@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from small_world import LinearBackbone
-from union_igrot.cli import assemble, cache as command
+from union_igrot.cli import cache as command
 from union_igrot.cli.cache import main as cache
-from union_igrot.cli.config import compose
+from union_igrot.cli.config import compose, plain
 from union_igrot.errors import ConfigError
+from union_igrot.experiment import open_extractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.storage.cache import usage
 from union_igrot.types import Features
@@ -154,7 +155,7 @@ def test_folders_of_earlier_versions_are_listed_and_pruned(root, capsys, part):
 
 def test_a_command_hands_the_limit_and_the_name_on_to_its_store(tmp_path):
     settings = ["cache_limit=1MB", f"cache_dir={tmp_path}", "progress=false"]
-    store = assemble.extractor(compose("eval", settings), LinearBackbone()).store
+    store = open_extractor(plain(compose("eval", settings)), LinearBackbone()).store
     assert (store.limit, store.backbone, store.root) == (10**6, "linear", tmp_path)
     with pytest.raises(ConfigError, match="cache_limit: much"):
         compose("train", ["cache_limit=much"])

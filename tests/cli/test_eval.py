@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, capsys)
     with pytest.raises(SystemExit) as stopped:
         evaluate([f"output_dir={tmp_path / place}"])
     assert stopped.value.code == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot write output_dir" in capsys.readouterr().err
 
 
 def test_a_backbone_alone_is_no_checkpoint(small_run: Run, capsys):

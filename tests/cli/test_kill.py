@@ -18,7 +18,7 @@ from union_igrot.models.model import IGROTModel
 
 # The processes are forked from one that has imported everything: the tests do not pay for the imports again.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["union_igrot.training.learner", "union_igrot.cli.assemble", "union_igrot.cli.results"])
+FORKS.set_forkserver_preload(["union_igrot.experiment"])
 EPOCHS = 6
 SETTINGS = (
     "data.triplets=300",

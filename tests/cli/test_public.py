@@ -9,11 +9,11 @@ from official import WRITERS
 
 from small_world import cir_benchmark, extractor, trainable
 from union_igrot.cli.eval import main as evaluate
-from union_igrot.cli.results import submit
 from union_igrot.cli.train import main as train
 from union_igrot.datasets.loading import load_benchmark
 from union_igrot.datasets.submission import check_submission
 from union_igrot.errors import ConfigError
+from union_igrot.experiment import submit
 
 EVALUATED = ["circo", "genecis", "lasco", "llavasco", "dtin", "tuberlin", "quickdraw", "fashioniq"]
 

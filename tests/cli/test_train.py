@@ -86,7 +86,7 @@ def interrupted_before_evaluation(run: Run, folder: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("union_igrot.cli.results.evaluate_benchmark", stop)
+        patch.setattr("union_igrot.experiment.evaluate_benchmark", stop)
         with pytest.raises(SystemExit) as stopped:
             train(run.settings_for(folder))
     assert stopped.value.code == 130
@@ -106,7 +106,7 @@ def test_a_run_interrupted_at_its_evaluation_goes_on_without_training(small_run:
     with monkeypatch.context() as patch:
         patch.setattr("union_igrot.training.learner.fit", again)
         train(small_run.settings_for(folder))
-    assert "going on in" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     assert (folder / "model" / "heads.safetensors").stat().st_mtime_ns == heads.st_mtime_ns
     assert figures(rows_of(folder)) == figures(small_run.rows)
 
@@ -118,7 +118,7 @@ def test_a_folder_of_other_settings_is_refused_untouched(small_run: Run, capsys)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert "holds a run of other settings" in lines[0]
+    assert "contains a run of other settings" in lines[0]
     after = sorted((path, path.stat().st_mtime_ns) for path in small_run.folder.rglob("*") if path.name != ".lock")
     assert after == before
 
@@ -176,9 +176,9 @@ def test_broken_pictures_end_the_run_in_one_line_or_are_counted(tmp_path, capsys
     said = capsys.readouterr().err
     assert re.search(r"union-train: .*3\.jpg", said)
     assert "Traceback" not in said
-    # The unfinished run of other settings is in the way; the message has said what to do.
-    train([*options[:-1], f"output_dir={tmp_path / 'other'}", "data.on_missing=skip"])
-    assert all(row["n_skipped"] > 0 for row in rows_of(tmp_path / "other"))
+    assert not (tmp_path / "run").exists()
+    train([*options, "data.on_missing=skip"])
+    assert all(row["n_skipped"] > 0 for row in rows_of(tmp_path / "run"))
     assert "left out" in capsys.readouterr().out
 
 

@@ -102,7 +102,7 @@ def test_a_trained_run_is_evaluated_without_training(data, settings, monkeypatch
     notes = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**notes, "stage": "trained"}))
     (folder / "results.json").unlink()
-    monkeypatch.setattr("union_igrot.cli.fit.fit_heads", None)
+    monkeypatch.setattr("union_igrot.experiment.train_heads", None)
     assert run(union_train, [*settings, f"output_dir={folder}"]) == 0
     assert metrics(folder) == metrics(DATA / "run")
     assert json.loads((folder / "run.json").read_text()) == notes

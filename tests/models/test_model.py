@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from small_world import DIM, TRANSAGG, UNION, LinearBackbone, trainable
-from union_igrot.cli import assemble
-from union_igrot.cli.config import compose
+from union_igrot.cli.config import compose, plain
 from union_igrot.errors import CheckpointError, ConfigError, DataError
+from union_igrot.experiment import build_model
 from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel, load
 from union_igrot.training.losses import InfoNCE
@@ -391,4 +391,4 @@ def test_a_later_format_and_a_folder_that_cannot_be_written_are_named(tmp_path):
 def test_heads_that_do_not_divide_the_width_are_named_before_anything_is_encoded(heads):
     fits = "1, 2, 4, 8, 16, 32, 64, 128"
     with pytest.raises(ConfigError, match=rf"fusion\.heads: {heads} .* width 128: {fits}\)$"):
-        assemble.new_model(compose("train", [f"fusion.heads={heads}"]), {})
+        build_model(plain(compose("train", [f"fusion.heads={heads}"])), {})

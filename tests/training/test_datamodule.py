@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, triplets
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.images.transforms import ImageToTensor
-from union_igrot.training.datamodule import IGROTDataModule, TaskBatches
+from union_igrot.training.datamodule import IGROTDataModule, TaskSampler
 from union_igrot.types import TrainingSet
 
 
@@ -44,7 +44,7 @@ def test_shares_are_equal_disjoint_and_of_one_task(counts, size, world, epoch):
     tasks = [name for name, count in zip("abc", counts, strict=False) for _ in range(count)]
     shares = []
     for rank in range(world):
-        batches = TaskBatches(tasks, size, 1, lambda: epoch, rank, world)
+        batches = TaskSampler(tasks, size, 1, lambda: epoch, rank, world)
         share = list(batches)
         assert len(share) == len(batches)
         shares.append(share)
@@ -63,14 +63,14 @@ def test_shares_are_equal_disjoint_and_of_one_task(counts, size, world, epoch):
 
 def test_the_joint_batch_does_not_depend_on_how_many_share_it():
     tasks = ["cir"] * 50 + ["sbir"] * 30
-    alone = list(TaskBatches(tasks, 8, 2, int))
-    halves = [list(TaskBatches(tasks, 4, 2, int, rank, 2)) for rank in (0, 1)]
+    alone = list(TaskSampler(tasks, 8, 2, int))
+    halves = [list(TaskSampler(tasks, 4, 2, int, rank, 2)) for rank in (0, 1)]
     assert [first + second for first, second in zip(*halves, strict=True)] == alone
 
 
 def test_the_order_follows_from_seed_and_epoch():
     def order(seed, epoch):
-        return list(TaskBatches(["cir"] * 30, 5, seed, lambda: epoch))
+        return list(TaskSampler(["cir"] * 30, 5, seed, lambda: epoch))
 
     assert order(1, 2) == order(1, 2)
     different = {str(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}
@@ -78,8 +78,8 @@ def test_the_order_follows_from_seed_and_epoch():
 
 
 def test_too_few_samples_for_the_processes_are_an_error():
-    with pytest.raises(DataError, match="2 sbir samples cannot be shared by 3 processes"):
-        TaskBatches(["cir"] * 9 + ["sbir"] * 2, 4, 0, int, 0, 3)
+    with pytest.raises(DataError, match="2 sbir samples cannot be divided among 3 processes"):
+        TaskSampler(["cir"] * 9 + ["sbir"] * 2, 4, 0, int, 0, 3)
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -177,14 +177,14 @@ def test_validation_batches_hold_the_features_at_their_positions(tmp_path):
 def test_more_processes_than_validation_items_are_an_error(tmp_path):
     data = module(tmp_path, validation=[sbir_benchmark(2, 4)], world=7)
     data.setup("fit")
-    with pytest.raises(DataError, match="6 validation queries and images cannot be shared by 7"):
+    with pytest.raises(DataError, match="6 validation queries and images cannot be divided among 7"):
         data.val_dataloader()
 
 
 def test_averaged_wordings_are_not_validated_with(tmp_path):
     benchmark = cir_benchmark()
     asked = (replace(benchmark.queries[0], text=("red", "blue")), *benchmark.queries[1:])
-    with pytest.raises(ConfigError, match=r"query 'q0' has 2 wordings.*to validate with"):
+    with pytest.raises(ConfigError, match=r"query 'q0' has 2 wordings.*for validation"):
         module(tmp_path, validation=[replace(benchmark, queries=asked)]).setup("fit")
 
 

@@ -69,7 +69,7 @@ def benchmarks():
     return [cir_benchmark(), sbir_benchmark()]  # 23 and 25 queries, galleries of 31 and 29
 
 
-def train(folder, machine, batch_size, name):
+def train(folder, config, batch_size, name):
     """Train at rate 0, so that each step's loss and gradient are those of the same weights."""
     model = trainable("transagg", "union", LinearBackbone())
     filled = extractor(folder / "cache", model.backbone)
@@ -79,7 +79,7 @@ def train(folder, machine, batch_size, name):
     learner = Learner(model, InfoNCE(scale=20.0, symmetric=True), Recipe(epochs=1, rate=0.0), benchmarks())
     watch = Watch()
     run = folder / ("alone" if name == "alone" else "together")
-    best = fit(learner, data, run, machine=machine, callbacks=[watch], progress=False)
+    best = fit(learner, data, run, trainer=config, callbacks=[watch], progress=False)
     torch.save(watch.gradients, folder / f"{name}.pt")
     found = {
         "losses": watch.losses,

@@ -1,5 +1,6 @@
 """Training changes the heads alone, chooses by the monitor and resumes to the same weights."""
 
+import logging
 import math
 import signal
 import warnings
@@ -9,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import FSDPPrecision
 
 from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.errors import ConfigError
@@ -17,9 +19,19 @@ from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed_benchmark
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.models.backbones.base import weights_hash
-from union_igrot.training.datamodule import IGROTDataModule
-from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit, warmup_cosine
+from union_igrot.training.datamodule import IGROTDataModule, TrainingBatch
+from union_igrot.training.learner import (
+    FSDPWithoutConversion,
+    Learner,
+    Recipe,
+    TrainerConfig,
+    fit,
+    make_trainer,
+    quiet_trainer,
+    warmup_cosine,
+)
 from union_igrot.training.losses import InfoNCE
+from union_igrot.types import Features
 
 pytestmark = [
     # Lightning steps a resumed schedule before its optimizer has stepped; nothing is skipped.
@@ -86,7 +98,7 @@ def trained(tmp_path_factory):
     before = weights_hash(model.backbone.state_dict()), heads(model)
     learner, data, filled = parts(folder / "cache", model, Recipe(epochs=2, rate=3e-3))
     log = Log()
-    best = fit(learner, data, folder / "run", machine=CPU, callbacks=[log], progress=False)
+    best = fit(learner, data, folder / "run", trainer=CPU, callbacks=[log], progress=False)
     return folder / "run", model, before, learner, filled, log, best
 
 
@@ -105,7 +117,7 @@ def test_no_picture_is_encoded_while_training(tmp_path):
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=1))
     data.setup("fit")
     images, texts = len(model.backbone.image_batches), len(model.backbone.text_batches)
-    fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
     assert len(model.backbone.image_batches) == images
     assert model.backbone.text_batches[texts:] in ([], [[""]])  # the null text, once a model
 
@@ -130,7 +142,7 @@ def test_validation_figures_are_those_of_the_evaluation(trained):
             assert logged[f"val/{benchmark.name}/{name}"] == pytest.approx(figure, abs=1e-4)
     assert logged["val/score"] == pytest.approx(sum(primary) / 2, abs=1e-4)
     assert best["val/score"] == pytest.approx(max(figures["val/score"] for figures in log.figures))
-    assert set(logged) == set(learner.figures())
+    assert set(logged) == set(learner.metric_names())
 
 
 def test_the_model_is_left_ready_to_evaluate(trained):
@@ -142,7 +154,7 @@ def test_the_loss_goes_down_on_few_samples(tmp_path):
     model = trainable("transagg", "union")
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=15, rate=5e-3), [sbir_benchmark(6, 8)], 20)
     log = Log()
-    fit(learner, data, tmp_path / "run", machine=CPU, callbacks=[log], progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, callbacks=[log], progress=False)
     steps = 3
     assert sum(log.losses[-steps:]) < 0.5 * sum(log.losses[:steps])
 
@@ -167,7 +179,7 @@ def test_the_best_epoch_is_kept_where_the_last_is_worse(tmp_path, monitor):
     model = trainable("transagg", "union")
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=3, monitor=monitor))
     log = Log()
-    best = fit(learner, data, tmp_path / "run", machine=CPU, callbacks=[Ruin(2), log], progress=False)
+    best = fit(learner, data, tmp_path / "run", trainer=CPU, callbacks=[Ruin(2), log], progress=False)
     column = [figures[monitor] for figures in log.figures]
     assert column[2] < max(column)
     assert best["epoch"] == column.index(max(column)) < 2
@@ -191,7 +203,7 @@ def test_an_interruption_goes_to_the_caller_who_can_go_on(tmp_path):
         model = trainable("transagg", "frozen")
         learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=2), [cir_benchmark(6)])
         with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
-            fit(learner, data, tmp_path / "run", machine=CPU, callbacks=callbacks, progress=False)
+            fit(learner, data, tmp_path / "run", trainer=CPU, callbacks=callbacks, progress=False)
         assert signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "run" / "last.ckpt").is_file()
 
@@ -232,7 +244,7 @@ def test_the_schedule_ends_at_its_floor_and_vectors_do_not_decay(tmp_path):
     recipe = Recipe(epochs=2, rate=1e-3, warmup=0.25, floor=0.1, weight_decay=0.3, eps=1e-6)
     learner, data, _ = parts(tmp_path / "cache", model, recipe, [cir_benchmark(6)], batch_size=10)
     seen = Rates()
-    fit(learner, data, tmp_path / "run", machine=CPU, callbacks=[seen], progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, callbacks=[seen], progress=False)
     steps = 2 * (4 + 2)
     assert seen.rates == pytest.approx([1e-3 * warmup_cosine(step, steps, 0.25, 0.1) for step in range(1, steps + 1)])
     assert {(p.ndim > 1, group["weight_decay"], group["eps"]) for group in seen.groups for p in group["params"]} == {
@@ -250,7 +262,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, dropout, ep
         learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=3, rate=3e-3))
         torch.manual_seed(seed)
         log = Log()
-        best = fit(learner, data, folder, machine=CPU, callbacks=[log, *callbacks], progress=False)
+        best = fit(learner, data, folder, trainer=CPU, callbacks=[log, *callbacks], progress=False)
         return model, best, log.losses
 
     whole, best, losses = run(tmp_path / "whole")
@@ -275,7 +287,7 @@ def test_dropout_follows_from_the_seed(tmp_path):
             learner,
             data,
             tmp_path / f"run{len(list(tmp_path.iterdir()))}",
-            machine=CPU,
+            trainer=CPU,
             callbacks=[log],
             progress=False,
         )
@@ -289,7 +301,7 @@ def test_a_finished_training_is_not_trained_again(trained):
     model = trainable("transagg", "union", backbone=LinearBackbone(), seed=5, dropout=0.1)
     again, data, _ = parts(filled.store.root, model, learner.recipe)
     log = Log()
-    assert fit(again, data, folder, machine=CPU, callbacks=[log], progress=False) == best
+    assert fit(again, data, folder, trainer=CPU, callbacks=[log], progress=False) == best
     assert log.losses == []
     saved = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
     assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state_dict().items())
@@ -306,7 +318,7 @@ def test_each_epoch_has_its_own_order(tmp_path):
     model = trainable("transagg", "frozen")
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=3), [cir_benchmark(6)])
     seen = Orders()
-    fit(learner, data, tmp_path / "run", machine=CPU, callbacks=[seen], progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, callbacks=[seen], progress=False)
     assert len({str(order) for order in seen.epochs.values()}) == 3
 
 
@@ -314,7 +326,7 @@ def test_a_shared_target_trains_the_fusion_on_both_sides(tmp_path):
     model = trainable("transagg", "shared")
     before = heads(model)
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=1))
-    best = fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
+    best = fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
     assert math.isfinite(best["val/score"])
     assert any(not x.equal(before[name]) for name, x in model.heads_state_dict().items())
 
@@ -331,5 +343,46 @@ def test_an_encoder_with_a_bar_trains_the_same(tmp_path, capfd, monkeypatch):
     learner, _, filled = parts(tmp_path / "cache", model, Recipe(epochs=1), [cir_benchmark(6)])
     shown = FeatureExtractor(model.backbone, filled.store, workers=0, progress=True)
     data = IGROTDataModule(triplets(), [cir_benchmark(6)], shown, query_tokens=True, target_tokens=False, batch_size=10)
-    fit(learner, data, tmp_path / "run", machine=CPU, progress=True)
+    fit(learner, data, tmp_path / "run", trainer=CPU, progress=True)
     assert "encoding training queries" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fsdp_leaves_batches_as_they_are(precision):
+    """Lightning's own conversion sets fields, which ours refuse."""
+    features = Features(torch.ones(2, 3))
+    batch = TrainingBatch(features, features, features, torch.arange(2))
+    ours = FSDPWithoutConversion(precision)
+    assert ours.convert_input(batch) is batch
+    assert ours.precision == precision
+    with pytest.raises(ValueError, match="frozen dataclass"):
+        FSDPPrecision(precision).convert_input(batch)
+
+
+def test_the_trainer_follows_its_configuration(tmp_path):
+    with quiet_trainer():
+        trainer = make_trainer(TrainerConfig("cpu", 1, precision="bf16-mixed"), tmp_path, [], logger=False)
+    assert (trainer.precision, trainer.num_devices, trainer.accelerator.name()) == ("bf16-mixed", 1, "cpu")
+
+
+def test_only_expected_warnings_are_hidden(recwarn):
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    with quiet_trainer():
+        warnings.warn("Found 3 module(s) in eval mode at the start of training", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        assert logger.level == logging.WARNING
+    assert [str(one.message) for one in recwarn] == ["something else"]
+    assert logger.level == before
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_only_ctrl_c_raises_keyboard_interrupt(pressed):
+    def end():
+        try:
+            raise KeyboardInterrupt if pressed else ValueError
+        except (KeyboardInterrupt, ValueError):
+            raise SystemExit(1)  # noqa: B904 - as Lightning does it
+
+    with pytest.raises(KeyboardInterrupt if pressed else SystemExit), quiet_trainer():
+        end()

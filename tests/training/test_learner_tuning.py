@@ -31,7 +31,7 @@ def parts(folder, sides, recipe=None, *, tuned=True, batch_size=10, benchmarks=B
         query_tokens=model.fusion.needs_tokens,
         target_tokens=model.target.needs_tokens,
         batch_size=batch_size,
-        live=sides,
+        tuned=sides,
     )
     return model, Learner(model, InfoNCE(scale=20.0), recipe or Recipe(epochs=1, rate=0.0), benchmarks), data
 
@@ -42,7 +42,7 @@ def test_what_is_encoded_in_each_step_gives_the_losses_of_what_was_encoded_once(
         _, learner, data = parts(tmp_path / f"cache{name}", sides, Recipe(epochs=2, rate=3e-3), tuned=False)
         torch.manual_seed(3)
         log = Log()
-        fit(learner, data, tmp_path / name, machine=CPU, callbacks=[log], progress=False)
+        fit(learner, data, tmp_path / name, trainer=CPU, callbacks=[log], progress=False)
         return log
 
     once, each = run((), "once"), run(SIDES[live], "each")
@@ -56,7 +56,7 @@ def test_a_tuned_encoder_learns_at_its_own_rate_and_the_other_does_not(tmp_path,
     recipe = Recipe(epochs=1, rate=1e-3, backbone_rate=1e-2, weight_decay=0.1, warmup=0.0)
     model, learner, data = parts(tmp_path, SIDES[sides], recipe)
     before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
-    fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
     changed = {name for name, p in model.backbone.named_parameters() if not p.equal(before[name])}
     own = {"image": {"pixels", "rows"}, "text": {"words"}}
     assert changed == set().union(*(own[side] for side in SIDES[sides]))
@@ -92,7 +92,7 @@ def test_the_passes_of_a_step(tmp_path, sides, images, texts):
 
 def test_without_a_cache_a_frozen_null_text_is_encoded_once(tmp_path):
     model, learner, data = parts(tmp_path, SIDES["both"], tuned=False)
-    fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
     assert model.backbone.text_batches.count([""]) == 1
 
 
@@ -101,7 +101,7 @@ def test_a_resumed_tuning_ends_like_an_uninterrupted_one(tmp_path):
         recipe = Recipe(epochs=3, rate=3e-3, backbone_rate=1e-3, accumulate=2)
         model, learner, data = parts(tmp_path / "cache", SIDES["both"], recipe)
         torch.manual_seed(7)
-        fit(learner, data, folder, machine=CPU, callbacks=callbacks, progress=False)
+        fit(learner, data, folder, trainer=CPU, callbacks=callbacks, progress=False)
         return model
 
     whole = run(tmp_path / "whole")
@@ -116,7 +116,7 @@ def test_accumulated_batches_make_one_step(tmp_path):
     def run(accumulate):
         recipe = Recipe(epochs=1, rate=1e-3, warmup=0.0, accumulate=accumulate)
         _, learner, data = parts(tmp_path / "cache", (), recipe)
-        fit(learner, data, tmp_path / f"run{accumulate}", machine=CPU, progress=False)
+        fit(learner, data, tmp_path / f"run{accumulate}", trainer=CPU, progress=False)
         return torch.load(tmp_path / f"run{accumulate}" / "last.ckpt", weights_only=True)["global_step"]
 
     assert (run(1), run(3)) == (6, 2)
@@ -136,7 +136,7 @@ def test_a_picture_that_cannot_be_read_in_a_step_is_named(tmp_path):
     broken = TrainingSet("broken", (*good[:30], Triplet(Unreadable(), "red", good[0].target, "scene", "cir")))
     _, learner, data = parts(tmp_path, SIDES["image"], samples=broken)
     with pytest.raises(ImageError, match=r"shirt\.png is missing"):
-        fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
+        fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
 
 
 def test_restarts_follow_the_published_loop():
@@ -170,7 +170,7 @@ def test_groups_hold_every_trained_weight_once(tmp_path, decay):
 
     learner.on_train_start = lambda: keep(learner.trainer, learner)
     trained = [(name, id(p), p.ndim) for name, p in model.named_parameters() if p.requires_grad]
-    fit(learner, data, tmp_path / "run", machine=CPU, progress=False)
+    fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
     assert held.keys() == {at for _, at, _ in trained}
     for name, at, ndim in trained:
         decayed = 0.05 if ndim > 1 or decay == "all" else 0.0

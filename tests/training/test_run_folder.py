@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from union_igrot.errors import UnionError
-from union_igrot.training.run_folder import RunFolder, identity_of, open_run
+from union_igrot.training.run_folder import RunFolder, open_run, settings_hash
 
 HOLD = (
     "import sys; from pathlib import Path; from union_igrot.training.run_folder import RunFolder\n"
@@ -35,7 +35,7 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path):
 @pytest.mark.parametrize("stage", ["started", "trained"])
 def test_an_unfinished_run_is_gone_on_with_where_it_stopped(tmp_path, stage):
     first = RunFolder(tmp_path, "one")
-    first.reach(stage)
+    first.set_stage(stage)
     (tmp_path / "checkpoints").mkdir()
     first.close()
     again = RunFolder(tmp_path, "one")
@@ -48,7 +48,7 @@ def test_a_finished_run_starts_anew_and_keeps_its_model_until_the_next_is_there(
     first = RunFolder(tmp_path, "one")
     for name in ("checkpoints", "logs", "model"):
         (tmp_path / name).mkdir()
-    first.reach("done")
+    first.set_stage("done")
     first.close()
     again = RunFolder(tmp_path, "one")
     assert (again.stage, again.resumed) == ("started", False)
@@ -60,7 +60,7 @@ def test_a_finished_run_starts_anew_and_keeps_its_model_until_the_next_is_there(
 def test_a_run_of_other_settings_is_refused_and_left_alone(tmp_path, stage):
     first = RunFolder(tmp_path, "one")
     (tmp_path / "checkpoints").mkdir()
-    first.reach(stage)
+    first.set_stage(stage)
     first.close()
     before = (tmp_path / "run.json").read_text()
     with pytest.raises(UnionError, match="other settings"):
@@ -77,7 +77,7 @@ def test_a_folder_at_work_is_refused_until_its_process_ends_however_it_ends(tmp_
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UnionError, match=f"at work in {re.escape(str(tmp_path))}"):
+        with pytest.raises(UnionError, match=f"works in {re.escape(str(tmp_path))}"):
             RunFolder(tmp_path, "a")
         other.kill()
     again = RunFolder(tmp_path, "a")
@@ -96,7 +96,7 @@ def test_a_worker_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path):
         assert other.stdout is not None
         orphan = int(other.stdout.readline())
         try:
-            with pytest.raises(UnionError, match="at work"):  # its own child does not let others in either
+            with pytest.raises(UnionError, match="works in"):  # its own child does not let others in either
                 RunFolder(tmp_path, "a")
             other.kill()
             other.wait()
@@ -109,7 +109,7 @@ def test_a_worker_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnionError, match=r"cannot be written: .*give another"):
+    with pytest.raises(UnionError, match=r"cannot write output_dir .*choose another"):
         RunFolder(tmp_path / "file" / "run", "one")
 
 
@@ -129,14 +129,12 @@ def test_without_a_chosen_folder_the_newest_unfinished_run_of_these_settings_is_
         ("04", "two", "started"),
     ]:
         run = RunFolder(tmp_path / f"2026-01-{day}" / "10-00-00", identity)
-        run.reach(stage)
+        run.set_stage(stage)
         run.close()
     fresh = tmp_path / "2026-01-05" / "11-00-00"
-    fresh.mkdir(parents=True)
     found = open_run(None, fresh, "one")
     assert found.path == tmp_path / "2026-01-02" / "10-00-00"
     assert found.stage == "trained"
-    assert not fresh.exists(), "an empty folder was left behind"
     # While that one is at work, the next older is taken; with all taken, the fresh one.
     second = open_run(None, fresh, "one")
     third = open_run(None, fresh, "one")
@@ -161,8 +159,8 @@ _SETTINGS = st.dictionaries(
 
 @given(_SETTINGS, _SETTINGS)
 def test_identity_is_that_of_the_settings_in_any_order(one, two):
-    assert identity_of(one) == identity_of(dict(reversed(one.items())))
-    assert (identity_of(one) == identity_of(two)) == (
+    assert settings_hash(one) == settings_hash(dict(reversed(one.items())))
+    assert (settings_hash(one) == settings_hash(two)) == (
         json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
     )
 
@@ -175,7 +173,7 @@ def test_the_state_is_never_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.reach("trained")
+        run.set_stage("trained")
     monkeypatch.undo()
     assert json.loads((tmp_path / "run.json").read_text())["stage"] == "started"
     run.close()

@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from union_igrot import __version__
-from union_igrot.cli.config import Arguments, as_config, check_sweep, conf_dir, parse_arguments, problems_of, resolve
+from union_igrot.cli.config import (
+    Arguments,
+    as_config,
+    check_sweep,
+    conf_dir,
+    parse_arguments,
+    plain,
+    problems_of,
+    resolve,
+)
 from union_igrot.cli.help import help_text
 from union_igrot.cli.settings import COMMANDS
 from union_igrot.errors import ConfigError, UnionError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from union_igrot.experiment import Launch
 
 EXIT_USAGE = 2
 """Exit code for a user's mistake."""
@@ -99,18 +110,27 @@ def run_command(
 
 
 def _start_run(hydra: Any, arguments: Arguments) -> Path:
-    """Make the run folder, and record how the run was started."""
+    """Return the new run folder, which the task makes, and record how the run was started."""
     from hydra.core.hydra_config import HydraConfig
 
     folder = Path(hydra.hydra.run.dir).absolute()
     hydra.hydra.overrides.task = arguments.plain()
     hydra.hydra.runtime.output_dir = str(folder)
     HydraConfig.instance().set_config(hydra)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot create the run folder {folder} ({error.strerror})") from None
     return folder
+
+
+def launch_of(config: "DictConfig") -> "Launch":
+    """Return how the running command was started; only for commands that Hydra composes."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from union_igrot.experiment import Launch, command_line
+
+    hydra = HydraConfig.get()
+    program = f"union-{hydra.job.config_name}"
+    command = command_line(program, hydra.overrides.task, plain(config.data))
+    return Launch(program, command, OmegaConf.to_yaml(config))
 
 
 def _sweep(name: str, task: "Callable[[DictConfig, Path], Path | None]", arguments: Arguments, advice: str) -> None:

@@ -426,6 +426,14 @@ def as_config(values: Mapping[str, Any]) -> "DictConfig":
     return config
 
 
+def plain(config: "DictConfig") -> dict[str, Any]:
+    """Return a configuration as plain nested values."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment] # str keys
+    return values
+
+
 def compose(name: str = "train", overrides: Sequence[str] = ()) -> "DictConfig":
     """Compose and validate the settings of a command.
 

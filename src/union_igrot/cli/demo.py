@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
+from union_igrot.cli.config import plain
 from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,9 +130,9 @@ def _world(config: "DictConfig") -> "list[SearchBackend]":
 
 
 def _engine(config: "DictConfig", world: "SyntheticGallery", name: str, model: "IGROTModel") -> "SearchBackend":
-    from union_igrot.cli.assemble import extractor
+    from union_igrot.experiment import open_extractor
 
-    filling = extractor(config, model.backbone)
+    filling = open_extractor(plain(config), model.backbone)
     with filling.store:
         return world.engine(name, model, filling)
 

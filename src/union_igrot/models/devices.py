@@ -3,8 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 
@@ -12,31 +11,6 @@ from union_igrot.errors import ConfigError
 
 _MOST_WORKERS = {"cpu": 8}
 _MOST_WORKERS_ELSEWHERE = 32
-
-
-@final
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Devices, strategy and precision of a Lightning Trainer.
-
-    Attributes:
-        accelerator: `auto`, `cpu`, `gpu`, ...
-        devices: Number of devices, the devices themselves, or `auto`.
-        nodes: Number of machines.
-        strategy: `auto`, `ddp`, ...
-        precision: `32-true`, `bf16-mixed`, `16-mixed`.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str | list[int] = "auto"
-    nodes: int = 1
-    strategy: str = "auto"
-    precision: Any = "32-true"
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the devices are GPUs of CUDA or ROCm."""
-        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def resolve_device(name: str = "auto") -> torch.device:

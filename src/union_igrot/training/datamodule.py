@@ -1,16 +1,17 @@
 """The LightningDataModule: batches for training and validation.
 
-What a frozen encoder says is encoded once; for an encoder that is being tuned, batches
-hold images and texts themselves. Knows triplets, benchmarks and the extractor. Does not
-know heads, losses or the optimizer.
+Images and texts of a frozen encoder are encoded once, into the feature store; for an encoder that is tuned, batches
+hold the images and texts themselves.
 """
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, final
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, final
 
 import lightning
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -19,36 +20,62 @@ from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.dataset import ImageDataset, OpenAsPixels, first_error, image_loader
 from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Modality
-from union_igrot.types import (
-    Batch,
-    Benchmark,
-    EvalBatch,
-    Features,
-    ImageSource,
-    Preprocess,
-    Query,
-    TrainingSet,
-    Triplet,
-)
+from union_igrot.types import Benchmark, Features, ImageSource, Preprocess, Query, TrainingSet, Triplet
 
-_SIDES = ("gallery", "queries")
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Training samples of one task, as images and texts or as their features.
+
+    Attributes:
+        images: Reference images, preprocessed or already encoded.
+        texts: Modification texts; an entry may be None.
+        targets: Target images, preprocessed or already encoded.
+        groups: Identity of each target's content; equal groups are not negatives.
+    """
+
+    images: Float[Tensor, "batch 3 height width"] | Features
+    texts: Sequence[str | None] | Features
+    targets: Float[Tensor, "batch 3 height width"] | Features
+    groups: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class ValidationBatch:
+    """Some queries or gallery images of a benchmark.
+
+    Attributes:
+        benchmark: Number of the benchmark.
+        side: `queries` or `gallery`.
+        positions: Their positions on that side.
+        images: Images, preprocessed or already encoded.
+        texts: The queries' texts; None for a gallery.
+    """
+
+    benchmark: int
+    side: Literal["queries", "gallery"]
+    positions: Int[Tensor, " batch"]
+    images: Float[Tensor, "batch 3 height width"] | Features
+    texts: Sequence[str | None] | Features | None = None
 
 
 @final
-class TaskBatches(Sampler[list[int]]):
-    """Batches of one task each, shuffled anew every epoch, the same cut on every process.
+class TaskSampler(Sampler[list[int]]):
+    """Batches of one task each, shuffled again every epoch, the same on every process.
+
+    The rest of a task that does not fill a batch is left out of the epoch, unless the task has no full batch at all.
 
     Args:
         tasks: The task of each sample.
-        batch_size: Samples a process takes at once.
+        batch_size: Samples per step of a process.
         seed: Seed of the order.
-        epoch: Says which epoch is running; asked when an epoch's first batch is taken, since
-            Lightning makes the iterator before it knows where a resumed training stands.
+        epoch: Returns the running epoch. Called at an epoch's first batch: Lightning makes the iterator before it
+            knows the epoch at which a training resumes.
         rank: This process.
         world: Number of processes; together they take `batch_size * world` samples a step.
 
-    The rest of a task that does not fill a batch is left out of the epoch, unless the task
-    has no full batch at all.
+    Raises:
+        DataError: If a task has fewer samples than there are processes.
     """
 
     def __init__(
@@ -66,16 +93,14 @@ class TaskBatches(Sampler[list[int]]):
         self._size, self._seed, self._epoch, self._rank, self._world = batch_size, seed, epoch, rank, world
         for task, rows in self._rows.items():
             if len(rows) < world:
-                raise DataError(f"{len(rows)} {task} samples cannot be shared by {world} processes; use fewer devices")
+                raise DataError(f"{len(rows)} {task} samples cannot be divided among {world} processes; use fewer")
 
-    def _cut(self, count: int) -> list[int]:
-        together = self._size * self._world
-        if count < together:
-            return [count // self._world]
-        return [self._size] * (count // together)
+    def _sizes(self, count: int) -> list[int]:
+        step = self._size * self._world
+        return [self._size] * (count // step) or [count // self._world]
 
     def __len__(self) -> int:
-        return sum(len(self._cut(len(rows))) for rows in self._rows.values())
+        return sum(len(self._sizes(len(rows))) for rows in self._rows.values())
 
     def __iter__(self) -> Iterator[list[int]]:
         order = random.Random(f"batches {self._seed} {self._epoch()}")
@@ -83,54 +108,66 @@ class TaskBatches(Sampler[list[int]]):
         for rows in self._rows.values():
             shuffled = order.sample(rows, len(rows))
             begin = 0
-            for size in self._cut(len(rows)):
-                mine = begin + self._rank * size
-                batches.append(shuffled[mine : mine + size])
+            for size in self._sizes(len(rows)):
+                own = begin + self._rank * size
+                batches.append(shuffled[own : own + size])
                 begin += size * self._world
         order.shuffle(batches)
         yield from batches
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Keys of the features of a side; no keys of images, and the texts themselves, if their encoder is tuned."""
+
+    images: Sequence[str]
+    texts: Sequence[str]
+    tokens: bool
+
+
 class _Block(NamedTuple):
-    """Some items of one side of a validation benchmark."""
+    """Consecutive items of one side of a validation benchmark."""
 
     benchmark: int
-    side: str
+    side: Literal["queries", "gallery"]
     span: range
 
 
 class _Decoded(NamedTuple):
-    """A batch from a decoding process: the samples' numbers, or a block, and the pixels of each of their images."""
+    """A decoded batch: rows of the training set, or blocks, and the pixels of their images."""
 
-    of: Any
-    images: list[Tensor]
-
-
-class _OpenSample:
-    """Opens the images of one sample: reference and target in training, one image in validation."""
-
-    def __init__(self, preprocess: Preprocess) -> None:
-        self._open = OpenAsPixels(preprocess)
-
-    def __call__(self, sample: "_Sample") -> tuple[Any, list[Tensor]]:
-        return sample[0], [self._open(source) for source in sample[1]]
+    items: list[Any]
+    pixels: list[Tensor]
 
 
-_Sample = tuple[Any, Sequence[ImageSource]]
+class _OpenImages:
+    """Opens the images of a training sample or of a validation item, in a decoding process."""
+
+    def __init__(self, preprocess: Preprocess, triplets: Sequence[Triplet], benchmarks: Sequence[Benchmark]) -> None:
+        self._open, self._triplets, self._benchmarks = OpenAsPixels(preprocess), triplets, benchmarks
+
+    def __call__(self, item: int | tuple[_Block, int]) -> tuple[Any, list[Tensor]]:
+        if isinstance(item, int):
+            triplet = self._triplets[item]
+            return item, [self._open(triplet.image), self._open(triplet.target)]
+        block, position = item
+        source: ImageSource = getattr(self._benchmarks[block.benchmark], block.side)[position].image
+        return block, [self._open(source)]
 
 
-def _stack_samples(samples: list[tuple[Any, list[Tensor]] | ImageError]) -> _Decoded | ImageError:
-    opened = [sample for sample in samples if not isinstance(sample, ImageError)]
-    if len(opened) < len(samples):
-        return first_error(samples) or ImageError("")
-    return _Decoded([of for of, _ in opened], [torch.stack(side) for side in zip(*(i for _, i in opened), strict=True)])
+def _stack_images(items: list[tuple[Any, list[Tensor]] | ImageError]) -> _Decoded | ImageError:
+    if (error := first_error(items)) is not None:
+        return error
+    opened = [item for item in items if not isinstance(item, ImageError)]
+    columns = zip(*(images for _, images in opened), strict=True)
+    return _Decoded([item for item, _ in opened], [torch.stack(column) for column in columns])
 
 
-def _only_wording(query: Query) -> str | None:
+def _single_wording(query: Query) -> str | None:
     if len(query.wordings) > 1:
         raise ConfigError(
-            f"query {query.id!r} has {len(query.wordings)} wordings, whose embeddings only an evaluation averages; "
-            "choose another prompt to validate with"
+            f"query {query.id!r} has {len(query.wordings)} wordings, which only an evaluation averages; choose another "
+            "prompt for validation"
         )
     return query.wordings[0]
 
@@ -141,13 +178,13 @@ class IGROTDataModule(lightning.LightningDataModule):
 
     Args:
         training: The triplets.
-        validation: Benchmarks looked at after each epoch.
+        validation: Benchmarks that are scored after each epoch.
         extractor: Encodes what the feature store lacks, before the first step.
         query_tokens: Whether the query head reads tokens.
         target_tokens: Whether the target head reads tokens.
-        batch_size: Triplets a process takes at once.
+        batch_size: Triplets per step of a process.
         seed: Seed of the order.
-        live: The sides that are encoded in each step, by the model itself, since their encoder is tuned.
+        tuned: The encoders that are tuned, whose inputs are encoded in each step by the model itself.
     """
 
     def __init__(
@@ -160,21 +197,18 @@ class IGROTDataModule(lightning.LightningDataModule):
         target_tokens: bool,
         batch_size: int = 128,
         seed: int = 0,
-        live: Collection[Modality] = (),
+        tuned: Collection[Modality] = (),
     ) -> None:
         super().__init__()
-        self._live = frozenset(live)
-        self._triplets: Sequence[Triplet] = training.triplets
-        self._benchmarks, self._extractor = validation, extractor
-        self._query_tokens, self._target_tokens = query_tokens, target_tokens
-        self._batch_size, self._seed = batch_size, seed
-        groups = sorted({triplet.group for triplet in self._triplets})
-        number = {group: place for place, group in enumerate(groups)}
-        self._groups = torch.tensor([number[triplet.group] for triplet in self._triplets])
+        self._triplets, self._benchmarks, self._extractor = training.triplets, validation, extractor
+        self._tokens = {"queries": query_tokens, "gallery": target_tokens}
+        self._batch_size, self._seed, self._tuned = batch_size, seed, frozenset(tuned)
+        numbers = {group: number for number, group in enumerate(sorted({one.group for one in self._triplets}))}
+        self._groups = torch.tensor([numbers[one.group] for one in self._triplets])
         self._ready = False
 
     def prepare_data(self) -> None:
-        """Encode what is not in the store; Lightning calls it in one process a machine, while the others wait."""
+        """Encode what is not in the store; Lightning calls it in one process per machine, while the others wait."""
         self._encode()
 
     def setup(self, stage: str) -> None:
@@ -186,125 +220,112 @@ class IGROTDataModule(lightning.LightningDataModule):
     def _encode(self) -> None:
         if self.trainer is not None:  # Lightning moves the model only after this
             self._extractor.backbone.to(self.trainer.strategy.root_device)
-        self._images = self._pictures([t.image for t in self._triplets], "training queries", tokens=self._query_tokens)
-        self._texts = self._sentences([t.text for t in self._triplets], "training texts")
-        self._targets = self._pictures(
-            [t.target for t in self._triplets], "training targets", tokens=self._target_tokens
-        )
-        self._sides: list[dict[str, list[str]]] = []
-        for benchmark in self._benchmarks:
-            name = f"{benchmark.name} {benchmark.split}"
-            asked, items = [q.image for q in benchmark.queries], [i.image for i in benchmark.gallery]
-            queries = self._pictures(asked, f"{name} queries", tokens=self._query_tokens)
-            texts = self._sentences([_only_wording(q) for q in benchmark.queries], f"{name} texts")
-            gallery = self._pictures(items, f"{name} gallery", tokens=self._target_tokens)
-            self._sides.append({"queries": queries, "texts": texts, "gallery": gallery})
+        triplets = self._triplets
+        texts = [triplet.text for triplet in triplets]
+        self._queries = self._inputs("queries", [triplet.image for triplet in triplets], "training queries", texts)
+        self._targets = self._inputs("gallery", [triplet.target for triplet in triplets], "training targets")
+        self._sides: list[dict[str, _Inputs]] = []
+        for one in self._benchmarks:
+            name, texts = f"{one.name} {one.split}", [_single_wording(query) for query in one.queries]
+            queries = self._inputs("queries", [query.image for query in one.queries], f"{name} queries", texts)
+            gallery = self._inputs("gallery", [item.image for item in one.gallery], f"{name} gallery")
+            self._sides.append({"queries": queries, "gallery": gallery})
 
-    def _pictures(self, sources: Sequence[ImageSource], what: str, *, tokens: bool) -> list[str]:
-        """Encode images and give their keys; none are needed where each step encodes them."""
-        return [] if "image" in self._live else self._extractor.extract_images(sources, tokens=tokens, label=what)
-
-    def _sentences(self, texts: Sequence[str | None], what: str) -> list[str]:
-        """Encode texts and give their keys; where each step encodes them, the texts themselves."""
-        return (
-            [text or "" for text in texts] if "text" in self._live else self._extractor.extract_texts(texts, label=what)
-        )
+    def _inputs(
+        self, side: str, images: Sequence[ImageSource], what: str, texts: Sequence[str | None] | None = None
+    ) -> _Inputs:
+        """Encode images and texts of frozen encoders and return their keys."""
+        tokens, keys, text_keys = self._tokens[side], [], [text or "" for text in texts or ()]
+        if "image" not in self._tuned:
+            keys = self._extractor.extract_images(images, tokens=tokens, label=what)
+        if texts is not None and "text" not in self._tuned:
+            text_keys = self._extractor.extract_texts(texts, label=f"texts of {what}")
+        return _Inputs(keys, text_keys, tokens)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of one task each as `types.Batch`, whole once they passed `transfer_batch_to_device`."""
-        rank, world = self._place()
+        """Return the loader of `TrainingBatch`es of one task each; `transfer_batch_to_device` completes them."""
+        rank, world = self._process()
         tasks = [triplet.task for triplet in self._triplets]
-        batches = TaskBatches(tasks, self._batch_size, self._seed, self._epoch, rank, world)
+        batches = TaskSampler(tasks, self._batch_size, self._seed, self._epoch, rank, world)
+        if "image" in self._tuned:
+            return self._image_loader(batches)
+        rows: Any = range(len(tasks))
         # A generator of its own: a loader draws one number, and that must not shift those of dropout.
-        own = torch.Generator()
-        if "image" in self._live:
-            samples = [(row, (t.image, t.target)) for row, t in enumerate(self._triplets)]
-            return self._image_loader(samples, batches)
-        rows: Sequence[int] = range(len(tasks))
-        return DataLoader(rows, batch_sampler=batches, collate_fn=self._train_batch, generator=own)  # type: ignore[arg-type]
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self._training_batch, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return this process's share of the validation queries and galleries as `types.EvalBatch`, as above."""
-        rank, world = self._place()
-        mine = self._blocks(world)[rank::world]
-        own = torch.Generator()
-        if "image" in self._live:
-            images = [
-                (_Block(number, side, range(at, at + 1)), (one.image,))
-                for number, benchmark in enumerate(self._benchmarks)
-                for side in _SIDES
-                for at, one in enumerate(getattr(benchmark, side))
-            ]
-            first: dict[tuple[int, str], int] = {}
-            for at, (block, _) in enumerate(images):
-                first.setdefault((block.benchmark, block.side), at)
-            spans = [[first[block.benchmark, block.side] + at for at in block.span] for block in mine]
-            return self._image_loader(images, spans)
-        return DataLoader(mine, batch_size=None, collate_fn=self._eval_batch, generator=own)  # type: ignore[arg-type]
+        """Return the loader of `ValidationBatch`es: this process's share of the queries and galleries."""
+        rank, world = self._process()
+        own = self._blocks(world)[rank::world]
+        if "image" in self._tuned:
+            return self._image_loader([[(block, position) for position in block.span] for block in own])
+        blocks: Any = own
+        collate: Any = self._validation_batch
+        return DataLoader(blocks, batch_size=None, collate_fn=collate, generator=torch.Generator())
 
-    def _image_loader(self, samples: Sequence[_Sample], batches: Iterable[list[int]]) -> DataLoader[Any]:
-        dataset = ImageDataset(samples, _OpenSample(self._extractor.backbone.preprocess))
-        return image_loader(dataset, batches, _stack_samples, workers=self._extractor.workers, persistent=True)
+    def _image_loader(self, batches: Iterable[Sequence[Any]]) -> DataLoader[Any]:
+        preprocess, workers = self._extractor.backbone.preprocess, self._extractor.workers
+        dataset = ImageDataset(None, _OpenImages(preprocess, self._triplets, self._benchmarks))
+        return image_loader(dataset, batches, _stack_images, workers=workers, persistent=True)
 
     def transfer_batch_to_device(
-        self, batch: Batch | EvalBatch | _Decoded | ImageError, device: torch.device, dataloader_idx: int
-    ) -> Batch | EvalBatch:
-        """Join what was decoded with what is in the store; features stay on the backbone's device."""
+        self,
+        batch: TrainingBatch | ValidationBatch | _Decoded | ImageError,
+        device: torch.device,
+        dataloader_idx: int,
+    ) -> TrainingBatch | ValidationBatch:
+        """Join decoded images with features of the store, which are on the backbone's device already."""
         del dataloader_idx
         if isinstance(batch, ImageError):
             raise batch
         if not isinstance(batch, _Decoded):
             return batch
-        wanted = self._extractor.backbone.preprocess
-        images = [model_input(side.to(device, non_blocking=True), wanted) for side in batch.images]
-        if isinstance(batch.of[0], _Block):
-            first, last = batch.of[0], batch.of[-1]
-            return self._eval_batch(first._replace(span=range(first.span.start, last.span.stop)), images[0])
-        return self._train_batch(batch.of, *images)
+        preprocess = self._extractor.backbone.preprocess
+        images = [model_input(pixels.to(device, non_blocking=True), preprocess) for pixels in batch.pixels]
+        if isinstance(batch.items[0], _Block):
+            return self._validation_batch(batch.items[0], *images)
+        return self._training_batch(batch.items, *images)
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else self.trainer.current_epoch
 
+    def _process(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
     def _blocks(self, world: int) -> list[_Block]:
-        """Cut all sides into blocks, at least one a process: Lightning lets a process without any skip validation."""
-        counts = [(number, side, len(getattr(b, side))) for number, b in enumerate(self._benchmarks) for side in _SIDES]
-        total = sum(count for _, _, count in counts)
+        """Divide all sides into blocks, at least one per process: Lightning lets a process without any skip it."""
+        sides: list[tuple[int, Literal["queries", "gallery"], int]] = []
+        for number, one in enumerate(self._benchmarks):
+            sides += [(number, "gallery", len(one.gallery)), (number, "queries", len(one.queries))]
+        total = sum(count for _, _, count in sides)
         if total < world:
-            raise DataError(
-                f"{total} validation queries and images cannot be shared by {world} processes; use fewer devices"
-            )
+            raise DataError(f"{total} validation queries and images cannot be divided among {world} processes")
         step = min(self._extractor.batch_size, total // world)
         return [
             _Block(number, side, range(at, min(at + step, count)))
-            for number, side, count in counts
+            for number, side, count in sides
             for at in range(0, count, step)
         ]
 
-    def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _train_batch(self, rows: list[int], images: Tensor | None = None, targets: Tensor | None = None) -> Batch:
-        return Batch(
-            images=self._look(self._images, rows, tokens=self._query_tokens) if images is None else images,
-            texts=self._spoken(self._texts, rows),
-            targets=self._look(self._targets, rows, tokens=self._target_tokens) if targets is None else targets,
+    def _training_batch(
+        self, rows: list[int], images: Tensor | None = None, targets: Tensor | None = None
+    ) -> TrainingBatch:
+        return TrainingBatch(
+            images=self._images(self._queries, rows) if images is None else images,
+            texts=self._texts(self._queries, rows),
+            targets=self._images(self._targets, rows) if targets is None else targets,
             groups=self._groups[rows].to(self._extractor.backbone.device),
         )
 
-    def _eval_batch(self, block: _Block, pictures: Tensor | None = None) -> EvalBatch:
-        keys, positions = self._sides[block.benchmark], torch.tensor(list(block.span))
-        if block.side == "gallery":
-            images = (
-                self._look(keys["gallery"], block.span, tokens=self._target_tokens) if pictures is None else pictures
-            )
-            return EvalBatch(block.benchmark, "gallery", positions, images)
-        images = self._look(keys["queries"], block.span, tokens=self._query_tokens) if pictures is None else pictures
-        return EvalBatch(block.benchmark, "queries", positions, images, self._spoken(keys["texts"], block.span))
+    def _validation_batch(self, block: _Block, images: Tensor | None = None) -> ValidationBatch:
+        inputs, positions = self._sides[block.benchmark][block.side], torch.tensor(list(block.span))
+        embedded = self._images(inputs, block.span) if images is None else images
+        texts = None if block.side == "gallery" else self._texts(inputs, block.span)
+        return ValidationBatch(block.benchmark, block.side, positions, embedded, texts)
 
-    def _look(self, keys: Sequence[str], rows: Iterable[int], *, tokens: bool) -> Features:
-        return self._extractor.lookup([keys[row] for row in rows], tokens=tokens)
+    def _images(self, inputs: _Inputs, rows: Iterable[int]) -> Features:
+        return self._extractor.lookup([inputs.images[row] for row in rows], tokens=inputs.tokens)
 
-    def _spoken(self, texts: Sequence[str], rows: Iterable[int]) -> Features | list[str]:
-        if "text" in self._live:
-            return [texts[row] for row in rows]
-        return self._look(texts, rows, tokens=self._query_tokens)
+    def _texts(self, inputs: _Inputs, rows: Iterable[int]) -> Features | list[str]:
+        texts = [inputs.texts[row] for row in rows]
+        return texts if "text" in self._tuned else self._extractor.lookup(texts, tokens=inputs.tokens)

@@ -1,15 +1,15 @@
-"""The LightningModule around the model, and the run of a training.
-
-Knows loss, optimizer, schedule, validation and checkpoints of what is trained. Does not know
-where triplets come from, configurations or reports.
-"""
+"""The LightningModule that trains the heads, and `fit`, which runs a training and resumes an interrupted one."""
 
 import functools
+import io
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -18,43 +18,80 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, UnionError
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
-from union_igrot.models.devices import TrainerConfig
 from union_igrot.models.model import IGROTModel
-from union_igrot.training.losses import InfoNCE
-from union_igrot.training.trainer import make_trainer, manners
-from union_igrot.types import Batch, Benchmark, EvalBatch
+from union_igrot.storage.atomic import write_atomic
+from union_igrot.training.datamodule import TrainingBatch, ValidationBatch
+from union_igrot.types import Benchmark
 
 _log = logging.getLogger(__name__)
 
+_EXPECTED_WARNINGS = (
+    # A frozen backbone in evaluation mode.
+    "Found .* module.* in eval mode",
+    # Features come from the store; images have workers of their own.
+    ".*does not have many workers",
+    # Small data.
+    "The number of training batches",
+    # Metrics are the same on every process already.
+    ".*sync_dist=True",
+    # Lightning calls a deprecated function of torch.
+    ".*isinstance\\(treespec, LeafSpec\\)",
+    # The folder of an interrupted training is resumed.
+    "Checkpoint directory .* exists and is not empty",
+)
 
+
+@final
 @dataclass(frozen=True)
+class TrainerConfig:
+    """Devices, strategy and precision of a Lightning Trainer.
+
+    Attributes:
+        accelerator: `auto`, `cpu`, `gpu`, ...
+        devices: Number of devices, the devices themselves, or `auto`.
+        nodes: Number of machines.
+        strategy: `auto`, `ddp`, ...
+        precision: `32-true`, `bf16-mixed`, `16-mixed`.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str | list[int] = "auto"
+    nodes: int = 1
+    strategy: str = "auto"
+    precision: Any = "32-true"
+
+
+@dataclass(frozen=True, repr=False)
 class Recipe:
-    """How the heads are trained.
+    """Optimizer, schedule and length of training.
 
     Attributes:
         epochs: Passes over the triplets.
         rate: Highest learning rate of the heads.
-        backbone_rate: Highest learning rate of an encoder that is tuned.
+        backbone_rate: Highest learning rate of a tuned encoder.
         weight_decay: AdamW's weight decay.
-        decay: What is decayed: `matrices`, or `all` weights as the reference does.
+        decay: Weights that decay: `matrices`, or `all` as in the reference.
         eps: AdamW's epsilon.
-        schedule: `cosine` rises and then falls along half a cosine; `restarts` is the
-            reference's: no rise, and the fall starts anew every `cycle` epochs.
-        cycle: Epochs of one fall under `restarts`; all epochs where None.
-        warmup: Share of all steps in which the rate rises to its highest, under `cosine`.
-        floor: Share of the highest rate at which a fall ends. Under `restarts` every rate
-            falls to this share of the heads' rate, as in the reference.
+        schedule: `cosine` rises and then falls along half a cosine; `restarts` is the reference's: no warm-up, and a
+            new cosine every `cycle` epochs.
+        cycle: Epochs per cosine under `restarts`; all epochs if None.
+        warmup: Share of all steps with rising learning rate, under `cosine`.
+        floor: Share of the highest rate at the end of a cosine. Under `restarts` every rate falls to this share of
+            the heads' rate, as in the reference.
         clip: Largest norm of the gradient.
-        accumulate: Batches whose gradients are added up before a step. Negatives come from
-            one batch alone.
-        monitor: Validation metric by which the best epoch is chosen, such as `val/score`
-            (the mean of the benchmarks' primary metrics) or `val/shapes_cir/mAP@10`.
+        accumulate: Batches per optimizer step. Negatives come from one batch alone.
+        monitor: Validation metric that selects the best epoch: `val/score` (the mean of the benchmarks' primary
+            metrics), or one such as `val/shapes_cir/mAP@10`.
+        batch_size: Triplets per step and device, of one task.
+        checkpointing: Whether layers of a tuned encoder are computed again in the backward pass, to save memory.
     """
 
     epochs: int = 4
@@ -70,6 +107,14 @@ class Recipe:
     clip: float = 5.0
     accumulate: int = 1
     monitor: str = "val/score"
+    batch_size: int = 128
+    checkpointing: bool = False
+
+    def __repr__(self) -> str:
+        changed = [
+            (one.name, getattr(self, one.name)) for one in fields(self) if getattr(self, one.name) != one.default
+        ]
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed)})"
 
 
 @final
@@ -78,15 +123,15 @@ class Learner(lightning.LightningModule):
 
     Args:
         model: The model.
-        loss: The contrastive loss.
-        recipe: Optimizer, schedule and the metric to choose by.
+        loss: The contrastive loss of query embeddings, target embeddings and groups.
+        recipe: Optimizer, schedule and the metric that selects the best epoch.
         validation: The benchmarks that the data module's validation batches belong to.
 
     Raises:
-        ConfigError: Where the model has nothing to train, or the monitor is not measured.
+        ConfigError: If the model has nothing to train, or there is no such metric as `recipe.monitor`.
     """
 
-    def __init__(self, model: IGROTModel, loss: InfoNCE, recipe: Recipe, validation: Sequence[Benchmark]) -> None:
+    def __init__(self, model: IGROTModel, loss: nn.Module, recipe: Recipe, validation: Sequence[Benchmark]) -> None:
         super().__init__()
         self.model, self.loss, self.recipe, self.benchmarks = model, loss, recipe, validation
         self.strict_loading = False  # checkpoints lack the backbone on purpose
@@ -96,26 +141,26 @@ class Learner(lightning.LightningModule):
             raise ConfigError(
                 "this model has nothing to train; choose fusion=transagg or target=union, or model.finetune=both"
             )
-        known = self.figures()
+        known = self.metric_names()
         if recipe.monitor not in known:
-            raise ConfigError(f"monitor {recipe.monitor!r} is not measured here; choose one of {', '.join(known)}")
+            raise ConfigError(f"invalid value for monitor: {recipe.monitor!r} (expected one of {', '.join(known)})")
 
-    def figures(self) -> list[str]:
-        """Name the validation metrics that are logged."""
+    def metric_names(self) -> list[str]:
+        """Return the names of the validation metrics that are logged."""
         single = [f"val/{b.name}/{metric}" for b in self.benchmarks for metric in b.protocol.metrics]
         return ["val/score", *single]
 
     def on_fit_start(self) -> None:
-        """Keep the seed that torch was given; a resumed training has its first run's already."""
+        """Store torch's seed; a resumed training keeps that of its first run."""
         if self._seed is None:
             self._seed = torch.initial_seed()
 
     def on_train_epoch_start(self) -> None:
-        """Start each epoch's dropout from its own seed, so that a resumed epoch is like an uninterrupted one."""
-        place = f"dropout {self._seed} {self.current_epoch} {self.global_rank}"
-        torch.manual_seed(random.Random(place).getrandbits(63))
+        """Seed each epoch's dropout, so that a resumed epoch equals an uninterrupted one."""
+        seed = f"dropout {self._seed} {self.current_epoch} {self.global_rank}"
+        torch.manual_seed(random.Random(seed).getrandbits(63))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Return the loss of one batch."""
         del batch_idx
         queries = self.model.embed_queries(batch.images, batch.texts)
@@ -124,7 +169,7 @@ class Learner(lightning.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(queries))
         return loss
 
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         """Embed some queries or gallery images."""
         del batch_idx
         if batch.side == "gallery":
@@ -137,41 +182,39 @@ class Learner(lightning.LightningModule):
         """Score each benchmark under its protocol and log the metrics in percent."""
         primary = []
         for number, benchmark in enumerate(self.benchmarks):
-            queries = self._whole(number, "queries", len(benchmark.queries))
-            gallery = self._whole(number, "gallery", len(benchmark.gallery))
-            mine = torch.arange(self.trainer.global_rank, len(queries), self.trainer.world_size)
-            figures = means(benchmark, score(benchmark, queries[mine.to(queries.device)], gallery, mine))
-            primary.append(figures[benchmark.protocol.primary])
-            self.log_dict({f"val/{benchmark.name}/{name}": figure for name, figure in figures.items()})
+            queries = self._gathered(number, "queries", len(benchmark.queries))
+            gallery = self._gathered(number, "gallery", len(benchmark.gallery))
+            own = torch.arange(self.trainer.global_rank, len(queries), self.trainer.world_size)
+            values = means(benchmark, score(benchmark, queries[own.to(queries.device)], gallery, own))
+            primary.append(values[benchmark.protocol.primary])
+            self.log_dict({f"val/{benchmark.name}/{name}": value for name, value in values.items()})
         self.log("val/score", sum(primary) / len(primary), prog_bar=True)
         self._embedded.clear()
 
-    def _whole(self, number: int, side: str, count: int) -> Tensor:
+    def _gathered(self, number: int, side: str, count: int) -> Tensor:
         """Return one side's embeddings of all processes, each item once, in order."""
-        parts = self._embedded.get((number, side), [])
-        held = [(positions.cpu(), rows.float().cpu()) for positions, rows in parts]
+        blocks = [(at.cpu(), rows.float().cpu()) for at, rows in self._embedded.get((number, side), [])]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             shares: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(shares, held)
-            held = [part for share in shares for part in share]
-        order = torch.cat([positions for positions, _ in held])
-        rows = torch.cat([embedded for _, embedded in held])
-        whole = rows.new_full((count, rows.shape[1]), float("nan"))  # a row that nobody embedded is an error in `score`
-        whole[order] = rows
-        return whole.to(self.model.device)
+            torch.distributed.all_gather_object(shares, blocks)
+            blocks = [block for share in shares for block in share]
+        rows = torch.cat([rows for _, rows in blocks])
+        ordered = rows.new_full((count, rows.shape[1]), float("nan"))  # `score` refuses a row without embedding
+        ordered[torch.cat([at for at, _ in blocks])] = rows
+        return ordered.to(self.model.device)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the heads and what is tuned of the backbone, each at its own rate."""
+        """Return AdamW over the heads and the tuned encoders, each at its own rate."""
         recipe = self.recipe
         groups: list[dict[str, Any]] = []
-        for rate, part in (
+        for rate, parameters in (
             (recipe.rate, self.model.head_parameters()),
             (recipe.backbone_rate, self.model.backbone.parameters()),
         ):
-            trained = [weight for weight in part if weight.requires_grad]
-            plain = [weight for weight in trained if weight.ndim <= 1 and recipe.decay == "matrices"]
+            trained = [weight for weight in parameters if weight.requires_grad]
+            undecayed = [weight for weight in trained if weight.ndim <= 1 and recipe.decay == "matrices"]
             decayed = [weight for weight in trained if weight.ndim > 1 or recipe.decay == "all"]
-            for weights, decay in ((decayed, recipe.weight_decay), (plain, 0.0)):
+            for weights, decay in ((decayed, recipe.weight_decay), (undecayed, 0.0)):
                 if weights:
                     groups.append({"params": weights, "weight_decay": decay, "lr": rate})
         optimizer = torch.optim.AdamW(groups, lr=recipe.rate, eps=recipe.eps)
@@ -185,36 +228,36 @@ class Learner(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Bound the gradient's norm; where FSDP cut the weights into pieces, it alone knows the whole norm."""
+        """Clip the gradient's norm; under FSDP, which shards the weights, by its own method."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[operator, union-attr]
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen of the backbone, and keep the seed."""
+        """Leave out frozen weights of the backbone, and store the seed."""
         frozen = {f"model.backbone.{n}" for n in self.model.backbone.state_dict()}
         frozen -= {f"model.backbone.{n}" for n, x in self.model.backbone.named_parameters() if x.requires_grad}
         checkpoint["state_dict"] = {n: x for n, x in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the seed of the first run."""
+        """Continue with the seed of the first run."""
         self._seed = checkpoint["seed"]
 
 
 def rate_share(recipe: Recipe, rate: float, step: int, *, steps: int) -> float:
-    """Return the share of a group's highest rate that a step takes.
+    """Return the learning rate of a step as a share of the highest rate of its group.
 
     Args:
         recipe: The schedule.
         rate: The group's highest rate.
-        step: Which step, from 0.
-        steps: All steps of the training.
+        step: Number of the step, from 0.
+        steps: Number of steps of the training.
     """
     if recipe.schedule == "cosine":
         return warmup_cosine(step, steps, recipe.warmup, recipe.floor)
-    # The published loop moves its schedule after each step by the step's number, so the second takes the first's rate.
+    # The published loop steps its schedule after each step by that step's number, so the first two rates are equal.
     per_epoch = steps / recipe.epochs
     cycle = recipe.cycle or recipe.epochs
     done = (max(0, step - 1) / per_epoch) % cycle / cycle
@@ -223,7 +266,7 @@ def rate_share(recipe: Recipe, rate: float, step: int, *, steps: int) -> float:
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
-    """Return the share of the highest rate at a step: a rise, then half a cosine down to `floor`."""
+    """Return the learning rate at a step as a share of the highest: a linear rise, then half a cosine to `floor`."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -231,54 +274,140 @@ def warmup_cosine(step: int, steps: int, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+@final
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written beside their final name, synced and renamed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UnionError: If it cannot be written, for instance to a full disk.
+        """
+        del storage_options
+        content, path = io.BytesIO(), Path(path)
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, [content.getbuffer()])
+        except OSError as error:
+            raise UnionError(
+                f"cannot write checkpoint {path} ({error.strerror}); free some space, then run the same again to resume"
+            ) from None
+
+
+@final
+class FSDPWithoutConversion(FSDPPrecision):
+    """FSDP's precision without a conversion of batches: ours are immutable, and FSDP casts by itself."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Return the batch unchanged."""
+        return data
+
+
+@contextmanager
+def quiet_trainer() -> Iterator[None]:
+    """Make and use a Trainer inside: without its expected warnings, and Ctrl-C raises KeyboardInterrupt.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C, for which Lightning would exit the process.
+    """
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            for message in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        for number, handler in signals.items():  # Lightning leaves Ctrl-C ignored
+            signal.signal(number, handler)
+        raise KeyboardInterrupt from None
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def make_trainer(
+    config: TrainerConfig, folder: Path, callbacks: Sequence[Callback], **options: Any
+) -> lightning.Trainer:
+    """Return a Trainer for batches that the data module divides among processes.
+
+    Args:
+        config: Devices and precision.
+        folder: Folder that Lightning may write to.
+        callbacks: Its callbacks.
+        options: Further ones of `lightning.Trainer`.
+    """
+    fsdp = config.strategy.startswith("fsdp")
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.nodes,
+        strategy=config.strategy,
+        precision=None if fsdp else config.precision,
+        plugins=[AtomicCheckpoints(), *([FSDPWithoutConversion(config.precision)] if fsdp else [])],
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
 def fit(
     learner: Learner,
     datamodule: lightning.LightningDataModule,
     folder: Path,
     *,
-    machine: TrainerConfig | None = None,
+    trainer: TrainerConfig | None = None,
     logger: Logger | Sequence[Logger] | bool = False,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> dict[str, float]:
-    """Train the heads and leave the best epoch's in the model, on the device it was trained on.
+    """Train the heads; the model ends with the weights of the best epoch, on the device it was trained on.
 
-    Under FSDP the model lies in pieces; build another and give it to `load_best`.
+    Under FSDP the model ends in shards; build another one and pass it to `load_best`.
 
-    Goes on from `folder/last.ckpt` where an earlier run of the same training was
-    interrupted, and then ends with the same weights as an uninterrupted run: batches and
-    dropout follow from the seed that torch had at the first start, and the epoch.
+    Resumes from `folder/last.ckpt` if an earlier run of the same training was interrupted, and then ends with the same
+    weights as an uninterrupted run: batches and dropout follow from the seed that torch had at the first start, and
+    the epoch.
 
     Args:
-        learner: What is trained.
+        learner: The model with its loss and recipe.
         datamodule: Its batches.
-        folder: Where checkpoints are kept.
-        machine: Devices and precision; the Trainer's choice where None.
-        logger: Where losses and metrics are written.
+        folder: Folder of the checkpoints.
+        trainer: Devices and precision; the Trainer's defaults if None.
+        logger: Loggers of losses and metrics.
         callbacks: Further callbacks.
-        progress: Whether a progress bar is shown.
+        progress: Whether to show a progress bar.
 
     Returns:
         The best epoch's number, from 0, and its monitored metric in percent.
 
     Raises:
+        UnionError: If a checkpoint cannot be written.
         KeyboardInterrupt: After Ctrl-C.
     """
-    machine = machine or TrainerConfig()
-    keep = ModelCheckpoint(
+    best = ModelCheckpoint(
         folder, filename="best", monitor=learner.recipe.monitor, mode="max", enable_version_counter=False
     )
-    # Of its own: `save_last` writes only where the best is written too. It comes second, so that it knows the best.
+    # A callback of its own: `save_last` writes only together with the best. It comes second and includes its state.
     resume = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     bars: list[Callback] = [RichProgressBar()] if progress else []
     last = folder / "last.ckpt"
     if last.is_file():
-        _log.warning("going on from %s", last)
-    with manners():
-        trainer = make_trainer(
-            machine,
+        _log.warning("resuming from %s", last)
+    with quiet_trainer():
+        running = make_trainer(
+            trainer or TrainerConfig(),
             folder,
-            [keep, resume, *bars, *callbacks],
+            [best, resume, *bars, *callbacks],
             max_epochs=learner.recipe.epochs,
             gradient_clip_val=learner.recipe.clip,
             accumulate_grad_batches=learner.recipe.accumulate,
@@ -287,21 +416,21 @@ def fit(
             num_sanity_val_steps=0,
             enable_progress_bar=progress,
         )
-        trainer.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    if not isinstance(trainer.strategy, FSDPStrategy):
-        learner.model.to(trainer.strategy.root_device)  # Lightning puts it on the CPU at its end
+        running.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    if not isinstance(running.strategy, FSDPStrategy):
+        learner.model.to(running.strategy.root_device)  # Lightning moves it to the CPU at its end
         load_best(learner.model, folder)
-    best = torch.load(keep.best_model_path, map_location="cpu", weights_only=True)
-    assert keep.best_model_score is not None
-    return {"epoch": float(best["epoch"]), learner.recipe.monitor: float(keep.best_model_score)}
+    saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    assert best.best_model_score is not None
+    return {"epoch": float(saved["epoch"]), learner.recipe.monitor: float(best.best_model_score)}
 
 
 def load_best(model: IGROTModel, folder: Path) -> None:
-    """Put the best epoch's weights into a model, and end its training.
+    """Load the weights of the best epoch into a model, and end its training.
 
     Args:
-        model: As it was built for the training.
-        folder: Where `fit` kept its checkpoints.
+        model: The model, as built for the training.
+        folder: Folder of the checkpoints of `fit`.
     """
     best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): x for name, x in best.items()}, strict=False)

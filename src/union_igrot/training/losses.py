@@ -1,8 +1,4 @@
-"""The contrastive loss: each query finds its target among the batch's targets.
-
-Knows embeddings, groups and, where training is distributed, the other ranks' targets.
-Does not know heads, backbones or the optimizer.
-"""
+"""The contrastive loss: each query finds its target among the targets of its batch."""
 
 from typing import Any
 
@@ -15,54 +11,56 @@ from torch.nn import functional as F
 def info_nce(
     queries: Float[Tensor, "queries dim"],
     targets: Float[Tensor, "targets dim"],
-    answers: Int[Tensor, " queries"],
+    positives: Int[Tensor, " queries"],
     query_groups: Int[Tensor, " queries"] | None = None,
     target_groups: Int[Tensor, " targets"] | None = None,
     scale: float = 100.0,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of finding each query's answer among all targets (InfoNCE).
+    """Return the cross-entropy of finding each query's target among all targets (InfoNCE).
 
-    Source: van den Oord et al., arXiv 1807.03748, equation 4; the scale of 100 is CLIP's
-    and the reference's.
+    Source: van den Oord et al., arXiv 1807.03748, equation 4; the scale of 100 is CLIP's and the reference's.
 
     Args:
         queries: Query embeddings of unit length.
-        targets: Target embeddings; of unit length but for the reference's training sum.
-        answers: Position of each query's own target among `targets`.
-        query_groups: Group of each query's target; a target of the same group that is not
-            the answer is left out of the query's negatives. None leaves nothing out.
+        targets: Target embeddings; of unit length except for the reference's training sum.
+        positives: Position of each query's own target among `targets`.
+        query_groups: Group of each query's target; other targets of the same group are left out of the query's
+            negatives. None leaves nothing out.
         target_groups: Group of each target; given together with `query_groups` or not at all.
-        scale: What cosines are multiplied with.
+        scale: Factor of the cosine similarities (1 / temperature).
 
     Returns:
         The mean over queries, in nats, at least 0.
 
     Raises:
-        ValueError: Where the groups of one side alone are given.
+        ValueError: If only one of the groups is given.
     """
     if (query_groups is None) != (target_groups is None):
-        raise ValueError("groups of one side alone cannot be compared; give both query_groups and target_groups")
+        raise ValueError("query_groups and target_groups must be given together (got one of them)")
     logits = scale * queries @ targets.T
     if query_groups is not None and target_groups is not None:
         same = query_groups[:, None] == target_groups[None, :]
-        same[torch.arange(len(answers), device=answers.device), answers] = False
+        same[torch.arange(len(positives), device=positives.device), positives] = False
         logits = logits.masked_fill(same, float("-inf"))
-    return F.cross_entropy(logits, answers)
+    return F.cross_entropy(logits, positives)
 
 
 class InfoNCE(nn.Module):
-    """InfoNCE over the batch, with the negatives of all ranks where training is distributed.
+    """InfoNCE over the batch, with the negatives of all ranks if training is distributed.
 
     Args:
-        scale: What cosines are multiplied with (100 in the reference).
-        symmetric: Whether targets also look for their queries; the mean of both is taken.
-        skip_duplicates: Whether targets of one group are kept from being each other's
-            negatives. The reference does not.
+        scale: Factor of the cosine similarities (100 in the reference).
+        symmetric: Whether targets also retrieve their queries; the loss is the mean of both.
+        skip_duplicates: Whether targets of one group are not negatives of each other. In the reference they are.
     """
 
     def __init__(self, scale: float = 100.0, *, symmetric: bool = False, skip_duplicates: bool = True) -> None:
         super().__init__()
         self.scale, self.symmetric, self.skip_duplicates = scale, symmetric, skip_duplicates
+
+    def extra_repr(self) -> str:
+        """Return the options for `repr`."""
+        return f"scale={self.scale}, symmetric={self.symmetric}, skip_duplicates={self.skip_duplicates}"
 
     def forward(
         self,
@@ -70,41 +68,41 @@ class InfoNCE(nn.Module):
         targets: Float[Tensor, "batch dim"],
         groups: Int[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
-        """Return the loss of this rank's queries; row i of both sides belongs together."""
+        """Return the loss of this rank's queries; row i of `targets` is the target of query i."""
         all_targets, start = _gather(targets)
         all_groups, _ = _gather(groups)
-        answers = torch.arange(start, start + len(queries), device=queries.device)
-        mine, every = (groups, all_groups) if self.skip_duplicates else (None, None)
-        loss = info_nce(queries, all_targets, answers, mine, every, self.scale)
+        positives = torch.arange(start, start + len(queries), device=queries.device)
+        own, every = (groups, all_groups) if self.skip_duplicates else (None, None)
+        loss = info_nce(queries, all_targets, positives, own, every, self.scale)
         if self.symmetric:
             all_queries, _ = _gather(queries)
-            loss = (loss + info_nce(targets, all_queries, answers, mine, every, self.scale)) / 2
+            loss = (loss + info_nce(targets, all_queries, positives, own, every, self.scale)) / 2
         return loss
 
 
-class _EveryRank(torch.autograd.Function):
-    """Every rank's rows, one behind the other; a row's gradient is the sum of what all ranks say of it."""
+class _AllGather(torch.autograd.Function):
+    """The rows of all ranks, concatenated; the gradient of a row is the sum over ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """Gather; ranks hold equal counts."""
-        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, rows.contiguous())
+        """Gather; all ranks have the same number of rows."""
+        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
         ctx.count = len(rows)
-        return torch.cat(parts)
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Sum over ranks and keep this rank's rows."""
-        whole = gradients[0].contiguous()
-        torch.distributed.all_reduce(whole)
+        """Sum over ranks and select this rank's rows."""
+        total = gradients[0].contiguous()
+        torch.distributed.all_reduce(total)
         begin = torch.distributed.get_rank() * ctx.count
-        return whole[begin : begin + ctx.count]
+        return total[begin : begin + ctx.count]
 
 
 def _gather(rows: Tensor) -> tuple[Tensor, int]:
-    """Return every rank's rows, with gradient, and where this rank's begin. Ranks hold equal counts."""
+    """Return the rows of all ranks, with gradient, and the position of this rank's first."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows, 0
-    gathered: Tensor = _EveryRank.apply(rows)
+    gathered: Tensor = _AllGather.apply(rows)
     return gathered, torch.distributed.get_rank() * len(rows)

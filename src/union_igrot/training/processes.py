@@ -1,4 +1,4 @@
-"""The processes of a training: found if torchrun or SLURM started them, else launched here."""
+"""The processes of a training: detected if torchrun or SLURM started them, else launched here."""
 
 import logging
 import os
@@ -44,10 +44,10 @@ class Processes:
 
         Args:
             name: Name of the text, used once per run.
-            value: The text; only rank 0 gives it.
+            value: The text, on rank 0.
 
         Raises:
-            UnionError: If nothing came from rank 0 for ten minutes.
+            UnionError: If nothing arrives from rank 0 within ten minutes.
         """
         if self.store is None:
             return value or ""
@@ -62,7 +62,7 @@ class Processes:
 
 
 def detect_processes() -> Processes:
-    """Return this process among those that torchrun or SLURM started, or alone."""
+    """Return this process among those that torchrun or SLURM started, or a single one."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # noqa: PLC0415 - slow
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment  # noqa: PLC0415 - slow
 
@@ -72,21 +72,21 @@ def detect_processes() -> Processes:
     rank, world = started.global_rank(), started.world_size()
     os.environ.setdefault("MASTER_ADDR", str(started.main_address))
     os.environ.setdefault("MASTER_PORT", str(started.main_port))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world)
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world)
     store, _, _ = next(rendezvous("env://", rank, world))
-    return Processes(rank, world, here, store)
+    return Processes(rank, world, per_machine, store)
 
 
 def count_processes(accelerator: str, devices: int | str, nodes: int) -> int:
-    """Return the number of processes on this machine for a choice of devices.
+    """Return the number of processes to launch on this machine.
 
     Args:
         accelerator: `auto`, `cpu`, `gpu`, ...
-        devices: Their number, or `auto`: all accelerators, one process on a CPU.
+        devices: Number of devices, or `auto`: all accelerators, one process on a CPU.
         nodes: Number of machines.
 
     Raises:
-        ConfigError: For several machines: one process cannot start others elsewhere.
+        ConfigError: For several machines, on which torchrun or SLURM has to start the processes.
     """
     if nodes > 1:
         raise ConfigError(
@@ -112,7 +112,7 @@ def launch_processes(module: str, arguments: Sequence[str], count: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415 - slow
 
-    # Its report of a failed process is pages long, and the process has printed one line.
+    # Its report of a failed process takes pages; the process itself has printed one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     launch = LaunchConfig(

@@ -9,11 +9,10 @@ import torch
 
 from small_runs import Run, figures, rows_of
 from union_igrot.cli.config import compose
-from union_igrot.cli.loggers import open_loggers
 from union_igrot.cli.train import main as train
 from union_igrot.errors import ConfigError
+from union_igrot.training.loggers import open_loggers
 
-WANDB = {"name": "wandb", "mode": "offline", "project": "noise"}
 SETTINGS = {"seed": 7, "recipe": {"epochs": 2, "rate": 1e-3}}
 
 
@@ -57,21 +56,21 @@ def test_only_weights_and_biases_has_a_mode_and_only_two():
 
 def test_tables_are_kept_of_each_start_and_none_means_none(tmp_path):
     for steps in (range(3), range(3, 5)):
-        with open_loggers({"name": "csv"}, tmp_path, SETTINGS) as loggers:
+        with open_loggers("csv", tmp_path, SETTINGS) as loggers:
             log(loggers, steps)
     assert table_of(tmp_path) == [(step, 10.0 - step) for step in range(5)]
-    with open_loggers({"name": "none"}, tmp_path / "quiet", SETTINGS) as loggers:
+    with open_loggers("none", tmp_path / "quiet", SETTINGS) as loggers:
         assert loggers == []
     assert not (tmp_path / "quiet").exists()
 
 
 def test_tensorboard_goes_on_where_the_checkpoint_was(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with open_loggers({"name": "tensorboard"}, tmp_path, SETTINGS) as loggers:
+    with open_loggers("tensorboard", tmp_path, SETTINGS) as loggers:
         log(loggers, range(6))
     (tmp_path / "checkpoints").mkdir()
     torch.save({"global_step": 4}, tmp_path / "checkpoints" / "last.ckpt")
-    with open_loggers({"name": "tensorboard"}, tmp_path, SETTINGS) as loggers:
+    with open_loggers("tensorboard", tmp_path, SETTINGS) as loggers:
         log(loggers, range(4, 9))
     events = reader.EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
     events.Reload()
@@ -84,7 +83,7 @@ def test_tensorboard_goes_on_where_the_checkpoint_was(tmp_path):
 
 def test_of_several_processes_one_writes(tmp_path):
     for name in ("tensorboard", "wandb"):
-        with open_loggers({"name": name}, tmp_path, SETTINGS, leads=False) as loggers:
+        with open_loggers(name, tmp_path, SETTINGS, main=False) as loggers:
             assert [type(one).__name__ for one in loggers] == ["CSVLogger"]
     assert not list(tmp_path.iterdir())
 
@@ -142,11 +141,11 @@ def test_weights_and_biases_keeps_one_run_offline_however_often_it_is_resumed(tm
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     for steps in (range(3), range(3, 5)):
-        with open_loggers(WANDB, tmp_path / "run", SETTINGS) as loggers:
+        with open_loggers("wandb", tmp_path / "run", SETTINGS, project="noise") as loggers:
             log(loggers, steps)
     err = capfd.readouterr().err
-    assert err.count("to send it: wandb sync ") == 2
-    with pytest.raises(KeyboardInterrupt), open_loggers(WANDB, tmp_path / "run", SETTINGS):
+    assert err.count("to upload it: wandb sync ") == 2
+    with pytest.raises(KeyboardInterrupt), open_loggers("wandb", tmp_path / "run", SETTINGS, project="noise"):
         raise KeyboardInterrupt
     kept = sorted((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(kept) == 3
@@ -167,8 +166,8 @@ def test_weights_and_biases_without_an_account_is_one_line(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    said = r"logger\.mode=online: .*wandb login, or give logger\.mode=offline$"
-    with pytest.raises(ConfigError, match=said), open_loggers({**WANDB, "mode": "online"}, tmp_path / "run", SETTINGS):
+    said = r"logger\.mode=online: .*run wandb login, or set logger\.mode=offline$"
+    with pytest.raises(ConfigError, match=said), open_loggers("wandb", tmp_path / "run", SETTINGS, mode="online"):
         raise AssertionError("opened")
 
 

@@ -1,0 +1,425 @@
+"""Training and evaluation runs with their files; `union-train`, `union-eval` and `union_igrot.train` call these.
+
+Settings are plain nested values with the groups and names of `conf/`; see `run_training` for those of a training.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+from torch import nn
+
+from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
+from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, method_result, versions
+from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, write_query_values, write_results
+from union_igrot.evaluation.scoring import score, score_predictions
+from union_igrot.evaluation.tables import print_results
+from union_igrot.features.embedding import embed_benchmark
+from union_igrot.features.extractor import FeatureExtractor
+from union_igrot.features.store import FeatureStore
+from union_igrot.images.decode import open_image
+from union_igrot.images.identity import image_identities
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
+from union_igrot.models.model import IGROTModel
+from union_igrot.reporting.charts import read_curves
+from union_igrot.reporting.contact_sheets import TILE_SIDE, benchmark_sheet
+from union_igrot.reporting.examples import SIDE
+from union_igrot.reporting.model_card import write_model_card
+from union_igrot.reporting.page import Provenance, write_page
+from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.cache import chosen_limit, default_root
+from union_igrot.storage.paths import expand_user
+from union_igrot.training.data import mean_name, read_evaluated, read_training
+from union_igrot.training.datamodule import IGROTDataModule
+from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit, load_best
+from union_igrot.training.loggers import open_loggers
+from union_igrot.training.losses import InfoNCE
+from union_igrot.training.processes import Processes, leave_process_group
+from union_igrot.training.run_folder import open_run, settings_hash
+from union_igrot.types import Benchmark, TrainingSet
+
+PAGE = "report.html"
+"""Name of the report in a run's folder."""
+NOT_HASHED = {"output_dir", "cache_dir", "cache_limit", "progress"}
+"""Settings that do not change the results, so that a run resumes if they differ."""
+_ENCODERS: dict[str, tuple[Any, ...]] = {"none": (), "text": ("text",), "image": ("image",), "both": ("image", "text")}
+_SUBMITTED = ("circo", "cirr")
+"""Benchmarks with a server that scores submission files."""
+Training = tuple[TrainingSet, Sequence[Benchmark]]
+"""Training triplets, and the benchmarks that select the best epoch."""
+_REFERENCE_SIZES = {"blip": (2048, 8), "openclip_h": (2048, 8)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run was started, for its files.
+
+    Attributes:
+        program: The command or function, such as `union-train`.
+        command: The whole command line or call.
+        config: The settings as YAML, for `config.yaml`.
+    """
+
+    program: str
+    command: str
+    config: str
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError if a folder cannot be created or written to."""
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ConfigError(f"cannot write output_dir {folder} ({existing} is not a writable folder); choose another")
+
+
+def head_sizes(name: str, dim: int) -> dict[str, int]:
+    """Return the sizes of heads that suit a backbone: inner width, and attention heads of the UNION head."""
+    feedforward, heads = _REFERENCE_SIZES.get(name, (min(2048, 4 * dim), max(1, dim // 64)))
+    return {"feedforward": feedforward, "union_heads": heads}
+
+
+def build_model(settings: Mapping[str, Any], metadata: dict[str, Any], backbone: Backbone | None = None) -> IGROTModel:
+    """Build a model with untrained heads; torch's seed decides their weights.
+
+    Args:
+        settings: `model`, `fusion` and `target` of a training's settings.
+        metadata: Facts on the training, saved with the model.
+        backbone: The backbone; None builds that of the settings.
+    """
+    chosen = settings["model"]
+    backbone = backbone or build_backbone(chosen["name"], chosen["weights"])
+    sizes, width = head_sizes(backbone.name, backbone.dim) | chosen, backbone.dim
+    return IGROTModel(
+        backbone,
+        build_query_head(width=width, sizes=sizes, **settings["fusion"]),
+        build_target_head(width=width, sizes=sizes, **settings["target"]),
+        metadata,
+        build_projector(chosen["projector"], width),
+    )
+
+
+def open_extractor(settings: Mapping[str, Any], backbone: Backbone, *, shown: bool = True) -> FeatureExtractor:
+    """Open the feature store of a backbone.
+
+    Args:
+        settings: `cache_dir`, `cache_limit`, `progress` and `features`.
+        backbone: The backbone.
+        shown: False hides progress bars whatever the settings say.
+    """
+    root = default_root() if settings["cache_dir"] is None else expand_user(settings["cache_dir"])
+    options, limit = settings["features"], chosen_limit(settings["cache_limit"])
+    precision = options["precision"]
+    return FeatureExtractor(
+        backbone,
+        FeatureStore.for_backbone(backbone, root, dtype=options["dtype"], precision=precision, limit=limit),
+        batch_size=options["batch_size"],
+        workers=options["workers"],
+        precision=precision,
+        progress=settings["progress"] and shown,
+    )
+
+
+def run_training(
+    settings: Mapping[str, Any],
+    launch: Launch,
+    fresh: Path,
+    device: torch.device,
+    *,
+    processes: Processes = Processes(),  # noqa: B008 - immutable
+    training: Training | None = None,
+    backbone: Backbone | None = None,
+    loss: nn.Module | None = None,
+    evaluate: bool = True,
+    shown: bool = True,
+) -> tuple[IGROTModel, Path]:
+    """Train the heads, evaluate them and write all files of the run; resume an interrupted run of the same settings.
+
+    Args:
+        settings: `model`, `data`, `fusion`, `target`, `loss`, `recipe`, `precision`, `strategy`, `logger`, `features`,
+            `seed`, `output_dir`, `cache_dir`, `cache_limit` and `progress`.
+        launch: How the run was started.
+        fresh: A new folder, used if `output_dir` is None and there is no interrupted run next to it.
+        device: Device of the evaluation.
+        processes: This process among those of the run.
+        training: Triplets and validation benchmarks, on which the model is also evaluated; None reads the settings'.
+        backbone: The backbone; None builds that of the settings.
+        loss: The loss; None builds that of the settings.
+        evaluate: Whether to evaluate the model.
+        shown: Whether to print results.
+
+    Returns:
+        The model, and the run's folder.
+
+    Raises:
+        UnionError: If the folder is in use, or the data are invalid; then a new folder is removed again.
+    """
+    if not processes.is_main:
+        return _run_with_main(settings, processes, training, backbone, loss)
+    hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED}
+    chosen = None if settings["output_dir"] is None else expand_user(settings["output_dir"])
+    try:
+        run = open_run(chosen, fresh, settings_hash(hashed))
+    except UnionError:
+        processes.broadcast("run", json.dumps(None))
+        raise
+    with run, run.discarded_on(UnionError):
+        processes.broadcast("run", json.dumps([str(run.path), run.stage]))
+        _print(f"{'resuming' if run.resumed else 'run folder'} {run.path}", stderr=True)
+        write_atomic(run.path / "config.yaml", launch.config)
+        # Read before the training, so that mistakes in them are found at once.
+        test: Sequence[Benchmark] = training[1] if training is not None else ()
+        mean = "" if training is not None else mean_name(settings["data"])
+        if evaluate and training is None:
+            test = read_evaluated(settings["data"])
+        if run.stage == "trained":
+            model = IGROTModel.load(run.path / "model", backbone, settings["model"]["weights"])
+        else:
+            training = training or read_training(settings["data"])
+            model = train_heads(settings, training, run.path, processes, backbone, loss)
+            model.save(run.path / "model")
+            run.set_stage("trained")
+        model.to(device)
+        if evaluate:
+            # Another extractor: the weights of a tuned backbone have changed.
+            extractor, saved = open_extractor(settings, model.backbone), str(run.path / "model")
+            evaluate_and_report(
+                model, test, extractor, run.path, launch, settings["seed"], mean, checkpoint=saved, shown=shown
+            )
+            write_model_card(run.path / "model", run.path / "results.json")
+        run.set_stage("done")
+        return model, run.path
+
+
+def _run_with_main(
+    settings: Mapping[str, Any],
+    processes: Processes,
+    training: Training | None,
+    backbone: Backbone | None,
+    loss: nn.Module | None,
+) -> tuple[IGROTModel, Path]:
+    """Train together with rank 0, in its folder, and print nothing."""
+    run = json.loads(processes.broadcast("run"))
+    if run is None:
+        raise SystemExit(2)
+    folder, stage = Path(run[0]), run[1]
+    if stage == "trained":
+        return IGROTModel.load(folder / "model", backbone, settings["model"]["weights"]), folder
+    try:
+        training = training or read_training(settings["data"])
+        return train_heads(settings, training, folder, processes, backbone, loss), folder
+    except UnionError:
+        # Rank 0 meets and prints the same mistake; this process is ended before it repeats it.
+        time.sleep(5)
+        raise
+
+
+def train_heads(
+    settings: Mapping[str, Any],
+    training: Training,
+    folder: Path,
+    processes: Processes,
+    backbone: Backbone | None = None,
+    loss: nn.Module | None = None,
+) -> IGROTModel:
+    """Train the heads, alone or with the other processes of the run; see `run_training`.
+
+    Returns:
+        The model with the best epoch's weights, in evaluation mode; complete on rank 0.
+    """
+    lightning.seed_everything(settings["seed"], workers=True, verbose=False)
+    (samples, validation), recipe = training, Recipe(**settings["recipe"])
+    hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED}
+    facts = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
+    model = build_model(settings, {**facts, "skipped": samples.skipped, "config": hashed}, backbone)
+    extractor = open_extractor(settings, model.backbone, shown=processes.is_main)
+    tuned = _ENCODERS[settings["model"]["finetune"]]
+    model.tune(tuned)
+    if recipe.checkpointing:
+        model.backbone.checkpoint_activations()
+    learner = Learner(model, loss or InfoNCE(**settings["loss"]), recipe, validation)
+    batches = IGROTDataModule(
+        samples,
+        validation,
+        extractor,
+        query_tokens=model.fusion.needs_tokens,
+        target_tokens=model.target.needs_tokens,
+        batch_size=recipe.batch_size,
+        seed=settings["seed"],
+        tuned=tuned,
+    )
+    where, devices, nodes = settings["strategy"], settings["strategy"]["devices"], settings["strategy"]["nodes"]
+    if processes.world > 1:
+        devices, nodes = processes.per_machine, processes.world // processes.per_machine
+    trainer = TrainerConfig(where["accelerator"], devices, nodes, where["name"], settings["precision"]["trainer"])
+    checkpoints, progress = folder / "checkpoints", settings["progress"]
+    with open_loggers(folder=folder, settings=hashed, main=processes.is_main, **settings["logger"]) as logger:
+        best = fit(learner, batches, checkpoints, trainer=trainer, logger=logger, progress=progress)
+    leave_process_group()
+    if where["name"].startswith("fsdp") and processes.is_main:
+        model = build_model(settings, model.metadata)
+        load_best(model, checkpoints)
+        model.tuned = bool(tuned)
+    model.metadata["best"] = best
+    model.training_images = image_identities(side for one in samples.triplets for side in (one.image, one.target))
+    return model
+
+
+def evaluate_and_report(
+    model: IGROTModel,
+    benchmarks: Sequence[Benchmark],
+    extractor: FeatureExtractor,
+    folder: Path,
+    launch: Launch,
+    seed: int,
+    mean: str = "",
+    *,
+    checkpoint: str | None,
+    shown: bool = True,
+) -> EvaluationResult:
+    """Evaluate on each benchmark, write the results after each, print the tables.
+
+    Writes `results.json`, `results.csv`, `queries-<benchmark>-<split>.safetensors` (the metrics of every query),
+    `contact-<benchmark>.png` and `report.html`. A split without published targets gets submission files instead of
+    metrics.
+
+    Args:
+        model: The model.
+        benchmarks: The benchmarks.
+        extractor: Extractor with the model's backbone.
+        folder: The run's folder.
+        launch: How the run was started.
+        seed: Seed of the random baseline and of the bootstrap.
+        mean: Name of the mean over the benchmarks, if they are parts of one.
+        checkpoint: Where the trained heads were loaded from; None evaluates the baselines of the backbone alone.
+        shown: Whether to print the tables.
+    """
+    result, parts = EvaluationResult(), []
+    opener = partial(open_image, at_least=TILE_SIDE)
+    for benchmark in benchmarks:
+        if not any(query.targets for query in benchmark.queries):
+            result += EvaluationResult(scored=(submit(model, benchmark, extractor, folder),))
+            continue
+        found = evaluate_benchmark(
+            model, benchmark, extractor, seed, trained=checkpoint is not None, checkpoint=checkpoint
+        )
+        parts.append(found)
+        result += found
+        write_results(folder, result)
+        (scored,), (one,) = found.scored, found.benchmarks
+        write_query_values(folder, scored)
+        benchmark_sheet(folder / f"contact-{benchmark.name}.png", scored, one.main.method, opener)
+    if mean and len(parts) > 1:
+        result += average_parts(parts, mean, seed)
+        write_results(folder, result)
+    _report(result, folder, launch, model.metadata, seed, shown=shown)
+    return result
+
+
+def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path, launch: Launch, seed: int) -> None:
+    """Score a file of rankings, made by any method, and print and write its metrics.
+
+    Raises:
+        ConfigError: If there is more than one benchmark, or it has no such files.
+        DataError: If the file does not fit the benchmark, or the benchmark's targets are not published.
+    """
+    if len(benchmarks) != 1:
+        raise ConfigError(f"predictions are of one benchmark, not {len(benchmarks)}; choose data=cirr or data=circo")
+    rankings = read_predictions(path, benchmarks[0])
+    if not any(query.targets for query in benchmarks[0].queries):
+        problems = check_submission(path, benchmarks[0])
+        raise DataError(
+            f"{path}: this split's targets are not published; " + ("; ".join(problems[:5]) or "the file is valid")
+        )
+    benchmark, scores = score_predictions(benchmarks[0], rankings)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    method = method_result(benchmark, "predictions", scores, {"file": path.name, "sha256": digest}, {}, seed)
+    result = EvaluationResult((method,), (ScoredBenchmark(benchmark, {"predictions": scores}),))
+    write_results(folder, result)
+    _report(result, folder, launch, {}, seed)
+
+
+def submit(model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor, folder: Path) -> ScoredBenchmark:
+    """Write the submission files of a split whose targets are not published (CIRR, CIRCO).
+
+    Raises:
+        ConfigError: If no server accepts such files; before anything is encoded.
+    """
+    if benchmark.name not in _SUBMITTED:
+        raise ConfigError(
+            f"the targets of {benchmark.name} {benchmark.split} are not published, and no server scores it; choose a "
+            f"split with targets, or one of {', '.join(_SUBMITTED)}"
+        )
+    queries, gallery, _ = embed_benchmark(model, benchmark, extractor)
+    scores = score(benchmark, queries, gallery)
+    names = [item.id for item in benchmark.gallery]
+    rankings = [[names[at] for at in row] for row in scores.ranking.positions.tolist()]
+    if benchmark.name == "circo":
+        written: tuple[Path, ...] = (write_circo(folder / "submission_circo.json", benchmark, rankings),)
+    else:
+        subsets = [] if scores.subsets is None else scores.subsets.tolist()
+        written = write_cirr(folder, benchmark, rankings, [[names[at] for at in row if at >= 0] for row in subsets])
+    for path in written:
+        _print(f"submission file {path}")
+    return ScoredBenchmark(benchmark, {"submitted": scores})
+
+
+def _report(
+    result: EvaluationResult,
+    folder: Path,
+    launch: Launch,
+    metadata: Mapping[str, Any],
+    seed: int,
+    *,
+    shown: bool = True,
+) -> None:
+    """Write the report of a run and print its tables."""
+    names = dict.fromkeys(one.benchmark.name for one in result.scored)
+    provenance = Provenance(
+        title=f"{launch.program}: {', '.join(names)}",
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        command=launch.command,
+        folder=_relative_to_home(Path.cwd()),
+        config=launch.config,
+        card=metadata,
+        versions=versions(),
+        seed=seed,
+    )
+    curves = read_curves(sorted(folder.glob("logs/version_*/metrics.csv")))
+    drawn = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
+    # Only thumbnails are shown, so photos are decoded at a fraction of their size.
+    write_page(folder / PAGE, result, drawn, provenance, partial(open_image, at_least=SIDE))
+    if shown:
+        print_results(result)
+        _print(f"written to {folder}; open {folder / PAGE}")
+
+
+def _relative_to_home(folder: Path) -> str:
+    """Return a folder without the user's name: reports are shared."""
+    with suppress(ValueError, RuntimeError):
+        return str(Path("~") / folder.relative_to(Path.home()))
+    return str(folder)
+
+
+def _print(line: str, *, stderr: bool = False) -> None:
+    Console(stderr=stderr).print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def command_line(program: str, arguments: Sequence[str], data: Mapping[str, Any]) -> str:
+    """Return a command for a shell, with `UNION_DATA` if it decided where the data are."""
+    command, folder = shlex.join([program, *arguments]), os.environ.get("UNION_DATA")
+    found = data.get("root", "") is None and folder
+    return f"UNION_DATA={shlex.quote(folder or '')} {command}" if found else command
