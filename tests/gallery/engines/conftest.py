@@ -1,18 +1,18 @@
-"""One fixture for tests that every engine has to pass."""
+"""Fixtures of indexes."""
 
 import pytest
 
-from engine_places import ENGINES, clear, place_of
+from index_helpers import ENGINES, new_location
 
 
 @pytest.fixture(params=ENGINES)
-def place(request, tmp_path):
-    found = place_of(request.param, tmp_path)
+def location(request, tmp_path):
+    found = new_location(request.param, tmp_path)
     yield found
-    clear(found)
+    found.remove()
 
 
 @pytest.fixture
 def uri(tmp_path):
-    """Where a Lance table may be made."""
+    """Location of a new Lance table."""
     return str(tmp_path / "photos.lance")

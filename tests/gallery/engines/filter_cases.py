@@ -1,4 +1,4 @@
-"""Filters drawn at random, with the rows that pass them worked out slowly, three-valued as in SQL."""
+"""Random filters, each with a slow evaluation in the three-valued logic of SQL."""
 
 import re
 
@@ -48,14 +48,14 @@ def name(column):
     return f'"{column}"' if " " in column else column
 
 
-def written(value):
+def literal(value):
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return repr(value).lower()
 
 
 def like(value, pattern):
-    """Match letter by letter."""
+    """Match character by character."""
     tokens = re.findall(r"\\.|.", pattern, re.DOTALL)
 
     def match(text, rest):
@@ -63,8 +63,8 @@ def like(value, pattern):
             return not text
         if rest[0] == "%":
             return any(match(text[i:], rest[1:]) for i in range(len(text) + 1))
-        letter = rest[0][1:] if len(rest[0]) == 2 else rest[0]
-        return bool(text) and (rest[0] == "_" or text[0] == letter) and match(text[1:], rest[1:])
+        char = rest[0][1:] if len(rest[0]) == 2 else rest[0]
+        return bool(text) and (rest[0] == "_" or text[0] == char) and match(text[1:], rest[1:])
 
     return match(value, tokens)
 
@@ -86,61 +86,61 @@ def escaped(text):
 
 
 @st.composite
-def single(draw, beginnings_alone):
+def column_test(draw, prefixes_only):
     """A test of one column."""
     column = draw(st.sampled_from([*KINDS, "id"]))
     kind = KINDS.get(column, "str")
-    shapes = [is_null]
+    shapes = [null_test]
     if kind != "bytes":
-        shapes += [compare, among]
+        shapes += [comparison, in_test]
     if kind in ("str", "int", "float"):
-        shapes.append(between)
+        shapes.append(between_test)
     if kind == "str":
-        shapes.append(alike)
+        shapes.append(like_test)
     if kind == "bool":
-        shapes.append(alone)
-    text, holds, also_of_none = draw(st.sampled_from(shapes))(draw, column, beginnings_alone)
+        shapes.append(bare_column)
+    text, holds, also_of_none = draw(st.sampled_from(shapes))(draw, column, prefixes_only)
     return text, lambda row: None if row[column] is None and not also_of_none else holds(row[column])
 
 
-def is_null(draw, column, _):
+def null_test(draw, column, _):
     word = draw(st.sampled_from(["null", "not null"]))
     return f"{name(column)} is {word}", lambda value: (value is None) is (word == "null"), True
 
 
-def alone(draw, column, _):
+def bare_column(draw, column, _):
     return name(column), lambda value: value, False
 
 
-def among(draw, column, _):
+def in_test(draw, column, _):
     word, values = draw(st.sampled_from(["in", "not in"])), draw(st.lists(constants(column), min_size=1, max_size=4))
-    text = f"{name(column)} {word} ({', '.join(map(written, values))})"
+    text = f"{name(column)} {word} ({', '.join(map(literal, values))})"
     return text, lambda value: (value in values) is (word == "in"), False
 
 
-def between(draw, column, _):
+def between_test(draw, column, _):
     word, low, high = (
         draw(st.sampled_from(["between", "not between"])),
         draw(constants(column)),
         draw(constants(column)),
     )
-    text = f"{name(column)} {word} {written(low)} and {written(high)}"
+    text = f"{name(column)} {word} {literal(low)} and {literal(high)}"
     return text, lambda value: (low <= value <= high) is (word == "between"), False
 
 
-def alike(draw, column, beginnings_alone):
+def like_test(draw, column, prefixes_only):
     word, pieces = draw(st.sampled_from(["like", "not like"])), st.sampled_from(TEXTS).map(escaped)
     anything = st.lists(st.sampled_from(["%", "_", "%%"]) | pieces, max_size=4)
-    pattern = "".join(draw(st.tuples(pieces, st.sampled_from(["", "%"])) if beginnings_alone else anything))
-    return f"{name(column)} {word} {written(pattern)}", lambda value: like(value, pattern) is (word == "like"), False
+    pattern = "".join(draw(st.tuples(pieces, st.sampled_from(["", "%"])) if prefixes_only else anything))
+    return f"{name(column)} {word} {literal(pattern)}", lambda value: like(value, pattern) is (word == "like"), False
 
 
-def compare(draw, column, _):
+def comparison(draw, column, _):
     ops = ["=", "!=", "<>"] if KINDS.get(column) == "bool" else list(COMPARE)
     op, constant = draw(st.sampled_from(ops)), draw(constants(column))
     if draw(st.booleans()):
-        return f"{written(constant)} {op} {name(column)}", lambda value: COMPARE[op](constant, value), False
-    return f"{name(column)} {op} {written(constant)}", lambda value: COMPARE[op](value, constant), False
+        return f"{literal(constant)} {op} {name(column)}", lambda value: COMPARE[op](constant, value), False
+    return f"{name(column)} {op} {literal(constant)}", lambda value: COMPARE[op](value, constant), False
 
 
 def negated(case):
@@ -159,10 +159,10 @@ def joined(word, left, right):
     return f"({left[0]}) {word} ({right[0]})", holds
 
 
-def filters(beginnings_alone=False):
-    """Filters as text, each with what it says of a row: true, false or None."""
+def filters(prefixes_only=False):
+    """Return filters as text, each with a function that evaluates a row to true, false or None."""
     return st.recursive(
-        single(beginnings_alone),
+        column_test(prefixes_only),
         lambda inner: inner.map(negated) | st.builds(joined, st.sampled_from(["and", "or"]), inner, inner),
         max_leaves=5,
     )
