@@ -1,4 +1,4 @@
-"""A gallery of twelve images of noise, and a slow, literal ranking of them."""
+"""A gallery of twelve images of noise, and a slow ranking of them."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from union_igrot.images.transforms import image_batch
 COUNT = 12
 
 
-def picture(number: int) -> Image.Image:
+def noise_image(number: int) -> Image.Image:
     return Noise(number, number % 4).open()
 
 
@@ -20,27 +20,27 @@ def names(count: int = COUNT) -> list[str]:
     return [f"p{number}" for number in range(count)]
 
 
-def filled(model) -> Gallery:
-    made = Gallery.open("memory:", model)
+def fill_gallery(model) -> Gallery:
+    gallery = Gallery.open("memory:", model)
     columns = {"class": ["cat", "dog", None] * (COUNT // 3), "year": list(range(COUNT))}
-    made.add([picture(number) for number in range(COUNT)], names(), columns)
-    return made
+    gallery.add([noise_image(number) for number in range(COUNT)], names(), columns)
+    return gallery
 
 
 @torch.inference_mode()
-def embedded(model, numbers, texts=None) -> torch.Tensor:
-    return model.embed_queries(image_batch([picture(n) for n in numbers], model.preprocess), texts)
+def embed_images(model, numbers, texts=None) -> torch.Tensor:
+    return model.embed_queries(image_batch([noise_image(n) for n in numbers], model.preprocess), texts)
 
 
 @torch.inference_mode()
-def ranked(model, query, numbers=range(COUNT)) -> list[tuple[str, float]]:
-    """Every image's score with a query, one by one, best first."""
-    rows = model.embed_gallery(image_batch([picture(n) for n in numbers], model.preprocess))
+def slow_ranking(model, query, numbers=range(COUNT)) -> list[tuple[str, float]]:
+    """Score every image with a query, one by one; best first."""
+    rows = model.embed_gallery(image_batch([noise_image(n) for n in numbers], model.preprocess))
     scores = [(f"p{number}", float(query @ row)) for number, row in zip(numbers, rows, strict=True)]
     return sorted(scores, key=lambda pair: -pair[1])
 
 
-def same(answers: SearchResult, wanted: list[tuple[str, float]]) -> bool:
-    return answers.ids == [name for name, _ in wanted] and np.allclose(
-        answers.scores, [value for _, value in wanted], atol=1e-5
+def agrees(result: SearchResult, expected: list[tuple[str, float]]) -> bool:
+    return result.ids == [name for name, _ in expected] and np.allclose(
+        result.scores, [value for _, value in expected], atol=1e-5
     )

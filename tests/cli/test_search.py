@@ -1,4 +1,4 @@
-"""`union-search` on a small gallery: what is printed where, and how it ends."""
+"""`union-search` on a small gallery: output, errors and exit codes."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from union_igrot.cli import search as command
 from union_igrot.cli.config import compose
 from union_igrot.cli.search import main as search
 from union_igrot.errors import CheckpointError, DataError, ImageError, UnionError
-from union_igrot.gallery import gallery as room
+from union_igrot.gallery import gallery as gallery_module
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import read_queries
 
@@ -24,8 +24,8 @@ COUNT = 9
 
 
 @pytest.fixture(scope="module")
-def kept():
-    """A gallery in memory, as the command would find it on disk."""
+def shared_gallery():
+    """A gallery in memory, which the command opens instead of one on disk."""
     gallery = Gallery.open("memory:", trainable().eval())
     numbers = range(COUNT)
     columns = {"class": ["it's", 'a "dog"', "x = y, z"] * 3, "year": list(numbers)}
@@ -34,71 +34,71 @@ def kept():
 
 
 @pytest.fixture
-def gallery(kept, tmp_path, monkeypatch):
-    asked = []
+def gallery(shared_gallery, tmp_path, monkeypatch):
+    opened_uris = []
 
     def opened(uri, **_):
-        asked.append(uri)
-        return kept._index
+        opened_uris.append(uri)
+        return shared_gallery._index
 
-    monkeypatch.setattr(room, "open_index", opened)
-    # The model is loaded once: that an index finds its own is a test of `Gallery`.
-    monkeypatch.setattr(room, "load_recorded_model", lambda *_: (kept.model, "linear"))
+    monkeypatch.setattr(gallery_module, "open_index", opened)
+    # The model is loaded once; that an index loads its own is tested elsewhere.
+    monkeypatch.setattr(gallery_module, "load_recorded_model", lambda *_: (shared_gallery.model, "linear"))
     monkeypatch.chdir(tmp_path)
     Noise(40, 1).open().save(tmp_path / "a.png")
     Noise(41, 2).open().save(tmp_path / "it's b, c=[1].png")
-    kept.asked = asked
-    return kept
+    shared_gallery.opened_uris = opened_uris
+    return shared_gallery
 
 
 def rows(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def ask(*arguments: str) -> None:
-    """What the command does, without the time that Hydra takes to run it."""
+def run(*arguments: str) -> None:
+    """Run the command without Hydra's start-up time."""
     command.search(compose("search", ["index=x.lance", *arguments]), Path())
 
 
-def ends(code: int, *arguments: str) -> None:
+def exits(code: int, *arguments: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        ask(*arguments)
+        run(*arguments)
     assert stopped.value.code == code
 
 
-def test_a_pipe_gets_one_object_a_hit(gallery, capsys):
+def test_a_pipe_receives_one_object_per_hit(gallery, capsys):
     search(["index=x.lance", "image=a.png", "k=4"])
     found = rows(capsys)
-    wanted = gallery.search("a.png", k=4)
-    assert [row["id"] for row in found] == wanted.ids
+    expected_hits = gallery.search("a.png", k=4)
+    assert [row["id"] for row in found] == expected_hits.ids
     assert [row["rank"] for row in found] == [1, 2, 3, 4]
-    assert np.allclose([row["score"] for row in found], wanted.scores, atol=1e-6)
+    assert np.allclose([row["score"] for row in found], expected_hits.scores, atol=1e-6)
     assert {row["query"] for row in found} == {1}
-    for row, hit in zip(found, wanted, strict=True):
+    for row, hit in zip(found, expected_hits, strict=True):
         assert row["columns"] == dict(hit.columns)
         assert "thumbnail" not in row["columns"]
-    assert gallery.asked == [str(Path("x.lance").absolute())]
+    assert gallery.opened_uris == [str(Path("x.lance").absolute())]
 
 
-def test_a_person_gets_a_table(gallery, capsys):
-    ask("image=a.png", "text=large red", "k=3", "format=table")
-    said = capsys.readouterr().out
-    wanted = gallery.search("a.png", "large red", k=3)
-    assert "a.png + 'large red'" in said
-    assert "class" in said
-    assert "year" in said
-    assert "hash" not in said
-    assert "▀" not in said
-    for hit in wanted:
-        assert any(f"{hit.score:.4f}" in line and hit.id in line for line in said.splitlines())
-    ask("image=a.png", "k=3", "format=table", "thumbnails=on")
-    said = capsys.readouterr().out
-    assert said.count("▀") == 3 * 16 * 8
-    assert "\x1b[38;2;" in said
+def test_format_table(gallery, capsys):
+    run("image=a.png", "text=large red", "k=3", "format=table")
+    output = capsys.readouterr().out
+    expected_hits = gallery.search("a.png", "large red", k=3)
+    assert "a.png + 'large red'" in output
+    assert "class" in output
+    assert "year" in output
+    assert "hash" not in output
+    assert "▀" not in output
+    for hit in expected_hits:
+        assert any(f"{hit.score:.4f}" in line and hit.id in line for line in output.splitlines())
+    run("image=a.png", "k=3", "format=table", "thumbnails=on")
+    output = capsys.readouterr().out
+    assert output.count("▀") == 3 * 16 * 8
+    assert "\x1b[38;2;" in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "asked"),
+    ("arguments", "expected"),
     [
         (["text=it's red, not [blue] = ${x}"], {"text": "it's red, not [blue] = ${x}"}),
         (["image=it's b, c=[1].png"], {"image": "it's b, c=[1].png"}),
@@ -114,16 +114,16 @@ def test_a_person_gets_a_table(gallery, capsys):
         (["text=red", "search=exact"], {"text": "red", "mode": "exact"}),
     ],
 )
-def test_what_is_typed_is_what_is_asked(gallery, capsys, arguments, asked):
-    ask("k=5", *arguments)
-    assert [row["id"] for row in rows(capsys)] == gallery.search(k=5, **asked).ids
+def test_arguments_are_passed_to_the_search(gallery, capsys, arguments, expected):
+    run("k=5", *arguments)
+    assert [row["id"] for row in rows(capsys)] == gallery.search(k=5, **expected).ids
 
 
-def test_nothing_found_is_said_and_has_a_code_of_its_own(gallery, capsys):
-    ends(1, "text=red", "where=year > 99")
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "no hits\n")
-    ends(1, "text=red", "where=year > 99", "format=table")
+def test_no_hits_exit_with_1(gallery, capsys):
+    exits(1, "text=red", "where=year > 99")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "no hits\n")
+    exits(1, "text=red", "where=year > 99", "format=table")
 
 
 MISTAKES = [
@@ -149,27 +149,27 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "part"), MISTAKES)
-def test_a_mistake_is_one_line(gallery, capsys, arguments, part):
+def test_mistakes_are_one_line_errors(gallery, capsys, arguments, part):
     with pytest.raises(UnionError) as caught:
-        ask(*arguments)
+        run(*arguments)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("arguments", "part"), MISTAKES[::6])
-def test_a_mistake_has_code_2(gallery, capsys, arguments, part):
+def test_mistakes_exit_with_2(gallery, capsys, arguments, part):
     with pytest.raises(SystemExit) as stopped:
         search(["index=x.lance", *arguments])
     assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("union-search: ")
-    assert part in said.err
-    assert len(said.err.splitlines()) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("union-search: ")
+    assert part in output.err
+    assert len(output.err.splitlines()) == 1
 
 
-def test_no_index_is_one_line_too(tmp_path, capsys):
+def test_a_missing_index_exits_with_2(tmp_path, capsys):
     for uri in ("x.txt", "memory:"):
         with pytest.raises(SystemExit) as stopped:
             search([f"index={uri}", "text=red"])
@@ -177,9 +177,9 @@ def test_no_index_is_one_line_too(tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_another_model_than_the_indexs_is_refused(gallery, tmp_path, capsys):
+def test_another_model_is_refused(gallery, tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"made with backbone linear.*not with backbone tiny") as caught:
-        ask("text=red", "checkpoint=tiny")
+        run("text=red", "checkpoint=tiny")
     assert gallery.model.describe()["heads"] in str(caught.value)
 
 
@@ -198,35 +198,35 @@ def deep(gallery, tmp_path):
     return tmp_path / "lists"
 
 
-def batch_answers(gallery, deep) -> list[tuple]:
-    asked = [
+def batch_hits(gallery, deep) -> list[tuple]:
+    queries = [
         {"image": deep / "deep/a.png"},
         {"text": BATCH[1]["text"]},
         {"image": [deep / "deep/a.png", deep / "deep/b.png"], "text": "small", "exclude": ["p0"], "liked": ["p1"]},
     ]
-    found = gallery.search_many(asked, 4)
+    found = gallery.search_many(queries, 4)
     return [(name, hit.id) for name, hits in zip(("first", 2, 3), found, strict=True) for hit in hits]
 
 
 def test_queries_from_a_file_of_json_lines(gallery, deep, capsys, monkeypatch):
     file = deep / "queries, 1.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in BATCH) + "\n\n", encoding="utf-8")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal; nobody looks at a bar elsewhere
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where a bar is shown
     for step in (256, 2):
         monkeypatch.setattr(command, "_BATCH", step)
-        ask(f"queries={file}", "k=4", "format=jsonl")
-        said = capsys.readouterr()
-        found = [json.loads(line) for line in said.out.splitlines()]
-        assert [(row["query"], row["id"]) for row in found] == batch_answers(gallery, deep)
-        assert ("searching" in said.err) is (step == 2)
+        run(f"queries={file}", "k=4", "format=jsonl")
+        output = capsys.readouterr()
+        found = [json.loads(line) for line in output.out.splitlines()]
+        assert [(row["query"], row["id"]) for row in found] == batch_hits(gallery, deep)
+        assert ("searching" in output.err) is (step == 2)
 
 
-def test_queries_from_a_table(gallery, deep, capsys):
+def test_queries_from_a_csv_file(gallery, deep, capsys):
     file = deep / "queries.csv"
     file.write_text('﻿text,image,id\n,deep/a.png,first\n"it\'s blue, ""large""",,\n', encoding="utf-8")
-    ask(f"queries={file}", "k=4")
-    assert [(row["query"], row["id"]) for row in rows(capsys)] == batch_answers(gallery, deep)[:8]
-    ask(f"queries={file}", "k=2", "format=table")
+    run(f"queries={file}", "k=4")
+    assert [(row["query"], row["id"]) for row in rows(capsys)] == batch_hits(gallery, deep)[:8]
+    run(f"queries={file}", "k=2", "format=table")
     assert "first: " in capsys.readouterr().out
 
 
@@ -252,7 +252,7 @@ def test_queries_from_a_table(gallery, deep, capsys):
         ("q.csv", 'text\n"a\n', "q.csv"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, name, text, part):
+def test_an_invalid_line_is_named(tmp_path, name, text, part):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises((DataError, ImageError)) as caught:
         read_queries(tmp_path / name)
@@ -260,42 +260,42 @@ def test_a_wrong_line_is_named(tmp_path, name, text, part):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "q.csv").write_bytes(b"text\n\xff\n")
     with pytest.raises(DataError, match="not UTF-8"):
         read_queries(tmp_path / "q.csv")
 
 
-def test_a_sheet_is_drawn_on_request(gallery, deep, capsys, tmp_path):
-    ask("image=a.png", "contact=it's a sheet.png", "k=20")
+def test_contact_draws_a_sheet(gallery, deep, capsys, tmp_path):
+    run("image=a.png", "contact=it's a sheet.png", "k=20")
     assert len(rows(capsys)) == COUNT
     with Image.open(tmp_path / "it's a sheet.png") as one:
         alone = one.height
     lines = "".join(json.dumps({"text": f"large {number}"}) + "\n" for number in range(30))
     (deep / "q.jsonl").write_text(lines)
-    ask(f"queries={deep / 'q.jsonl'}", "contact=many.png", "k=3")
+    run(f"queries={deep / 'q.jsonl'}", "contact=many.png", "k=3")
     assert "shows the first 12 of 30 queries" in capsys.readouterr().err
     with Image.open(tmp_path / "many.png") as many:
         assert many.height > alone
 
 
-def test_a_sheet_that_cannot_be_written_is_one_line(gallery, capsys, tmp_path):
+def test_a_contact_sheet_that_cannot_be_written_is_an_error(gallery, capsys, tmp_path):
     (tmp_path / "sheet.png").mkdir()
     with pytest.raises(DataError, match=r"cannot write contact=sheet\.png"):
-        ask("image=a.png", "contact=sheet.png")
+        run("image=a.png", "contact=sheet.png")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "table"])
-def test_a_reader_that_goes_away_ends_it_in_peace(gallery, capsys, monkeypatch, form):
+def test_a_closed_pipe_exits_with_141(gallery, capsys, monkeypatch, form):
     unread, written = os.pipe()
     os.close(unread)
     with os.fdopen(written, "w", buffering=1) as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        ends(141, "image=a.png", f"format={form}")
+        exits(141, "image=a.png", f"format={form}")
     assert capsys.readouterr().err == ""
 
 
-def test_an_interruption_has_the_shells_code(gallery, capsys, monkeypatch):
+def test_an_interruption_exits_with_130(gallery, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -303,46 +303,46 @@ def test_an_interruption_has_the_shells_code(gallery, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         search(["index=x.lance", "text=red"])
     assert stopped.value.code == 130
-    said = capsys.readouterr()
-    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    output = capsys.readouterr()
+    assert (output.out, len(output.err.splitlines())) == ("", 1)
 
 
-def test_a_name_beyond_the_outputs_letters_is_escaped(gallery, tmp_path, monkeypatch):
+def test_names_beyond_the_output_encoding_are_escaped(gallery, tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text('{"text": "red", "id": "猫 \\ud800"}\n', encoding="utf-8")
     for encoding in ("ascii", "utf-8"):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-        ask("queries=q.jsonl", "k=1")
+        run("queries=q.jsonl", "k=1")
         sys.stdout.flush()
         assert json.loads(raw.getvalue())["query"] == "猫 \ud800"
 
 
-def test_help_names_the_exit_codes(capsys):
+def test_help_lists_the_exit_codes(capsys):
     search(["--help"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("usage: union-search", "0 results, 1 no results", "taken as typed", "where=null"):
-        assert part in said
+        assert part in output
 
 
 @pytest.mark.slow
 def test_the_command_on_disk_and_in_a_pipe(tmp_path):
     pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
-    place = tmp_path / "my photos, all.lance"
-    with Gallery.open(place, "tiny") as gallery:
+    index = tmp_path / "my photos, all.lance"
+    with Gallery.open(index, "tiny") as gallery:
         gallery.add([Noise(n, n % 3).open() for n in range(300)], [f"p{n}" for n in range(300)])
-    words = [sys.executable, "-m", "union_igrot.cli.search", f"index={place}", "text=a red square", "k=300"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    command_line = [sys.executable, "-m", "union_igrot.cli.search", f"index={index}", "text=a red square", "k=300"]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert len(done.stdout.splitlines()) == 300
     assert done.stderr == ""
     (tmp_path / "q.jsonl").write_text('{"text": "a red square"}\n' * 60)
-    words = [*words[:-2], "queries=q.jsonl", "k=300"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+    command_line = [*command_line[:-2], "queries=q.jsonl", "k=300"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert json.loads(process.stdout.readline())["rank"] == 1
         process.stdout.close()
         assert process.wait(60) == 141
         assert process.stderr.read() == b""
     none = subprocess.run(
-        [*words[:3], f"index={tmp_path / 'none.lance'}", "text=a"], capture_output=True, text=True, check=False
+        [*command_line[:3], f"index={tmp_path / 'none.lance'}", "text=a"], capture_output=True, text=True, check=False
     )
     assert none.returncode == 2
     assert len(none.stderr.splitlines()) == 1

@@ -1,6 +1,6 @@
 import pytest
 
-from small_gallery import filled
+from small_gallery import fill_gallery
 from small_world import trainable
 
 
@@ -11,5 +11,5 @@ def model():
 
 @pytest.fixture(scope="module")
 def gallery(model):
-    """For tests that only ask."""
-    return filled(model)
+    """A gallery for tests that only search."""
+    return fill_gallery(model)

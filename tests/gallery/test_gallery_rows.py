@@ -1,4 +1,4 @@
-"""What is added to a gallery and removed from it, in whatever form."""
+"""Adding, updating and deleting images of a gallery."""
 
 import inspect
 import io
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from small_gallery import COUNT, filled, names, picture
+from small_gallery import COUNT, fill_gallery, names, noise_image
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.additions import list_additions
 from union_igrot.gallery.gallery import Gallery
@@ -17,17 +17,24 @@ from union_igrot.gallery.queries import as_items
 from union_igrot.images.transforms import image_batch
 
 
-def test_every_form_of_a_picture_is_added_and_named(model, tmp_path):
+def test_every_form_of_an_image_is_added_under_an_id(model, tmp_path):
     path = tmp_path / "a b,c'.png"
-    picture(1).save(path)
-    array = np.asarray(picture(2))
+    noise_image(1).save(path)
+    array = np.asarray(noise_image(2))
     file = io.BytesIO()
-    picture(3).save(file, format="JPEG")
-    forms = [path, array, torch.from_numpy(array.copy()).permute(2, 0, 1), file.getvalue(), picture(5), picture(6)]
+    noise_image(3).save(file, format="JPEG")
+    forms = [
+        path,
+        array,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        file.getvalue(),
+        noise_image(5),
+        noise_image(6),
+    ]
     gallery = Gallery.open("memory:", model)
     report = gallery.add(forms)
     assert len(gallery) == report.added == 5  # the tensor is the array's image
-    ids = gallery.search(picture(1), k=9).ids
+    ids = gallery.search(noise_image(1), k=9).ids
     assert str(path) in ids
     assert sum(name.startswith("sha256:") and len(name) == 39 for name in ids) == 4
     hit = next(hit for hit in gallery.search(path, k=9) if hit.id == str(path))
@@ -40,25 +47,25 @@ def test_every_form_of_a_picture_is_added_and_named(model, tmp_path):
     assert hit.path is None
 
 
-def test_one_picture_need_not_stand_in_a_list(model):
+def test_a_single_image_needs_no_list(model):
     gallery = Gallery.open("memory:", model)
-    gallery.add(picture(1), "one")
-    gallery.add(np.asarray(picture(2)), ["two"])
-    assert sorted(gallery.search(picture(1)).ids) == ["one", "two"]
+    gallery.add(noise_image(1), "one")
+    gallery.add(np.asarray(noise_image(2)), ["two"])
+    assert sorted(gallery.search(noise_image(1)).ids) == ["one", "two"]
     assert as_items(np.zeros((4, 4))) != ()
     assert as_items(iter("ab")) == ("a", "b")
 
 
-def test_a_picture_of_the_same_name_replaces_the_other(model):
+def test_an_image_with_an_existing_id_replaces_it(model):
     gallery = Gallery.open("memory:", model)
-    gallery.add(picture(1), "x", {"year": [1]})
-    report = gallery.add(picture(2), "x", {"year": [2]})
+    gallery.add(noise_image(1), "x", {"year": [1]})
+    report = gallery.add(noise_image(2), "x", {"year": [2]})
     assert (report.added, report.updated, len(gallery)) == (0, 1, 1)
-    (hit,) = gallery.search(picture(2))
+    (hit,) = gallery.search(noise_image(2))
     assert hit.columns["year"] == 2
     with torch.inference_mode():
-        query = model.embed_queries(image_batch([picture(2)], model.preprocess))
-        row = model.embed_gallery(image_batch([picture(2)], model.preprocess))
+        query = model.embed_queries(image_batch([noise_image(2)], model.preprocess))
+        row = model.embed_gallery(image_batch([noise_image(2)], model.preprocess))
     assert abs(hit.score - float(query[0] @ row[0])) < 1e-5
 
 
@@ -72,7 +79,7 @@ def test_a_picture_of_the_same_name_replaces_the_other(model):
         (([b"1"], None, {"thumbnail": [1]}), "thumbnail"),
     ],
 )
-def test_what_cannot_be_added_is_one_line(model, arguments, part):
+def test_invalid_additions_are_one_line_errors(model, arguments, part):
     gallery = Gallery.open("memory:", model)
     with pytest.raises(DataError, match=part):
         gallery.add(*arguments)
@@ -80,25 +87,27 @@ def test_what_cannot_be_added_is_one_line(model, arguments, part):
 
 
 class Labelled(list):
-    """As a column of a table that was sorted: asked by label it gives another value than by place."""
+    """Like a column of a sorted table: a label gives another value than the position."""
 
     def __getitem__(self, label):
         return super().__getitem__(len(self) - 1 - label)
 
 
-def test_columns_and_ids_belong_to_pictures_by_place(model):
+def test_ids_and_columns_belong_to_images_by_position(model):
     gallery = Gallery.open("memory:", model)
-    given = [picture(n) for n in range(3)]
-    gallery.add(given, Labelled(["a", "b", "c"]), {"year": Labelled([1, 2, 3]), "even": (n % 2 == 0 for n in range(3))})
+    images = [noise_image(n) for n in range(3)]
+    gallery.add(
+        images, Labelled(["a", "b", "c"]), {"year": Labelled([1, 2, 3]), "even": (n % 2 == 0 for n in range(3))}
+    )
     found = gallery.index.fetch(["a", "b", "c"]).columns
     assert (found["year"], found["even"]) == ([1, 2, 3], [True, False, True])
     with torch.inference_mode():
-        rows = model.embed_gallery(image_batch(given, model.preprocess))
+        rows = model.embed_gallery(image_batch(images, model.preprocess))
     torch.testing.assert_close(gallery.index.fetch(["a", "b", "c"]).vectors, rows)
 
 
 class NAType:
-    """As pandas' NA: it does not even say whether it equals itself."""
+    """Like NA of pandas, which does not equal itself."""
 
     def __ne__(self, other):
         return self
@@ -107,7 +116,7 @@ class NAType:
         raise TypeError("boolean value of NA is ambiguous")
 
 
-def test_scalars_of_other_libraries_are_plain_values(model):
+def test_scalars_of_other_libraries_are_converted(model):
     gallery = Gallery.open("memory:", model)
     columns = {
         "year": np.array([2020, 2021]),
@@ -118,20 +127,20 @@ def test_scalars_of_other_libraries_are_plain_values(model):
         "gone": [np.float32("nan"), NAType()],
         "mixed": [1, "x"],
     }
-    gallery.add([picture(1), picture(2)], np.array(["a", "b"]), columns)
+    gallery.add([noise_image(1), noise_image(2)], np.array(["a", "b"]), columns)
     kinds = gallery.describe()["columns"]
-    wanted = {"year": "int", "flag": "bool", "weight": "float", "made": "str", "place": "str", "mixed": "str"}
-    assert {name: kinds[name] for name in wanted} == wanted
+    expected = {"year": "int", "flag": "bool", "weight": "float", "made": "str", "place": "str", "mixed": "str"}
+    assert {name: kinds[name] for name in expected} == expected
     assert "gone" not in kinds
     assert gallery.ids("year > 2020 and not flag and made is null") == ["b"]
     assert gallery.index.fetch(["a"]).columns["made"][0].startswith("2020-01-02")
 
 
-def test_columns_that_are_not_given_stay_and_what_is_followed_is_followed_further(model, tmp_path):
+def test_columns_that_are_not_given_stay_and_rows_keep_their_source(model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     path = photos / "1.png"
-    picture(1).save(path)
+    noise_image(1).save(path)
     gallery, quiet = Gallery.open("memory:", model), IngestOptions(workers=0, progress=False)
 
     def row():
@@ -140,35 +149,35 @@ def test_columns_that_are_not_given_stay_and_what_is_followed_is_followed_furthe
 
     gallery.update(photos, quiet)
     assert gallery.add(path).unchanged == 1
-    assert row() == {"source": str(photos)}  # nothing new was said
+    assert row() == {"source": str(photos)}
     gallery.add(path, columns={"note": ["mine"]})
-    picture(2).save(path)
-    assert gallery.update(photos, quiet).updated == 1  # edited
+    noise_image(2).save(path)
+    assert gallery.update(photos, quiet).updated == 1
     assert row() == {"note": "mine", "source": str(photos)}
     (tmp_path / "list.csv").write_text(f"path,tag\n{path},old\n")
     gallery.update(tmp_path / "list.csv", quiet)
-    listed = str(tmp_path / "list.csv")  # it says something new, and has the row from now on
+    listed = str(tmp_path / "list.csv")  # its columns are new: the row belongs to it now
     assert row() == {"note": "mine", "tag": "old", "source": listed}
     assert gallery.update(tmp_path / "list.csv", quiet).unchanged == 1
     gallery.add(path, columns={"tag": [None]})
     assert row() == {"note": "mine", "tag": None, "source": listed}
-    picture(3).save(photos / "2.png")
+    noise_image(3).save(photos / "2.png")
     gallery.add(photos / "2.png")
     assert gallery.update(photos, quiet).unchanged == 2
     (photos / "2.png").unlink()
-    assert gallery.update(photos, quiet).removed == 0  # what was added by itself stays
+    assert gallery.update(photos, quiet).removed == 0  # images that were added alone stay
     assert str(photos / "2.png") in gallery.ids()
 
 
-def test_files_are_named_from_where_one_stands(model, tmp_path, monkeypatch):
+def test_relative_paths_are_resolved(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     gallery = Gallery.open("memory:", model)
     for name in ("x.png", "y.png"):
-        picture(ord(name[0])).save(tmp_path / name)
-    gallery.add(["x.png", "~/y.png", picture(1)], ids=None)
-    gallery.add(picture(2), "z.png")
-    picture(3).save(tmp_path / "z.png")  # another image than the row of that name
+        noise_image(ord(name[0])).save(tmp_path / name)
+    gallery.add(["x.png", "~/y.png", noise_image(1)], ids=None)
+    gallery.add(noise_image(2), "z.png")
+    noise_image(3).save(tmp_path / "z.png")  # another image than the row of that name
     found = gallery.search("~/x.png", liked="y.png", exclude=["x.png", "z.png"], k=9).ids
     assert str(tmp_path / "y.png") in found
     assert {str(tmp_path / "x.png"), "z.png"}.isdisjoint(found)
@@ -178,21 +187,21 @@ def test_files_are_named_from_where_one_stands(model, tmp_path, monkeypatch):
         gallery.add([tmp_path])
 
 
-def test_pictures_in_memory_that_are_none_are_left_out_too(model, tmp_path):
+def test_invalid_images_in_memory_are_errors_or_skipped(model, tmp_path):
     gallery = Gallery.open("memory:", model)
     (tmp_path / "words.txt").write_text(str(tmp_path / "secret.png"))
     with (tmp_path / "words.txt").open() as text:
         forms = {"text mode": text, "0 x 0 pixels": Image.new("RGB", (0, 0)), "channel": np.zeros((3, 8, 9))}
-        for said, wrong in forms.items():
-            with pytest.raises(ImageError, match=said):
-                gallery.add([picture(1), wrong])
-            report = gallery.add([picture(1), wrong], on_broken="skip")
+        for message, wrong in forms.items():
+            with pytest.raises(ImageError, match=message):
+                gallery.add([noise_image(1), wrong])
+            report = gallery.add([noise_image(1), wrong], on_broken="skip")
             assert (report.skipped, len(gallery)) == (1, 1)
     with pytest.raises(ImageError, match=r"words\.txt"):
         gallery.search(text)  # closed by now
-    lenient = IngestOptions(workers=0, progress=False, on_broken="skip")
-    assert gallery.add(np.zeros((3, 8, 9)), options=lenient).skipped == 1
-    assert gallery.add(picture(2), options=lenient).reasons == ()
+    skipping = IngestOptions(workers=0, progress=False, on_broken="skip")
+    assert gallery.add(np.zeros((3, 8, 9)), options=skipping).skipped == 1
+    assert gallery.add(noise_image(2), options=skipping).reasons == ()
 
 
 def test_the_model_is_hashed_once(model, monkeypatch):
@@ -201,97 +210,97 @@ def test_the_model_is_hashed_once(model, monkeypatch):
     monkeypatch.setattr(type(model.backbone), "fingerprint", lambda self: hashed.append(1) or plain(self))
     gallery = Gallery.open("memory:", model)
     for number in range(4):
-        gallery.add(picture(number))
+        gallery.add(noise_image(number))
     assert len(hashed) == 1
     assert gallery.metadata["fingerprint"] == model.fingerprint()
 
 
-def test_what_is_wrong_with_pictures_ids_and_columns_is_told_of_each(model):
+def test_each_invalid_image_is_reported(model):
     gallery = Gallery.open("memory:", model)
-    broken = [np.zeros((3, 8, 9)), np.zeros((3, 8, 9)), "\ud800.png", picture(1)]
+    broken = [np.zeros((3, 8, 9)), np.zeros((3, 8, 9)), "\ud800.png", noise_image(1)]
     report = gallery.add(broken, columns={"n": [1, 2, 3, 4]}, on_broken="skip")
     assert (report.skipped, report.added) == (3, 1)
     assert [name for name, _ in report.reasons][:2] == [f"image {n} (ndarray)" for n in (1, 2)]
     with pytest.raises(DataError, match=r"the id '.ud800' is not valid Unicode"):
-        gallery.add(picture(1), "\ud800")
+        gallery.add(noise_image(1), "\ud800")
     with pytest.raises(DataError, match=r"year: 2020 .expected a list"):
         inspect.unwrap(list_additions)([b"1"], None, {"year": 2020})
 
 
-def test_a_few_pictures_are_added_without_reading_the_whole_index(model, monkeypatch):
-    gallery = filled(model)
+def test_few_images_are_added_without_reading_the_whole_index(model, monkeypatch):
+    gallery = fill_gallery(model)
     scanned = []
     plain = type(gallery.index).scan
     monkeypatch.setattr(
         type(gallery.index), "scan", lambda self, names, where=None: scanned.append(where) or plain(self, names, where)
     )
-    assert gallery.add(picture(77), "it's new.png").added == 1
-    assert gallery.add(picture(77), "it's new.png").unchanged == 1
+    assert gallery.add(noise_image(77), "it's new.png").added == 1
+    assert gallery.add(noise_image(77), "it's new.png").unchanged == 1
     assert scanned == ["id in ('it''s new.png')"] * 2
-    assert gallery.add(picture(78), "it's new.png").updated == 1
+    assert gallery.add(noise_image(78), "it's new.png").updated == 1
     assert len(gallery) == COUNT + 1
 
 
-def test_what_cannot_be_read_takes_no_row_away(model):
-    gallery = filled(model)
-    report = gallery.add(b"no picture", "p0", on_broken="skip")
+def test_an_unreadable_image_removes_no_row(model):
+    gallery = fill_gallery(model)
+    report = gallery.add(b"no image", "p0", on_broken="skip")
     assert (report.skipped, report.removed, len(gallery)) == (1, 0, COUNT)
-    work = IngestOptions()
-    object.__setattr__(work, "on_broken", "raise")  # as who checks no types would make it
+    options = IngestOptions()
+    object.__setattr__(options, "on_broken", "raise")  # as without type checks
     with pytest.raises(ConfigError, match=r"on_broken: 'raise' .expected skip or fail"):
-        work.__post_init__()
+        options.__post_init__()
     for wrong in ({"batch_size": 0}, {"workers": -1}):
         with pytest.raises(ConfigError, match="expected an integer"):
             IngestOptions(**wrong)
 
 
-@pytest.mark.parametrize(("given", "said"), [(([1],), "an id"), ((None, {3: [1]}), "a column name")])
-def test_names_that_are_no_text_are_told_to_who_checks_no_types(given, said):
-    with pytest.raises(DataError, match=rf"{said}: .* .expected str, not int"):
-        inspect.unwrap(list_additions)([b"1"], *given)
+@pytest.mark.parametrize(("arguments", "message"), [(([1],), "an id"), ((None, {3: [1]}), "a column name")])
+def test_names_of_other_types_are_refused_without_type_checks(arguments, message):
+    with pytest.raises(DataError, match=rf"{message}: .* .expected str, not int"):
+        inspect.unwrap(list_additions)([b"1"], *arguments)
 
 
-def test_a_broken_picture_is_an_error_or_counted(model, tmp_path):
+def test_a_broken_image_is_an_error_or_skipped(model, tmp_path):
     gallery = Gallery.open("memory:", model)
     torn = tmp_path / "torn.png"
     torn.write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ImageError, match=r"torn\.png"):
-        gallery.add([picture(1), torn])
-    report = gallery.add([picture(1), torn], on_broken="skip")
+        gallery.add([noise_image(1), torn])
+    report = gallery.add([noise_image(1), torn], on_broken="skip")
     assert (report.skipped, len(gallery)) == (1, 1)
 
 
 def test_rows_are_removed_by_id_path_or_hit(model, tmp_path):
-    gallery = filled(model)
+    gallery = fill_gallery(model)
     path = tmp_path / "x.png"
-    picture(1).save(path)
+    noise_image(1).save(path)
     gallery.add(path)
-    hit = gallery.search(picture(3), k=1)[0]
+    hit = gallery.search(noise_image(3), k=1)[0]
     assert gallery.delete(["p1", hit, "not there"]) == 2 - (hit.id == "p1")
     assert gallery.delete(path) == 1
     assert gallery.delete("p1") == 0
     assert path.exists()
-    assert hit.id not in gallery.search(picture(3), k=COUNT).ids
+    assert hit.id not in gallery.search(noise_image(3), k=COUNT).ids
 
 
-def test_pictures_are_listed_and_those_that_pass_a_filter_removed(model):
-    gallery = filled(model)
+def test_ids_are_listed_and_deleted_by_filter(model):
+    gallery = fill_gallery(model)
     assert gallery.ids() == names()
     assert gallery.ids("class is null") == ["p2", "p5", "p8", "p11"]
     assert gallery.delete(gallery.ids("year < 6")) == 6
     assert gallery.ids() == names()[6:]
 
 
-def test_a_folder_a_pattern_and_a_list_are_added(model, tmp_path):
+def test_folders_patterns_and_lists_are_added(model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(3):
-        picture(number).save(photos / f"{number}.png")
+        noise_image(number).save(photos / f"{number}.png")
     (photos / "notes.txt").write_text("no image")
     gallery, options = Gallery.open("memory:", model), IngestOptions(workers=0, progress=False)
     report = gallery.add(photos, options=options)
     assert (report.added, report.skipped) == (3, 1)
-    picture(5).save(photos / "5.png")
+    noise_image(5).save(photos / "5.png")
     (photos / "0.png").unlink()
     report = gallery.add(f"{photos}/*.png", options=options)
     assert (report.added, report.removed, len(gallery)) == (1, 0, 4)
@@ -304,19 +313,19 @@ def test_a_folder_a_pattern_and_a_list_are_added(model, tmp_path):
         gallery.add(photos, ["a"])
 
 
-def test_a_folder_is_followed(model, tmp_path):
+def test_update_synchronizes_a_folder(model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(4):
-        picture(number).save(photos / f"{number}.png")
+        noise_image(number).save(photos / f"{number}.png")
     gallery = Gallery.open("memory:", model)
     quiet = IngestOptions(workers=0, progress=False)
     assert gallery.update(photos, quiet).added == 4
-    gallery.add(picture(9), "mine")
+    gallery.add(noise_image(9), "mine")
     (photos / "0.png").unlink()
-    picture(7).save(photos / "1.png")
-    picture(8).save(photos / "new.png")
+    noise_image(7).save(photos / "1.png")
+    noise_image(8).save(photos / "new.png")
     report = gallery.update(photos, quiet)
     assert (report.added, report.updated, report.removed, report.unchanged) == (1, 1, 1, 2)
-    wanted = sorted(["mine", *(str(photos / name) for name in ("1.png", "2.png", "3.png", "new.png"))])
-    assert sorted(gallery.search(picture(1)).ids) == wanted
+    expected = sorted(["mine", *(str(photos / name) for name in ("1.png", "2.png", "3.png", "new.png"))])
+    assert sorted(gallery.search(noise_image(1)).ids) == expected

@@ -58,7 +58,7 @@ def search(config: "DictConfig", fresh: Path) -> None:
                     config.k,
                     config.where,
                     mode=config.search,
-                    names=[line.place for line in some],
+                    names=[line.location for line in some],
                 )
                 for line, result in zip(some, results, strict=True):
                     count += len(result)

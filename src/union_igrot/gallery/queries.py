@@ -269,12 +269,12 @@ class QueryLine:
     Attributes:
         name: Its `id`, or its number in the file, from 1.
         query: Its fields, as for `Gallery.search_many`; images are paths.
-        place: File and line; empty for a query from elsewhere.
+        location: File and line; empty for a query from elsewhere.
     """
 
     name: str | int
     query: dict[str, Any]
-    place: str = ""
+    location: str = ""
 
 
 def read_queries(path: Path) -> list[QueryLine]:
@@ -294,10 +294,10 @@ def read_queries(path: Path) -> list[QueryLine]:
     if not path.exists():
         raise DataError(f"queries={path}: no such file")
     lines: dict[str | int, QueryLine] = {}
-    for place, fields in readers[path.suffix.lower()](path):
-        line = _query_line(path, place, len(lines) + 1, fields)
+    for location, fields in readers[path.suffix.lower()](path):
+        line = _query_line(path, location, len(lines) + 1, fields)
         if line.name in lines:
-            raise DataError(f"{place}: the id {line.name!r} is already used in {lines[line.name].place}")
+            raise DataError(f"{location}: the id {line.name!r} is already used in {lines[line.name].location}")
         lines[line.name] = line
     if not lines:
         raise DataError(f"queries={path} holds no query; add lines with image, text or both")
@@ -305,45 +305,45 @@ def read_queries(path: Path) -> list[QueryLine]:
 
 
 def _read_json_queries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, fields in read_json_lines(path):
+    for location, fields in read_json_lines(path):
         if not isinstance(fields, dict):
-            raise DataError(f'{place}: not an object (expected {{"image": "a.jpg", "text": "in red"}})')
-        _check_fields(place, list(fields), ("id", *_FIELDS))
-        yield place, {name: value for name, value in fields.items() if value is not None}
+            raise DataError(f'{location}: not an object (expected {{"image": "a.jpg", "text": "in red"}})')
+        _check_fields(location, list(fields), ("id", *_FIELDS))
+        yield location, {name: value for name, value in fields.items() if value is not None}
 
 
 def _read_csv_queries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = read_csv(path)
-    place, row = next(rows, ("", []))
+    location, row = next(rows, ("", []))
     header = [cell.strip() for cell in row]
-    _check_fields(place, header, _CSV_FIELDS)
-    for place, row in rows:
+    _check_fields(location, header, _CSV_FIELDS)
+    for location, row in rows:
         if len(row) != len(header):
-            raise DataError(f"{place}: has {len(row)} cells, the header {len(header)}")
-        yield place, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+            raise DataError(f"{location}: has {len(row)} cells, the header {len(header)}")
+        yield location, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
 
 
-def _check_fields(place: str, names: list[str], allowed: tuple[str, ...]) -> None:
+def _check_fields(location: str, names: list[str], allowed: tuple[str, ...]) -> None:
     if unknown := [name for name in names if name not in allowed]:
-        raise DataError(f"{place}: unknown field {unknown[0]!r} (expected {', '.join(allowed)})")
+        raise DataError(f"{location}: unknown field {unknown[0]!r} (expected {', '.join(allowed)})")
     if len(set(names)) != len(names):
-        raise DataError(f"{place}: a name is repeated in the header")
+        raise DataError(f"{location}: a name is repeated in the header")
 
 
-def _query_line(path: Path, place: str, default_name: int, fields: dict[str, Any]) -> QueryLine:
+def _query_line(path: Path, location: str, default_name: int, fields: dict[str, Any]) -> QueryLine:
     name = fields.pop("id", default_name)
     if not isinstance(name, str | int):
-        raise DataError(f"{place}: invalid id {name!r} (expected text or a number)")
+        raise DataError(f"{location}: invalid id {name!r} (expected text or a number)")
     for field in ("image", "liked", "disliked", "exclude"):
         if not all(isinstance(one, str) for one in as_items(fields.get(field))):
-            raise DataError(f"{place}: invalid {field} {fields[field]!r} (expected text, or a list of texts)")
+            raise DataError(f"{location}: invalid {field} {fields[field]!r} (expected text, or a list of texts)")
     if "image" in fields:
         fields["image"] = [path.parent / expand_user(image) for image in as_items(fields["image"])]
     try:
-        with _named(place):
+        with _named(location):
             parse_query(fields)
             for image in fields.get("image", ()):
                 check_image(image)
     except ConfigError as error:
         raise DataError(str(error)) from None
-    return QueryLine(name, fields, place)
+    return QueryLine(name, fields, location)

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from small_gallery import names, picture
+from small_gallery import names, noise_image
 from small_world import trainable
 from toy_engine import ToyIndex
 from union_igrot.errors import ConfigError, DataError
@@ -68,9 +68,9 @@ def test_an_engine_of_another_package_serves_a_gallery(tmp_path):
     model = trainable().eval()
     uri = f"toy:{tmp_path}"
     with Gallery.open(uri, model) as gallery:
-        gallery.add([picture(number) for number in range(4)], names(4), {"year": [1, 2, 3, None]})
-        assert gallery.search(picture(2), k=2).ids[0] == "p2"
-        assert gallery.search(picture(2), where="year < 3", exclude="p0").ids == ["p1"]
+        gallery.add([noise_image(number) for number in range(4)], names(4), {"year": [1, 2, 3, None]})
+        assert gallery.search(noise_image(2), k=2).ids[0] == "p2"
+        assert gallery.search(noise_image(2), where="year < 3", exclude="p0").ids == ["p1"]
         assert gallery.delete("p3") == 1
     assert Gallery.open(uri, model, create=False).ids("year is not null") == ["p0", "p1", "p2"]
 

@@ -156,7 +156,7 @@ class VectorIndex(ABC):
         yield
 
     def auto_mode(self) -> Literal["exact", "ann"]:
-        """Return the mode that `auto` stands for now."""
+        """Return the mode that `auto` currently selects."""
         return "exact"
 
     @abstractmethod

@@ -117,7 +117,7 @@ def parse_filter(text: str, kinds: Mapping[str, ColumnKind]) -> Condition:
 
     Raises:
         ConfigError: If the filter is not in the language, names an unknown column, or compares a column with a
-            constant of another kind; the message names the place.
+            constant of another kind; the message names the position.
     """
     shown = repr(text if len(text) <= 200 else f"{text[:197]}...")
     try:
@@ -216,11 +216,11 @@ def _parse(text: str) -> Condition:
         advice = _keyword_advice(text)
         if not error.errors:
             raise ConfigError(f"cannot be parsed{advice}") from None
-        place = error.errors[0]
-        what = str(place["description"])
+        first = error.errors[0]
+        what = str(first["description"])
         what = "something is missing here" if what.startswith("Required keyword") else what
-        at = f"line {place['line']}, character {place['col']}"
-        raise ConfigError(f"cannot be parsed at {at} (near {place['highlight']!r}): {what}{advice}") from None
+        at = f"line {first['line']}, character {first['col']}"
+        raise ConfigError(f"cannot be parsed at {at} (near {first['highlight']!r}): {what}{advice}") from None
     except TokenError:
         raise ConfigError("cannot be parsed; a quote may be left open") from None
     except ValueError as error:  # of invalid names

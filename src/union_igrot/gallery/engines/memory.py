@@ -93,7 +93,9 @@ class MemoryIndex(VectorIndex):
         """Drop removed rows."""
         if len(self._positions) == len(self._ids):
             return
-        kept = list(self._positions.values())  # in the order of first writes, as a row that was removed is added anew
+        kept = list(
+            self._positions.values()
+        )  # in the order of first writes, as a removed row that is written again is new
         self._ids = list(self._positions)
         self._vectors = self._vectors[kept]
         self._columns = {name: [column[i] for i in kept] for name, column in self._columns.items()}
