@@ -1,15 +1,29 @@
-"""Images read in batches: any transform, errors as values, order, random numbers, dead workers."""
+"""Images read in batches: any transform, errors as values, order, random numbers, dead and slow workers."""
 
+import hashlib
 import os
+import resource
 import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 
 from union_igrot.errors import ImageError
+from union_igrot.images import dataset as images
 from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, load_pixels, read_batches
 from union_igrot.types import Preprocess
+
+PREPROCESS = Preprocess(8, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(autouse=True)
+def soon_noticed(monkeypatch):
+    """Look for dead workers often; torch does every five seconds."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
 
 
 def describe(source):
@@ -51,7 +65,46 @@ def test_a_killed_worker_is_reported_after_the_batches_before_it():
 
 
 def test_a_missing_file_is_named(tmp_path):
-
-    preprocess = Preprocess(8, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ImageError, match="nothing"):
-        list(load_pixels([Path(tmp_path / "nothing.png")], [[0]], preprocess, 0))
+        list(load_pixels([Path(tmp_path / "nothing.png")], [[0]], PREPROCESS, 0))
+
+
+def compute(interruptible):
+    """Compute for a minute: in Python, where a signal is handled, or in one call of C."""
+    if interruptible:
+        end = time.process_time() + 60
+        while time.process_time() < end:
+            pass
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+
+
+@pytest.mark.parametrize("interruptible", [True, False])
+def test_a_slow_image_is_an_error_that_names_it(tmp_path, monkeypatch, interruptible):
+    sources = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(sources):
+        Image.new("RGB", (8 + number, 9)).save(path)
+    monkeypatch.setattr(images, "TIME_LIMIT", 0.2)
+    real = ImageFile.ImageFile.load
+
+    def slow(image):
+        if image.size == (10, 9):
+            compute(interruptible)
+        return real(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", slow)
+    loaded = load_pixels(sources, [[0], [1, 2]], PREPROCESS, workers=1)
+    assert next(loaded).shape == (1, 3, 8, 8)
+    with pytest.raises(ImageError, match=r"cannot decode image .*2\.png \(decoding.* took more than 0 s\)"):
+        list(loaded)
+
+
+def make_random(seed):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if shared memory were full
+    return torch.from_numpy(np.random.default_rng(seed).random((100, 100)))
+
+
+def test_without_shared_memory_batches_pass_through_pipes():
+    loader = image_loader(ImageDataset(None, make_random), [[1, 2], [3]], torch.stack, workers=1)
+    batches = list(read_batches(loader))
+    expected = [np.random.default_rng(seed).random((100, 100)) for seed in (1, 2, 3)]
+    np.testing.assert_array_equal(torch.cat(batches).numpy(), expected)

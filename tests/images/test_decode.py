@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -425,3 +426,86 @@ def test_an_array_and_its_tensor_are_one_image(high, wide, channels, seed):
     assert same(as_image(torch.from_numpy(array).permute(2, 0, 1)), np.asarray(first))
     # Blending with transparency rounds; the levels themselves are kept.
     assert same(as_image(array / 255), np.asarray(first))
+
+
+# --- images that would take too long or too much memory, and formats
+
+
+def progressive(size=(64, 64)):
+    file = io.BytesIO()
+    smooth(*size).save(file, "JPEG", progressive=True)
+    return file.getvalue()
+
+
+def test_a_jpeg_with_hundreds_of_scans_is_refused(tmp_path):
+    whole = progressive()
+    last = whole[whole.rfind(b"\xff\xc4") : -2]  # table and data of the last scan
+    assert open_image(write(tmp_path, whole[:-2] + 50 * last + b"\xff\xd9")).size == (64, 64)
+    for at_least in (None, 8):
+        with pytest.raises(ImageError, match="more than 100 scans"):
+            open_image(write(tmp_path, whole[:-2] + 200 * last + b"\xff\xd9"), at_least)
+    # Whatever follows the image does not count, nor metadata.
+    assert open_image(write(tmp_path, whole + 500 * b"\xff\xda\0\x02")).size == (64, 64)
+    comment = b"\xff\xfe" + struct.pack(">H", 402) + 200 * b"\xff\xda"
+    assert open_image(write(tmp_path, whole[:2] + comment + whole[2:])).size == (64, 64)
+
+
+@pytest.mark.parametrize("rest", [bytes(2**26), b"\xff" * 2**20, b"\xff\xfe\0\x02" * 2**20])
+def test_a_header_without_an_image_is_refused_at_once(tmp_path, rest):
+    path = write(tmp_path, progressive()[:20] + rest)
+    start = time.process_time()
+    with pytest.raises(ImageError, match=r"no image follows|segments before"):
+        open_image(path)
+    assert time.process_time() - start < 1
+
+
+def write(folder, data):
+    (folder / "a.jpg").write_bytes(data)
+    return folder / "a.jpg"
+
+
+def test_the_largest_image_is_a_setting_and_counts_what_is_decoded(tmp_path, monkeypatch):
+    for name, options in (("a.png", {}), ("a.jpg", {}), ("b.jpg", {"progressive": True})):
+        smooth(80, 40).save(tmp_path / name, **options)
+    monkeypatch.setenv("UNION_MAX_MEGAPIXELS", "0.001")
+    assert open_image(tmp_path / "a.jpg", at_least=8).size == (20, 10)
+    for name in ("a.png", "a.jpg", "b.jpg"):
+        with pytest.raises(ImageError, match="80 x 40 pixels are more than the limit of .*UNION_MAX_MEGAPIXELS"):
+            open_image(tmp_path / name, at_least=None if name == "a.jpg" else 8)
+    monkeypatch.setenv("UNION_MAX_MEGAPIXELS", "many")
+    with pytest.raises(ImageError, match="UNION_MAX_MEGAPIXELS: 'many'"):
+        open_image(tmp_path / "a.png")
+    monkeypatch.delenv("UNION_MAX_MEGAPIXELS")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert open_image(tmp_path / "a.png").size == (80, 40)
+
+
+def test_no_file_starts_a_program(tmp_path, monkeypatch):
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    for source in (tmp_path / "a.jpg", (tmp_path / "a.jpg").read_bytes()):
+        with pytest.raises(ImageError, match="vector drawing"):
+            as_image(source)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jfif", "jp2", "heic", "qoi", "tga"])
+def test_formats_beside_the_common_ones(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif", reason='the extra "heif" is not installed').register_heif_opener()
+    smooth(64, 48).save(path)
+    assert np.abs(np.asarray(open_image(path)).astype(int) - np.asarray(smooth(64, 48))).mean() < 6
+
+
+def test_raw_files_and_addresses_are_named(tmp_path):
+    smooth(64, 48).save(tmp_path / "a.tif")
+    (tmp_path / "a.tif").rename(tmp_path / "a.NEF")
+    with pytest.raises(ImageError, match=r"a\.NEF: camera RAW file"):
+        open_image(tmp_path / "a.NEF")
+    with pytest.raises(ImageError, match=r"https://host/a\.jpg is a web address"):
+        as_image("https://host/a.jpg")

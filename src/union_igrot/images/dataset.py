@@ -4,25 +4,32 @@ Training, evaluation and indexing read images through the same `ImageDataset` an
 """
 
 import os
+import pickle
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, Literal, TypeVar, final
+from multiprocessing.reduction import ForkingPickler
+from types import FrameType
+from typing import Any, Final, Generic, Literal, NoReturn, TypeVar, final
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from union_igrot.errors import ImageError, UnionError
 from union_igrot.images.decode import open_image
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import ImageSource, Preprocess
 
-_PARENT_CHECK = 1.0
+TIME_LIMIT: Final = 60.0
+"""Seconds of computing for which a worker may decode one image; a reader that does not return is killed later."""
+_KILL_AFTER: Final = 1.25
+"""When the worker is killed, as a multiple of the time limit."""
+_PARENT_CHECK: Final = 1.0
 """Seconds between two looks of a worker for its main process."""
 
 Source = TypeVar("Source")
@@ -32,7 +39,7 @@ Collated = TypeVar("Collated")
 
 @final
 class WorkerDiedError(UnionError):
-    """A decoding process was killed, usually by a lack of memory or by a malicious image."""
+    """A decoding process was killed: by a lack of memory, by its time limit, or by a malicious image."""
 
 
 @final
@@ -73,7 +80,8 @@ class ImageDataset(Dataset[Any], Generic[Source, Loaded]):
     def __getitem__(self, item: Any) -> Loaded | ImageError:
         source: Source = item if self.sources is None else self.sources[item]
         try:
-            return self.transform(source)
+            with _time_limit():
+                return self.transform(source)
         except ImageError as error:
             return error
 
@@ -91,6 +99,9 @@ def image_loader(
 ) -> DataLoader[Collated]:
     """Return a loader of batches, in the order of `batches`; torch's random numbers are not drawn from.
 
+    A worker decodes an image for at most `TIME_LIMIT` seconds, and ends soon after its main process. Batches pass
+    through shared memory or, if there is not enough of it (64 MB in a container), through pipes.
+
     Args:
         dataset: What is read.
         batches: For each batch the positions in the dataset, or the sources if the dataset holds none.
@@ -104,13 +115,13 @@ def image_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
-        collate_fn=collate,
+        collate_fn=_Transfer(collate) if workers else collate,
         num_workers=workers,
         pin_memory=pinned,
         persistent_workers=persistent and workers > 0,
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context=start_method if workers else None,
-        worker_init_fn=_exit_with_parent,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # a loader draws a number, which must not shift the training's
     )
 
@@ -131,6 +142,9 @@ def read_batches(loader: DataLoader[Collated]) -> Iterator[Collated]:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            timed_out = getattr(signal, "SIGVTALRM", 0)
+            if timed_out and any(worker.exitcode == -timed_out for worker in getattr(batches, "_workers", ())):
+                raise WorkerDiedError(f"decoding an image took more than {TIME_LIMIT:.0f} s") from error
             raise WorkerDiedError(
                 "a decoding process was killed, probably by a lack of memory; use fewer workers or smaller images"
             ) from error
@@ -169,13 +183,59 @@ def load_pixels(
 
     Raises:
         ImageError: For the first image that cannot be read.
-        WorkerDiedError: If a worker process was killed.
+        WorkerDiedError: If worker processes are killed, but not by a particular image.
     """
-    dataset = ImageDataset(sources, OpenAsPixels(preprocess))
-    for batch in read_batches(image_loader(dataset, batches, stack_pixels, workers=workers, pinned=pinned)):
-        if isinstance(batch, ImageError):
-            raise batch
-        yield batch
+    dataset, batches, done = ImageDataset(sources, OpenAsPixels(preprocess)), list(batches), 0
+    try:
+        for batch in read_batches(image_loader(dataset, batches, stack_pixels, workers=workers, pinned=pinned)):
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
+            done += 1
+    except WorkerDiedError:
+        _raise_for_killer(dataset, batches[done])
+        raise
+
+
+def _raise_for_killer(dataset: ImageDataset[ImageSource, Tensor], batch: Sequence[int]) -> None:
+    """Read a batch image by image in another worker; raise an `ImageError` for the one that kills it."""
+    done = 0
+    try:
+        for _ in read_batches(image_loader(dataset, [[at] for at in batch], stack_pixels, workers=1, prefetch=1)):
+            done += 1
+    except WorkerDiedError as error:
+        assert dataset.sources is not None
+        source = dataset.sources[batch[done]]
+        raise ImageError(f"cannot decode image {source} ({error}); replace or remove it") from error
+
+
+@final
+class _Transfer(Generic[Loaded, Collated]):
+    """Makes a batch in a worker, and sends it through shared memory, or through a pipe if that is full.
+
+    torch would move it there in a thread whose error nobody sees, so that the main process waits forever.
+    """
+
+    def __init__(self, collate: Callable[[list[Loaded | ImageError]], Collated]) -> None:
+        self._collate = collate
+
+    def __call__(self, items: list[Loaded | ImageError]) -> "_Pickled":
+        batch = self._collate(items)
+        try:
+            return _Pickled(bytes(ForkingPickler.dumps(batch)))
+        except RuntimeError:  # no space in /dev/shm
+            return _Pickled(pickle.dumps(batch))
+
+
+@final
+class _Pickled:
+    """A pickled object, which is received as the object itself."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return pickle.loads, (self._data,)
 
 
 @contextmanager
@@ -193,8 +253,33 @@ def _report_death_with_batch() -> Iterator[None]:
         signal.signal(number, before)
 
 
-def _exit_with_parent(_: int) -> None:
-    """End this worker soon after its main process was killed, even if it waits for a result to be fetched."""
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Limit the time of computing in a worker: by an error if Python code runs meanwhile, else by its end."""
+    if get_worker_info() is None or not hasattr(signal, "setitimer"):
+        yield
+        return
+    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _KILL_AFTER * TIME_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _raise_timeout(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise TimeoutError(f"decoding took more than {TIME_LIMIT:.0f} s")
+
+
+def _start_worker(_: int) -> None:
+    """Prepare a worker for the time limit, and end it soon after its main process was killed.
+
+    It may be waiting for a result to be fetched meanwhile.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, _raise_timeout)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,13 +1,15 @@
 """Decode images: from a file, bytes, an array or a tensor to an upright RGB image."""
 
 import io
+import math
 import os
+import re
 import stat
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -16,7 +18,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, ImageError
-from union_igrot.storage.paths import expand_user
+from union_igrot.images.formats import decoded_formats, describe_name, is_raw, unknown_format
+from union_igrot.storage.paths import expand_user, find_path, is_web_address
 from union_igrot.types import ImageSource, LazyImage
 
 # How each EXIF orientation is undone (CIPA DC-008, tag 0x0112); 1 is upright.
@@ -31,10 +34,20 @@ _UPRIGHT = {
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _MARK, _SCAN = 0xFF, 0xDA
+_MAX_SCANS: Final = 100
+"""Scans of a JPEG; encoders write about ten, and each takes as long as decoding the image."""
+_MAX_SEGMENTS: Final = 10_000
+"""Segments before the first scan of a JPEG, which Pillow reads one by one."""
+_MAX_JUNK: Final = 2**16
+"""Bytes between two segments of a JPEG, which Pillow skips one by one."""
+_REDUCED_LIMIT: Final = 4
+"""How many times the largest number of pixels a JPEG may have that is decoded at a fraction of its size."""
+_BLOCK: Final = 2**20
 _CHANNELS: Final = (1, 3, 4)
 _DTYPES: Final = "uint8 (0..255), uint16 (0..65535), float (0..1) or bool"
 _SHAPES: Final = {"array": "HxW, HxWx1, HxWx3 or HxWx4", "tensor": "HxW, 1xHxW, 3xHxW or 4xHxW"}
 _TOLERANCE: Final = 1e-4  # of rounding, beyond 0..1; a tenth of a gray level is 4e-4
+ByteFile = io.BytesIO | io.BufferedReader
 _Source = TypeVar("_Source", bound=ImageSource)
 
 
@@ -55,8 +68,8 @@ def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
         The decoded image in mode RGB; the file is closed.
 
     Raises:
-        ImageError: If the file is missing, empty, unreadable, truncated or has more than twice Pillow's
-            `MAX_IMAGE_PIXELS` pixels; names the file and the reason.
+        ImageError: If the file is missing, empty, unreadable, truncated or has more than `max_pixels` pixels; names
+            the file and the reason.
         ConfigError: If `at_least` is below 1.
     """
     if at_least is not None and at_least < 1:
@@ -81,8 +94,10 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
         ImageError: If it is none of these or cannot be decoded.
         ConfigError: If `at_least` is below 1.
     """
+    if isinstance(image, str) and is_web_address(image):
+        raise ImageError(f"{image} is a web address; download the image and pass its path")
     if isinstance(image, str | Path):
-        return open_image(expand_user(image), at_least)
+        return open_image(Path(find_path(str(expand_user(image)))), at_least)
     if isinstance(image, Image.Image):
         return _upright(image)
     if isinstance(image, np.ndarray | Tensor):
@@ -127,13 +142,14 @@ def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Imag
 
 
 def decode_image(
-    source: Path | io.BytesIO | io.BufferedReader, at_least: int | None = None
+    source: Path | ByteFile, at_least: int | None = None, largest: int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image as `open_image` does, and return its full size, too.
 
     Args:
         source: A file, or its bytes as a stream.
         at_least: As for `open_image`.
+        largest: Largest number of pixels; None for `max_pixels`.
 
     Returns:
         The upright image in mode RGB, and its width and height at full size.
@@ -141,14 +157,116 @@ def decode_image(
     Raises:
         Exception: Nearly any, if the file is broken; `image_fault` describes it.
     """
-    with _quiet_pillow(), Image.open(source) as image:
+    with _opened(source) as image:
         size = image.size
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (at_least, at_least))  # a square bounds the short side in any orientation
+        _check_pixels(image, size, max_pixels() if largest is None else largest)
         turned = _turned(image)
         if _orientation(image) in _ON_ITS_SIDE:
             size = size[::-1]
         return turned.copy() if turned is image else turned, size  # without the closed file
+
+
+def max_pixels() -> float | int:
+    """Return the largest number of pixels that is decoded: `$UNION_MAX_MEGAPIXELS`, else twice Pillow's limit.
+
+    Raises:
+        ConfigError: If the variable is not a number above 0.
+    """
+    text = os.environ.get("UNION_MAX_MEGAPIXELS")
+    if not text:
+        limit = _limits[0] if _limits else Image.MAX_IMAGE_PIXELS
+        return math.inf if limit is None else 2 * limit
+    try:
+        value = float(text) * 1e6
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ConfigError(f"invalid value for UNION_MAX_MEGAPIXELS: {text!r} (expected a number above 0)")
+    return value
+
+
+def _check_pixels(image: Image.Image, size: tuple[int, int], largest: float | int) -> None:
+    """Refuse an image that takes too much memory; a JPEG may be decoded small, if not all of it has to be in memory."""
+    pixels = size[0] * size[1]
+    if image.size != size and not image.info.get("progressive"):
+        pixels = max(image.width * image.height, pixels // _REDUCED_LIMIT)
+    if pixels > largest:
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels are more than the limit of {largest / 1e6:,.0f} megapixels; to accept it "
+            "set UNION_MAX_MEGAPIXELS, or max_megapixels of union-index"
+        )
+
+
+@contextmanager
+def _opened(source: Path | ByteFile) -> Iterator[Image.Image]:
+    """Open an image of a known format with Pillow; its pixels are not decoded yet."""
+    with ExitStack() as stack:
+        stack.enter_context(_quiet_pillow())
+        file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
+        head = file.read(32)
+        if head.startswith(b"\xff\xd8"):
+            check_jpeg(file)
+        file.seek(0)
+        try:
+            image = stack.enter_context(Image.open(file, formats=decoded_formats()))
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(
+                unknown_format(head, str(source) if isinstance(source, Path) else "")
+            ) from None
+        yield image
+
+
+def check_jpeg(file: ByteFile) -> None:
+    """Refuse a JPEG that would take far longer to decode than its size suggests.
+
+    Args:
+        file: Its bytes; the position is changed.
+
+    Raises:
+        ValueError: If a header is followed by no image, or the image has more than 100 scans.
+    """
+    start, scans, last = _end_of_header(file), 1, b""
+    while scans <= _MAX_SCANS and (block := file.read(_BLOCK)):
+        scans += (last + block).count(b"\xff\xda")  # also within metadata and whatever follows the image
+        last = block[-1:]
+    if scans > _MAX_SCANS:
+        file.seek(start)
+        if _count_scans(file.read()) > _MAX_SCANS:
+            raise ValueError(f"the JPEG has more than {_MAX_SCANS} scans")
+
+
+def _end_of_header(file: ByteFile) -> int:
+    """Move to the first scan of a JPEG, or to the end of a truncated one; return the position."""
+    file.seek(2)
+    for _ in range(_MAX_SEGMENTS):
+        marker = file.read(2)
+        if len(marker) < 2:
+            return file.tell()
+        if marker[0] != _MARK:
+            junk = marker + file.read(_MAX_JUNK)
+            at = junk.find(_MARK)
+            if at < 0 and len(junk) >= _MAX_JUNK:
+                raise ValueError("no image follows the header of the JPEG")
+            file.seek((at if at >= 0 else len(junk)) - len(junk), os.SEEK_CUR)
+        elif marker[1] == _MARK:  # padding
+            file.seek(-1, os.SEEK_CUR)
+        elif marker[1] == _SCAN:
+            return file.tell()
+        elif marker[1] not in (0x00, 0x01, *range(0xD0, 0xDA)):  # a segment with a length
+            file.seek(max(0, int.from_bytes(file.read(2), "big") - 2), os.SEEK_CUR)
+    raise ValueError(f"the JPEG has more than {_MAX_SEGMENTS:,} segments before its image")
+
+
+def _count_scans(data: bytes) -> int:
+    """Count the scans of a JPEG (ITU-T T.81, B.1), given what follows the header of its first."""
+    scans, at = 1, 0
+    pattern = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+    while scans <= _MAX_SCANS and (marker := pattern.search(data, at)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def plain_jpeg(data: bytes) -> int | None:
@@ -161,7 +279,7 @@ def plain_jpeg(data: bytes) -> int | None:
         Number of pixels; None for any other file.
     """
     try:
-        with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+        with _opened(io.BytesIO(data)) as image:
             plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _has_end_marker(data)
             return image.width * image.height if plain else None
     except Exception:  # a broken file makes Pillow's readers raise nearly anything
@@ -217,6 +335,8 @@ def check_image(path: Path) -> os.stat_result:
         raise ImageError(f"{path}: not a regular file; pass an image file")
     if found.st_size == 0:
         raise ImageError(f"{path}: the image is empty (0 bytes); replace or remove the file")
+    if is_raw(path.name):
+        raise ImageError(f"{path}: {describe_name(path.name)}")
     return found
 
 
@@ -283,8 +403,6 @@ def _orientation(image: Image.Image) -> int:
 
 def image_fault(error: Exception) -> str:
     """Describe in a few words why an image could not be decoded."""
-    if isinstance(error, UnidentifiedImageError):
-        return "no known image format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -359,15 +477,21 @@ def _from_levels(numbers: np.ndarray, named: str) -> Image.Image:
 
 _lock = threading.Lock()
 _inside: list[warnings.catch_warnings] = []  # one entry per running block; the first holds the saved filters
+_limits: list[int | None] = []  # Pillow's limit of pixels, while a block runs
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    # `catch_warnings` replaces the filters of the whole process, so concurrent threads share one: the first
-    # sets it, the last undoes it. Only warnings raised within Pillow are ignored.
+    """Suppress Pillow's warnings and its limit of pixels, instead of which `max_pixels` counts.
+
+    Both are settings of the whole process, so concurrent threads share one block: the first sets them, the last
+    undoes it. Only warnings raised within Pillow are ignored.
+    """
     with _lock:
         _inside.append(_inside[0] if _inside else warnings.catch_warnings())
         if len(_inside) == 1:
+            _limits.append(Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = None
             _inside[0].__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
@@ -377,3 +501,4 @@ def _quiet_pillow() -> Iterator[None]:
             guard = _inside.pop()
             if not _inside:
                 guard.__exit__(None, None, None)
+                Image.MAX_IMAGE_PIXELS = _limits.pop()

@@ -86,11 +86,19 @@ _HEADS: Final = (
     (b"<svg", _IS_VECTOR),
     (b"\x1aE\xdf\xa3", _IS_VIDEO),
 )
+_BRANDS: Final = {b"crx ": _IS_RAW} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), _INSTALL_HEIF
+)
 
 
 def is_image_name(name: str) -> bool:
     """Return whether a file's name has the suffix of an image format, in upper or lower case."""
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_raw(name: str) -> bool:
+    """Return whether a file's name is that of a camera's RAW file."""
+    return name.lower().endswith(_RAW)
 
 
 def is_ignored(name: str) -> bool:
@@ -116,18 +124,17 @@ def unknown_format(head: bytes, name: str = "") -> str:
         head: Its first bytes, at least 32 if there are as many.
         name: Its name, if known.
     """
+    found = next((kind for start, kind in _HEADS if head.lstrip().startswith(start)), "")
     if head[4:8] == b"ftyp":
-        brand = head[8:12]
-        if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
-            return _INSTALL_HEIF
-        return _IS_RAW if brand == b"crx " else _IS_VIDEO
-    found = next((kind for start, kind in _HEADS if head.lstrip().startswith(start)), None)
+        found = _BRANDS.get(head[8:12], _IS_VIDEO)
     return found or describe_name(name) or "no known image format"
 
 
 def describe_name(name: str) -> str:
-    """Return what a file is by its suffix, if it is known and needs a plug-in or is not decoded; else an empty text."""
-    return next((kind for suffixes, kind in _KINDS if name.lower().endswith(suffixes)), "")
+    """Return why a file is not decoded, as far as its suffix tells; otherwise an empty text."""
+    kind = next((kind for suffixes, kind in _KINDS if name.lower().endswith(suffixes)), "")
+    installed = {_INSTALL_HEIF: "HEIF", _INSTALL_JXL: "JXL"}.get(kind) in decoded_formats()
+    return "" if installed else kind
 
 
 def describe_unused(names: Iterable[str]) -> str:
