@@ -23,7 +23,7 @@ PREPROCESS = Preprocess(8, (0.5,) * 3, (0.5,) * 3)
 @pytest.fixture(autouse=True)
 def soon_noticed(monkeypatch):
     """Look for dead workers often; torch does every five seconds."""
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__", (0.2,))
 
 
 def describe(source):

@@ -49,7 +49,7 @@ class Hit:
     @property
     def thumbnail(self) -> Image.Image | None:
         """The thumbnail of at most 160 pixels, or None."""
-        return None if self.jpeg is None else Image.open(io.BytesIO(self.jpeg))
+        return None if self.jpeg is None else Image.open(io.BytesIO(self.jpeg), formats=("JPEG",))
 
 
 @final
