@@ -97,10 +97,8 @@ def test_features_and_figures_are_the_same_in_every_arithmetic(tmp_path, precisi
     for device in ("cpu", "cuda"):
         model = load("tiny").to(device)
         store = FeatureStore(tmp_path / device, model.backbone.fingerprint())
-        arithmetic = precision if device == "cuda" else "float32"
-        filling = FeatureExtractor(
-            model.backbone, store, batch_size=64, workers=1, precision=arithmetic, progress=False
-        )
+        chosen = precision if device == "cuda" else "float32"
+        filling = FeatureExtractor(model.backbone, store, batch_size=64, workers=1, precision=chosen, progress=False)
         world = shapes_cir("val", 40)
         queries, gallery, _ = embed_benchmark(model, world, filling)
         assert queries.device.type == device

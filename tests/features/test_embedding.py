@@ -1,4 +1,4 @@
-"""Each image and text through the backbone once for all models, in whatever room, however often interrupted."""
+"""Each image and text through the backbone once for all models, in whatever token_budget, however often interrupted."""
 
 import functools
 import itertools
@@ -40,10 +40,13 @@ QUICK = [(shared_pictures, "union", 0), (sbir_benchmark, "shared", ALL)]
 
 
 @pytest.mark.parametrize(
-    ("make", "target", "room"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in QUICK)]
+    ("make", "target", "token_budget"),
+    [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in QUICK)],
 )
-def test_an_evaluation_passes_each_picture_and_text_and_the_null_text_once(tmp_path, monkeypatch, make, target, room):
-    monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, room=room))
+def test_an_evaluation_passes_each_picture_and_text_and_the_null_text_once(
+    tmp_path, monkeypatch, make, target, token_budget
+):
+    monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, token_budget=token_budget))
     backbone, benchmark = LinearBackbone(), make()
     model = trainable("transagg", target, backbone)
     evaluate_benchmark(model, benchmark, extractor(tmp_path, backbone))
@@ -64,7 +67,9 @@ def test_embeddings_of_a_stream_are_those_of_kept_tokens(tmp_path, target):
     model = trainable("transagg", target, backbone).eval()
     streamed, kept = (extractor(tmp_path / name, backbone, batch_size=5) for name in ("streamed", "kept"))
     for found, expected in zip(
-        embed_benchmark(model, benchmark, streamed, room=0), embed_benchmark(model, benchmark, kept), strict=True
+        embed_benchmark(model, benchmark, streamed, token_budget=0),
+        embed_benchmark(model, benchmark, kept),
+        strict=True,
     ):
         if isinstance(found, torch.Tensor):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -75,7 +80,7 @@ def test_embeddings_of_a_stream_are_those_of_kept_tokens(tmp_path, target):
     # And what was kept gives the same again, without the backbone.
     before = len(backbone.image_batches)
     again = [
-        embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone, 5), room=0)
+        embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone, 5), token_budget=0)
         for name in ("streamed", "kept")
     ]
     assert len(backbone.image_batches) == before
@@ -88,7 +93,7 @@ def test_embeddings_are_what_the_model_says_of_each_query_and_picture(tmp_path):
     backbone, benchmark = LinearBackbone(), shared_pictures()
     benchmark = replace(benchmark, queries=benchmark.queries[:6] + benchmark.queries[-5:])
     model = trainable("transagg", "union", backbone).eval()
-    queries, gallery, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone, batch_size=5), room=0)
+    queries, gallery, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone, batch_size=5), token_budget=0)
     own = extractor(tmp_path / "own", backbone)
     with torch.inference_mode():
         for place, query in enumerate(benchmark.queries):
@@ -103,11 +108,11 @@ def test_half_precision_stores_round_a_stream_as_they_round_what_they_keep(tmp_p
     backbone, benchmark = LinearBackbone(), shared_pictures()
     model = trainable("transagg", "union", backbone).eval()
     found = []
-    for name, room in (("streamed", 0), ("kept", ALL)):
+    for name, token_budget in (("streamed", 0), ("kept", ALL)):
         for _ in range(2):
             store = FeatureStore(tmp_path / name, backbone.fingerprint(), dtype="float16")
             half = FeatureExtractor(backbone, store, batch_size=8, workers=0, progress=False)
-            found.append(embed_benchmark(model, benchmark, half, room=room))
+            found.append(embed_benchmark(model, benchmark, half, token_budget=token_budget))
     for queries, gallery, _ in found[1:]:
         torch.testing.assert_close(queries, found[0][0], rtol=0, atol=1e-6)
         torch.testing.assert_close(gallery, found[0][1], rtol=0, atol=1e-6)
@@ -142,11 +147,11 @@ def test_an_interrupted_stream_goes_on_after_its_finished_blocks(tmp_path, targe
     stopped = Stopped(16)
     model = trainable("transagg", target, stopped).eval()
     with pytest.raises(KeyboardInterrupt):
-        embed_benchmark(model, benchmark, extractor(tmp_path, stopped), room=0)
+        embed_benchmark(model, benchmark, extractor(tmp_path, stopped), token_budget=0)
     assert sum(stopped.inner.image_batches) == 16
     backbone = LinearBackbone()
     model = trainable("transagg", target, backbone).eval()
-    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=0)
+    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)
     assert sum(backbone.image_batches) == len(pictures_of(benchmark)) - 16
     expected = embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone))
     for one, other in zip(found[:2], expected[:2], strict=True):
@@ -159,12 +164,14 @@ def test_a_killed_stream_goes_on_after_what_was_written(tmp_path, monkeypatch):
     model = trainable("transagg", "shared", stopped).eval()
     with monkeypatch.context() as killed:
         flush = BufferedWriter.flush
-        killed.setattr(BufferedWriter, "flush", lambda shelf: flush(shelf) if len(shelf._keys) >= shelf._size else None)
+        killed.setattr(
+            BufferedWriter, "flush", lambda writer: flush(writer) if len(writer._keys) >= writer._size else None
+        )
         with pytest.raises(KeyboardInterrupt):
-            embed_benchmark(model, benchmark, extractor(tmp_path, stopped), room=0)
+            embed_benchmark(model, benchmark, extractor(tmp_path, stopped), token_budget=0)
     backbone = LinearBackbone()
     model = trainable("transagg", "shared", backbone).eval()
-    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=0)
+    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)
     assert 0 < len(pictures_of(benchmark)) - sum(backbone.image_batches) <= 32
     expected = embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone))
     for one, other in zip(found[:2], expected[:2], strict=True):
@@ -179,9 +186,9 @@ def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
     other = IGROTModel(backbone, fusion, model.target).eval()
     assert other.describe()["heads"] == model.describe()["heads"]  # of the same weights
     assert other.fingerprint() != model.fingerprint()
-    first = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=0)[0]
+    first = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)[0]
     passed = sum(backbone.image_batches)
-    second = embed_benchmark(other, benchmark, extractor(tmp_path, backbone), room=0)[0]
+    second = embed_benchmark(other, benchmark, extractor(tmp_path, backbone), token_budget=0)[0]
     assert sum(backbone.image_batches) > passed
     torch.testing.assert_close(second, embed_benchmark(other, benchmark, extractor(tmp_path / "own", backbone))[0])
     assert not torch.allclose(first, second, atol=1e-3)
@@ -194,7 +201,7 @@ def test_models_are_embedded_together_as_each_alone(tmp_path):
         "one": trainable("transagg", "union", backbone, seed=1).eval(),
         "two": trainable("transagg", "shared", backbone, seed=2).eval(),
     }
-    together = dict(embed_models(models, benchmark, extractor(tmp_path / "together", backbone), room=0))
+    together = dict(embed_models(models, benchmark, extractor(tmp_path / "together", backbone), token_budget=0))
     assert list(together) == list(models)
     assert sum(backbone.image_batches) == len(pictures_of(benchmark))
     for name, model in models.items():
@@ -205,15 +212,15 @@ def test_models_are_embedded_together_as_each_alone(tmp_path):
         assert min(seconds.values()) >= 0
 
 
-@pytest.mark.parametrize("room", [0, ALL])
-def test_embeddings_of_several_wordings_are_averaged(tmp_path, room):
+@pytest.mark.parametrize("token_budget", [0, ALL])
+def test_embeddings_of_several_wordings_are_averaged(tmp_path, token_budget):
     backbone = LinearBackbone()
     wordings = (("red square", "square red night"), "blue", ("large", "small", "night"), None)
     asked = tuple(Query(f"q{i}", Noise(i % 2), text, ("g0",)) for i, text in enumerate(wordings))
     items = tuple(GalleryItem(f"g{i}", Noise(10 + i)) for i in range(3))
     benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1",), "R@1"))
     model = trainable("transagg", "union", backbone).eval()
-    found, _, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), room=room)
+    found, _, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=token_budget)
     own = extractor(tmp_path / "own", backbone)
     for place, query in enumerate(asked):
         image = own.lookup(own.extract_images([query.image], tokens=True), tokens=True)

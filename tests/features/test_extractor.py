@@ -117,9 +117,9 @@ def test_a_broken_picture_is_named_and_what_came_before_is_kept(tmp_path, worker
     torch.testing.assert_close(filled.lookup(keys, tokens=False).pooled, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("room", [0, 2**40])
+@pytest.mark.parametrize("token_budget", [0, 2**40])
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, room, workers):
+def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, token_budget, workers):
     backbone = LinearBackbone()
     sources = [Noise(i) for i in range(11)]
     store = FeatureStore(tmp_path, backbone.fingerprint())
@@ -127,17 +127,17 @@ def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, room
     filled.extract_images([sources[i] for i in (0, 1, 2, 3, 5, 9)], tokens=True)
     filled.extract_images([sources[6]], tokens=False)
     passed = sum(backbone.image_batches)
-    blocks = list(filled.stream(sources, room=room))
+    blocks = list(filled.stream(sources, token_budget=token_budget))
     assert sum(backbone.image_batches) - passed == 5  # what stands there with tokens is not encoded again
     assert [block.rows for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    assert {block.kept for block in blocks} == {bool(room)}
+    assert [block.stored for block in blocks] == [True, bool(token_budget), bool(token_budget)]
     expected, found = directly(LinearBackbone(), sources), join_features([block.features for block in blocks])
     torch.testing.assert_close(found.pooled, expected.pooled, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-5, rtol=0)
     assert found.mask.equal(expected.mask)
     assert found.pooled_at.equal(expected.pooled_at)
     keys = filled.extract_images(sources, tokens=False)
-    assert len(store.missing(keys, tokens=True)) == (0 if room else 5)
+    assert len(store.missing(keys, tokens=True)) == (0 if token_budget else 5)
     assert sum(backbone.image_batches) - passed == 5
     torch.testing.assert_close(filled.lookup(keys, tokens=False).pooled, expected.pooled, atol=1e-5, rtol=0)
 
@@ -145,9 +145,11 @@ def test_a_stream_gives_every_picture_in_order_whatever_is_stored(tmp_path, room
 def test_the_room_is_that_of_all_tokens_on_disk(tmp_path):
     backbone, sources = LinearBackbone(), [Noise(i) for i in range(6)]
     needed = 6 * (5 * DIM * 4 + 5)  # five tokens an image, and a byte of mask each
-    for room in (needed - 1, needed):
-        filled = extractor(tmp_path / str(room), backbone, batch_size=2)
-        assert [block.kept for block in filled.stream(sources, room=room)] == [room == needed] * 3
+    for token_budget in (needed - 1, needed):
+        filled = extractor(tmp_path / str(token_budget), backbone, batch_size=2)
+        assert [block.stored for block in filled.stream(sources, token_budget=token_budget)] == [
+            token_budget == needed
+        ] * 3
 
 
 def test_a_broken_picture_ends_a_stream_and_what_came_before_is_kept(tmp_path):
@@ -158,7 +160,7 @@ def test_a_broken_picture_ends_a_stream_and_what_came_before_is_kept(tmp_path):
     store = FeatureStore(tmp_path / "cache", backbone.fingerprint())
     filled = FeatureExtractor(backbone, store, batch_size=2, workers=0, shard=100, progress=False)
     with pytest.raises(ImageError, match=r"5\.png"):
-        list(filled.stream(paths, room=0))
+        list(filled.stream(paths, token_budget=0))
     assert len(store.missing([f"image/{image_key(path)}" for path in paths])) == 4
 
 
@@ -267,7 +269,7 @@ def test_features_with_and_without_tokens_are_not_joined():
     whole = LinearBackbone().encode_text(["red"])
     bare = Features(whole.pooled)
     assert join_features([bare, bare]).tokens is None
-    with pytest.raises(ValueError, match="mask and the place"):
+    with pytest.raises(ValueError, match="mask and pooled_at"):
         join_features([whole, bare])
 
 

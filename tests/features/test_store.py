@@ -164,11 +164,17 @@ def test_empty_requests_and_additions(tmp_path):
     assert (got.pooled.shape, got.tokens.shape, got.mask.shape) == ((0, 4), (0, 0, 4), (0, 0))
 
 
-def test_special_numbers_come_back_bit_for_bit(tmp_path):
-    pooled = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]])
+def test_small_numbers_are_returned_bit_for_bit_and_others_than_finite_refused(tmp_path):
+    pooled = torch.tensor([[-0.0, 1e-45, 3e38]])
     store = FeatureStore(tmp_path, "f")
     store.add(["a"], Features(pooled))
     assert store.get(["a"]).pooled.numpy().tobytes() == pooled.numpy().tobytes()
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(DataError, match=r"1 of 2 features are not finite, the first of 'c'"):
+            store.add(["b", "c"], Features(torch.tensor([[0.0, 0.0, 0.0], [0.0, odd, 0.0]])))
+        tokens = torch.tensor([[[0.0, 0.0, odd]]])
+        with pytest.raises(DataError, match="not finite"):
+            store.add(["b"], Features(pooled, tokens, torch.ones(1, 1, dtype=torch.bool)))
 
 
 def test_other_precisions_and_gradients_are_accepted(tmp_path):
@@ -182,8 +188,6 @@ def test_float16_refuses_what_it_cannot_hold(tmp_path):
     store = FeatureStore(tmp_path, "f", "float16")
     with pytest.raises(DataError, match="float16's range"):
         store.add(["a"], Features(torch.tensor([[1.0, 70_000.0]])))
-    store.add(["a"], Features(torch.tensor([[1.0, float("inf")]])))
-    assert store.get(["a"]).pooled.tolist() == [[1.0, float("inf")]]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +303,57 @@ def test_a_damaged_shard_is_moved_aside_and_its_keys_are_missing_again(tmp_path,
     again = FeatureStore(tmp_path, "f")
     assert not caplog.records
     assert torch.equal(again.get(["a", "b"], tokens=True).tokens, make(2, 3).tokens)
+
+
+def flip(path: Path, name: str) -> None:
+    """Change one byte of an array of a shard."""
+    content = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    content[begin + json.loads(content[8:begin])[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["pooled", "digests", "tokens", "mask", "pooled_at"])
+def test_a_changed_byte_is_noticed_at_the_first_use_and_the_shard_named(tmp_path, caplog, name):
+    store = FeatureStore(tmp_path, "f")
+    store.add(["a", "b"], make(2, 3))
+    store.add(["c"], make(1, 3, seed=1))
+    path = shards(store)[0]
+    flip(path, name)
+    with caplog.at_level(logging.ERROR, logger="union_igrot.storage"):
+        store = FeatureStore(tmp_path, "f")
+        if name not in ("pooled", "digests"):  # pooled features alone do not need the other arrays
+            assert store.missing(["a", "b", "c"]) == []
+            assert torch.equal(store.get(["a", "b"]).pooled, make(2, 3).pooled)
+        assert store.missing(["a", "b", "c"], tokens=True) == [0, 1]
+    assert f"the checksum of {name} does not match" in caplog.text
+    assert path.name in caplog.text
+    assert path.with_name(path.name + ".broken").exists()
+    store.add(["a", "b"], make(2, 3))
+    assert torch.equal(FeatureStore(tmp_path, "f").get(["a", "b"], tokens=True).tokens, make(2, 3).tokens)
+
+
+def test_damage_is_noticed_by_get_too(tmp_path):
+    FeatureStore(tmp_path, "f").add(["a"], make(1))
+    store = FeatureStore(tmp_path, "f")
+    flip(shards(store)[0], "pooled")
+    with pytest.raises(DataError, match="1 of 1 keys are not in the feature store"):
+        store.get(["a"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_shards_of_older_versions_have_no_checksums_but_must_be_finite(tmp_path, caplog, value):
+    store = FeatureStore(tmp_path, "f")
+    for key in "ab":
+        store.add([key], make(1, 2))
+    for path in shards(store):
+        save_file(load_file(path), path)  # without checksums
+    assert torch.equal(FeatureStore(tmp_path, "f").get(["a", "b"], tokens=True).pooled[1:], make(1).pooled)
+    arrays = load_file(path)
+    arrays["pooled"][0, 1] = value
+    save_file(arrays, path)
+    assert FeatureStore(tmp_path, "f").missing(["a", "b"]) == [1]
+    assert f"{path} is damaged (pooled holds numbers that are not finite)" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "\x00\xff"])

@@ -172,11 +172,11 @@ def test_a_backbone_without_heads_is_found_with_its_weights(tmp_path, monkeypatc
     write_open_clip(tmp_path / "clip", CLIP_CONFIG, 1)
     monkeypatch.chdir(tmp_path)
     uri = tmp_path / "x.lance"
-    with Gallery.open(uri, "base", weights="clip") as gallery:
+    with Gallery.open(uri, "open_clip:mine", weights="clip") as gallery:
         gallery.add([noise_image(n) for n in range(4)], names(4))
         found = gallery.search(noise_image(2), "in red")
         assert found.ids[0] == names(4)[2]
-        assert gallery.describe()["checkpoint"] == "base"
+        assert gallery.describe()["checkpoint"] == "open_clip:mine"
         kinds = [gallery.model.describe()[side]["kind"] for side in ("fusion", "target")]
         assert kinds == ["sum", "frozen"]
     (tmp_path / "elsewhere").mkdir()

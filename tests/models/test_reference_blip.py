@@ -7,7 +7,7 @@ from union_igrot.models.backbones.hf import BlipBackbone
 from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone
 from union_igrot.models.heads.query import TransAggFusion
 from union_igrot.models.heads.target import UnionTarget
-from union_igrot.models.reference import blip_names, load_reference_checkpoint
+from union_igrot.models.reference import load_reference_checkpoint, rename_blip
 from union_igrot.types import Preprocess
 
 CLIP = {
@@ -102,6 +102,6 @@ def test_a_blip_needs_its_word_list_and_its_own_name(tmp_path, monkeypatch):
         load_reference_checkpoint(state, model="blip", tokenizer=words_file(tmp_path))
 
 
-def test_blip_names_keep_the_text_encoder_as_it_is():
+def test_renaming_blip_keeps_the_text_encoder_as_it_is():
     names = ["text_encoder.encoder.layer.0.attention.self.query.weight", "text_proj.bias", "vision_proj.weight"]
-    assert list(blip_names(dict.fromkeys(names, torch.zeros(1)))) == names
+    assert list(rename_blip(dict.fromkeys(names, torch.zeros(1)))) == names

@@ -77,7 +77,7 @@ def evaluate_benchmark(
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
     if trained and checkpoint is not None:
         described["trained"]["checkpoint"] = checkpoint
-    arithmetic = {"device": device_name(model.device), **extractor.arithmetic}
+    arithmetic = {"device": device_name(model.device), **extractor.describe()}
     methods = []
     for name, one in scores.items():
         result = method_result(benchmark, name, one, described[name], seconds[name], seed)

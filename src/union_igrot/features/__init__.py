@@ -1,8 +1,8 @@
-"""What frozen backbones said of images and texts, kept on disk so that each is encoded once.
+"""Features of frozen backbones, stored on disk so that each image and text is encoded once.
 
-Names nothing itself: import the module that is meant. Under one root lie
+Import the modules themselves. Below the cache folder lie
 
     features/<fingerprint>/manifest.json         format and dtype of the folder
-    features/<fingerprint>/<shard>.safetensors   one `add`: key digests, pooled, and tokens, mask, pooled_at where kept
+    features/<fingerprint>/<shard>.safetensors   one addition: key digests, pooled, optionally tokens, mask, pooled_at
     features/<fingerprint>.lock                  locked by every process that has the folder open
 """

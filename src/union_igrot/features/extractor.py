@@ -1,22 +1,22 @@
 """Images and texts through the frozen backbone, each once, into the feature store.
 
-Decodes in worker processes ahead of the backbone, shows a progress bar and goes on where
-an interrupted run stopped. Does not know heads, benchmarks or training.
-
-Token features of many images fill a disk: those of QuickDraw's 92,291 sketches from a CLIP
-ViT-B/32 take 9 GB, from a ViT-L/14 at 257 tokens 73 GB. `stream` hands them out block by
-block and keeps them only where all of them fit a given room.
+Token features of many images fill a disk: those of QuickDraw's 92,291 sketches take 9 GB from a CLIP ViT-B/32 and 73 GB
+from a ViT-L/14 at 257 tokens. `FeatureExtractor.stream` yields them block by block and stores them only if all of them
+fit a given size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from union_igrot.features.store import Dtype, FeatureStore
+from union_igrot.features.store import FeatureStore
 from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import image_key
 from union_igrot.images.transforms import model_input
@@ -25,50 +25,56 @@ from union_igrot.models.devices import default_workers, full_precision
 from union_igrot.progress import progress_bar
 from union_igrot.types import Features, ImageSource
 
-Arithmetic = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @final
 class BufferedWriter:
-    """Gathers features until there are enough for one write to a store.
+    """Collects features until there are enough for one write to a store; flushes when its block is left.
 
     Args:
-        store: Where they go.
-        size: Items of one write.
+        store: The store.
+        size: Items per write.
     """
 
     def __init__(self, store: FeatureStore, size: int) -> None:
         self._store, self._size = store, size
         self._keys: list[str] = []
-        self._parts: list[Features] = []
+        self._batches: list[Features] = []
 
-    def put(self, keys: Sequence[str], features: Features) -> None:
-        """Take some features; they are on disk once there are enough, or after `flush`."""
+    def __enter__(self) -> "BufferedWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.flush()
+
+    def add(self, keys: Sequence[str], features: Features) -> None:
+        """Add features; they are on disk once there are enough, or after `flush`."""
         if keys:
             self._keys += keys
-            self._parts.append(features)
+            self._batches.append(features)
         if len(self._keys) >= self._size:
             self.flush()
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write all that was added."""
         if self._keys:
-            self._store.add(self._keys, join_features(self._parts).to("cpu"))
-            self._keys, self._parts = [], []
+            self._store.add(self._keys, join_features(self._batches).to("cpu"))
+            self._keys, self._batches = [], []
 
 
-class Block(NamedTuple):
+class FeatureBlock(NamedTuple):
     """Some images of a stream.
 
     Attributes:
         rows: Their positions among the sources.
-        features: What the backbone says of them, tokens included, as the store would give it back.
-        kept: Whether the store keeps their tokens too.
+        features: Their features, tokens included, as the store would return them.
+        stored: Whether the store holds their tokens, too.
     """
 
     rows: list[int]
     features: Features
-    kept: bool
+    stored: bool
 
 
 @final
@@ -77,13 +83,13 @@ class FeatureExtractor:
 
     Args:
         backbone: The frozen model.
-        store: Where features are kept; belongs to the backbone's fingerprint.
-        batch_size: Images or texts a forward pass.
-        workers: Processes that decode; None takes all cores but one, see `processes.default_workers`.
-        shard: Items written at once; what an interruption can lose at most.
-        precision: Arithmetic of the backbone: `float32`, or `bfloat16` and `float16` where
-            autocast finds them safe. Faster on an accelerator; features differ by a percent.
-        progress: Whether a bar is shown.
+        store: The store of the backbone's features.
+        batch_size: Images or texts per forward pass.
+        workers: Decoding processes; None for all cores but one, see `devices.default_workers`.
+        shard: Items per write; at most so many are lost if the process is killed.
+        precision: Precision of the backbone: `float32`, or `bfloat16` and `float16` where autocast considers them
+            safe. Faster on an accelerator; features differ by a percent.
+        progress: Whether to show a progress bar.
     """
 
     def __init__(
@@ -94,7 +100,7 @@ class FeatureExtractor:
         batch_size: int = 256,
         workers: int | None = None,
         shard: int = 2048,
-        precision: Arithmetic = "float32",
+        precision: Precision = "float32",
         progress: bool = True,
     ) -> None:
         self.backbone, self.store, self.precision = backbone, store, precision
@@ -103,100 +109,32 @@ class FeatureExtractor:
 
     @property
     def workers(self) -> int:
-        """Processes that decode; without a choice it depends on where the backbone lies by now."""
+        """Decoding processes; the default depends on the backbone's present device."""
         return default_workers(self.backbone.device) if self._workers is None else self._workers
 
-    @property
-    def arithmetic(self) -> dict[str, str]:
-        """How features come about and are kept, for whoever states metrics made of them."""
+    def describe(self) -> dict[str, str]:
+        """Return the precision that features are computed and stored in, for results."""
         return {"precision": self.precision, "kept": self.store.dtype}
 
-    def extract_images(self, sources: Sequence[ImageSource], *, tokens: bool, label: str = "pictures") -> list[str]:
+    def extract_images(self, sources: Sequence[ImageSource], *, tokens: bool, label: str = "images") -> list[str]:
         """Encode the images that the store does not hold yet.
 
         Args:
-            sources: The images; one may stand several times.
-            tokens: Whether token features are kept beside the pooled ones.
-            label: What the progress bar calls them.
+            sources: The images, also repeated.
+            tokens: Whether token features are stored beside the pooled ones.
+            label: Name of the images on the progress bar.
 
         Returns:
             A key for each image, for `lookup`.
 
         Raises:
-            ImageError: Where one is missing or broken; what was encoded before is kept.
+            ImageError: If one is missing or broken; what was encoded before is stored.
         """
         keys = [f"image/{image_key(source)}" for source in sources]
-        todo = self._todo(keys, tokens=tokens)
-
-        def forward(rows: list[int]) -> Iterator[Features]:
-            batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
-            options = {"pinned": self.backbone.device.type == "cuda"}
-            for batch in load_pixels(sources, batches, self.backbone.preprocess, self.workers, **options):
-                yield self._encode_pixels(batch)
-
-        self._fill(keys, todo, forward, tokens=tokens, label=label)
+        batches = self._batches(self.store.missing(keys, tokens=tokens))
+        for _ in self._encode_images(sources, keys, batches, math.inf if tokens else 0, label):
+            pass
         return keys
-
-    def stream(self, sources: Sequence[ImageSource], *, room: int, label: str = "pictures") -> Iterator[Block]:
-        """Return the features of images with their tokens, a block at a time, in order.
-
-        What the store lacks is decoded ahead in workers and encoded. The pooled features
-        are kept; the tokens are too if those of all the images take no more than `room`,
-        so that a next time finds them, and are forgotten after their block otherwise.
-
-        Args:
-            sources: The images, each once.
-            room: Bytes on disk that their tokens may take.
-            label: What the progress bar calls them.
-
-        Raises:
-            ImageError: Where one is missing or broken; what was encoded before is kept.
-        """
-        keys = [f"image/{image_key(source)}" for source in sources]
-        absent, unpooled = (set(self.store.missing(keys, tokens=tokens)) for tokens in (True, False))
-        spans = [range(at, min(at + self.batch_size, len(keys))) for at in range(0, len(keys), self.batch_size)]
-        todo = [[row for row in span if row in absent] for span in spans]
-        wanted, pinned = [rows for rows in todo if rows], self.backbone.device.type == "cuda"
-        decoded = load_pixels(sources, wanted, self.backbone.preprocess, self.workers, pinned=pinned)
-        shelf = BufferedWriter(self.store, self.shard)
-        kept: bool | None = None
-        with progress_bar(shown=self.progress and bool(absent)) as bar:
-            task = bar.add_task(f"encoding {label}", total=len(absent))
-            try:
-                for span, rows in zip(spans, todo, strict=True):
-                    new = self._rounded(self._encode_pixels(next(decoded))) if rows else None
-                    features = self._with_stored(keys, span, rows, new)
-                    kept = _token_bytes(features, self.store.dtype) * len(keys) <= room if kept is None else kept
-                    if new is not None:
-                        fresh = [at for at, row in enumerate(rows) if kept or row in unpooled]
-                        chosen = new.select(torch.tensor(fresh, dtype=torch.int64, device=new.pooled.device))
-                        shelf.put([keys[rows[at]] for at in fresh], chosen if kept else Features(chosen.pooled))
-                        bar.advance(task, len(rows))
-                    yield Block(list(span), features, kept)
-            finally:
-                shelf.flush()
-
-    @torch.inference_mode()
-    def _encode_pixels(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Features:
-        """Encode images; what is made of their pixels is made on the device."""
-        images = model_input(pixels.to(self.backbone.device, non_blocking=True), self.backbone.preprocess)
-        return self._forward(self.backbone.encode_image, images)
-
-    def _rounded(self, features: Features) -> Features:
-        """Round features as the store does."""
-        return features if self.store.dtype == "float32" else self.store.rounded(features)
-
-    def _with_stored(self, keys: Sequence[str], span: range, todo: list[int], new: Features | None) -> Features:
-        """Put what was just encoded and what was in the store in order."""
-        old = [row for row in span if row not in set(todo)]
-        stored = self.lookup([keys[row] for row in old], tokens=True) if old else None
-        if new is None or stored is None:
-            features = new if stored is None else stored
-            assert features is not None
-            return features
-        place = {row: at for at, row in enumerate([*todo, *old])}
-        order = torch.tensor([place[row] for row in span], device=new.pooled.device)
-        return join_features([new, stored]).select(order)
 
     def extract_texts(self, texts: Sequence[str | None], label: str = "texts") -> list[str]:
         """Encode the texts that the store does not hold yet; None is the empty text.
@@ -204,21 +142,51 @@ class FeatureExtractor:
         Returns:
             A key for each text, for `lookup`.
         """
-        spoken = [text or "" for text in texts]
-        keys = [f"text/{text}" for text in spoken]
-
-        def forward(rows: list[int]) -> Iterator[Features]:
-            for at in range(0, len(rows), self.batch_size):
-                yield self._forward(self.backbone.encode_text, [spoken[row] for row in rows[at : at + self.batch_size]])
-
-        self._fill(keys, self._todo(keys, tokens=True), forward, tokens=True, label=label)
+        keys = [f"text/{text or ''}" for text in texts]
+        batches = self._batches(self.store.missing(keys, tokens=True))
+        inputs = ([texts[row] or "" for row in rows] for rows in batches)
+        for _ in self._encode(self.backbone.encode_text, inputs, keys, batches, math.inf, label):
+            pass
         return keys
 
-    def add_text(self, text: str, features: Features) -> None:
-        """Keep what the backbone said of a text when somebody else asked it, unless the store holds that.
+    def stream(
+        self, sources: Sequence[ImageSource], *, token_budget: int, label: str = "images"
+    ) -> Generator[FeatureBlock, None, None]:
+        """Yield the features of images with their tokens, block by block, in order.
 
-        Not taken where the store's features come of another arithmetic than float32.
+        Images that the store lacks are decoded ahead in workers and encoded. Their pooled features are stored, their
+        tokens only if those of all the images take at most `token_budget`.
+
+        Args:
+            sources: The images, each once.
+            token_budget: Bytes on disk that their tokens may take.
+            label: Name of the images on the progress bar.
+
+        Raises:
+            ImageError: If one is missing or broken; what was encoded before is stored.
         """
+        keys = [f"image/{image_key(source)}" for source in sources]
+        absent = set(self.store.missing(keys, tokens=True))
+        blocks = self._batches(range(len(keys)))
+        batches = [rows for block in blocks if (rows := [row for row in block if row in absent])]
+        with closing(self._encode_images(sources, keys, batches, token_budget, label)) as encoded:
+            for block in blocks:
+                old = [row for row in block if row not in absent]
+                rows, features, stored = old, None, True
+                if len(old) < len(block):
+                    features, stored = next(encoded)
+                    rows = [row for row in block if row in absent] + old
+                if old:
+                    found = self.lookup([keys[row] for row in old], tokens=True)
+                    features = found if features is None else join_features([features, found])
+                assert features is not None
+                if rows != block:
+                    order = torch.tensor([rows.index(row) for row in block], device=features.pooled.device)
+                    features = features.select(order)
+                yield FeatureBlock(block, features, stored)
+
+    def add_text(self, text: str, features: Features) -> None:
+        """Store features of a text that were computed elsewhere in float32, unless the store holds it."""
         key = f"text/{text}"
         if self.precision == "float32" and self.store.missing([key], tokens=True):
             self.store.add([key], features.to("cpu"))
@@ -227,70 +195,98 @@ class FeatureExtractor:
         """Read features by key, on the backbone's device, in the order of the keys."""
         return self.store.get(keys, tokens=tokens).to(self.backbone.device)
 
+    def _batches(self, rows: Sequence[int]) -> list[list[int]]:
+        return [list(rows[at : at + self.batch_size]) for at in range(0, len(rows), self.batch_size)]
+
+    def _encode_images(
+        self,
+        sources: Sequence[ImageSource],
+        keys: Sequence[str],
+        batches: list[list[int]],
+        budget: float | int,
+        label: str,
+    ) -> Generator[tuple[Features, bool], None, None]:
+        backbone = self.backbone
+
+        def encode(pixels: UInt8[Tensor, "batch 3 height width"]) -> Features:
+            # Everything that is computed from the pixels is computed on the device.
+            images = model_input(pixels.to(backbone.device, non_blocking=True), backbone.preprocess)
+            return backbone.encode_image(images)
+
+        pinned = backbone.device.type == "cuda"
+        pixels = load_pixels(sources, batches, backbone.preprocess, self.workers, pinned=pinned)
+        return self._encode(encode, pixels, keys, batches, budget, label)
+
+    def _encode(
+        self,
+        encode: Callable[[Any], Features],
+        inputs: Iterable[Any],
+        keys: Sequence[str],
+        batches: list[list[int]],
+        budget: float | int,
+        label: str,
+    ) -> Generator[tuple[Features, bool], None, None]:
+        """Encode batches and store their features, tokens only if those of all keys take at most `budget` bytes.
+
+        Yields:
+            The features of each batch as the store rounds them, and whether their tokens are stored.
+        """
+        if not batches:
+            return
+        total = sum(map(len, batches))
+        without_pooled = set(self.store.missing(keys))
+        with progress_bar(shown=self.progress) as bar, BufferedWriter(self.store, self.shard) as writer:
+            task = bar.add_task(f"encoding {label}", total=total)
+            for rows, batch in zip(batches, inputs, strict=True):
+                features = self.store.rounded(self._forward(encode, batch))
+                stored = _token_bytes(features, self.store.dtype) * len(keys) <= budget
+                new = features
+                if not stored:
+                    chosen = [at for at, row in enumerate(rows) if row in without_pooled]
+                    rows = [rows[at] for at in chosen]  # noqa: PLW2901
+                    new = Features(features.pooled[chosen])
+                writer.add([keys[row] for row in rows], new)
+                bar.advance(task, len(features))
+                yield features, stored
+
+    @torch.inference_mode()
     def _forward(self, encode: Callable[[Any], Features], batch: Any) -> Features:
-        """Run the backbone in the chosen arithmetic; features come back in float32."""
+        """Run the backbone in the chosen precision; features are returned in float32."""
         if self.precision == "float32":
             with full_precision(self.backbone.device):
                 return encode(batch)
         with torch.autocast(self.backbone.device.type, getattr(torch, self.precision)):
-            seen = encode(batch)
-        return replace(seen, pooled=seen.pooled.float(), tokens=None if seen.tokens is None else seen.tokens.float())
-
-    def _todo(self, keys: Sequence[str], *, tokens: bool) -> list[int]:
-        return self.store.missing(keys, tokens=tokens)
-
-    @torch.inference_mode()
-    def _fill(
-        self,
-        keys: Sequence[str],
-        todo: list[int],
-        forward: Callable[[list[int]], Iterator[Features]],
-        *,
-        tokens: bool,
-        label: str,
-    ) -> None:
-        if not todo:
-            return
-        with progress_bar(shown=self.progress) as bar:
-            task = bar.add_task(f"encoding {label}", total=len(todo))
-            shelf, done = BufferedWriter(self.store, self.shard), 0
-            try:
-                for features in forward(todo):
-                    rows = todo[done : done + len(features)]
-                    shelf.put([keys[row] for row in rows], features if tokens else Features(features.pooled))
-                    done += len(rows)
-                    bar.advance(task, len(rows))
-            finally:
-                shelf.flush()
+            features = encode(batch)
+        tokens = None if features.tokens is None else features.tokens.float()
+        return replace(features, pooled=features.pooled.float(), tokens=tokens)
 
 
-def _token_bytes(features: Features, dtype: Dtype) -> int:
-    """Return the bytes that one item with tokens takes in a store."""
+def _token_bytes(features: Features, dtype: str) -> int:
+    """Return the bytes that the tokens of one item take in a store."""
     if features.tokens is None:
-        raise ValueError("a stream hands out token features, and the backbone gave none")
-    size = 2 if dtype == "float16" else 4
-    return features.tokens[0].numel() * size + features.tokens.shape[1]
+        return 0
+    return features.tokens[0].numel() * (2 if dtype == "float16" else 4) + features.tokens.shape[1]
 
 
-def join_features(parts: Sequence[Features]) -> Features:
+def join_features(batches: Sequence[Features]) -> Features:
     """Join batches of features; shorter token rows are padded at the end, their mask False.
 
     Args:
-        parts: At least one batch; all with tokens, or all without.
+        batches: At least one batch; all with tokens, or all without.
 
     Raises:
-        ValueError: Where only some have tokens, or tokens come without mask and place.
+        ValueError: If only some have tokens, or tokens come without mask and `pooled_at`.
     """
-    pooled = torch.cat([part.pooled for part in parts])
-    if all(part.tokens is None for part in parts):
+    pooled = torch.cat([batch.pooled for batch in batches])
+    if all(batch.tokens is None for batch in batches):
         return Features(pooled)
-    longest = max(part.tokens.shape[1] for part in parts if part.tokens is not None)
-    tokens, masks, places = [], [], []
-    for part in parts:
-        if part.tokens is None or part.mask is None or part.pooled_at is None:
-            raise ValueError("token features come with a mask and the place of the pooled token")
-        more = longest - part.tokens.shape[1]
-        tokens.append(torch.nn.functional.pad(part.tokens, (0, 0, 0, more)))
-        masks.append(torch.nn.functional.pad(part.mask, (0, more), value=False))
-        places.append(part.pooled_at)
-    return Features(pooled, torch.cat(tokens), torch.cat(masks), torch.cat(places))
+    longest = max(batch.tokens.shape[1] for batch in batches if batch.tokens is not None)
+    tokens, masks, positions = [], [], []
+    for batch in batches:
+        if batch.tokens is None or batch.mask is None or batch.pooled_at is None:
+            raise ValueError("token features come with a mask and pooled_at")
+        more = longest - batch.tokens.shape[1]
+        tokens.append(torch.nn.functional.pad(batch.tokens, (0, 0, 0, more)))
+        masks.append(torch.nn.functional.pad(batch.mask, (0, more), value=False))
+        positions.append(batch.pooled_at)
+    return Features(pooled, torch.cat(tokens), torch.cat(masks), torch.cat(positions))

@@ -5,34 +5,40 @@ came with a checkpoint of the reference.
 """
 
 import json
+import math
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError, first_line
-from union_igrot.models.backbones.base import Backbone, weights_hash
+from union_igrot.errors import CheckpointError, ConfigError, UnionError, first_line
+from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
-from union_igrot.models.factory import build_backbone
+from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
+from union_igrot.models.heads.projector import VisionProjector
+from union_igrot.models.heads.query import QueryHead
+from union_igrot.models.heads.target import TargetHead
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.storage.paths import expand_user
 from union_igrot.types import Preprocess
 
 FORMAT = 1
-MODEL_FILE, HEADS_FILE, IMAGES_FILE, README_FILE = (
-    "model.json",
-    "heads.safetensors",
-    "training_images.txt",
-    "README.md",
-)
+MODEL_FILE, HEADS_FILE = "model.json", "heads.safetensors"
+IMAGES_FILE, README_FILE = "training_images.txt", "README.md"
 BACKBONE_FILE, TOKENIZER_FOLDER = "backbone.safetensors", "tokenizer"
 """The backbone's weights, by the network's own names, so that they also serve as `model.weights`; its tokenizer."""
 _NETWORK = "network."
+_MOST_BYTES = 2**26  # of a text file; real ones are a thousand times smaller
+_MOST_LAYERS, _MOST, _MOST_PIXELS = 1000, 10**9, 4096
+_LAYERS = re.compile(r"layer|depth|block")
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -72,23 +78,33 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(folder: Path) -> SavedModel:
-    """Read a saved model's files.
+    """Read a saved model's files, and check the types and ranges of its description.
 
     Raises:
         CheckpointError: If one is missing, damaged or of a later format.
     """
     try:
-        saved = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+        saved = json.loads(_read_text(folder / MODEL_FILE))
+        if not isinstance(saved, dict):
+            raise ValueError(f"{MODEL_FILE} holds {type(saved).__name__}, not an object")
+        if not (folder / HEADS_FILE).is_file():
+            raise FileNotFoundError(f"no file {folder / HEADS_FILE}")
+        optional = {"format": FORMAT, "card": {}, "projector": {"kind": "none"}}
+        saved = optional | {name: value for name, value in saved.items() if value is not None}
+        name, fingerprint, heads = (_field(saved, key, str) for key in ("backbone", "backbone_fingerprint", "heads"))
+        version, metadata = _field(saved, "format", int), _field(saved, "card", dict)
+        count = _field(saved, "training_images", int) if "training_images" in saved else None
+        weights = _field(saved, "backbone_weights", dict) if "backbone_weights" in saved else None
+        _check_options(weights or {}, "backbone_weights")
+        kinds, options = {}, {}
+        for head in ("fusion", "target", "projector"):
+            given = _field(saved, head, dict)
+            kinds[head] = _field(given, "kind", str)
+            options[head] = {key: value for key, value in given.items() if key != "kind"}
+            _check_options(options[head], head)
         state = {name: x.float() for name, x in load_file(folder / HEADS_FILE).items()}
-        options = {"fusion": dict(saved["fusion"]), "target": dict(saved["target"])}
-        options["projector"] = dict(saved.get("projector") or {"kind": "none"})
-        kinds = {head: str(given.pop("kind")) for head, given in options.items()}
-        name, fingerprint, heads = (str(saved[key]) for key in ("backbone", "backbone_fingerprint", "heads"))
-        weights, metadata = saved.get("backbone_weights"), dict(saved.get("card") or {})
-        weights = None if weights is None else dict(weights)
-        version, count = int(saved.get("format", FORMAT)), saved.get("training_images")
-        readme = (folder / README_FILE).read_text(encoding="utf-8") if (folder / README_FILE).is_file() else None
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        readme = _read_text(folder / README_FILE) if (folder / README_FILE).is_file() else None
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is not a saved model ({error}); give a folder with {MODEL_FILE} and {HEADS_FILE}"
         ) from None
@@ -98,6 +114,37 @@ def read_checkpoint(folder: Path) -> SavedModel:
         )
     images = _read_training_images(folder, count)
     return SavedModel(name, fingerprint, weights, heads, kinds, options, metadata, state, images, readme)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():  # a named pipe would wait for ever
+        raise FileNotFoundError(f"no file {path}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path.name} is larger than {_MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _field(saved: Mapping[str, Any], name: str, kind: type[M]) -> M:
+    value = saved[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} in {MODEL_FILE} is of type {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _check_options(options: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError for reserved names and for numbers out of any range."""
+    if (reserved := {"width", "sizes"} & options.keys()) and "." not in path and path != "backbone_weights":
+        raise ValueError(f"{path} in {MODEL_FILE} must not set {', '.join(reserved)}")
+    for name, value in options.items():
+        if isinstance(value, dict):
+            _check_options(value, f"{path}.{name}")
+            continue
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
+        most = _MOST_LAYERS if _LAYERS.search(name) else _MOST
+        if not all(math.isfinite(x) and abs(x) <= most for x in numbers) or (
+            isinstance(value, list) and len(value) > _MOST_LAYERS
+        ):
+            raise ValueError(f"{path}.{name} in {MODEL_FILE} is out of range")
 
 
 def _read_training_images(folder: Path, count: int | None) -> frozenset[str] | None:
@@ -112,6 +159,68 @@ def _read_training_images(folder: Path, count: int | None) -> frozenset[str] | N
             f"{folder / IMAGES_FILE} lists {len(found)} images (expected {count}, as in {MODEL_FILE}); copy both again"
         )
     return found
+
+
+def build_heads(saved: SavedModel, width: int, folder: Path) -> tuple[QueryHead, TargetHead, VisionProjector | None]:
+    """Build the heads of a saved model and load their weights.
+
+    Args:
+        saved: The saved model.
+        width: Width of the joint space.
+        folder: Its folder, for errors.
+
+    Raises:
+        CheckpointError: If the description is invalid or does not fit the weights.
+    """
+
+    def build() -> nn.ModuleDict:
+        kinds, options = saved.kinds, saved.options
+        heads = {
+            "fusion": build_query_head(kinds["fusion"], width, **options["fusion"]),
+            "target": build_target_head(kinds["target"], width, **options["target"]),
+        }
+        projector = build_projector(kinds["projector"], width, **options["projector"])
+        return nn.ModuleDict(heads if projector is None else {**heads, "projector": projector})
+
+    try:
+        heads = _build_within(build, saved.state, folder, HEADS_FILE)
+    except ConfigError as error:
+        raise CheckpointError(f"cannot build the heads of {folder / MODEL_FILE}: {error}") from None
+    known = heads.state_dict()
+    if wrong := sorted(key for key in saved.state.keys() & known.keys() if saved.state[key].shape != known[key].shape):
+        raise CheckpointError(f"{folder}: shapes of weights differ from {MODEL_FILE}: {wrong[:3]}")
+    missing, unexpected = heads.load_state_dict(saved.state, strict=False)
+    if missing or unexpected:
+        raise CheckpointError(f"{folder}: weights missing: {missing}, unknown: {unexpected}")
+    modules: Any = heads
+    return modules["fusion"], modules["target"], modules["projector"] if "projector" in heads else None
+
+
+def _build_within(build: Callable[[], nn.Module], state: Mapping[str, Tensor], folder: Path, file: str) -> Any:
+    """Build a module that has as many weights as a file; first without memory, to be sure."""
+    count = _weight_count(state.values())
+    try:
+        with torch.device("meta"):
+            described = _weight_count(build().state_dict().values())
+    except UnionError:
+        raise
+    except Exception as error:
+        if "meta" not in str(error):
+            raise CheckpointError(
+                f"{folder / MODEL_FILE} does not describe how to build its model ({type(error).__name__}: "
+                f"{first_line(error)}); copy the model again"
+            ) from None
+        described = count  # a module of another package that cannot be built there
+    if described > 2 * count + 2**20:
+        raise CheckpointError(
+            f"{folder / MODEL_FILE} describes a model of {described:,} weights, but {file} holds {count:,}; copy both "
+            "again"
+        )
+    return build()
+
+
+def _weight_count(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() for x in tensors)
 
 
 def write_checkpoint(
@@ -175,8 +284,7 @@ def save_backbone(backbone: Backbone, folder: Path, *, half: bool = False) -> tu
         partial.rename(folder / TOKENIZER_FOLDER)
     else:
         partial.rmdir()
-    written = {name: x.to(own[name].dtype) for name, x in state.items()}
-    fingerprint = f"{weights_hash(written)}-{backbone.preprocess.fingerprint()}"
+    fingerprint = backbone.fingerprint({name: x.to(own[name].dtype) for name, x in state.items()})
     return fingerprint, {"file": BACKBONE_FILE, **backbone.architecture(), "preprocess": asdict(backbone.preprocess)}
 
 
@@ -199,23 +307,31 @@ def restore_backbone(name: str, built: Mapping[str, Any], folder: Path) -> Backb
         CheckpointError: If a file is missing, damaged or does not fit.
     """
     kind, tokenizer = built.get("kind"), folder / TOKENIZER_FOLDER
+    if kind is None:
+        backbone = build_backbone(name)
+        return load_backbone_weights(backbone, folder)
+    state = read_state_dict(folder / BACKBONE_FILE)
+    if odd := [path.name for path in tokenizer.glob("*") if not path.is_file()]:
+        raise CheckpointError(f"{tokenizer} holds {odd[0]}, which is not a file; copy the model again")
     try:
-        if kind == "open_clip":
-            from union_igrot.models.backbones.open_clip import restore_open_clip  # noqa: PLC0415 - heavy
-
-            backbone: Backbone = restore_open_clip(name, built["config"], _preprocess(built), tokenizer)
-        elif kind is not None:
-            from union_igrot.models.backbones.hf import restore_hf  # noqa: PLC0415 - heavy
-
-            backbone = restore_hf(name, str(kind), built["config"], _preprocess(built), tokenizer)
-        else:
-            backbone = build_backbone(name)
+        config, preprocess = dict(built["config"]), _preprocess(built["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / MODEL_FILE} does not describe how to build its backbone ({type(error).__name__}: "
             f"{first_line(error)}); copy the model again"
         ) from None
-    return load_backbone_weights(backbone, folder)
+
+    def build() -> Backbone:
+        if kind == "open_clip":
+            from union_igrot.models.backbones.open_clip import restore_open_clip  # noqa: PLC0415 - heavy
+
+            return restore_open_clip(name, config, preprocess, tokenizer)
+        from union_igrot.models.backbones.hf import restore_hf  # noqa: PLC0415 - heavy
+
+        return restore_hf(name, str(kind), config, preprocess, tokenizer)
+
+    backbone = _build_within(build, state, folder, BACKBONE_FILE)
+    return _load_backbone_state(backbone, state, folder)
 
 
 def load_backbone_weights(backbone: Backbone, folder: Path) -> Backbone:
@@ -224,13 +340,24 @@ def load_backbone_weights(backbone: Backbone, folder: Path) -> Backbone:
     Raises:
         CheckpointError: If the file is missing, damaged or does not fit.
     """
+    return _load_backbone_state(backbone, read_state_dict(folder / BACKBONE_FILE), folder)
+
+
+def _load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> Backbone:
     own = backbone.state_dict()
-    state = read_state_dict(folder / BACKBONE_FILE)
     named = {f"{_NETWORK}{name}" if f"{_NETWORK}{name}" in own else name: x for name, x in state.items()}
     load_strict(backbone, named, str(folder / BACKBONE_FILE))
     return backbone
 
 
-def _preprocess(built: Mapping[str, Any]) -> Preprocess:
-    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in built["preprocess"].items()}
-    return Preprocess(**given)
+def _preprocess(saved: Mapping[str, Any]) -> Preprocess:
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()}
+    preprocess = Preprocess(**given)
+    numbers = (*preprocess.mean, *preprocess.std, preprocess.pad_ratio)
+    if not (isinstance(preprocess.size, int) and 1 <= preprocess.size <= _MOST_PIXELS):
+        raise ValueError(f"size {preprocess.size!r} of the preprocessing is out of range")
+    if len(numbers) != 7 or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        raise ValueError("mean, std or pad_ratio of the preprocessing are not numbers")
+    if preprocess.fit not in ("squash", "crop", "pad") or preprocess.interpolation not in ("bicubic", "bilinear"):
+        raise ValueError("fit or interpolation of the preprocessing is unknown")
+    return preprocess

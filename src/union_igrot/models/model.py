@@ -19,6 +19,7 @@ from union_igrot.errors import CheckpointError, ConfigError, DataError, first_li
 from union_igrot.images.transforms import image_batch
 from union_igrot.models.backbones.base import Backbone, Modality, weights_hash
 from union_igrot.models.checkpoint import (
+    build_heads,
     load_backbone_weights,
     read_checkpoint,
     remove_backbone,
@@ -28,7 +29,7 @@ from union_igrot.models.checkpoint import (
     write_checkpoint,
 )
 from union_igrot.models.devices import full_precision, resolve_device
-from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
+from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
 from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
@@ -237,18 +238,18 @@ class IGROTModel(nn.Module):
         if batch_size < 1:
             raise ConfigError(f"invalid value for batch_size: {batch_size} (expected an integer >= 1)")
         there = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
-        parts, training = [torch.empty(0, self.backbone.dim, device=there)], self.training
+        embeddings, training = [torch.empty(0, self.backbone.dim, device=there)], self.training
         self.eval()
         try:
             with progress_bar(shown=progress) as bar, torch.no_grad(), full_precision(self.device):
                 task = bar.add_task("encoding", total=count)
                 for at in range(0, count, batch_size):
                     span = slice(at, min(at + batch_size, count))
-                    parts.append(nn.functional.normalize(embed(span).float(), dim=-1).to(there))
+                    embeddings.append(nn.functional.normalize(embed(span).float(), dim=-1).to(there))
                     bar.advance(task, span.stop - span.start)
         finally:
             self.train(training)
-        return torch.cat(parts)
+        return torch.cat(embeddings)
 
     def _fuse(self, images: Features, texts: Features) -> Tensor:
         fused: Tensor = self.fusion(images, texts)
@@ -412,6 +413,8 @@ class IGROTModel(nn.Module):
         """
         folder = resolve_checkpoint(folder)
         saved = read_checkpoint(folder)
+        if weights_hash(saved.state) != saved.heads:
+            raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
         if saved.backbone_weights is None:
             backbone = backbone or build_backbone(saved.backbone, weights)
         elif backbone is None:
@@ -425,26 +428,11 @@ class IGROTModel(nn.Module):
                 if saved.backbone_weights is None
                 else f"{folder}: backbone.safetensors does not match model.json; copy both again"
             )
-        if weights_hash(saved.state) != saved.heads:
-            raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
-        query_head = build_query_head(saved.kinds["fusion"], backbone.dim, **saved.options["fusion"])
-        target_head = build_target_head(saved.kinds["target"], backbone.dim, **saved.options["target"])
-        projector = build_projector(saved.kinds["projector"], backbone.dim, **saved.options["projector"])
+        query_head, target_head, projector = build_heads(saved, backbone.dim, folder)
         model = cls(backbone, query_head, target_head, saved.metadata, projector)
         model.tuned, model.training_images = saved.backbone_weights is not None, saved.images
         model.readme, model._readme_heads = saved.readme, saved.heads
-        model._load_heads(saved.state, folder)
         return model.eval()
-
-    def _load_heads(self, state: dict[str, Tensor], folder: Path) -> None:
-        known = self.heads_state_dict()
-        wrong = [key for key in state.keys() & known.keys() if state[key].shape != known[key].shape]
-        if wrong:
-            raise CheckpointError(f"{folder}: shapes of weights differ from model.json: {sorted(wrong)[:3]}")
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not name.startswith("backbone.")]
-        if missing or unexpected:
-            raise CheckpointError(f"{folder}: weights missing: {missing}, unknown: {unexpected}")
 
 
 def check_model_input(images: object, size: int, instead: str) -> None:
@@ -492,7 +480,7 @@ def _as_images(images: object) -> Sequence[object] | Tensor:
 def model_fingerprint(description: Mapping[str, Any]) -> str:
     """Return a model's fingerprint from the result of `IGROTModel.describe`, without hashing its weights again."""
     # Heads without weights differ by kind alone.
-    heads = json.dumps([description[part] for part in ("heads", "fusion", "target", "projector")], sort_keys=True)
+    heads = json.dumps([description[key] for key in ("heads", "fusion", "target", "projector")], sort_keys=True)
     return f"{description['backbone_fingerprint']}-{hashlib.sha256(heads.encode()).hexdigest()[:16]}"
 
 

@@ -1,8 +1,7 @@
-"""Checkpoints of the reference: the authors' files become models of this house.
+"""Checkpoints of the reference: the authors' files as models of this library.
 
-Reads UNION's `.pth` (CLIP or BLIP under `model.`) and TransAgg's (`pretrained_model.`,
-`blip_model.`). The backbone inside the file is used, its sizes are read from its tensors,
-and nothing is downloaded. Knows both naming schemes. Does not know training or benchmarks.
+Reads UNION's `.pth` (CLIP or BLIP under `model.`) and TransAgg's (`pretrained_model.`, `blip_model.`). The backbone of
+the file is used, its sizes are read from its tensors, and nothing is downloaded.
 """
 
 import re
@@ -15,12 +14,7 @@ from torch import Tensor
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.backbones.hf import NAMES as HF_NAMES, BlipBackbone, load_tokenizer
-from union_igrot.models.backbones.open_clip import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    OpenClipBackbone,
-    configuration,
-)
+from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, model_config
 from union_igrot.models.backbones.weights import load_strict, read_state_dict, summarize_names, unwrap_state_dict
 from union_igrot.models.factory import build_query_head, build_target_head
 from union_igrot.models.heads.query import MaskMode, QueryHead
@@ -31,7 +25,7 @@ from union_igrot.types import Preprocess
 _PREFIXES = ("pretrained_model.", "blip_model.", "model.")
 _FUSION = ("fusion.", "sep_token", "combiner_layer.", "output_layer.", "weighted_layer.")
 _TARGET = ("t5_layers.", "union_weighted_layer.")
-_T5_TABLE = "t5_layers.embed_tokens.weight"
+_T5_EMBEDDINGS = "t5_layers.embed_tokens.weight"
 _CLIP_SIZES = ("input_resolution", "context_length", "vocab_size")
 _BLIP_DROPPED = re.compile(
     r"^(visual_encoder_m|text_encoder_m|vision_proj_m|text_proj_m|itm_head)\."
@@ -64,48 +58,43 @@ def load_reference_checkpoint(
     """Load a checkpoint of the reference or of TransAgg, backbone included.
 
     Args:
-        path_or_state_dict: The `.pth`, read with `weights_only=True`, or its tensors by name,
-            in 16 or 32 bits.
-        model: What the backbone is called: `base`, `large`, another OpenCLIP name, or `blip`.
-            Sizes come from the tensors. Or a backbone, whose weights are then replaced.
-        target: The target head. TransAgg's files hold none: choose `frozen` (the reference's
-            `original`) for them. A UNION head in the file is left out where `frozen` or
-            `sum` is asked for.
+        path_or_state_dict: The `.pth`, read with `weights_only=True`, or its tensors by name, in 16 or 32 bits.
+        model: Name of the backbone: `base`, `large`, another OpenCLIP name, or `blip`; sizes come from the tensors. Or
+            a backbone, whose weights are replaced.
+        target: The target head. TransAgg's files hold none: choose `frozen` (the reference's `original`) for them. A
+            UNION head in the file is ignored for `frozen` and `sum`.
         mask: `exclude`, as the reference evaluates, or `legacy`, as it trains.
-        sum_form: Which of the reference's two sums `target="sum"` is: `training`, the one in
-            its model (not of unit length; ranks like `frozen`), or `inference`, the one in
-            its evaluation. `normalized` is ours.
-        tokenizer: BLIP's word list, which is not in its files: a folder or a `vocab.txt`. Where
-            None, what the Hugging Face cache holds of BLIP's repository.
-        text_heads: Attention heads of a CLIP's text tower, the one size that no tensor tells. Where
-            None, 64 wide each, as in every CLIP of OpenAI, but at least two: below a width of
-            128 this is a guess (right for the small published golden values), so give it there.
+        sum_form: Which of the reference's two sums `target="sum"` is: `training`, the one in its model (not of unit
+            length; ranks like `frozen`), or `inference`, the one in its evaluation. `normalised` is ours.
+        tokenizer: BLIP's vocabulary, which is not in its files: a folder or a `vocab.txt`; None for the one of BLIP's
+            repository in the Hugging Face cache.
+        text_heads: Attention heads of a CLIP's text tower, the one size that no tensor has. None for heads of width 64,
+            as in every CLIP of OpenAI, but at least two: below a width of 128 that is a guess.
 
     Returns:
-        The model in evaluation mode, in 32 bits; `save` writes its backbone's weights along.
+        The model in evaluation mode, in 32 bits; `save` writes its backbone's weights, too.
 
     Raises:
-        ConfigError: Where the backbone or target is not one of the reference's.
-        CheckpointError: Where the file cannot be read, or tensors are missing or not known;
-            they are listed.
+        ConfigError: If the backbone or target is not one of the reference's.
+        CheckpointError: If the file cannot be read, or tensors are missing or unknown; lists them.
     """
     if target not in _KINDS:
         raise ConfigError(f"target {target!r} is not one of the reference's; choose {', '.join(_KINDS)}")
     if isinstance(path_or_state_dict, Mapping):
-        where, state = "the state dict", unwrap_state_dict(path_or_state_dict, "the state dict")
+        source, state = "the state dict", unwrap_state_dict(path_or_state_dict, "the state dict")
     else:
-        where, state = str(path_or_state_dict), read_state_dict(path_or_state_dict)
-    encoder, heads = _split(state, where)
-    backbone = _backbone(encoder, model, tokenizer, text_heads, where)
-    fusion = _fusion(heads, backbone.dim, mask, where)
-    head = _target(heads, backbone.dim, target, sum_form, where)
-    loaded = IGROTModel(backbone, fusion, head, {"source": Path(where).name, "reference_target": _KINDS[target]})
+        source, state = str(path_or_state_dict), read_state_dict(path_or_state_dict)
+    encoder, heads = _split(state, source)
+    backbone = _backbone(encoder, model, tokenizer, text_heads, source)
+    fusion = _fusion(heads, backbone.dim, mask, source)
+    head = _target(heads, backbone.dim, target, sum_form, source)
+    loaded = IGROTModel(backbone, fusion, head, {"source": Path(source).name, "reference_target": _KINDS[target]})
     loaded.tuned = True  # the published code trains both encoders, and the file may hold any weights
     return loaded.eval()
 
 
-def _split(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part the backbone's tensors, without their prefix, from the heads'."""
+def _split(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the backbone's tensors, without their prefix, and those of the heads."""
     encoder: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     unknown = []
@@ -118,11 +107,13 @@ def _split(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], 
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(f"{where} holds tensors that the reference does not know: {summarize_names(unknown)}")
+        raise CheckpointError(f"{source} holds tensors that the reference does not know: {summarize_names(unknown)}")
     if not encoder or not heads:
-        lacks = "no backbone (model.*, pretrained_model.*, blip_model.*)" if not encoder else "no heads (fusion.*, ...)"
-        raise CheckpointError(f"{where} holds {lacks}; give the state dict of the whole reference model")
-    heads.pop(_T5_TABLE, None)  # transformers 5 wrote an unused word table
+        missing = (
+            "no backbone (model.*, pretrained_model.*, blip_model.*)" if not encoder else "no heads (fusion.*, ...)"
+        )
+        raise CheckpointError(f"{source} holds {missing}; give the state dict of the whole reference model")
+    heads.pop(_T5_EMBEDDINGS, None)  # transformers 5 wrote an unused embedding table
     return encoder, heads
 
 
@@ -131,44 +122,44 @@ def _backbone(
     model: str | Backbone,
     tokenizer: str | Path | None,
     text_heads: int | None,
-    where: str,
+    source: str,
 ) -> Backbone:
     is_blip = "visual_encoder.cls_token" in encoder
     if not is_blip and "visual.conv1.weight" not in encoder:
         raise CheckpointError(
-            f"{where}: the backbone is neither CLIP with a vision transformer (visual.conv1.weight) "
+            f"{source}: the backbone is neither CLIP with a vision transformer (visual.conv1.weight) "
             f"nor BLIP (visual_encoder.cls_token), but begins {summarize_names(encoder)}"
         )
     kind = "BLIP" if is_blip else "CLIP"
-    encoder = blip_names(encoder) if is_blip else {n: x for n, x in encoder.items() if n not in _CLIP_SIZES}
+    encoder = rename_blip(encoder) if is_blip else {n: x for n, x in encoder.items() if n not in _CLIP_SIZES}
     if isinstance(model, Backbone):
         if not isinstance(model, BlipBackbone if is_blip else OpenClipBackbone):
-            raise ConfigError(f"{where} holds a {kind}, but the backbone given is a {type(model).__name__}")
-        load_strict(model.network, encoder, f"the {kind} in {where}")
+            raise ConfigError(f"{source} holds a {kind}, but the backbone given is a {type(model).__name__}")
+        load_strict(model.network, encoder, f"the {kind} in {source}")
         return model
     if is_blip != (model == "blip"):
         allowed = "blip" if is_blip else "base, large or open_clip:<architecture>"
-        raise ConfigError(f"{where} holds a {kind}, but model={model!r}; choose model={allowed}")
-    return _blip(encoder, tokenizer, where) if is_blip else _clip(encoder, model, text_heads, where)
+        raise ConfigError(f"{source} holds a {kind}, but model={model!r}; choose model={allowed}")
+    return _blip(encoder, tokenizer, source) if is_blip else _clip(encoder, model, text_heads, source)
 
 
-def _clip(encoder: dict[str, Tensor], model: str, text_heads: int | None, where: str) -> OpenClipBackbone:
-    named = configuration(model)
-    config = _clip_sizes(encoder, named, where)
+def _clip(encoder: dict[str, Tensor], model: str, text_heads: int | None, source: str) -> OpenClipBackbone:
+    named = model_config(model)
+    config = _clip_sizes(encoder, named, source)
     config["text_cfg"]["heads"] = text_heads or max(2, config["text_cfg"]["width"] // 64)
     preprocess = Preprocess(config["vision_cfg"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
-    return OpenClipBackbone(config, preprocess, model, encoder, where=f"the CLIP in {where}")
+    return OpenClipBackbone(config, preprocess, model, encoder, source=f"the CLIP in {source}")
 
 
-def _clip_sizes(state: Mapping[str, Tensor], named: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Read a CLIP's sizes from its tensors; what they do not tell comes from the named configuration."""
+def _clip_sizes(state: Mapping[str, Tensor], named: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Read a CLIP's sizes from its tensors; the others come from the named configuration."""
     try:
         width, _, patch, _ = state["visual.conv1.weight"].shape
         grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
         context, text_width = state["positional_embedding"].shape
         vocabulary, joint = state["token_embedding.weight"].shape[0], state["text_projection"].shape[1]
     except KeyError as error:
-        raise CheckpointError(f"the CLIP in {where} misses {error}; give the whole state dict") from None
+        raise CheckpointError(f"the CLIP in {source} misses {error}; give the whole state dict") from None
     vision = {
         "image_size": patch * grid,
         "layers": _count(state, r"^visual\.transformer\.resblocks\.(\d+)\."),
@@ -190,11 +181,11 @@ def _count(state: Mapping[str, Tensor], layer: str) -> int:
     return len({found[1] for name in state if (found := re.search(layer, name))})
 
 
-def blip_names(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn BLIP's original names into transformers'.
+def rename_blip(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert BLIP's original names to those of transformers.
 
-    Momentum copies, queues, the temperature, the matching head and the text encoder's
-    cross-attention are left out: retrieval does not use them.
+    Momentum copies, queues, the temperature, the matching head and the text encoder's cross-attention are left out:
+    retrieval does not use them.
     """
     renamed = {}
     for name, x in encoder.items():
@@ -206,18 +197,18 @@ def blip_names(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _blip(state: dict[str, Tensor], tokenizer: str | Path | None, where: str) -> BlipBackbone:
-    from transformers import BlipConfig, BlipForImageTextRetrieval  # noqa: PLC0415 - heavy, only for BLIP
+def _blip(state: dict[str, Tensor], tokenizer: str | Path | None, source: str) -> BlipBackbone:
+    from transformers import BlipConfig, BlipForImageTextRetrieval  # noqa: PLC0415 - heavy
 
-    words, sizes = _blip_tokenizer(tokenizer), _blip_sizes(state, where)
+    sizes, vocabulary = _blip_sizes(state, source), _blip_tokenizer(tokenizer)
     network = BlipForImageTextRetrieval(BlipConfig(**sizes))
     preprocess = Preprocess(sizes["vision_config"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
-    backbone = BlipBackbone(network, words, preprocess, "blip")
-    load_strict(backbone.network, state, f"the BLIP in {where}")
+    backbone = BlipBackbone(network, vocabulary, preprocess, "blip")
+    load_strict(backbone.network, state, f"the BLIP in {source}")
     return backbone
 
 
-def _blip_sizes(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+def _blip_sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """Read BLIP's sizes from its tensors; heads are 64 wide on both sides."""
     try:
         patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
@@ -229,7 +220,7 @@ def _blip_sizes(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         text_inner = state["text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0]
         joint = state["vision_proj.weight"].shape[0]
     except KeyError as error:
-        raise CheckpointError(f"the BLIP in {where} misses {error}; give the whole state dict") from None
+        raise CheckpointError(f"the BLIP in {source} misses {error}; give the whole state dict") from None
     vision = {
         "hidden_size": width,
         "intermediate_size": vision_inner,
@@ -256,45 +247,45 @@ def _blip_sizes(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 def _blip_tokenizer(tokenizer: str | Path | None) -> Any:
     if tokenizer is not None:
         return load_tokenizer(tokenizer, "blip")
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - only for BLIP without a tokenizer
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - seldom needed
 
-    kept = try_to_load_from_cache(HF_NAMES["blip"], "vocab.txt")
-    if not isinstance(kept, str):
+    cached = try_to_load_from_cache(HF_NAMES["blip"], "vocab.txt")
+    if not isinstance(cached, str):
         raise CheckpointError(
-            "BLIP's file holds no word list; give tokenizer=PATH, a folder with tokenizer files or "
+            "BLIP's file holds no vocabulary; give tokenizer=PATH, a folder with tokenizer files or "
             f"the vocab.txt of {HF_NAMES['blip']}"
         )
-    return load_tokenizer(Path(kept).parent, "blip")
+    return load_tokenizer(Path(cached).parent, "blip")
 
 
-def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, where: str) -> QueryHead:
+def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, source: str) -> QueryHead:
     own = {name: x for name, x in heads.items() if name.startswith(_FUSION)}
     layers = _count(own, r"^fusion\.layers\.(\d+)\.")
     first = own.get("fusion.layers.0.linear1.weight")
     if first is None:
         raise CheckpointError(
-            f"the fusion head in {where} misses fusion.layers.0.linear1.weight; give the whole state dict"
+            f"the fusion head in {source} misses fusion.layers.0.linear1.weight; give the whole state dict"
         )
     fusion = build_query_head("transagg", width, layers=layers, feedforward=first.shape[0], mask=mask)
-    load_strict(fusion, own, f"the fusion head in {where}")
+    load_strict(fusion, own, f"the fusion head in {source}")
     return fusion
 
 
-def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str, where: str) -> TargetHead:
+def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str, source: str) -> TargetHead:
     if target != "union":
         options: dict[str, Any] = {"form": sum_form} if target == "sum" else {}
         return build_target_head(target, width, **options)
     own = {name: x for name, x in heads.items() if name.startswith(_TARGET)}
     query, inner = (
-        own.get(f"t5_layers.block.0.layer.{part}.weight") for part in ("0.SelfAttention.q", "1.DenseReluDense.wi")
+        own.get(f"t5_layers.block.0.layer.{layer}.weight") for layer in ("0.SelfAttention.q", "1.DenseReluDense.wi")
     )
     if query is None or inner is None:
         raise CheckpointError(
-            f"{where} misses a UNION head (t5_layers.*, union_weighted_layer.*); TransAgg's files have none: "
+            f"{source} has no UNION head (t5_layers.*, union_weighted_layer.*); TransAgg's files have none: "
             "choose target=frozen"
         )
     layers = _count(own, r"^t5_layers\.block\.(\d+)\.")
     # Heads of T5 are 64 wide at every width of the joint space.
     head = build_target_head("union", width, layers=layers, heads=query.shape[0] // 64, feedforward=inner.shape[0])
-    load_strict(head, own, f"the UNION head in {where}")
+    load_strict(head, own, f"the UNION head in {source}")
     return head

@@ -12,9 +12,9 @@ TEXTS = ["make it red", "", "a small dog ! two cats", "two red cats " * 60]
 # Name, fixture of the weights, image tokens, whether the pooled vector is also a token of the text.
 KINDS = {
     "tiny": ("tiny", None, 10),
-    "open_clip": ("base", "open_clip_folder", 5),
-    "open_clip_siglip": ("open_clip:ViT-B-16-SigLIP", "open_clip_siglip_folder", 5),
-    "open_clip_resnet": ("open_clip:RN50", "open_clip_resnet_folder", 5),
+    "open_clip": ("open_clip:small", "open_clip_folder", 5),
+    "open_clip_siglip": ("open_clip:small-siglip", "open_clip_siglip_folder", 5),
+    "open_clip_resnet": ("open_clip:small-resnet", "open_clip_resnet_folder", 5),
     "blip": ("blip", "blip_folder", 5),
     "siglip": ("siglip2", "siglip_folder", 5),
     "hf_clip": ("hf:some/clip", "clip_folder", 5),

@@ -1,13 +1,16 @@
+import io
 import json
 import shutil
 
 import pytest
 import torch
+from open_clip.tokenizer import HFTokenizer, canonicalize_text
 from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
 from union_igrot.errors import CheckpointError, ConfigError
-from union_igrot.models.backbones.hf import load_hf, load_tokenizer
+from union_igrot.models.backbones import base
+from union_igrot.models.backbones.hf import canonicalize, load_hf, load_tokenizer
 from union_igrot.models.factory import build_backbone
 from union_igrot.types import Preprocess
 
@@ -40,16 +43,33 @@ def test_blip_gives_its_own_retrieval_scores(blip_folder, images):
 
 
 @torch.no_grad()
-def test_siglip_gives_its_own_embeddings(siglip_folder, images):
+def test_siglip_returns_its_own_embeddings(siglip_folder, images):
     backbone = load_hf("siglip2", siglip_folder)
     network = SiglipModel.from_pretrained(siglip_folder).eval()
-    ids = backbone.tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
-    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
-    close(seen.pooled, network.vision_model(images).pooler_output)
-    close(said.pooled, network.text_model(ids).pooler_output)
-    assert said.tokens.shape == (3, 17, 64)
-    assert said.mask.sum(1).tolist() == [5, 8, 2]
-    close(said.tokens[:, -1], said.pooled)
+    texts = ["make it red", "a small dog two cats", ""]
+    ids = backbone.tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    image, text = backbone.encode_image(images), backbone.encode_text(["Make it RED!", "a small_dog;  two cats.", " ?"])
+    close(image.pooled, network.vision_model(images).pooler_output)
+    close(text.pooled, network.text_model(ids).pooler_output)
+    assert text.tokens.shape == (3, 17, 64)
+    assert text.mask.sum(1).tolist() == [5, 7, 2]
+    close(text.tokens[:, -1], text.pooled)
+    assert backbone.fingerprint().endswith("-lower")  # features of versions that kept capitals are not used
+
+
+CAPTIONS = ["A Red Shoe!", "is a_b c; with  'quotes'", "", "Ünïcode, STRASSE", "100% [wool]", "-- !?", "tab\tand\nline"]
+
+
+def test_siglip_texts_are_those_of_open_clip(siglip_folder):
+    """Equal ids to OpenCLIP's tokenizer of the same words, wherever the files put the padding."""
+    backbone = load_hf("siglip2", siglip_folder)
+    wanted = HFTokenizer(str(siglip_folder), context_length=16, clean="canonicalize")
+    for side in ("left", "right"):
+        backbone.tokenizer.padding_side = side
+        ids, mask = backbone._tokenize([canonicalize(text) for text in CAPTIONS])
+        assert ids.equal(wanted(CAPTIONS))
+        assert (mask.int().diff(dim=1) <= 0).all()  # words first
+    assert [canonicalize(text) for text in CAPTIONS] == [canonicalize_text(text) for text in CAPTIONS]
 
 
 @torch.no_grad()
@@ -93,7 +113,7 @@ def test_a_tokenizer_may_be_a_word_list(blip_folder):
         ("config.json", None, "config.json in .* cannot be read"),
         ("config.json", "{", "config.json in .* cannot be read"),
         ("config.json", '{"model_type": "bert"}', "is a bert model; supported are blip, siglip, clip"),
-        ("config.json", '{"model_type": "siglip2"}', "take a repository of a fixed one"),
+        ("config.json", '{"model_type": "siglip2"}', "use a repository of a fixed one"),
         ("model.safetensors", None, "model.safetensors in .* cannot be read"),
         ("model.safetensors", "x" * 20, "model.safetensors in .* cannot be read"),
         ("preprocessor_config.json", None, "preprocessor_config.json in .* cannot be read"),
@@ -127,7 +147,7 @@ def test_weights_of_another_shape_are_never_drawn_at_random(clip_folder, tmp_pat
 def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"config\.json of Salesforce/blip-itm-base-coco is not on") as told:
+    with pytest.raises(CheckpointError, match=r"Salesforce/blip-itm-base-coco is not in the cache") as told:
         load_hf("blip")
     assert "model.weights=PATH" in str(told.value)
     assert "\n" not in str(told.value)
@@ -141,3 +161,38 @@ def test_wrong_names_and_files_for_folders_are_named(tmp_path):
     (tmp_path / "weights.bin").write_text("x")
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_hf("blip", tmp_path / "weights.bin")
+
+
+def test_code_and_adapters_in_a_folder_are_errors(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config | auto_map | {"model_type": "mine"}))
+    with pytest.raises(
+        CheckpointError, match=r"copy has code of its own, which is not run; use .* \(blip, siglip, clip\)"
+    ):
+        load_hf("hf:a/b", folder)
+    (folder / "config.json").write_text(json.dumps(config | auto_map))
+    load_hf("hf:a/b", folder)  # transformers' own code
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a LoRA adapter, which is not supported; merge it"):
+        load_hf("hf:a/b", folder)
+
+
+@pytest.mark.parametrize("name", ["tiny", "open_clip:mine", "blip", "siglip2", "hf:some/clip"])
+def test_texts_that_are_cut_are_reported_once(request, caplog, monkeypatch, name):
+    monkeypatch.setattr(base, "_truncation_logged", set())
+    folders = {"open_clip:mine": "open_clip_folder", "blip": "blip_folder", "siglip2": "siglip_folder"}
+    folder = request.getfixturevalue(folders.get(name, "clip_folder"))
+    backbone = build_backbone(name, None if name == "tiny" else folder)
+    limit = getattr(backbone, "context", 31)
+    backbone.encode_text(["", "make it red", "a " * (limit - 2)])
+    assert not caplog.records
+    backbone.encode_text(["make it red", "two cats " * limit, "two dogs " * limit])
+    backbone.encode_text(["two cats " * limit])
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"texts of more than {limit} tokens are cut by backbone {name}, such as 'two cats two")
+    assert len(message) < 250

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from copy import deepcopy
@@ -9,13 +10,13 @@ from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file, save_file
 
 from union_igrot.errors import CheckpointError, ConfigError
-from union_igrot.models.backbones import open_clip as room
+from union_igrot.models.backbones import open_clip as loading
 from union_igrot.models.backbones.open_clip import (
     OPENAI_MEAN,
     OPENAI_STD,
     OpenClipBackbone,
-    configuration,
     load_open_clip,
+    model_config,
 )
 from union_igrot.models.factory import build_backbone
 from union_igrot.types import Preprocess
@@ -84,35 +85,81 @@ def test_the_mask_goes_by_position_not_by_the_number_of_padding():
 
 
 def test_names_stand_for_architectures_tags_and_activations():
-    assert configuration("base")["vision_cfg"]["patch_size"] == 32
-    assert configuration("base")["quick_gelu"]
-    assert configuration("large")["embed_dim"] == 768
-    assert not configuration("openclip_h")["quick_gelu"]
-    assert not configuration("open_clip:ViT-B-32/laion2b_s34b_b79k")["quick_gelu"]
-    assert configuration("open_clip:ViT-B-32/openai") == configuration("base")
+    assert model_config("base")["vision_cfg"]["patch_size"] == 32
+    assert model_config("base")["quick_gelu"]
+    assert model_config("large")["embed_dim"] == 768
+    assert not model_config("openclip_h")["quick_gelu"]
+    assert not model_config("open_clip:ViT-B-32/laion2b_s34b_b79k")["quick_gelu"]
+    assert model_config("open_clip:ViT-B-32/openai") == model_config("base")
 
 
 def test_the_preprocessing_is_the_references_for_openai_and_the_tags_own_elsewhere():
-    config = configuration("base")
-    openai = room._preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"), "openai")
+    config = model_config("base")
+    openai = loading._preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"), is_openai=True)
     assert openai == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="pad", interpolation="bicubic", pad_ratio=1.25)
-    laion = room._preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"), "laion2b_s34b_b79k")
+    laion = loading._preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"), is_openai=False)
     assert laion == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
     with pytest.raises(ConfigError, match="resize_mode 'longest'"):
-        room._preprocess(config, {"resize_mode": "longest"}, "x")
+        loading._preprocess(config, {"resize_mode": "longest"}, is_openai=False)
     with pytest.raises(ConfigError, match="square"):
-        room._preprocess(config, {"size": (224, 336)}, "x")
+        loading._preprocess(config, {"size": (224, 336)}, is_openai=False)
 
 
 @torch.no_grad()
 def test_a_folder_brings_its_own_configuration_and_preprocessing(open_clip_folder, images):
-    backbone = load_open_clip("open_clip:ViT-B-32", open_clip_folder)
+    backbone = load_open_clip("open_clip:mine", open_clip_folder)
     assert backbone.preprocess == Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), fit="squash")
     config = json.loads((open_clip_folder / "open_clip_config.json").read_text())["model_cfg"]
     network = open_clip.CLIP(**config).eval()
     network.load_state_dict(load_file(open_clip_folder / "open_clip_model.safetensors"))
     torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)
-    assert load_open_clip("base", open_clip_folder).preprocess.fit == "pad"
+    for name in ("base", "open_clip:ViT-B-32"):
+        with pytest.raises(CheckpointError, match="its embed_dim is 32, not 512; use open_clip:ANY"):
+            load_open_clip(name, open_clip_folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quick", [True, False])
+def test_activation_and_preprocessing_follow_the_weights_not_the_name(tmp_path, monkeypatch, images, quick):
+    small_base(monkeypatch)
+    network = open_clip.CLIP(**changed(quick_gelu=quick)).eval()
+    save_file({name: x.contiguous() for name, x in network.state_dict().items()}, tmp_path / "model.safetensors")
+    settings = {"model_cfg": changed(quick_gelu=quick), "preprocess_cfg": {"resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    backbone = load_open_clip("base", tmp_path)
+    assert backbone.preprocess.fit == ("pad" if quick else "squash")  # `base` is OpenAI's with the reference's pad
+    torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["open_clip:ViT-B-32", "open_clip:ViT-B-32/laion2b_s34b_b79k"])
+def test_a_file_of_openai_is_recognized_under_any_name(tmp_path, monkeypatch, images, name):
+    network = small_base(monkeypatch)
+    torch.save(network.state_dict() | {"input_resolution": torch.tensor(32)}, tmp_path / "openai.pt")
+    backbone = load_open_clip(name, tmp_path / "openai.pt")
+    assert backbone.preprocess.fit == "pad"
+    torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)
+    torch.save(network.state_dict(), tmp_path / "other.pt")
+    assert load_open_clip(name, tmp_path / "other.pt").preprocess.fit == "crop"
+
+
+def test_code_in_a_repository_is_an_error_and_never_run(tmp_path, open_clip_resnet_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    folder = shutil.copytree(open_clip_resnet_folder, tmp_path / "copy")
+    shutil.copy(tmp_path / "evil.py", folder)
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    for change in ({"model_type": "mine"}, {}):
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map} | change))
+        with pytest.raises(ConfigError, match="has code of its own, which is not run"):
+            load_open_clip("open_clip:mine", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Words", null]}}')
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    settings["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    load_open_clip("open_clip:mine", folder)  # with transformers' own tokenizer of this kind
 
 
 def small_base(monkeypatch):
@@ -198,7 +245,7 @@ def test_a_folder_without_its_files_is_named(open_clip_folder, tmp_path):
         load_open_clip("base", tmp_path)
     folder = shutil.copytree(open_clip_folder, tmp_path / "copy")
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"open_clip_config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*open_clip_config\.json"):
         load_open_clip("base", folder)
 
 
@@ -217,7 +264,7 @@ def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
     [
         ("open_clip:ViT-B-32/nope", "ViT-B-32 has no tag 'nope'; choose one of"),
         ("open_clip:ViT-B-32", "give model.weights"),
-        ("open_clip:ViT-B-31/openai", "no architecture 'ViT-B-31'; nearest are .*ViT-B-32"),
+        ("open_clip:ViT-B-31/openai", "no architecture 'ViT-B-31'; the nearest are .*ViT-B-32"),
         ("open_clip:", "open_clip:<architecture>/<tag>"),
         ("blip", "not OpenCLIP's"),
     ],
@@ -244,7 +291,7 @@ def test_what_is_no_configuration_is_refused(config, message):
 def test_a_text_tower_that_cannot_be_had_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"text tower roberta-base cannot be had .* with its config\.json"):
+    with pytest.raises(CheckpointError, match=r"configuration of its text tower roberta-base .* with its config\.json"):
         OpenClipBackbone(changed(text_cfg={"hf_model_name": "roberta-base"}), PLAIN, "mine")
 
 
@@ -252,17 +299,18 @@ def test_a_damaged_tokenizer_is_named(open_clip_siglip_folder, tmp_path):
     folder = shutil.copytree(open_clip_siglip_folder, tmp_path / "copy")
     for content in ("{", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'):
         (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"tokenizer .*copy cannot be had") as told:
-            load_open_clip("open_clip:ViT-B-16-SigLIP", folder)
+        with pytest.raises(CheckpointError, match=r"cannot load the tokenizer .*copy") as told:
+            load_open_clip("open_clip:mine", folder)
         assert "\n" not in str(told.value)
 
 
 def test_weights_without_a_tag_get_the_preprocessing_that_all_tags_agree_on():
-    siglip = room._preprocess(configuration("open_clip:ViT-B-16-SigLIP"), room._agreed("ViT-B-16-SigLIP"), "")
-    assert siglip == Preprocess(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), fit="squash")
+    def preprocess(arch):
+        return loading._preprocess(model_config(f"open_clip:{arch}"), loading._common_preprocess(arch), is_openai=False)
+
+    assert preprocess("ViT-B-16-SigLIP") == Preprocess(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), fit="squash")
     # OpenAI's and others' tags of one architecture differ in what they were trained with, not in means.
-    base = room._preprocess(configuration("open_clip:ViT-B-32"), room._agreed("ViT-B-32"), "")
-    assert base == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
+    assert preprocess("ViT-B-32") == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
 
 
 @torch.no_grad()
@@ -271,5 +319,5 @@ def test_counts_of_batches_and_coca_decoders_in_a_file_do_not_matter(tmp_path, o
     path = folder / "open_clip_model.safetensors"
     state = {name: x for name, x in load_file(path).items() if not name.endswith("num_batches_tracked")}
     save_file(state | {"text_decoder.text_projection": torch.zeros(2, 2)}, path)
-    found, wanted = (load_open_clip("open_clip:RN50", place) for place in (folder, open_clip_resnet_folder))
+    found, wanted = (load_open_clip("open_clip:mine", place) for place in (folder, open_clip_resnet_folder))
     assert found.fingerprint() == wanted.fingerprint()

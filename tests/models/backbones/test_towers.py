@@ -7,8 +7,14 @@ from transformers import BertConfig, M2M100Config, MT5Config, RobertaConfig
 
 from small_backbones import CLIP_CONFIG, RESNET_CONFIG, SMALL, draw
 from union_igrot.errors import ConfigError
-from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone
-from union_igrot.models.backbones.towers import NotSupportedError, _before_padding, image_tower
+from union_igrot.models.backbones.open_clip import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    OpenClipBackbone,
+    UnsupportedTowerError,
+    before_padding,
+    image_tower,
+)
 from union_igrot.types import Preprocess
 
 TEXTS = ["make it red", "", "wow! a dog!", "two cats instead of one " * 30]
@@ -204,8 +210,8 @@ def test_text_towers_of_hugging_face(tmp_path, made, pooler, apart):
 
 def test_padding_is_told_by_position():
     ids = torch.tensor([[5, 0, 7, 1, 0, 0], [1, 1, 1, 1, 1, 1], [3, 4, 5, 6, 7, 1], [0, 0, 0, 0, 0, 0]])
-    assert _before_padding(ids, 0, padding_ends=False).sum(1).tolist() == [4, 6, 6, 0]
-    assert _before_padding(ids, 1, padding_ends=True).sum(1).tolist() == [6, 1, 6, 6]
+    assert before_padding(ids, 0, padding_is_end=False).sum(1).tolist() == [4, 6, 6, 0]
+    assert before_padding(ids, 1, padding_is_end=True).sum(1).tolist() == [6, 1, 6, 6]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +220,7 @@ def test_padding_is_told_by_position():
         (clip({"pool_type": "none"}), "has no single embedding"),
         (clip({"attentional_pool": "parallel"}), "has no single embedding"),
         (clip(None, {"pool_type": "none"}, custom_text=True), "pools its texts by 'none'"),
-        (timm("test_convnext", "abs_attn", "", 64), "knows their places"),
+        (timm("test_convnext", "abs_attn", "", 64), "over positions"),
     ],
 )
 def test_heads_that_cannot_be_asked_of_one_token_are_refused(config, message):
@@ -232,5 +238,5 @@ def test_a_pooler_with_weights_of_its_own_is_refused(tmp_path):
 
 
 def test_a_tower_of_another_kind_is_refused():
-    with pytest.raises(NotSupportedError, match="an image tower of Linear"):
+    with pytest.raises(UnsupportedTowerError, match="an image tower of Linear"):
         image_tower(torch.nn.Linear(2, 2))

@@ -1,19 +1,19 @@
-"""The contract of a vision-language model: images and texts to features in one space.
+"""The interface of vision-language models: images and texts to features in one space.
 
-Frozen by construction: evaluation mode survives `train()`, no parameter asks for a
-gradient, unless an encoder is named to be tuned. Does not know heads, losses, files of
-annotations or caches.
+Frozen by construction: evaluation mode survives `train()` and no parameter requires a gradient, unless an encoder is
+tuned.
 """
 
 import functools
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +22,13 @@ from union_igrot.types import Features, Preprocess
 Modality = Literal["image", "text"]
 """The two encoders of a backbone."""
 
+log = logging.getLogger("union_igrot.models")
+_truncation_logged: set[str] = set()
+_EXAMPLE = 60
+
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """Hash names, types, shapes and bytes of a state dict, order aside.
+    """Hash names, dtypes, shapes and bytes of a state dict, in any order.
 
     Args:
         state: Tensors by name, on any device.
@@ -40,14 +44,48 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def first_pooled(
+    tokens: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None = None
+) -> Features:
+    """Return features whose pooled embedding is the first token; without a mask all tokens are real."""
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
+
+
+def warn_truncated(name: str, texts: Iterable[str], limit: int, count: Callable[[str], int]) -> None:
+    """Log, once per process, that texts of a backbone are cut.
+
+    Args:
+        name: Name of the backbone.
+        texts: Texts that may be too long.
+        limit: Most tokens of a text.
+        count: Returns the number of tokens of a text.
+    """
+    if _truncation_logged:
+        return
+    for text in texts:
+        if (length := count(text)) > limit:
+            _truncation_logged.add(name)
+            example = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}..."
+            log.warning(
+                "texts of more than %d tokens are cut by backbone %s, such as %r (%d tokens); reported once",
+                limit,
+                name,
+                example,
+                length,
+            )
+            return
+
+
 class Backbone(nn.Module, ABC):
     """A frozen vision-language model.
 
     Attributes:
-        name: What the model is called in configurations and saved models.
+        name: Name of the backbone in configurations and saved models.
         dim: Width of the joint space.
         preprocess: How an image becomes this model's input.
-        tuned_encoders: The encoders whose weights are being trained; none but after `tune`.
+        tuned_encoders: The encoders whose weights are being trained; empty before `tune`.
     """
 
     name: str
@@ -72,93 +110,97 @@ class Backbone(nn.Module, ABC):
         """Encode texts; an empty string is the null text.
 
         Returns:
-            Pooled and token features in the joint space, not normalized; the mask is
-            False after the end of each text, by position.
+            Pooled and token features in the joint space, not normalized; the mask is False after the end of each text,
+            by position.
         """
 
     def architecture(self) -> dict[str, Any]:
-        """Say in plain values how the model is built, weights and words aside; empty where its name says it."""
+        """Return how the model is built, in JSON values, without weights and tokenizer; empty if the name says it."""
         return {}
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write what texts are cut by into a folder; nothing where it is part of the code."""
+        """Write the tokenizer's files into a folder; nothing if it is part of the code."""
 
     def freeze(self) -> "Backbone":
-        """Fix every weight and stay in evaluation mode. Call at the end of a constructor."""
+        """Freeze every weight and switch to evaluation mode. Call at the end of a constructor."""
         self.requires_grad_(requires_grad=False)
         self.tuned_encoders = frozenset()
         return self.train(mode=False)
 
-    def tune(self, sides: Collection[Modality]) -> "Backbone":
-        """Let the weights of encoders be trained, until `freeze`.
+    def tune(self, encoders: Collection[Modality]) -> "Backbone":
+        """Train the weights of encoders, until `freeze`.
 
-        The weights of an encoder are those that its features depend on; what a pretraining
-        alone needed (a logit scale, layers of cross-attention) stays fixed.
+        The weights of an encoder are those that its features depend on; what only the pretraining needed (a logit
+        scale, layers of cross-attention) stays frozen.
 
         Args:
-            sides: `image`, `text`, or both.
+            encoders: `image`, `text`, or both.
         """
         self.freeze()
-        named = list(self.parameters())
+        weights = list(self.parameters())
         chosen: set[int] = set()
         self.requires_grad_(requires_grad=True)
         with torch.inference_mode(mode=False), torch.enable_grad():
-            for side in sides:
-                seen = self._probe(side)
-                outputs = [out.sum() for out in (seen.pooled, seen.tokens) if out is not None]
-                told: Sequence[Tensor | None] = torch.autograd.grad(outputs, named, allow_unused=True)
-                chosen |= {id(weight) for weight, gradient in zip(named, told, strict=True) if gradient is not None}
+            for encoder in encoders:
+                features = self._example(encoder)
+                outputs = [x.sum() for x in (features.pooled, features.tokens) if x is not None]
+                gradients: Sequence[Tensor | None] = torch.autograd.grad(outputs, weights, allow_unused=True)
+                chosen |= {id(x) for x, gradient in zip(weights, gradients, strict=True) if gradient is not None}
         self.freeze()
-        for weight in named:
+        for weight in weights:
             weight.requires_grad_(id(weight) in chosen)
-        self.tuned_encoders = frozenset(sides)
+        self.tuned_encoders = frozenset(encoders)
         return self
 
-    def _probe(self, side: Modality) -> Features:
+    def _example(self, encoder: Modality) -> Features:
         size = self.preprocess.size
-        if side == "image":
+        if encoder == "image":
             return self.encode_image(torch.zeros(1, 3, size, size, device=self.device))
         return self.encode_text(["a"])
 
     def checkpoint_activations(self) -> "Backbone":
-        """Compute each layer anew in the backward pass instead of keeping what it saw: less memory, more time."""
+        """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""
         for layer in list(_layers(self)):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         return self
 
-    def train(self, mode: bool = True) -> "Backbone":  # noqa: ARG002 - the mode is refused on purpose
-        """Stay in evaluation mode whatever is asked, also while tuned: dropout and statistics stay off."""
+    def train(self, mode: bool = True) -> "Backbone":  # noqa: ARG002 - ignored on purpose
+        """Stay in evaluation mode, also while tuned: dropout and running statistics stay off."""
         return super().train(mode=False)
 
-    def fingerprint(self) -> str:
-        """Return a hash of the exact weights and of the preprocessing."""
-        return f"{weights_hash(self.state_dict())}-{self.preprocess.fingerprint()}"
+    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
+        """Return a hash of the exact weights and of the preprocessing.
+
+        Args:
+            state: Weights in place of the backbone's own.
+        """
+        return f"{weights_hash(self.state_dict() if state is None else state)}-{self.preprocess.fingerprint()}"
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 
-def _layers(part: nn.Module) -> Iterator[nn.Module]:
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """Return the layers of each stack; of a stack of stages that are mostly stacks themselves, the inner ones."""
-    for child in part.children():
+    for child in module.children():
         if _is_stack(child) and not any(map(_is_stage, child.children())):
             yield from child.children()
         else:
             yield from _layers(child)
 
 
-def _is_stack(part: nn.Module) -> bool:
-    """Tell whether a module lists layers of one kind."""
-    listed = isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1
-    return listed and len({type(layer) for layer in part.children()}) == 1
+def _is_stack(module: nn.Module) -> bool:
+    """Return whether a module is a list of layers of one kind."""
+    is_list = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+    return is_list and len({type(layer) for layer in module.children()}) == 1
 
 
 def _is_stage(layer: nn.Module) -> bool:
-    inner = max((_size(part) for part in layer.modules() if _is_stack(part)), default=0)
-    return 2 * inner > _size(layer)
+    inner = max((_parameter_count(module) for module in layer.modules() if _is_stack(module)), default=0)
+    return 2 * inner > _parameter_count(layer)
 
 
-def _size(part: nn.Module) -> int:
-    return sum(weight.numel() for weight in part.parameters())
+def _parameter_count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())

@@ -1,10 +1,10 @@
-"""BLIP, SigLIP (1 and 2) and CLIP through transformers, from a hub or a local folder.
+"""BLIP, SigLIP (1 and 2) and CLIP through transformers, from the hub or a local folder.
 
-Knows where each model keeps its tokens and how they reach the joint space. Does not know
-heads, images' files or configurations. A model's class is imported when it is used.
+A model's class is imported when it is used. Code in a repository is never run.
 """
 
 import json
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from union_igrot.errors import CheckpointError, ConfigError, first_line
-from union_igrot.models.backbones.base import Backbone
-from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS, summarize_names
+from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
+from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS_OPTION, summarize_names
 from union_igrot.types import Features, Preprocess
 
 NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-base-patch16-224"}
@@ -24,18 +24,31 @@ NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-bas
 BLIP_CONTEXT = 35
 """Text positions of BLIP's retrieval models, padding included (Li et al., and the reference)."""
 _BILINEAR, _BICUBIC = 2, 3
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class _Transformers(Backbone):
-    """What the models of transformers have in common: how they are built again.
+class _TransformersBackbone(Backbone):
+    """A model of transformers.
+
+    Args:
+        network: The model.
+        tokenizer: Its tokenizer.
+        preprocess: How an image becomes its input.
+        name: Name of the backbone in configurations and saved models.
+        dim: Width of the joint space.
 
     Attributes:
-        kind: Name of the architecture, as configurations of transformers have it.
+        kind: Name of the architecture in configurations of transformers.
+        context: Most token ids of a text.
     """
 
     kind: str
-    network: Any
-    tokenizer: Any
+
+    def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str, dim: int) -> None:
+        super().__init__()
+        self.network, self.tokenizer, self.preprocess, self.name, self.dim = network, tokenizer, preprocess, name, dim
+        self.context: int = network.config.text_config.max_position_embeddings
+        self.freeze()
 
     def architecture(self) -> dict[str, Any]:
         """Return the network's configuration."""
@@ -45,127 +58,141 @@ class _Transformers(Backbone):
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
+    def _tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+        """Return token ids padded or cut to the context, and a mask of the tokens."""
+        encoded = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=self.context,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = encoded["attention_mask"].bool()
+        full = [text for text, whole in zip(texts, mask.all(1).tolist(), strict=True) if whole]
+        warn_truncated(
+            self.name, full, self.context, lambda text: len(self.tokenizer(text, verbose=False)["input_ids"])
+        )
+        return encoded["input_ids"].to(self.device), mask.to(self.device)
+
+    def _token_count(self, text: str) -> int:
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
 
 @final
-class BlipBackbone(_Transformers):
+class BlipBackbone(_TransformersBackbone):
     """BLIP's two towers for retrieval, frozen, without cross-attention and matching head.
 
-    All image tokens pass `vision_proj`, all 35 text positions `text_proj`; `pooled` is
-    the first of each. Source: the reference's `blip_retrieval.py`, `return_local=True`.
+    All image tokens pass `vision_proj`, all 35 text positions `text_proj`; `pooled` is the first of each. Source: the
+    reference's `blip_retrieval.py`, `return_local=True`.
 
     Args:
-        network: A `BlipForImageTextRetrieval`; its unused parts are taken off.
-        tokenizer: BERT's, as transformers gives it.
+        network: A `BlipForImageTextRetrieval`; its unused modules are removed.
+        tokenizer: BERT's tokenizer.
         preprocess: How an image becomes this model's input.
-        name: What the model is called in configurations and saved models.
+        name: Name of the backbone in configurations and saved models.
     """
 
     kind = "blip"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
-        super().__init__()
         del network.itm_head
         for layer in network.text_encoder.encoder.layer:
             if hasattr(layer, "crossattention"):
                 del layer.crossattention
-        self.network, self.tokenizer, self.preprocess, self.name = network, tokenizer, preprocess, name
-        self.dim = network.vision_proj.out_features
-        self.context = min(BLIP_CONTEXT, network.config.text_config.max_position_embeddings)
-        self.freeze()
+        super().__init__(network, tokenizer, preprocess, name, network.vision_proj.out_features)
+        self.context = min(BLIP_CONTEXT, self.context)
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode preprocessed images."""
-        seen = self.network.vision_model(pixel_values=images).last_hidden_state
-        return _led_by_first(self.network.vision_proj(seen), None)
+        hidden = self.network.vision_model(pixel_values=images).last_hidden_state
+        return first_pooled(self.network.vision_proj(hidden))
 
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; what is longer than the context is cut."""
-        ids, mask = _tokenize(self.tokenizer, texts, self.context, self.device)
-        said = self.network.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return _led_by_first(self.network.text_proj(said), mask)
+        """Encode texts; longer ones are cut to the context."""
+        ids, mask = self._tokenize(texts)
+        hidden = self.network.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return first_pooled(self.network.text_proj(hidden), mask)
 
 
 @final
-class SiglipBackbone(_Transformers):
+class SiglipBackbone(_TransformersBackbone):
     """SigLIP or SigLIP 2 of a fixed image size, frozen.
 
-    Its pooled embeddings are no tokens, so they stand in front of the tokens on both
-    sides. An image's is an attention head's; a token passes that head as if the head
-    saw it alone, which brings it into the joint space. A text's is the last of all
-    positions, padding or not, through a linear head that every position then passes.
+    Its pooled embeddings are not tokens, so they are put in front of the tokens on both sides. An image's comes from an
+    attention head; a token passes that head as if the head read it alone, which brings it into the joint space. A
+    text's is the last of all positions, padding or not, through a linear head that every position then passes.
+
+    Texts are in lower case and without punctuation, as in training and in OpenCLIP.
 
     Args:
         network: A `SiglipModel`.
-        tokenizer: The model's, as transformers gives it.
+        tokenizer: The model's tokenizer.
         preprocess: How an image becomes this model's input.
-        name: What the model is called in configurations and saved models.
+        name: Name of the backbone in configurations and saved models.
     """
 
     kind = "siglip"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
-        super().__init__()
-        self.network, self.tokenizer, self.preprocess, self.name = network, tokenizer, preprocess, name
-        self.dim = network.config.vision_config.hidden_size
-        self.context = network.config.text_config.max_position_embeddings
-        self.freeze()
+        super().__init__(network, tokenizer, preprocess, name, network.config.vision_config.hidden_size)
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode preprocessed images."""
-        seen = self.network.vision_model(pixel_values=images)
+        outputs = self.network.vision_model(pixel_values=images)
         head = self.network.vision_model.head
-        # Attention over one token gives that token's value, whatever the question is.
+        # Attention over one token returns that token's value, whatever the query is.
         values = F.linear(
-            seen.last_hidden_state,
+            outputs.last_hidden_state,
             head.attention.in_proj_weight[2 * self.dim :],
             head.attention.in_proj_bias[2 * self.dim :],
         )
-        alone = head.attention.out_proj(values)
-        alone = alone + head.mlp(head.layernorm(alone))
-        return _led_by_first(torch.cat([seen.pooler_output[:, None], alone], dim=1), None)
+        tokens = head.attention.out_proj(values)
+        tokens = tokens + head.mlp(head.layernorm(tokens))
+        return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1))
 
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts, padded to the context as the model was trained; what is longer is cut."""
-        ids, mask = _tokenize(self.tokenizer, texts, self.context, self.device)
-        # Without an attention mask: the model learned to read its padding.
-        said = self.network.text_model(input_ids=ids)
-        tokens = self.network.text_model.head(said.last_hidden_state)
+        """Encode texts, padded or cut to the context."""
+        ids, mask = self._tokenize([canonicalize(text) for text in texts])
+        # Without an attention mask: the model was trained with its padding.
+        outputs = self.network.text_model(input_ids=ids)
+        tokens = self.network.text_model.head(outputs.last_hidden_state)
         real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
-        return _led_by_first(torch.cat([said.pooler_output[:, None], tokens], dim=1), real)
+        return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1), real)
+
+    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
+        """Return a hash of the exact weights, the preprocessing and the treatment of texts."""
+        return f"{super().fingerprint(state)}-lower"
 
 
 @final
-class HFClipBackbone(_Transformers):
+class HFClipBackbone(_TransformersBackbone):
     """A CLIP of transformers, frozen; tokens as in `open_clip.OpenClipBackbone`.
 
     Args:
         network: A `CLIPModel`.
-        tokenizer: CLIP's, as transformers gives it.
+        tokenizer: CLIP's tokenizer.
         preprocess: How an image becomes this model's input.
-        name: What the model is called in configurations and saved models.
+        name: Name of the backbone in configurations and saved models.
     """
 
     kind = "clip"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
-        super().__init__()
-        self.network, self.tokenizer, self.preprocess, self.name = network, tokenizer, preprocess, name
-        self.dim = network.config.projection_dim
-        self.context = network.config.text_config.max_position_embeddings
-        self.freeze()
+        super().__init__(network, tokenizer, preprocess, name, network.config.projection_dim)
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode preprocessed images."""
         vision = self.network.vision_model
-        seen = vision.post_layernorm(vision(pixel_values=images).last_hidden_state)
-        return _led_by_first(self.network.visual_projection(seen), None)
+        hidden = vision.post_layernorm(vision(pixel_values=images).last_hidden_state)
+        return first_pooled(self.network.visual_projection(hidden))
 
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; what is longer than the context is cut, its end mark kept."""
-        ids, _ = _tokenize(self.tokenizer, texts, self.context, self.device)
-        said = self.network.text_model(input_ids=ids).last_hidden_state
-        tokens = self.network.text_projection(said)
-        # The padding may share the end mark's number: the first one counts.
+        """Encode texts; longer ones are cut to the context, their end mark kept."""
+        ids, _ = self._tokenize(texts)
+        tokens = self.network.text_projection(self.network.text_model(input_ids=ids).last_hidden_state)
+        # The padding may share the end mark's id: the first one counts.
         end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
         return Features(tokens[torch.arange(len(ids), device=ids.device), end], tokens, mask, end)
@@ -179,21 +206,26 @@ _KINDS: dict[str, tuple[str, type[HFBackbone]]] = {
 }
 
 
+def canonicalize(text: str) -> str:
+    """Return a text in lower case, without punctuation and repeated spaces, as SigLIP was trained."""
+    return " ".join(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower().split())
+
+
 def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     """Build a model of transformers with its trained weights.
 
-    The preprocessing is the repository's own, but for `blip`: that name stands for the
-    reference's recipe, which pads images longer than 1.25 to 1 to that ratio, then
-    resizes and cuts; `hf:Salesforce/blip-itm-base-coco` squashes, as its authors do.
+    The preprocessing is the repository's own, except for `blip`: that name stands for the reference's recipe, which
+    pads images longer than 1.25 to 1 to that ratio, then resizes and crops; `hf:Salesforce/blip-itm-base-coco`
+    squashes, as its authors do.
 
     Args:
         name: `blip`, `siglip2` or `hf:<repository>`.
-        weights: None to download on first use (kept by huggingface_hub), or a local folder
-            with `config.json`, weights, tokenizer and `preprocessor_config.json`.
+        weights: None to download on first use (kept by huggingface_hub), or a local folder with `config.json`, weights,
+            tokenizer and `preprocessor_config.json`.
 
     Raises:
-        ConfigError: Where the name or the kind of model is not supported.
-        CheckpointError: Where a file cannot be had, read or fitted.
+        ConfigError: If the name or the kind of model is not supported.
+        CheckpointError: If a file cannot be downloaded or read, or does not fit.
     """
     source = NAMES.get(name) or (name.removeprefix("hf:") if name.startswith("hf:") else "")
     if not source:
@@ -205,74 +237,79 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
                 f"backbone {name!r}: {source} is not a folder; set model.weights to a folder with config.json, "
                 "model.safetensors, tokenizer files and preprocessor_config.json"
             )
-    model_class, kind = _kind(name, source)
-    network = _network(name, source, model_class)
-    preprocess = _preprocess(name, source, network.config.vision_config.image_size)
+    if (Path(source) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"backbone {name!r}: {source} holds a LoRA adapter, which is not supported; merge it into its model "
+            "(merge_and_unload() of peft) and save that"
+        )
+    model_class, kind = _model_class(name, source)
+    network = _load_network(name, source, model_class)
+    preprocess = _load_preprocess(name, source, network.config.vision_config.image_size)
     return kind(network, load_tokenizer(source, name), preprocess, name)
 
 
-def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Preprocess, words: Path) -> HFBackbone:
-    """Build a model of transformers from its configuration, with weights drawn at random.
+def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Preprocess, folder: Path) -> HFBackbone:
+    """Build a model of transformers from its configuration, with random weights.
 
     Args:
-        name: What the model is called.
-        kind: Its architecture, as `architecture` gave it.
-        config: Its configuration, as `architecture` gave it.
+        name: Name of the backbone.
+        kind: Its architecture, from `architecture`.
+        config: Its configuration, from `architecture`.
         preprocess: How an image becomes its input.
-        words: A folder with its tokenizer's files.
+        folder: The folder of its tokenizer.
 
     Raises:
-        KeyError: Where the architecture is not known.
-        CheckpointError: Where the tokenizer cannot be read.
+        KeyError: If the architecture is unknown.
+        CheckpointError: If the tokenizer cannot be read.
     """
-    import transformers  # noqa: PLC0415 - heavy, only what is used
+    import transformers  # noqa: PLC0415 - heavy
 
     class_name, backbone = _KINDS[kind]
     model_class = getattr(transformers, class_name)
     network = model_class(model_class.config_class.from_dict(dict(config)))
-    return backbone(network, load_tokenizer(words, name), preprocess, name)
+    return backbone(network, load_tokenizer(folder, name), preprocess, name)
 
 
 def load_tokenizer(source: str | Path, name: str) -> Any:
     """Load a tokenizer from a repository, a folder or a BERT `vocab.txt`.
 
     Raises:
-        CheckpointError: Where it cannot be had or read.
+        CheckpointError: If it cannot be downloaded or read.
     """
-    from transformers import AutoTokenizer, BertTokenizer  # noqa: PLC0415 - heavy, only what is used
+    from transformers import AutoTokenizer, BertTokenizer  # noqa: PLC0415 - heavy
 
     try:
         if Path(source).is_file():
             return BertTokenizer(vocab=str(source))
-        return AutoTokenizer.from_pretrained(str(source))
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:
-        # The tokenizers library raises the plain base class where a file is damaged.
+        # The tokenizers library raises the plain base class for a damaged file.
         if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
             raise
         raise _unavailable(name, str(source), "tokenizer files", error) from None
 
 
-def _kind(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
-    import transformers  # noqa: PLC0415 - heavy, only what is used
+def _model_class(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
+    import transformers  # noqa: PLC0415 - heavy
 
     try:
-        model_type = transformers.AutoConfig.from_pretrained(source).model_type
+        model_type = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "config.json", error) from None
     if model_type not in _KINDS:
-        hint = " (its images vary in size; take a repository of a fixed one)" if model_type == "siglip2" else ""
+        hint = " (its images vary in size; use a repository of a fixed one)" if model_type == "siglip2" else ""
         raise ConfigError(f"backbone {name!r} is a {model_type} model{hint}; supported are {', '.join(_KINDS)}")
     class_name, kind = _KINDS[model_type]
     return getattr(transformers, class_name), kind
 
 
-def _network(name: str, source: str, model_class: Any) -> Any:
+def _load_network(name: str, source: str, model_class: Any) -> Any:
     try:
-        network, told = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        network, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "model.safetensors", error) from None
-    # transformers draws what a file lacks at random; that is never what is meant here.
-    missing = [*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])]
+    # transformers fills what a file lacks with random weights.
+    missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
     if missing := [key for key in missing if not key.endswith("position_ids")]:
         raise CheckpointError(
             f"the weights of {source} miss {summarize_names(missing)} or hold another shape; copy them again"
@@ -280,68 +317,52 @@ def _network(name: str, source: str, model_class: Any) -> Any:
     return network
 
 
-def _preprocess(name: str, source: str, size: int) -> Preprocess:
-    from transformers.image_processing_base import ImageProcessingMixin  # noqa: PLC0415 - heavy, only what is used
+def _load_preprocess(name: str, source: str, size: int) -> Preprocess:
+    from transformers.image_processing_base import ImageProcessingMixin  # noqa: PLC0415 - heavy
 
     try:
-        notes, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "preprocessor_config.json", error) from None
-    if not isinstance(notes, Mapping):
+    if not isinstance(settings, Mapping):
         raise CheckpointError(
             f"backbone {name!r}: preprocessor_config.json in {source} holds no settings; copy it again"
         )
-    return _read_notes(notes, size, "pad" if name == "blip" else None, name)
+    return _parse_preprocess(settings, size, "pad" if name == "blip" else None, name)
 
 
-def _read_notes(notes: Mapping[str, Any], size: int, fit: Literal["pad"] | None, name: str) -> Preprocess:
-    given = notes.get("size", size)
-    short = given.get("shortest_edge") if isinstance(given, Mapping) else None
-    crop = bool(notes.get("do_center_crop", False))
-    resample = notes.get("resample", _BICUBIC)
-    missing = [key for key in ("image_mean", "image_std") if len(notes.get(key) or ()) != 3]
+def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"] | None, name: str) -> Preprocess:
+    given = settings.get("size", size)
+    shortest = given.get("shortest_edge") if isinstance(given, Mapping) else None
+    crop = bool(settings.get("do_center_crop", False))
+    resample = settings.get("resample", _BICUBIC)
+    missing = [key for key in ("image_mean", "image_std") if len(settings.get(key) or ()) != 3]
     if missing or resample not in (_BILINEAR, _BICUBIC):
         problem = f"lacks {', '.join(missing)}" if missing else f"resamples by {resample}"
         raise CheckpointError(
             f"the preprocessor_config.json of {name!r} {problem}; give means, stds and resample 2 or 3"
         )
-    (r, g, b), (s, t, u) = notes["image_mean"], notes["image_std"]
+    (r, g, b), (s, t, u) = settings["image_mean"], settings["image_std"]
     return Preprocess(
         size=size,
         mean=(r, g, b),
         std=(s, t, u),
-        fit=fit or ("crop" if crop or short else "squash"),
+        fit=fit or ("crop" if crop or shortest else "squash"),
         interpolation="bicubic" if resample == _BICUBIC else "bilinear",
     )
 
 
 def _unavailable(name: str, source: str, file: str, error: Exception) -> CheckpointError:
+    if "trust_remote_code" in str(error):
+        return CheckpointError(
+            f"backbone {name!r}: {source} has code of its own, which is not run; use a repository of a kind that "
+            f"transformers supports ({', '.join(_KINDS)})"
+        )
     if Path(source).exists():
         return CheckpointError(
             f"backbone {name!r}: {file} in {source} cannot be read ({first_line(error)}); copy it there"
         )
     return CheckpointError(
-        f"backbone {name!r}: {file} of {source} is not on this machine and cannot be fetched ({first_line(error)}); "
-        f"connect once, or copy the repository into a folder and give {WEIGHTS}"
+        f"backbone {name!r}: {file} of {source} is not in the cache and cannot be downloaded ({first_line(error)}); "
+        f"connect once, or copy the repository into a folder and give {WEIGHTS_OPTION}"
     )
-
-
-def _tokenize(
-    tokenizer: Any, texts: Sequence[str], context: int, device: torch.device
-) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    said = tokenizer(
-        list(texts),
-        padding="max_length",
-        truncation=True,
-        max_length=context,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    return said["input_ids"].to(device), said["attention_mask"].to(device).bool()
-
-
-def _led_by_first(tokens: Tensor, mask: Tensor | None) -> Features:
-    """Return features whose pooled embedding is the first token."""
-    if mask is None:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))

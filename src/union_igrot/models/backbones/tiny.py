@@ -1,8 +1,6 @@
-"""The embedded default: a CLIP-like model of about a million weights, shipped with the package.
+"""The bundled default: a CLIP-like model of about a million weights.
 
-Knows its own layers, words and weights file. Pretrained on the generated world's captions
-by `pretrain_tiny.py`; it knows colored shapes and nothing of photographs. Does not know
-that script, the world's grammar, heads or benchmarks.
+Pretrained on captions of the generated world by `synthetic.pretrain`; it knows colored shapes, not photographs.
 """
 
 import re
@@ -17,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.types import Features, Preprocess
 
 CONTEXT = 32
-"""Most words of a text, the end mark included; what is longer is cut."""
+"""Most words of a text, including the end mark; longer texts are cut."""
 _BUCKETS = 64
 _WORDS = """
 a an the of with and on in to it is at over front behind into should be put photo picture sketch drawing image scene
@@ -39,21 +37,24 @@ _PREPROCESS = Preprocess(size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
 
 
 def tokenize(texts: Sequence[str]) -> Int[Tensor, "batch length"]:
-    """Turn texts into word numbers, cut to `CONTEXT`, ended and padded to the longest.
+    """Return the word ids of texts, cut to `CONTEXT`, with an end mark, padded to the longest.
 
-    Words are compared in lower case. A word that is not in the vocabulary goes to one of
-    64 hash buckets, so that it stays the same word without ever being an error.
+    Words are compared in lower case. A word outside of the vocabulary gets the id of one of 64 hash buckets.
     """
     rows = []
+    unknown = 2 + len(_WORDS)
     for text in texts:
-        words = re.findall(r"\w+", text.lower())[: CONTEXT - 1]
-        unknown = 2 + len(_WORDS)
+        words = _split(text)[: CONTEXT - 1]
         rows.append([*(_VOCABULARY.get(w, unknown + zlib.crc32(w.encode()) % _BUCKETS) for w in words), _END])
     longest = max((len(row) for row in rows), default=1)
     return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows], dtype=torch.long).reshape(-1, longest)
 
 
-class _Block(nn.Module):
+def _split(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+class _TransformerLayer(nn.Module):
     """A pre-norm transformer layer without dropout."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -67,7 +68,7 @@ class _Block(nn.Module):
         self, x: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length width"]:
         batch, length, width = x.shape
-        # The width is said outright: an empty batch leaves nothing to infer it from.
+        # The width is explicit: it cannot be inferred from an empty batch.
         split = (batch, length, 3, self.heads, width // self.heads)
         q, k, v = self.qkv(self.norm1(x)).view(split).permute(2, 0, 3, 1, 4)
         keys = None if mask is None else mask[:, None, None, :]
@@ -83,11 +84,10 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class TinyVLM(nn.Module):
-    """The trainable network behind `TinyBackbone`.
+    """The trainable network of `TinyBackbone`.
 
-    A convolutional stem turns 48 x 48 pixels into 6 x 6 tokens; three transformer layers
-    mix them with a class token. Two layers read the words. Both sides end in a norm and a
-    projection into the joint space.
+    A convolutional stem turns 48 x 48 pixels into 6 x 6 tokens; three transformer layers mix them with a class token.
+    Two layers encode the words. Both sides end in a norm and a projection into the joint space.
 
     Args:
         dim: Width of the joint space.
@@ -101,11 +101,11 @@ class TinyVLM(nn.Module):
         )
         self.image_class = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.image_places = nn.Parameter(torch.randn(1, 37, width) * 0.02)
-        self.image_blocks = nn.ModuleList(_Block(width, 4) for _ in range(3))
+        self.image_blocks = nn.ModuleList(_TransformerLayer(width, 4) for _ in range(3))
         self.image_norm, self.image_projection = nn.LayerNorm(width), nn.Linear(width, dim, bias=False)
         self.words = nn.Embedding(2 + len(_WORDS) + _BUCKETS, width)
         self.word_places = nn.Parameter(torch.randn(1, CONTEXT, width) * 0.02)
-        self.text_blocks = nn.ModuleList(_Block(width, 4) for _ in range(2))
+        self.text_blocks = nn.ModuleList(_TransformerLayer(width, 4) for _ in range(2))
         self.text_norm, self.text_projection = nn.LayerNorm(width), nn.Linear(width, dim, bias=False)
         nn.init.normal_(self.words.weight, std=0.05)
         self.log_scale = nn.Parameter(torch.tensor(2.6))
@@ -121,7 +121,7 @@ class TinyVLM(nn.Module):
         return projected
 
     def text(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
-        """Return all word tokens, projected; the end mark's token stands for the text."""
+        """Return all word tokens, projected; the end mark's token is the embedding of the text."""
         x = self.words(ids) + self.word_places[:, : ids.shape[1]]
         for block in self.text_blocks:
             x = block(x, ids != _PAD)
@@ -131,13 +131,13 @@ class TinyVLM(nn.Module):
 
 @final
 class TinyBackbone(Backbone):
-    """The embedded vision-language model, frozen.
+    """The bundled vision-language model, frozen.
 
     Args:
-        weights: A safetensors file of `TinyVLM`; the one shipped with the package by default.
+        weights: A safetensors file of `TinyVLM`; None for the one of the package.
 
     Raises:
-        CheckpointError: Where the file is absent or does not fit.
+        CheckpointError: If the file is missing or does not fit.
     """
 
     def __init__(self, weights: Path | None = None) -> None:
@@ -151,17 +151,17 @@ class TinyBackbone(Backbone):
             state = read_state_dict(weights)
         hint = "give a file written by `python -m union_igrot.synthetic.pretrain`"
         load_strict(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
-        self.network.to(memory_format=torch.channels_last)  # convolutions on a CPU are half as fast without
+        self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.freeze()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode images of 48 x 48: ten tokens, the class token first."""
-        tokens = self.network.image(images)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
+        return first_pooled(self.network.image(images))
 
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts: one token a word and one for the end, from which `pooled` is read."""
+        """Encode texts: one token per word and one for the end, from which `pooled` is read."""
+        long = [text for text in texts if len(text) >= 2 * CONTEXT - 1]  # shorter ones cannot hold too many words
+        warn_truncated(self.name, long, CONTEXT - 1, lambda text: len(_split(text)))
         ids = tokenize(texts).to(self.device)
         tokens, mask = self.network.text(ids), ids != _PAD
         end = mask.sum(1) - 1
