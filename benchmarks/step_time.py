@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, configuration
+from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, model_config
 from union_igrot.models.factory import build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel, load
 from union_igrot.training.losses import InfoNCE
@@ -48,7 +48,7 @@ def build_model(arch: str) -> IGROTModel:
     if arch == "tiny":
         return load("tiny")
     torch.manual_seed(0)
-    config = configuration(f"open_clip:{arch}/openai")
+    config = model_config(f"open_clip:{arch}/openai")
     size = config["vision_cfg"]["image_size"]
     backbone = OpenClipBackbone(config, Preprocess(size, OPENAI_MEAN, OPENAI_STD, fit="pad"), f"open_clip:{arch}")
     heads = 12 if backbone.dim == 768 else 8
