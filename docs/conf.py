@@ -67,7 +67,13 @@ MODULES = {
         "metrics.functional",
         "metrics.statistics",
     ],
-    "Training": ["training.losses", "training.datamodule", "training.learner", "training.processes"],
+    "Training": [
+        "training.settings",
+        "training.losses",
+        "training.datamodule",
+        "training.learner",
+        "training.processes",
+    ],
     "Galleries": [
         "gallery.gallery",
         "gallery.results",

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
         shapes_sbir as shapes_sbir,
         shapes_training as shapes_training,
     )
-    from union_igrot.training.learner import Learner as Learner, Recipe as Recipe
+    from union_igrot.training.learner import Learner as Learner
     from union_igrot.training.losses import InfoNCE as InfoNCE
+    from union_igrot.training.settings import Recipe as Recipe
     from union_igrot.types import (
         Benchmark as Benchmark,
         Features as Features,
@@ -95,7 +96,7 @@ __getattr__, __dir__ = lazy_exports(
         "shapes_sbir": "synthetic.shapes",
         "shapes_training": "synthetic.shapes",
         "Learner": "training.learner",
-        "Recipe": "training.learner",
+        "Recipe": "training.settings",
         "InfoNCE": "training.losses",
         "Benchmark": "types",
         "Features": "types",

@@ -1,6 +1,9 @@
 """Errors that a user can cause, and the helpers that word them; each message is one clear line."""
 
+import re
 from collections.abc import Collection
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UnionError(Exception):
@@ -46,3 +49,14 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
     close = get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(f"invalid value for {name}: {value!r} (expected one of {', '.join(allowed)}){hint}")
+
+
+def escape_controls(text: str) -> str:
+    """Escape control, bidirectional and unpaired surrogate characters, which a terminal interprets; not line ends."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str, length: int = 500) -> str:
+    """Return a message in one line without control characters, the middle left out if it is longer than `length`."""
+    line = escape_controls(" ".join(text.split()))
+    return line if len(line) <= length else f"{line[: length // 2]} ... {line[5 - length + length // 2 :]}"

@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning
 import torch
-from rich.console import Console
 from torch import nn
 
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
@@ -43,13 +42,15 @@ from union_igrot.reporting.page import Provenance, write_page
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.storage.cache import chosen_limit, default_root
 from union_igrot.storage.paths import expand_user
+from union_igrot.terminal import print_line
 from union_igrot.training.data import mean_name, read_evaluated, read_training
 from union_igrot.training.datamodule import IGROTDataModule
-from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit, load_best
+from union_igrot.training.learner import Learner, TrainerConfig, fit, load_best
 from union_igrot.training.loggers import open_loggers
 from union_igrot.training.losses import InfoNCE
 from union_igrot.training.processes import Processes, leave_process_group
 from union_igrot.training.run_folder import open_run, settings_hash
+from union_igrot.training.settings import Recipe
 from union_igrot.types import Benchmark, TrainingSet
 
 PAGE = "report.html"
@@ -178,7 +179,7 @@ def run_training(
         raise
     with run, run.discarded_on(UnionError):
         processes.broadcast("run", json.dumps([str(run.path), run.stage]))
-        _print(f"{'resuming' if run.resumed else 'run folder'} {run.path}", stderr=True)
+        print_line(f"{'resuming' if run.resumed else 'run folder'} {run.path}", stderr=True)
         write_atomic(run.path / "config.yaml", launch.config)
         # Read before the training, so that mistakes in them are found at once.
         test: Sequence[Benchmark] = training[1] if training is not None else ()
@@ -373,7 +374,7 @@ def submit(model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor,
         subsets = [] if scores.subsets is None else scores.subsets.tolist()
         written = write_cirr(folder, benchmark, rankings, [[names[at] for at in row if at >= 0] for row in subsets])
     for path in written:
-        _print(f"submission file {path}")
+        print_line(f"submission file {path}")
     return ScoredBenchmark(benchmark, {"submitted": scores})
 
 
@@ -404,7 +405,7 @@ def _report(
     write_page(folder / PAGE, result, drawn, provenance, partial(open_image, at_least=SIDE))
     if shown:
         print_results(result)
-        _print(f"written to {folder}; open {folder / PAGE}")
+        print_line(f"written to {folder}; open {folder / PAGE}")
 
 
 def _relative_to_home(folder: Path) -> str:
@@ -412,10 +413,6 @@ def _relative_to_home(folder: Path) -> str:
     with suppress(ValueError, RuntimeError):
         return str(Path("~") / folder.relative_to(Path.home()))
     return str(folder)
-
-
-def _print(line: str, *, stderr: bool = False) -> None:
-    Console(stderr=stderr).print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def command_line(program: str, arguments: Sequence[str], data: Mapping[str, Any]) -> str:

@@ -59,17 +59,18 @@ def test_a_failed_job_loses_no_other(place, capsys):
     assert [path.name for path in folder.iterdir() if "partial" in path.name] == []
 
 
-def test_a_bug_in_a_job_is_noted_and_still_told(place, monkeypatch, capsys):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
+def test_an_internal_error_in_a_job_is_noted_and_loses_no_other(place, capsys):
     def buggy(config, fresh):
         if config.seed == 0:
             raise ZeroDivisionError("by zero")
         return job(config, fresh)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as stopped:
         run_command("eval", buggy, ["-m", "seed=0,2"])
-    assert "failed: ZeroDivisionError: by zero" in capsys.readouterr().out
+    assert stopped.value.code == 70
+    printed = capsys.readouterr()
+    assert "internal error, please report this traceback" in printed.err
+    assert "failed: by zero" in printed.out
     assert [line["percent"] for line in table(swept(place))] == ["2.0000"]
 
 

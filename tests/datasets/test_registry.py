@@ -5,7 +5,6 @@ from importlib.metadata import EntryPoint
 
 import official
 import pytest
-from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -55,14 +54,12 @@ COLORS = BenchmarkDeclaration(
 @pytest.fixture
 def colors(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
-    stored = dict(ConfigStore.instance().repo)
     register_benchmark(COLORS)
     for split in COLORS.splits:
         (tmp_path / split).mkdir()
         for number in range(4):
             Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / split / f"{number}.png")
-    yield tmp_path
-    ConfigStore.instance().repo = stored
+    return tmp_path
 
 
 def test_a_registered_benchmark_is_loaded(colors):
@@ -110,7 +107,7 @@ def test_entry_points_are_imported_when_needed(monkeypatch):
         EntryPoint("other", f"{__name__}:COLORS", registry.ENTRY_POINTS),
         EntryPoint("cirr", "no_such_package:it", registry.ENTRY_POINTS),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda **_: points)
+    monkeypatch.setattr(registry, "_foreign", lambda: {point.name: point for point in points})
     assert benchmark_names()[-3:] == ("colors", "broken", "other")
     assert "broken" not in benchmark_names(trainable=True)
     assert find_benchmark("colors") is COLORS

@@ -1,7 +1,4 @@
-"""`union-cache`: what the cache folder keeps on disk, and making room.
-
-Knows the table and the words. Does not know how anything is stored.
-"""
+"""`union-cache`: list the cache folder, and prune it."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
     from union_igrot.storage.cache import Usage
 
 EXIT_IN_USE = 1
-"""Exit code where more is left than was asked for, since processes have it open."""
+"""Exit code if more is left than `prune=` allows, since other processes use it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,48 +24,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cache(config: "DictConfig", fresh: Path) -> None:
-    """List the cache; or prune it as configured and list what is left, with code 1 where that is too much."""
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    """Prune the cache if configured, and list what is left."""
+    # Heavy imports are delayed so that --help and usage errors are fast.
     import shutil
-
-    from rich.console import Console
 
     from union_igrot.storage.cache import PARTS, chosen_limit, default_root, prune, usage
     from union_igrot.storage.sizes import format_size, parse_duration, parse_size
+    from union_igrot.terminal import TerminalConsole, print_line
 
     del fresh
     root = default_root() if config.cache_dir is None else expand_user(config.cache_dir)
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    limit = chosen_limit()  # a wrong one is told before anything is removed
-    asked = config.prune is not None or config.older_than is not None
-    wanted = 0 if config.prune in (None, "all") else parse_size(config.prune)
-    if asked:
-        removed = prune(root, wanted, 0 if config.older_than is None else parse_duration(config.older_than), PARTS)
-        say(f"removed {_stores(len(removed))}, {format_size(sum(one.bytes for one in removed))}")
-    kept = usage(root, PARTS)
-    total = sum(one.bytes for one in kept)
-    if kept:
-        console.print(_table(kept))
-    say(
-        f"{root}: {format_size(total)} in {_stores(len(kept))}"
-        + (f", {format_size(shutil.disk_usage(root).free)} free on the disk" if root.is_dir() else "")
-        + (f", limit {format_size(limit)}" if limit is not None else "")
-    )
-    if config.prune is not None and config.older_than is None and total > wanted:
-        busy = sum(one.in_use for one in kept)
-        say(f"{_stores(busy)} in use and kept; prune again when those runs have ended")
+    limit = chosen_limit()  # an invalid one is an error before anything is removed
+    size = 0 if config.prune in (None, "all") else parse_size(config.prune)
+    if config.prune is not None or config.older_than is not None:
+        removed = prune(root, size, 0 if config.older_than is None else parse_duration(config.older_than), PARTS)
+        print_line(f"removed {_folders(len(removed))}, {format_size(sum(one.bytes for one in removed))}")
+    left = usage(root, PARTS)
+    total = sum(one.bytes for one in left)
+    if left:
+        TerminalConsole().print(_table(left))
+    free = f", {format_size(shutil.disk_usage(root).free)} free on the disk" if root.is_dir() else ""
+    limited = f", limit {format_size(limit)}" if limit is not None else ""
+    print_line(f"{root}: {format_size(total)} in {_folders(len(left))}{free}{limited}")
+    if config.prune is not None and config.older_than is None and total > size:
+        print_line(
+            f"{_folders(sum(one.in_use for one in left))} in use and kept; prune again when those runs have ended"
+        )
         raise SystemExit(EXIT_IN_USE)
 
 
-def _stores(count: int) -> str:
+def _folders(count: int) -> str:
     return f"{count} folder{'' if count == 1 else 's'}"
 
 
-def _table(kept: "Sequence[Usage]") -> "Table":
+def _table(left: "Sequence[Usage]") -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -76,9 +65,8 @@ def _table(kept: "Sequence[Usage]") -> "Table":
     from union_igrot.storage.sizes import format_duration, format_size
 
     table = Table("what", "of", "items", "size", "last used", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in (2, 3):
-        table.columns[column].justify = "right"
-    for one in reversed(kept):
+    table.columns[2].justify = table.columns[3].justify = "right"
+    for one in reversed(left):
         what = "embeddings" if one.fingerprint.startswith("embedded-") else one.part
         cells = (
             f"{what} {one.dtype}".rstrip() if one.part == "features" else f"{one.part}, of an earlier version",

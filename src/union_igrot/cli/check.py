@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(config: "DictConfig", fresh: Path) -> None:
     """Print a line for each split and part of a benchmark; end with code 1 where one is not complete."""
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from union_igrot.datasets.loading import load_benchmark
     from union_igrot.datasets.registry import benchmark_names, find_benchmark
     from union_igrot.errors import ConfigError, UnionError
+    from union_igrot.terminal import TerminalConsole, print_line
 
     del fresh
     name = config.data.name
@@ -58,8 +58,7 @@ def check(config: "DictConfig", fresh: Path) -> None:
                 state = "another number than the official files hold; fetch the annotations again"
         complete &= not state
         table.add_row(split, part, *cells, Text(state or "complete", style="red" if state else "green"))
-    console = Console()
-    console.print(table)
+    TerminalConsole().print(table)
     if not complete:
-        console.print(declaration.source, highlight=False, markup=False)
+        print_line(declaration.source)
         raise SystemExit(EXIT_INCOMPLETE)

@@ -1,101 +1,73 @@
-"""What all commands share: help, validation before heavy imports, one line per mistake, exit codes."""
+"""What all commands share: help, validation before heavy imports, safe output, exit codes, SIGTERM."""
 
 import os
+import signal
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from union_igrot import __version__
-from union_igrot.cli.config import (
-    Arguments,
-    as_config,
-    check_sweep,
-    conf_dir,
-    parse_arguments,
-    plain,
-    problems_of,
-    resolve,
-)
+from union_igrot.cli.config import Arguments, InvalidArgumentsError, as_config, parse_arguments, plain, resolve
 from union_igrot.cli.help import help_text
-from union_igrot.cli.settings import COMMANDS
-from union_igrot.errors import ConfigError, UnionError
+from union_igrot.errors import UnionError, one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from union_igrot.experiment import Launch
 
+Task = Callable[["DictConfig", Path], Path | None]
+"""Takes the validated settings and a new run folder (the current folder if the command has none); returns the folder
+of its results, or None for the given one."""
 EXIT_USAGE = 2
 """Exit code for a user's mistake."""
 EXIT_INTERNAL = 70
 """Exit code after an internal error, as in sysexits.h."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
+EXIT_BROKEN_PIPE = 141
+"""Exit code if the reader closed the output (`| head`), as in shells."""
+EXIT_TERMINATED = 143
+"""Exit code after SIGTERM, as in shells."""
+_GRACE_SECONDS = 3.5
 
 
-def _say(command: str, text: object) -> None:
-    print(f"{command}: {text}", file=sys.stderr)  # noqa: T201 - output of the command
+class Terminated(BaseException):
+    """SIGTERM has arrived."""
 
 
-@contextmanager
-def _one_line(command: str, advice: str = "") -> Iterator[None]:
-    """Report a user's mistake and an interruption in one line."""
-    try:
-        yield
-    except UnionError as error:
-        _say(command, error)
-        raise SystemExit(EXIT_USAGE) from None
-    except KeyboardInterrupt:
-        _say(command, f"interrupted{advice}")
-        raise SystemExit(EXIT_INTERRUPTED) from None
-
-
-@contextmanager
-def _internal_errors(command: str) -> Iterator[None]:
-    """Exit with a code of its own after a bug: 1 may have a meaning in the command."""
-    try:
-        yield
-    except (UnionError, SystemExit):
-        raise
-    except Exception:
-        traceback.print_exc()
-        _say(command, "internal error, please report this traceback")
-        raise SystemExit(EXIT_INTERNAL) from None
-
-
-def run_command(
-    name: str,
-    task: "Callable[[DictConfig, Path], Path | None]",
-    argv: Sequence[str] | None = None,
-    *,
-    resumes: bool = False,
-) -> None:
+def run_command(name: str, task: Task, argv: Sequence[str] | None = None, *, resumes: bool = False) -> None:
     """Run a command.
 
     Args:
         name: Name of the command, such as `train`.
-        task: Takes the validated settings and a new run folder (the current folder if the command has none);
-            returns the folder of its results, or None for the given one.
+        task: What it does.
         argv: Arguments; those of the process if None.
         resumes: Whether the same command resumes after an interruption.
 
     Raises:
-        SystemExit: With code 2 and the mistakes on standard error, or code 130 after Ctrl-C. A sweep continues after
-            a job's mistake and exits with its code.
+        SystemExit: With a code other than 0 and one line on standard error, or several for several invalid arguments.
+            A sweep continues after a failed job and exits with its code.
     """
     command = f"union-{name}"
     advice = "; run the same command again to resume" if resumes else ""
-    with _one_line(command, advice):
+    _open_streams()
+    with exit_codes(command, advice), _terminable():
         arguments = parse_arguments(name, sys.argv[1:] if argv is None else argv)
         if arguments.help is not None:
             print(help_text(name, arguments.help))  # noqa: T201 - output of the command
         elif arguments.version:
             print(__version__)  # noqa: T201 - output of the command
         elif arguments.sweep:
-            _sweep(name, task, arguments, advice)
+            from union_igrot.cli.sweep import run_sweep
+
+            run_sweep(name, task, arguments, lambda: exit_codes(command, advice))
         else:
             values, hydra = resolve(name, arguments)
             config = as_config(values)
@@ -103,10 +75,95 @@ def run_command(
                 from omegaconf import OmegaConf
 
                 print(OmegaConf.to_yaml(config), end="")  # noqa: T201 - output of the command
-                return
-            folder = Path.cwd() if hydra is None else _start_run(hydra, arguments)
-            with _internal_errors(command):
-                task(config, folder)
+            else:
+                task(config, Path.cwd() if hydra is None else _start_run(hydra, arguments))
+        sys.stdout.flush()
+
+
+@contextmanager
+def exit_codes(command: str, advice: str = "") -> Iterator[None]:
+    """Turn an exception into a line on standard error and an exit code.
+
+    Args:
+        command: Name of the command, which starts the line.
+        advice: What to do after an interruption.
+    """
+
+    def stop(code: int, error: BaseException, *lines: object) -> NoReturn:
+        print(f"{command}: {lines[0]}", *lines[1:], sep="\n  ", file=sys.stderr)  # noqa: T201 - output of the command
+        raise SystemExit(code) from error
+
+    try:
+        yield
+    except InvalidArgumentsError as error:
+        stop(EXIT_USAGE, error, f"{len(error.problems)} invalid arguments:", *map(one_line, error.problems))
+    except UnionError as error:
+        stop(EXIT_USAGE, error, one_line(str(error)))
+    except KeyboardInterrupt as error:
+        stop(EXIT_INTERRUPTED, error, f"interrupted{advice}")
+    except Terminated as error:
+        stop(EXIT_TERMINATED, error, f"terminated{advice}")
+    except BrokenPipeError as error:
+        with suppress(OSError):  # or the interpreter's own flush fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_BROKEN_PIPE) from error
+    except Exception as error:
+        traceback.print_exc()
+        stop(EXIT_INTERNAL, error, "internal error, please report this traceback")
+
+
+def _open_streams() -> None:
+    """Make output work if a stream is closed or its encoding lacks a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 - as long as the process
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM; end the process if that takes too long, as in a long call of a library."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    def watch() -> None:
+        with receiver:
+            while number := receiver.recv(1):
+                if number[0] == signal.SIGTERM and not ended.wait(_GRACE_SECONDS):
+                    os._exit(EXIT_TERMINATED)
+
+    (receiver, sender), ended = socket.socketpair(), threading.Event()
+    sender.setblocking(False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, terminate)
+    _let_forks_end()
+    try:
+        yield
+    finally:
+        _restore_sigterm()
+        ended.set()
+        sender.close()
+        watcher.join()
+
+
+def _restore_sigterm() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@cache
+def _let_forks_end() -> None:
+    """Let SIGTERM end a forked process at once."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_restore_sigterm)
 
 
 def _start_run(hydra: Any, arguments: Arguments) -> Path:
@@ -131,43 +188,3 @@ def launch_of(config: "DictConfig") -> "Launch":
     program = f"union-{hydra.job.config_name}"
     command = command_line(program, hydra.overrides.task, plain(config.data))
     return Launch(program, command, OmegaConf.to_yaml(config))
-
-
-def _sweep(name: str, task: "Callable[[DictConfig, Path], Path | None]", arguments: Arguments, advice: str) -> None:
-    """Run the jobs of a sweep by Hydra, whose grammar and launcher apply."""
-    if not COMMANDS[name].hydra:
-        swept = " and ".join(f"union-{one}" for one in COMMANDS if COMMANDS[one].hydra)
-        raise ConfigError(f"-m is not supported: union-{name} runs once (expected {swept})")
-    check_sweep(name, arguments)
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    from union_igrot.cli.sweep import Sweep
-
-    command = f"union-{name}"
-    sweep = Sweep(name, EXIT_USAGE)
-
-    def job(config: "DictConfig") -> None:
-        fresh = Path(HydraConfig.get().runtime.output_dir)
-
-        def work() -> Path | None:
-            problems = problems_of(name, OmegaConf.to_container(config))  # type: ignore[arg-type] # str keys
-            if problems:
-                raise ConfigError("; ".join(problems))
-            return task(config, fresh)
-
-        with _one_line(command, advice):
-            sweep.job(work, fresh)
-
-    # Relative folders refer to the current folder; Hydra must not change it.
-    before, here = sys.argv, Path.cwd()
-    sys.argv = [command, *arguments.plain(), "-m"]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
-    finally:
-        sys.argv = before
-        os.chdir(here)
-        sweep.show()
-    if sweep.code:
-        raise SystemExit(sweep.code)

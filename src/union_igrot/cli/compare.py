@@ -19,12 +19,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare(config: "DictConfig", fresh: Path) -> None:
     """Print a table of paired differences, first - second, for each benchmark of both runs."""
     # Heavy imports are delayed so that --help and usage errors are fast.
-    from rich.console import Console
-
     from union_igrot.errors import DataError
     from union_igrot.evaluation.results import read_query_values
     from union_igrot.evaluation.tables import Cell, ResultTable, TableRow, print_table
     from union_igrot.metrics.statistics import paired_interval, randomization_test
+    from union_igrot.terminal import TerminalConsole, print_line
 
     del fresh
     folders = [expand_user(config[side]) for side in ("first", "second")]
@@ -46,5 +45,5 @@ def compare(config: "DictConfig", fresh: Path) -> None:
                 TableRow(key.removeprefix(f"{config.method}/"), list(map(Cell, [*means, spread, f"{chance:.4f}"])))
             )
         head = list(map(Cell, ["metric", "first", "second", "first - second [95 %]", "p"]))
-        Console().print(f"{title} · {config.method}\n", highlight=False, markup=False, style="bold")
-        print_table(ResultTable(title, head, rows), Console())
+        print_line(f"{title} · {config.method}\n", style="bold")
+        print_table(ResultTable(title, head, rows), TerminalConsole())

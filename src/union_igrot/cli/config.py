@@ -7,19 +7,17 @@ Nothing heavy is imported before the settings are known to be valid.
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from union_igrot.cli.fields import REQUIRED, Setting, declared, show
-from union_igrot.cli.groups import GROUPS, UNTRAINED_HEADS
-from union_igrot.cli.settings import COMMANDS
-from union_igrot.datasets.registry import benchmark_names, find_benchmark
+from union_igrot.cli.settings import COMMANDS, GROUPS, UNTRAINED_HEADS
 from union_igrot.errors import ConfigError
+from union_igrot.settings import REQUIRED, Setting, declared, show
 
 if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 _ONE_MODEL = (
@@ -44,28 +42,24 @@ def conf_dir() -> Path:
 
 
 def options_of(group: str) -> list[str]:
-    """Return the options of a group."""
-    registered = benchmark_names() if group == "data" else ()
-    return sorted({path.stem for path in (conf_dir() / group).glob("*.yaml")} | set(registered))
+    """Return the options of a group: its files in `conf/`, and registered names."""
+    names = GROUPS[group].names() if group in GROUPS else ()
+    return sorted({path.stem for path in (conf_dir() / group).glob("*.yaml")} | set(names))
 
 
-def is_registered(group: str, option: str) -> bool:
-    """Whether an option is a benchmark of another package, without a file in `conf/`."""
-    return group == "data" and option in benchmark_names() and not (conf_dir() / group / f"{option}.yaml").is_file()
+def has_file(group: str, option: str) -> bool:
+    """Return whether the values of an option are in `conf/`; else they are the declared defaults."""
+    return (conf_dir() / group / f"{option}.yaml").is_file()
 
 
 def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the values of an option of a group."""
     import yaml
 
-    values: dict[str, Any]
-    if is_registered(group, option):
-        benchmark = find_benchmark(option)
-        values = {"name": option, "root": None, "split": benchmark.evaluation_splits[0], "check_images": True}
-        values |= {one.name: "all" if one.is_part else one.default for one in benchmark.settings}
-    else:
-        values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
-    return values
+    if has_file(group, option):
+        values: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        return values
+    return {one.key: one.default for one in GROUPS[group].settings(option)} | {GROUPS[group].key: option}
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -83,6 +77,18 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
     return f"unknown {what} {word} ({suggestion(word.rpartition('=')[2], known) or otherwise})"
+
+
+class InvalidArgumentsError(ConfigError):
+    """Several arguments are invalid.
+
+    Attributes:
+        problems: A line for each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = problems
+        super().__init__("\n  ".join([f"{len(problems)} invalid arguments:", *problems]))
 
 
 @dataclass
@@ -113,26 +119,19 @@ class Arguments:
 
 
 def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
-    """Parse `KEY=VALUE`, `--KEY VALUE` and `--KEY=VALUE`; values are taken as typed.
+    """Parse `KEY=VALUE`, `--KEY VALUE`, `--KEY=VALUE` and positional values; values are taken as typed.
 
     Args:
         name: The command, such as `train`.
         words: The command line without the program.
     """
-    found, known, rest = Arguments(), _known(name), list(words)
+    found, known, rest, positional = Arguments(), _known(name), list(words), list(COMMANDS[name].positional)
     while rest:
         word = rest.pop(0)
         key, equals, text = word.partition("=")
-        if word in ("-h", "--help"):
-            found.help = rest.pop(0) if rest and re.fullmatch(r"\w[\w.]*", rest[0]) else ""
-        elif word == "--version":
-            found.version = True
-        elif word in ("-m", "--multirun"):
-            found.sweep = True
-        elif word in ("-c", "--cfg") and rest:
-            found.show = rest.pop(0) == "job"
-            found.problems += [] if found.show else ["invalid value for --cfg (expected job)"]
-        elif word.startswith("--") and len(key) > 2:
+        if _is_flag(found, word, rest):
+            continue
+        if word.startswith("--") and len(key) > 2:
             key = key[2:] if key[2:] in known else key[2:].replace("-", "_")
             if not equals and key in known:
                 following = _value_of(known[key], rest)
@@ -144,13 +143,44 @@ def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
         elif equals and not word.startswith("-"):
             key = key.lstrip("+")
             hydra = COMMANDS[name].hydra and re.match(r"hydra[./]", key)
-            found.hydra.append(word) if hydra else found.settings.append((key, text))
+            found.hydra.append(parseable(key, text)) if hydra else found.settings.append((key, text))
+        elif positional and not word.startswith("-"):
+            found.settings.append((positional.pop(0), word))
         else:
             near = suggestion(word.lstrip("-"), [*known, "help", "version", "multirun"])
             found.problems.append(
                 f"unexpected argument {word!r} (expected KEY=VALUE or --KEY VALUE{'; ' * bool(near)}{near})"
             )
     return found
+
+
+def _is_flag(found: Arguments, word: str, rest: list[str]) -> bool:
+    """Return whether a word is an option of every command, and record it."""
+    if word in ("-h", "--help"):
+        found.help = rest.pop(0) if rest and re.fullmatch(r"\w[\w.]*", rest[0]) else ""
+    elif word == "--version":
+        found.version = True
+    elif word in ("-m", "--multirun"):
+        found.sweep = True
+    elif word in ("-c", "--cfg") and rest:
+        found.show = rest.pop(0) == "job"
+        found.problems += [] if found.show else ["invalid value for --cfg (expected job)"]
+    else:
+        return False
+    return True
+
+
+def parseable(key: str, text: str) -> str:
+    """Return a setting in Hydra's grammar; a text that does not follow it, such as a path with brackets, is quoted."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    for override in (f"{key}={text}", f"{key}='{quoted}'"):
+        with suppress(HydraException):
+            OverridesParser.create().parse_override(override)
+            return override
+    raise ConfigError(f"invalid argument {key}={text} (expected KEY=VALUE)")
 
 
 def _value_of(setting: Setting, rest: list[str]) -> str | None:
@@ -160,20 +190,23 @@ def _value_of(setting: Setting, rest: list[str]) -> str | None:
     return None if not rest or re.match(r"--\w|-[hmc]$", rest[0]) else rest.pop(0)
 
 
-@cache
 def _known(name: str) -> dict[str, Setting]:
     """Return all settings and groups that a command may have, whichever options are chosen."""
     known = {one.key: one for one in declared(COMMANDS[name].settings)}
     for group, (default, meaning) in COMMANDS[name].groups.items():
         known[group] = Setting(group, (str,), default, {"help": meaning, "expected": "an option"})
-        settings = GROUPS[group].settings if group in GROUPS else {}
-        for variant in [settings] if isinstance(settings, type) else settings.values():
-            known |= {one.key: one for one in declared(variant, f"{group}.")}
+        for option in options_of(group) if group in GROUPS else ():
+            with suppress(ConfigError):  # a package that cannot be imported; an error if it is chosen
+                known |= {one.key: one for one in _group_settings(group, option)}
     return known
 
 
+def _group_settings(group: str, name: object) -> list[Setting]:
+    return [replace(one, key=f"{group}.{one.key}") for one in GROUPS[group].settings(name)]
+
+
 def schema_of(name: str, values: Mapping[str, Any]) -> dict[str, Setting]:
-    """Return the settings of a command with the chosen variants of its groups.
+    """Return the settings of a command with the chosen options of its groups.
 
     Args:
         name: The command.
@@ -182,29 +215,8 @@ def schema_of(name: str, values: Mapping[str, Any]) -> dict[str, Setting]:
     schema = {one.key: one for one in declared(COMMANDS[name].settings)}
     for group in COMMANDS[name].groups:
         if group in GROUPS and isinstance(values.get(group), dict):
-            variant = GROUPS[group].variant(values[group].get(GROUPS[group].key))
-            foreign = _registered_settings(values[group]) if group == "data" and not variant else []
-            schema |= {one.key: one for one in (declared(variant, f"{group}.") if variant else foreign)}
+            schema |= {one.key: one for one in _group_settings(group, values[group].get(GROUPS[group].key))}
     return schema
-
-
-def _registered_settings(data: Mapping[str, Any]) -> list[Setting]:
-    """Return the settings of a benchmark of another package; none if the name is unknown."""
-    if data.get("name") not in benchmark_names():
-        return []
-    benchmark = find_benchmark(data["name"])
-    settings = [
-        Setting("data.name", (str,), benchmark.name, {}),
-        Setting("data.root", (str, type(None)), None, {"path": "folder"}),
-        Setting("data.split", (str,), benchmark.splits[0], {"choices": benchmark.evaluation_splits}),
-        Setting("data.check_images", (bool,), True, {}),
-    ]
-    for one in benchmark.settings:
-        choices = (*one.choices, *(["all"] * one.is_part))
-        limits = {"choices": choices} if choices else {"low": one.minimum} if one.type is int else {}
-        optional = (type(None),) if one.default is None and not one.is_part else ()
-        settings.append(Setting(f"data.{one.name}", (one.type, *optional), one.default, {**limits, "help": one.help}))
-    return settings
 
 
 def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfig | None]":
@@ -224,6 +236,7 @@ def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfi
             given.append((key, text))
         elif text in options_of(key) or (text == "null" and command.groups[key][0] is None):
             chosen[key] = text
+            _ = key in GROUPS and GROUPS[key].settings(text)  # an error if its package cannot be imported
         else:
             problems.append(_wrong_option(name, key, text))
     values, hydra = _composed(name, chosen, arguments.hydra)
@@ -247,8 +260,7 @@ def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfi
 def _raise(problems: Iterable[str]) -> None:
     problems = list(problems)
     if problems:
-        listed = "\n  ".join([f"{len(problems)} invalid arguments:", *problems])
-        raise ConfigError(problems[0] if len(problems) == 1 else listed)
+        raise ConfigError(problems[0]) if len(problems) == 1 else InvalidArgumentsError(problems)
 
 
 def _wrong_option(name: str, group: str, option: str) -> str:
@@ -263,10 +275,7 @@ def _composed(name: str, chosen: Mapping[str, str], hydra: Sequence[str]) -> "tu
     """Return the values of the chosen options and the defaults of the command, and Hydra's configuration."""
     if COMMANDS[name].hydra:
         # Without the defaults: an experiment chooses options too.
-        foreign = {group: option for group, option in chosen.items() if is_registered(group, option)}
-        overrides = [f"{group}={option}" for group, option in chosen.items() if group not in foreign]
-        composed, config = _compose_with_hydra(name, [*overrides, *hydra])
-        return composed | {group: read_option(group, option) for group, option in foreign.items()}, config
+        return _compose_with_hydra(name, [*(f"{group}={option}" for group, option in chosen.items()), *hydra])
     options = {**{group: default for group, (default, _) in COMMANDS[name].groups.items()}, **chosen}
     values: dict[str, Any] = {
         group: read_option(group, option) for group, option in options.items() if option and option != REQUIRED
@@ -283,6 +292,7 @@ def _compose_with_hydra(name: str, overrides: list[str]) -> "tuple[dict[str, Any
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _store_registered()
     # A program that runs under Hydra itself gets its own state back.
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None
@@ -297,6 +307,17 @@ def _compose_with_hydra(name: str, overrides: list[str]) -> "tuple[dict[str, Any
     values: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     del values["hydra"]
     return values, config
+
+
+def _store_registered() -> None:
+    """Make registered names options for Hydra, sweeps included."""
+    from hydra.core.config_store import ConfigStore
+
+    for group in GROUPS:
+        for option in options_of(group):
+            if not has_file(group, option):
+                with suppress(ConfigError):  # a package that cannot be imported; an error if it is chosen
+                    ConfigStore.instance().store(option, read_option(group, option), group=group)
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -315,7 +336,7 @@ def _apply(name: str, values: dict[str, Any], given: Sequence[tuple[str, str]]) 
         schema = schema_of(name, values)
         setting = schema.get(key)
         group = key.partition(".")[0]
-        if setting is None and _is_foreign(values, group):
+        if setting is None and _is_open(values, group):
             _put(values, key, Setting(key, (bool, int, float, str, type(None)), None, {}).parse(text))
         elif setting is None:
             problems.append(_unknown_setting(name, key, schema))
@@ -345,11 +366,10 @@ def _read_list(text: str) -> list[str] | str:
     return found if isinstance(found, list) else text
 
 
-def _is_foreign(values: Mapping[str, Any], group: str) -> bool:
-    """Whether a group holds a name of another package, whose settings are checked when it is built."""
-    if group not in GROUPS or group == "data" or not isinstance(values.get(group), dict):
-        return False
-    return GROUPS[group].variant(values[group].get(GROUPS[group].key)) is None
+def _is_open(values: Mapping[str, Any], group: str) -> bool:
+    """Return whether a group holds a registered name, whose further settings are checked when it is built."""
+    section = values.get(group)
+    return group in GROUPS and isinstance(section, dict) and GROUPS[group].is_open(section.get(GROUPS[group].key))
 
 
 def _unknown_setting(name: str, key: str, schema: Mapping[str, Setting]) -> str:
@@ -373,7 +393,7 @@ def problems_of(name: str, values: Mapping[str, Any]) -> list[str]:
     for key, value in leaves.items():
         setting = schema.get(key)
         if setting is None:
-            if not _is_foreign(values, key.partition(".")[0]):
+            if not _is_open(values, key.partition(".")[0]):
                 problems.append(_unknown_setting(name, key, schema))
         elif value == REQUIRED:
             problems.append(f"{key} is required: {setting.help}; add {key}=VALUE")
@@ -450,38 +470,3 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> "DictConfig":
     if name not in COMMANDS:
         raise ConfigError(_unknown("command", name, COMMANDS, "") + f" (expected {', '.join(COMMANDS)})")
     return as_config(resolve(name, parse_arguments(name, overrides))[0])
-
-
-def check_sweep(name: str, arguments: Arguments) -> None:
-    """Validate each value of a sweep once, before its first run.
-
-    Raises:
-        ConfigError: As `resolve`, or if several runs would share one folder.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    plain = [f"{key}={text}" for key, text in arguments.settings]
-    for override in plain:
-        if "glob(" in override:
-            raise ConfigError(f"{override}: glob is not supported; list the values, or use a range")
-    try:
-        values = [_swept(override) for override in OverridesParser.create().parse_overrides(plain)]
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    first = [choices[0] for choices in values]
-    if any(len(choices) > 1 for choices in values) and any(key == "output_dir" for key, _ in first):
-        raise ConfigError("output_dir is the folder of one run; leave it out, or use hydra.sweep.dir=FOLDER for all")
-    resolve(name, Arguments(first, arguments.hydra, arguments.problems))
-    for place, choices in enumerate(values):
-        for choice in choices[1:]:
-            resolve(name, Arguments([*first[:place], choice, *first[place + 1 :]]))
-
-
-def _swept(override: "Override") -> list[tuple[str, str]]:
-    """Return the key with each of its values."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        value = override.value()
-        return [(key, show(getattr(value, "text", value)))]
-    return [(key, text.strip("'\"")) for text in override.sweep_string_iterator()]

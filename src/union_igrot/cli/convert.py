@@ -1,7 +1,4 @@
-"""`union-convert`: a checkpoint of the published code becomes a model of this package.
-
-Knows the order of the steps. Does not know how a checkpoint is read.
-"""
+"""`union-convert`: convert a checkpoint of the published code into a model of this package."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +17,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(config: "DictConfig", fresh: Path) -> None:
-    """Read the authors' file and write heads, the backbone's weights, a description and a card."""
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from rich.console import Console
-
+    """Read the authors' file and write heads, the backbone's weights, `model.json` and a model card."""
+    # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.errors import ConfigError
     from union_igrot.models.reference import load_reference_checkpoint
     from union_igrot.reporting.model_card import write_model_card
+    from union_igrot.terminal import print_line
 
     del fresh
     folder = expand_user(config.output_dir)
@@ -47,10 +43,6 @@ def convert(config: "DictConfig", fresh: Path) -> None:
     heads = sum(x.numel() for x in model.head_parameters())
     backbone = sum(x.numel() for x in model.backbone.parameters())
     described = model.describe()
-    console = Console()
-    for line in (
-        f"backbone {described['backbone']}, {backbone:,} weights of the file, images of {model.preprocess.size}",
-        f"heads {described['fusion']['kind']} and {described['target']['kind']}, {heads:,} weights",
-        f'written to {folder}; union_igrot.load("{folder}"), or union-eval checkpoint={folder}',
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_line(f"backbone {described['backbone']}, {backbone:,} weights of the file, images of {model.preprocess.size}")
+    print_line(f"heads {described['fusion']['kind']} and {described['target']['kind']}, {heads:,} weights")
+    print_line(f'written to {folder}; union_igrot.load("{folder}"), or union-eval checkpoint={folder}')

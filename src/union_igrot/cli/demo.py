@@ -42,15 +42,13 @@ def demo(config: "DictConfig", fresh: Path) -> None:
     if missing:
         raise ConfigError(f'the demo needs {", ".join(missing)}; pip install "union-igrot[demo]"')
     # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
-    from rich.console import Console
-
     from union_igrot.demo.controller import DemoController
     from union_igrot.demo.serve import listen, serve
     from union_igrot.demo.server import LOOPBACK, make_app
     from union_igrot.demo.uploads import Limits
+    from union_igrot.terminal import print_line
 
     _check(config)
-    said = Console(stderr=True)
     login = _login(config.user)
     held = listen(config.host, config.port)  # before the long work: a port in use is told at once
     engines = _world(config) if config.index is None else _galleries(config)
@@ -62,7 +60,7 @@ def demo(config: "DictConfig", fresh: Path) -> None:
     app = make_app(controller, bound=config.waiting, hosts=names and list(dict.fromkeys(names)), login=login)
 
     def ready(address: str) -> None:
-        said.print(f"open {address} in a browser; Ctrl-C ends", highlight=False, soft_wrap=True)
+        print_line(f"open {address} in a browser; Ctrl-C ends", stderr=True)
 
     serve(app, held, ready)
 

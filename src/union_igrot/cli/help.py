@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from textwrap import wrap
 
-from union_igrot.cli.config import conf_dir, is_registered, options_of, read_option, suggestion
-from union_igrot.cli.fields import Setting, declared, show
-from union_igrot.cli.groups import GROUPS
-from union_igrot.cli.settings import COMMANDS
+from union_igrot.cli.config import conf_dir, has_file, options_of, read_option, suggestion
+from union_igrot.cli.settings import COMMANDS, GROUPS
+from union_igrot.datasets.registry import find_benchmark
 from union_igrot.errors import ConfigError
+from union_igrot.settings import Setting, declared, show
 
 _WIDTH = 100
 _COLUMN = 30
@@ -83,26 +83,22 @@ def _topic(name: str, topic: str) -> list[str]:
     for option in options_of(topic):
         lines += _entry(f"  {option}", summary_of(topic, option), 20)
     for option in options_of(topic) if topic in GROUPS else ():
-        group, values = GROUPS[topic], read_option(topic, option)
-        variant = group.variant(values.get(group.key))
-        if variant is None:
-            continue
-        schema = {one.key: one for one in declared(variant, f"{topic}.")}
+        values = read_option(topic, option)
+        schema = {one.key: one for one in GROUPS[topic].settings(values.get(GROUPS[topic].key))}
         shown = tuple((key, show(value)) for key, value in values.items() if key not in ("name", "kind"))
         if not shown or shown in described:
             continue
         described.add(shown)
         lines += ["", f"with {topic}={option}:"]
         for key, value in shown:
-            one = schema[f"{topic}.{key}"]
-            lines += _entry(f"  {one.key}={value}", one.help, _COLUMN + 4)
+            lines += _entry(f"  {topic}.{key}={value}", schema[key].help, _COLUMN + 4)
     return lines
 
 
 def summary_of(group: str, option: str) -> str:
-    """Return the first comment of an option's file."""
-    if is_registered(group, option):
-        return "Benchmark of another package."
+    """Return one line on an option: the first comment of its file, or what a benchmark declares."""
+    if not has_file(group, option):
+        return find_benchmark(option).summary if group == "data" else "A registered name."
     text = (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
     return text.removeprefix("# @package _global_\n").partition("\n")[0].removeprefix("# ")
 

@@ -100,7 +100,7 @@ def _device(accelerator: str) -> "torch.device":
 
 def _list_images(images: str, *, shown: bool) -> "Listing":
     from union_igrot.gallery.ingest.sources import list_images
-    from union_igrot.progress import progress_bar
+    from union_igrot.terminal import progress_bar
 
     with progress_bar(shown=shown) as bar:
         task = bar.add_task("listing images", total=None)
@@ -108,9 +108,9 @@ def _list_images(images: str, *, shown: bool) -> "Listing":
 
 
 def _print_report(report: "IngestReport", name: str, rows: int) -> None:
-    from rich.console import Console
+    from union_igrot.terminal import TerminalConsole
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = TerminalConsole(soft_wrap=True, highlight=False, markup=False)
     counts = ("added", "updated", "unchanged", "removed", "skipped")
     console.print(f"{name}: {rows:,} rows; " + ", ".join(f"{getattr(report, what):,} {what}" for what in counts))
     if report.opened:

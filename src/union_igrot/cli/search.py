@@ -1,20 +1,17 @@
 """`union-search`: find images of a gallery, printed as tables or JSON lines."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, escape_controls
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from rich.console import Console
 
     from union_igrot.gallery.queries import QueryLine
     from union_igrot.gallery.results import SearchResult
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
 
 EXIT_NO_HITS = 1
 """Exit code if no query has hits."""
-EXIT_BROKEN_PIPE = 141
-"""Exit code if the reader closed the output (`| head`), as in shells."""
 SHEET_QUERIES = 12
 """Queries on a contact sheet."""
 _BATCH = 256
@@ -40,7 +35,7 @@ def search(config: "DictConfig", fresh: Path) -> None:
     _check(config)
     # Heavy modules are imported here, so that --help and errors in the configuration are fast.
     from union_igrot.gallery.gallery import Gallery
-    from union_igrot.progress import progress_bar
+    from union_igrot.terminal import progress_bar
 
     lines = _query_lines(config)
     count = 0
@@ -49,7 +44,7 @@ def search(config: "DictConfig", fresh: Path) -> None:
     with Gallery.open(config.index, config.checkpoint, **options) as gallery:
         # On a terminal, a bar would be among the tables, which show the progress.
         shown = config.progress and len(lines) > _BATCH and not sys.stdout.isatty()
-        with _pipe_output(), progress_bar(shown=shown) as bar:
+        with progress_bar(shown=shown) as bar:
             task = bar.add_task("searching", total=len(lines))
             for at in range(0, len(lines), _BATCH):
                 some = lines[at : at + _BATCH]
@@ -101,17 +96,6 @@ def _query_lines(config: "DictConfig") -> "list[QueryLine]":
     return [QueryLine(1, {"image": images, "text": config.text, **ids})]
 
 
-@contextmanager
-def _pipe_output() -> Iterator[None]:
-    """Exit quietly if the reader closes the output."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails
-        raise SystemExit(EXIT_BROKEN_PIPE) from None
-
-
 def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult") -> None:
     if config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty()):
         for rank, hit in enumerate(result, 1):
@@ -121,8 +105,10 @@ def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult
         return
     from union_igrot.gallery.ingest.entries import OWN_COLUMNS
     from union_igrot.gallery.results import hit_table
+    from union_igrot.terminal import TerminalConsole
 
-    console = _console(config.thumbnails)
+    colored: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor"} if config.thumbnails == "on" else {}
+    console = TerminalConsole(**colored)
     thumbnails = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
     columns = dict.fromkeys(name for hit in result for name, value in hit.columns.items() if value is not None)
     title = _describe(line.query) if config.queries is None else f"{line.name}: {_describe(line.query)}"
@@ -131,25 +117,13 @@ def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult
 
 
 def _json_line(row: dict[str, Any]) -> str:
-    """Return a line of JSON, in ASCII if the encoding of the output lacks a character."""
+    """Return a line of JSON: in ASCII if a terminal would interpret a character, or the encoding lacks it."""
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(row)
-    return f"{text}\n"
-
-
-def _console(thumbnails: str) -> "Console":
-    from rich.console import Console
-
-    class PipedConsole(Console):
-        """Leaves a broken pipe to `_pipe_output`."""
-
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    return PipedConsole(force_terminal=True, color_system="truecolor") if thumbnails == "on" else PipedConsole()
+        return json.dumps(row) + "\n"
+    return (text if text == escape_controls(text) else json.dumps(row)) + "\n"
 
 
 def _describe(query: dict[str, Any]) -> str:

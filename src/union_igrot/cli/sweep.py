@@ -1,90 +1,147 @@
-"""Sweeps (`-m`): runs each job, and collects the results of all jobs in one table at the end.
+"""Sweeps (`-m`): Hydra's grammar and launcher run the jobs, and one table at the end holds the results of all.
 
 Every job notes in `jobs/` of the sweep's folder how it ended and where its results are, so a failed job loses no
 other and jobs may run side by side.
 """
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import read_write
 
-from union_igrot.errors import UnionError
+from union_igrot.cli.config import Arguments, as_config, conf_dir, parseable, resolve
+from union_igrot.cli.settings import COMMANDS
+from union_igrot.errors import ConfigError, one_line
+from union_igrot.settings import show
+from union_igrot.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from union_igrot.cli.command import Task
     from union_igrot.reporting.sweep_results import SweepJob
 
-
-def in_sweep() -> bool:
-    """Return whether the running job belongs to a sweep."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN
+_GOES_ON = (1, 2, 70)
+"""Exit codes of a job after which the others still run: not after an interruption."""
 
 
-@final
-class Sweep:
-    """The jobs of one sweep that run in this process.
+def run_sweep(name: str, task: "Task", arguments: Arguments, guard: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run the jobs of a sweep, and print a table of their results.
 
     Args:
-        command: Name of the command, `train` or `eval`.
-        usage_code: Exit code for a user's mistake.
+        name: The command, `train` or `eval`.
+        task: What a job does.
+        arguments: The command line.
+        guard: Reports the errors of a job.
 
-    Attributes:
-        code: Exit code of the first job that failed; 0 if none did.
+    Raises:
+        SystemExit: With the code of the first job that failed.
     """
+    overrides = check_sweep(name, arguments)
+    folder: Path | None = None
+    codes: list[int] = []
 
-    def __init__(self, command: str, usage_code: int) -> None:
-        self._command, self._usage_code = command, usage_code
-        self._folder: Path | None = None
-        self.code = 0
-
-    def job(self, work: Callable[[], Path | None], fresh: Path) -> None:
-        """Run a job and note how it ended; a user's mistake is one line and does not end the sweep.
-
-        Args:
-            work: Returns the folder of its results, or None for `fresh`.
-            fresh: The job's own folder.
-        """
-        self._folder = Path(HydraConfig.get().sweep.dir).absolute()
+    def job(_: "DictConfig") -> None:
+        nonlocal folder
+        running = HydraConfig.get()
+        folder, fresh = Path(running.sweep.dir).absolute(), Path(running.runtime.output_dir)
+        plain = [(key, values[0]) for key, values in map(_read_override, running.overrides.task)]
+        with read_write(running):  # type: ignore[arg-type] # a DictConfig, which its type hides
+            running.overrides.task = [f"{key}={text}" for key, text in plain]
+        code, error, found = 0, "", fresh
         try:
-            folder = (work() or fresh).absolute()
-        except UnionError as error:
-            print(f"union-{self._command}: {error}", file=sys.stderr)  # noqa: T201 - the command's output
-            self._note("", str(error), self._usage_code)
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 1
-            self._note("", f"ended with code {code}", code)
-        except Exception as error:
-            self._note("", f"{type(error).__name__}: {error}", 1)
-            raise
-        else:
-            inside = folder.is_relative_to(self._folder)
-            self._note(str(folder.relative_to(self._folder) if inside else folder), "", 0)
+            with guard():
+                found = task(as_config(resolve(name, Arguments(plain))[0]), fresh) or fresh
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 1
+            error = one_line(str(stopped.__cause__ or f"exit code {code}"))
+        codes.append(code)
+        _note(folder, found.absolute(), error)
+        if code and code not in _GOES_ON:
+            raise SystemExit(code)
 
-    def _note(self, run: str, error: str, code: int) -> None:
-        from union_igrot.storage.atomic import write_atomic
+    # Relative folders refer to the current folder; Hydra must not change it.
+    before, here = sys.argv, Path.cwd()
+    sys.argv = [f"union-{name}", *overrides, *arguments.hydra, "-m"]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+    finally:
+        sys.argv = before
+        os.chdir(here)
+        if folder is not None:
+            _show(folder, name)
+    if any(codes):
+        raise SystemExit(next(filter(None, codes)))
 
-        assert self._folder is not None  # set by `job`
-        self.code = self.code or code
-        hydra = HydraConfig.get()
-        jobs = self._folder / "jobs"
-        jobs.mkdir(parents=True, exist_ok=True)
-        note = {"job": hydra.job.num, "overrides": list(hydra.overrides.task), "run": run, "error": error}
-        write_atomic(jobs / f"{hydra.job.num}.json", json.dumps(note, indent=2) + "\n")
 
-    def show(self) -> None:
-        """Write and print the table of all jobs."""
-        if self._folder is None:
-            return
-        from union_igrot.reporting.sweep_results import print_sweep, write_sweep
+def check_sweep(name: str, arguments: Arguments) -> list[str]:
+    """Validate each value of a sweep once, before its first run.
 
-        jobs = sorted(_jobs(self._folder), key=lambda job: job.number)
-        if any(job.result.methods for job in jobs):
-            write_sweep(self._folder, jobs, self._command)
-            print_sweep(jobs, self._command, self._folder)
+    Returns:
+        The settings in Hydra's grammar; a text that it cannot parse, such as a path with brackets, is quoted.
+
+    Raises:
+        ConfigError: As `resolve`, or if several runs would write to one folder, or if the command is not swept.
+    """
+    if not COMMANDS[name].hydra:
+        swept = " and ".join(f"union-{one}" for one in COMMANDS if COMMANDS[one].hydra)
+        raise ConfigError(f"-m is not supported: union-{name} runs once (expected {swept})")
+    for key, text in arguments.settings:
+        if "glob(" in text:
+            raise ConfigError(f"{key}={text}: glob is not supported; list the values, or use a range")
+    # `++` adds options of registered heads, which Hydra does not know.
+    overrides = [parseable(f"++{key}" if "." in key else key, text) for key, text in arguments.settings]
+    values = [_read_override(override) for override in overrides]
+    first = [(key, choices[0]) for key, choices in values]
+    if any(len(choices) > 1 for _, choices in values) and any(key == "output_dir" for key, _ in first):
+        raise ConfigError("output_dir is the folder of one run; leave it out, or use hydra.sweep.dir=FOLDER for all")
+    resolve(name, Arguments(first, arguments.hydra, arguments.problems))
+    for at, (key, choices) in enumerate(values):
+        for choice in choices[1:]:
+            resolve(name, Arguments([*first[:at], (key, choice), *first[at + 1 :]]))
+    return overrides
+
+
+def _parse(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _read_override(override: str) -> tuple[str, list[str]]:
+    """Return the key of a setting, and each of its values as it would be typed without a sweep."""
+    parsed = _parse(override)
+    key = parsed.get_key_element().lstrip("+")
+    if not parsed.is_sweep_override():
+        value = parsed.value()
+        return key, [show(getattr(value, "text", value))]
+    values = [_parse(f"{key}={text}").value() for text in parsed.sweep_string_iterator()]
+    return key, [show(getattr(value, "text", value)) for value in values]
+
+
+def _note(folder: Path, run: Path, error: str) -> None:
+    running = HydraConfig.get()
+    place = "" if error else str(run.relative_to(folder) if run.is_relative_to(folder) else run)
+    note = {"job": running.job.num, "overrides": list(running.overrides.task), "run": place, "error": error}
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "jobs" / f"{running.job.num}.json", json.dumps(note, indent=2) + "\n")
+
+
+def _show(folder: Path, name: str) -> None:
+    """Write and print the table of all jobs."""
+    from union_igrot.reporting.sweep_results import print_sweep, write_sweep
+
+    jobs: Sequence[SweepJob] = sorted(_jobs(folder), key=lambda job: job.number)
+    if any(job.result.methods for job in jobs):
+        write_sweep(folder, jobs, name)
+        print_sweep(jobs, name, folder)
 
 
 def _jobs(folder: Path) -> "Iterator[SweepJob]":

@@ -42,8 +42,15 @@ FASHIONIQ = BenchmarkDeclaration(
     reader=f"{_READERS}.composed:read_fashioniq",
     splits=("val", "train", "test"),
     options=(
-        BenchmarkOption("category", str, choices=CATEGORIES, is_part=True),
-        BenchmarkOption("gallery", str, "original", ("original", "val"), for_training=False),
+        BenchmarkOption("category", str, choices=CATEGORIES, is_part=True, help="category of clothes"),
+        BenchmarkOption(
+            "gallery",
+            str,
+            "original",
+            ("original", "val"),
+            for_training=False,
+            help="original, or val (the smaller galleries of VAL)",
+        ),
         BenchmarkOption("captions", str, choices=("joined", "each"), is_setting=False),
     ),
     prompts={
@@ -60,6 +67,7 @@ FASHIONIQ = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", "dress"): (2017, 3817), ("val", "shirt"): (2038, 6346), ("val", "toptee"): (1961, 5373)},
+    summary="FashionIQ: clothes with two sentences, three categories; the targets of split test are not published.",
     source="annotations: GitHub, XiaoxiaoGuo/fashion-iq; images: its product links, many dead, or a mirror",
 )
 CIRR = BenchmarkDeclaration(
@@ -78,6 +86,7 @@ CIRR = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", ""): (4181, 2297), ("test1", ""): (4148, 2315)},
+    summary="CIRR: natural photos with a sentence, and subsets of look-alikes; split test1 writes submission files.",
     source="annotations: GitHub, Cuberick-Orion/CIRR, branch cirr_dataset; images: NLVR2's request form",
 )
 CIRCO = BenchmarkDeclaration(
@@ -93,13 +102,14 @@ CIRCO = BenchmarkDeclaration(
     prompt_fields=("shared_concept", "relative_caption"),
     presets=_PRESETS,
     counts={("val", ""): (220, 123_403), ("test", ""): (800, 123_403)},
+    summary="CIRCO: several targets among 123,403 photos; split test writes a submission file.",
     source="annotations: GitHub, miccunifi/CIRCO; images: COCO 2017 unlabeled (19 GB), cocodataset.org",
 )
 GENECIS = BenchmarkDeclaration(
     name="genecis",
     reader=f"{_READERS}.composed:read_genecis",
     splits=("val",),
-    options=(BenchmarkOption("task", str, choices=TASKS, is_part=True),),
+    options=(BenchmarkOption("task", str, choices=TASKS, is_part=True, help="task"),),
     prompts={"clip": "{condition}".format_map},
     prompt_fields=("condition",),
     presets=("official",),  # the UNION authors have no reader of it
@@ -109,6 +119,7 @@ GENECIS = BenchmarkDeclaration(
         ("val", "focus_object"): (1960, None),
         ("val", "change_object"): (1960, None),
     },
+    summary="GeneCIS: conditional similarity, four tasks.",
     source="annotations: GitHub, facebookresearch/genecis; images: COCO val2017 and Visual Genome",
 )
 LASCO = BenchmarkDeclaration(
@@ -120,6 +131,7 @@ LASCO = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", ""): (30_037, 39_826)},
+    summary="LaSCo: generated sentences on COCO photos.",
     source="annotations: GitHub, levymsn/LaSCo; images: COCO 2014 train and val, cocodataset.org",
 )
 LLAVASCO = BenchmarkDeclaration(
@@ -127,8 +139,13 @@ LLAVASCO = BenchmarkDeclaration(
     reader=f"{_READERS}.lasco:read_llavasco",
     splits=("val", "train"),
     options=(
-        BenchmarkOption("stride", int, minimum=1),
-        BenchmarkOption("limit", int, minimum=1),
+        BenchmarkOption("stride", int, minimum=1, help="read every n-th row; all if null (published code: 70)"),
+        BenchmarkOption(
+            "limit",
+            int,
+            minimum=1,
+            help="read this many rows at most, before the stride; all if null (published code: 350000)",
+        ),
         BenchmarkOption("gallery", str, "named", ("named", "corpus"), for_training=False, is_setting=False),
     ),
     prompts={
@@ -140,6 +157,7 @@ LLAVASCO = BenchmarkDeclaration(
     trainable=True,
     validation_split="val",
     counts={("train", ""): (None, None), ("val", ""): (None, None)},
+    summary="LlavaSCo: about 5,000 training triplets of LaSCo.",
     source="annotations: the UNION authors' Google Drive; images: COCO 2014 train and val, cocodataset.org",
 )
 DTIN = BenchmarkDeclaration(
@@ -147,9 +165,14 @@ DTIN = BenchmarkDeclaration(
     reader=f"{_READERS}.composed:read_dtin",
     splits=("val",),
     options=(
-        BenchmarkOption("domain", str, choices=DOMAINS, is_part=True),
-        BenchmarkOption("recall_mode", str, choices=("fraction", "any")),
-        BenchmarkOption("only_with_gt", bool, default=False),
+        BenchmarkOption("domain", str, choices=DOMAINS, is_part=True, help="domain of the targets"),
+        BenchmarkOption(
+            "recall_mode",
+            str,
+            choices=("fraction", "any"),
+            help="recall: fraction of the targets found, or any; the preset's if null",
+        ),
+        BenchmarkOption("only_with_gt", bool, default=False, help="leave out queries without targets"),
     ),
     prompts={
         "union": "the similar image with {domain} style".format_map,
@@ -159,6 +182,7 @@ DTIN = BenchmarkDeclaration(
     prompt_fields=("domain",),
     presets=_PRESETS,
     counts={("val", domain): (10_000, 16_983) for domain in DOMAINS},
+    summary="DTIN: ImageNet photos retrieved in another domain.",
     source="lists: GitHub, google-research/composed_image_retrieval (Pic2Word); images: ImageNet val and ImageNet-R",
 )
 
@@ -173,6 +197,7 @@ SKETCHY = BenchmarkDeclaration(
     prompt_fields=("class",),
     presets=_PRESETS,
     counts={("zeroshot1", ""): (15_229, 17_101), ("zeroshot0", ""): (12_694, 12_553)},
+    summary="Sketchy, zero-shot: 25 (zeroshot1) or 21 (zeroshot0) unseen classes.",
     source=_ZSE_SBIR,
 )
 TUBERLIN = BenchmarkDeclaration(
@@ -183,6 +208,7 @@ TUBERLIN = BenchmarkDeclaration(
     prompt_fields=("class",),
     presets=_PRESETS,
     counts={("test", ""): (2_400, 27_989)},
+    summary="TU-Berlin, zero-shot: 30 unseen classes.",
     source=_ZSE_SBIR,
 )
 QUICKDRAW = BenchmarkDeclaration(
@@ -193,6 +219,7 @@ QUICKDRAW = BenchmarkDeclaration(
     prompt_fields=("class",),
     presets=_PRESETS,
     counts={("test", ""): (92_291, 54_151)},
+    summary="QuickDraw-Extended, zero-shot: 30 unseen classes.",
     source=_ZSE_SBIR,
 )
 TRAINING_SKETCHY = BenchmarkDeclaration(
@@ -200,9 +227,9 @@ TRAINING_SKETCHY = BenchmarkDeclaration(
     reader=f"{_READERS}.sbir:read_training_sketchy",
     splits=("train",),
     options=(
-        BenchmarkOption("lists", str, "zeroshot1", SKETCHY_SPLITS),
-        BenchmarkOption("build", int, minimum=1),
-        BenchmarkOption("seed", int, 0),
+        BenchmarkOption("lists", str, "zeroshot1", SKETCHY_SPLITS, help="training classes of: zeroshot1 or zeroshot0"),
+        BenchmarkOption("build", int, minimum=1, help="number of pairs to draw; the authors' file if null"),
+        BenchmarkOption("seed", int, 0, help="seed of the drawn pairs"),
     ),
     prompts=_SKETCHY_PROMPTS,
     prompt_fields=("class",),
@@ -210,6 +237,7 @@ TRAINING_SKETCHY = BenchmarkDeclaration(
     trainable=True,
     folder="sketchy",
     counts={("train", ""): (5_000, None)},
+    summary="Training-Sketchy: 5,000 sketch and photo pairs.",
     source="triplets: the UNION authors' Google Drive, or data.build=5000; images: as for sketchy",
 )
 BUILTIN: Final = (

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, final
 from union_igrot.errors import ConfigError, UnionError, check_choice
 
 ENTRY_POINTS: Final = "union_igrot.benchmarks"
+_PRESET_HELP: Final = "protocol: official, or union_reference (conventions of the published code)"
 Text = str | tuple[str, ...]
 """The text of a query, or several alternative texts."""
 Template = Callable[[Mapping[str, str]], Text]
@@ -92,6 +93,7 @@ class BenchmarkDeclaration:
         validation_split: Split on which training validates; without it, a tenth of the triplets is held out.
         folder: Its folder in `$UNION_DATA`, if that is not its name.
         counts: Numbers of queries and gallery images in the official files, by split and part.
+        summary: One line on what it is, for the help of the commands.
         source: Where its files can be downloaded.
     """
 
@@ -106,6 +108,7 @@ class BenchmarkDeclaration:
     validation_split: str | None = None
     folder: str | None = None
     counts: Counts = field(default_factory=dict)
+    summary: str = "A registered benchmark."
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -118,9 +121,9 @@ class BenchmarkDeclaration:
     @property
     def all_options(self) -> tuple[BenchmarkOption, ...]:
         """All options of the reader, with `prompt` and `preset`."""
-        prompt = (BenchmarkOption("prompt", str),) if self.prompts else ()
-        preset = (BenchmarkOption("preset", str, self.presets[0], self.presets),) if self.presets else ()
-        return (*self.options, *prompt, *preset)
+        prompt = BenchmarkOption("prompt", str, help="prompt of the queries, a name or a template; the default if null")
+        preset = BenchmarkOption("preset", str, (*self.presets, "")[0], self.presets, help=_PRESET_HELP)
+        return (*self.options, *[prompt] * bool(self.prompts), *[preset] * bool(self.presets))
 
     @property
     def settings(self) -> tuple[BenchmarkOption, ...]:
@@ -249,8 +252,14 @@ def _all_declarations() -> dict[str, BenchmarkDeclaration | EntryPoint]:
     from union_igrot.datasets.builtin import BUILTIN  # noqa: PLC0415 - it imports the classes above
 
     builtin = {one.name: one for one in BUILTIN}
-    foreign = {one.name: one for one in entry_points(group=ENTRY_POINTS) if one.name not in builtin}
+    foreign = {name: found for name, found in _foreign().items() if name not in builtin}
     return builtin | foreign | _registered
+
+
+@cache
+def _foreign() -> dict[str, EntryPoint]:
+    """Return the entry points of other packages; reading them takes a while."""
+    return {one.name: one for one in entry_points(group=ENTRY_POINTS)}
 
 
 @cache

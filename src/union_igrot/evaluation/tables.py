@@ -20,6 +20,7 @@ from rich.text import Text
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult
 from union_igrot.metrics.names import families_of
 from union_igrot.metrics.statistics import Difference, Interval
+from union_igrot.terminal import TerminalConsole
 from union_igrot.types import Protocol
 
 _METHOD_NAMES = {"image": "image alone", "text": "text alone", "sum": "image + text"}
@@ -330,7 +331,7 @@ def print_results(result: EvaluationResult, console: Console | None = None) -> N
 
     The lines below are printed once for the parts of a benchmark, under their mean.
     """
-    console = console or Console()
+    console = console or TerminalConsole()
     width = min(console.width, _PARAGRAPH)
     for one in result.benchmarks:
         console.print(Text(f"{one.title} · {one.size}", style="bold"))

@@ -22,7 +22,7 @@ from union_igrot.images.decode import image_key
 from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Backbone
 from union_igrot.models.devices import default_workers, full_precision
-from union_igrot.progress import progress_bar
+from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, ImageSource
 
 Precision = Literal["float32", "bfloat16", "float16"]

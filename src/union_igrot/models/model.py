@@ -35,8 +35,8 @@ from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.hub import check_name, fetch_model, push_folder, short_card, split_name
 from union_igrot.models.registry import BACKBONES, did_you_mean, is_backbone
-from union_igrot.progress import progress_bar
 from union_igrot.storage.paths import expand_user
+from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
 
 

@@ -35,6 +35,7 @@ from union_igrot.evaluation.tables import (
 )
 from union_igrot.metrics.statistics import Interval
 from union_igrot.storage.atomic import write_atomic
+from union_igrot.terminal import TerminalConsole
 
 _Key = tuple[str, str]  # name and split of a benchmark
 _ORDER = (*UNTRAINED, *OWN_METHODS, "chance")
@@ -432,7 +433,7 @@ def _markdown(jobs: Sequence[SweepJob], command: str) -> Iterator[str]:
 
 def print_sweep(jobs: Sequence[SweepJob], command: str, folder: Path, console: Console | None = None) -> None:
     """Print the primary metrics of a sweep, the published ones below, what failed, and where the files are."""
-    console = console or Console()
+    console = console or TerminalConsole()
     measured = any(job.result.methods for job in jobs)
     if measured:
         print_table(sweep_table(jobs, command), console, intervals=False)

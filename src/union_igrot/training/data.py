@@ -1,6 +1,7 @@
 """Benchmarks and training triplets by name: the generated world, an own folder, or a public dataset."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError
 from union_igrot.storage.paths import expand_user
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir, shapes_training
+from union_igrot.training.settings import FolderSettings, ShapesSettings
 from union_igrot.types import Benchmark, TrainingSet
 
-_SHAPES = {"split": "test", "seed": 0, "triplets": 5000, "pairs": 2500, "val_queries": 400, "queries": 2000}
-_FOLDER = {"split": "test", "seed": 0, "pairs": 2500, "text": None, "on_missing": "error"}
+_SHAPES = {one.name: one.default for one in fields(ShapesSettings) if one.name != "name"}
+_FOLDER = {one.name: one.default for one in fields(FolderSettings) if one.name not in ("name", "root")}
 
 
 def data_settings(name: str, root: str | Path | None = None, **options: Any) -> dict[str, Any]:

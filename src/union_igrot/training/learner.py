@@ -9,9 +9,9 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import lightning
 import torch
@@ -29,6 +29,7 @@ from union_igrot.evaluation.scoring import score
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.training.datamodule import TrainingBatch, ValidationBatch
+from union_igrot.training.settings import Recipe
 from union_igrot.types import Benchmark
 
 _log = logging.getLogger(__name__)
@@ -67,54 +68,6 @@ class TrainerConfig:
     nodes: int = 1
     strategy: str = "auto"
     precision: Any = "32-true"
-
-
-@dataclass(frozen=True, repr=False)
-class Recipe:
-    """Optimizer, schedule and length of training.
-
-    Attributes:
-        epochs: Passes over the triplets.
-        rate: Highest learning rate of the heads.
-        backbone_rate: Highest learning rate of a tuned encoder.
-        weight_decay: AdamW's weight decay.
-        decay: Weights that decay: `matrices`, or `all` as in the reference.
-        eps: AdamW's epsilon.
-        schedule: `cosine` rises and then falls along half a cosine; `restarts` is the reference's: no warm-up, and a
-            new cosine every `cycle` epochs.
-        cycle: Epochs per cosine under `restarts`; all epochs if None.
-        warmup: Share of all steps with rising learning rate, under `cosine`.
-        floor: Share of the highest rate at the end of a cosine. Under `restarts` every rate falls to this share of
-            the heads' rate, as in the reference.
-        clip: Largest norm of the gradient.
-        accumulate: Batches per optimizer step. Negatives come from one batch alone.
-        monitor: Validation metric that selects the best epoch: `val/score` (the mean of the benchmarks' primary
-            metrics), or one such as `val/shapes_cir/mAP@10`.
-        batch_size: Triplets per step and device, of one task.
-        checkpointing: Whether layers of a tuned encoder are computed again in the backward pass, to save memory.
-    """
-
-    epochs: int = 4
-    rate: float = 1e-3
-    backbone_rate: float = 1e-6
-    weight_decay: float = 0.05
-    decay: Literal["matrices", "all"] = "matrices"
-    eps: float = 1e-8
-    schedule: Literal["cosine", "restarts"] = "cosine"
-    cycle: int | None = None
-    warmup: float = 0.05
-    floor: float = 0.01
-    clip: float = 5.0
-    accumulate: int = 1
-    monitor: str = "val/score"
-    batch_size: int = 128
-    checkpointing: bool = False
-
-    def __repr__(self) -> str:
-        changed = [
-            (one.name, getattr(self, one.name)) for one in fields(self) if getattr(self, one.name) != one.default
-        ]
-        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed)})"
 
 
 @final

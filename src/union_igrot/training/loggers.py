@@ -96,9 +96,9 @@ def _wandb(
     """Continue the run under its id, so that a resumed training is one run there."""
     import wandb  # noqa: PLC0415 - slow
     from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
 
     from union_igrot.storage.atomic import write_atomic  # noqa: PLC0415
+    from union_igrot.terminal import print_line  # noqa: PLC0415
 
     if mode == "offline":  # reports of its own errors would make outbound requests
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -135,4 +135,4 @@ def _wandb(
         run.finish(exit_code=code)
     if mode == "offline":
         line = f"Weights & Biases: offline run in {written}; to upload it: wandb sync {written}"
-        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(line, stderr=True)

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from union_igrot.training.settings import LossSettings
+
 
 def info_nce(
     queries: Float[Tensor, "queries dim"],
@@ -54,7 +56,13 @@ class InfoNCE(nn.Module):
         skip_duplicates: Whether targets of one group are not negatives of each other. In the reference they are.
     """
 
-    def __init__(self, scale: float = 100.0, *, symmetric: bool = False, skip_duplicates: bool = True) -> None:
+    def __init__(
+        self,
+        scale: float = LossSettings.scale,
+        *,
+        symmetric: bool = LossSettings.symmetric,
+        skip_duplicates: bool = LossSettings.skip_duplicates,
+    ) -> None:
         super().__init__()
         self.scale, self.symmetric, self.skip_duplicates = scale, symmetric, skip_duplicates
 

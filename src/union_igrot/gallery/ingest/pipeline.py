@@ -34,9 +34,9 @@ from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_load
 from union_igrot.images.transforms import model_input
 from union_igrot.models.devices import default_workers, full_precision
 from union_igrot.models.model import IGROTModel
-from union_igrot.progress import progress_bar
 from union_igrot.storage.cache import ADVICE, default_root
 from union_igrot.storage.locks import acquire_exclusive
+from union_igrot.terminal import progress_bar
 
 EXAMPLES: Final = 5
 """Broken images that a report names."""

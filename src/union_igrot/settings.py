@@ -1,18 +1,23 @@
-"""How settings are declared: fields of dataclasses with help and allowed values in their metadata.
+"""How settings are declared, once: fields of dataclasses with help and allowed values in their metadata.
+
+Commands parse, validate and describe settings by these declarations; nothing heavy is imported for that.
 
 The metadata may hold `help`; `choices`; the bounds `low`, `high` and `above` (excluded); `path` (`file` or `folder`,
-which must exist); or `accepts`, a test of the value, with `expected`, its description. `verbatim` text is never null.
+which must exist); or `accepts`, a test of the value, with `expected`, its description or a function that returns it.
+`verbatim` text is never null.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from union_igrot.errors import UnionError
 from union_igrot.storage.paths import expand_user
 
+T = TypeVar("T")
 REQUIRED = "???"
 """Default of a setting without a default, as in Hydra's files."""
 
@@ -40,7 +45,8 @@ class Setting:
     def expected(self) -> str:
         """Allowed values in words."""
         if "expected" in self.options:
-            words = [self.options["expected"]]
+            expected = self.options["expected"]
+            words = [expected() if callable(expected) else expected]
         elif self.choices:
             words = [show(choice) for choice in self.choices]
         elif bool in self.types:
@@ -59,7 +65,7 @@ class Setting:
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
     def parse(self, text: str) -> Any:
-        """Return the value that a text stands for; the text itself if it fits none of the types."""
+        """Return the value of a text; the text itself if it fits none of the types."""
         if text == "null" and NoneType in self.types and not self.options.get("verbatim"):
             return None
         if bool in self.types and text.lower() in ("true", "false"):
@@ -73,7 +79,7 @@ class Setting:
         return text
 
     def allows(self, value: Any) -> bool:
-        """Whether a value has one of the types and is allowed."""
+        """Return whether a value has one of the types and is allowed."""
         if value is None or isinstance(value, bool):
             return type(value) in self.types
         if "accepts" in self.options:
@@ -109,13 +115,25 @@ def setting(default: Any, help: str, **options: Any) -> Any:  # noqa: A002 - the
     return field(default=default, metadata={"help": help, **options})
 
 
-def declared(group: type, prefix: str = "") -> Iterator[Setting]:
-    """Yield the settings of a dataclass, those of nested dataclasses with their full names."""
+def documented(group: type[T]) -> type[T]:
+    """Add the help of the fields to the docstring of a dataclass."""
+    lines = [f"    {one.key}: {one.help[:1].upper()}{one.help[1:]}." for one in _declared(group, "")]
+    group.__doc__ = "\n".join([f"{group.__doc__}\n", "Attributes:", *lines])
+    return group
+
+
+@cache
+def declared(group: type, prefix: str = "") -> tuple[Setting, ...]:
+    """Return the settings of a dataclass, those of nested dataclasses with their full names."""
+    return tuple(_declared(group, prefix))
+
+
+def _declared(group: type, prefix: str) -> Iterator[Setting]:
     hints = get_type_hints(group)
     for one in fields(group):
         hint = hints[one.name]
         if is_dataclass(hint):
-            yield from declared(hint, f"{prefix}{one.name}.")  # type: ignore[arg-type] # a class, since it is a hint
+            yield from _declared(hint, f"{prefix}{one.name}.")  # type: ignore[arg-type] # a class, since it is a hint
             continue
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         literals = tuple(value for member in members if get_origin(member) is Literal for value in get_args(member))
@@ -126,7 +144,7 @@ def declared(group: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def readable(parse: Callable[[Any], Any], *words: str) -> Callable[[Any], bool]:
-    """Return a test whether a function can read a value, or it is one of some words."""
+    """Return a test that accepts what a function can parse, and some words."""
 
     def accepts(value: Any) -> bool:
         try:
