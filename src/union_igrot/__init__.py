@@ -10,7 +10,7 @@ from union_igrot._lazy import lazy_exports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from union_igrot.api import evaluate as evaluate, picture_batch as picture_batch
+    from union_igrot.api import evaluate as evaluate
     from union_igrot.cli.config import compose as compose
     from union_igrot.datasets.folder import folder_benchmark as folder_benchmark, folder_training as folder_training
     from union_igrot.datasets.loading import load_benchmark as load_benchmark, load_training as load_training
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from union_igrot.features.store import FeatureStore as FeatureStore
     from union_igrot.gallery.engines.factory import register_engine as register_engine
     from union_igrot.gallery.gallery import Gallery as Gallery
-    from union_igrot.images.transforms import image_batch as image_batch
+    from union_igrot.images.transforms import image_batch as image_batch, picture_batch as picture_batch
     from union_igrot.metrics.functional import (
         average_precision as average_precision,
         precision_at_k as precision_at_k,
@@ -63,7 +63,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "evaluate": "api",
-        "picture_batch": "api",
+        "picture_batch": "images.transforms",
         "compose": "cli.config",
         "folder_benchmark": "datasets.folder",
         "folder_training": "datasets.folder",

@@ -1,23 +1,19 @@
 """The functions of the Python interface that put several packages together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from union_igrot.errors import ConfigError
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
-from union_igrot.images.transforms import image_batch
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import chosen_limit, default_root
 from union_igrot.storage.paths import expand_user
 from union_igrot.training.data import data_settings, mean_name, read_evaluated
-from union_igrot.types import Benchmark, Preprocess
+from union_igrot.types import Benchmark
 
 
 def evaluate(
@@ -72,11 +68,3 @@ def evaluate(
             parts.append(evaluate_benchmark(model, one, extractor, seed))
             result += parts[-1]
     return result + average_parts(parts, mean, seed) if mean and len(parts) > 1 else result
-
-
-def picture_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
-    """Return `image_batch(images, preprocess)`; the deprecated name of it."""
-    import warnings  # noqa: PLC0415 - only for the old name
-
-    warnings.warn("picture_batch is deprecated; use image_batch", DeprecationWarning, stacklevel=2)
-    return image_batch(images, preprocess)

@@ -291,7 +291,9 @@ def test_a_closed_pipe_exits_with_141(gallery, capsys, monkeypatch, form):
     os.close(unread)
     with os.fdopen(written, "w", buffering=1) as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        exits(141, "image=a.png", f"format={form}")
+        with pytest.raises(SystemExit) as stopped:
+            search(["index=x.lance", "image=a.png", f"format={form}"])
+    assert stopped.value.code == 141
     assert capsys.readouterr().err == ""
 
 

@@ -48,7 +48,7 @@ def _workers() -> Any:
 
 
 @dataclass
-class Features:
+class FeatureSettings:
     """Feature extraction with the frozen backbone."""
 
     batch_size: int = setting(256, "images per batch", low=1)
@@ -60,7 +60,7 @@ class Features:
 
 
 @dataclass
-class Cached:
+class ExtractionSettings:
     """Settings of commands that extract features."""
 
     cache_dir: str | None = _cache_dir()
@@ -71,11 +71,11 @@ class Cached:
         expected=SIZE_FORMAT,
     )
     progress: bool = _progress()
-    features: Features = field(default_factory=Features)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
 
 
 @dataclass
-class TrainSettings(Cached):
+class TrainSettings(ExtractionSettings):
     """Settings of `union-train`."""
 
     seed: int = _seed("weights, sample order, random baseline and bootstrap")
@@ -83,7 +83,7 @@ class TrainSettings(Cached):
 
 
 @dataclass
-class EvalSettings(Cached):
+class EvalSettings(ExtractionSettings):
     """Settings of `union-eval`."""
 
     checkpoint: str | None = setting(
@@ -97,7 +97,7 @@ class EvalSettings(Cached):
 
 
 @dataclass
-class Ray:
+class RaySettings:
     """Ray cluster of `executor=ray`."""
 
     address: str | None = setting(None, "address of the cluster, or auto for one on this machine; starts one if null")
@@ -124,7 +124,7 @@ class IndexSettings:
     executor: Literal["local", "ray"] = setting(
         "local", "local: one device of this machine, or ray: actors of a Ray cluster, one per GPU"
     )
-    ray: Ray = field(default_factory=Ray)
+    ray: RaySettings = field(default_factory=RaySettings)
     decoder: Literal["pillow", "torchcodec"] = setting("pillow", "decoder of JPEGs: pillow, or torchcodec on the GPU")
     cache_dir: str | None = _cache_dir()
     progress: bool = _progress()
@@ -160,7 +160,7 @@ class SearchSettings:
 
 
 @dataclass
-class DemoSettings(Cached):
+class DemoSettings(ExtractionSettings):
     """Settings of `union-demo`."""
 
     index: str | None = setting(None, "index made by union-index; the generated world if null")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from union_igrot.reporting.sweep_results import SweepJob
 
 _GOES_ON = (1, 2, 70)
-"""Exit codes of a job after which the others still run: not after an interruption."""
+"""Exit codes of a job after which the others still run; not those of interruptions."""
 
 
 def run_sweep(name: str, task: "Task", arguments: Arguments, guard: Callable[[], AbstractContextManager[None]]) -> None:

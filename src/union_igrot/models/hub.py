@@ -132,7 +132,7 @@ def push_folder(
         CheckpointError: If the folder holds no saved model, the name is invalid, or the hub cannot be reached or
             refuses.
     """
-    check_name(repository)
+    check_repository(repository)
     saved = read_checkpoint(folder)
     description = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
     description["card"] = strip_paths(saved.metadata)
@@ -154,7 +154,7 @@ def push_folder(
         return str(api.upload_folder(repo_id=repository, folder_path=copied, **options))
 
 
-def check_name(repository: str) -> None:
+def check_repository(repository: str) -> None:
     """Raise CheckpointError unless a name has the form `owner/name`."""
     if split_name(repository) != (repository, None):
         raise CheckpointError(f"invalid name on the hub: {repository!r} (expected owner/name)")

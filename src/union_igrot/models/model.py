@@ -33,7 +33,7 @@ from union_igrot.models.factory import build_backbone, build_query_head, build_t
 from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
-from union_igrot.models.hub import check_name, fetch_model, push_folder, short_card, split_name
+from union_igrot.models.hub import check_repository, fetch_model, push_folder, short_card, split_name
 from union_igrot.models.registry import BACKBONES, did_you_mean, is_backbone
 from union_igrot.storage.paths import expand_user
 from union_igrot.terminal import progress_bar
@@ -350,7 +350,7 @@ class IGROTModel(nn.Module):
         Raises:
             CheckpointError: If the name is invalid, or the hub cannot be reached or refuses.
         """
-        check_name(repo_id)
+        check_repository(repo_id)
         with TemporaryDirectory() as folder:
             return push_folder(self.save(folder), repo_id, private=private, token=token, **options)
 
