@@ -1,11 +1,10 @@
-"""Twenty users of the demo at once: what is lost, what is mixed up, how long a step takes.
+"""Twenty users of the demo at once: lost steps, mixed-up histories, time per step.
 
     union-demo &
     python benchmarks/demo_load.py http://127.0.0.1:7860
 
-Each user draws, searches, turns a page, picks an answer, refines and takes a step back, one step after
-the other, over HTTP as the page does it. Every sentence names its user, so that a history shows whose
-it is. Ends with code 1 where a step was lost or a history was not its user's.
+Each user draws, searches, turns a page, picks a result, refines and goes back, over HTTP as the page does. Every text
+names its user, so that a history shows whose it is. Exits 1 if a step was lost or a history was another user's.
 """
 
 import argparse
@@ -25,12 +24,12 @@ CHANGES = ("make it red", "make it larger", "put it on sand", "without the circl
 
 @dataclass
 class Seen:
-    """What the users saw together.
+    """Measurements of all users.
 
     Attributes:
-        seconds: How long each step took.
-        lost: Steps without an answer, or answered with a problem.
-        mixed: Histories that were not their user's.
+        seconds: Time of each step.
+        lost: Steps without a response, or with a problem.
+        mixed: Histories that were another user's.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -39,27 +38,27 @@ class Seen:
 
 
 class User:
-    """One user with a session and a list of what was asked.
+    """One user with a session and the texts of its searches.
 
     Args:
-        number: Who it is.
-        client: Asks.
-        seen: Where to note what happens.
+        number: Number of the user.
+        client: The HTTP client.
+        seen: Measurements of all users.
     """
 
     def __init__(self, number: int, client: httpx.AsyncClient, seen: Seen) -> None:
         self.number, self.client, self.seen = number, client, seen
-        self.token, self.said = "new", list[str]()
+        self.token, self.texts = "new", list[str]()
         self.history = ""
 
     async def step(self, action: str, **given: object) -> dict[str, Any] | None:
-        """Take a step and look whether the history is one's own."""
+        """Perform a step and check that the history is this user's."""
         start = time.perf_counter()
         try:
-            answer = await self.client.post(
+            response = await self.client.post(
                 "/act", json={"action": action, "given": given}, headers={"X-Session": self.token}
             )
-            shown: dict[str, Any] = answer.raise_for_status().json()
+            shown: dict[str, Any] = response.raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
             self.seen.lost.append(f"user {self.number}: {action}: {error!r}")
             return None
@@ -68,11 +67,11 @@ class User:
             self.seen.lost.append(f"user {self.number}: {action}: {shown['problem']}")
             return None
         self.token = shown["token"]
-        if shown["history"] is not None:  # it is sent where it has changed
+        if shown["history"] is not None:  # sent if it has changed
             self.history = shown["history"]
-        told = re.findall("\u201c(.*?)\u201d", html.unescape(self.history))
-        if told != self.said[-len(told) :] if told else self.said:
-            self.seen.mixed.append(f"user {self.number} said {self.said} and is shown {told}")
+        found = re.findall("\u201c(.*?)\u201d", html.unescape(self.history))
+        if found != self.texts[-len(found) :] if found else self.texts:
+            self.seen.mixed.append(f"user {self.number} searched {self.texts} and is shown {found}")
         return shown
 
     async def walk(self, until: float) -> None:
@@ -80,25 +79,25 @@ class User:
         dice = random.Random(self.number)
         while time.perf_counter() < until:
             strokes = [[[x, min(1000, y + dice.randrange(100))] for x, y in stroke] for stroke in STAR]
-            await self._ask(strokes)
+            await self._search(strokes)
             await self.step("page", page=1)
             shown = await self.step("page", page=0)
             for _ in range(2):
                 if shown is None:
                     break
                 ids = re.findall(r'class="pick".*?"id": "([^"]+)"', html.unescape(shown["results"]))
-                await self.step("pick", engine=0, id=dice.choice(ids))
-                shown = await self._ask([])
-            if len(self.said) > 30:
-                self.said.clear()
+                await self.step("pick", backend=0, id=dice.choice(ids))
+                shown = await self._search([])
+            if len(self.texts) > 30:
+                self.texts.clear()
                 await self.step("restart")
 
-    async def _ask(self, strokes: list[list[list[int]]]) -> dict[str, Any] | None:
+    async def _search(self, strokes: list[list[list[int]]]) -> dict[str, Any] | None:
         text = f"{random.choice(CHANGES)}, says {self.number}"
-        self.said.append(text)
+        self.texts.append(text)
         shown = await self.step("search", text=text, strokes=strokes)
         if shown is None:
-            self.said.pop()
+            self.texts.pop()
         return shown
 
 
@@ -113,7 +112,7 @@ async def load(address: str, users: int, seconds: float) -> Seen:
 
 
 def main() -> None:
-    """Read the arguments, load the demo, print what was seen."""
+    """Read the arguments, load the demo, print the measurements."""
     parser = argparse.ArgumentParser(description="Twenty users of union-demo at once.")
     parser.add_argument("address", nargs="?", default="http://127.0.0.1:7860")
     parser.add_argument("--users", type=int, default=20)
@@ -122,7 +121,7 @@ def main() -> None:
     seen = asyncio.run(load(given.address, given.users, given.seconds))
     took = sorted(seen.seconds)
     at = {name: took[min(len(took) - 1, int(share * len(took)))] for name, share in (("p50", 0.5), ("p95", 0.95))}
-    print(f"{given.users} users, {given.seconds:g} s: {len(took):,} steps, {len(took) / given.seconds:.1f} a second")
+    print(f"{given.users} users, {given.seconds:g} s: {len(took):,} steps, {len(took) / given.seconds:.1f} per second")
     print(f"p50 {at['p50'] * 1000:.0f} ms, p95 {at['p95'] * 1000:.0f} ms, longest {took[-1] * 1000:.0f} ms")
     print(f"{len(seen.lost)} lost, {len(seen.mixed)} histories mixed up")
     for line in [*seen.lost, *seen.mixed][:10]:

@@ -1,4 +1,4 @@
-"""Galleries of coloured squares for the demo's tests: every answer can be told in advance."""
+"""Galleries of colored squares for the demo's tests: every result can be computed by hand."""
 
 from typing import final
 
@@ -11,12 +11,12 @@ from union_igrot.errors import DataError
 
 @final
 class Squares(SearchBackend):
-    """Finds pictures in order, turned by the length of the text; remembers what it was asked."""
+    """Returns images in order, rotated by the length of the text; records its requests."""
 
     def __init__(self, name: str = "forward", count: int = 60, step: int = 1) -> None:
-        self.name, self.gallery, self.hint = name, "squares", "Say <anything>."
+        self.name, self.gallery, self.model, self.hint = name, "squares", "squares model", "Say <anything>."
         self.count, self.step = count, step
-        self.asked: list[tuple[tuple[int, int, int] | None, str | None, str | None]] = []
+        self.searched: list[tuple[tuple[int, int, int] | None, str | None, str | None]] = []
         self.requests: list[SearchRequest] = []
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class Squares(SearchBackend):
         image, text = request.image, request.text
         exclude = request.exclude[0] if request.exclude else None
         middle = None if image is None else image.convert("RGB").getpixel((image.width // 2, image.height // 2))
-        self.asked.append((middle, text, exclude))
+        self.searched.append((middle, text, exclude))
         if text == "break":
             raise RuntimeError("a defect inside")
         order = [f"s{(len(text or '') + self.step * place) % self.count}" for place in range(self.count)]
@@ -39,23 +39,22 @@ class Squares(SearchBackend):
             return []
         gone = {*request.exclude, *request.disliked}
         found = [name for name in order if name not in gone][skip : skip + count]
-        return [self._answer(name, 1 - (skip + place) / 100) for place, name in enumerate(found)]
+        return [self._show(name, 1 - (skip + place) / 100) for place, name in enumerate(found)]
 
-    def some(self, count: int, sample_seed: int) -> list[DisplayedImage]:
-        return [self._answer(f"s{(sample_seed + place) % self.count}") for place in range(min(count, self.count))]
+    def sample(self, count: int, seed: int) -> list[DisplayedImage]:
+        return [self._show(f"s{(seed + place) % self.count}") for place in range(min(count, self.count))]
 
-    def answer(self, name: str) -> DisplayedImage:
-        return self._answer(name)
+    def item(self, name: str) -> DisplayedImage:
+        return self._show(name)
 
     def image(self, name: str) -> Image.Image:
-        return Image.new("RGB", (640, 480), self._colour(name))
+        return Image.new("RGB", (640, 480), self._color(name))
 
-    def _colour(self, name: str) -> tuple[int, int, int]:
-        number = int(name.removeprefix("s"))
-        if number >= self.count:
+    def _color(self, name: str) -> tuple[int, int, int]:
+        if not name[1:].isdecimal() or (number := int(name[1:])) >= self.count:
             raise DataError("not here")
         return (4 * number, 100, 200)
 
-    def _answer(self, name: str, score: float | None = None) -> DisplayedImage:
-        small = encode_thumbnail(Image.new("RGB", (40, 30), self._colour(name)))
-        return DisplayedImage(name, f"square <{name}>", small, score, f"/pictures/{name}.png", {"class": f"c&{name}"})
+    def _show(self, name: str, score: float | None = None) -> DisplayedImage:
+        small = encode_thumbnail(Image.new("RGB", (40, 30), self._color(name)))
+        return DisplayedImage(name, f"square <{name}>", small, score, f"/images/{name}.png", {"class": f"c&{name}"})

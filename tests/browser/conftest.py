@@ -1,4 +1,4 @@
-"""A demo that serves, and a browser that watches itself: what it asked for, and what it complained of."""
+"""A running demo, and a browser that records its requests and errors."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 from served_demo import served
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-# Without these Chromium asks its maker's hosts for updates of all kinds, which is not the page's doing.
+# Without these Chromium sends requests of its own.
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -24,7 +24,7 @@ QUIET = [
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The demo as it opens without arguments: the generated world."""
+    """The demo without arguments: the generated world."""
     with served(tmp_path_factory.mktemp("demo"), "megabytes=1") as where:
         yield where
 
@@ -43,18 +43,18 @@ def chromium() -> Iterator[Any]:
 
 @dataclass
 class Visitor:
-    """Somebody with a browser of their own.
+    """A user with a separate browser context.
 
     Attributes:
         page: Playwright's page.
-        complaints: What the browser's console said, and requests to another host.
+        complaints: Messages of the browser's console, and requests to another host.
     """
 
     page: Any
     complaints: list[str] = field(default_factory=list)
 
     def settled(self) -> None:
-        """Wait until the step that was taken is answered and shown."""
+        """Wait until the response is shown."""
         self.page.locator("body:not([aria-busy])").wait_for()
 
     def open(self, address: str) -> None:
@@ -63,7 +63,7 @@ class Visitor:
         self.settled()
 
     def draw(self, *strokes: list[tuple[float, float]]) -> None:
-        """Draw strokes, points as shares of the pad."""
+        """Draw strokes, points relative to the pad."""
         box = self.page.locator("#pad canvas").bounding_box()
         for stroke in strokes:
             for at, (x, y) in enumerate(stroke):
@@ -94,11 +94,11 @@ class Visitor:
         self.settled()
 
     def titles(self) -> list[str]:
-        """What the pictures on the page are called, in order."""
+        """Titles of the images on the page, in order."""
         return [card.get_attribute("title") for card in self.page.locator(".pick").all()]
 
     def turns(self) -> list[str]:
-        """The words of each step of the history, without the start."""
+        """Texts of the steps of the history, without the start."""
         return self.page.locator("#history .words").all_inner_texts()[1:]
 
     def problem(self) -> str:
@@ -108,20 +108,23 @@ class Visitor:
 
 @pytest.fixture
 def visit(chromium: Any, address: str) -> Iterator[Any]:
-    """Open the page for somebody new, any number of times; at the end nobody's browser may have complained."""
+    """Open the page for a new user, any number of times; at the end no browser may have reported an error."""
     visitors: list[Visitor] = []
 
     def one(where: str = address, **options: Any) -> Visitor:
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
         visitor = Visitor(context.new_page())
         visitors.append(visitor)
-        said = visitor.complaints
-        visitor.page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        visitor.page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        complaints = visitor.complaints
+        visitor.page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        visitor.page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         visitor.page.on(
-            "request", lambda request: None if request.url.startswith((where, "data:")) else said.append(request.url)
+            "request",
+            lambda request: (
+                None if request.url.startswith((address, where, "data:")) else complaints.append(request.url)
+            ),
         )
-        visitor.page.on("requestfailed", lambda request: said.append(f"failed: {request.url}"))
+        visitor.page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
         visitor.open(where)
         return visitor
 
@@ -137,5 +140,5 @@ STAR = [*STAR, *[(1 - x, y) for x, y in reversed(STAR)]]
 
 @pytest.fixture
 def star() -> list[tuple[float, float]]:
-    """The outline of a star, as shares of the pad."""
+    """The outline of a star, relative to the pad."""
     return STAR

@@ -1,4 +1,4 @@
-"""The page under many users at once; a minute of it is `benchmarks/demo_load.py` by itself."""
+"""Many users at once, for a few seconds; see `benchmarks/demo_load.py`."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 LOAD = Path(__file__).parents[2] / "benchmarks" / "demo_load.py"
 
 
-def test_twenty_users_at_once_lose_no_step_and_mix_up_no_history(address):
+def test_twenty_users_keep_their_histories(address):
     command = [sys.executable, str(LOAD), address, "--users", "20", "--seconds", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""How the demo's page looks, at which widths and heights, and what it does not give away."""
+"""Layout and contrast of the demo's page, and what its server does not reveal."""
 
 import pytest
 
@@ -6,14 +6,27 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("size", [(1280, 860), (1280, 640), (390, 844), (844, 390)])
-def test_nothing_lies_over_a_control_and_the_page_is_as_wide_as_the_window(visit, size):
+def test_no_control_is_covered_and_the_page_fits_the_window(visit, size):
     user = visit(viewport=dict(zip(("width", "height"), size, strict=True)))
+    tops = user.page.locator(".cards li").first.evaluate(
+        "one => [...one.querySelectorAll('.marks button, .zoom')].map(b => b.getBoundingClientRect())"
+        ".map(b => b.y + b.height / 2)"
+    )
+    assert max(tops) - min(tops) < 6  # without scores, the buttons of a card are in one row
     for step in range(4):
         user.page.locator(".cards .marks button:first-child").nth(step).click()
         user.settled()
+    if size[0] < 960:  # Search is within reach after marking
+        button = user.page.get_by_role("button", name="Search with 4 marks")
+        box = button.bounding_box()
+        assert 0 <= box["y"] <= size[1] - box["height"]
+        button.click()
+        user.settled()
+        assert user.turns() == ["more like these · 4\u00a0liked"]
+        assert button.is_hidden()
     user.filter("class = 'house' or class = 'star'")
     for step in range(5):
-        user.search(f"a sentence that is rather long, as people write them, the {step}th")
+        user.search(f"a text that is rather long, as people write them, number {step}")
     user.page.locator("#choose").scroll_into_view_if_needed()
     covered = user.page.evaluate(
         """() => [...document.querySelectorAll('#query button, #query input, #query select, #query summary')]
@@ -31,10 +44,10 @@ def test_nothing_lies_over_a_control_and_the_page_is_as_wide_as_the_window(visit
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 860)])
-def test_it_fits_and_can_be_read(visit, star, scheme, width, height):
+def test_contrast_and_size(visit, star, scheme, width, height):
     user = visit(viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=width < 400)
-    for step in ("start", "answers", "picked", "compared"):
-        if step == "answers":
+    for step in ("start", "results", "picked", "compared"):
+        if step == "results":
             user.draw(star)
             user.search()
         elif step == "picked":
@@ -54,8 +67,8 @@ def test_it_fits_and_can_be_read(visit, star, scheme, width, height):
 
 
 CONTRAST = """() => {
-    // Every visible piece of text against the nearest background that is not clear: WCAG 2.2, 1.4.3, at least 4.5:1.
-    const parts = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+    // Every visible text against the nearest opaque background: WCAG 2.2, 1.4.3, at least 4.5:1.
+    const parts = (color) => (color.match(/[\\d.]+/g) ?? []).map(Number);
     const light = ([r, g, b]) => {
         const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
         const [x, y, z] = [r, g, b].map((v) => linear(v / 255));
@@ -78,7 +91,7 @@ CONTRAST = """() => {
 }"""
 
 
-def test_no_file_of_the_server_is_reached_over_http(visit, address):
+def test_no_file_of_the_server_is_reachable(visit, address):
     user = visit()
     for path in (
         "etc/passwd",
@@ -87,8 +100,8 @@ def test_no_file_of_the_server_is_reached_over_http(visit, address):
         "gradio_api/file=/etc/passwd",
         "file=/etc/passwd",
     ):
-        answer = user.page.request.get(f"{address}/{path}")
-        assert answer.status == 404
-        assert "root:" not in answer.text()
+        response = user.page.request.get(f"{address}/{path}")
+        assert response.status == 404
+        assert "root:" not in response.text()
     assert user.page.request.get(address, headers={"Host": "evil.example"}).status == 400
     assert user.page.request.post(f"{address}/act", data={"action": "show", "given": {}}).status == 403

@@ -14,10 +14,9 @@ import uvicorn
 from demo_backends import Squares
 from union_igrot.cli import demo as command
 from union_igrot.cli.demo import PASSWORD, main as demo
-from union_igrot.demo import serve as serving
+from union_igrot.demo import server as serving
 from union_igrot.demo.controller import DemoController
-from union_igrot.demo.serve import listen, serve
-from union_igrot.demo.server import make_app
+from union_igrot.demo.server import listen, make_app, serve
 from union_igrot.errors import ConfigError
 
 
@@ -40,8 +39,8 @@ def told(monkeypatch):
 
     monkeypatch.setattr(serving, "serve", serve)
     monkeypatch.setattr(serving, "listen", lambda host, port: setattr(found, "port", (host, port)))
-    monkeypatch.setattr(command, "_world", world)
-    monkeypatch.setattr(command, "_galleries", galleries)
+    monkeypatch.setattr(command, "_synthetic_backends", world)
+    monkeypatch.setattr(command, "_gallery_backends", galleries)
     return found
 
 
@@ -57,7 +56,7 @@ def mistake(arguments, capsys):
 def test_without_arguments_it_opens_the_world_on_this_machine_alone(told, capsys):
     demo([])
     assert (told.port, told.opened) == (("127.0.0.1", 7860), ["world"])
-    assert told.app._login is None
+    assert told.app._gate is None
     assert "open http://127.0.0.1:1 in a browser; Ctrl-C ends" in capsys.readouterr().err
 
 
@@ -78,10 +77,10 @@ def test_an_index_is_taken_as_typed(told):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["host=0.0.0.0"], "give user=NAME too"),
-        (["host=192.168.0.7"], "give user=NAME too"),
-        (["second_index=b"], "give index=PATH too"),
-        (["index=a", "second_checkpoint=b"], "give second_index=PATH"),
+        (["host=0.0.0.0"], "set user=NAME"),
+        (["host=192.168.0.7"], "set user=NAME"),
+        (["second_index=b"], "needs index=PATH"),
+        (["index=a", "second_checkpoint=b"], "needs second_index=PATH"),
         (["user=a:b"], "a name without a colon"),
         (["port=70000"], "port: 70000"),
         (["page=0"], "page: 0"),
@@ -100,12 +99,12 @@ def test_the_password_comes_from_the_environment_or_a_prompt(told, capsys, monke
     assert f"set {PASSWORD}" in mistake(["user=anna"], capsys)
     monkeypatch.setenv(PASSWORD, "geheim")
     demo(["user=anna", "host=0.0.0.0"])
-    assert (told.app._login.user, told.app._login.password, told.app._hosts) == ("anna", "geheim", None)
+    assert (told.app._gate._login.user, told.app._gate._login.password, told.app._hosts) == ("anna", "geheim", None)
     monkeypatch.delenv(PASSWORD)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(getpass, "getpass", lambda prompt: f"typed for {prompt}")
     demo(["user=bo"])
-    assert told.app._login.password == "typed for password for bo: "
+    assert told.app._gate._login.password == "typed for password for bo: "
 
 
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(told, capsys, monkeypatch):

@@ -8,8 +8,7 @@ from test_index import CPU, fill
 from index_helpers import REMOTE, new_location
 from union_igrot.cli.index import main as union_index
 from union_igrot.cli.search import main as union_search
-from union_igrot.demo.backends import SearchRequest
-from union_igrot.demo.gallery_backend import open_backend
+from union_igrot.demo.backends import SearchRequest, open_backend
 from union_igrot.gallery.gallery import Gallery
 
 

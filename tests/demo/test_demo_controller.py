@@ -1,4 +1,7 @@
+import base64
 import io
+import json
+import zlib
 
 import pytest
 from PIL import Image
@@ -6,8 +9,9 @@ from PIL import Image
 from demo_backends import Squares
 from union_igrot.demo import controller as module
 from union_igrot.demo.controller import MARK_REMOVED, MAX_SESSIONS, MAX_TEXT, MAX_WHERE, SESSION_LOST, DemoController
-from union_igrot.demo.uploads import Limits
-from union_igrot.errors import ConfigError, DataError, ImageError
+from union_igrot.demo.session import Reference
+from union_igrot.demo.uploads import Limits, decode_photo
+from union_igrot.errors import ConfigError, DataError
 
 STROKES = [[[0, 500], [1000, 500]]]
 
@@ -18,50 +22,67 @@ def controller() -> DemoController:
 
 
 def ids(screen, column=0):
-    return [one.id for one in screen.columns[column].answers]
+    return [one.id for one in screen.columns[column].images]
 
 
-def test_the_start_shows_some_pictures_and_others_when_asked(controller):
+def photo(name: str, size: int = 50) -> Reference:
+    image = Image.effect_noise((size, size), 90) if size > 50 else Image.new("RGB", (size, size), (9, 200, 9))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return decode_photo(file.getvalue(), name, Limits())
+
+
+def test_the_start_page_shows_a_sample(controller):
+    with pytest.raises(ConfigError):
+        DemoController([])
     first = controller.act("new", "show", {})
     assert ids(first) == [f"s{n}" for n in range(10)]
-    assert first.columns[0].answers[0].score is None
-    assert (first.session.present, first.say, first.strokes, first.text) == (None, "", None, None)
-    again = controller.act(first.token, "resample", {})
-    assert ids(again) == [f"s{n}" for n in range(1, 11)]
+    assert first.columns[0].images[0].score is None
+    assert (first.session.present, first.message, first.strokes, first.text) == (None, "", None, None)
+    assert ids(controller.act(first.token, "resample", {})) == [f"s{n}" for n in range(1, 11)]
+    assert controller.act("guessed", "show", {}).token != "guessed"
 
 
-def test_a_walk_through_turns_pages_and_back(controller):
+def test_search_pages_pick_refine_undo(controller):
     token = controller.act("new", "show", {}).token
     found = controller.act(token, "search", {"text": "", "strokes": STROKES})
     assert (ids(found), found.last) == ([f"s{n}" for n in range(10)], False)
-    assert controller.engines[0].asked == [((24, 24, 24), None, None)]
+    assert controller.backends[0].searched == [((24, 24, 24), None, None)]
 
     second = controller.act(token, "page", {"page": 1})
     assert (ids(second), second.columns[0].first) == ([f"s{n}" for n in range(10, 20)], 11)
 
-    picked = controller.act(token, "pick", {"engine": 0, "id": "s12"})
-    assert (picked.columns, picked.text) == (None, "")  # the answers stay, the sentence was of the last request
+    picked = controller.act(token, "pick", {"backend": 0, "id": "s12"})
+    assert (picked.columns, picked.text) == (None, "")  # the results stay; the text belonged to the last query
     held = picked.session.reference
-    assert (held.kind, held.id, held.path, held.details) == ("result", "s12", "/pictures/s12.png", {"class": "c&s12"})
+    assert (held.kind, held.id, held.path, held.details) == ("result", "s12", "/images/s12.png", {"class": "c&s12"})
     assert Image.open(io.BytesIO(held.view)).size == (480, 360)
 
     refined = controller.act(token, "search", {"text": " in  red "})
-    assert controller.engines[0].asked[-1] == ((48, 100, 200), "in red", "s12")
+    assert controller.backends[0].searched[-1] == ((48, 100, 200), "in red", "s12")
     assert "s12" not in ids(refined)
     assert [turn.text for turn in refined.session.turns] == ["", "in red"]
 
     undone = controller.act(token, "undo", {})
-    assert (ids(undone), undone.session.at) == ([f"s{n}" for n in range(10, 20)], 0)  # on the page it was left on
+    assert (ids(undone), undone.session.at) == ([f"s{n}" for n in range(10, 20)], 0)  # on the same page
     assert (undone.strokes, undone.text, undone.session.reference) == ((((0, 500), (1000, 500)),), "", None)
     redone = controller.act(token, "redo", {})
     assert (ids(redone), redone.text, redone.strokes) == (ids(refined), "in red", None)
     start = controller.act(token, "back", {"turn": -1})
-    assert (start.session.present, start.strokes, start.text) == (None, None, None)  # the pad is not emptied
+    assert (start.session.present, start.strokes, start.text) == (None, None, None)  # the pad is not cleared
     over = controller.act(token, "restart", {})
     assert (over.session.turns, over.strokes, over.text) == ((), (), "")
 
 
-def test_the_last_page_has_no_next_one():
+def test_undo_reverts_a_pick_before_the_search(controller):
+    token = controller.act("new", "search", {"text": "abc"}).token
+    controller.act(token, "pick", {"backend": 0, "id": "s4"})
+    undone = controller.act(token, "undo", {})
+    assert (undone.session.reference, undone.session.at, undone.text, undone.columns) == (None, 0, "abc", None)
+    assert controller.act(token, "undo", {}).session.at == -1
+
+
+def test_the_last_page():
     controller = DemoController([Squares(count=25)], page=10)
     token = controller.act("new", "search", {"text": "a"}).token
     shown = [controller.act(token, "page", {"page": page}) for page in (1, 2)]
@@ -79,10 +100,10 @@ def test_two_methods_side_by_side(controller):
     assert ids(both, 1) == ["s3", "s2", "s1", "s0", "s59"]
     assert both.shared == {"s3"}
     assert [column.name for column in both.columns] == ["forward", "backward"]
-    controller.act(token, "pick", {"engine": 1, "id": "s59"})
+    controller.act(token, "pick", {"backend": 1, "id": "s59"})
     controller.act(token, "search", {"text": ""})
-    for engine in controller.engines:
-        assert engine.asked[-1] == ((236, 100, 200), None, "s59")
+    for backend in controller.backends:
+        assert backend.searched[-1] == ((236, 100, 200), None, "s59")
     alone = controller.act(token, "compare", {"compared": None})
     assert (len(alone.columns), alone.shared) == (1, frozenset())
     for compared in (0, 2, -1, "1"):
@@ -90,23 +111,20 @@ def test_two_methods_side_by_side(controller):
             controller.act(token, "compare", {"compared": compared})
 
 
-def test_a_photo_is_held_until_it_is_laid_aside(controller):
-    file = io.BytesIO()
-    Image.new("RGB", (50, 50), (9, 200, 9)).save(file, "PNG")
-    given = controller.upload_photo("new", "cat.png", file.getvalue())
-    assert given.session.reference.name == "cat.png"
-    assert "cat.png" in given.say
-    controller.act(given.token, "search", {"text": "", "strokes": STROKES})  # what is on the hidden pad does not count
-    assert controller.engines[0].asked[-1] == ((9, 200, 9), None, None)
-    assert controller.act(given.token, "drop", {}).session.reference is None
-    controller.act(given.token, "search", {"text": "", "strokes": STROKES})
-    assert controller.engines[0].asked[-1][0] == (24, 24, 24)
+def test_a_photo_is_used_until_it_is_dropped(controller):
+    token = controller.act("new", "show", {}).token
+    shown = controller.set_photo(token, photo("cat.png"))
+    assert (shown.session.reference.name, "cat.png" in shown.message, shown.columns) == ("cat.png", True, None)
+    controller.act(token, "search", {"text": "", "strokes": STROKES})  # the hidden pad is ignored
+    assert controller.backends[0].searched[-1] == ((9, 200, 9), None, None)
+    assert controller.act(token, "drop", {}).session.reference is None
+    controller.act(token, "search", {"text": "", "strokes": STROKES})
+    assert controller.backends[0].searched[-1][0] == (24, 24, 24)
 
 
-def test_a_mistake_changes_nothing(controller):
-    token = controller.act("new", "search", {"text": "a"}).token
-    before = controller.act(token, "show", {}).session
-    for action, given in (
+@pytest.mark.parametrize(
+    ("action", "given"),
+    [
         ("search", {"text": ""}),
         ("search", {"text": 7}),
         ("search", {"text": "x" * (MAX_TEXT + 1)}),
@@ -115,37 +133,37 @@ def test_a_mistake_changes_nothing(controller):
         ("search", {"text": "invalid Unicode \ud800"}),
         ("search", {"text": "a", "where": "class = '\udfff'"}),
         ("search", {"text": "a", "where": "x" * (MAX_WHERE + 1)}),
-        ("mark", {"engine": 0, "id": "s59", "liked": True}),
+        ("mark", {"backend": 0, "id": "s59", "liked": True}),
         ("back", {"turn": 5}),
         ("redo", {}),
         ("explode", {}),
-    ):
-        with pytest.raises(DataError):
-            controller.act(token, action, given)
-    with pytest.raises(ImageError):
-        controller.upload_photo(token, "x", b"broken")
-    with pytest.raises(ImageError):
-        DemoController([Squares()], limits=Limits(megabytes=0.001)).upload_photo(token, "x", bytes(2000))
+    ],
+)
+def test_a_failed_action_changes_nothing(controller, action, given):
+    token = controller.act("new", "search", {"text": "a"}).token
+    before = controller.act(token, "show", {}).session
+    with pytest.raises(DataError):
+        controller.act(token, action, given)
     assert controller.act(token, "show", {}).session == before
 
 
-def test_marks_and_a_filter_go_with_the_question(controller):
+def test_marks_and_a_filter_belong_to_the_query(controller):
     token = controller.act("new", "search", {"text": "a"}).token
-    liked = controller.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
-    assert (liked.columns, liked.say) == (None, "The next search prefers images like this one.")
+    liked = controller.act(token, "mark", {"backend": 0, "id": "s2", "liked": True})
+    assert (liked.columns, liked.message) == (None, "The next search prefers images like this one.")
     assert [(mark.id, mark.title, mark.liked) for mark in liked.session.marks] == [("s2", "square <s2>", True)]
-    controller.act(token, "mark", {"engine": 0, "id": "s3", "liked": False})
+    controller.act(token, "mark", {"backend": 0, "id": "s3", "liked": False})
     found = controller.act(token, "search", {"text": "", "where": " class = 'c&s4' "})
-    asked = controller.engines[0].requests[-1]
-    assert (asked.liked, asked.disliked, asked.where, asked.image) == (("s2",), ("s3",), "class = 'c&s4'", None)
+    request = controller.backends[0].requests[-1]
+    assert (request.liked, request.disliked, request.where, request.image) == (("s2",), ("s3",), "class = 'c&s4'", None)
     assert "s3" not in ids(found)
     undone = controller.act(token, "undo", {})
     assert (undone.where, undone.session.marks) == ("", ())
     redone = controller.act(token, "redo", {})
     assert (redone.where, len(redone.session.marks)) == ("class = 'c&s4'", 2)
-    assert controller.act(token, "mark", {"engine": 0, "id": "s2", "liked": True}).say == MARK_REMOVED
+    assert controller.act(token, "mark", {"backend": 0, "id": "s2", "liked": True}).message == MARK_REMOVED
     assert controller.act(token, "unmark", {"id": "s3"}).session.marks == ()
-    controller.act(token, "mark", {"engine": 0, "id": "s2", "liked": True})
+    controller.act(token, "mark", {"backend": 0, "id": "s2", "liked": True})
     assert controller.act(token, "unmark", {}).session.marks == ()
     nothing = controller.act(token, "search", {"text": "a", "where": "nothing"})
     assert (ids(nothing), nothing.last) == ([], True)
@@ -154,76 +172,103 @@ def test_marks_and_a_filter_go_with_the_question(controller):
 
 @pytest.mark.parametrize("action", ["pick", "large", "mark"])
 @pytest.mark.parametrize(
-    "given", [{"engine": 0, "id": "s55"}, {"engine": 1, "id": "s1"}, {"engine": 0, "id": "/etc/x"}, {}]
+    "given", [{"backend": 0, "id": "s55"}, {"backend": 1, "id": "s1"}, {"backend": 0, "id": "/etc/x"}, {}]
 )
-def test_only_pictures_on_the_page_can_be_asked_for(controller, action, given):
+def test_only_images_on_the_page_can_be_requested(controller, action, given):
     token = controller.act("new", "show", {}).token
     with pytest.raises(DataError, match="not on the page any more"):
         controller.act(token, action, given)
     with pytest.raises(DataError, match="not on the page any more"):
-        controller.act("new", action, {"engine": 0, "id": "s1"})  # somebody who was shown nothing yet
+        controller.act("new", action, {"backend": 0, "id": "s1"})  # a session without a page
 
 
-def test_a_picture_is_shown_large_and_the_one_at_hand_stays_askable(controller):
+def test_a_large_image_and_pages_of_two_windows(controller):
     token = controller.act("new", "show", {}).token
-    large = controller.act(token, "large", {"engine": 0, "id": "s3"}).large
-    assert (large.answer.id, large.width, large.height) == ("s3", 640, 480)
-    controller.act(token, "pick", {"engine": 0, "id": "s3"})
-    controller.act(token, "search", {"text": "x" * 20})
-    assert controller.act(token, "large", {"engine": 0, "id": "s3"}).large.answer.id == "s3"
+    large = controller.act(token, "large", {"backend": 0, "id": "s3"}).large
+    assert (large.item.id, large.width, large.height) == ("s3", 640, 480)
+    controller.act(token, "pick", {"backend": 0, "id": "s3"})
+    one = ids(controller.act(token, "search", {"text": "x" * 20}))
+    assert controller.act(token, "large", {"backend": 0, "id": "s3"}).large.item.id == "s3"  # the query image
+    other = ids(controller.act(token, "search", {"text": "x" * 40}))
+    (name, *_) = set(one) - set(other)
+    assert controller.act(token, "pick", {"backend": 0, "id": name}).session.reference.id == name
 
 
-def test_users_are_kept_apart(controller):
+def test_sessions_are_separate_and_the_least_recently_used_are_dropped(controller):
     tokens = [controller.act("new", "search", {"text": "x" * n}).token for n in range(1, 6)]
-    assert len(set(tokens)) == 5
     for n, token in enumerate(tokens, 1):
         assert [turn.text for turn in controller.act(token, "show", {}).session.turns] == ["x" * n]
-
-
-def test_whoever_was_quiet_for_longest_is_forgotten_and_told_so(controller):
-    first = controller.act("new", "search", {"text": "a"}).token
-    second = controller.act("new", "search", {"text": "b"}).token
-    controller.act(first, "show", {})
-    for _ in range(MAX_SESSIONS - 1):
+    controller.act(tokens[0], "show", {})
+    for _ in range(MAX_SESSIONS - 4):
         controller.act("new", "show", {})
-    assert controller.act(first, "show", {}).token == first
-    gone = controller.act(second, "show", {})
-    assert (gone.token != second, gone.say, gone.session.turns) == (True, SESSION_LOST, ())
+    assert controller.act(tokens[0], "show", {}).token == tokens[0]
+    gone = controller.act(tokens[1], "show", {})
+    assert (gone.token in tokens, gone.message, gone.session.turns) == (False, SESSION_LOST, ())
 
 
-def test_pictures_of_all_users_together_are_bounded(controller, monkeypatch):
-    file = io.BytesIO()
-    Image.effect_noise((300, 300), 90).save(file, "PNG")
-    first = controller.upload_photo("new", "a.png", file.getvalue())
+def test_images_of_all_sessions_are_bounded(controller, monkeypatch):
+    first = controller.set_photo("new", photo("a.png", 300))
     monkeypatch.setattr(module, "MAX_BYTES", 2 * first.session.size)
-    second = controller.upload_photo("new", "b.png", file.getvalue())
+    second = controller.set_photo("new", photo("b.png", 300))
     assert controller.act(first.token, "show", {}).token == first.token
-    third = controller.upload_photo("new", "c.png", file.getvalue())
+    third = controller.set_photo("new", photo("c.png", 300))
     assert [controller.act(one.token, "show", {}).token == one.token for one in (first, third)] == [True, True]
-    gone = controller.upload_photo(second.token, "d.png", file.getvalue())
-    assert (gone.say.startswith(SESSION_LOST), gone.moved, len(ids(gone))) == (True, True, 10)  # with pictures to click
+    gone = controller.set_photo(second.token, photo("d.png", 300))
+    assert (gone.message.startswith(SESSION_LOST), gone.moved, len(ids(gone))) == (True, True, 10)  # a usable page
 
 
-def test_two_windows_of_one_session_can_both_be_used(controller):
-    token = controller.act("new", "show", {}).token
-    one = ids(controller.act(token, "search", {"text": "a"}))
-    other = ids(controller.act(token, "search", {"text": "a" * 30}))
-    assert set(one) - set(other)
-    assert controller.act(token, "pick", {"engine": 0, "id": next(iter(set(one) - set(other)))}).session.reference
+def test_a_link_shows_its_query_to_another_user_and_moves_in_the_own_history(controller):
+    token = controller.act("new", "search", {"text": "red", "strokes": STROKES, "where": "class = 'c'"}).token
+    one = controller.act(token, "page", {"page": 1})
+    controller.act(token, "mark", {"backend": 0, "id": ids(one)[0], "liked": True})
+    controller.act(token, "pick", {"backend": 0, "id": ids(one)[1]})
+    two = controller.act(token, "search", {"text": "é, large"})
+    for screen in (one, two):
+        there = controller.act("new", "show", {"link": screen.session.present.link})
+        mine, theirs = screen.session.present, there.session.present
+        assert (theirs.text, theirs.where, theirs.page) == (mine.text, mine.where, mine.page)
+        assert (theirs.marks, theirs.reference, ids(there)) == (mine.marks, mine.reference, ids(screen))
+        here = controller.act(token, "show", {"link": screen.session.present.link})
+        assert (here.session.turns, here.session.present, ids(here)) == (two.session.turns, mine, ids(screen))
 
 
-def test_undo_lays_a_pick_aside_before_it_goes_back(controller):
-    token = controller.act("new", "search", {"text": "abc"}).token
-    controller.act(token, "pick", {"engine": 0, "id": "s4"})
-    laid = controller.act(token, "undo", {})
-    assert (laid.session.reference, laid.session.at, laid.text, laid.columns) == (None, 0, "abc", None)
-    assert controller.act(token, "undo", {}).session.at == -1
+def packed(**values: object) -> str:
+    return base64.urlsafe_b64encode(zlib.compress(json.dumps(values).encode())).decode()
 
 
-def test_a_made_up_name_opens_no_session(controller):
-    assert controller.act("guessed", "show", {}).token != "guessed"
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        ("", "damaged"),
+        ("AAAA", "damaged"),
+        ("ä", "damaged"),
+        (packed(text="a", page=-1), "damaged"),
+        (packed(text="a", page=True), "damaged"),
+        (packed(text="a", marks=7), "damaged"),
+        (packed(text="a", marks=[["s1"]]), "damaged"),
+        (packed(id="s1", backend=9), "damaged"),
+        (packed(id=["s1"]), "damaged"),
+        (packed(id="\ud800"), "damaged"),
+        (packed(text="x" * 10**6), "damaged"),  # unpacked no further than a link is long
+        (packed(id="s99"), "not here"),
+        (packed(text="a", marks=[["/etc/passwd", True]]), "not here"),
+        (packed(text=7), "longer"),
+        (packed(text="a", strokes="x"), "sketch is invalid"),
+        (packed(), "nothing to search with"),
+    ],
+)
+def test_a_damaged_link_shows_the_start_page(controller, link, message):
+    shown = controller.act("new", "show", {"link": link})
+    assert message in shown.message
+    assert (shown.session.present, len(ids(shown))) == (None, 10)
 
 
-def test_a_desk_needs_an_engine():
-    with pytest.raises(ConfigError):
-        DemoController([])
+def test_a_photo_is_in_no_link(controller):
+    token = controller.set_photo("new", photo("cat.png")).token
+    link = controller.act(token, "search", {"text": "red"}).session.present.link
+    controller.act(token, "back", {"turn": -1})
+    assert controller.act(token, "show", {"link": link}).session.at == 0
+    assert "choose the photo" in controller.act("new", "show", {"link": link}).message
+    scribble = [[[x, x * 7 % 1000] for x in range(1000)]] * 3
+    longer = controller.act(token, "drop", {}) and controller.act(token, "search", {"strokes": scribble})
+    assert len(longer.session.present.link) < 200

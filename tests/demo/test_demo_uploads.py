@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import struct
 import zlib
 
@@ -13,12 +14,13 @@ from union_igrot.demo.uploads import (
     MAX_STROKES,
     THUMBNAIL_SIDE,
     Limits,
+    PhotoDecoder,
+    decode_photo,
     decode_thumbnail,
     draw_strokes,
     encode_thumbnail,
-    photo,
+    read_sketch,
     short_file_name,
-    sketch,
 )
 from union_igrot.errors import DataError, ImageError
 
@@ -30,7 +32,7 @@ def as_file(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises many pixels and whose data would unpack to them."""
+    """A PNG whose header names many pixels and whose data would unpack to them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -41,9 +43,9 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_a_photo_of_any_usual_format_is_taken(kind):
+def test_formats(kind):
     given = Image.new("RGB", (300, 200), (200, 30, 40))
-    held = photo(as_file(given, kind), f"cat.{kind.lower()}", Limits())
+    held = decode_photo(as_file(given, kind), f"cat.{kind.lower()}", Limits())
     assert (held.kind, held.name) == ("photo", f"cat.{kind.lower()}")
     kept = decode_thumbnail(held.image)
     assert kept.size == (300, 200)
@@ -51,12 +53,12 @@ def test_a_photo_of_any_usual_format_is_taken(kind):
     assert max(decode_thumbnail(held.thumbnail).size) == THUMBNAIL_SIDE
 
 
-def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
+def test_photos_are_upright_reduced_and_on_white():
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter
-    held = photo(as_file(Image.new("RGB", (3000, 1500), "blue"), "JPEG", exif=exif), "big.jpg", Limits())
+    exif[0x0112] = 6  # rotated by 90 degrees
+    held = decode_photo(as_file(Image.new("RGB", (3000, 1500), "blue"), "JPEG", exif=exif), "big.jpg", Limits())
     assert decode_thumbnail(held.image).size == (KEPT_SIDE // 2, KEPT_SIDE)
-    clear = photo(as_file(Image.new("RGBA", (100, 100), (0, 0, 0, 0))), "clear.png", Limits())
+    clear = decode_photo(as_file(Image.new("RGBA", (100, 100), (0, 0, 0, 0))), "clear.png", Limits())
     assert np.asarray(decode_thumbnail(clear.image)).min() >= 254
 
 
@@ -64,52 +66,52 @@ def test_a_photo_is_turned_upright_and_reduced_and_transparency_is_white():
     "data",
     [
         b"",
-        b"not a picture",
+        b"not an image",
         b"\x89PNG\r\n\x1a\n" + bytes(100),
         as_file(Image.effect_noise((90, 90), 80), "JPEG")[:900],
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n",  # opening it would start another program
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n",  # Pillow would start another program
         b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
     ],
     ids=["empty", "text", "no header", "truncated", "postscript", "svg"],
 )
-def test_a_broken_or_foreign_file_is_answered_with_a_sentence(data):
+def test_broken_and_foreign_files(data):
     with pytest.raises(ImageError, match=r"^Cannot decode holiday\.jpg; use a JPEG"):
-        photo(data, "holiday.jpg", Limits())
+        decode_photo(data, "holiday.jpg", Limits())
 
 
 @pytest.mark.parametrize(("width", "height"), [(8000, 8000), (12_000, 9000), (60_000, 60_000)])
-def test_a_bomb_is_refused_by_its_header(width, height, monkeypatch):
+def test_a_decompression_bomb_is_refused_by_its_header(width, height, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("its pixels were decoded"))
     with pytest.raises(ImageError, match="more than 50 million pixels"):
-        photo(bomb(width, height), "bomb.png", Limits())
+        decode_photo(bomb(width, height), "bomb.png", Limits())
 
 
-def test_a_large_file_is_refused_before_it_is_opened():
+def test_limits():
     with pytest.raises(ImageError, match=r"x is larger than 0\.001 MB"):
-        photo(bytes(1001), "x", Limits(megabytes=0.001))
+        decode_photo(bytes(1001), "x", Limits(megabytes=0.001))
     data = as_file(Image.new("RGB", (20, 10)))
-    assert photo(data, "x", Limits(megabytes=len(data) / 1e6)).kind == "photo"
-    assert photo(data, "x", Limits(megapixels=200 / 1e6)).kind == "photo"
+    assert decode_photo(data, "x", Limits(megabytes=len(data) / 1e6)).kind == "photo"
+    assert decode_photo(data, "x", Limits(megapixels=200 / 1e6)).kind == "photo"
     with pytest.raises(ImageError, match="million pixels"):
-        photo(data, "x", Limits(megapixels=199 / 1e6))
+        decode_photo(data, "x", Limits(megapixels=199 / 1e6))
 
 
 @pytest.mark.parametrize(
     ("given_name", "shown"),
     [
         ("cat.jpg", "cat.jpg"),
-        ("C:\\pictures\\cat.jpg", "cat.jpg"),
+        ("C:\\images\\cat.jpg", "cat.jpg"),
         ("../../etc/passwd", "passwd"),
         ("a\x00\nb.jpg", "ab.jpg"),
         ("", "The photo"),
         ("x" * 80, "x" * 59 + "…"),
     ],
 )
-def test_a_name_is_shown_without_folders(given_name, shown):
+def test_short_file_names(given_name, shown):
     assert short_file_name(given_name) == shown
 
 
-def test_strokes_are_drawn_where_they_went():
+def test_strokes_are_drawn_at_their_coordinates():
     page = np.asarray(draw_strokes([((0, 500), (1000, 500)), ((500, 500),)]).convert("L"))
     assert page.shape == (512, 512)
     dark = page < 128
@@ -127,7 +129,7 @@ POINTS = st.lists(st.tuples(*[st.integers(0, GRID)] * 2), min_size=1, max_size=6
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(POINTS.map(tuple), min_size=1, max_size=4))
-def test_a_large_drawing_is_made_to_fit_and_a_small_one_stays(strokes):
+def test_large_drawings_are_scaled_down_and_small_ones_unchanged(strokes):
     rows, columns = np.nonzero(np.asarray(draw_strokes(strokes, 0.5).convert("L")) < 128)
     assert max(np.ptp(rows), np.ptp(columns)) <= 0.5 * 512 + 18
     side = max(max(p[a] for s in strokes for p in s) - min(p[a] for s in strokes for p in s) for a in (0, 1))
@@ -136,8 +138,8 @@ def test_a_large_drawing_is_made_to_fit_and_a_small_one_stays(strokes):
 
 
 def test_a_sketch_is_read_from_strokes():
-    assert sketch(None) is sketch([]) is sketch([[]]) is None
-    held = sketch([[[1, 2], [3, 4]], [], [[5, 6]]])
+    assert read_sketch(None) is read_sketch([]) is read_sketch([[]]) is None
+    held = read_sketch([[[1, 2], [3, 4]], [], [[5, 6]]])
     assert (held.kind, held.strokes) == ("sketch", (((1, 2), (3, 4)), ((5, 6),)))
     assert max(decode_thumbnail(held.thumbnail).size) == THUMBNAIL_SIDE
 
@@ -145,18 +147,28 @@ def test_a_sketch_is_read_from_strokes():
 @pytest.mark.parametrize(
     "given_strokes", [7, "ab", [7], [[7]], [[[1]]], [[[1, 2, 3]]], [[[1, 2.5]]], [[[-1, 0]]], {"a": 1}]
 )
-def test_what_is_no_strokes_is_answered_with_a_sentence(given_strokes):
+def test_invalid_strokes(given_strokes):
     with pytest.raises(DataError, match="sketch is invalid"):
-        sketch(given_strokes)
-
-
-def test_endless_strokes_are_refused():
+        read_sketch(given_strokes)
     with pytest.raises(DataError, match="too many strokes"):
-        sketch([[[1, 1]]] * (MAX_STROKES + 1))
+        read_sketch([[[1, 1]]] * (MAX_STROKES + 1))
 
 
 @pytest.mark.parametrize("side", [48, 80, 81, 500])
-def test_pictures_come_back_from_their_files(side):
+def test_thumbnails_are_lossless_if_small(side):
     image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
     there = np.asarray(decode_thumbnail(encode_thumbnail(image)), dtype=int)
     assert np.abs(there - np.asarray(image, dtype=int)).max() <= (0 if side <= 80 else 12)
+
+
+def test_photos_are_decoded_in_another_process_within_a_time_limit():
+    decode = PhotoDecoder(Limits(megabytes=0.5), seconds=60.0)
+    data = as_file(Image.new("RGB", (30, 20), "red"))
+    assert decode(data, "a.png") == decode_photo(data, "a.png", Limits())
+    for broken, message in ((b"broken", "Cannot decode a"), (bytes(600_000), "larger than 0.5 MB")):
+        with pytest.raises(ImageError, match=message):
+            decode(broken, "a.png")
+    children = set(multiprocessing.active_children())
+    with pytest.raises(ImageError, match=r"^b\.png took longer than 0 s to decode; use another file"):
+        PhotoDecoder(Limits(), seconds=0.0)(as_file(Image.effect_noise((2000, 2000), 90)), "x/b.png")
+    assert set(multiprocessing.active_children()) == children

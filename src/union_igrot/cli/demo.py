@@ -1,7 +1,4 @@
-"""`union-demo`: a web page over a gallery, or over the generated world.
-
-Knows the order of the steps and where the password comes from. Does not know the page.
-"""
+"""`union-demo`: a web page that searches a gallery, or the generated world."""
 
 import getpass
 import importlib.util
@@ -21,13 +18,11 @@ if TYPE_CHECKING:
 
     from union_igrot.demo.backends import SearchBackend
     from union_igrot.demo.server import Login
-    from union_igrot.demo.synthetic_gallery import SyntheticGallery
-    from union_igrot.models.model import IGROTModel
 
 PASSWORD = "UNION_DEMO_PASSWORD"
 """The environment variable that holds the password."""
 UNTRAINED = {"image + text": "sum", "image alone": "image"}
-"""What a trained model is compared with on the generated world, and the baseline that it is."""
+"""Baselines that a model is compared with on the generated world: name on the page and kind."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,44 +36,45 @@ def demo(config: "DictConfig", fresh: Path) -> None:
     missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'the demo needs {", ".join(missing)}; pip install "union-igrot[demo]"')
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
     from union_igrot.demo.controller import DemoController
-    from union_igrot.demo.serve import listen, serve
-    from union_igrot.demo.server import LOOPBACK, make_app
+    from union_igrot.demo.server import LOOPBACK, listen, make_app, serve
     from union_igrot.demo.uploads import Limits
     from union_igrot.terminal import print_line
 
     _check(config)
     login = _login(config.user)
-    held = listen(config.host, config.port)  # before the long work: a port in use is told at once
-    engines = _world(config) if config.index is None else _galleries(config)
-    controller = DemoController(
-        engines, page=config.page, limits=Limits(float(config.megabytes), float(config.megapixels))
+    bound = listen(config.host, config.port)  # first, so that a port in use is reported at once
+    backends = _synthetic_backends(config) if config.index is None else _gallery_backends(config)
+    # Against DNS rebinding; with a public address any name may belong to this machine.
+    names = [*LOOPBACK, config.host, *([config.name] if config.name else [])] if _is_loopback(config.host) else None
+    app = make_app(
+        DemoController(backends, page=config.page),
+        bound=config.waiting,
+        hosts=names and list(dict.fromkeys(names)),
+        login=login,
+        limits=Limits(float(config.megabytes), float(config.megapixels)),
     )
-    # A name that another site points at this machine is no way in; on an open address any name may be this machine's.
-    names = [*LOOPBACK, config.host, *([config.name] if config.name else [])] if _own(config.host) else None
-    app = make_app(controller, bound=config.waiting, hosts=names and list(dict.fromkeys(names)), login=login)
 
     def ready(address: str) -> None:
         print_line(f"open {address} in a browser; Ctrl-C ends", stderr=True)
 
-    serve(app, held, ready)
+    serve(app, bound, ready)
 
 
 def _check(config: "DictConfig") -> None:
-    """Refuse what contradicts itself, or is open to others without a password."""
+    """Refuse contradictory settings, and an address that others reach without a password."""
     if config.index is None and config.second_index is not None:
-        raise ConfigError("second_index is compared with index; give index=PATH too")
+        raise ConfigError("second_index needs index=PATH, which it is compared with")
     if config.index is not None and config.second_index is None and config.second_checkpoint is not None:
-        raise ConfigError("an index belongs to one model; index the images with the other one, give second_index=PATH")
+        raise ConfigError("second_checkpoint needs second_index=PATH: an index made with that model")
     if config.user is not None and (":" in config.user or not config.user.strip()):
-        raise ConfigError(f"user={config.user} is not allowed; give a name without a colon")
-    if not _own(config.host) and config.user is None:
-        raise ConfigError(f"host={config.host} lets in whoever reaches this machine; give user=NAME too, who logs in")
+        raise ConfigError(f"invalid value for user: {config.user} (expected a name without a colon)")
+    if not _is_loopback(config.host) and config.user is None:
+        raise ConfigError(f"host={config.host} is reachable from other machines; set user=NAME to require a login")
 
 
-def _own(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+def _is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -86,7 +82,7 @@ def _own(host: str) -> bool:
 
 
 def _login(user: str | None) -> "Login | None":
-    """Give who may log in; the password never stands on a command line, where others could read it."""
+    """Return the credentials; the password is never on a command line, where others could read it."""
     from union_igrot.demo.server import Login
 
     if user is None:
@@ -99,40 +95,38 @@ def _login(user: str | None) -> "Login | None":
     return Login(user, password)
 
 
-def _galleries(config: "DictConfig") -> "list[SearchBackend]":
-    from union_igrot.demo.gallery_backend import open_backend
+def _gallery_backends(config: "DictConfig") -> "list[SearchBackend]":
+    from union_igrot.demo.backends import open_backend
 
-    engines: list[SearchBackend] = [open_backend(config.index, config.checkpoint, config.device)]
+    backends: list[SearchBackend] = [open_backend(config.index, config.checkpoint, config.device)]
     if config.second_index is not None:
-        engines.append(open_backend(config.second_index, config.second_checkpoint, config.device))
-    return engines
+        backends.append(open_backend(config.second_index, config.second_checkpoint, config.device))
+    return backends
 
 
-def _world(config: "DictConfig") -> "list[SearchBackend]":
-    """Give the generated world under the model, under a second one where wanted, and under its untrained baselines."""
-    from union_igrot.demo.backends import heads_name
+def _synthetic_backends(config: "DictConfig") -> "list[SearchBackend]":
+    """Return the generated world with the model, with a second one if there is one, and with untrained baselines."""
+    from union_igrot.experiment import open_extractor
+    from union_igrot.demo.backends import model_name
     from union_igrot.demo.synthetic_gallery import SyntheticGallery
     from union_igrot.gallery.metadata import load_checkpoint
     from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import baseline
 
     device = resolve_device(config.device)
-    world = SyntheticGallery()
+    gallery = SyntheticGallery()
     first = load_checkpoint(config.checkpoint or "tiny")[0].to(device)
-    models = {f"trained: {heads_name(first)}": first}
+    models = {f"trained: {model_name(first)}": first}
     if config.second_checkpoint is not None:
         second = load_checkpoint(config.second_checkpoint)[0].to(device)
-        models[f"second: {heads_name(second)}"] = second
+        models[f"second: {model_name(second)}"] = second
     models |= {f"{name}, untrained": baseline(first.backbone, kind) for name, kind in UNTRAINED.items()}
-    return [_engine(config, world, name, model) for name, model in models.items()]
-
-
-def _engine(config: "DictConfig", world: "SyntheticGallery", name: str, model: "IGROTModel") -> "SearchBackend":
-    from union_igrot.experiment import open_extractor
-
-    filling = open_extractor(plain(config), model.backbone)
-    with filling.store:
-        return world.engine(name, model, filling)
+    backends: list[SearchBackend] = []
+    for name, model in models.items():
+        features = open_extractor(plain(config), model.backbone)
+        with features.store:
+            backends.append(gallery.backend(name, model, features))
+    return backends
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ from typing import Any, Final, final
 from PIL import Image
 
 from union_igrot.demo.backends import DisplayedImage, SearchBackend, SearchRequest
-from union_igrot.demo.session import Mark, Reference, Session, Stroke
+from union_igrot.demo.session import Mark, Reference, Session, Stroke, read_link
 from union_igrot.demo.uploads import (
     KEPT_SIDE,
     VIEW_SIDE,
-    Limits,
     decode_thumbnail,
     downscale,
     draw_strokes,
     encode_thumbnail,
-    photo,
-    sketch,
+    read_sketch,
 )
 from union_igrot.errors import ConfigError, DataError, UnionError
 
@@ -44,15 +42,15 @@ class ResultColumn:
     """Results of one backend.
 
     Attributes:
-        engine: Number of the backend.
+        backend: Number of the backend.
         name: Name of its method.
-        answers: The images of this page.
+        images: The images of this page.
         first: Rank of the first of them, from 1.
     """
 
-    engine: int
+    backend: int
     name: str
-    answers: Sequence[DisplayedImage]
+    images: Sequence[DisplayedImage]
     first: int = 1
 
 
@@ -63,7 +61,7 @@ class Screen:
     Attributes:
         token: Secret id of the session.
         session: The session.
-        say: A status message.
+        message: A status message.
         columns: The results: one column, or two when backends are compared.
         last: Whether this is the last page.
         shared: Ids of the images in both columns.
@@ -76,7 +74,7 @@ class Screen:
 
     token: str
     session: Session
-    say: str = ""
+    message: str = ""
     columns: Sequence[ResultColumn] | None = None
     last: bool = True
     shared: frozenset[str] = frozenset()
@@ -94,8 +92,8 @@ class Screen:
         turn, first = self.session.present, self.columns[0]
         if turn is None:
             return "Some images of the gallery"
-        if first.answers:
-            return f"Results {first.first:,} to {first.first + len(first.answers) - 1:,}"
+        if first.images:
+            return f"Results {first.first:,} to {first.first + len(first.images) - 1:,}"
         return "No image matches the filter" if turn.where and turn.page == 0 else "No further results"
 
 
@@ -103,8 +101,8 @@ class Screen:
 class LargeImage:
     """A gallery image, reduced to 1,024 pixels."""
 
-    engine: int
-    answer: DisplayedImage
+    backend: int
+    item: DisplayedImage
     image: bytes
     width: int
     height: int
@@ -118,15 +116,14 @@ class DemoController:
     """Sessions of all users over one or more backends.
 
     Args:
-        engines: Backends; the first is searched, the others can be compared with it.
+        backends: Backends; the first is searched, the others can be compared with it.
         page: Images per page.
-        limits: Limits of uploaded photos.
     """
 
-    def __init__(self, engines: Sequence[SearchBackend], *, page: int = 24, limits: Limits | None = None) -> None:
-        if not engines:
+    def __init__(self, backends: Sequence[SearchBackend], *, page: int = 24) -> None:
+        if not backends:
             raise ConfigError("the demo needs at least one backend")
-        self.engines, self.page, self.limits = tuple(engines), page, limits or Limits()
+        self.backends, self.page = tuple(backends), page
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._sizes: dict[str, int] = {}
         self._shown: dict[str, deque[frozenset[tuple[int, str]]]] = {}
@@ -155,8 +152,8 @@ class DemoController:
             token: Id of the session; an unknown one starts a new session with another id.
             action: `show` (everything), `search`, `pick`, `drop`, `mark`, `unmark`, `undo`, `redo`, `back`, `page`,
                 `compare`, `resample`, `restart` or `large`.
-            given: Parameters of the action: `text`, `where` and `strokes`; `engine`, `id` and `liked`; `turn`; `page`;
-                `compared`.
+            given: Parameters of the action: `text`, `where` and `strokes`; `backend`, `id` and `liked`; `turn`; `page`;
+                `compared`; `link` of a query, to show it.
 
         Returns:
             What to show. A failed action leaves the session unchanged.
@@ -170,20 +167,15 @@ class DemoController:
         screen = self._actions[action](known, session, given)
         return self._store(token, screen)
 
-    def upload_photo(self, token: str, name: str, data: bytes) -> Screen:
-        """Set an uploaded photo as the query image.
-
-        Raises:
-            ImageError: If it cannot be used; with a message for the page.
-        """
-        held = photo(data, name, self.limits)
+    def set_photo(self, token: str, photo: Reference) -> Screen:
+        """Set an uploaded photo as the query image."""
         known, session = self._session(token)
-        say = f"The next search uses {held.name}."
+        session, message = session.set_reference(photo), f"The next search uses {photo.name}."
         if known == token:
-            return self._store(token, Screen(token, session.set_reference(held), say))
+            return self._store(token, Screen(token, session, message))
         return self._store(
-            token, self._with_results(known, session.set_reference(held), say)
-        )  # the page still shows images of another session
+            token, self._with_results(known, session, message)
+        )  # the page shows another session's images
 
     def _session(self, token: str) -> tuple[str, Session]:
         if token in self._sessions:
@@ -191,50 +183,66 @@ class DemoController:
             return token, self._sessions[token]
         return secrets.token_urlsafe(24), Session()
 
-    def _store(self, told: str, screen: Screen) -> Screen:
-        """Store the new state; `told` is the session id that the page sent."""
+    def _store(self, sent: str, screen: Screen) -> Screen:
+        """Store the new state; `sent` is the session id that the page sent."""
         token = screen.token
         self._sessions[token] = screen.session
         self._sessions.move_to_end(token)
         self._sizes[token] = screen.session.size
         if screen.columns is not None:
-            shown = {(column.engine, one.id) for column in screen.columns for one in column.answers}
+            shown = {(column.backend, one.id) for column in screen.columns for one in column.images}
             self._shown.setdefault(token, deque(maxlen=MAX_PAGES)).append(frozenset(shown))
         while len(self._sessions) > MAX_SESSIONS or (len(self._sessions) > 1 and sum(self._sizes.values()) > MAX_BYTES):
             gone, _ = self._sessions.popitem(last=False)
             del self._sizes[gone]
             self._shown.pop(gone, None)
-        if told in ("new", token):
+        if sent in ("new", token):
             return screen
-        return replace(screen, say=f"{SESSION_LOST} {screen.say}".strip(), moved=True)
+        return replace(screen, message=f"{SESSION_LOST} {screen.message}".strip(), moved=True)
 
     def _show(self, token: str, session: Session, given: Parameters) -> Screen:
-        del given
+        link = given.get("link")
         try:
-            return self._at_turn(token, session, "")
+            if not isinstance(link, str):
+                return self._at_turn(token, session, "")
+            return self._at_turn(token, session.find(link) or self._follow(session, read_link(link)), "")
         except UnionError as error:  # the gallery has changed; show the start page and keep the history
             return self._at_turn(token, session.go_to(-1), str(error))
 
+    def _follow(self, session: Session, given: Parameters) -> Session:
+        """Add the query of a link; its images are looked up in the gallery."""
+        if "held" in given:
+            raise DataError("This link's photo or sketch is not stored in it; choose the photo or draw again.")
+        reference = read_sketch(given.get("strokes"))
+        if given.get("id") is not None:
+            number = _integer(given, "backend") if "backend" in given else 0
+            if not isinstance(given["id"], str) or not 0 <= number < len(self.backends):
+                raise DataError("This link is damaged; copy it again or start a new search.")
+            reference = self._reference(number, self.backends[number].item(given["id"]))
+        session = session.unmark()
+        for name, liked in given["marks"]:
+            one = self.backends[0].item(str(name))
+            session = session.mark(Mark(one.id, one.title, one.thumbnail, liked is True))
+        text, where = _checked_text(given)
+        session, page = session.search(reference, text, where), given["page"]
+        last = min(MAX_RANK, len(self.backends[0])) // self._per_page(session)
+        return session.turn_page(min(page, last))
+
+    def _reference(self, number: int, one: DisplayedImage) -> Reference:
+        view = encode_thumbnail(downscale(self.backends[number].image(one.id), VIEW_SIDE))
+        return Reference(
+            "result", one.title, one.thumbnail, view, id=one.id, backend=number, path=one.path, details=one.details
+        )
+
     def _search(self, token: str, session: Session, given: Parameters) -> Screen:
-        text = given.get("text", "")
-        if not isinstance(text, str) or len(text) > MAX_TEXT:
-            raise DataError(f"The text is longer than {MAX_TEXT} characters; shorten it.")
-        where = given.get("where", "")
-        if not isinstance(where, str) or len(where) > MAX_WHERE:
-            raise DataError(f"The filter is longer than {MAX_WHERE} characters; shorten it.")
-        if any("\ud800" <= letter <= "\udfff" for letter in text + where):
-            raise DataError("The text or the filter contains invalid Unicode; type it again.")
-        reference = session.reference if session.reference is not None else sketch(given.get("strokes"))
+        text, where = _checked_text(given)
+        reference = session.reference if session.reference is not None else read_sketch(given.get("strokes"))
         return self._with_results(token, session.search(reference, text, where), "")
 
     def _pick(self, token: str, session: Session, given: Parameters) -> Screen:
         number, one = self._displayed(token, given)
-        view = encode_thumbnail(downscale(self.engines[number].image(one.id), VIEW_SIDE))
-        held = Reference(
-            "result", one.title, one.thumbnail, view, id=one.id, engine=number, path=one.path, details=one.details
-        )
-        say = "Selected. Type what should change, or search for similar images."
-        return Screen(token, session.set_reference(held), say, text="")
+        message = "Selected. Type what should change, or search for similar images."
+        return Screen(token, session.set_reference(self._reference(number, one)), message, text="")
 
     def _drop(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
@@ -246,9 +254,8 @@ class DemoController:
         changed = session.mark(marked)
         if all(mark.id != marked.id for mark in changed.marks):
             return Screen(token, changed, MARK_REMOVED)
-        return Screen(
-            token, changed, f"The next search {'prefers' if marked.liked else 'avoids'} images like this one."
-        )
+        verb = "prefers" if marked.liked else "avoids"
+        return Screen(token, changed, f"The next search {verb} images like this one.")
 
     def _unmark(self, token: str, session: Session, given: Parameters) -> Screen:
         name = given.get("id")
@@ -259,85 +266,96 @@ class DemoController:
         if not session.has_pending_changes:
             return self._at_turn(token, session.undo(), "Undone.")
         text, where = (None, None) if session.present is None else (session.present.text, session.present.where)
-        say = "Changes since the last search are undone."
-        return Screen(token, session.undo(), say, text=text, where=where)
+        message = "Changes since the last search are undone."
+        return Screen(token, session.undo(), message, text=text, where=where)
 
     def _turn_page(self, token: str, session: Session, given: Parameters) -> Screen:
         page = _integer(given, "page")
-        if page * self._per_page(session) >= min(MAX_RANK, len(self.engines[0])):
+        if page * self._per_page(session) >= min(MAX_RANK, len(self.backends[0])):
             raise DataError("There is no such page.")
         return self._with_results(token, session.turn_page(page), "", moved=False)
 
     def _compare(self, token: str, session: Session, given: Parameters) -> Screen:
         compared = None if given.get("compared") is None else _integer(given, "compared")
-        if compared is not None and compared >= len(self.engines):
+        if compared is not None and compared >= len(self.backends):
             raise DataError("There is no such method to compare with.")
         return self._with_results(token, session.compare(compared), "", moved=False)
 
     def _large(self, token: str, session: Session, given: Parameters) -> Screen:
-        number, answer = self._displayed(token, given)
-        image = self.engines[number].image(answer.id)
+        number, one = self._displayed(token, given)
+        image = self.backends[number].image(one.id)
         data = encode_thumbnail(downscale(image, KEPT_SIDE))
-        return Screen(token, session, large=LargeImage(number, answer, data, *image.size))
+        return Screen(token, session, large=LargeImage(number, one, data, *image.size))
 
     def _displayed(self, token: str, given: Parameters) -> tuple[int, DisplayedImage]:
         """Find an image on the user's pages; any other id is refused before it is looked up."""
-        number, name = given.get("engine"), given.get("id")
+        number, name = given.get("backend"), given.get("id")
         held = self._sessions[token].reference if token in self._sessions else None
-        known = {(held.engine, held.id)} if held and held.id else set()
+        known = {(held.backend, held.id)} if held and held.id else set()
         known = known.union(*self._shown.get(token, ()))
         if not isinstance(number, int) or not isinstance(name, str) or (number, name) not in known:
             raise DataError("This image is not on the page any more; search again.")
-        return number, self.engines[number].answer(name)
+        return number, self.backends[number].item(name)
 
-    def _at_turn(self, token: str, session: Session, say: str) -> Screen:
+    def _at_turn(self, token: str, session: Session, message: str) -> Screen:
         """Restore a query: its results, its sketch and its text."""
         present = session.present
         if present is None:  # keep what was drawn and typed before the first search
-            return self._with_results(token, session, say)
-        asked = present.reference
-        strokes = None if asked is None or asked.kind != "sketch" else asked.strokes
-        return self._with_results(token, session, say, strokes=strokes, text=present.text, where=present.where)
+            return self._with_results(token, session, message)
+        reference = present.reference
+        strokes = None if reference is None or reference.kind != "sketch" else reference.strokes
+        return self._with_results(token, session, message, strokes=strokes, text=present.text, where=present.where)
 
     def _restart(self, token: str, session: Session, given: Parameters) -> Screen:
         del given
         return self._with_results(token, session.restart(), "Started over.", strokes=(), text="", where="")
 
-    def _with_results(self, token: str, session: Session, say: str, *, moved: bool = True, **more: Any) -> Screen:
+    def _with_results(self, token: str, session: Session, message: str, *, moved: bool = True, **more: Any) -> Screen:
         """Compute the results that the session shows."""
         turn, per_page = session.present, self._per_page(session)
         if turn is None:
-            first = self.engines[0]
-            column = ResultColumn(0, first.name, first.some(self.page, session.sample_seed))
-            return Screen(token, session, say, [column], moved=moved, **more)
+            first = self.backends[0]
+            column = ResultColumn(0, first.name, first.sample(self.page, session.sample_seed))
+            return Screen(token, session, message, [column], moved=moved, **more)
         skip = turn.page * per_page
         columns, further = [], False
         for number in [0] if session.compared is None else [0, session.compared]:
-            engine = self.engines[number]
-            image = None if turn.reference is None else self._query_image(turn.reference, engine)
+            backend = self.backends[number]
+            image = None if turn.reference is None else self._query_image(turn.reference, backend)
             exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
-            asked = SearchRequest(image, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
-            found = engine.search(asked, skip, per_page + 1)
-            columns.append(ResultColumn(number, engine.name, found[:per_page], skip + 1))
+            request = SearchRequest(image, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
+            found = backend.search(request, skip, per_page + 1)
+            columns.append(ResultColumn(number, backend.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
-        found_by = [frozenset(one.id for one in column.answers) for column in columns]
+        found_by = [frozenset(one.id for one in column.images) for column in columns]
         shared = found_by[0] & found_by[1] if len(found_by) == 2 else frozenset()
         last = not further or skip + per_page >= MAX_RANK
-        return Screen(token, session, say, columns, last, shared, moved=moved, **more)
+        return Screen(token, session, message, columns, last, shared, moved=moved, **more)
 
     def _per_page(self, session: Session) -> int:
         return self.page if session.compared is None or session.present is None else max(1, self.page // 2)
 
-    def _query_image(self, reference: Reference, engine: SearchBackend) -> Image.Image:
+    def _query_image(self, reference: Reference, backend: SearchBackend) -> Image.Image:
         if reference.kind == "sketch":
-            return draw_strokes(reference.strokes, engine.sketch_scale)
+            return draw_strokes(reference.strokes, backend.sketch_scale)
         if reference.kind == "photo":
             return decode_thumbnail(reference.image)
         assert reference.id is not None
         try:
-            return self.engines[reference.engine].image(reference.id)
+            return self.backends[reference.backend].image(reference.id)
         except DataError:  # it was removed from the gallery after it was selected
             return decode_thumbnail(reference.image)
+
+
+def _checked_text(given: Parameters) -> tuple[str, str]:
+    """Return the text and the filter of a query."""
+    text, where = given.get("text", ""), given.get("where", "")
+    for name, value, most in (("text", text, MAX_TEXT), ("filter", where, MAX_WHERE)):
+        if not isinstance(value, str) or len(value) > most:
+            raise DataError(f"The {name} is longer than {most} characters; shorten it.")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise DataError(f"The {name} contains invalid Unicode; type it again.")
+    return text, where
 
 
 def _integer(given: Parameters, name: str) -> int:

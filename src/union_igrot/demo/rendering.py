@@ -1,6 +1,7 @@
 """Screens as HTML, rendered by templates that escape their values."""
 
 import base64
+import re
 from importlib.resources import files
 from typing import Any, Final, final
 
@@ -8,15 +9,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
+from union_igrot.demo.uploads import Limits
 
 STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 """Static files and their media types."""
+_CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def data_uri(image: bytes) -> Markup:
     """Return a PNG or JPEG as a data URI, so that no image has a URL on the server."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     return Markup(f"data:image/{kind};base64,{base64.b64encode(image).decode()}")
+
+
+def escape_controls(value: object) -> object:
+    """Make control and bidi characters of a text visible, so that a name cannot look like another one."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], value)
 
 
 def static_file(name: str) -> bytes:
@@ -29,30 +39,34 @@ class PageRenderer:
     """Renders the page and its regions.
 
     Args:
-        controller: Provides backends and limits.
+        controller: Provides the backends.
+        limits: Limits of uploaded photos.
     """
 
-    def __init__(self, controller: DemoController) -> None:
-        self._desk = controller
-        self._made = Environment(
+    def __init__(self, controller: DemoController, limits: Limits) -> None:
+        self._controller, self._limits = controller, limits
+        self._environment = Environment(
             loader=PackageLoader("union_igrot.demo"),
             autoescape=True,
             undefined=StrictUndefined,
+            finalize=escape_controls,
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._made.filters["uri"] = data_uri
+        self._environment.filters["uri"] = data_uri
 
     def page(self) -> str:
         """Return the initial page."""
-        first = self._desk.engines[0]
+        first = self._controller.backends[0]
         return self._render(
             "page",
             gallery=first.gallery,
             hint=first.hint,
             count=len(first),
-            others=[(number, engine.name) for number, engine in enumerate(self._desk.engines)][1:],
-            limits=self._desk.limits,
+            others=[(number, backend.name) for number, backend in enumerate(self._controller.backends)][1:],
+            model=first.model,
+            warning=first.warning,
+            limits=self._limits,
             max_text=MAX_TEXT,
             columns=[name if name.isidentifier() else f'"{name}"' for name in first.columns],
             example=first.example,
@@ -71,17 +85,19 @@ class PageRenderer:
                 columns=screen.columns,
                 last=screen.last,
                 shared=screen.shared,
-                count=len(self._desk.engines[0]),
+                count=len(self._controller.backends[0]),
                 heading=screen.heading,
             )
         return {
             "token": screen.token,
-            "say": screen.say,
-            "told": screen.heading,
+            "message": screen.message,
+            "heading": screen.heading,
+            "link": "" if session.present is None else session.present.link,
             "history": self._render("history", session=session) if screen.moved else None,
             "can": {"undo": session.can_undo, "redo": session.can_redo, "restart": bool(session.turns)},
             "reference": self._render("reference", reference=session.reference),
             "marked": self._render("marks", marks=session.marks),
+            "pending": session.has_pending_changes,
             "marks": {mark.id: mark.liked for mark in session.marks},
             "results": results,
             "large": None if screen.large is None else self._render("large", large=screen.large),
@@ -92,4 +108,4 @@ class PageRenderer:
         }
 
     def _render(self, name: str, **values: Any) -> str:
-        return self._made.get_template(f"{name}.html").render(values)
+        return self._environment.get_template(f"{name}.html").render(values)

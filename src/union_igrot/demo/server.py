@@ -1,37 +1,59 @@
 """The HTTP server of the demo.
 
 No URL refers to a file: static files are read at startup and images are embedded in the page. Actions run one after
-another in one thread, which alone uses sessions, models and galleries. A user's mistake is answered with status 200 and
-a message, because browsers log any other status as an error of the page.
+another in one thread, which alone uses sessions, models and galleries; photos are decoded in other processes. A user's
+mistake is answered with status 200 and a message, because browsers log any other status as an error of the page.
 """
 
 import asyncio
 import base64
 import binascii
+import errno
 import hmac
+import ipaddress
 import json
 import logging
+import secrets
+import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 from urllib.parse import urlsplit
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from union_igrot.demo.controller import DemoController, Screen
 from union_igrot.demo.rendering import STATIC, PageRenderer, static_file
-from union_igrot.errors import UnionError
+from union_igrot.demo.session import Reference
+from union_igrot.demo.uploads import Limits, PhotoDecoder
+from union_igrot.errors import ConfigError, UnionError
 
 MAX_REQUEST_BYTES: Final = 2**20
 """Largest request body of an action in bytes; mostly strokes."""
 REQUEST_TIMEOUT: Final = 60.0
 """Seconds within which a request body has to arrive."""
+HEAD_TIMEOUT: Final = 10.0
+"""Seconds within which the head of a request has to arrive."""
 LOGIN_DELAY: Final = 1.0
-"""Seconds before a wrong password is refused, one attempt at a time."""
+"""Seconds before a wrong password is refused."""
+MAX_ATTEMPTS: Final = 5
+"""Wrong passwords of one address that may wait for that; further attempts are refused unread."""
+MAX_ATTEMPTS_IN_ALL: Final = 50
+"""Wrong passwords of all addresses that may wait."""
+MAX_LOGINS: Final = 1000
+"""Browsers that are remembered as logged in."""
+MAX_CONNECTIONS: Final = 200
+"""Concurrent connections; for a further one the oldest that sends no request is closed."""
+MAX_UPLOADS: Final = 8
+"""Photos that may wait or be decoded, two at a time."""
+COOKIE: Final = "union-demo"
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 """Host names that only this machine reaches."""
 
@@ -74,26 +96,27 @@ class Login:
         """Whether an Authorization header (RFC 7617) holds these credentials."""
         kind, _, given = header.partition(" ")
         try:
-            told = base64.b64decode(given, validate=True)
+            sent = base64.b64decode(given, validate=True)
         except (binascii.Error, ValueError):
             return False
-        return kind.lower() == "basic" and hmac.compare_digest(told, f"{self.user}:{self.password}".encode())
+        return kind.lower() == "basic" and hmac.compare_digest(sent, f"{self.user}:{self.password}".encode())
 
 
 @final
 class RequestQueue:
-    """Bounded queue of actions that run one after another in one thread.
+    """Bounded queue of steps that run in threads.
 
     Args:
-        bound: Actions that may wait or run.
+        bound: Steps that may wait or run.
+        threads: Steps that run at once.
     """
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, bound: int, threads: int = 1) -> None:
         self._bound, self._waiting = bound, 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="demo")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="demo")
 
-    async def do(self, step: Callable[[], T]) -> T:
-        """Run an action when its turn comes.
+    async def run(self, step: Callable[[], T]) -> T:
+        """Run a step when its turn comes.
 
         Raises:
             UnionError: If the queue is full; with a message for the page.
@@ -102,7 +125,7 @@ class RequestQueue:
             raise UnionError("The server is busy; try again in a moment.")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, step)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, step)
         finally:
             self._waiting -= 1
 
@@ -114,11 +137,17 @@ class Routes:
     Args:
         controller: Performs the actions.
         bound: Actions that may wait or run.
+        limits: Limits of uploaded photos.
+        decode: Decodes uploaded photos, given the bytes and the name.
     """
 
-    def __init__(self, controller: DemoController, bound: int) -> None:
-        self._desk, self._view, self._queue = controller, PageRenderer(controller), RequestQueue(bound)
-        self._page = self._view.page()
+    def __init__(
+        self, controller: DemoController, bound: int, limits: Limits, decode: Callable[[bytes, str], Reference]
+    ) -> None:
+        self._controller, self._renderer = controller, PageRenderer(controller, limits)
+        self._limits, self._decode = limits, decode
+        self._queue, self._uploads = RequestQueue(bound), RequestQueue(min(bound, MAX_UPLOADS), threads=2)
+        self._page = self._renderer.page()
         self._files = {name: static_file(name) for name in STATIC}
 
     def routes(self) -> list[Route]:
@@ -148,27 +177,34 @@ class Routes:
         if isinstance(body, Response):
             return body
         try:
-            told = json.loads(body)
-            action, given = told["action"], told["given"]
+            sent = json.loads(body)
+            action, given = sent["action"], sent["given"]
         except (ValueError, RecursionError, TypeError, KeyError):
             return _problem("Invalid request; reload the page.")
         if not isinstance(action, str) or not isinstance(given, Mapping):
             return _problem("Invalid request; reload the page.")
         token = request.headers.get("x-session", "")
-        return await self._step(lambda: self._desk.act(token, action, given))
+        return await self._respond(self._act(lambda: self._controller.act(token, action, given)))
 
     async def photo(self, request: Request) -> Response:
         """Receive a photo."""
-        limits = self._desk.limits
-        body = await _body(request, limits.bytes)
+        body = await _body(request, self._limits.bytes)
         if isinstance(body, Response):
             return body
         token, name = request.headers.get("x-session", ""), request.query_params.get("name", "")
-        return await self._step(lambda: self._desk.upload_photo(token, name, body))
 
-    async def _step(self, step: Callable[[], Screen]) -> Response:
+        async def upload() -> dict[str, Any]:
+            photo = await self._uploads.run(lambda: self._decode(body, name))
+            return await self._act(lambda: self._controller.set_photo(token, photo))
+
+        return await self._respond(upload())
+
+    async def _act(self, action: Callable[[], Screen]) -> dict[str, Any]:
+        return await self._queue.run(lambda: self._renderer.regions(action()))
+
+    async def _respond(self, result: Awaitable[dict[str, Any]]) -> Response:
         try:
-            return _json(await self._queue.do(lambda: self._view.regions(step())))
+            return _json(await result)
         except UnionError as error:
             return _problem(str(error))
         except Exception:  # the page keeps working after an internal error
@@ -177,7 +213,13 @@ class Routes:
 
 
 def make_app(
-    controller: DemoController, *, bound: int = 64, hosts: Sequence[str] | None = LOOPBACK, login: Login | None = None
+    controller: DemoController,
+    *,
+    bound: int = 64,
+    hosts: Sequence[str] | None = LOOPBACK,
+    login: Login | None = None,
+    limits: Limits | None = None,
+    decode: Callable[[bytes, str], Reference] | None = None,
 ) -> App:
     """Build the ASGI application.
 
@@ -186,51 +228,101 @@ def make_app(
         bound: Actions that may wait or run; further ones are refused with a message.
         hosts: Accepted Host headers, against DNS rebinding; None accepts any.
         login: Credentials; None requires no login.
+        limits: Limits of uploaded photos.
+        decode: Decodes uploaded photos; by default in other processes.
     """
-    return _Guard(Starlette(routes=Routes(controller, bound).routes()), hosts, login)
+    limits = limits or Limits()
+    routes = Routes(controller, bound, limits, decode or PhotoDecoder(limits))
+    return _Guard(Starlette(routes=routes.routes()), hosts, None if login is None else _Gate(login))
+
+
+@final
+class _Gate:
+    """Checks passwords; a browser that has logged in is remembered by a cookie and never waits.
+
+    An address may have few wrong attempts waiting at a time, so that passwords cannot be tried out quickly and nobody
+    waits for the attempts of others.
+    """
+
+    def __init__(self, login: Login) -> None:
+        self._login, self._cookies = login, dict[str, None]()
+        self._attempts: Counter[str] = Counter()
+
+    async def admit(self, headers: Mapping[bytes, bytes], client: str) -> tuple[str, Response | None]:
+        """Return a new cookie, if any, and the response that refuses the request, or None to admit it."""
+        cookies = headers.get(b"cookie", b"").decode("latin-1").split(";")
+        sent = next(
+            (value for part in cookies for name, _, value in [part.strip().partition("=")] if name == COOKIE), ""
+        )
+        if sent in self._cookies:
+            return "", None
+        password = headers.get(b"authorization", b"").decode("latin-1")
+        address = _network(client)
+        if password and (self._attempts[address] >= MAX_ATTEMPTS or self._attempts.total() >= MAX_ATTEMPTS_IN_ALL):
+            return "", PlainTextResponse("too many wrong passwords; wait some seconds", 429, {"Retry-After": "5"})
+        if self._login.opens(password):
+            cookie = secrets.token_urlsafe(24)
+            self._cookies[cookie] = None
+            while len(self._cookies) > MAX_LOGINS:
+                del self._cookies[next(iter(self._cookies))]
+            return cookie, None
+        if password:
+            self._attempts[address] += 1
+            try:
+                await asyncio.sleep(LOGIN_DELAY)
+            finally:
+                self._attempts[address] -= 1
+                self._attempts += Counter()  # drops zeros
+        ask = {"WWW-Authenticate": 'Basic realm="union-demo", charset="UTF-8"'}
+        return "", Response("user and password required", 401, ask)
 
 
 @final
 class _Guard:
     """Checks the Host header and the password, and adds the security headers to every response."""
 
-    def __init__(self, inner: App, hosts: Sequence[str] | None, login: Login | None) -> None:
-        self._inner, self._hosts, self._login = inner, hosts, login
-        self._guesses = asyncio.Lock()
+    def __init__(self, inner: App, hosts: Sequence[str] | None, gate: _Gate | None) -> None:
+        self._inner, self._gate = inner, gate
+        self._hosts = None if hosts is None else [host.lower() for host in hosts]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
+        cookie = ""
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                if cookie:
+                    more.append((b"set-cookie", f"{COOKIE}={cookie}; HttpOnly; SameSite=Strict; Path=/".encode()))
                 message["headers"] = [*message.get("headers", []), *more]
             await send(message)
 
-        told = dict(scope["headers"])
-        if self._hosts is not None and _host(told.get(b"host", b"").decode("latin-1")) not in self._hosts:
+        headers = dict(scope["headers"])
+        if self._hosts is not None and _host(headers.get(b"host", b"").decode("latin-1")) not in self._hosts:
             known = " or ".join(self._hosts)
-            sentence = f"Unknown host name; this page is served as {known}."
-            await PlainTextResponse(sentence, 400)(scope, receive, with_headers)
-            return
-        if self._login is not None:
-            given = told.get(b"authorization", b"").decode("latin-1")
-            if not self._login.opens(given):
-                if given:
-                    async with self._guesses:  # one wrong attempt at a time, also for parallel requests
-                        await asyncio.sleep(LOGIN_DELAY)
-                ask = {"WWW-Authenticate": 'Basic realm="union-demo", charset="UTF-8"'}
-                await Response("user and password required", 401, ask)(scope, receive, with_headers)
-                return
-        await self._inner(scope, receive, with_headers)
+            refused: Response | None = PlainTextResponse(f"Unknown host name; this page is served as {known}.", 400)
+        elif self._gate is not None:
+            cookie, refused = await self._gate.admit(headers, (scope.get("client") or ("",))[0])
+        else:
+            refused = None
+        await (refused or self._inner)(scope, receive, with_headers)
 
 
-def _host(told: str) -> str:
-    """Return the name of a Host header without its port; empty if it is invalid."""
+def _network(client: str) -> str:
+    """Return what counts as one address: all of IPv4, the first 64 bits of IPv6, which one customer has."""
     try:
-        return urlsplit(f"//{told}").hostname or ""
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return client
+    return client if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
+
+
+def _host(header: str) -> str:
+    """Return the lower-case name of a Host header without its port; empty if it is invalid."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
     except ValueError:
         return ""
 
@@ -242,8 +334,8 @@ async def _body(request: Request, most: int) -> bytes | Response:
     """
     if "x-session" not in request.headers:
         return Response("not from this page", 403)
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > most:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
         return Response("too large", 413)
     parts, size = [], 0
     try:
@@ -258,10 +350,121 @@ async def _body(request: Request, most: int) -> bytes | Response:
     return b"".join(parts)
 
 
-def _problem(sentence: str) -> Response:
-    return _json({"problem": sentence})
+def _problem(message: str) -> Response:
+    return _json({"problem": message})
 
 
 def _json(value: Mapping[str, Any]) -> Response:
     """Encode as ASCII JSON: a file name may contain what UTF-8 cannot encode."""
     return Response(json.dumps(value), media_type="application/json")
+
+
+@final
+class _Connection(H11Protocol):
+    """Closes a connection whose request head does not arrive in time, and idle ones if there are too many."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        """Make room and wait for a request."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            idle = [one for one in self.connections if isinstance(one, _Connection) and one.idle]
+            if idle:
+                oldest = min(idle, key=lambda one: one.opened)
+                self.connections.discard(oldest)
+                oldest.transport.abort()
+        super().connection_made(transport)
+        self.opened = self.loop.time()
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Handle data; wait for the rest of a head."""
+        super().data_received(data)
+        if self.idle:
+            self._wait()
+
+    def handle_events(self) -> None:
+        """Stop waiting once a request has begun."""
+        super().handle_events()
+        if not self.idle and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being handled."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_TIMEOUT, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        self._timer = None
+        if self.idle:
+            self.transport.abort()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind and listen on a port.
+
+    Args:
+        host: Address to bind; `127.0.0.1` is reachable from this machine only.
+        port: The port, or 0 for any free one.
+
+    Raises:
+        ConfigError: If it is in use or not permitted.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    held = socket.socket(family)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+        held.listen(128)
+    except OSError as error:
+        held.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} is in use; use another one, such as port={port + 1}, or port=0 for any free one"
+            ) from None
+        raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}); use another host or port") from None
+    return held
+
+
+def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        app: The application.
+        held: The socket from `listen`; closed at the end.
+        ready: Called with the URL of the page before the first request.
+    """
+    host, port = held.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # all interfaces: others use the host name
+        host = socket.gethostname()
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        http=_Connection,
+        limit_concurrency=MAX_CONNECTIONS + 1,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        proxy_headers=False,
+    )
+    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    try:
+        uvicorn.Server(config).run(sockets=[held])
+    except KeyboardInterrupt:  # uvicorn has shut down and re-raises the signal
+        pass
+    finally:
+        held.close()

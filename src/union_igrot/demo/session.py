@@ -1,8 +1,12 @@
 """The search history of one user, as immutable values: every step returns a new session."""
 
+import base64
+import hashlib
+import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from union_igrot.errors import DataError
 
@@ -10,6 +14,11 @@ MAX_TURNS: Final = 50
 """Queries kept in the history; the oldest are dropped first."""
 MAX_MARKS: Final = 50
 """Images that can be marked at once."""
+
+MAX_LINKED_SKETCH: Final = 6_000
+"""Characters of a sketch's coordinates that a link holds."""
+_MAX_LINK: Final = 40_000
+"""Characters of a link, and bytes of its contents."""
 
 Stroke = tuple[tuple[int, int], ...]
 """Points of a pen stroke, both coordinates 0..1000 from the upper left corner."""
@@ -27,7 +36,7 @@ class Reference:
         strokes: The strokes of a sketch.
         image: The PNG or JPEG of a photo that is searched with.
         id: Id of a gallery image.
-        engine: Number of the backend that found a gallery image.
+        backend: Number of the backend that found a gallery image.
         path: File of a gallery image, if any.
         details: Further columns to show, by name.
     """
@@ -39,7 +48,7 @@ class Reference:
     strokes: tuple[Stroke, ...] = ()
     image: bytes = b""
     id: str | None = None
-    engine: int = 0
+    backend: int = 0
     path: str | None = None
     details: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +87,22 @@ class Turn:
     where: str = ""
     marks: tuple[Mark, ...] = ()
     page: int = 0
+
+    @property
+    def link(self) -> str:
+        """The query as text for the page's URL; a photo and a long sketch are only named by a digest."""
+        values: dict[str, Any] = {"text": self.text, "where": self.where, "page": self.page}
+        values["marks"] = [[mark.id, mark.liked] for mark in self.marks]
+        if (held := self.reference) is not None:
+            drawn = json.dumps(held.strokes) if held.kind == "sketch" else ""
+            if held.kind == "result":
+                values |= {"id": held.id, "backend": held.backend}
+            elif drawn and len(drawn) <= MAX_LINKED_SKETCH:
+                values["strokes"] = held.strokes
+            else:
+                values["held"] = hashlib.sha256(held.image or drawn.encode()).hexdigest()[:16]
+        text = json.dumps({name: value for name, value in values.items() if value}, separators=(",", ":"))
+        return base64.urlsafe_b64encode(zlib.compress(text.encode())).decode().rstrip("=")
 
     @property
     def liked(self) -> tuple[str, ...]:
@@ -159,6 +184,14 @@ class Session:
         turns = (*self.turns[: self.at + 1], turn)[-MAX_TURNS:]
         asked = replace(self, turns=turns, at=len(turns) - 1)
         return replace(asked, reference=asked._current_reference)
+
+    def find(self, link: str) -> "Session | None":
+        """Go to the query and page of a link; None if the history does not contain it."""
+        page = read_link(link).get("page", 0)
+        for at in reversed(range(len(self.turns))):
+            if replace(self.turns[at], page=page).link == link:
+                return self.go_to(at).turn_page(page)
+        return None
 
     def go_to(self, to: int) -> "Session":
         """Go to another query of the history, or to the start page (-1), and restore its query image and marks.
@@ -244,3 +277,24 @@ class Session:
     def restart(self) -> "Session":
         """Clear the history; keep the comparison."""
         return Session(compared=self.compared, sample_seed=self.sample_seed + 1)
+
+
+def read_link(link: str) -> dict[str, Any]:
+    """Decode `Turn.link`; the values are not validated, except that `page` is a number from 0 and `marks` is a list.
+
+    Raises:
+        DataError: If it is invalid.
+    """
+    try:
+        if len(link) > _MAX_LINK:
+            raise ValueError(link)
+        unpacked = zlib.decompressobj()
+        text = unpacked.decompress(base64.urlsafe_b64decode(link + "=" * (-len(link) % 4)), _MAX_LINK)
+        values = json.loads(text)
+        json.dumps(values, ensure_ascii=False).encode()  # raises for invalid Unicode
+        page, marks = values.setdefault("page", 0), values.setdefault("marks", [])
+        if type(page) is not int or not 0 <= page <= _MAX_LINK or not all(len(mark) == 2 for mark in marks):
+            raise ValueError(page, marks)
+    except (ValueError, TypeError, AttributeError, RecursionError, zlib.error):
+        raise DataError("This link is damaged; copy it again or start a new search.") from None
+    return dict(values)

@@ -1,6 +1,6 @@
 """The generated world as a gallery in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Final, final
@@ -10,11 +10,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from union_igrot.demo.backends import DisplayedImage
-from union_igrot.demo.gallery_backend import GalleryBackend, ItemRenderer
+from union_igrot.demo.backends import Columns, DisplayedImage, GalleryBackend
 from union_igrot.demo.uploads import encode_thumbnail
 from union_igrot.features.extractor import FeatureExtractor
-from union_igrot.gallery.engines.base import ColumnValue, Rows
+from union_igrot.gallery.engines.base import Rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.images.decode import open_image
@@ -28,32 +27,30 @@ _STEP: Final = 256
 
 
 @final
-class SyntheticItems(ItemRenderer):
-    """Images that are rendered on demand.
+class SyntheticBackend(GalleryBackend):
+    """Images that are rendered on demand; captions are their titles.
 
     Args:
-        items: The images; captions are their titles.
+        gallery: The gallery.
+        name: Name of the method on the page.
+        items: Its images.
     """
 
-    title = "a generated world of colored shapes"
     hint = "Try “make the star blue”, “remove the house”, “put it on sand”, “add a red circle on the left”."
     example = "class = 'star' or caption like '%red%'"
     pixelated = True
     thumbnails = False
 
-    def __init__(self, items: Sequence[GalleryItem]) -> None:
+    def __init__(self, gallery: Gallery, name: str, items: Sequence[GalleryItem]) -> None:
+        super().__init__(gallery, "a generated world of colored shapes", name)
         self._images = {item.id: item.image for item in items}
 
-    def answer(
-        self, name: str, columns: Mapping[str, ColumnValue], jpeg: bytes | None, score: float | None = None
-    ) -> DisplayedImage:
-        """See `ItemRenderer`."""
+    def _show(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
         del jpeg
         details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
-        return DisplayedImage(name, str(columns["caption"]), _small(self._images[name]), score, None, details)  # type: ignore[arg-type]  # the world's images are frozen values
+        return DisplayedImage(name, str(columns["caption"]), _thumbnail(self._images[name]), score, None, details)  # type: ignore[arg-type]  # images are hashable
 
-    def image(self, name: str, columns: Mapping[str, ColumnValue]) -> Image.Image:
-        """See `ItemRenderer`."""
+    def _decode(self, name: str, columns: Columns) -> Image.Image:
         del columns
         return open_image(self._images[name])
 
@@ -72,11 +69,11 @@ class SyntheticGallery:
         images = [*cir.gallery, *sbir.gallery]
         self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(images)]
 
-    def engine(self, name: str, model: IGROTModel, extractor: FeatureExtractor) -> GalleryBackend:
+    def backend(self, name: str, model: IGROTModel, extractor: FeatureExtractor) -> SyntheticBackend:
         """Embed the gallery with a model.
 
         Args:
-            name: Name of the model on the page.
+            name: Name of the method on the page.
             model: The model.
             extractor: Encodes images with the model's backbone and caches their features.
         """
@@ -84,18 +81,18 @@ class SyntheticGallery:
         keys = extractor.extract_images(sources, tokens=model.target.needs_tokens, label="the generated world")
         rows = MemoryIndex(model.backbone.dim)
         columns = {"class": [item.label for item in self.items], "caption": [item.caption for item in self.items]}
-        rows.upsert(Rows([item.id for item in self.items], _embedded(model, extractor, keys), columns))
-        return GalleryBackend(Gallery(rows, model, rows.uri), rows, SyntheticItems(self.items), name)
+        rows.upsert(Rows([item.id for item in self.items], _embed(model, extractor, keys), columns))
+        return SyntheticBackend(Gallery(rows, model, rows.uri), name, self.items)
 
 
 @lru_cache(8192)
-def _small(source: ImageSource) -> bytes:
+def _thumbnail(source: ImageSource) -> bytes:
     """Render each image once: 5 kB each, 40 MB in total."""
     return encode_thumbnail(open_image(source))
 
 
 @torch.inference_mode()
-def _embedded(model: IGROTModel, extractor: FeatureExtractor, keys: Sequence[str]) -> Float[Tensor, "gallery dim"]:
+def _embed(model: IGROTModel, extractor: FeatureExtractor, keys: Sequence[str]) -> Float[Tensor, "gallery dim"]:
     tokens = model.target.needs_tokens
     steps = range(0, len(keys), _STEP)
     return torch.cat(

@@ -2,10 +2,12 @@
 
 import io
 import math
+import multiprocessing
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, final
 
 from PIL import Image, ImageDraw
 
@@ -13,8 +15,11 @@ from union_igrot.demo.session import Reference, Stroke
 from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import as_image
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Accepted formats (MPO of some cameras is JPEG). None starts another program, as PostScript would."""
+"""Accepted formats (MPO of some cameras is JPEG); none starts another program, as PostScript would."""
 KEPT_SIDE: Final = 1024
 """Longest side in pixels to which photos are reduced."""
 THUMBNAIL_SIDE, VIEW_SIDE = 160, 480
@@ -48,8 +53,8 @@ class Limits:
         return round(self.megabytes * 1e6)
 
 
-def photo(data: bytes, name: str, limits: Limits) -> Reference:
-    """Read an uploaded photo.
+def decode_photo(data: bytes, name: str, limits: Limits) -> Reference:
+    """Decode an uploaded photo.
 
     Pixels are counted before decoding. The photo is turned upright, transparency becomes white, and larger ones are
     reduced to 1,024 pixels.
@@ -71,7 +76,64 @@ def photo(data: bytes, name: str, limits: Limits) -> Reference:
     return Reference("photo", name, small, view, image=encode_thumbnail(image))
 
 
-def sketch(given: Any) -> Reference | None:
+@final
+class PhotoDecoder:
+    """Decodes each photo in a process of its own, which is killed after a time limit.
+
+    Args:
+        limits: Limits of the photos.
+        seconds: The time limit.
+    """
+
+    def __init__(self, limits: Limits, seconds: float = 20.0) -> None:
+        self._limits, self._seconds = limits, seconds
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self._context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":  # imports once, in the background; a process then starts in milliseconds
+            self._context.set_forkserver_preload([__name__])
+            import_module("multiprocessing.forkserver").ensure_running()
+
+    def __call__(self, data: bytes, name: str) -> Reference:
+        """See `decode_photo`.
+
+        Raises:
+            ImageError: If it cannot be used or takes too long; with a message for the page.
+        """
+        if len(data) > self._limits.bytes:
+            return decode_photo(data, name, self._limits)  # raises without decoding
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_decode_into, args=(sender, data, name, self._limits), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            receiver.recv_bytes()  # it has started
+            if not receiver.poll(self._seconds):
+                raise ImageError(
+                    f"{short_file_name(name)} took longer than {self._seconds:g} s to decode; use another file."
+                )
+            result = receiver.recv()
+        except (EOFError, OSError):  # the process crashed
+            raise ImageError(_unreadable(short_file_name(name))) from None
+        finally:
+            process.kill()
+            process.join()
+            process.close()
+            receiver.close()
+        if isinstance(result, Reference):
+            return result
+        raise ImageError(str(result))
+
+
+def _decode_into(sender: "Connection", data: bytes, name: str, limits: Limits) -> None:
+    """Send the photo, or the message of its error."""
+    sender.send_bytes(b"started")
+    try:
+        sender.send(decode_photo(data, name, limits))
+    except ImageError as error:
+        sender.send(str(error))
+
+
+def read_sketch(given: Any) -> Reference | None:
     """Read the strokes that the page sends.
 
     Args:
@@ -99,18 +161,18 @@ def sketch(given: Any) -> Reference | None:
     )
 
 
-def draw_strokes(strokes: Sequence[Stroke], room: float = 1.0) -> Image.Image:
+def draw_strokes(strokes: Sequence[Stroke], scale: float = 1.0) -> Image.Image:
     """Draw strokes with a round pen on white, 512 x 512, RGB.
 
     Args:
         strokes: At least one, each of at least one point.
-        room: Largest size of the drawing relative to the page, above 0 and at most 1. A larger drawing is scaled
+        scale: Largest size of the drawing relative to the page, above 0 and at most 1. A larger drawing is scaled
             down and centered, with the same pen width.
     """
     page = Image.new("RGB", (_CANVAS, _CANVAS), _PAPER)
     pen = ImageDraw.Draw(page)
     width = round(_PEN * _CANVAS)
-    for stroke in _fitted(strokes, room):
+    for stroke in _fit(strokes, scale):
         points = [(x * _CANVAS / GRID, y * _CANVAS / GRID) for x, y in stroke]
         pen.line(points, fill=_INK, width=width, joint="curve")
         for x, y in (points[0], points[-1]):
@@ -118,12 +180,12 @@ def draw_strokes(strokes: Sequence[Stroke], room: float = 1.0) -> Image.Image:
     return page
 
 
-def _fitted(strokes: Sequence[Stroke], room: float) -> list[list[tuple[float, float]]]:
+def _fit(strokes: Sequence[Stroke], scale: float) -> list[list[tuple[float, float]]]:
     xs, ys = ([point[axis] for stroke in strokes for point in stroke] for axis in (0, 1))
     side = max(max(xs) - min(xs), max(ys) - min(ys))
-    if side <= room * GRID:
+    if side <= scale * GRID:
         return [[(float(x), float(y)) for x, y in stroke] for stroke in strokes]
-    by, middle = room * GRID / side, ((max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2)
+    by, middle = scale * GRID / side, ((max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2)
     return [[(GRID / 2 + by * (x - middle[0]), GRID / 2 + by * (y - middle[1])) for x, y in s] for s in strokes]
 
 
@@ -147,7 +209,7 @@ def encode_thumbnail(image: Image.Image) -> bytes:
 
 
 def decode_thumbnail(data: bytes) -> Image.Image:
-    """Undo `encoded`."""
+    """Undo `encode_thumbnail`."""
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         return image.convert("RGB")
 

@@ -3,13 +3,16 @@
 const $ = (id) => document.getElementById(id);
 const MISTAKE = "Invalid response; reload the page.";
 const SILENCE = "No response from the server; is union-demo still running?";
-const GRID = 1000, PEN = 28, NEAR = 4;
+const GRID = 1000, PEN = 28, NEAR = 4, ERASER = 45;
 
 // ---- the sketch pad -------------------------------------------------------------------------
 
 const canvas = document.querySelector("#pad canvas");
 const paper = canvas.getContext("2d");
 let strokes = [];
+let before = []; // the strokes before each change, for undo
+let erasing = false;
+let erased = null; // the eraser's last position
 let pen = { x: GRID / 2, y: GRID / 2, down: false, keys: false };
 
 function paint() {
@@ -31,7 +34,52 @@ function paint() {
     paper.stroke();
   }
   $("pad-empty").hidden = strokes.length > 0;
-  $("unstroke").disabled = $("clear").disabled = strokes.length === 0;
+  $("clear").disabled = strokes.length === 0;
+  $("unstroke").disabled = before.length === 0;
+  if (!strokes.length && erasing) erase(false);
+  $("eraser").disabled = strokes.length === 0;
+}
+
+function remember() {
+  before.push(strokes.map((stroke) => [...stroke]));
+  if (before.length > 100) before.shift();
+}
+
+function erase(on) {
+  erasing = on;
+  $("eraser").setAttribute("aria-pressed", String(on));
+  canvas.classList.toggle("erasing", on);
+}
+
+function eraseTo([x, y]) {
+  const [fromX, fromY] = erased ?? [x, y];
+  const steps = Math.ceil((2 * Math.hypot(x - fromX, y - fromY)) / ERASER) || 1;
+  for (let at = 1; at <= steps; at++) eraseAt([fromX + ((x - fromX) * at) / steps, fromY + ((y - fromY) * at) / steps]);
+  erased = [x, y];
+}
+
+// Remove the ink near a point; a stroke may fall apart into several.
+function eraseAt([x, y]) {
+  const near = ([px, py]) => Math.hypot(px - x, py - y) < ERASER;
+  strokes = strokes.flatMap((stroke) => {
+    const pieces = [[]];
+    stroke.forEach((point, at) => {
+      for (const one of at ? between(stroke[at - 1], point, [x, y]) : [point])
+        if (near(one)) pieces.push([]);
+        else pieces.at(-1).push(one);
+    });
+    return pieces.filter((piece) => piece.length);
+  });
+}
+
+// The points after the first of a segment: its end, and where it passes the eraser some points between.
+function between([ax, ay], [bx, by], [x, y]) {
+  const [dx, dy] = [bx - ax, by - ay];
+  const length = Math.hypot(dx, dy);
+  const along = length ? Math.max(0, Math.min(1, ((x - ax) * dx + (y - ay) * dy) / length ** 2)) : 0;
+  if (Math.hypot(ax + along * dx - x, ay + along * dy - y) >= ERASER) return [[bx, by]];
+  const steps = Math.max(1, Math.ceil(length / 10));
+  return Array.from({ length: steps }, (_, at) => [ax + (dx * (at + 1)) / steps, ay + (dy * (at + 1)) / steps].map(Math.round));
 }
 
 function place(event) {
@@ -41,6 +89,7 @@ function place(event) {
 }
 
 function draw(point) {
+  if (erasing) return eraseTo(point);
   const stroke = strokes.at(-1);
   if (!stroke) return;
   const [x, y] = stroke.at(-1);
@@ -53,13 +102,16 @@ canvas.addEventListener("pointerdown", (event) => {
   drawing = event.pointerId;
   canvas.setPointerCapture(drawing);
   pen.keys = false;
-  strokes.push([place(event)]);
+  remember();
+  erased = null;
+  if (erasing) eraseTo(place(event));
+  else strokes.push([place(event)]);
   paint();
 });
 canvas.addEventListener("pointermove", (event) => {
   if (event.pointerId !== drawing) return;
-  const between = event.getCoalescedEvents?.() ?? [];
-  for (const one of between.length ? between : [event]) draw(place(one));
+  const events = event.getCoalescedEvents?.() ?? [];
+  for (const one of events.length ? events : [event]) draw(place(one));
   paint();
 });
 for (const end of ["pointerup", "pointercancel"])
@@ -72,8 +124,13 @@ canvas.addEventListener("keydown", (event) => {
   if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own
   if (event.key === " ") {
     pen.down = !pen.down;
-    if (pen.down) strokes.push([[pen.x, pen.y]]);
-    $("say").textContent = pen.down ? "Pen down." : "Pen up.";
+    if (pen.down) {
+      remember();
+      erased = null;
+      if (erasing) eraseTo([pen.x, pen.y]);
+      else strokes.push([[pen.x, pen.y]]);
+    }
+    $("message").textContent = pen.down ? "Pen down." : "Pen up.";
   } else if (event.key in ARROWS) {
     const step = event.shiftKey ? 5 : 25;
     const [x, y] = ARROWS[event.key];
@@ -90,12 +147,14 @@ canvas.addEventListener("blur", () => {
   paint();
 });
 $("unstroke").addEventListener("click", () => {
-  strokes.pop();
+  strokes = before.pop() ?? [];
   pen.down = false;
   paint();
   if (!strokes.length) canvas.focus();
 });
+$("eraser").addEventListener("click", () => erase(!erasing));
 $("clear").addEventListener("click", () => {
+  remember();
   strokes = [];
   pen.down = false;
   paint();
@@ -104,31 +163,31 @@ $("clear").addEventListener("click", () => {
 
 // ---- steps -----------------------------------------------------------------------------------
 
-let waiting = 0; // steps that are not answered yet
-let turn = Promise.resolve(); // they are sent one after another, in the order in which they were taken
-let lastAsked = null;
+let waiting = 0; // steps without a response
+let turn = Promise.resolve(); // steps are sent one after another
+let lastSent = null;
 
-function tell(problem) {
+function showProblem(problem) {
   $("loading")?.remove();
   $("problem").textContent = problem;
   $("problem").hidden = !problem;
   if (problem) {
-    $("say").textContent = "";
+    $("message").textContent = "";
     $("problem").scrollIntoView({ block: "nearest" });
   }
 }
 
 function send(address, body) {
-  if (waiting && body === lastAsked && body.includes?.('"search"')) return Promise.resolve(null); // a double click
-  lastAsked = body;
+  if (waiting && body === lastSent && body.includes?.('"search"')) return Promise.resolve(null); // a double click
+  lastSent = body;
   waiting += 1;
   document.body.setAttribute("aria-busy", "true");
-  const answer = turn.then(() => post(address, body));
-  turn = answer.then(() => {
+  const response = turn.then(() => post(address, body));
+  turn = response.then(() => {
     waiting -= 1;
     if (!waiting) document.body.removeAttribute("aria-busy");
   });
-  return answer;
+  return response;
 }
 
 async function post(address, body) {
@@ -136,13 +195,13 @@ async function post(address, body) {
     const token = sessionStorage.getItem("union-demo") ?? "new";
     const type = body instanceof Blob ? "application/octet-stream" : "application/json";
     const headers = { "X-Session": token, "Content-Type": type };
-    const answer = await fetch(address, { method: "POST", headers, body, signal: AbortSignal.timeout(60_000) });
-    const shown = await answer.json();
-    if (shown.problem) tell(shown.problem);
+    const response = await fetch(address, { method: "POST", headers, body, signal: AbortSignal.timeout(60_000) });
+    const shown = await response.json();
+    if (shown.problem) showProblem(shown.problem);
     else show(shown);
     return shown.problem ? null : shown;
   } catch (error) {
-    tell(error instanceof SyntaxError ? MISTAKE : SILENCE);
+    showProblem(error instanceof SyntaxError ? MISTAKE : SILENCE);
     return null;
   }
 }
@@ -168,16 +227,21 @@ function press(marks) {
 function allow(can) {
   const focused = document.activeElement;
   for (const [action, allowed] of Object.entries(can)) document.querySelector(`[data-act="${action}"]`).disabled = !allowed;
-  if (focused?.disabled) $("history").focus({ preventScroll: true }); // a button that is off loses it
+  if (focused?.disabled) $("history").focus({ preventScroll: true }); // a disabled button loses it
 }
 
 let compared = "";
 let reference = "";
+let following = true; // the page opens or the browser goes back or forward: the address is not a new one
+
+const link = () => (location.hash.startsWith("#q=") ? location.hash.slice(3) : "");
 
 function show(shown) {
   sessionStorage.setItem("union-demo", shown.token);
-  tell("");
-  $("say").textContent = shown.say;
+  if (shown.link !== link())
+    history[following ? "replaceState" : "pushState"](null, "", shown.link ? `#q=${shown.link}` : location.pathname);
+  showProblem("");
+  $("message").textContent = shown.message;
   if (shown.history !== null) {
     replace($("history"), shown.history);
     $("history").querySelector("[aria-current]")?.closest("li").scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -185,25 +249,29 @@ function show(shown) {
   allow(shown.can);
   if (shown.results !== null) {
     replace($("results"), shown.results);
-    $("told").textContent = shown.told;
+    $("heading").textContent = shown.heading;
   }
   replace($("marks"), shown.marked);
   $("marks").hidden = shown.marked.trim() === "";
   press(shown.marks);
+  const count = Object.keys(shown.marks).length;
+  $("bar").hidden = !count || !shown.pending;
+  $("bar-search").textContent = `Search with ${count} ${count === 1 ? "mark" : "marks"}`;
   const held = shown.reference.trim() !== "";
-  if (shown.reference !== reference) $("reference").innerHTML = reference = shown.reference; // else its buttons keep the focus
+  if (shown.reference !== reference) $("reference").innerHTML = reference = shown.reference; // unchanged, its buttons keep the focus
   $("reference").hidden = $("drop").hidden = !held;
   $("pad").hidden = $("unstroke").hidden = $("clear").hidden = held;
   if (shown.text !== null) $("text").value = shown.text;
   if (shown.where !== null && $("where")) {
     $("where").value = shown.where;
-    if (shown.where) $("filter").open = true; // a filter that holds is not hidden
+    if (shown.where) $("filter").open = true; // an active filter is visible
     folded();
   }
   compared = shown.compared ?? "";
   if ($("compared")) $("compared").value = compared;
   if (shown.strokes !== null) {
     strokes = shown.strokes;
+    before = [];
     drawing = null;
     pen.down = false;
     paint();
@@ -214,7 +282,7 @@ function show(shown) {
   }
 }
 
-// A filter that is folded away still holds, so its words stay in sight.
+// A folded filter is still active, so its text stays visible.
 const folded = () => ($("filtered").textContent = (!$("filter").open && $("where").value) || "(optional)");
 $("filter")?.addEventListener("toggle", folded);
 
@@ -245,28 +313,28 @@ $("query").addEventListener("submit", async (event) => {
 $("compared")?.addEventListener("change", async () => {
   const chosen = $("compared").value;
   const shown = await act("compare", { compared: chosen === "" ? null : Number(chosen) });
-  if (!shown) $("compared").value = compared; // what is shown beside is still the one before
+  if (!shown) $("compared").value = compared; // unchanged
 });
 
 // ---- photos ----------------------------------------------------------------------------------
 
-async function give(file) {
+async function upload(file) {
   if (!file) return;
   if (file.size > Number(document.body.dataset.bytes))
-    return tell(`${file.name || "The photo"} is larger than ${document.body.dataset.megabytes} MB; give a smaller file.`);
+    return showProblem(`${file.name || "The photo"} is larger than ${document.body.dataset.megabytes} MB; use a smaller file.`);
   await send(`photo?name=${encodeURIComponent(file.name || "pasted photo")}`, file);
 }
 
 $("choose").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", async () => {
-  await give($("file").files[0]);
+  await upload($("file").files[0]);
   $("file").value = ""; // the same file can be chosen again
 });
 document.addEventListener("paste", (event) => {
   const typing = document.activeElement?.matches('input[type="text"]') && event.clipboardData?.getData("text/plain");
   if (event.clipboardData?.files.length && !typing) {
     event.preventDefault();
-    give(event.clipboardData.files[0]);
+    upload(event.clipboardData.files[0]);
   }
 });
 for (const name of ["dragenter", "dragover"])
@@ -282,11 +350,20 @@ document.addEventListener("drop", (event) => {
   document.body.classList.remove("dropping");
   if (!event.dataTransfer?.types.includes("Files")) return;
   event.preventDefault();
-  give(event.dataTransfer.files[0]);
+  upload(event.dataTransfer.files[0]);
 });
 $("large").addEventListener("click", (event) => {
   if (event.target === $("large")) $("large").close(); // outside the image
 });
 
 paint();
-act("show");
+async function follow(action, given) {
+  following = true;
+  await act(action, given);
+  following = false;
+}
+addEventListener("popstate", () => {
+  if (link()) follow("show", { link: link() });
+  else if (!location.hash) follow("back", { turn: -1 });
+});
+follow("show", link() ? { link: link() } : {});
