@@ -6,7 +6,7 @@ import pytest
 
 from demo_backends import Squares
 from union_igrot.demo.controller import DemoController
-from union_igrot.demo.rendering import STATIC, PageRenderer, data_uri, escape_controls, static_file
+from union_igrot.demo.rendering import STATIC, PageRenderer, data_uri, show_controls, static_file
 from union_igrot.demo.uploads import Limits
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
@@ -37,8 +37,8 @@ def test_no_input_becomes_markup(controller, view):
 
 
 def test_control_and_bidi_characters_are_shown(controller, view):
-    assert escape_controls("a\u202egpj.exe \x1b[2J\x00") == "a\\u202egpj.exe \\x1b[2J\\x00"
-    assert escape_controls("שלום 日本語\u3000é 👩‍💻\n") == "שלום 日本語\u3000é 👩‍💻\n"
+    assert show_controls("a\u202egpj.exe \x1b[2J\x00") == "a\\u202egpj.exe \\x1b[2J\\x00"
+    assert show_controls("שלום 日本語\u3000é 👩‍💻\n") == "שלום 日本語\u3000é 👩‍💻\n"
     found = view.regions(controller.act("new", "search", {"text": "abc\u202ecba"}))
     assert "abc\\u202ecba" in found["history"]
 

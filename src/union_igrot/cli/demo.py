@@ -106,9 +106,9 @@ def _gallery_backends(config: "DictConfig") -> "list[SearchBackend]":
 
 def _synthetic_backends(config: "DictConfig") -> "list[SearchBackend]":
     """Return the generated world with the model, with a second one if there is one, and with untrained baselines."""
-    from union_igrot.experiment import open_extractor
     from union_igrot.demo.backends import model_name
     from union_igrot.demo.synthetic_gallery import SyntheticGallery
+    from union_igrot.experiment import open_extractor
     from union_igrot.gallery.metadata import load_checkpoint
     from union_igrot.models.devices import resolve_device
     from union_igrot.models.model import baseline

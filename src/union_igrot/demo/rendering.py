@@ -1,7 +1,6 @@
 """Screens as HTML, rendered by templates that escape their values."""
 
 import base64
-import re
 from importlib.resources import files
 from typing import Any, Final, final
 
@@ -10,10 +9,10 @@ from markupsafe import Markup
 
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
 from union_igrot.demo.uploads import Limits
+from union_igrot.errors import escape_controls
 
 STATIC: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 """Static files and their media types."""
-_CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def data_uri(image: bytes) -> Markup:
@@ -22,11 +21,9 @@ def data_uri(image: bytes) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(image).decode()}")
 
 
-def escape_controls(value: object) -> object:
+def show_controls(value: object) -> object:
     """Make control and bidi characters of a text visible, so that a name cannot look like another one."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], value)
+    return escape_controls(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def static_file(name: str) -> bytes:
@@ -49,7 +46,7 @@ class PageRenderer:
             loader=PackageLoader("union_igrot.demo"),
             autoescape=True,
             undefined=StrictUndefined,
-            finalize=escape_controls,
+            finalize=show_controls,
             trim_blocks=True,
             lstrip_blocks=True,
         )
