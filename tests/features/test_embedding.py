@@ -1,4 +1,4 @@
-"""Each image and text through the backbone once for all models, in whatever token_budget, however often interrupted."""
+"""Each image and text is encoded once for all models, at any token budget, however often interrupted."""
 
 import functools
 import itertools
@@ -23,105 +23,97 @@ from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 ALL = 2**40
 
 
-def shared_pictures():
-    """Composed queries of which several show one image, some asking the same, and a gallery that holds them."""
+def repeated_images():
+    """Composed queries of which several have one image, some also one text, and a gallery that holds their images."""
     benchmark = cir_benchmark(20, 31)
     again = [replace(query, id=f"again{i}", text="red") for i, query in enumerate(benchmark.queries[:6])]
     same = [replace(query, id=f"same{i}") for i, query in enumerate(benchmark.queries[10:13])]
     return replace(benchmark, queries=(*benchmark.queries, *again, *same))
 
 
-def pictures_of(benchmark):
+def images_of(benchmark):
     return {image_key(one.image) for side in (benchmark.queries, benchmark.gallery) for one in side}
 
 
-CASES = list(itertools.product([shared_pictures, sbir_benchmark], ["union", "shared"], [0, ALL]))
-QUICK = [(shared_pictures, "union", 0), (sbir_benchmark, "shared", ALL)]
+def same(found, expected):
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("make", "target", "token_budget"),
-    [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in QUICK)],
-)
-def test_an_evaluation_passes_each_picture_and_text_and_the_null_text_once(
-    tmp_path, monkeypatch, make, target, token_budget
-):
-    monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, token_budget=token_budget))
+CASES = [(repeated_images, "union", 0), (sbir_benchmark, "shared", ALL)]
+OTHERS = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product([repeated_images, sbir_benchmark], ["union", "shared"], [0, ALL])
+    if case not in CASES
+]
+
+
+@pytest.mark.parametrize(("make", "target", "budget"), [*CASES, *OTHERS])
+def test_an_evaluation_encodes_each_image_text_and_the_null_text_once(tmp_path, monkeypatch, make, target, budget):
+    monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, token_budget=budget))
     backbone, benchmark = LinearBackbone(), make()
     model = trainable("transagg", target, backbone)
     evaluate_benchmark(model, benchmark, extractor(tmp_path, backbone))
-    assert sum(backbone.image_batches) == len(pictures_of(benchmark))
-    spoken = sorted(itertools.chain(*backbone.text_batches))
-    assert spoken == sorted({query.text or "" for query in benchmark.queries} | {""})
-    texts = len(set(spoken)) - 1
-    assert len(backbone.text_batches) == 1 + -(-texts // 8)
+    assert sum(backbone.image_batches) == len(images_of(benchmark))
+    texts = sorted(itertools.chain(*backbone.text_batches))
+    assert texts == sorted({query.text or "" for query in benchmark.queries} | {""})
+    assert len(backbone.text_batches) == 1 + -(-(len(texts) - 1) // 8)
     before = len(backbone.image_batches)
     evaluate_benchmark(model, benchmark, extractor(tmp_path, backbone))
     assert len(backbone.image_batches) == before
-    assert sorted(itertools.chain(*backbone.text_batches)) == spoken
+    assert sorted(itertools.chain(*backbone.text_batches)) == texts
 
 
 @pytest.mark.parametrize("target", ["union", "shared"])
-def test_embeddings_of_a_stream_are_those_of_kept_tokens(tmp_path, target):
-    backbone, benchmark = LinearBackbone(), shared_pictures()
+def test_embeddings_of_a_stream_equal_those_of_stored_tokens(tmp_path, target):
+    backbone, benchmark = LinearBackbone(), repeated_images()
     model = trainable("transagg", target, backbone).eval()
-    streamed, kept = (extractor(tmp_path / name, backbone, batch_size=5) for name in ("streamed", "kept"))
-    for found, expected in zip(
-        embed_benchmark(model, benchmark, streamed, token_budget=0),
-        embed_benchmark(model, benchmark, kept),
-        strict=True,
-    ):
-        if isinstance(found, torch.Tensor):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    streamed, stored = (extractor(tmp_path / name, backbone, batch_size=5) for name in ("streamed", "stored"))
+    expected = embed_benchmark(model, benchmark, stored)
+    same(embed_benchmark(model, benchmark, streamed, token_budget=0), expected)
     keys = [f"image/{image_key(query.image)}" for query in benchmark.queries]
     assert streamed.store.missing(keys, tokens=True)
     assert not streamed.store.missing(keys, tokens=False)
-    assert not kept.store.missing(keys, tokens=True)
-    # And what was kept gives the same again, without the backbone.
+    assert not stored.store.missing(keys, tokens=True)
+    # What was stored gives the same again, without the backbone.
     before = len(backbone.image_batches)
-    again = [
-        embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone, 5), token_budget=0)
-        for name in ("streamed", "kept")
-    ]
+    for name in ("streamed", "stored"):
+        again = extractor(tmp_path / name, backbone, batch_size=5)
+        same(embed_benchmark(model, benchmark, again, token_budget=0), expected)
     assert len(backbone.image_batches) == before
-    for queries, gallery, _ in again:
-        torch.testing.assert_close(queries, embed_benchmark(model, benchmark, kept)[0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(gallery, embed_benchmark(model, benchmark, kept)[1], rtol=0, atol=1e-6)
 
 
-def test_embeddings_are_what_the_model_says_of_each_query_and_picture(tmp_path):
-    backbone, benchmark = LinearBackbone(), shared_pictures()
+def test_embeddings_are_those_of_the_model_for_each_query_and_image(tmp_path):
+    backbone, benchmark = LinearBackbone(), repeated_images()
     benchmark = replace(benchmark, queries=benchmark.queries[:6] + benchmark.queries[-5:])
     model = trainable("transagg", "union", backbone).eval()
-    queries, gallery, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone, batch_size=5), token_budget=0)
+    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone, batch_size=5), token_budget=0)
     own = extractor(tmp_path / "own", backbone)
     with torch.inference_mode():
-        for place, query in enumerate(benchmark.queries):
+        for at, query in enumerate(benchmark.queries):
             image = own.lookup(own.extract_images([query.image], tokens=True), tokens=True)
-            torch.testing.assert_close(queries[place], model.embed_queries(image, [query.text])[0], rtol=0, atol=1e-5)
-        for place, item in enumerate(benchmark.gallery):
+            expected = model.embed_queries(image, [query.text])[0]
+            torch.testing.assert_close(found.queries[at], expected, rtol=0, atol=1e-5)
+        for at, item in enumerate(benchmark.gallery):
             image = own.lookup(own.extract_images([item.image], tokens=False), tokens=False)
-            torch.testing.assert_close(gallery[place], model.embed_gallery(image)[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.gallery[at], model.embed_gallery(image)[0], rtol=0, atol=1e-5)
 
 
-def test_half_precision_stores_round_a_stream_as_they_round_what_they_keep(tmp_path):
-    backbone, benchmark = LinearBackbone(), shared_pictures()
+def test_stores_of_half_precision_round_a_stream_as_they_round_what_they_store(tmp_path):
+    backbone, benchmark = LinearBackbone(), cir_benchmark(8, 12)
     model = trainable("transagg", "union", backbone).eval()
     found = []
-    for name, token_budget in (("streamed", 0), ("kept", ALL)):
-        for _ in range(2):
-            store = FeatureStore(tmp_path / name, backbone.fingerprint(), dtype="float16")
-            half = FeatureExtractor(backbone, store, batch_size=8, workers=0, progress=False)
-            found.append(embed_benchmark(model, benchmark, half, token_budget=token_budget))
-    for queries, gallery, _ in found[1:]:
-        torch.testing.assert_close(queries, found[0][0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(gallery, found[0][1], rtol=0, atol=1e-6)
-    exact = embed_benchmark(model, benchmark, extractor(tmp_path / "exact", backbone))[0]
-    assert not torch.allclose(found[0][0], exact, rtol=0, atol=1e-6)
+    for name, budget in itertools.product(("streamed", "stored"), (0, ALL)):
+        store = FeatureStore(tmp_path / name, backbone.fingerprint(), dtype="float16")
+        half = FeatureExtractor(backbone, store, batch_size=8, workers=0, progress=False)
+        found.append(embed_benchmark(model, benchmark, half, token_budget=budget))
+        same(found[-1], found[0])
+    exact = embed_benchmark(model, benchmark, extractor(tmp_path / "exact", backbone))
+    assert not torch.allclose(found[0].queries, exact.queries, rtol=0, atol=1e-6)
 
 
 class Stopped(Backbone):
-    """The linear backbone, interrupted when it has seen some images."""
+    """The linear backbone, interrupted after some images."""
 
     def __init__(self, after):
         super().__init__()
@@ -141,41 +133,23 @@ class Stopped(Backbone):
         return self.inner.encode_text(texts)
 
 
-@pytest.mark.parametrize("target", ["union", "shared"])
-def test_an_interrupted_stream_goes_on_after_its_finished_blocks(tmp_path, target):
+@pytest.mark.parametrize(("target", "killed"), [("union", False), ("shared", False), ("shared", True)])
+def test_an_interrupted_stream_resumes_after_its_finished_blocks(tmp_path, monkeypatch, target, killed):
     benchmark = cir_benchmark(40, 60)
-    stopped = Stopped(16)
+    stopped = Stopped(32 if killed else 16)
     model = trainable("transagg", target, stopped).eval()
-    with pytest.raises(KeyboardInterrupt):
-        embed_benchmark(model, benchmark, extractor(tmp_path, stopped), token_budget=0)
-    assert sum(stopped.inner.image_batches) == 16
+    with monkeypatch.context() as patch:
+        if killed:  # what is in memory is lost
+            patch.setattr(BufferedWriter, "__exit__", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            embed_benchmark(model, benchmark, extractor(tmp_path, stopped), token_budget=0)
+    assert sum(stopped.inner.image_batches) == stopped.after
     backbone = LinearBackbone()
     model = trainable("transagg", target, backbone).eval()
     found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)
-    assert sum(backbone.image_batches) == len(pictures_of(benchmark)) - 16
-    expected = embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone))
-    for one, other in zip(found[:2], expected[:2], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
-def test_a_killed_stream_goes_on_after_what_was_written(tmp_path, monkeypatch):
-    benchmark = cir_benchmark(40, 60)
-    stopped = Stopped(32)
-    model = trainable("transagg", "shared", stopped).eval()
-    with monkeypatch.context() as killed:
-        flush = BufferedWriter.flush
-        killed.setattr(
-            BufferedWriter, "flush", lambda writer: flush(writer) if len(writer._keys) >= writer._size else None
-        )
-        with pytest.raises(KeyboardInterrupt):
-            embed_benchmark(model, benchmark, extractor(tmp_path, stopped), token_budget=0)
-    backbone = LinearBackbone()
-    model = trainable("transagg", "shared", backbone).eval()
-    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)
-    assert 0 < len(pictures_of(benchmark)) - sum(backbone.image_batches) <= 32
-    expected = embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone))
-    for one, other in zip(found[:2], expected[:2], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    reused = len(images_of(benchmark)) - sum(backbone.image_batches)
+    assert 0 < reused <= 32 if killed else reused == 16
+    same(found, embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone)))
 
 
 def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
@@ -186,12 +160,12 @@ def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
     other = IGROTModel(backbone, fusion, model.target).eval()
     assert other.describe()["heads"] == model.describe()["heads"]  # of the same weights
     assert other.fingerprint() != model.fingerprint()
-    first = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)[0]
-    passed = sum(backbone.image_batches)
-    second = embed_benchmark(other, benchmark, extractor(tmp_path, backbone), token_budget=0)[0]
-    assert sum(backbone.image_batches) > passed
-    torch.testing.assert_close(second, embed_benchmark(other, benchmark, extractor(tmp_path / "own", backbone))[0])
-    assert not torch.allclose(first, second, atol=1e-3)
+    first = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=0)
+    encoded = sum(backbone.image_batches)
+    second = embed_benchmark(other, benchmark, extractor(tmp_path, backbone), token_budget=0)
+    assert sum(backbone.image_batches) > encoded
+    same(second, embed_benchmark(other, benchmark, extractor(tmp_path / "own", backbone)))
+    assert not torch.allclose(first.queries, second.queries, atol=1e-3)
 
 
 def test_models_are_embedded_together_as_each_alone(tmp_path):
@@ -203,28 +177,27 @@ def test_models_are_embedded_together_as_each_alone(tmp_path):
     }
     together = dict(embed_models(models, benchmark, extractor(tmp_path / "together", backbone), token_budget=0))
     assert list(together) == list(models)
-    assert sum(backbone.image_batches) == len(pictures_of(benchmark))
+    assert sum(backbone.image_batches) == len(images_of(benchmark))
     for name, model in models.items():
-        queries, gallery, seconds = embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone))
-        torch.testing.assert_close(together[name].queries, queries, rtol=0, atol=1e-6)
-        torch.testing.assert_close(together[name].gallery, gallery, rtol=0, atol=1e-6)
-        assert set(seconds) == {"encode", "embed"}
-        assert min(seconds.values()) >= 0
+        alone = embed_benchmark(model, benchmark, extractor(tmp_path / name, backbone))
+        same(together[name], alone)
+        assert set(alone.seconds) == {"encode", "embed"}
+        assert min(alone.seconds.values()) >= 0
 
 
-@pytest.mark.parametrize("token_budget", [0, ALL])
-def test_embeddings_of_several_wordings_are_averaged(tmp_path, token_budget):
+@pytest.mark.parametrize("budget", [0, ALL])
+def test_embeddings_of_several_wordings_are_averaged(tmp_path, budget):
     backbone = LinearBackbone()
     wordings = (("red square", "square red night"), "blue", ("large", "small", "night"), None)
-    asked = tuple(Query(f"q{i}", Noise(i % 2), text, ("g0",)) for i, text in enumerate(wordings))
+    queries = tuple(Query(f"q{i}", Noise(i % 2), text, ("g0",)) for i, text in enumerate(wordings))
     items = tuple(GalleryItem(f"g{i}", Noise(10 + i)) for i in range(3))
-    benchmark = Benchmark("b", "val", "cir", asked, items, Protocol("p", ("R@1",), "R@1"))
+    benchmark = Benchmark("b", "val", "cir", queries, items, Protocol("p", ("R@1",), "R@1"))
     model = trainable("transagg", "union", backbone).eval()
-    found, _, _ = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=token_budget)
+    found = embed_benchmark(model, benchmark, extractor(tmp_path, backbone), token_budget=budget)
     own = extractor(tmp_path / "own", backbone)
-    for place, query in enumerate(asked):
+    for at, query in enumerate(queries):
         image = own.lookup(own.extract_images([query.image], tokens=True), tokens=True)
         with torch.inference_mode():
             each = [F.normalize(model.embed_queries(image, [text])[0], dim=-1) for text in query.wordings]
         expected = F.normalize(sum(each) / len(each), dim=-1)
-        torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.queries[at], expected, rtol=0, atol=1e-5)

@@ -1,12 +1,14 @@
-"""FeatureStore against a dictionary: what goes in comes out, and what does not belong is refused in one clear line."""
+"""FeatureStore against a dictionary: what was added is returned, and what does not fit is refused."""
 
 import errno
 import json
 import logging
 import os
 import pickle
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -30,7 +32,7 @@ def make(rows: int, length: int | None = None, dim: int = 4, seed: int = 0, plac
     return Features(pooled, torch.randn(rows, length, dim, generator=draw), mask, lengths - 1 if placed else None)
 
 
-def names(*range_of: int, prefix: str = "picture") -> list[str]:
+def names(*range_of: int, prefix: str = "image") -> list[str]:
     return [f"{prefix} {i}" for i in range(*range_of)]
 
 
@@ -47,7 +49,7 @@ additions = st.lists(st.tuples(st.integers(1, 5), st.none() | st.integers(1, 6))
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(additions=additions, data=st.data(), dtype=st.sampled_from(["float32", "float16"]), reopen=st.booleans())
-def test_get_gives_what_was_added(tmp_path_factory, additions, data, dtype, reopen):
+def test_get_returns_what_was_added(tmp_path_factory, additions, data, dtype, reopen):
     store = FeatureStore(tmp_path_factory.mktemp("root"), "f", dtype)
     kept: dict[str, tuple[Features, int]] = {}
     for number, (rows, length) in enumerate(additions):
@@ -57,20 +59,20 @@ def test_get_gives_what_was_added(tmp_path_factory, additions, data, dtype, reop
     if reopen:
         store = FeatureStore(store.root, "f", dtype)
 
-    asked = data.draw(st.lists(st.sampled_from(sorted(kept)), max_size=12))
-    got = store.get(asked)
+    requested = data.draw(st.lists(st.sampled_from(sorted(kept)), max_size=12))
+    got = store.get(requested)
     assert got.pooled.dtype == torch.float32
     assert got.tokens is got.mask is got.pooled_at is None
-    for row, key in enumerate(asked):
+    for row, key in enumerate(requested):
         features, at = kept[key]
         assert torch.equal(got.pooled[row], rounded(features.pooled[at], dtype))
 
-    asked = [key for key in asked if kept[key][0].tokens is not None]
-    got = store.get(asked, tokens=True)
-    longest = max((int(kept[key][0].mask[kept[key][1]].sum()) for key in asked), default=0)
-    assert got.tokens.shape == (len(asked), longest, 4 if len(store._shards) else 0)
+    requested = [key for key in requested if kept[key][0].tokens is not None]
+    got = store.get(requested, tokens=True)
+    longest = max((int(kept[key][0].mask[kept[key][1]].sum()) for key in requested), default=0)
+    assert got.tokens.shape == (len(requested), longest, 4 if len(store._shards) else 0)
     assert got.tokens.dtype == torch.float32
-    for row, key in enumerate(asked):
+    for row, key in enumerate(requested):
         features, at = kept[key]
         real = int(features.mask[at].sum())
         assert torch.equal(got.pooled[row], rounded(features.pooled[at], dtype))
@@ -79,10 +81,10 @@ def test_get_gives_what_was_added(tmp_path_factory, additions, data, dtype, reop
         assert got.tokens[row, features.tokens.shape[1] :].count_nonzero() == 0
         if got.pooled_at is not None:
             assert got.pooled_at[row] == features.pooled_at[at]
-    assert (got.pooled_at is None) == (not asked)
+    assert (got.pooled_at is None) == (not requested)
 
 
-def test_padding_within_one_addition_comes_back_too(tmp_path):
+def test_padding_within_one_addition_is_returned(tmp_path):
     store, features = FeatureStore(tmp_path, "f"), make(6, 5)
     store.add(names(6), features)
     got = store.get(names(6), tokens=True)
@@ -90,7 +92,7 @@ def test_padding_within_one_addition_comes_back_too(tmp_path):
     assert torch.equal(got.mask, features.mask)
 
 
-def test_trailing_padding_is_neither_kept_nor_given(tmp_path):
+def test_trailing_padding_is_not_stored(tmp_path):
     features = make(3, 4)
     wide = Features(
         features.pooled,
@@ -103,10 +105,10 @@ def test_trailing_padding_is_neither_kept_nor_given(tmp_path):
     assert load_file(shards(store)[0])["tokens"].shape == (3, 4, 4)
     assert torch.equal(store.get(names(3), tokens=True).tokens, features.tokens)
     short = int(features.mask[2].sum())
-    assert store.get(["picture 2"], tokens=True).tokens.shape == (1, short, 4)
+    assert store.get(["image 2"], tokens=True).tokens.shape == (1, short, 4)
 
 
-def test_the_token_that_pooled_was_read_from_is_kept_even_at_padding(tmp_path):
+def test_the_token_that_pooled_was_read_from_is_stored_even_at_padding(tmp_path):
     features = make(2, 3, placed=False)
     mask = torch.tensor([[True, False, False], [True, False, False]])
     store = FeatureStore(tmp_path, "f")
@@ -129,7 +131,7 @@ def test_missing_lists_each_key_once_in_order(tmp_path):
     assert torch.equal(store.get(["plain"], tokens=True).tokens, make(1, 3, seed=7).tokens)
 
 
-def test_of_a_key_added_twice_the_first_answers_before_and_after_reopening(tmp_path):
+def test_of_a_key_added_twice_the_first_is_returned_before_and_after_reopening(tmp_path):
     store = FeatureStore(tmp_path, "f")
     store.add(["k"], make(1, seed=1))
     for seed in range(2, 6):
@@ -204,7 +206,7 @@ def test_float16_refuses_what_it_cannot_hold(tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, keys, features, message):
+def test_features_that_do_not_fit_are_refused(tmp_path, keys, features, message):
     store = FeatureStore(tmp_path, "f")
     store.add(["first"], make(1))
     with pytest.raises(DataError, match=message):
@@ -212,7 +214,7 @@ def test_what_does_not_fit_is_refused(tmp_path, keys, features, message):
     assert len(shards(store)) == 1
 
 
-def test_entries_with_and_without_pooled_at_are_asked_for_apart(tmp_path):
+def test_entries_with_and_without_pooled_at_are_requested_separately(tmp_path):
     store = FeatureStore(tmp_path, "f")
     store.add(["a"], make(1, 2))
     store.add(["b"], make(1, 2, placed=False))
@@ -231,7 +233,7 @@ def test_a_shard_is_a_plain_safetensors_file(tmp_path):
     assert torch.equal(read["pooled_at"], features.pooled_at)
 
 
-def test_another_store_sees_an_addition_without_being_told(tmp_path):
+def test_another_store_sees_an_addition(tmp_path):
     one, other = FeatureStore(tmp_path, "f"), FeatureStore(tmp_path, "f")
     one.add(["a"], make(1))
     other.add(["b"], make(1, seed=1))
@@ -417,3 +419,42 @@ def test_a_pickled_store_opens_the_same_folder(tmp_path):
     store.add(["a"], make(1))
     again = pickle.loads(pickle.dumps(store))
     assert torch.equal(again.get(["a"]).pooled, make(1).pooled.half().float())
+
+
+def test_thousands_of_shards_do_not_use_up_file_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr("union_igrot.features.store._OPEN_SHARDS", 8)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    store = FeatureStore(tmp_path, "f")
+    for number in range(60):
+        store.add(names(number, number + 1), Features(torch.full((1, 4), float(number))))
+    descriptors = len(list(Path("/dev/fd").iterdir()))
+    got = store.get(names(60)).pooled
+    assert len(list(Path("/dev/fd").iterdir())) <= descriptors
+    assert len(store._maps) <= 8
+    assert torch.equal(got, torch.cat([torch.full((1, 4), float(number)) for number in range(60)]))
+
+
+def test_thirty_thousand_keys_from_forty_shards_in_a_moment(tmp_path):
+    store, features = FeatureStore(tmp_path, "f"), Features(torch.randn(1000, 64))
+    for number in range(40):
+        store.add(names(number * 1000, number * 1000 + 1000), features)
+    rows = np.random.default_rng(0).integers(0, 40_000, 30_000)
+    keys = [f"image {row}" for row in rows]
+    start = time.perf_counter()
+    got = store.get(keys)
+    assert time.perf_counter() - start < 1.0
+    assert torch.equal(got.pooled, features.pooled[torch.from_numpy(rows % 1000)])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_a_few_rows_do_not_read_the_whole_shard(tmp_path):
+    def resident() -> int:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    store = FeatureStore(tmp_path, "f")
+    store.add(names(16_384), Features(torch.zeros(16_384, 1024)))  # 64 MiB
+    before = resident()
+    reader = FeatureStore(tmp_path, "f")
+    reader.get(names(0, 16_384, 2048))
+    assert resident() - before < 32 * 2**20

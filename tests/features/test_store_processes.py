@@ -46,55 +46,6 @@ def fork(work):
 """
 
 KILLED = """
-random.seed(0)
-start = time.perf_counter()
-with FeatureStore(root, "pace") as store:
-    store.add(keys(0), make(0))
-pace = time.perf_counter() - start  # how long opening and one addition take on this disk
-acknowledged, kills, swept, next_number = set(), 0, 0, 0
-for trial in range(30):
-    ours, theirs = os.pipe()
-
-    def work():
-        store, number = FeatureStore(root, "f"), next_number
-        while True:
-            store.add(keys(number), make(number))
-            os.write(theirs, b"%d\\n" % number)
-            number += 1
-
-    child = fork(work)
-    os.close(theirs)
-    pipe = open(ours)
-    for _ in range(trial % 3 if trial else 1):
-        acknowledged.add(int(pipe.readline()))
-    if trial == 0:
-        assert [entry.fingerprint for entry in prune(root, 0)] == ["pace"]  # a living process has the other open
-    time.sleep(random.uniform(0.0, pace))
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status), status
-    kills += 1
-    with pipe:
-        acknowledged |= {int(line) for line in pipe}
-    swept += len(list(root.glob("features/f/*.tmp")))
-    store = FeatureStore(root, "f")
-    assert not list(store.folder.glob("*.tmp")), "leftovers"
-    assert not list(store.folder.glob("*.broken")), "a half-written shard was visible"
-    for number in acknowledged:
-        assert not store.missing(keys(number), tokens=True), number
-    present = [n for n in range(max(acknowledged, default=-1) + 2) if not store.missing(keys(n))]
-    assert len(present) - len(acknowledged) <= kills  # at most the last of each writer was not yet acknowledged
-    assert all(same(store, number) for number in present[-5:])
-    next_number = max(present, default=-1) + 1
-    store.close()
-store = FeatureStore(root, "f")
-assert all(same(store, number) for number in acknowledged)
-store.close()
-assert len(prune(root, 0)) == 1  # the dead hold no lock
-print("kills", kills, "acknowledged", len(acknowledged), "swept", swept)
-"""
-
-MANY_KILLS = """
 from union_igrot.storage.cache import usage
 from union_igrot.features.shards import map_shard
 
@@ -106,7 +57,7 @@ def start(side):
     ours, theirs = os.pipe()
 
     def work():
-        # As an encoder does: what is missing is added, whatever an earlier process left.
+        # As an extractor does: what is missing is added, whatever an earlier process left.
         with FeatureStore(root, "f", limit=10**9) as store:
             for number in range(side, 10**6, 2):
                 if store.missing(keys(number), tokens=True):
@@ -118,11 +69,11 @@ def start(side):
     os.set_blocking(ours, False)
     pipes[child] = (side, ours)
 
-def listen(child):
+def read_pipe(child):
     side, pipe = pipes[child]
     try:
-        while heard := os.read(pipe, 2**16):
-            acknowledged.update(int(line) for line in heard.split())
+        while written := os.read(pipe, 2**16):
+            acknowledged.update(int(line) for line in written.split())
     except BlockingIOError:
         pass
 
@@ -133,7 +84,7 @@ for kill in range(KILLS):
     os.kill(victim, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(victim, 0)[1])
     for child in list(pipes):
-        listen(child)  # whole lines: each is one write
+        read_pipe(child)  # whole lines: each is one write
     side, pipe = pipes.pop(victim)
     os.close(pipe)
     if kill % 10 == 9:
@@ -148,7 +99,7 @@ for kill in range(KILLS):
 for child in list(pipes):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    listen(child)
+    read_pipe(child)
 store = FeatureStore(root, "f")
 assert not list(store.folder.glob("*.tmp")) + list(store.folder.glob("*.broken"))
 assert all(same(store, number) for number in acknowledged)
@@ -205,15 +156,8 @@ def run(script: str, root: Path) -> str:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_nothing_acknowledged_is_lost(tmp_path):
-    words = run(KILLED, tmp_path).split()
-    assert int(words[1]) >= 30
-    assert int(words[3]) >= 20
-
-
-@pytest.mark.slow
 def test_a_hundred_kills_lose_nothing_double_nothing_and_break_nothing(tmp_path):
-    words = run(MANY_KILLS, tmp_path).split()
+    words = run(KILLED, tmp_path).split()
     assert int(words[1]) == 100
     assert int(words[3]) > 100
 

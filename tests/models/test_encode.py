@@ -88,11 +88,11 @@ def test_a_gallery_is_normalized_also_under_the_training_sum():
 )
 def test_the_core_says_what_it_expects(model, images, given):
     for embed, instead in ((model.embed_queries, "encode_queries"), (model.embed_gallery, "encode_gallery")):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as error:
             embed(images)
         for part in (given, "[batch, 3, 8, 8]", instead):
-            assert part in str(told.value)
-        assert "\n" not in str(told.value)
+            assert part in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_what_is_no_image_or_text_is_an_error(model):

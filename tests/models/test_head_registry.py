@@ -61,7 +61,7 @@ def test_options_are_kept_and_build_the_same_again(build, kind, options):
 
 
 @pytest.mark.parametrize(
-    ("build", "kind", "width", "options", "words"),
+    ("build", "kind", "width", "options", "parts"),
     [
         (build_query_head, "transag", 16, {}, ["did you mean transagg?", "image, text, sum, transagg"]),
         (build_target_head, "original", 16, {}, ["'original'", "frozen, sum, union, shared"]),
@@ -79,11 +79,11 @@ def test_options_are_kept_and_build_the_same_again(build, kind, options):
         (build_target_head, "union", 16, {"encoder_dropout": -0.1}, ["encoder_dropout", "-0.1", ">= 0"]),
     ],
 )
-def test_mistakes_are_one_line_with_what_is_allowed(build, kind, width, options, words):
+def test_mistakes_are_one_line_with_what_is_allowed(build, kind, width, options, parts):
     with pytest.raises(ConfigError) as error:
         build(kind, width, **options)
     assert "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in words), str(error.value)
+    assert all(word in str(error.value) for word in parts), str(error.value)
 
 
 def test_a_head_takes_its_sizes_from_the_backbones_settings():

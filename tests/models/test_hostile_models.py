@@ -70,7 +70,7 @@ CHANGES = [
     ("format", float("inf"), "format in model.json is of type float, not int"),
     ("format", "1", "format in model.json is of type str"),
     ("format", True, "format in model.json is of type bool"),
-    ("format", 99, "in format 99"),
+    ("format", 99, "is in format 99 .*install a later union-igrot"),
     ("backbone", 3, "backbone in model.json is of type int"),
     ("backbone", None, "is not a saved model"),
     ("backbone_fingerprint", ["x"], "backbone_fingerprint in model.json is of type list"),

@@ -54,13 +54,13 @@ class Hub:
         assert exist_ok
         self.asked.append((repo_id, branch))
 
-    def upload_folder(self, *, repo_id, folder_path, **told):
-        self.sent = told
+    def upload_folder(self, *, repo_id, folder_path, **error):
+        self.sent = error
         shutil.copytree(folder_path, self.folder / repo_id)
         return f"https://hub.example/{repo_id}"
 
-    def snapshot_download(self, repository, *, revision=None, allow_patterns=None, **told):
-        self.asked.append((repository, revision, told))
+    def snapshot_download(self, repository, *, revision=None, allow_patterns=None, **error):
+        self.asked.append((repository, revision, error))
         if self.fails is not None:
             raise self.fails
         assert {"model.json", "heads.safetensors", "backbone.safetensors", "tokenizer/*"} <= set(allow_patterns)
@@ -68,7 +68,7 @@ class Hub:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def hub_folder(tmp_path, monkeypatch):
     made = Hub(tmp_path / "hub")
     monkeypatch.setattr(hub, "HfApi", made)
     monkeypatch.setattr(hub, "snapshot_download", made.snapshot_download)
@@ -87,13 +87,13 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_what_is_pushed_is_loaded_again(place, tuned):
+def test_what_is_pushed_is_loaded_again(hub_folder, tuned):
     model = small(tuned)
     address = model.push_to_hub("someone/shapes", private=True, commit_message="First")
     assert address == "https://hub.example/someone/shapes"
-    assert place.asked == [("someone/shapes", True)]
-    assert place.sent["commit_message"] == "First"
-    sent = place.folder / "someone" / "shapes"
+    assert hub_folder.asked == [("someone/shapes", True)]
+    assert hub_folder.sent["commit_message"] == "First"
+    sent = hub_folder.folder / "someone" / "shapes"
     # A frozen backbone is named, not sent; a tuned one's weights are nowhere else.
     assert names(sent) == FILES | ({"backbone.safetensors"} if tuned else set())
     for name in ("someone/shapes", "someone/shapes@v1"):
@@ -101,12 +101,12 @@ def test_what_is_pushed_is_loaded_again(place, tuned):
         assert again.fingerprint() == model.fingerprint()
         assert (again.tuned, again.training) == (tuned, False)
         equal(again, model)
-    assert place.asked[1:] == [("someone/shapes", None, {}), ("someone/shapes", "v1", {})]
+    assert hub_folder.asked[1:] == [("someone/shapes", None, {}), ("someone/shapes", "v1", {})]
     IGROTModel.from_pretrained("someone/shapes", revision="v2", token="t", local_files_only=True)
-    assert place.asked[-1] == ("someone/shapes", "v2", {"token": "t", "local_files_only": True})
+    assert hub_folder.asked[-1] == ("someone/shapes", "v2", {"token": "t", "local_files_only": True})
 
 
-def test_the_card_that_is_pushed_loads_the_model_by_its_name(place, tmp_path):
+def test_the_card_that_is_pushed_loads_the_model_by_its_name(hub_folder, tmp_path):
     model = small()
     model.save(tmp_path / "mine")
     assert names(tmp_path / "mine") == FILES
@@ -114,7 +114,7 @@ def test_the_card_that_is_pushed_loads_the_model_by_its_name(place, tmp_path):
     assert 'union_igrot.load("OWNER/NAME")' in text
     (tmp_path / "mine" / "README.md").write_text(text + "\nWritten by hand.\n")
     load(tmp_path / "mine").push_to_hub("someone/shapes")
-    sent = (place.folder / "someone" / "shapes" / "README.md").read_text()
+    sent = (hub_folder.folder / "someone" / "shapes" / "README.md").read_text()
     assert 'union_igrot.load("someone/shapes")' in sent
     assert "union-eval checkpoint=someone/shapes\n" in sent
     assert "OWNER/NAME" not in sent
@@ -133,7 +133,7 @@ def test_a_card_of_other_heads_is_written_anew(tmp_path):
     assert model.describe()["heads"] not in text
 
 
-def test_paths_of_this_machine_stay_here(place, tmp_path):
+def test_paths_of_this_machine_stay_here(hub_folder, tmp_path):
     model = small()
     model.metadata["config"] = {
         "data": {"name": "folder", "root": "somewhere/of/mine/birds"},
@@ -144,13 +144,13 @@ def test_paths_of_this_machine_stay_here(place, tmp_path):
     hub.push_folder(model.save(tmp_path / "model"), "someone/twice")
     assert json.dumps(model.metadata) == before
     for name in ("birds", "twice"):
-        sent = place.folder / "someone" / name
+        sent = hub_folder.folder / "someone" / name
         assert "of/mine" not in (sent / "model.json").read_text() + (sent / "README.md").read_text()
         assert json.loads((sent / "model.json").read_text())["card"]["config"]["data"]["root"] == "birds"
         assert load(f"someone/{name}").fingerprint() == model.fingerprint()
 
 
-def test_a_folder_is_pushed_without_its_backbone_being_there(place, tmp_path):
+def test_a_folder_is_pushed_without_its_backbone_being_there(hub_folder, tmp_path):
     folder = trainable(backbone=LinearBackbone()).save(tmp_path / "model")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="unknown backbone 'linear'"):
@@ -158,27 +158,27 @@ def test_a_folder_is_pushed_without_its_backbone_being_there(place, tmp_path):
     assert (
         hub.push_folder(folder, "someone/linear", private=False, branch="next") == "https://hub.example/someone/linear"
     )
-    assert place.asked == [("someone/linear", False), ("someone/linear", "next")]
-    assert place.sent["revision"] == "next"
-    sent = place.folder / "someone" / "linear"
+    assert hub_folder.asked == [("someone/linear", False), ("someone/linear", "next")]
+    assert hub_folder.sent["revision"] == "next"
+    sent = hub_folder.folder / "someone" / "linear"
     assert names(sent) == FILES
     assert (
         IGROTModel.load(sent, LinearBackbone()).fingerprint() == IGROTModel.load(folder, LinearBackbone()).fingerprint()
     )
 
 
-def test_a_folder_that_is_no_model_is_not_pushed(place, tmp_path):
+def test_a_folder_that_is_no_model_is_not_pushed(hub_folder, tmp_path):
     with pytest.raises(CheckpointError, match="is not a saved model"):
         hub.push_folder(tmp_path, "someone/x")
-    assert place.asked == []
+    assert hub_folder.asked == []
 
 
 @pytest.mark.parametrize("name", ["shapes", "a/b/c", "someone/", "someone/x@v1", "", "../x/y"])
-def test_names_that_are_none_are_refused_before_anything_is_sent(place, name, tmp_path):
+def test_names_that_are_none_are_refused_before_anything_is_sent(hub_folder, name, tmp_path):
     for push in (small().push_to_hub, lambda repo: hub.push_folder(tmp_path, repo)):
         with pytest.raises(CheckpointError, match="expected owner/name"):
             push(name)
-    assert place.asked == []
+    assert hub_folder.asked == []
 
 
 def answer(kind, code=404):
@@ -203,44 +203,44 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("failure", "message"), FAILURES, ids=lambda x: type(x).__name__)
-def test_a_failure_is_one_line_that_says_what_was_tried(place, failure, message):
-    place.fails = failure
-    with pytest.raises(CheckpointError, match=message) as told:
+def test_a_failure_is_one_line_that_says_what_was_tried(hub_folder, failure, message):
+    hub_folder.fails = failure
+    with pytest.raises(CheckpointError, match=message) as error:
         load("someone/x", revision="v1")
-    assert "someone/x" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "someone/x" in str(error.value)
+    assert "\n" not in str(error.value)
     if not isinstance(failure, errors.RevisionNotFoundError):
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as error:
             small().push_to_hub("someone/x")
-        assert "folder here" not in str(told.value)
-        assert "\n" not in str(told.value)
+        assert "folder here" not in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_without_network_the_line_says_where_it_looked(tmp_path, monkeypatch):
-    """Through the library itself, which is told to be offline."""
+    """Through the library itself, which is error to be offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"outputs/small is not a folder here, and \S+/outputs/small") as told:
+    with pytest.raises(CheckpointError, match=r"outputs/small is not a folder here, and \S+/outputs/small") as error:
         load("outputs/small")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "deep/down/nowhere", Path("deep/down/nowhere"), "~/nowhere/at/all"])
-def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(place, name):
-    with pytest.raises(CheckpointError, match=r"no model .*give a folder .* owner/name .* or a backbone") as told:
+def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(hub_folder, name):
+    with pytest.raises(CheckpointError, match=r"no model .*give a folder .* owner/name .* or a backbone") as error:
         load(name)
-    assert str(name) in str(told.value)
-    assert place.asked == []
+    assert str(name) in str(error.value)
+    assert hub_folder.asked == []
 
 
-def test_a_folder_comes_before_a_name(place, tmp_path, monkeypatch):
+def test_a_folder_comes_before_a_name(hub_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small().save("someone/x")
     assert load("someone/x").metadata == {"data": "shapes", "samples": 12}
-    assert place.asked == []
+    assert hub_folder.asked == []
 
 
-def test_a_repository_that_holds_something_else_is_named(place):
-    (place.folder / "someone" / "x").mkdir(parents=True)
+def test_a_repository_that_holds_something_else_is_named(hub_folder):
+    (hub_folder.folder / "someone" / "x").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"someone/x is not a saved model"):
         load("someone/x")

@@ -142,14 +142,14 @@ def mini():
     return golden_state("mini")
 
 
-def close(found, wanted, within=1e-5):
-    torch.testing.assert_close(found, torch.from_numpy(wanted), atol=within, rtol=0)
+def close(found, expected, within=1e-5):
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=within, rtol=0)
 
 
 @torch.no_grad()
-def compare(state, golden, pictures, name):
+def compare(state, golden, images_and_targets, name):
     """Compare every array of a golden file."""
-    images, targets = pictures
+    images, targets = images_and_targets
     checked = set()
 
     def check(key, found, within=1e-5):
@@ -160,12 +160,12 @@ def compare(state, golden, pictures, name):
     frozen = load_reference_checkpoint(state, model=union.backbone, target="frozen")
     summed = load_reference_checkpoint(state, model=union.backbone, target="sum")
     legacy = load_reference_checkpoint(state, model=union.backbone, target="frozen", mask="legacy")
-    seen, said = union.backbone.encode_image(targets), union.backbone.encode_text(list(TEXTS))
+    image, text = union.backbone.encode_image(targets), union.backbone.encode_text(list(TEXTS))
     check("token_ids", union.backbone.tokenize(list(TEXTS)).int())
-    check("image_pooled", seen.pooled)
-    check("image_tokens", seen.tokens)
-    check("text_pooled", said.pooled)
-    check("text_tokens", said.tokens)
+    check("image_pooled", image.pooled)
+    check("image_tokens", image.tokens)
+    check("text_pooled", text.pooled)
+    check("text_tokens", text.tokens)
     query = union.embed_queries(images, list(TEXTS))
     check("query", query)
     for training in (False, True):  # dropout aside, the mask does not depend on the mode
@@ -176,11 +176,11 @@ def compare(state, golden, pictures, name):
             layer.self_attn.dropout = 0.0
         check("query_padding_plus_one", legacy.embed_queries(images, list(TEXTS)))
     check("union_target", union.embed_gallery(targets))
-    check("union_query", union.target(union.backbone.encode_image(images), said, union._fuse))
+    check("union_query", union.target(union.backbone.encode_image(images), text, union._fuse))
     for kind, model in (("original", frozen), ("sum", summed), ("union", union)):
-        answers = model.embed_gallery(targets)
-        check(f"logits_{kind}", 100 * query @ answers.T, 1e-2)
-        check(f"loss_{kind}", info_nce(query, answers, torch.arange(4)), 1e-3)
+        embedded = model.embed_gallery(targets)
+        check(f"logits_{kind}", 100 * query @ embedded.T, 1e-2)
+        check(f"loss_{kind}", info_nce(query, embedded, torch.arange(4)), 1e-3)
     assert checked == set(golden.files), f"{name}: an array was not compared"
 
 
@@ -219,7 +219,7 @@ def test_parameter_counts_are_the_references(width, heads, transagg, union, t5):
 
 
 @torch.no_grad()
-def test_a_file_in_half_precision_with_wrappers_and_word_table_loads(mini, tmp_path):
+def test_a_file_in_half_precision_with_wrappers_and_embedding_table_loads(mini, tmp_path):
     path = tmp_path / "reference.pth"
     state = {f"module.{key}": x.half() for key, x in mini.items()}
     state["module.t5_layers.embed_tokens.weight"] = torch.zeros(10, 64)
@@ -248,7 +248,7 @@ def test_transagg_checkpoints_have_no_target_head(mini, prefix):
 
 
 @torch.no_grad()
-def test_both_sums_of_the_reference_can_be_had(mini):
+def test_both_sums_of_the_reference(mini):
     _, targets = golden_images("mini")
     training = load_reference_checkpoint(mini, target="sum")
     inference = load_reference_checkpoint(mini, target="sum", sum_form="inference")
@@ -294,7 +294,7 @@ def test_missing_unknown_and_ill_shaped_tensors_are_listed(mini):
             load_reference_checkpoint(state)
 
 
-def test_what_is_no_reference_checkpoint_is_refused(mini, tmp_path):
+def test_other_files_are_refused(mini, tmp_path):
     heads = {key: x for key, x in mini.items() if not key.startswith("model.")}
     with pytest.raises(CheckpointError, match="no backbone"):
         load_reference_checkpoint(heads)

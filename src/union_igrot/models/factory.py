@@ -20,7 +20,8 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
 
     Args:
         name: `tiny` (bundled), `base` (OpenAI's CLIP ViT-B/32), `large` (ViT-L/14), `openclip_h`, `blip`, `siglip2`,
-            `open_clip:<architecture>/<tag>`, `hf:<repository>`, or a registered name.
+            `open_clip:<architecture>/<tag>`, `hf-hub:<repository>` (OpenCLIP), `hf:<repository>` (transformers), or a
+            registered name.
         weights: A file or folder to load instead of the default weights, which are bundled (`tiny`) or downloaded on
             first use.
 
@@ -30,7 +31,7 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
     """
     path = None if weights is None else expand_user(weights)
     # OpenCLIP and transformers take seconds to import.
-    if name.startswith("open_clip:"):
+    if name.startswith(("open_clip:", "hf-hub:")):
         from union_igrot.models.backbones.open_clip import load_open_clip  # noqa: PLC0415
 
         return load_open_clip(name, path)

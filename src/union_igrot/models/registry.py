@@ -13,9 +13,9 @@ from typing import Any, TypeVar, final
 from union_igrot.errors import ConfigError
 
 T = TypeVar("T", bound=Callable[..., Any])
-BACKBONE_PREFIXES = ("open_clip:", "hf:")
+BACKBONE_PREFIXES = ("open_clip:", "hf-hub:", "hf:")
 """What the names of further backbones begin with."""
-BACKBONE_FORMS = "open_clip:<architecture>/<tag> or hf:<repository>"
+BACKBONE_FORMS = "open_clip:<architecture>/<tag>, hf-hub:<repository> (OpenCLIP) or hf:<repository> (transformers)"
 
 
 @final

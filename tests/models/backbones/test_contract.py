@@ -1,4 +1,4 @@
-"""What every backbone owes the rest of the house."""
+"""The contract of every backbone."""
 
 from importlib.resources import files
 
@@ -22,15 +22,15 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def case(request):
+def built(request):
     name, fixture, tokens = KINDS[request.param]
     if fixture is None and not (files("union_igrot") / "weights" / "tiny" / "backbone.safetensors").is_file():
-        pytest.skip("the tiny backbone's weights are not here yet")
+        pytest.skip("the tiny backbone's weights are missing")
     backbone = build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
     return backbone, tokens
 
 
-def pictures(backbone, count=4):
+def pixels(backbone, count=4):
     size = backbone.preprocess.size
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(5))
 
@@ -39,34 +39,34 @@ def same(found, wanted):
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
-def test_shapes_types_and_masks_of_images(case):
-    backbone, tokens = case
-    seen = backbone.encode_image(pictures(backbone))
-    assert seen.pooled.shape == (4, backbone.dim)
-    assert seen.tokens.shape == (4, tokens, backbone.dim)
-    assert seen.mask.all()
-    assert seen.pooled.dtype == torch.float32
-    same(seen.pooled, seen.tokens[torch.arange(4), seen.pooled_at])
+def test_shapes_types_and_masks_of_images(built):
+    backbone, tokens = built
+    image = backbone.encode_image(pixels(backbone))
+    assert image.pooled.shape == (4, backbone.dim)
+    assert image.tokens.shape == (4, tokens, backbone.dim)
+    assert image.mask.all()
+    assert image.pooled.dtype == torch.float32
+    same(image.pooled, image.tokens[torch.arange(4), image.pooled_at])
 
 
-def test_shapes_and_masks_of_texts(case):
-    backbone, _ = case
-    said = backbone.encode_text(TEXTS)
-    assert said.pooled.shape == (4, backbone.dim)
-    assert said.tokens.shape[0] == 4
-    assert said.mask.shape == said.tokens.shape[:2]
-    same(said.pooled, said.tokens[torch.arange(4), said.pooled_at])
-    lengths = said.mask.sum(1)
+def test_shapes_and_masks_of_texts(built):
+    backbone, _ = built
+    text = backbone.encode_text(TEXTS)
+    assert text.pooled.shape == (4, backbone.dim)
+    assert text.tokens.shape[0] == 4
+    assert text.mask.shape == text.tokens.shape[:2]
+    same(text.pooled, text.tokens[torch.arange(4), text.pooled_at])
+    lengths = text.mask.sum(1)
     # By position: real tokens first, padding after; "!" inside a text is a word like others.
-    for row, length in zip(said.mask, lengths, strict=True):
+    for row, length in zip(text.mask, lengths, strict=True):
         assert row[:length].all()
-    assert said.mask[torch.arange(4), said.pooled_at].all()
+    assert text.mask[torch.arange(4), text.pooled_at].all()
     assert lengths[1] < lengths[0] < lengths[2] < lengths[3]
-    assert lengths[3] == said.mask.shape[1], "a long text is cut at the context"
+    assert lengths[3] == text.mask.shape[1], "a long text is cut at the context"
 
 
-def test_an_empty_text_means_the_same_alone_and_in_a_batch(case):
-    backbone, _ = case
+def test_an_empty_text_is_encoded_the_same_alone_and_in_a_batch(built):
+    backbone, _ = built
     alone, batch = backbone.encode_text([""]), backbone.encode_text(TEXTS)
     same(alone.pooled[0], batch.pooled[1])
     length = int(alone.mask.sum())
@@ -74,30 +74,30 @@ def test_an_empty_text_means_the_same_alone_and_in_a_batch(case):
     same(alone.tokens[0, :length], batch.tokens[1, :length])
 
 
-def test_an_item_does_not_depend_on_its_batch(case):
-    backbone, _ = case
-    images = pictures(backbone)
+def test_an_item_does_not_depend_on_its_batch(built):
+    backbone, _ = built
+    images = pixels(backbone)
     both, one = backbone.encode_image(images), backbone.encode_image(images[2:3])
     same(both.pooled[2:3], one.pooled)
     same(both.tokens[2:3], one.tokens)
     same(backbone.encode_text(TEXTS).pooled[[3, 0]], backbone.encode_text([TEXTS[3], TEXTS[0]]).pooled)
 
 
-def test_different_items_have_different_features(case):
-    backbone, _ = case
-    seen, said = backbone.encode_image(pictures(backbone)), backbone.encode_text(TEXTS)
-    for pooled in (seen.pooled, said.pooled):
+def test_different_items_have_different_features(built):
+    backbone, _ = built
+    image, text = backbone.encode_image(pixels(backbone)), backbone.encode_text(TEXTS)
+    for pooled in (image.pooled, text.pooled):
         apart = torch.cdist(pooled, pooled) + torch.eye(4)
         assert apart.min() > 1e-4
 
 
-def test_stays_frozen_whatever_is_asked(case):
-    backbone, _ = case
+def test_stays_frozen(built):
+    backbone, _ = built
     before, mark = weights_hash(backbone.state_dict()), backbone.fingerprint()
     backbone.train()
     assert not any(module.training for module in backbone.modules())
     assert not any(x.requires_grad for x in backbone.parameters())
-    images = pictures(backbone).requires_grad_()
+    images = pixels(backbone).requires_grad_()
     backbone.encode_image(images).pooled.sum().backward()
     assert images.grad.abs().sum() > 0, "gradients pass through to what comes before"
     assert all(x.grad is None for x in backbone.parameters())
@@ -106,8 +106,8 @@ def test_stays_frozen_whatever_is_asked(case):
     assert backbone.fingerprint() == mark
 
 
-def test_two_builds_are_equal(case, request):
-    backbone, _ = case
+def test_two_builds_are_equal(built, request):
+    backbone, _ = built
     kind = next(k for k in KINDS if f"[{k}]" in request.node.name)
     name, fixture, _ = KINDS[kind]
     again = build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
@@ -124,17 +124,17 @@ def backbone(request):
 
 
 def features(backbone, side):
-    return backbone.encode_image(pictures(backbone)) if side == "image" else backbone.encode_text(TEXTS)
+    return backbone.encode_image(pixels(backbone)) if side == "image" else backbone.encode_text(TEXTS)
 
 
 def gradients(backbone, side):
     backbone.zero_grad()
-    seen = features(backbone, side)
-    (seen.pooled.square().sum() + seen.tokens.square().mean()).backward()
+    image = features(backbone, side)
+    (image.pooled.square().sum() + image.tokens.square().mean()).backward()
     return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
 
 
-def asking(backbone):
+def trainable(backbone):
     return {name for name, p in backbone.named_parameters() if p.requires_grad}
 
 
@@ -143,15 +143,15 @@ def test_every_weight_of_a_tuned_encoder_learns_and_no_other_does(backbone, side
     other = {"image": "text", "text": "image"}[side]
     assert backbone.tune([side]) is backbone
     assert backbone.tuned_encoders == {side}
-    assert len(asking(backbone)) > 4
-    assert set(gradients(backbone, side)) == asking(backbone)
-    mine = asking(backbone)
+    assert len(trainable(backbone)) > 4
+    assert set(gradients(backbone, side)) == trainable(backbone)
+    mine = trainable(backbone)
     assert not features(backbone, other).pooled.requires_grad
     backbone.tune([other])
     # No weight serves both sides in these models.
-    assert not mine & asking(backbone)
+    assert not mine & trainable(backbone)
     backbone.tune(["image", "text"])
-    assert mine < asking(backbone)
+    assert mine < trainable(backbone)
 
 
 def test_a_tuned_encoder_stays_in_evaluation_mode_and_is_frozen_again(backbone):
@@ -160,7 +160,7 @@ def test_a_tuned_encoder_stays_in_evaluation_mode_and_is_frozen_again(backbone):
     assert not any(part.training for part in backbone.modules())
     torch.testing.assert_close(features(backbone, "image").pooled.detach(), before)
     backbone.freeze()
-    assert (asking(backbone), backbone.tuned_encoders) == (set(), frozenset())
+    assert (trainable(backbone), backbone.tuned_encoders) == (set(), frozenset())
 
 
 @pytest.mark.parametrize("side", ["image", "text"])

@@ -22,22 +22,22 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def close(found, wanted):
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_blip_gives_its_own_retrieval_scores(blip_folder, images):
+def test_blip_returns_its_own_retrieval_scores(blip_folder, images):
     backbone = load_hf("blip", blip_folder)
     network = BlipForImageTextRetrieval.from_pretrained(blip_folder).eval()
     ids = backbone.tokenizer(TEXTS, padding="max_length", max_length=35, return_tensors="pt")
     scores = network(
         input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], pixel_values=images, use_itm_head=False
     )
-    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
-    close(F.normalize(seen.pooled, dim=-1) @ F.normalize(said.pooled, dim=-1).T, scores.itm_score)
-    assert said.tokens.shape == (3, 35, 24)
-    assert said.mask.sum(1).tolist() == [5, 8, 2]
+    image, text = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    close(F.normalize(image.pooled, dim=-1) @ F.normalize(text.pooled, dim=-1).T, scores.itm_score)
+    assert text.tokens.shape == (3, 35, 24)
+    assert text.mask.sum(1).tolist() == [5, 8, 2]
     names = list(backbone.state_dict())
     assert not [name for name in names if "crossattention" in name or "itm_head" in name]
 
@@ -63,17 +63,17 @@ CAPTIONS = ["A Red Shoe!", "is a_b c; with  'quotes'", "", "Ünïcode, STRASSE",
 def test_siglip_texts_are_those_of_open_clip(siglip_folder):
     """Equal ids to OpenCLIP's tokenizer of the same words, wherever the files put the padding."""
     backbone = load_hf("siglip2", siglip_folder)
-    wanted = HFTokenizer(str(siglip_folder), context_length=16, clean="canonicalize")
+    expected = HFTokenizer(str(siglip_folder), context_length=16, clean="canonicalize")
     for side in ("left", "right"):
         backbone.tokenizer.padding_side = side
         ids, mask = backbone._tokenize([canonicalize(text) for text in CAPTIONS])
-        assert ids.equal(wanted(CAPTIONS))
+        assert ids.equal(expected(CAPTIONS))
         assert (mask.int().diff(dim=1) <= 0).all()  # words first
     assert [canonicalize(text) for text in CAPTIONS] == [canonicalize_text(text) for text in CAPTIONS]
 
 
 @torch.no_grad()
-def test_a_siglip_token_is_what_the_head_says_of_it_alone(siglip_folder, images):
+def test_a_siglip_token_is_the_output_of_the_head_for_it_alone(siglip_folder, images):
     backbone = load_hf("siglip2", siglip_folder)
     vision = backbone.network.vision_model
     hidden = vision(images).last_hidden_state
@@ -83,15 +83,15 @@ def test_a_siglip_token_is_what_the_head_says_of_it_alone(siglip_folder, images)
 
 
 @torch.no_grad()
-def test_clip_gives_its_own_embeddings(clip_folder, images):
+def test_clip_returns_its_own_embeddings(clip_folder, images):
     backbone = load_hf("hf:some/clip", clip_folder)
     network = CLIPModel.from_pretrained(clip_folder).eval()
     ids = backbone.tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
-    told = network(input_ids=ids, pixel_values=images)
-    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
-    close(F.normalize(seen.pooled, dim=-1), told.image_embeds)
-    close(F.normalize(said.pooled, dim=-1), told.text_embeds)
-    assert said.mask.sum(1).tolist() == [5, 8, 2]
+    outputs = network(input_ids=ids, pixel_values=images)
+    image, text = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    close(F.normalize(image.pooled, dim=-1), outputs.image_embeds)
+    close(F.normalize(text.pooled, dim=-1), outputs.text_embeds)
+    assert text.mask.sum(1).tolist() == [5, 8, 2]
 
 
 def test_the_preprocessing_is_the_folders_but_for_the_recipe_of_blip(blip_folder, siglip_folder, clip_folder):
@@ -102,7 +102,7 @@ def test_the_preprocessing_is_the_folders_but_for_the_recipe_of_blip(blip_folder
     assert load_hf("hf:a/b", clip_folder).preprocess == Preprocess(32, mean, std, fit="crop")
 
 
-def test_a_tokenizer_may_be_a_word_list(blip_folder):
+def test_a_tokenizer_may_be_a_vocabulary(blip_folder):
     tokenizer = load_tokenizer(blip_folder / "vocab.txt", "blip")
     assert tokenizer("make it red")["input_ids"] == [2, 5, 6, 7, 3]
 
@@ -130,12 +130,12 @@ def test_a_broken_folder_is_named(clip_folder, tmp_path, file, content, message)
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(content)
-    with pytest.raises((CheckpointError, ConfigError), match=message) as told:
+    with pytest.raises((CheckpointError, ConfigError), match=message) as error:
         load_hf("hf:a/b", folder)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_shape_are_never_drawn_at_random(clip_folder, tmp_path):
+def test_missing_weights_are_never_random(clip_folder, tmp_path):
     folder = shutil.copytree(clip_folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 3
@@ -147,13 +147,13 @@ def test_weights_of_another_shape_are_never_drawn_at_random(clip_folder, tmp_pat
 def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"Salesforce/blip-itm-base-coco is not in the cache") as told:
+    with pytest.raises(CheckpointError, match=r"Salesforce/blip-itm-base-coco is not in the cache") as error:
         load_hf("blip")
-    assert "model.weights=PATH" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "model.weights=PATH" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_wrong_names_and_files_for_folders_are_named(tmp_path):
+def test_wrong_names_and_files_in_place_of_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="choose blip, siglip2 or hf:"):
         load_hf("base")
     with pytest.raises(ConfigError, match="choose one of tiny, base, large"):
@@ -196,3 +196,8 @@ def test_texts_that_are_cut_are_reported_once(request, caplog, monkeypatch, name
     message = record.getMessage()
     assert message.startswith(f"texts of more than {limit} tokens are cut by backbone {name}, such as 'two cats two")
     assert len(message) < 250
+
+
+def test_a_folder_of_sentence_transformers_loads(clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "0_CLIPModel")
+    assert load_hf("hf:a/b", tmp_path).fingerprint() == load_hf("hf:a/b", clip_folder).fingerprint()

@@ -6,6 +6,7 @@ from copy import deepcopy
 import open_clip
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file, save_file
 
@@ -31,9 +32,9 @@ CONFIG = {
 }
 
 
-def changed(**parts):
+def changed(**changes):
     config = deepcopy(CONFIG)
-    for name, value in parts.items():
+    for name, value in changes.items():
         if isinstance(value, dict) and name in config:
             config[name] |= value
         else:
@@ -46,45 +47,16 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "config",
-    [CONFIG, changed(quick_gelu=True), changed(custom_text=True)],
-    ids=["plain", "quick", "custom text"],
-)
-def test_pooled_features_are_open_clips_own(config, images):
-    torch.manual_seed(0)
-    backbone = OpenClipBackbone(config, PLAIN, "mine")
-    seen, said = backbone.encode_image(images), backbone.encode_text(TEXTS)
-    ids = open_clip.SimpleTokenizer(context_length=20)(TEXTS)
-    torch.testing.assert_close(seen.pooled, backbone.network.encode_image(images), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(said.pooled, backbone.network.encode_text(ids), atol=1e-5, rtol=1e-4)
-    assert said.tokens.shape == (4, 20, 32)
-    assert seen.tokens.shape[1] == 5
-
-
-@torch.no_grad()
-def test_every_token_passes_the_final_norm_and_the_projection(images):
-    backbone = OpenClipBackbone(CONFIG, PLAIN, "mine")
-    kept = {}
-    visual = backbone.network.visual
-    hook = visual.transformer.register_forward_hook(lambda *call: kept.setdefault("last", call[-1]))
-    visual(images)
-    hook.remove()
-    wanted = visual.ln_post(kept["last"]) @ visual.proj
-    torch.testing.assert_close(backbone.encode_image(images).tokens, wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_the_mask_goes_by_position_not_by_the_number_of_padding():
+def test_the_mask_goes_by_position_not_by_the_id_of_padding():
     backbone = OpenClipBackbone(CONFIG, PLAIN, "mine")
     ids = backbone.tokenize(["! ! dog"])
     assert (ids[0, 1:3] == 0).sum() + (ids[0, 1:3] == 256).sum() == 2
-    said = backbone.encode_text(TEXTS)
-    assert said.pooled_at.tolist() == [4, 1, 6, 19]
-    assert said.mask.sum(1).tolist() == [5, 2, 7, 20]
+    text = backbone.encode_text(TEXTS)
+    assert text.pooled_at.tolist() == [4, 1, 6, 19]
+    assert text.mask.sum(1).tolist() == [5, 2, 7, 20]
 
 
-def test_names_stand_for_architectures_tags_and_activations():
+def test_names_of_architectures_tags_and_activations():
     assert model_config("base")["vision_cfg"]["patch_size"] == 32
     assert model_config("base")["quick_gelu"]
     assert model_config("large")["embed_dim"] == 768
@@ -163,7 +135,7 @@ def test_code_in_a_repository_is_an_error_and_never_run(tmp_path, open_clip_resn
 
 
 def small_base(monkeypatch):
-    """Let `base` stand for a small architecture, so that its files are small."""
+    """Make `base` a small architecture, so that its files are small."""
     monkeypatch.setattr(open_clip, "get_model_config", lambda _: deepcopy(CONFIG))
     torch.manual_seed(3)
     return open_clip.CLIP(**changed(quick_gelu=True)).eval()
@@ -214,13 +186,13 @@ def test_weights_that_do_not_fit_are_listed(tmp_path, monkeypatch):
     state = network.state_dict()
     del state["visual.proj"]
     torch.save(state | {"stray": torch.zeros(1), "ln_final.bias": torch.zeros(3)}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as error:
         build_backbone("base", tmp_path / "weights.pt")
     for part in ("missing [visual.proj]", "not known [stray]", "ln_final.bias (3,) for (64,)", "weights.pt"):
-        assert part in str(told.value)
+        assert part in str(error.value)
 
 
-def test_files_that_are_no_weights_are_named(tmp_path):
+def test_files_without_weights_are_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
     (tmp_path / "text.pt").write_text("hello")
@@ -235,9 +207,9 @@ def test_files_that_are_no_weights_are_named(tmp_path):
         "absent.pt": "is not a file",
     }
     for file, message in messages.items():
-        with pytest.raises(CheckpointError, match=message) as told:
+        with pytest.raises(CheckpointError, match=message) as error:
             load_open_clip("base", tmp_path / file)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_its_files_is_named(open_clip_folder, tmp_path):
@@ -252,11 +224,11 @@ def test_a_folder_without_its_files_is_named(open_clip_folder, tmp_path):
 def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"timm/vit_base_patch32_clip_224\.openai") as told:
+    with pytest.raises(CheckpointError, match=r"timm/vit_base_patch32_clip_224\.openai") as error:
         load_open_clip("base")
-    assert "open_clip_model.safetensors" in str(told.value)
-    assert "model.weights=PATH" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "open_clip_model.safetensors" in str(error.value)
+    assert "model.weights=PATH" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +241,7 @@ def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
         ("blip", "not OpenCLIP's"),
     ],
 )
-def test_wrong_names_are_answered_with_right_ones(name, message):
+def test_wrong_names_are_errors_that_suggest_others(name, message):
     with pytest.raises(ConfigError, match=message):
         load_open_clip(name)
 
@@ -282,13 +254,13 @@ def test_wrong_names_are_answered_with_right_ones(name, message):
         (changed(vision_cfg={"timm_model_name": "no_such_model"}), r"not a CLIP configuration: Unknown model"),
     ],
 )
-def test_what_is_no_configuration_is_refused(config, message):
-    with pytest.raises(ConfigError, match=message) as told:
+def test_invalid_configurations_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message) as error:
         OpenClipBackbone(config, PLAIN, "mine")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_text_tower_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+def test_a_text_tower_that_cannot_be_loaded_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"configuration of its text tower roberta-base .* with its config\.json"):
@@ -299,9 +271,9 @@ def test_a_damaged_tokenizer_is_named(open_clip_siglip_folder, tmp_path):
     folder = shutil.copytree(open_clip_siglip_folder, tmp_path / "copy")
     for content in ("{", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'):
         (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"cannot load the tokenizer .*copy") as told:
+        with pytest.raises(CheckpointError, match=r"cannot load the tokenizer .*copy") as error:
             load_open_clip("open_clip:mine", folder)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
 
 
 def test_weights_without_a_tag_get_the_preprocessing_that_all_tags_agree_on():
@@ -319,5 +291,55 @@ def test_counts_of_batches_and_coca_decoders_in_a_file_do_not_matter(tmp_path, o
     path = folder / "open_clip_model.safetensors"
     state = {name: x for name, x in load_file(path).items() if not name.endswith("num_batches_tracked")}
     save_file(state | {"text_decoder.text_projection": torch.zeros(2, 2)}, path)
-    found, wanted = (load_open_clip("open_clip:mine", place) for place in (folder, open_clip_resnet_folder))
-    assert found.fingerprint() == wanted.fingerprint()
+    found, expected = (load_open_clip("open_clip:mine", place) for place in (folder, open_clip_resnet_folder))
+    assert found.fingerprint() == expected.fingerprint()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_models_of_the_hub_bring_their_own_configuration(tmp_path, monkeypatch, open_clip_siglip_folder, images, file):
+    """`hf-hub:owner/name`, without a network."""
+    folder = shutil.copytree(open_clip_siglip_folder, tmp_path / "copy")
+    if file.endswith(".bin"):
+        torch.save(load_file(folder / "open_clip_model.safetensors"), folder / file)
+        (folder / "open_clip_model.safetensors").unlink()
+    requested = []
+
+    def download(repository, name):
+        requested.append((repository, name))
+        if name != file:
+            raise EntryNotFoundError(name)
+
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    backbone, expected = build_backbone("hf-hub:some/siglip"), load_open_clip("open_clip:mine", open_clip_siglip_folder)
+    assert requested[-1] == ("some/siglip", file)
+    assert backbone.name == "hf-hub:some/siglip"
+    assert backbone.fingerprint() == expected.fingerprint()
+    assert backbone.encode_text(TEXTS).pooled.equal(expected.encode_text(TEXTS).pooled)
+
+
+def test_a_repository_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"some/clip cannot be reached") as error:
+        build_backbone("hf-hub:some/clip")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_transformers_is_named(tmp_path, monkeypatch):
+    small_base(monkeypatch)
+    torch.save({"vision_model.embeddings.class_embedding": torch.zeros(2)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"is a model of transformers; use the backbone hf:<repository>"):
+        load_open_clip("base", tmp_path / "weights.pt")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "clip."])
+def test_files_of_training_programs_load(tmp_path, monkeypatch, images, prefix):
+    network = small_base(monkeypatch)
+    state = {f"{prefix}{name}": x for name, x in network.state_dict().items()}
+    state |= {f"{prefix}logit_bias": torch.tensor(0.0), "head.weight": torch.zeros(3)}
+    torch.save({"state_dict": state, "epoch": 3, "optimizer": {"lr": 1e-4}}, tmp_path / "weights.pt")
+    backbone = build_backbone("base", tmp_path / "weights.pt")
+    torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)

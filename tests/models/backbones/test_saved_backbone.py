@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_contract import KINDS, TEXTS, pictures
+from test_contract import KINDS, TEXTS, pixels
 
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.checkpoint import (
@@ -22,7 +22,7 @@ from union_igrot.models.factory import build_backbone
 
 @pytest.fixture(params=KINDS)
 def backbone(request):
-    """One whose weights are no longer its name's."""
+    """A backbone whose weights are not those of its name."""
     name, fixture, *_ = KINDS[request.param]
     made = build_backbone(name, None if fixture is None else request.getfixturevalue(fixture))
     generator = torch.Generator().manual_seed(3)
@@ -33,21 +33,21 @@ def backbone(request):
 
 @torch.no_grad()
 def test_a_backbone_is_built_again_from_its_own_files_alone(backbone, tmp_path):
-    fingerprint, notes = save_backbone(backbone, tmp_path)
+    fingerprint, saved = save_backbone(backbone, tmp_path)
     assert fingerprint == backbone.fingerprint()
-    notes = json.loads(json.dumps(notes))
-    assert str(tmp_path) not in json.dumps(notes)
-    again = restore_backbone(backbone.name, notes, tmp_path)
+    saved = json.loads(json.dumps(saved))
+    assert str(tmp_path) not in json.dumps(saved)
+    again = restore_backbone(backbone.name, saved, tmp_path)
     assert again.fingerprint() == fingerprint
     assert (again.name, again.dim, again.preprocess) == (backbone.name, backbone.dim, backbone.preprocess)
-    images = pictures(backbone)
-    for found, wanted in (
+    images = pixels(backbone)
+    for found, expected in (
         (again.encode_image(images), backbone.encode_image(images)),
         (again.encode_text(TEXTS), backbone.encode_text(TEXTS)),
     ):
-        torch.testing.assert_close(found.tokens, wanted.tokens)
-        assert found.pooled_at.equal(wanted.pooled_at)
-        assert found.mask.equal(wanted.mask)
+        torch.testing.assert_close(found.tokens, expected.tokens)
+        assert found.pooled_at.equal(expected.pooled_at)
+        assert found.mask.equal(expected.mask)
     # And once more, from what was built so.
     assert save_backbone(again, tmp_path)[1] == save_backbone(backbone, tmp_path)[1]
     remove_backbone(tmp_path)
@@ -57,10 +57,10 @@ def test_a_backbone_is_built_again_from_its_own_files_alone(backbone, tmp_path):
 def test_half_weights_have_the_fingerprint_that_they_are_read_with(tmp_path):
     backbone = build_backbone("tiny")
     backbone.network.text_norm.weight.data += 1e-5  # what is shipped has 16 bits already
-    fingerprint, notes = save_backbone(backbone, tmp_path, half=True)
+    fingerprint, saved = save_backbone(backbone, tmp_path, half=True)
     assert fingerprint != backbone.fingerprint()
     assert {x.dtype for x in load_file(tmp_path / FILE).values() if x.is_floating_point()} == {torch.float16}
-    assert restore_backbone("tiny", notes, tmp_path).fingerprint() == fingerprint
+    assert restore_backbone("tiny", saved, tmp_path).fingerprint() == fingerprint
 
 
 def test_the_file_serves_as_weights_of_its_name(tmp_path):
@@ -77,7 +77,7 @@ def test_weights_of_two_names_are_written_once_each(tmp_path):
     assert state["twin"].equal(state["text_norm.weight"])
 
 
-def test_writing_again_leaves_no_words_of_another(tmp_path, clip_folder):
+def test_writing_again_leaves_no_tokenizer_of_another(tmp_path, clip_folder):
     words = build_backbone("hf:some/clip", clip_folder)
     save_backbone(words, tmp_path)
     assert (tmp_path / TOKENIZER_FOLDER).is_dir()
@@ -85,15 +85,15 @@ def test_writing_again_leaves_no_words_of_another(tmp_path, clip_folder):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_what_is_missing_or_damaged_is_named(tmp_path, clip_folder):
+def test_missing_and_damaged_files_are_named(tmp_path, clip_folder):
     backbone = build_backbone("hf:some/clip", clip_folder)
-    _, notes = save_backbone(backbone, tmp_path)
+    _, saved = save_backbone(backbone, tmp_path)
     for change in ({"kind": "magic"}, {"config": None}, {"preprocess": {"size": 3}}):
         with pytest.raises(CheckpointError, match=r"does not describe how to build its .*copy the model again"):
-            restore_backbone("hf:some/clip", notes | change, tmp_path)
+            restore_backbone("hf:some/clip", saved | change, tmp_path)
     shutil.rmtree(tmp_path / TOKENIZER_FOLDER)
     with pytest.raises(CheckpointError, match="tokenizer files"):
-        restore_backbone("hf:some/clip", notes, tmp_path)
+        restore_backbone("hf:some/clip", saved, tmp_path)
     state = load_file(tmp_path / FILE)
     state.pop("text_projection.weight")
     save_file(state, tmp_path / FILE)

@@ -1,4 +1,4 @@
-"""The embedded model: its contract, its words, its weights and what it can see."""
+"""The bundled model: its words, its weights and what it recognizes."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from union_igrot.errors import CheckpointError
 from union_igrot.models.backbones.base import weights_hash
@@ -16,7 +16,7 @@ from union_igrot.models.backbones.tiny import CONTEXT, TinyBackbone, TinyVLM, to
 from union_igrot.synthetic import scenes
 from union_igrot.synthetic.pretrain import caption_batch, held_out_metrics
 
-TEXTS = ["make the star red", "", "a photo of a zeppelin over grass", "red " * 80]
+COUNT = TinyVLM().words.num_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -24,61 +24,15 @@ def tiny():
     return TinyBackbone()
 
 
-def pictures(count, seed=0):
+def pixels(count, seed=0):
     return torch.randn(count, 3, 48, 48, generator=torch.Generator().manual_seed(seed))
 
 
-def test_pictures_keep_the_contract(tiny):
-    found = tiny.encode_image(pictures(3))
-    assert found.pooled.shape == (3, tiny.dim) == (3, 128)
-    assert found.tokens.shape == (3, 10, 128)
-    assert found.mask.all()
-    each = torch.arange(3)
-    assert torch.equal(found.pooled, found.tokens[each, found.pooled_at])
-    torch.testing.assert_close(tiny.encode_image(pictures(3)[1:2]).tokens, found.tokens[1:2], atol=1e-5, rtol=1e-4)
-    assert found.pooled.norm(dim=1).std() > 0  # not normalized
-
-
-def test_texts_keep_the_contract(tiny):
-    found = tiny.encode_text(TEXTS)
-    words = [4, 0, 7, CONTEXT - 1]
-    assert found.tokens.shape == (4, CONTEXT, 128)
-    assert found.mask.sum(1).tolist() == [n + 1 for n in words]
-    assert found.pooled_at.tolist() == words
-    for row, at in enumerate(words):
-        assert torch.equal(found.pooled[row], found.tokens[row, at])
-        assert found.mask[row, : at + 1].all()
-        assert not found.mask[row, at + 1 :].any()
-
-
-def test_a_text_does_not_depend_on_its_company(tiny):
-    together = tiny.encode_text(TEXTS)
-    for row, text in enumerate(TEXTS):
-        alone = tiny.encode_text([text])
-        length = alone.tokens.shape[1]
-        torch.testing.assert_close(alone.tokens[0], together.tokens[row, :length], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(alone.pooled[0], together.pooled[row], atol=1e-5, rtol=1e-4)
-
-
-def test_nothing_in_gives_nothing_out(tiny):
-    texts, images = tiny.encode_text([]), tiny.encode_image(pictures(0))
+def test_an_empty_batch_returns_empty_features(tiny):
+    texts, images = tiny.encode_text([]), tiny.encode_image(pixels(0))
     assert (len(texts), len(images)) == (0, 0)
     assert texts.pooled.shape == images.pooled.shape == (0, 128)
     assert images.tokens.shape == (0, 10, 128)
-
-
-def test_frozen_whatever_is_asked(tiny):
-    before = tiny.fingerprint()
-    assert not any(p.requires_grad for p in tiny.parameters())
-    assert tiny.train() is tiny
-    outer = torch.nn.Sequential(tiny)
-    outer.train()
-    assert not any(part.training for part in tiny.modules())
-    first, second = tiny.encode_image(pictures(4)), tiny.encode_image(pictures(4))
-    assert torch.equal(first.tokens, second.tokens)
-    assert not first.pooled.requires_grad
-    tiny.encode_text(TEXTS)
-    assert tiny.fingerprint() == before
 
 
 def test_fingerprint_follows_weights_and_preprocessing(tiny):
@@ -113,7 +67,7 @@ def grammar_words():
     """Every word that a caption, an edit or a prompt can hold, by drawing many."""
     rng = random.Random(0)
     texts = []
-    for _ in range(800):
+    for _ in range(300):
         scene = scenes.random_scene(rng, "train")
         texts += [scenes.caption(rng, scene), scenes.edit_scene(rng, scene).text]
     texts += [f"a sketch of {scenes.with_article(shape)}" for shape in scenes.SHAPES]
@@ -122,7 +76,7 @@ def grammar_words():
     return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
 
 
-def test_every_word_of_the_grammar_has_a_number_of_its_own(tiny):
+def test_every_word_of_the_grammar_has_its_own_id(tiny):
     words = grammar_words()
     ids = tokenize(words)[:, 0]
     buckets = tiny.network.words.num_embeddings - 64
@@ -133,7 +87,7 @@ def test_every_word_of_the_grammar_has_a_number_of_its_own(tiny):
 
 def test_captions_and_edits_are_never_cut():
     rng = random.Random(1)
-    for _ in range(500):
+    for _ in range(150):
         scene = scenes.random_scene(rng, "train")
         for text in (scenes.caption(rng, scene), scenes.edit_scene(rng, scene, double=1.0).text):
             assert tokenize([text]).shape[1] == len(text.split()) + 1 <= CONTEXT
@@ -141,12 +95,12 @@ def test_captions_and_edits_are_never_cut():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=200), max_size=5))
-def test_any_text_becomes_numbers(texts):
+def test_any_text_becomes_ids(texts):
     ids = tokenize(texts)
     assert ids.shape[0] == len(texts)
     assert ids.shape[1] <= CONTEXT
     assert (ids >= 0).all()
-    assert (ids < TinyVLM().words.num_embeddings).all()
+    assert (ids < COUNT).all()
     for text, row in zip(texts, ids.tolist(), strict=True):
         real = row[: row.index(1) + 1]
         assert len(real) == min(len(re.findall(r"\w+", text.lower())), CONTEXT - 1) + 1
@@ -161,30 +115,30 @@ def test_unknown_words_keep_their_bucket():
     assert tokenize([""]).tolist() == [[1]]
 
 
-def test_note_agrees_with_the_shipped_weights(tiny):
-    note = json.loads((files("union_igrot") / "weights" / "tiny" / "backbone.json").read_text())
-    assert note["weights"] == weights_hash(tiny.network.state_dict())
-    assert note["parameters"] == sum(p.numel() for p in tiny.network.parameters()) < 2_000_000
-    assert note["shapes_without_sketches"] == list(scenes.HELD_OUT_SHAPES)
-    assert all(0 < figure <= 100 for figure in note["held_out_percent"].values())
+def test_description_agrees_with_the_shipped_weights(tiny):
+    saved = json.loads((files("union_igrot") / "weights" / "tiny" / "backbone.json").read_text())
+    assert saved["weights"] == weights_hash(tiny.network.state_dict())
+    assert saved["parameters"] == sum(p.numel() for p in tiny.network.parameters()) < 2_000_000
+    assert saved["shapes_without_sketches"] == list(scenes.HELD_OUT_SHAPES)
+    assert all(0 < metric <= 100 for metric in saved["held_out_percent"].values())
 
 
-def test_shapes_are_recognised_far_above_chance(tiny):
-    """Floors on a small look at validation scenes; chance is 5 for a shape and 0.4 for a caption."""
+def test_shapes_are_recognized_far_above_chance(tiny):
+    """Floors on a few validation scenes; chance is 5 for a shape and 0.4 for a caption."""
     network = TinyVLM()
     network.load_state_dict(tiny.network.state_dict())
-    figures = held_out_metrics(network, "test of the floor", "val", batches=1)
+    metrics = held_out_metrics(network, "test of the floor", "val", batches=1)
     floors = {
         "caption_retrieval_in_256": 70,
         "shape_of_photo": 70,
         "shape_of_sketch_seen": 85,
         "shape_of_sketch_held_out": 40,
     }
-    assert set(figures) == set(floors)
-    assert all(figures[name] >= floor for name, floor in floors.items()), figures
+    assert set(metrics) == set(floors)
+    assert all(metrics[name] >= floor for name, floor in floors.items()), metrics
 
 
-def test_a_caption_finds_its_picture_through_the_contract(tiny):
+def test_captions_find_their_images(tiny):
     batch = caption_batch("contract", "val", pairs=8, sketches=1)
     images, texts = tiny.encode_image(batch.photos).pooled, tiny.encode_text(batch.captions).pooled
     right = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1).argmax(1) == torch.arange(16)
@@ -239,9 +193,3 @@ def test_broken_weights_are_one_clear_line(case, word, tiny, tmp_path):
     assert word in message
     assert "\n" not in message
     assert str(path) in message
-
-
-def test_whole_file_of_weights_loads_where_broken_ones_do_not(tiny, tmp_path):
-    path = tmp_path / "whole.safetensors"
-    save_file(load_file(broken("none", tmp_path, tiny)), path)
-    assert TinyBackbone(path).fingerprint() == tiny.fingerprint()

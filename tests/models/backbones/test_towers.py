@@ -1,4 +1,4 @@
-"""Each kind of tower: pooled is OpenCLIP's own, a token is what the tower's own head says of it alone."""
+"""Each kind of tower: pooled is OpenCLIP's own, a token is the output of the tower's own head for it alone."""
 
 import pytest
 import torch
@@ -71,34 +71,34 @@ def built(config):
     return backbone
 
 
-def pictures(config, count=2):
+def pixels(config, count=2):
     size = config["vision_cfg"]["image_size"]
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def same(found, wanted):
-    scale = wanted.abs().max().clamp(min=1.0)
-    torch.testing.assert_close(found / scale, wanted / scale, atol=2e-5, rtol=1e-4)
+def same(found, expected):
+    scale = expected.abs().max().clamp(min=1.0)
+    torch.testing.assert_close(found / scale, expected / scale, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("config", "seen", "said"), TOWERS)
-def test_pooled_is_the_librarys_own_and_tokens_are_all_there(config, seen, said):
-    backbone, images = built(config), pictures(config)
+@pytest.mark.parametrize(("config", "n_image", "n_text"), TOWERS)
+def test_pooled_is_that_of_the_library_and_all_tokens_are_returned(config, n_image, n_text):
+    backbone, images = built(config), pixels(config)
     image, text = backbone.encode_image(images), backbone.encode_text(TEXTS)
     ids = backbone.tokenize(TEXTS)
     same(image.pooled, backbone.network.encode_image(images))
     same(text.pooled, backbone.network.encode_text(ids))
-    assert image.tokens.shape == (2, seen, backbone.dim)
-    assert text.tokens.shape == (4, said, backbone.dim)
+    assert image.tokens.shape == (2, n_image, backbone.dim)
+    assert text.tokens.shape == (4, n_text, backbone.dim)
     same(image.tokens[torch.arange(2), image.pooled_at], image.pooled)
     same(text.tokens[torch.arange(4), text.pooled_at], text.pooled)
-    apart = said - ids.shape[1]
+    apart = n_text - ids.shape[1]
     assert text.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, ids.shape[1])]
 
 
 def alone(visual, images):
-    """Ask the tower's own head about each of its last tokens by itself, one after the other."""
+    """Yield the output of the tower's own head for each of its last tokens alone."""
     name = type(visual).__name__
     if name == "VisionTransformer":
         x = visual.transformer(visual._embeds(images))
@@ -129,10 +129,10 @@ def alone(visual, images):
         yield visual.head(trunk.forward_head(torch.cat([x[:, :before], x[:, place : place + 1]], dim=1)))
 
 
-def attended(pool, question, known):
-    """The published attention pooling over one place, whatever it asks from."""
-    answer, _ = F.multi_head_attention_forward(
-        query=question,
+def attended(pool, query_token, known):
+    """The published attention pooling over one position, whatever the query is."""
+    output, _ = F.multi_head_attention_forward(
+        query=query_token,
         key=known,
         value=known,
         embed_dim_to_check=known.shape[-1],
@@ -152,19 +152,19 @@ def attended(pool, question, known):
         training=False,
         need_weights=False,
     )
-    return answer[0]
+    return output[0]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("config", "seen", "said"), TOWERS)
-def test_an_image_token_is_what_the_towers_own_head_says_of_it_alone(config, seen, said):
-    backbone, images = built(config), pictures(config)
+@pytest.mark.parametrize(("config", "n_image", "n_text"), TOWERS)
+def test_an_image_token_is_the_output_of_the_head_for_it_alone(config, n_image, n_text):
+    backbone, images = built(config), pixels(config)
     visual = backbone.network.visual
-    wanted = torch.stack(list(alone(visual, images)), dim=1)
+    expected = torch.stack(list(alone(visual, images)), dim=1)
     tokens = backbone.encode_image(images).tokens
-    same(tokens[:, tokens.shape[1] - wanted.shape[1] :], wanted)
+    same(tokens[:, tokens.shape[1] - expected.shape[1] :], expected)
     # What stands before them is the pooled embedding alone.
-    assert tokens.shape[1] - wanted.shape[1] in (0, 1)
+    assert tokens.shape[1] - expected.shape[1] in (0, 1)
 
 
 @torch.no_grad()
@@ -175,8 +175,8 @@ def test_a_text_token_passes_the_final_norm_and_the_projection(text):
     backbone = built(clip(None, text, custom_text=True))
     tower, ids = backbone.network.text, backbone.tokenize(TEXTS)
     x, mask = tower._embeds(ids)
-    wanted = (tower.ln_final(tower.transformer(x, attn_mask=mask)) @ tower.text_projection)[:, :20]
-    same(backbone.encode_text(TEXTS).tokens[:, -20:], wanted)
+    expected = (tower.ln_final(tower.transformer(x, attn_mask=mask)) @ tower.text_projection)[:, :20]
+    same(backbone.encode_text(TEXTS).tokens[:, -20:], expected)
 
 
 HF = {"context_length": 12, "hf_tokenizer_name": "", "hf_proj_type": "mlp"}
@@ -201,14 +201,14 @@ def test_text_towers_of_hugging_face(tmp_path, made, pooler, apart):
     text = {**HF, "hf_model_name": str(tmp_path), "hf_pooler_type": pooler}
     backbone = built({"embed_dim": 32, "vision_cfg": OWN, "text_cfg": text})
     ids, tower = backbone.tokenize(TEXTS), backbone.network.text
-    said = backbone.encode_text(TEXTS)
-    same(said.pooled, backbone.network.encode_text(ids))
+    n_text = backbone.encode_text(TEXTS)
+    same(n_text.pooled, backbone.network.encode_text(ids))
     hidden = tower.transformer(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
-    same(said.tokens[:, apart:], tower.proj(hidden))
-    assert said.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, 12)]
+    same(n_text.tokens[:, apart:], tower.proj(hidden))
+    assert n_text.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, 12)]
 
 
-def test_padding_is_told_by_position():
+def test_padding_goes_by_position():
     ids = torch.tensor([[5, 0, 7, 1, 0, 0], [1, 1, 1, 1, 1, 1], [3, 4, 5, 6, 7, 1], [0, 0, 0, 0, 0, 0]])
     assert before_padding(ids, 0, padding_is_end=False).sum(1).tolist() == [4, 6, 6, 0]
     assert before_padding(ids, 1, padding_is_end=True).sum(1).tolist() == [6, 1, 6, 6]
@@ -223,11 +223,11 @@ def test_padding_is_told_by_position():
         (timm("test_convnext", "abs_attn", "", 64), "over positions"),
     ],
 )
-def test_heads_that_cannot_be_asked_of_one_token_are_refused(config, message):
-    with pytest.raises(ConfigError, match=message) as told:
+def test_heads_that_cannot_read_one_token_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message) as error:
         OpenClipBackbone(config, Preprocess(32, OPENAI_MEAN, OPENAI_STD), "mine")
-    assert "choose another architecture" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "choose another architecture" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_pooler_with_weights_of_its_own_is_refused(tmp_path):

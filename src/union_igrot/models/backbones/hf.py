@@ -237,6 +237,8 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
                 f"backbone {name!r}: {source} is not a folder; set model.weights to a folder with config.json, "
                 "model.safetensors, tokenizer files and preprocessor_config.json"
             )
+    if (Path(source) / "0_CLIPModel").is_dir():  # a folder of sentence-transformers
+        source = str(Path(source) / "0_CLIPModel")
     if (Path(source) / "adapter_config.json").is_file():
         raise CheckpointError(
             f"backbone {name!r}: {source} holds a LoRA adapter, which is not supported; merge it into its model "

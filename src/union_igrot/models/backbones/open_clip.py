@@ -7,6 +7,7 @@ SigLIP, CoCa, text towers of Hugging Face), the pooled embedding is put in front
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from difflib import get_close_matches
 from http.client import HTTPException
@@ -15,6 +16,8 @@ from typing import Any, final
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from open_clip.convert import convert_state_dict
 from open_clip.hf_model import HFTextEncoder
@@ -150,7 +153,8 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     OpenCLIP, those in a folder the activation and the preprocessing of its configuration.
 
     Args:
-        name: `base`, `large`, `openclip_h` or `open_clip:<architecture>/<tag>`; the tag is optional if `weights` is
+        name: `base`, `large`, `openclip_h`, `open_clip:<architecture>/<tag>`, or `hf-hub:<repository>` for a model of
+            OpenCLIP on the Hugging Face hub, which brings its own configuration; the tag is optional if `weights` is
             given, and the architecture may be any word if `weights` is a folder.
         weights: None to download on first use (kept by huggingface_hub); else OpenAI's .pt, a state dict, a safetensors
             file, or a folder with `open_clip_config.json` and weights.
@@ -159,6 +163,8 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
         ConfigError: If the architecture or the tag is unknown or not supported.
         CheckpointError: If the weights cannot be downloaded or read, or do not fit.
     """
+    if weights is None and name.startswith("hf-hub:"):
+        weights = _download_repository(name.removeprefix("hf-hub:"))
     if weights is not None and Path(weights).is_dir():
         return _load_folder(name, Path(weights))
     arch, tag = parse_name(name)
@@ -228,6 +234,8 @@ def _split_name(name: str) -> tuple[str, str]:
     arch, tag = NAMES.get(name, ("", ""))
     if name.startswith("open_clip:"):
         arch, _, tag = name.removeprefix("open_clip:").partition("/")
+    if name.startswith("hf-hub:"):
+        arch = name
     if not arch:
         raise ConfigError(f"backbone {name!r} is not OpenCLIP's; use open_clip:<architecture>/<tag>")
     return arch, tag
@@ -361,6 +369,19 @@ def _download(name: str, known: Mapping[str, Any]) -> Path:
             f"the weights of {name!r} ({known.get('hf_hub') or known.get('url')}) are not in the cache and cannot be "
             f"downloaded ({first_line(error)}); connect once, or put {_FILES[0]} anywhere and give {WEIGHTS_OPTION}"
         ) from None
+
+
+def _download_repository(repository: str) -> Path:
+    """Download a model of OpenCLIP from the hub, or find it in the cache."""
+    from union_igrot.models.hub import hub_errors  # noqa: PLC0415 - would import in a circle
+
+    with hub_errors(repository):
+        folder = Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"]))
+        for file in _FILES:
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repository, file)
+                break
+    return folder
 
 
 def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
