@@ -13,15 +13,15 @@ halves = st.sampled_from([0, 1, 2, 2**63, 2**64 - 1])  # few values: digests oft
 @settings(max_examples=200, deadline=None)
 @given(runs=st.lists(st.lists(st.tuples(halves, halves), min_size=1, max_size=6), max_size=6))
 def test_index_finds_the_first_of_each_digest(runs):
-    index, kept, place = KeyIndex(), {}, 0
+    index, stored, position = KeyIndex(), {}, 0
     for run in runs:
-        index.insert(np.array(run, dtype=np.uint64), np.arange(place, place + len(run)))
+        index.insert(np.array(run, dtype=np.uint64), np.arange(position, position + len(run)))
         for digest in run:
-            kept.setdefault(digest, place)
-            place += 1
+            stored.setdefault(digest, position)
+            position += 1
     everything = [(high, low) for high in (0, 1, 2, 3, 2**63, 2**64 - 1) for low in (0, 1, 2, 3, 2**63, 2**64 - 1)]
     found = index.find(np.array(everything, dtype=np.uint64))
-    assert found.tolist() == [kept.get(digest, -1) for digest in everything]
+    assert found.tolist() == [stored.get(digest, -1) for digest in everything]
 
 
 def test_many_small_insertions_keep_few_runs():

@@ -51,29 +51,29 @@ additions = st.lists(st.tuples(st.integers(1, 5), st.none() | st.integers(1, 6))
 @given(additions=additions, data=st.data(), dtype=st.sampled_from(["float32", "float16"]), reopen=st.booleans())
 def test_get_returns_what_was_added(tmp_path_factory, additions, data, dtype, reopen):
     store = FeatureStore(tmp_path_factory.mktemp("root"), "f", dtype)
-    kept: dict[str, tuple[Features, int]] = {}
+    stored: dict[str, tuple[Features, int]] = {}
     for number, (rows, length) in enumerate(additions):
         features, keys = make(rows, length, seed=number), names(rows, prefix=str(number))
         store.add(keys, features)
-        kept |= {key: (features, row) for row, key in enumerate(keys)}
+        stored |= {key: (features, row) for row, key in enumerate(keys)}
     if reopen:
         store = FeatureStore(store.root, "f", dtype)
 
-    requested = data.draw(st.lists(st.sampled_from(sorted(kept)), max_size=12))
+    requested = data.draw(st.lists(st.sampled_from(sorted(stored)), max_size=12))
     got = store.get(requested)
     assert got.pooled.dtype == torch.float32
     assert got.tokens is got.mask is got.pooled_at is None
     for row, key in enumerate(requested):
-        features, at = kept[key]
+        features, at = stored[key]
         assert torch.equal(got.pooled[row], rounded(features.pooled[at], dtype))
 
-    requested = [key for key in requested if kept[key][0].tokens is not None]
+    requested = [key for key in requested if stored[key][0].tokens is not None]
     got = store.get(requested, tokens=True)
-    longest = max((int(kept[key][0].mask[kept[key][1]].sum()) for key in requested), default=0)
+    longest = max((int(stored[key][0].mask[stored[key][1]].sum()) for key in requested), default=0)
     assert got.tokens.shape == (len(requested), longest, 4 if len(store._shards) else 0)
     assert got.tokens.dtype == torch.float32
     for row, key in enumerate(requested):
-        features, at = kept[key]
+        features, at = stored[key]
         real = int(features.mask[at].sum())
         assert torch.equal(got.pooled[row], rounded(features.pooled[at], dtype))
         assert torch.equal(got.tokens[row, :real], rounded(features.tokens[at, :real], dtype))

@@ -115,9 +115,9 @@ def work(first):
     store = FeatureStore(root, "f")
     for number in range(first, 60, 3):
         store.add(keys(number), make(number))
-        seen = [n for n in range(60) if not store.missing(keys(n))]
-        assert number in seen
-        assert all(same(store, n) for n in seen[-2:])
+        present = [n for n in range(60) if not store.missing(keys(n))]
+        assert number in present
+        assert all(same(store, n) for n in present[-2:])
 
 watcher = FeatureStore(root, "f")
 children = [fork(lambda first=first: work(first)) for first in range(3)]

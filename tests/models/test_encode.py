@@ -36,13 +36,13 @@ def forms(tmp_path):
 
 
 def test_one_image_in_any_form_is_one_query(model, forms):
-    wanted = model.embed_gallery(image_batch([forms[0]], model.preprocess)).detach()
+    expected = model.embed_gallery(image_batch([forms[0]], model.preprocess)).detach()
     for image in forms:
-        torch.testing.assert_close(model.encode_gallery(image), wanted)
+        torch.testing.assert_close(model.encode_gallery(image), expected)
         assert model.encode_queries(image, "red square").shape == (1, DIM)
     many = model.encode_gallery(forms, batch_size=3)
-    torch.testing.assert_close(many, wanted.expand(len(forms), -1))
-    torch.testing.assert_close(model.encode_gallery(np.stack([forms[3]] * 2)), wanted.expand(2, -1))
+    torch.testing.assert_close(many, expected.expand(len(forms), -1))
+    torch.testing.assert_close(model.encode_gallery(np.stack([forms[3]] * 2)), expected.expand(2, -1))
 
 
 def test_queries_equal_the_core_and_have_no_gradient(model):
@@ -90,8 +90,8 @@ def test_the_core_says_what_it_expects(model, images, given):
     for embed, instead in ((model.embed_queries, "encode_queries"), (model.embed_gallery, "encode_gallery")):
         with pytest.raises(ConfigError) as error:
             embed(images)
-        for part in (given, "[batch, 3, 8, 8]", instead):
-            assert part in str(error.value)
+        for words in (given, "[batch, 3, 8, 8]", instead):
+            assert words in str(error.value)
         assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""Models shared on a hub and loaded from there, without a network: what would be sent, what is said where it fails."""
+"""Models shared on a hub and loaded from there, without a network: what would be sent, and errors."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ class Hub:
     """Keeps what would have been sent."""
 
     def __init__(self, folder):
-        self.folder, self.asked, self.sent, self.fails = folder, [], {}, None
+        self.folder, self.requests, self.sent, self.fails = folder, [], {}, None
 
     def __call__(self, **_):
         return self
@@ -47,20 +47,20 @@ class Hub:
         if self.fails is not None:
             raise self.fails
         assert exist_ok
-        self.asked.append((repo_id, private))
+        self.requests.append((repo_id, private))
         return SimpleNamespace(repo_id=repo_id)
 
     def create_branch(self, repo_id, *, branch, exist_ok):
         assert exist_ok
-        self.asked.append((repo_id, branch))
+        self.requests.append((repo_id, branch))
 
-    def upload_folder(self, *, repo_id, folder_path, **error):
-        self.sent = error
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        self.sent = options
         shutil.copytree(folder_path, self.folder / repo_id)
         return f"https://hub.example/{repo_id}"
 
-    def snapshot_download(self, repository, *, revision=None, allow_patterns=None, **error):
-        self.asked.append((repository, revision, error))
+    def snapshot_download(self, repository, *, revision=None, allow_patterns=None, **options):
+        self.requests.append((repository, revision, options))
         if self.fails is not None:
             raise self.fails
         assert {"model.json", "heads.safetensors", "backbone.safetensors", "tokenizer/*"} <= set(allow_patterns)
@@ -91,7 +91,7 @@ def test_what_is_pushed_is_loaded_again(hub_folder, tuned):
     model = small(tuned)
     address = model.push_to_hub("someone/shapes", private=True, commit_message="First")
     assert address == "https://hub.example/someone/shapes"
-    assert hub_folder.asked == [("someone/shapes", True)]
+    assert hub_folder.requests == [("someone/shapes", True)]
     assert hub_folder.sent["commit_message"] == "First"
     sent = hub_folder.folder / "someone" / "shapes"
     # A frozen backbone is named, not sent; a tuned one's weights are nowhere else.
@@ -101,9 +101,9 @@ def test_what_is_pushed_is_loaded_again(hub_folder, tuned):
         assert again.fingerprint() == model.fingerprint()
         assert (again.tuned, again.training) == (tuned, False)
         equal(again, model)
-    assert hub_folder.asked[1:] == [("someone/shapes", None, {}), ("someone/shapes", "v1", {})]
+    assert hub_folder.requests[1:] == [("someone/shapes", None, {}), ("someone/shapes", "v1", {})]
     IGROTModel.from_pretrained("someone/shapes", revision="v2", token="t", local_files_only=True)
-    assert hub_folder.asked[-1] == ("someone/shapes", "v2", {"token": "t", "local_files_only": True})
+    assert hub_folder.requests[-1] == ("someone/shapes", "v2", {"token": "t", "local_files_only": True})
 
 
 def test_the_card_that_is_pushed_loads_the_model_by_its_name(hub_folder, tmp_path):
@@ -158,7 +158,7 @@ def test_a_folder_is_pushed_without_its_backbone_being_there(hub_folder, tmp_pat
     assert (
         hub.push_folder(folder, "someone/linear", private=False, branch="next") == "https://hub.example/someone/linear"
     )
-    assert hub_folder.asked == [("someone/linear", False), ("someone/linear", "next")]
+    assert hub_folder.requests == [("someone/linear", False), ("someone/linear", "next")]
     assert hub_folder.sent["revision"] == "next"
     sent = hub_folder.folder / "someone" / "linear"
     assert names(sent) == FILES
@@ -170,7 +170,7 @@ def test_a_folder_is_pushed_without_its_backbone_being_there(hub_folder, tmp_pat
 def test_a_folder_that_is_no_model_is_not_pushed(hub_folder, tmp_path):
     with pytest.raises(CheckpointError, match="is not a saved model"):
         hub.push_folder(tmp_path, "someone/x")
-    assert hub_folder.asked == []
+    assert hub_folder.requests == []
 
 
 @pytest.mark.parametrize("name", ["shapes", "a/b/c", "someone/", "someone/x@v1", "", "../x/y"])
@@ -178,22 +178,22 @@ def test_names_that_are_none_are_refused_before_anything_is_sent(hub_folder, nam
     for push in (small().push_to_hub, lambda repo: hub.push_folder(tmp_path, repo)):
         with pytest.raises(CheckpointError, match="expected owner/name"):
             push(name)
-    assert hub_folder.asked == []
+    assert hub_folder.requests == []
 
 
-def answer(kind, code=404):
+def failure(kind, code=404):
     request = CLIENT.Request("GET", "https://hub.example")
     return kind(f"{code} Client Error\nmore of it", response=CLIENT.Response(code, request=request))
 
 
 FAILURES = [
     (
-        answer(errors.RepositoryNotFoundError),
+        failure(errors.RepositoryNotFoundError),
         "someone/x is not a folder here, and .*/someone/x at revision v1 does not exist or is private",
     ),
-    (answer(errors.GatedRepoError, 403), "is open to some users only"),
-    (answer(errors.RevisionNotFoundError), r"at revision v1 does not exist; give a branch, tag or commit"),
-    (answer(errors.HfHubHTTPError, 500), r"cannot be reached or refused the request \(500 Client Error\)"),
+    (failure(errors.GatedRepoError, 403), "is open to some users only"),
+    (failure(errors.RevisionNotFoundError), r"at revision v1 does not exist; give a branch, tag or commit"),
+    (failure(errors.HfHubHTTPError, 500), r"cannot be reached or refused the request \(500 Client Error\)"),
     (errors.LocalEntryNotFoundError("Cannot find it"), r"someone/x is not a folder here, .*\(Cannot find it\)"),
     (errors.OfflineModeIsEnabled("offline"), r"\(offline\); check name, network and account"),
     (errors.LocalTokenNotFoundError("no token"), "needs an account; run `hf auth login`"),
@@ -230,14 +230,14 @@ def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(hub_folder, name)
     with pytest.raises(CheckpointError, match=r"no model .*give a folder .* owner/name .* or a backbone") as error:
         load(name)
     assert str(name) in str(error.value)
-    assert hub_folder.asked == []
+    assert hub_folder.requests == []
 
 
 def test_a_folder_comes_before_a_name(hub_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small().save("someone/x")
     assert load("someone/x").metadata == {"data": "shapes", "samples": 12}
-    assert hub_folder.asked == []
+    assert hub_folder.requests == []
 
 
 def test_a_repository_that_holds_something_else_is_named(hub_folder):

@@ -1,4 +1,4 @@
-"""Float32 stays float32, and whoever called finds torch's switches as they were."""
+"""Float32 stays float32, and torch keeps its switches afterwards."""
 
 import pytest
 import torch

@@ -35,8 +35,8 @@ def pixels(backbone, count=4):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(5))
 
 
-def same(found, wanted):
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+def same(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_shapes_types_and_masks_of_images(built):
@@ -165,7 +165,7 @@ def test_a_tuned_encoder_stays_in_evaluation_mode_and_is_frozen_again(backbone):
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_saving_memory_changes_no_gradient(backbone, side):
-    wanted = gradients(backbone.tune([side]), side)
+    expected = gradients(backbone.tune([side]), side)
     names = set(backbone.state_dict())
     held = [0]
 
@@ -175,13 +175,13 @@ def test_saving_memory_changes_no_gradient(backbone, side):
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         features(backbone, side)
-    kept, held[0] = held[0], 0
+    before, held[0] = held[0], 0
     backbone.checkpoint_activations()
     assert set(backbone.state_dict()) == names
     found = gradients(backbone, side)
-    assert found.keys() == wanted.keys()
+    assert found.keys() == expected.keys()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         features(backbone, side)
-    assert 0 < held[0] < 0.8 * kept
+    assert 0 < held[0] < 0.8 * before

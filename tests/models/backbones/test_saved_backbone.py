@@ -1,4 +1,4 @@
-"""A backbone's own weights, written and built again without the files its name stands for."""
+"""A backbone's own weights, written and built again without the files of its name."""
 
 import json
 import shutil

@@ -39,7 +39,7 @@ def clip(vision=None, text=None, **more):
     return CLIP_CONFIG | {"vision_cfg": OWN | (vision or {}), "text_cfg": CLIP_CONFIG["text_cfg"] | (text or {})} | more
 
 
-# Configuration, image tokens, text tokens (20 places of words, or 19, one more where the pooled stands apart).
+# Configuration, image tokens, text tokens (20 positions, or 19, one more if the pooled embedding is apart).
 CLIPA = clip({"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}, {"pool_type": "last"})
 slow = pytest.mark.slow
 TOWERS = [
@@ -103,16 +103,16 @@ def alone(visual, images):
     if name == "VisionTransformer":
         x = visual.transformer(visual._embeds(images))
         before = 1 if visual.attn_pool is None and visual.pool_type == "avg" else 0
-        for place in range(before, x.shape[1]):
-            pooled, _ = visual._pool(torch.cat([x[:, :before], x[:, place : place + 1]], dim=1))
+        for at in range(before, x.shape[1]):
+            pooled, _ = visual._pool(torch.cat([x[:, :before], x[:, at : at + 1]], dim=1))
             yield pooled @ visual.proj
         return
     if name == "ModifiedResNet":
         x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images))))).flatten(2).permute(2, 0, 1)
         pool = visual.attnpool
-        places = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
-        for place in range(1, len(places)):
-            yield attended(pool, places[:1], places[place : place + 1])
+        positions = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
+        for at in range(1, len(positions)):
+            yield attended(pool, positions[:1], positions[at : at + 1])
         return
     x, trunk = visual.trunk.forward_features(images), visual.trunk
     if x.ndim == 4:
@@ -125,8 +125,8 @@ def alone(visual, images):
         return
     averaged = trunk.global_pool == "avg" or (trunk.global_pool == "map" and type(trunk).__name__ != "Eva")
     before = trunk.num_prefix_tokens if averaged and not getattr(trunk, "pool_include_prefix", False) else 0
-    for place in range(before, x.shape[1]):
-        yield visual.head(trunk.forward_head(torch.cat([x[:, :before], x[:, place : place + 1]], dim=1)))
+    for at in range(before, x.shape[1]):
+        yield visual.head(trunk.forward_head(torch.cat([x[:, :before], x[:, at : at + 1]], dim=1)))
 
 
 def attended(pool, query_token, known):
@@ -163,7 +163,7 @@ def test_an_image_token_is_the_output_of_the_head_for_it_alone(config, n_image, 
     expected = torch.stack(list(alone(visual, images)), dim=1)
     tokens = backbone.encode_image(images).tokens
     same(tokens[:, tokens.shape[1] - expected.shape[1] :], expected)
-    # What stands before them is the pooled embedding alone.
+    # Before them is only the pooled embedding.
     assert tokens.shape[1] - expected.shape[1] in (0, 1)
 
 
@@ -201,11 +201,11 @@ def test_text_towers_of_hugging_face(tmp_path, made, pooler, apart):
     text = {**HF, "hf_model_name": str(tmp_path), "hf_pooler_type": pooler}
     backbone = built({"embed_dim": 32, "vision_cfg": OWN, "text_cfg": text})
     ids, tower = backbone.tokenize(TEXTS), backbone.network.text
-    n_text = backbone.encode_text(TEXTS)
-    same(n_text.pooled, backbone.network.encode_text(ids))
+    features = backbone.encode_text(TEXTS)
+    same(features.pooled, backbone.network.encode_text(ids))
     hidden = tower.transformer(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
-    same(n_text.tokens[:, apart:], tower.proj(hidden))
-    assert n_text.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, 12)]
+    same(features.tokens[:, apart:], tower.proj(hidden))
+    assert features.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, 12)]
 
 
 def test_padding_goes_by_position():

@@ -73,8 +73,8 @@ def test_equals_torch_encoder_with_gradients(mask, layers):
     ours_grad = torch.autograd.grad((ours * goal).sum(), list(names.values()))
     others = dict(encoder.named_parameters())
     theirs_grad = torch.autograd.grad((theirs * goal).sum(), [others[name] for name in names])
-    for mine, wanted in zip(ours_grad, theirs_grad, strict=True):
-        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-3)
+    for mine, expected in zip(ours_grad, theirs_grad, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-3)
 
 
 def literal(made, images, texts, item):
@@ -132,13 +132,13 @@ def test_equals_the_literal_computation(mask):
     images = features(3, 5, 1, lengths=[5, 4, 5], pooled_at=[0, 2, 1])
     texts = features(3, 6, 2, lengths=[6, 1, 4], pooled_at=[5, 0, 0])
     found = made(images, texts)
-    wanted = torch.stack([literal(made, images, texts, item) for item in range(3)])
-    torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=1e-5)
+    expected = torch.stack([literal(made, images, texts, item) for item in range(3)])
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**30), st.sampled_from(["exclude", "legacy"]), st.data())
-def test_asked_rows_equal_the_full_computation(seed, mask, data):
+def test_chosen_rows_equal_the_full_computation(seed, mask, data):
     torch.manual_seed(seed)
     layer = FusionLayer(WIDTH, HEADS, INNER, 0.0)
     x = torch.randn(2, 7, WIDTH)
@@ -148,8 +148,8 @@ def test_asked_rows_equal_the_full_computation(seed, mask, data):
         data.draw(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=2, max_size=2))
     )
     full = layer(x, bias)
-    asked = torch.stack([full[item, rows[item]] for item in range(2)])
-    torch.testing.assert_close(layer(x, bias, rows), asked, atol=1e-6, rtol=1e-5)
+    chosen = torch.stack([full[item, rows[item]] for item in range(2)])
+    torch.testing.assert_close(layer(x, bias, rows), chosen, atol=1e-6, rtol=1e-5)
 
 
 def test_content_of_padding_counts_under_legacy_alone():
@@ -216,10 +216,10 @@ def test_dropout_acts_in_training_alone():
 def test_balanced_start_weighs_all_three_alike():
     made = head(start="balanced")
     images, texts = images_and_texts()
-    seen = []
-    made.weighted_layer.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    calls = []
+    made.weighted_layer.register_forward_hook(lambda _, given, out: calls.append((given[0], out)))
     query = made(images, texts)
-    ((fused, w),) = seen
+    ((fused, w),) = calls
     assert torch.equal(w, torch.ones(3, 3))
     torch.testing.assert_close(query, F.normalize(texts.pooled + fused + images.pooled, dim=-1))
 
@@ -236,8 +236,12 @@ def test_heads_without_weights():
     images, texts = features(4, 1, 1), features(4, 1, 2)
     i, t = images.pooled.double(), texts.pooled.double()
     i, t = i / i.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
-    for made, wanted in ((ImageFusion(), i), (TextFusion(), t), (SumFusion(), (i + t) / (i + t).norm(dim=1)[:, None])):
+    for made, expected in (
+        (ImageFusion(), i),
+        (TextFusion(), t),
+        (SumFusion(), (i + t) / (i + t).norm(dim=1)[:, None]),
+    ):
         found = made(Features(images.pooled * 3), Features(texts.pooled * 0.2))
-        torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
         assert not list(made.parameters())
         assert not made.needs_tokens

@@ -97,8 +97,10 @@ def test_a_model_projects_query_and_target_side_once(target):
     assert torch.equal(trained.embed_queries(images, texts), plain.embed_queries(projected, texts))
     assert torch.equal(trained.embed_gallery(images), plain.embed_gallery(projected))
     assert not torch.allclose(trained.embed_gallery(images), plain.embed_gallery(images), atol=1e-2)
-    kept = plain.backbone.encode_image(images)
-    assert torch.equal(trained.embed_gallery(kept), trained.embed_gallery(images)), "cached features are projected too"
+    features = plain.backbone.encode_image(images)
+    assert torch.equal(trained.embed_gallery(features), trained.embed_gallery(images)), (
+        "cached features are projected too"
+    )
     assert torch.equal(trained.embed_queries(None, ["red"]), plain.embed_queries(None, ["red"]))
 
 

@@ -86,8 +86,8 @@ def test_union_equals_the_literal_computation(seed):
     shares = torch.stack([literal_share(made, i, n) for i, n in zip(images.pooled, null.pooled, strict=True)])
     torch.testing.assert_close(made.weight(images.pooled, null.pooled).double(), shares, atol=1e-5, rtol=1e-4)
     mixed = shares * images.pooled.double() + (1 - shares) * null.pooled.double()
-    wanted = mixed / mixed.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(made(images, null, never).double(), wanted, atol=1e-5, rtol=1e-4)
+    expected = mixed / mixed.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(made(images, null, never).double(), expected, atol=1e-5, rtol=1e-4)
     assert shares.std() > 0.01  # the share does depend on the image
 
 
@@ -108,8 +108,8 @@ def test_union_share_is_not_bounded():
         made.union_weighted_layer[-1].bias.fill_(40.0)
     m = made.weight(images.pooled, null.pooled)
     assert (m > 30).all()
-    wanted = F.normalize(m * images.pooled + (1 - m) * null.pooled, dim=-1)
-    torch.testing.assert_close(made(images, null, never), wanted)
+    expected = F.normalize(m * images.pooled + (1 - m) * null.pooled, dim=-1)
+    torch.testing.assert_close(made(images, null, never), expected)
 
 
 def test_union_dropout_acts_in_training_alone():
@@ -118,8 +118,8 @@ def test_union_dropout_acts_in_training_alone():
     assert torch.equal(made(images, null, never), made(images, null, never))
     made.train()
     assert not torch.equal(made(images, null, never), made(images, null, never))
-    calm = union(dropout=0.0, encoder_dropout=0.0)
-    torch.testing.assert_close(calm.train()(images, null, never), union()(images, null, never), atol=1e-6, rtol=1e-5)
+    without = union(dropout=0.0, encoder_dropout=0.0)
+    torch.testing.assert_close(without.train()(images, null, never), union()(images, null, never), atol=1e-6, rtol=1e-5)
 
 
 def test_union_reads_an_expanded_null_text_and_gives_gradients():
@@ -136,12 +136,12 @@ def test_sum_forms():
     images, null = pair()
     i, n = images.pooled.double(), null.pooled.double()
     units = i / i.norm(dim=1, keepdim=True) + n / n.norm(dim=1, keepdim=True)
-    wanted = {
+    expected = {
         "normalised": units / units.norm(dim=1, keepdim=True),
         "training": units,
         "inference": (i + n) / (i + n).norm(dim=1, keepdim=True),
     }
-    for form, rows in wanted.items():
+    for form, rows in expected.items():
         torch.testing.assert_close(SumTarget(form)(images, null, never).double(), rows, atol=1e-6, rtol=1e-5)
     assert SumTarget().form == "normalised"
 
