@@ -84,7 +84,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
         CheckpointError: If one is missing, damaged or of a later format.
     """
     try:
-        saved = json.loads(_read_text(folder / MODEL_FILE))
+        saved = json.loads(_read_small_file(folder / MODEL_FILE))
         if not isinstance(saved, dict):
             raise ValueError(f"{MODEL_FILE} holds {type(saved).__name__}, not an object")
         if not (folder / HEADS_FILE).is_file():
@@ -103,7 +103,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
             options[head] = {key: value for key, value in given.items() if key != "kind"}
             _check_options(options[head], head)
         state = {name: x.float() for name, x in load_file(folder / HEADS_FILE).items()}
-        readme = _read_text(folder / README_FILE) if (folder / README_FILE).is_file() else None
+        readme = _read_small_file(folder / README_FILE) if (folder / README_FILE).is_file() else None
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is not a saved model ({error}); give a folder with {MODEL_FILE} and {HEADS_FILE}"
@@ -116,7 +116,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
     return SavedModel(name, fingerprint, weights, heads, kinds, options, metadata, state, images, readme)
 
 
-def _read_text(path: Path) -> str:
+def _read_small_file(path: Path) -> str:
     if not path.is_file():  # a named pipe would wait for ever
         raise FileNotFoundError(f"no file {path}")
     if path.stat().st_size > _MOST_BYTES:
@@ -314,7 +314,7 @@ def restore_backbone(name: str, built: Mapping[str, Any], folder: Path) -> Backb
     if odd := [path.name for path in tokenizer.glob("*") if not path.is_file()]:
         raise CheckpointError(f"{tokenizer} holds {odd[0]}, which is not a file; copy the model again")
     try:
-        config, preprocess = dict(built["config"]), _preprocess(built["preprocess"])
+        config, preprocess = dict(built["config"]), _saved_preprocess(built["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / MODEL_FILE} does not describe how to build its backbone ({type(error).__name__}: "
@@ -350,7 +350,7 @@ def _load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], folder
     return backbone
 
 
-def _preprocess(saved: Mapping[str, Any]) -> Preprocess:
+def _saved_preprocess(saved: Mapping[str, Any]) -> Preprocess:
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()}
     preprocess = Preprocess(**given)
     numbers = (*preprocess.mean, *preprocess.std, preprocess.pad_ratio)

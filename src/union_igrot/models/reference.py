@@ -84,7 +84,7 @@ def load_reference_checkpoint(
         source, state = "the state dict", unwrap_state_dict(path_or_state_dict, "the state dict")
     else:
         source, state = str(path_or_state_dict), read_state_dict(path_or_state_dict)
-    encoder, heads = _split(state, source)
+    encoder, heads = _split_state(state, source)
     backbone = _backbone(encoder, model, tokenizer, text_heads, source)
     fusion = _fusion(heads, backbone.dim, mask, source)
     head = _target(heads, backbone.dim, target, sum_form, source)
@@ -93,7 +93,7 @@ def load_reference_checkpoint(
     return loaded.eval()
 
 
-def _split(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the backbone's tensors, without their prefix, and those of the heads."""
     encoder: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}

@@ -67,14 +67,14 @@ def test_names_of_architectures_tags_and_activations():
 
 def test_the_preprocessing_is_the_references_for_openai_and_the_tags_own_elsewhere():
     config = model_config("base")
-    openai = loading._preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"), is_openai=True)
+    openai = loading._tag_preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"), is_openai=True)
     assert openai == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="pad", interpolation="bicubic", pad_ratio=1.25)
-    laion = loading._preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"), is_openai=False)
+    laion = loading._tag_preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"), is_openai=False)
     assert laion == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
     with pytest.raises(ConfigError, match="resize_mode 'longest'"):
-        loading._preprocess(config, {"resize_mode": "longest"}, is_openai=False)
+        loading._tag_preprocess(config, {"resize_mode": "longest"}, is_openai=False)
     with pytest.raises(ConfigError, match="square"):
-        loading._preprocess(config, {"size": (224, 336)}, is_openai=False)
+        loading._tag_preprocess(config, {"size": (224, 336)}, is_openai=False)
 
 
 @torch.no_grad()
@@ -278,7 +278,9 @@ def test_a_damaged_tokenizer_is_named(open_clip_siglip_folder, tmp_path):
 
 def test_weights_without_a_tag_get_the_preprocessing_that_all_tags_agree_on():
     def preprocess(arch):
-        return loading._preprocess(model_config(f"open_clip:{arch}"), loading._common_preprocess(arch), is_openai=False)
+        return loading._tag_preprocess(
+            model_config(f"open_clip:{arch}"), loading._common_preprocess(arch), is_openai=False
+        )
 
     assert preprocess("ViT-B-16-SigLIP") == Preprocess(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), fit="squash")
     # OpenAI's and others' tags of one architecture differ in what they were trained with, not in means.

@@ -94,7 +94,7 @@ class OpenClipBackbone(Backbone):
         source: str = "the state dict",
     ) -> None:
         super().__init__()
-        self.network = _build(config, name)
+        self.network = _build_network(config, name)
         self.config = deepcopy(dict(config))
         self.name, self.dim, self.preprocess = name, int(config["embed_dim"]), preprocess
         text = config["text_cfg"]
@@ -177,7 +177,7 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     state = read_state_dict(path)
     is_openai = tag == "openai" or "input_resolution" in state
     config["quick_gelu"] |= is_openai
-    preprocess = _preprocess(config, known or _common_preprocess(arch), is_openai=is_openai)
+    preprocess = _tag_preprocess(config, known or _common_preprocess(arch), is_openai=is_openai)
     return OpenClipBackbone(config, preprocess, name, state, _load_tokenizer(config), str(path))
 
 
@@ -220,7 +220,7 @@ def parse_name(name: str) -> tuple[str, str]:
     Raises:
         ConfigError: If the name has another form, or the architecture is unknown.
     """
-    arch, tag = _split_name(name)
+    arch, tag = _arch_and_tag(name)
     if arch not in open_clip.list_models():
         near = get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.0)
         raise ConfigError(
@@ -230,7 +230,7 @@ def parse_name(name: str) -> tuple[str, str]:
     return arch, tag
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def _arch_and_tag(name: str) -> tuple[str, str]:
     arch, tag = NAMES.get(name, ("", ""))
     if name.startswith("open_clip:"):
         arch, _, tag = name.removeprefix("open_clip:").partition("/")
@@ -254,7 +254,7 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _build(config: Mapping[str, Any], name: str) -> Any:
+def _build_network(config: Mapping[str, Any], name: str) -> Any:
     """Build the network of a configuration with random weights."""
     vision, text = config.get("vision_cfg"), config.get("text_cfg")
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping) or "embed_dim" not in config:
@@ -310,7 +310,7 @@ def _network_names(network: nn.Module, state: Mapping[str, Tensor], source: str)
     return {name: x for name, x in own.items() if name.endswith(".num_batches_tracked")} | named
 
 
-def _preprocess(config: Mapping[str, Any], known: Mapping[str, Any], *, is_openai: bool) -> Preprocess:
+def _tag_preprocess(config: Mapping[str, Any], known: Mapping[str, Any], *, is_openai: bool) -> Preprocess:
     """Return the preprocessing from OpenCLIP's settings of a tag."""
     size = known.get("size") or config["vision_cfg"].get("image_size", 224)
     height, width = tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -385,7 +385,7 @@ def _download_repository(repository: str) -> Path:
 
 
 def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
-    arch, tag = _split_name(name)
+    arch, tag = _arch_and_tag(name)
     path = next((folder / file for file in _FILES if (folder / file).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} holds no weights; put one of {', '.join(_FILES)} there")
@@ -401,7 +401,7 @@ def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
         _check_sizes(name, config, folder)
     config["quick_gelu"] = bool(config.get("quick_gelu"))
     # The names of OpenAI's models stand for the reference's preprocessing; other weights keep their own.
-    preprocess = _preprocess(config, known, is_openai=tag == "openai" and config["quick_gelu"])
+    preprocess = _tag_preprocess(config, known, is_openai=tag == "openai" and config["quick_gelu"])
     return restore_open_clip(name, config, preprocess, folder, read_state_dict(path), str(path))
 
 

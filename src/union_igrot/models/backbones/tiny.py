@@ -44,13 +44,13 @@ def tokenize(texts: Sequence[str]) -> Int[Tensor, "batch length"]:
     rows = []
     unknown = 2 + len(_WORDS)
     for text in texts:
-        words = _split(text)[: CONTEXT - 1]
+        words = _split_words(text)[: CONTEXT - 1]
         rows.append([*(_VOCABULARY.get(w, unknown + zlib.crc32(w.encode()) % _BUCKETS) for w in words), _END])
     longest = max((len(row) for row in rows), default=1)
     return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows], dtype=torch.long).reshape(-1, longest)
 
 
-def _split(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
@@ -161,7 +161,7 @@ class TinyBackbone(Backbone):
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts: one token per word and one for the end, from which `pooled` is read."""
         long = [text for text in texts if len(text) >= 2 * CONTEXT - 1]  # shorter ones cannot hold too many words
-        warn_truncated(self.name, long, CONTEXT - 1, lambda text: len(_split(text)))
+        warn_truncated(self.name, long, CONTEXT - 1, lambda text: len(_split_words(text)))
         ids = tokenize(texts).to(self.device)
         tokens, mask = self.network.text(ids), ids != _PAD
         end = mask.sum(1) - 1

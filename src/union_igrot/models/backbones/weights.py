@@ -88,7 +88,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; give a .safetensors, .pt or .pth file of weights")
     try:
-        found = _load(path)
+        found = _load_file(path)
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         if named := re.search(r"GLOBAL (\S+) was not|`([\w.]+)`.*add_safe_globals", str(error)):
             thing = next(filter(None, named.groups()))
@@ -106,7 +106,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return unwrap_state_dict(found, str(path))
 
 
-def _load(path: Path) -> object:
+def _load_file(path: Path) -> object:
     with path.open("rb") as file:
         start = file.read(512)
     if start.startswith(_LFS_POINTER):
