@@ -28,8 +28,8 @@ from union_igrot.storage.cache import feature_folder
 from union_igrot.types import Benchmark, Features, ImageSource
 
 TOKEN_BYTES: Final = 4 * 2**30
-"""Disk that the tokens of a benchmark's images may take: some 40,000 images at 50 tokens of 512 float32 numbers. The
-tokens of its texts, some 20 each, are always stored."""
+"""Bytes on disk that the tokens of a benchmark's images may take, enough for some 40,000 images at 50 tokens of 512
+float32 numbers. The tokens of its texts, some 20 each, are always stored."""
 
 
 class EmbeddedBenchmark(NamedTuple):

@@ -7,14 +7,8 @@ from transformers import BertConfig, M2M100Config, MT5Config, RobertaConfig
 
 from small_backbones import CLIP_CONFIG, RESNET_CONFIG, SMALL, draw
 from union_igrot.errors import ConfigError
-from union_igrot.models.backbones.open_clip import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    OpenClipBackbone,
-    UnsupportedTowerError,
-    before_padding,
-    image_tower,
-)
+from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone
+from union_igrot.models.backbones.towers import UnsupportedTowerError, before_padding, image_tower
 from union_igrot.types import Preprocess
 
 TEXTS = ["make it red", "", "wow! a dog!", "two cats instead of one " * 30]
