@@ -37,7 +37,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 MODULES = {
     "Data types and errors": ["types", "errors"],
-    "Python API": ["api"],
+    "Python API": ["api", "experiment"],
     "Configuration": ["cli.config"],
     "Models": [
         "models.model",
@@ -94,7 +94,7 @@ def write_reference() -> None:
     lines = ["# union_igrot\n", "What `import union_igrot` offers; each is imported when it is first used.\n"]
     lines += ["| name | what it is | described under |", "| --- | --- | --- |"]
     for name in sorted(dir(union_igrot), key=str.lower):
-        if name == "picture_batch":  # deprecated
+        if name in ("picture_batch", "Encoder"):  # deprecated
             continue
         found = getattr(union_igrot, name)
         summary = str(found.__doc__).strip().partition("\n")[0].replace("|", "\\|")

@@ -1,18 +1,47 @@
-"""The Python interface: each documented call, and the public names with their types."""
+"""The Python interface: each documented call, short reprs, and the public names with their types."""
 
 import ast
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 import union_igrot as ui
-from union_igrot.errors import ConfigError, UnionError
+from small_runs import Run, figures, rows_of
+from small_world import cir_benchmark, sbir_benchmark, triplets
+from union_igrot.cli.config import conf_dir
+from union_igrot.errors import UnionError
+from union_igrot.experiment import head_sizes
+from union_igrot.types import Ranking, Scores
+
+NAMES = (
+    "Backbone Benchmark EvaluationResult FeatureExtractor Features Gallery IGROTDataModule IGROTModel InfoNCE Learner "
+    "Protocol Query QueryHead Recipe TargetHead TrainingSet Triplet average_precision evaluate load precision_at_k "
+    "rank recall_at_k train"
+)
+SMALL = {"triplets": 64, "pairs": 64, "val_queries": 24, "queries": 24}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return ui.load("tiny")
+    return ui.load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [item.image.open() for item in ui.shapes_sbir("test", 4, 0, gallery=20).gallery]
+
+
+@pytest.fixture(scope="module")
+def files(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:02}.png")
+    return sorted(folder.iterdir())
 
 
 def test_names_for_editors_are_those_imported_lazily():
@@ -27,11 +56,55 @@ def test_names_for_editors_are_those_imported_lazily():
     }
     call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "lazy_exports")
     assert ast.literal_eval(call.args[1]) == typed
+    assert typed.keys() >= set(NAMES.split())
 
 
 def test_an_unknown_name_suggests_close_ones():
     with pytest.raises(AttributeError, match="load_benchmark"):
         ui.load_benchmarks  # noqa: B018
+
+
+def test_deprecated_names_still_work(model):
+    with pytest.warns(DeprecationWarning, match="image_batch"):
+        old = ui.picture_batch([torch.zeros(3, 20, 20)], model.preprocess)
+    assert old.equal(ui.image_batch([torch.zeros(3, 20, 20)], model.preprocess))
+    assert ui.Encoder is ui.FeatureExtractor
+
+
+def test_queries_of_mixed_kinds_and_a_single_text_are_encoded(model, files, images):
+    array, tensor = np.asarray(images[2]), torch.from_numpy(np.array(images[3])).permute(2, 0, 1)
+    mixed = [str(files[0]), files[1], images[1], array, tensor]
+    texts = ["in red", None, "in blue", "", "larger"]
+    found = model.encode_queries(mixed, texts)
+    assert (found.shape, found.dtype, found.requires_grad) == ((5, model.backbone.dim), torch.float32, False)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(5))
+    single = [model.encode_queries(image, text)[0] for image, text in zip(mixed, texts, strict=True)]
+    torch.testing.assert_close(torch.stack(single), found, atol=1e-5, rtol=0)
+    assert model.encode_queries(texts="a red circle").shape == (1, model.backbone.dim)
+
+
+def test_a_gallery_is_encoded_in_batches_by_workers_with_a_bar(model, files, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    found = model.encode_gallery(files, batch_size=8, workers=1, progress=True)
+    assert "encoding" in capfd.readouterr().err
+    assert (found.device.type, found.requires_grad) == ("cpu", False)
+    torch.testing.assert_close(found, model.encode_gallery(files, workers=0), atol=1e-5, rtol=0)
+    with files[0].open("rb") as file:  # read here, not by a worker
+        torch.testing.assert_close(model.encode_gallery([file], workers=1), found[:1], atol=1e-5, rtol=0)
+
+
+def test_rank_takes_tensors_and_arrays(model, files):
+    gallery = model.encode_gallery(files)
+    hits = ui.rank(gallery, gallery, k=3)
+    assert hits.positions[:, 0].tolist() == list(range(len(files)))
+    arrays = ui.rank(gallery.numpy(), gallery.numpy(), k=3)
+    assert arrays.positions.equal(hits.positions)
+    assert arrays.scores.equal(hits.scores)
+    assert ui.rank(gallery.numpy()[0], gallery, k=1).positions.tolist() == [[0]]
+    wrong = (gallery[None], gallery[:, :3], gallery.int(), gallery.int().numpy())
+    for queries in wrong:
+        with pytest.raises(UnionError):
+            ui.rank(queries, gallery)
 
 
 def test_evaluate_takes_a_name_a_benchmark_or_several(model, tmp_path):
@@ -44,33 +117,132 @@ def test_evaluate_takes_a_name_a_benchmark_or_several(model, tmp_path):
     assert metrics == [(one.benchmark, one.method, one.metrics) for one in several.methods]
     assert metrics[len(metrics) // 2 :] == [(one.benchmark, one.method, one.metrics) for one in single.methods]
     assert "shapes_sbir" in str(single)
-    assert len(repr(single)) < 300
+    assert "<table" in single._repr_html_()
+    assert len(single.to_pandas()) == sum(len(one.metrics) for one in single.methods)
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "named"),
-    [(("circle",), {}, "circle"), (("shapes",), {"querys": 3}, "querys"), (("circo",), {"root": "nowhere"}, "nowhere")],
+    [
+        (("circle",), {}, "circle"),
+        (("shapes",), {"querys": 3}, "querys"),
+        (("circo",), {"root": "nowhere"}, "nowhere"),
+        ((cir_benchmark(),), {"root": "data"}, "root"),
+    ],
 )
 def test_a_wrong_benchmark_or_option_is_named(model, tmp_path, arguments, options, named):
     with pytest.raises(UnionError, match=named):
         ui.evaluate(model, *arguments, cache_dir=tmp_path, **options)
 
 
-def test_a_benchmark_that_is_read_takes_no_root(model, tmp_path):
-    with pytest.raises(ConfigError, match="root"):
-        ui.evaluate(model, ui.shapes_cir("test", 4, 0), "data", cache_dir=tmp_path)
+def test_train_does_what_the_command_does(small_run: Run, tmp_path, capsys):
+    cache = next(one.removeprefix("cache_dir=") for one in small_run.settings if one.startswith("cache_dir="))
+    folder, recipe = tmp_path / "run", ui.Recipe(epochs=1)
+    options = {"device": "cpu", "cache_dir": cache, "progress": False, **SMALL}
+    model = ui.train("shapes", backbone="tiny", recipe=recipe, output_dir=folder, **options)
+    assert figures(rows_of(folder)) == figures(small_run.rows)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in small_run.folder.iterdir()}
+    assert model.fingerprint() == ui.load(folder).fingerprint() == ui.load(small_run.folder).fingerprint()
+    assert (model.training, capsys.readouterr().out) == (False, "")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<title>union_igrot.train: shapes_cir, shapes_sbir</title>" in page
+    assert "recipe=Recipe(epochs=1)" in page
+    with pytest.raises(UnionError, match="other settings"):
+        ui.train("shapes", backbone="tiny", recipe=recipe, output_dir=folder, seed=1, **options)
 
 
-def test_rank_takes_embeddings_and_refuses_other_shapes():
-    vectors = torch.nn.functional.normalize(torch.randn(5, 4), dim=-1)
-    assert ui.rank(vectors, vectors, k=1).positions.tolist() == [[0], [1], [2], [3], [4]]
-    for wrong in (vectors[None], vectors[:, :3], vectors.int()):
-        with pytest.raises(UnionError):
-            ui.rank(wrong, vectors)
+def test_train_takes_read_data_and_built_parts(tmp_path):
+    backbone, loss = ui.load("tiny").backbone, ui.InfoNCE(10.0, symmetric=True)
+    model = ui.train(
+        triplets(),
+        backbone,
+        fusion={"kind": "transagg", "layers": 1, "heads": 2},
+        target="frozen",
+        recipe=ui.Recipe(epochs=1, batch_size=16),
+        loss=loss,
+        validation=[cir_benchmark(), sbir_benchmark()],
+        evaluate=False,
+        output_dir=tmp_path / "run",
+        device="cpu",
+        logger="none",
+        workers=0,
+        progress=False,
+    )
+    assert (model.fusion.options["layers"], model.target.kind, model.metadata["data"]) == (1, "frozen", "noise")
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stage"] == "done"
 
 
-def test_the_old_name_of_image_batch_warns(model):
-    image = torch.zeros(3, 20, 20)
-    with pytest.warns(DeprecationWarning, match="image_batch"):
-        old = ui.picture_batch([image], model.preprocess)
-    assert old.equal(ui.image_batch([image], model.preprocess))
+@pytest.mark.parametrize(
+    ("data", "options", "named"),
+    [
+        ("circo", {}, "evaluation only"),
+        ("shapes", {"tripletts": 3}, "tripletts"),
+        ("shapes", {"device": "cuda:9"}, "not available"),
+        ("shapes", {"validation": cir_benchmark()}, "validation"),
+        (triplets(), {}, "validation is required"),
+        (triplets(), {"root": "data"}, "root"),
+        ("shapes", {"target": "onion", "triplets": 4, "pairs": 4, "val_queries": 1, "queries": 20}, "onion"),
+    ],
+)
+def test_a_wrong_argument_of_train_is_named_and_leaves_no_folder(tmp_path, data, options, named):
+    with pytest.raises(UnionError, match=named):
+        ui.train(data, output_dir=tmp_path / "a" / "run", **{"device": "cpu", "progress": False, **options})
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [("tiny", 128), ("base", 512), ("large", 768), ("siglip2", 768), ("blip", 256), ("openclip_h", 1024)],
+)
+def test_heads_have_the_sizes_of_the_configuration(name, dim):
+    values = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())
+    assert head_sizes(name, dim).items() <= values.items()
+
+
+def test_defaults_are_those_of_the_command():
+    assert ui.Recipe(**yaml.safe_load((conf_dir() / "recipe" / "default.yaml").read_text())) == ui.Recipe()
+    assert yaml.safe_load((conf_dir() / "loss" / "infonce_small.yaml").read_text())["scale"] == 30.0
+
+
+def test_a_model_is_saved_and_pushed(model, tmp_path, monkeypatch):
+    assert ui.load(model.save(tmp_path / "saved")).fingerprint() == model.fingerprint()
+    pushed = {}
+
+    def push(folder, name, **_):
+        pushed[name] = sorted(path.name for path in folder.iterdir())
+        return f"https://hub.example/{name}"
+
+    monkeypatch.setattr("union_igrot.models.model.push_folder", push)
+    assert model.push_to_hub("user/name").endswith("user/name")
+    assert {"heads.safetensors", "model.json", "README.md"} <= set(pushed["user/name"])
+
+
+def test_a_gallery_is_filled_and_searched(model, files, tmp_path):
+    pytest.importorskip("lance")
+    gallery = ui.Gallery.open(tmp_path / "photos.lance", model)
+    gallery.add(files)
+    hits = gallery.search(image=files[3], text="in blue", k=5)
+    assert len(hits) == 5
+    assert len(repr(gallery)) < 200
+    assert "\n" not in repr(gallery)
+
+
+def public_objects(model):
+    benchmark = ui.shapes_cir("test", 4, 0)
+    long = replace(benchmark.queries[0], id="q" * 500, text="larger " * 100, targets=("x",) * 500)
+    ranking = Ranking(torch.zeros(5, 3, dtype=torch.int64), torch.zeros(5, 3))
+    features = ui.Features(torch.zeros(200, 128), torch.zeros(200, 50, 128), torch.ones(200, 50, dtype=torch.bool))
+    metrics = tuple(f"R@{k}" for k in range(1, 60))
+    yield from (benchmark, long, benchmark.gallery[0], ui.Protocol(metrics=metrics, primary="R@1", note="n" * 400))
+    yield from (triplets(), triplets().triplets[0], ranking, features, Scores({"mAP": torch.zeros(5)}, ranking))
+    yield from (model, model.backbone, model.fusion, model.target, model.preprocess, ui.InfoNCE())
+    yield from (ui.Recipe(), ui.Recipe(epochs=9, schedule="restarts", monitor="val/shapes_cir/mAP@10"))
+    yield ui.evaluate(model, cir_benchmark(), progress=False, workers=0)
+
+
+def test_reprs_are_one_short_line(model):
+    for one in public_objects(model):
+        assert len(repr(one)) < 200, repr(one)
+        assert "\n" not in repr(one)
+        assert repr(one).startswith(type(one).__name__), repr(one)

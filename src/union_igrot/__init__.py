@@ -10,7 +10,7 @@ from union_igrot._lazy import lazy_exports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from union_igrot.api import evaluate as evaluate
+    from union_igrot.api import evaluate as evaluate, train as train
     from union_igrot.cli.config import compose as compose
     from union_igrot.datasets.folder import folder_benchmark as folder_benchmark, folder_training as folder_training
     from union_igrot.datasets.loading import load_benchmark as load_benchmark, load_training as load_training
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from union_igrot.evaluation.evaluate import evaluate_benchmark as evaluate_benchmark
     from union_igrot.evaluation.exact import rank as rank
     from union_igrot.evaluation.results import EvaluationResult as EvaluationResult
-    from union_igrot.features.extractor import FeatureExtractor as FeatureExtractor
+    from union_igrot.features.extractor import Encoder as Encoder, FeatureExtractor as FeatureExtractor
     from union_igrot.features.store import FeatureStore as FeatureStore
     from union_igrot.gallery.engines.factory import register_engine as register_engine
     from union_igrot.gallery.gallery import Gallery as Gallery
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         shapes_sbir as shapes_sbir,
         shapes_training as shapes_training,
     )
+    from union_igrot.training.datamodule import IGROTDataModule as IGROTDataModule
     from union_igrot.training.learner import Learner as Learner
     from union_igrot.training.losses import InfoNCE as InfoNCE
     from union_igrot.training.settings import Recipe as Recipe
@@ -63,7 +64,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "evaluate": "api",
-        "picture_batch": "images.transforms",
+        "train": "api",
         "compose": "cli.config",
         "folder_benchmark": "datasets.folder",
         "folder_training": "datasets.folder",
@@ -74,11 +75,13 @@ __getattr__, __dir__ = lazy_exports(
         "evaluate_benchmark": "evaluation.evaluate",
         "rank": "evaluation.exact",
         "EvaluationResult": "evaluation.results",
+        "Encoder": "features.extractor",
         "FeatureExtractor": "features.extractor",
         "FeatureStore": "features.store",
         "register_engine": "gallery.engines.factory",
         "Gallery": "gallery.gallery",
         "image_batch": "images.transforms",
+        "picture_batch": "images.transforms",
         "average_precision": "metrics.functional",
         "precision_at_k": "metrics.functional",
         "recall_at_k": "metrics.functional",
@@ -95,6 +98,7 @@ __getattr__, __dir__ = lazy_exports(
         "shapes_cir": "synthetic.shapes",
         "shapes_sbir": "synthetic.shapes",
         "shapes_training": "synthetic.shapes",
+        "IGROTDataModule": "training.datamodule",
         "Learner": "training.learner",
         "Recipe": "training.settings",
         "InfoNCE": "training.losses",

@@ -1,19 +1,37 @@
-"""The functions of the Python interface that put several packages together."""
+"""The functions of the Python interface that join several packages."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from union_igrot.errors import ConfigError
+import torch
+import yaml
+from torch import nn
+
+from union_igrot.errors import ConfigError, check_choice
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult
+from union_igrot.experiment import Launch, RunData, run_training
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
+from union_igrot.images.decode import image_key
+from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import chosen_limit, default_root
 from union_igrot.storage.paths import expand_user
 from union_igrot.training.data import data_settings, mean_name, read_evaluated
-from union_igrot.types import Benchmark
+from union_igrot.training.loggers import require_logger
+from union_igrot.training.processes import detect_processes
+from union_igrot.training.settings import Recipe
+from union_igrot.types import Benchmark, TrainingSet
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+"""Precisions of a training, with their names in Lightning."""
 
 
 def evaluate(
@@ -51,9 +69,7 @@ def evaluate(
         settings = data_settings(benchmark, root, **options)
         benchmarks, mean = read_evaluated(settings), mean_name(settings)
     else:
-        if root is not None or options:
-            given = ", ".join(["root"] * (root is not None) + sorted(options))
-            raise ConfigError(f"invalid argument {given} for a benchmark that is already read (expected none)")
+        _check_no_options(root, options)
         benchmarks, mean = [benchmark] if isinstance(benchmark, Benchmark) else list(benchmark), ""
     cache = default_root() if cache_dir is None else expand_user(cache_dir)
     result, parts = EvaluationResult(), []
@@ -68,3 +84,144 @@ def evaluate(
             parts.append(evaluate_benchmark(model, one, extractor, seed))
             result += parts[-1]
     return result + average_parts(parts, mean, seed) if mean and len(parts) > 1 else result
+
+
+def train(  # noqa: PLR0913 - a setting each, all but two with defaults
+    data: str | Path | TrainingSet,
+    backbone: str | Backbone = "tiny",
+    *,
+    fusion: str | Mapping[str, Any] = "transagg",
+    target: str | Mapping[str, Any] = "union",
+    recipe: Recipe | None = None,
+    loss: nn.Module | None = None,
+    output_dir: str | Path | None = None,
+    root: str | Path | None = None,
+    validation: Benchmark | Sequence[Benchmark] = (),
+    evaluate: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    finetune: Literal["none", "text", "image", "both"] = "none",
+    projector: Literal["none", "mlp"] = "none",
+    logger: Literal["csv", "none", "tensorboard", "wandb"] = "csv",
+    workers: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> IGROTModel:
+    """Train the heads on a frozen backbone and evaluate them, as `union-train` does.
+
+    Writes the files of `union-train` into `output_dir`: the model, checkpoints, logs, results and `report.html`. The
+    same call again resumes an interrupted run there. Sets the seed of Python, NumPy and torch.
+
+    Args:
+        data: `shapes`, `folder`, the name of a public dataset such as `llavasco`, the path of an own folder, or
+            triplets already read.
+        backbone: Name of a backbone, see `load`, or a backbone.
+        fusion: Query head: its name, or its name as `kind` with options, such as `{"kind": "transagg", "layers": 1}`.
+        target: Target head, in the same way.
+        recipe: Optimizer, schedule and length; the defaults of `Recipe` if None.
+        loss: The loss; `InfoNCE(scale=30)` if None.
+        output_dir: The run's folder; `outputs/train/<date>/<time>` if None.
+        root: Folder of the dataset; by default `$UNION_DATA/<name>`.
+        validation: Benchmarks that select the best epoch, and on which the model is evaluated; only with a
+            `TrainingSet`. Datasets by name have their own.
+        evaluate: Whether to evaluate the model after training.
+        seed: Seed of the weights, the order of samples, the random baseline and the bootstrap.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        precision: Numeric precision of the training.
+        finetune: Encoders of the backbone that are tuned too, at `recipe.backbone_rate`.
+        projector: `mlp` adds a small residual network on image embeddings.
+        logger: Logger of losses and metrics.
+        workers: Processes that decode images; chosen by the device if None.
+        cache_dir: Folder of the feature store; the default one if None.
+        progress: Whether progress bars and results are shown.
+        **options: Settings of the dataset, such as `triplets=1000` of `shapes`.
+
+    Returns:
+        The model with the weights of the best epoch, in evaluation mode.
+
+    Raises:
+        ConfigError: If there is no such dataset, backbone, head or option.
+        UnionError: If the data are invalid, or the folder is in use or contains a run of other settings.
+    """
+    given = {**locals()}
+    options = given.pop("options")
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("finetune", finetune, ("none", "text", "image", "both"))
+    check_choice("logger", logger, ("csv", "none", "tensorboard", "wandb"))
+    require_logger(logger)
+    read, dataset = _training_data(data, validation, root, options)
+    if read is not None and not evaluate:
+        read = replace(read, test=())
+    settings = _training_settings(given, dataset, resolve_device(device))
+    changed = {name: x for name, x in given.items() if x is not signature(train).parameters[name].default} | options
+    call = f"union_igrot.train({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+    launch = Launch("union_igrot.train", call, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    model, _ = run_training(
+        settings,
+        launch,
+        Path("outputs", "train", f"{datetime.now():%Y-%m-%d}", f"{datetime.now():%H-%M-%S-%f}").absolute(),
+        resolve_device(device),
+        processes=detect_processes(),
+        data=read,
+        backbone=None if isinstance(backbone, str) else backbone,
+        loss=loss,
+        evaluate=evaluate,
+        shown=progress,
+    )
+    return model
+
+
+def _training_data(
+    data: object, validation: Benchmark | Sequence[Benchmark], root: str | Path | None, options: Mapping[str, Any]
+) -> tuple[RunData | None, dict[str, Any]]:
+    """Return the data if they are already read, and the settings of the dataset."""
+    benchmarks = [validation] if isinstance(validation, Benchmark) else list(validation)
+    if not isinstance(data, TrainingSet):
+        if benchmarks:
+            raise ConfigError(f"invalid argument validation: {data} has its own validation data (expected none)")
+        return None, data_settings(str(data), root, **options)
+    _check_no_options(root, options)
+    if not benchmarks:
+        raise ConfigError("validation is required with a TrainingSet (expected a benchmark to select the best epoch)")
+    digest = hashlib.sha256()
+    for one in data.triplets:
+        digest.update("|".join(map(str, (image_key(one.image), one.text, image_key(one.target), one.group))).encode())
+    hashes = [f"{one.name} {one.split} {one.queries_hash()}" for one in benchmarks]
+    return RunData(data, benchmarks, benchmarks), {
+        "name": data.name,
+        "triplets": digest.hexdigest()[:16],
+        "validation": hashes,
+    }
+
+
+def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the settings that `union-train` would have."""
+    backbone, loss = given["backbone"], given["loss"]
+    known = {} if isinstance(backbone, str) else {"name": backbone.name, "fingerprint": backbone.fingerprint()}
+    heads = {name: given[name] for name in ("fusion", "target")}
+    accelerator = "gpu" if device.type == "cuda" else device.type
+    devices = 1 if device.index is None else [device.index]
+    return {
+        "model": {"name": backbone, "weights": None, "projector": given["projector"], "finetune": given["finetune"]}
+        | known,
+        "data": {name: str(value) if isinstance(value, Path) else value for name, value in data.items()},
+        **{name: {"kind": head} if isinstance(head, str) else dict(head) for name, head in heads.items()},
+        "loss": {"scale": 30.0} if loss is None else {"module": repr(loss)},
+        "recipe": asdict(given["recipe"] or Recipe()),
+        "precision": {"trainer": PRECISIONS[given["precision"]]},
+        "strategy": {"accelerator": accelerator, "devices": devices, "nodes": 1, "name": "auto"},
+        "logger": {"name": given["logger"]},
+        "seed": given["seed"],
+        **{name: None if given[name] is None else str(given[name]) for name in ("output_dir", "cache_dir")},
+        "cache_limit": None,
+        "progress": given["progress"],
+        "features": {"batch_size": 256, "workers": given["workers"], "dtype": "float32", "precision": "float32"},
+    }
+
+
+def _check_no_options(root: object, options: Mapping[str, Any]) -> None:
+    if root is not None or options:
+        given = ", ".join(["root"] * (root is not None) + sorted(options))
+        raise ConfigError(f"invalid argument {given} for data that is already read (expected none)")

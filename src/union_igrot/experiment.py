@@ -60,8 +60,6 @@ NOT_HASHED = {"output_dir", "cache_dir", "cache_limit", "progress"}
 _ENCODERS: dict[str, tuple[Any, ...]] = {"none": (), "text": ("text",), "image": ("image",), "both": ("image", "text")}
 _SUBMITTED = ("circo", "cirr")
 """Benchmarks with a server that scores submission files."""
-Training = tuple[TrainingSet, Sequence[Benchmark]]
-"""Training triplets, and the benchmarks that select the best epoch."""
 _REFERENCE_SIZES = {"blip": (2048, 8), "openclip_h": (2048, 8)}
 
 
@@ -78,6 +76,29 @@ class Launch:
     program: str
     command: str
     config: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Data of a training run.
+
+    Attributes:
+        samples: Training triplets; None if they are not needed.
+        validation: Benchmarks that select the best epoch.
+        test: Benchmarks that are evaluated at the end.
+        mean: Name of the mean over `test`, if they are parts of one benchmark.
+    """
+
+    samples: TrainingSet | None
+    validation: Sequence[Benchmark] = ()
+    test: Sequence[Benchmark] = ()
+    mean: str = ""
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], *, train: bool = True, evaluate: bool = True) -> "RunData":
+        """Read or generate what is needed of a dataset, see `training.data.data_settings`."""
+        samples, validation = read_training(data) if train else (None, [])
+        return cls(samples, validation, read_evaluated(data) if evaluate else [], mean_name(data))
 
 
 def check_writable(folder: Path) -> None:
@@ -141,7 +162,7 @@ def run_training(
     device: torch.device,
     *,
     processes: Processes = Processes(),  # noqa: B008 - immutable
-    training: Training | None = None,
+    data: RunData | None = None,
     backbone: Backbone | None = None,
     loss: nn.Module | None = None,
     evaluate: bool = True,
@@ -156,10 +177,10 @@ def run_training(
         fresh: A new folder, used if `output_dir` is None and there is no interrupted run next to it.
         device: Device of the evaluation.
         processes: This process among those of the run.
-        training: Triplets and validation benchmarks, on which the model is also evaluated; None reads the settings'.
+        data: What to train and evaluate on; None reads that of the settings.
         backbone: The backbone; None builds that of the settings.
         loss: The loss; None builds that of the settings.
-        evaluate: Whether to evaluate the model.
+        evaluate: Whether to read and evaluate the test data of the settings.
         shown: Whether to print results.
 
     Returns:
@@ -169,7 +190,7 @@ def run_training(
         UnionError: If the folder is in use, or the data are invalid; then a new folder is removed again.
     """
     if not processes.is_main:
-        return _run_with_main(settings, processes, training, backbone, loss)
+        return _run_with_main(settings, processes, data, backbone, loss)
     hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED}
     chosen = None if settings["output_dir"] is None else expand_user(settings["output_dir"])
     try:
@@ -181,24 +202,28 @@ def run_training(
         processes.broadcast("run", json.dumps([str(run.path), run.stage]))
         print_line(f"{'resuming' if run.resumed else 'run folder'} {run.path}", stderr=True)
         write_atomic(run.path / "config.yaml", launch.config)
-        # Read before the training, so that mistakes in them are found at once.
-        test: Sequence[Benchmark] = training[1] if training is not None else ()
-        mean = "" if training is not None else mean_name(settings["data"])
-        if evaluate and training is None:
-            test = read_evaluated(settings["data"])
+        # The test data too are read before the training, so that mistakes in them are found at once.
+        data = data or RunData.read(settings["data"], train=run.stage != "trained", evaluate=evaluate)
         if run.stage == "trained":
             model = IGROTModel.load(run.path / "model", backbone, settings["model"]["weights"])
         else:
-            training = training or read_training(settings["data"])
-            model = train_heads(settings, training, run.path, processes, backbone, loss)
+            model = train_heads(settings, data, run.path, processes, backbone, loss)
             model.save(run.path / "model")
             run.set_stage("trained")
         model.to(device)
-        if evaluate:
+        if data.test:
             # Another extractor: the weights of a tuned backbone have changed.
             extractor, saved = open_extractor(settings, model.backbone), str(run.path / "model")
             evaluate_and_report(
-                model, test, extractor, run.path, launch, settings["seed"], mean, checkpoint=saved, shown=shown
+                model,
+                data.test,
+                extractor,
+                run.path,
+                launch,
+                settings["seed"],
+                data.mean,
+                checkpoint=saved,
+                shown=shown,
             )
             write_model_card(run.path / "model", run.path / "results.json")
         run.set_stage("done")
@@ -208,7 +233,7 @@ def run_training(
 def _run_with_main(
     settings: Mapping[str, Any],
     processes: Processes,
-    training: Training | None,
+    data: RunData | None,
     backbone: Backbone | None,
     loss: nn.Module | None,
 ) -> tuple[IGROTModel, Path]:
@@ -220,8 +245,8 @@ def _run_with_main(
     if stage == "trained":
         return IGROTModel.load(folder / "model", backbone, settings["model"]["weights"]), folder
     try:
-        training = training or read_training(settings["data"])
-        return train_heads(settings, training, folder, processes, backbone, loss), folder
+        data = data or RunData.read(settings["data"], evaluate=False)
+        return train_heads(settings, data, folder, processes, backbone, loss), folder
     except UnionError:
         # Rank 0 meets and prints the same mistake; this process is ended before it repeats it.
         time.sleep(5)
@@ -230,7 +255,7 @@ def _run_with_main(
 
 def train_heads(
     settings: Mapping[str, Any],
-    training: Training,
+    data: RunData,
     folder: Path,
     processes: Processes,
     backbone: Backbone | None = None,
@@ -242,7 +267,8 @@ def train_heads(
         The model with the best epoch's weights, in evaluation mode; complete on rank 0.
     """
     lightning.seed_everything(settings["seed"], workers=True, verbose=False)
-    (samples, validation), recipe = training, Recipe(**settings["recipe"])
+    samples, recipe = data.samples, Recipe(**settings["recipe"])
+    assert samples is not None
     hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED}
     facts = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
     model = build_model(settings, {**facts, "skipped": samples.skipped, "config": hashed}, backbone)
@@ -251,10 +277,10 @@ def train_heads(
     model.tune(tuned)
     if recipe.checkpointing:
         model.backbone.checkpoint_activations()
-    learner = Learner(model, loss or InfoNCE(**settings["loss"]), recipe, validation)
+    learner = Learner(model, loss or InfoNCE(**settings["loss"]), recipe, data.validation)
     batches = IGROTDataModule(
         samples,
-        validation,
+        data.validation,
         extractor,
         query_tokens=model.fusion.needs_tokens,
         target_tokens=model.target.needs_tokens,

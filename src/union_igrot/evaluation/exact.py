@@ -15,9 +15,12 @@ Guarantees for the order, with `TILE` the fixed shape of the products below:
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
@@ -35,12 +38,17 @@ _LAST = 0x7FFFFFFF
 """Upper half of an excluded item's key, behind every score."""
 
 
-def rank(queries: Tensor, gallery: Tensor, k: int = 10, exclude: Sequence[Sequence[int]] | None = None) -> Ranking:
+def rank(
+    queries: Tensor | NDArray[Any],
+    gallery: Tensor | NDArray[Any],
+    k: int = 10,
+    exclude: Sequence[Sequence[int]] | None = None,
+) -> Ranking:
     """Rank a gallery for each query by exact search.
 
     Args:
-        queries: Query embeddings, one per row, or a single one. Their order and that of the gallery is that of the
-            positions in the result.
+        queries: Query embeddings, one per row, or a single one: a tensor or an array. Their order and that of the
+            gallery is that of the positions in the result.
         gallery: Gallery embeddings, one per row.
         k: Number of results per query, at most the size of the gallery.
         exclude: For each query the gallery positions to leave out.
@@ -52,19 +60,24 @@ def rank(queries: Tensor, gallery: Tensor, k: int = 10, exclude: Sequence[Sequen
         ConfigError: If k is out of range.
         DataError: If the embeddings have the wrong type or shape, or contain nan or infinity.
     """
-    for name, given in (("queries", queries), ("gallery", gallery)):
-        if not isinstance(given, Tensor):
-            raise DataError(f"invalid type for {name}: {type(given).__name__} (expected a tensor)")
-        if not given.is_floating_point():
-            raise DataError(f"invalid dtype for {name}: {given.dtype} (expected floating point)")
-        if given.ndim != 2 and (name, given.ndim) != ("queries", 1):
-            raise DataError(f"invalid shape for {name}: {tuple(given.shape)} (expected (items, dim))")
-    if queries.shape[-1] != gallery.shape[1]:
+    rows, items = _embeddings("queries", queries), _embeddings("gallery", gallery)
+    if rows.shape[1] != items.shape[1]:
         raise DataError(
-            f"queries and gallery have {queries.shape[-1]} and {gallery.shape[1]} dimensions; encode both "
-            "with the same model"
+            f"queries and gallery have {rows.shape[1]} and {items.shape[1]} dimensions; encode both with the same model"
         )
-    return exact_topk(queries if queries.ndim == 2 else queries[None], gallery, k, exclude)
+    return exact_topk(rows, items, k, exclude)
+
+
+def _embeddings(name: str, given: object) -> Tensor:
+    """Return embeddings as a tensor of one row per item."""
+    found = torch.from_numpy(given) if isinstance(given, np.ndarray) and given.dtype.kind == "f" else given
+    if not isinstance(found, Tensor | np.ndarray):
+        raise DataError(f"invalid type for {name}: {type(found).__name__} (expected a tensor or an array)")
+    if not (isinstance(found, Tensor) and found.is_floating_point()):
+        raise DataError(f"invalid dtype for {name}: {found.dtype} (expected floating point)")
+    if found.ndim != 2 and (name, found.ndim) != ("queries", 1):
+        raise DataError(f"invalid shape for {name}: {tuple(found.shape)} (expected (items, dim))")
+    return found if found.ndim == 2 else found[None]
 
 
 def exact_topk(

@@ -290,3 +290,7 @@ def join_features(batches: Sequence[Features]) -> Features:
         masks.append(torch.nn.functional.pad(batch.mask, (0, more), value=False))
         positions.append(batch.pooled_at)
     return Features(pooled, torch.cat(tokens), torch.cat(masks), torch.cat(positions))
+
+
+Encoder = FeatureExtractor
+"""Deprecated alias of `FeatureExtractor`."""

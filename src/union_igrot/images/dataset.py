@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from union_igrot.errors import ImageError, UnionError
-from union_igrot.images.decode import open_image
+from union_igrot.images.decode import as_image
 from union_igrot.images.transforms import ImageToPixels
-from union_igrot.types import ImageSource, Preprocess
+from union_igrot.types import Preprocess
 
 TIME_LIMIT: Final = 60.0
 """Seconds of computing for which a worker may decode one image; a reader that does not return is killed later."""
@@ -44,7 +44,7 @@ class WorkerDiedError(UnionError):
 
 @final
 class OpenAsPixels:
-    """Open an image and bring it to the size of a backbone; the default transform. Can be pickled.
+    """Open what `as_image` takes and bring it to the size of a backbone; the default transform. Can be pickled.
 
     Args:
         preprocess: The backbone's.
@@ -53,9 +53,9 @@ class OpenAsPixels:
     def __init__(self, preprocess: Preprocess) -> None:
         self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
 
-    def __call__(self, source: ImageSource) -> UInt8[Tensor, "3 size size"]:
+    def __call__(self, source: object) -> UInt8[Tensor, "3 size size"]:
         """Return the image's pixels, as `model_input` takes them."""
-        return self._to_pixels(open_image(source, at_least=self._size))
+        return self._to_pixels(as_image(source, at_least=self._size))
 
 
 @final
@@ -162,7 +162,7 @@ def stack_pixels(items: list[Tensor | ImageError]) -> Tensor | ImageError:
 
 
 def load_pixels(
-    sources: Sequence[ImageSource],
+    sources: Sequence[Any],
     batches: Iterable[Sequence[int]],
     preprocess: Preprocess,
     workers: int,
@@ -172,7 +172,7 @@ def load_pixels(
     """Decode images and bring them to the size of a backbone, in worker processes.
 
     Args:
-        sources: The images.
+        sources: The images: paths, `LazyImage`s, PIL images, arrays, ... as for `as_image`.
         batches: Positions of the images of each batch.
         preprocess: The backbone's.
         workers: Processes; 0 decodes in this one.

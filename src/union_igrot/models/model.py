@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from union_igrot.errors import CheckpointError, ConfigError, DataError, first_line
-from union_igrot.images.transforms import image_batch
+from union_igrot.images.dataset import load_pixels
+from union_igrot.images.decode import file_bytes
+from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Backbone, Modality, weights_hash
 from union_igrot.models.checkpoint import (
     build_heads,
@@ -28,7 +30,7 @@ from union_igrot.models.checkpoint import (
     save_backbone,
     write_checkpoint,
 )
-from union_igrot.models.devices import full_precision, resolve_device
+from union_igrot.models.devices import default_workers, full_precision, resolve_device
 from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
 from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
@@ -38,6 +40,8 @@ from union_igrot.models.registry import BACKBONES, did_you_mean, is_backbone
 from union_igrot.storage.paths import expand_user
 from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
+
+_SPANS_FOR_WORKERS = 4
 
 
 @final
@@ -170,6 +174,7 @@ class IGROTModel(nn.Module):
         texts: str | Sequence[str | None] | None = None,
         *,
         batch_size: int = 64,
+        workers: int | None = None,
         progress: bool = False,
         device: str | torch.device | None = None,
     ) -> Float[Tensor, "queries dim"]:
@@ -181,6 +186,7 @@ class IGROTModel(nn.Module):
                 tensor of 4 dimensions is a preprocessed batch, as for `embed_queries`. None encodes the texts alone.
             texts: One modification text per image, or None; a `str` is one text.
             batch_size: Queries per forward pass.
+            workers: Processes that decode images, 0 for this one. None starts some from 4 batches on.
             progress: Whether to show a progress bar.
             device: Device of the result; None for the CPU.
 
@@ -192,45 +198,43 @@ class IGROTModel(nn.Module):
             ConfigError: If neither images nor texts are given, or one has a wrong type or shape.
             DataError: If the numbers of images and texts differ.
         """
-        some_texts = _as_texts(texts)
-        if images is None:
-            if some_texts is None:
-                raise ConfigError("encode_queries needs images, texts or both")
-            some_images, count = None, len(some_texts)
-        else:
-            some_images = _as_images(images)
-            count = len(some_images)
+        some_texts, some_images = _as_texts(texts), None if images is None else _as_images(images)
+        if some_images is None and some_texts is None:
+            raise ConfigError("encode_queries needs images, texts or both")
+        count = len(some_texts or ()) if some_images is None else len(some_images)
         if some_texts is not None and len(some_texts) != count:
             raise DataError(f"got {count} images and {len(some_texts)} texts (expected one text per image, or none)")
 
-        def embed(span: slice) -> Tensor:
-            loaded = None if some_images is None else self._load(some_images[span])
+        def embed(span: slice, loaded: Tensor | None) -> Tensor:
             return self.embed_queries(loaded, None if some_texts is None else some_texts[span])
 
-        return self._encode(embed, count, batch_size, progress, device)
+        return self._encode(embed, some_images, count, batch_size, workers, progress, device)
 
     def encode_gallery(
         self,
         images: object,
         *,
         batch_size: int = 64,
+        workers: int | None = None,
         progress: bool = False,
         device: str | torch.device | None = None,
     ) -> Float[Tensor, "images dim"]:
         """Encode gallery images, without gradients; arguments, result and errors as for `encode_queries`."""
-        some = _as_images(images)
-        return self._encode(
-            lambda span: self.embed_gallery(self._load(some[span])), len(some), batch_size, progress, device
-        )
 
-    def _load(self, images: Sequence[object] | Tensor) -> Tensor:
-        return images if isinstance(images, Tensor) else image_batch(images, self.preprocess)
+        def embed(_: slice, loaded: Tensor | None) -> Tensor:
+            assert loaded is not None
+            return self.embed_gallery(loaded)
+
+        some = _as_images(images)
+        return self._encode(embed, some, len(some), batch_size, workers, progress, device)
 
     def _encode(
         self,
-        embed: Callable[[slice], Tensor],
+        embed: Callable[[slice, Tensor | None], Tensor],
+        images: Sequence[Any] | Tensor | None,
         count: int,
         batch_size: int,
+        workers: int | None,
         progress: bool,
         device: str | torch.device | None,
     ) -> Tensor:
@@ -238,18 +242,33 @@ class IGROTModel(nn.Module):
         if batch_size < 1:
             raise ConfigError(f"invalid value for batch_size: {batch_size} (expected an integer >= 1)")
         there = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
+        spans = [slice(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
         embeddings, training = [torch.empty(0, self.backbone.dim, device=there)], self.training
         self.eval()
         try:
             with progress_bar(shown=progress) as bar, torch.no_grad(), full_precision(self.device):
                 task = bar.add_task("encoding", total=count)
-                for at in range(0, count, batch_size):
-                    span = slice(at, min(at + batch_size, count))
-                    embeddings.append(nn.functional.normalize(embed(span).float(), dim=-1).to(there))
+                for span, loaded in zip(spans, self._load(images, spans, workers), strict=True):
+                    embeddings.append(nn.functional.normalize(embed(span, loaded).float(), dim=-1).to(there))
                     bar.advance(task, span.stop - span.start)
         finally:
             self.train(training)
         return torch.cat(embeddings)
+
+    def _load(
+        self, images: Sequence[Any] | Tensor | None, spans: Sequence[slice], workers: int | None
+    ) -> Iterator[Tensor | None]:
+        """Yield the preprocessed images of each span, decoded ahead by worker processes."""
+        if images is None or isinstance(images, Tensor):
+            yield from (None if images is None else images[span] for span in spans)
+            return
+        if workers is None:
+            workers = default_workers(self.device) if len(spans) >= _SPANS_FOR_WORKERS else 0
+        if workers:  # an open file is not passed to another process
+            images = [file_bytes(image) if hasattr(image, "read") else image for image in images]
+        batches = [range(span.start, span.stop) for span in spans]
+        for pixels in load_pixels(images, batches, self.preprocess, workers):
+            yield model_input(pixels.to(self.device), self.preprocess)
 
     def _fuse(self, images: Features, texts: Features) -> Tensor:
         fused: Tensor = self.fusion(images, texts)
