@@ -197,7 +197,7 @@ def load_pixels(
         raise
 
 
-def _raise_for_killer(dataset: ImageDataset[ImageSource, Tensor], batch: Sequence[int]) -> None:
+def _raise_for_killer(dataset: ImageDataset[Any, Tensor], batch: Sequence[int]) -> None:
     """Read a batch image by image in another worker; raise an `ImageError` for the one that kills it."""
     done = 0
     try:
