@@ -19,6 +19,7 @@ from union_igrot.errors import CheckpointError, DataError, ImageError, UnionErro
 from union_igrot.gallery import gallery as gallery_module
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import read_queries
+from union_igrot.gallery.results import Hit, SearchResult
 
 COUNT = 9
 
@@ -117,6 +118,28 @@ def test_format_table(gallery, capsys):
 def test_arguments_are_passed_to_the_search(gallery, capsys, arguments, expected):
     run("k=5", *arguments)
     assert [row["id"] for row in rows(capsys)] == gallery.search(k=5, **expected).ids
+
+
+def test_pages_lowest_scores_and_narrow_tables(gallery, capsys, monkeypatch):
+    run("text=red", "k=9")
+    whole = rows(capsys)
+    run("text=red", "k=3", "offset=4", f"min_score={whole[5]['score'] - 1e-6}")
+    assert [(row["rank"], row["id"]) for row in rows(capsys)] == [(row["rank"], row["id"]) for row in whole[4:6]]
+    run("text=red", "k=3", "offset=4", "format=table")
+    assert any(line.split()[:1] == ["5"] for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setenv("COLUMNS", "20")
+    run("text=red", "k=1", "format=table")
+    narrow = capsys.readouterr().out
+    assert whole[0]["id"] in narrow
+    assert "class" not in narrow
+    exits(1, "text=red", "min_score=1.1")
+
+
+def test_results_without_a_file_are_reported(gallery, capsys, tmp_path, monkeypatch):
+    hits = [Hit(str(tmp_path / name), 0.5, {"source": source}) for name, source in (("a", "/photos"), ("b", "added"))]
+    monkeypatch.setattr(Gallery, "search_many", lambda *_, **__: [SearchResult(hits)])
+    run("text=red")
+    assert capsys.readouterr().err.startswith(f"1 results no longer exist on this disk, such as '{tmp_path}/a'; run")
 
 
 def test_no_hits_exit_with_1(gallery, capsys):

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from PIL import Image
 
 from small_gallery import COUNT, fill_gallery, names, noise_image
-from union_igrot.errors import ConfigError, DataError, ImageError
+from union_igrot.errors import ConfigError, DataError, ImageError, UnionError
+from union_igrot.gallery import gallery as gallery_module
 from union_igrot.gallery.additions import list_additions
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.ingest.pipeline import lock_index
 from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.queries import as_items
 from union_igrot.images.transforms import image_batch
@@ -281,6 +284,25 @@ def test_rows_are_removed_by_id_path_or_hit(model, tmp_path):
     assert gallery.delete("p1") == 0
     assert path.exists()
     assert hit.id not in gallery.search(noise_image(3), k=COUNT).ids
+
+
+def test_concurrent_additions_wait_for_each_other(model, tmp_path, monkeypatch):
+    pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
+    uri = tmp_path / "photos.lance"
+
+    def add_images(first):
+        with Gallery.open(uri, model) as gallery:
+            for number in (first, first + 2):
+                gallery.add([noise_image(number), noise_image(number + 1)], names(12)[number : number + 2])
+
+    with ThreadPoolExecutor(3) as pool:  # a lock is held by an open file, not by a process
+        list(pool.map(add_images, (0, 4, 8)))
+    with Gallery.open(uri, model, create=False) as gallery:
+        assert sorted(gallery.ids()) == sorted(names(12))
+        monkeypatch.setattr(gallery_module, "_ADD_WAIT_SECONDS", 0.05)
+        with lock_index(gallery.uri), pytest.raises(UnionError, match="another process is putting images into"):
+            gallery.add(noise_image(20), "new")
+        assert gallery.add(noise_image(20), "new").added == 1
 
 
 def test_ids_are_listed_and_deleted_by_filter(model):

@@ -168,6 +168,34 @@ def test_exclusions_of_one_query_cost_the_others_nothing(gallery, monkeypatch):
     assert sorted(read) == [(1, 4), (1, 19), (2, 3)]
 
 
+def test_pages_and_lowest_scores(gallery):
+    whole = gallery.search(text="red", exclude="p3", k=COUNT)
+    pages = [gallery.search(text="red", exclude="p3", k=4, offset=offset) for offset in (0, 4, 8, 12)]
+    assert [page.ids for page in pages] == [whole.ids[:4], whole.ids[4:8], whole.ids[8:], []]
+    found = gallery.search_many([{"text": "red"}, {"text": "red", "exclude": "p3"}], 3, offset=1)
+    assert found[1].ids == whole.ids[1:4]
+    lowest = whole.scores[5]
+    assert gallery.search(text="red", exclude="p3", k=COUNT, min_score=lowest).ids == whole.ids[:6]
+    assert gallery.search(text="red", exclude="p3", k=2, offset=5, min_score=lowest).ids == whole.ids[5:6]
+    assert len(gallery.search(text="red", min_score=1.5)) == 0
+    with pytest.raises(ConfigError, match=r"offset: -1 .expected an integer >= 0"):
+        gallery.search(text="red", offset=-1)
+
+
+@pytest.mark.parametrize("engine", ["memory", "lance"])
+def test_equal_scores_are_ordered_by_first_addition(model, engine, tmp_path):
+    if engine == "lance":
+        pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
+    with Gallery.open("memory:" if engine == "memory" else tmp_path / "x.lance", model) as gallery:
+        order = ["z", "b", "y", "a", "m", "k"]
+        for at in (0, 2, 4):
+            gallery.add([noise_image(1)] * 2, order[at : at + 2])
+        gallery.add(noise_image(1), "b", {"year": [2020]})  # written again, it keeps its position
+        for k in (1, 3, 6):
+            assert gallery.search(noise_image(1), k=k).ids == order[:k]
+        assert gallery.search(noise_image(1), k=3, offset=2, exclude="z").ids == ["a", "m", "k"]
+
+
 def test_hits_have_columns_and_thumbnails(gallery):
     hit = next(hit for hit in gallery.search(noise_image(4), k=COUNT) if hit.id == "p4")
     assert (hit.columns["class"], hit.columns["year"]) == ("dog", 4)

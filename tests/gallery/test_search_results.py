@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from union_igrot.gallery.results import Hit, half_blocks, hit_table, hits_html
+from union_igrot.gallery.results import Hit, half_blocks, hit_table, hits_html, is_missing
 from union_igrot.reporting.contact_sheets import SheetRow, contact_sheet
 
 
@@ -58,6 +58,15 @@ def test_a_table_has_one_row_per_hit():
     with_thumbnails = render(hit_table([*hits, make_hit("c", 0.0, color=None)], [], thumbnails=True), 80, "truecolor")
     assert with_thumbnails.count("▀") == 2 * 16 * 4
     assert "\x1b[38;2;254;0;0" in with_thumbnails
+
+
+def test_ids_of_missing_files(tmp_path):
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"")
+    missing = [str(tmp_path / "gone.jpg"), str(tmp_path / "gone" / "a.tar" / "b.jpg")]
+    assert all(is_missing(name) for name in missing)
+    existing = [str(shard), str(shard / "b.jpg"), str(shard / "deep" / "b.jpg"), "sha256:1", "photo 1", "a/b.jpg"]
+    assert not any(is_missing(name) for name in existing)
 
 
 def test_control_characters_are_escaped():

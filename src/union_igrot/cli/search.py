@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from union_igrot.gallery.queries import QueryLine
-    from union_igrot.gallery.results import SearchResult
+    from union_igrot.gallery.results import Hit, SearchResult
     from union_igrot.reporting.contact_sheets import SheetRow
 
 EXIT_NO_HITS = 1
@@ -22,6 +22,7 @@ EXIT_NO_HITS = 1
 SHEET_QUERIES = 12
 """Queries on a contact sheet."""
 _BATCH = 256
+_NARROW = 50  # a terminal with fewer characters shows no columns beside the image
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,11 +35,12 @@ def search(config: "DictConfig", fresh: Path) -> None:
     del fresh
     _check(config)
     # Heavy modules are imported here, so that --help and errors in the configuration are fast.
+    from union_igrot.gallery.engines.factory import uri_scheme
     from union_igrot.gallery.gallery import Gallery
     from union_igrot.terminal import progress_bar
 
     lines = _query_lines(config)
-    count = 0
+    count, missing = 0, list[str]()
     sheet: list[SheetRow] = []
     options = {"create": False, "weights": config.weights, "device": config.device}
     with Gallery.open(config.index, config.checkpoint, **options) as gallery:
@@ -53,10 +55,13 @@ def search(config: "DictConfig", fresh: Path) -> None:
                     config.k,
                     config.where,
                     mode=config.search,
+                    min_score=config.min_score,
+                    offset=config.offset,
                     names=[line.location for line in some],
                 )
                 for line, result in zip(some, results, strict=True):
                     count += len(result)
+                    missing += [hit.id for hit in result if _is_gone(hit)]
                     _print_result(config, line, result)
                     if config.contact is not None and len(sheet) < SHEET_QUERIES:
                         sheet.append(_sheet_line(line, result))
@@ -65,6 +70,11 @@ def search(config: "DictConfig", fresh: Path) -> None:
         _write_sheet(expand_user(config.contact), sheet)
         if len(lines) > len(sheet):
             sys.stderr.write(f"{config.contact} shows the first {len(sheet)} of {len(lines)} queries\n")
+    if missing and not uri_scheme(config.index):
+        sys.stderr.write(
+            f"{len(missing):,} results no longer exist on this disk, such as {missing[0]!r}; run union-index on their "
+            "folder again, or remove their rows with union-index remove=FILTER\n"
+        )
     if not count:
         sys.stderr.write("no hits\n")
         raise SystemExit(EXIT_NO_HITS)
@@ -98,7 +108,7 @@ def _query_lines(config: "DictConfig") -> "list[QueryLine]":
 
 def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult") -> None:
     if config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty()):
-        for rank, hit in enumerate(result, 1):
+        for rank, hit in enumerate(result, 1 + config.offset):
             columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}
             row = {"query": line.name, "rank": rank, "id": hit.id, "score": round(hit.score, 6), "columns": columns}
             sys.stdout.write(_json_line(row))
@@ -112,8 +122,8 @@ def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult
     thumbnails = config.thumbnails == "on" or (config.thumbnails == "auto" and console.color_system == "truecolor")
     columns = dict.fromkeys(name for hit in result for name, value in hit.columns.items() if value is not None)
     title = _describe(line.query) if config.queries is None else f"{line.name}: {_describe(line.query)}"
-    own = [name for name in columns if name not in OWN_COLUMNS]
-    console.print(hit_table(result, own, title=title, thumbnails=thumbnails))
+    own = [name for name in columns if name not in OWN_COLUMNS and console.width >= _NARROW]
+    console.print(hit_table(result, own, title=title, thumbnails=thumbnails, first_rank=1 + config.offset))
 
 
 def _json_line(row: dict[str, Any]) -> str:
@@ -124,6 +134,14 @@ def _json_line(row: dict[str, Any]) -> str:
     except UnicodeEncodeError:
         return json.dumps(row) + "\n"
     return (text if text == escape_controls(text) else json.dumps(row)) + "\n"
+
+
+def _is_gone(hit: "Hit") -> bool:
+    """Whether the file of a hit no longer exists; the id of an image that was added alone may be no path."""
+    from union_igrot.gallery.ingest.entries import ADDED_SOURCE
+    from union_igrot.gallery.results import is_missing
+
+    return hit.columns.get("source") != ADDED_SOURCE and is_missing(hit.id)
 
 
 def _describe(query: dict[str, Any]) -> str:

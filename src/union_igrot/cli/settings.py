@@ -138,6 +138,8 @@ class SearchSettings:
     image: tuple[str, ...] = setting((), "photo or sketch; repeat for several, which are averaged")
     text: str | None = setting(None, "modification text with an image, or a text query alone", verbatim=True)
     k: int = setting(20, "results per query", low=1)
+    offset: int = setting(0, "best results to leave out, for the next page", low=0)
+    min_score: float | None = setting(None, "lowest score of a result; see docs/searching.md")
     where: str | None = setting(None, "filter on columns, such as class = 'dog' and year > 2020", verbatim=True)
     search: Literal["auto", "exact", "ann"] = setting(
         "auto", "exact, ann (approximate), or auto: exact up to 200,000 images"

@@ -39,6 +39,7 @@ from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute_path
 
+_ADD_WAIT_SECONDS: Final = 600.0
 _SOURCE_SUFFIXES: Final = (".txt", ".csv", ".jsonl", ".parquet", ".tar")
 
 
@@ -175,7 +176,7 @@ class Gallery:
         Raises:
             ImageError: If an image cannot be read, with `fail`; what was embedded before stays.
             DataError: If ids repeat, or ids or columns are not as many as images.
-            UnionError: If another process is adding images to the gallery.
+            UnionError: If another process is adding images to the gallery, and has not finished after ten minutes.
         """
         if _is_source(images):
             if ids is not None or columns is not None:
@@ -186,7 +187,8 @@ class Gallery:
         else:
             listing = list_additions(as_items(images), ids, columns)
             options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
-        return self._ingest(listing, replace(options, on_broken=on_broken or options.on_broken, prune=False))
+        options = replace(options, on_broken=on_broken or options.on_broken, prune=False)
+        return self._ingest(listing, options, wait=_ADD_WAIT_SECONDS)
 
     def update(
         self,
@@ -208,10 +210,10 @@ class Gallery:
         options = options or IngestOptions()
         return self._ingest(list_images(str(images)), replace(options, executor=executor or options.executor))
 
-    def _ingest(self, listing: Listing, options: IngestOptions) -> IngestReport:
+    def _ingest(self, listing: Listing, options: IngestOptions, *, wait: float = 0.1) -> IngestReport:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
-        return ingest_images(self._open_index(), self.model, listing, options)
+        return ingest_images(self._open_index(), self.model, listing, options, wait=wait)
 
     def ids(self, where: str | None = None) -> list[str]:
         """Return the ids of images that pass a filter, in the order in which they were added.
@@ -225,7 +227,7 @@ class Gallery:
         """Remove images, given by id, path or hit, from the gallery and return how many existed; files stay."""
         return self.index.delete(resolve_ids(self.index, row_ids(ids), missing_files=True))
 
-    def search(
+    def search(  # noqa: PLR0913 - all but the query are optional
         self,
         image: object = None,
         text: str | None = None,
@@ -237,6 +239,8 @@ class Gallery:
         exclude: object = (),
         mode: SearchMode = "auto",
         thumbnails: bool = True,
+        min_score: float | None = None,
+        offset: int = 0,
     ) -> SearchResult:
         """Find images.
 
@@ -251,9 +255,12 @@ class Gallery:
             exclude: Images that are not among the hits, such as the query itself.
             mode: `exact`, `ann` (approximate) or `auto`.
             thumbnails: Whether hits have thumbnails.
+            min_score: Lowest score of a hit. Scores of images, texts and both differ in range; see docs/searching.md.
+            offset: Number of best hits to leave out, for the next page of the same search.
 
         Returns:
-            The hits, best first; fewer than k if fewer images pass the filter.
+            The hits, best first; fewer than k if fewer images pass the filter and `min_score`. Equal scores are ordered
+            by the first addition of the images.
 
         Raises:
             ConfigError: If the query is empty or the filter invalid.
@@ -261,7 +268,9 @@ class Gallery:
             DataError: If a liked or disliked image is not in the gallery.
         """
         query = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
-        return self.search_many([query], k, where, mode=mode, thumbnails=thumbnails)[0]
+        return self.search_many(
+            [query], k, where, mode=mode, thumbnails=thumbnails, min_score=min_score, offset=offset
+        )[0]
 
     def search_many(
         self,
@@ -272,6 +281,8 @@ class Gallery:
         mode: SearchMode = "auto",
         thumbnails: bool = True,
         names: Sequence[str] | None = None,
+        min_score: float | None = None,
+        offset: int = 0,
     ) -> list[SearchResult]:
         """Find images for many queries at once.
 
@@ -282,6 +293,8 @@ class Gallery:
             mode: `exact`, `ann` or `auto`.
             thumbnails: Whether hits have thumbnails.
             names: Names of the queries in errors; by default `query 1` and so on.
+            min_score: Lowest score of a hit.
+            offset: Number of best hits of each query to leave out.
 
         Returns:
             One result per query.
@@ -289,8 +302,9 @@ class Gallery:
         Raises:
             ConfigError: As `search`; names the query.
         """
-        if type(k) is not int or k < 1:
-            raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
+        for name, number, least in (("k", k, 1), ("offset", offset, 0)):
+            if type(number) is not int or number < least:
+                raise ConfigError(f"invalid value for {name}: {number} (expected an integer >= {least})")
         if names is None:
             names = [""] if len(queries) == 1 else [f"query {number}" for number in range(1, len(queries) + 1)]
         parsed = parse_queries(queries, names)
@@ -305,8 +319,9 @@ class Gallery:
             groups.setdefault(_extra_hits(query), []).append(i)
         results: dict[int, SearchResult] = {}
         for extra, members in groups.items():
-            found = index.search(embedded[members], k + extra, where=where, mode=mode, columns=columns)
-            results |= {i: make_result(hits, k, parsed[i].excluded) for i, hits in zip(members, found, strict=True)}
+            found = index.search(embedded[members], offset + k + extra, where=where, mode=mode, columns=columns)
+            for i, hits in zip(members, found, strict=True):
+                results[i] = make_result(hits, k, parsed[i].excluded, min_score, offset)
         return [results[i] for i in range(len(parsed))]
 
     def describe(self) -> dict[str, Any]:

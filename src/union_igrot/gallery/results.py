@@ -94,24 +94,32 @@ class SearchResult(Sequence[Hit]):
         return hits_html(self._hits)
 
 
-def make_result(found: IndexHits, k: int, excluded: Sequence[str]) -> SearchResult:
-    """Return the first k rows that are not excluded."""
+def make_result(
+    found: IndexHits, k: int, excluded: Sequence[str], min_score: float | None = None, offset: int = 0
+) -> SearchResult:
+    """Return k rows after the first `offset`, of those that are not excluded and have the score."""
     left_out = set(excluded)
     thumbnails = found.columns.get(THUMBNAIL)
     others = {name: values for name, values in found.columns.items() if name != THUMBNAIL}
     hits = []
     for i, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True)):
-        if name not in left_out:
+        if name not in left_out and (min_score is None or score >= min_score):
             jpeg = None if thumbnails is None else thumbnails[i]
             columns = {column: values[i] for column, values in others.items()}
             hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
-    return SearchResult(hits[:k])
+    return SearchResult(hits[offset : offset + k])
 
 
 def file_of(name: str) -> Path | None:
     """Return the file of a row, if its id is an absolute path of an existing file; other ids are not those of files."""
     exists = Path(name).is_absolute() and os.path.isfile(name)  # noqa: PTH113 - Path's raises for a closed folder
     return Path(name) if exists else None
+
+
+def is_missing(name: str) -> bool:
+    """Return whether the id of a row is the path of a file, or of a member of a tar file, that no longer exists."""
+    path = Path(name)
+    return path.is_absolute() and not os.path.lexists(name) and not any(os.path.isfile(one) for one in path.parents)  # noqa: PTH113 - Path's raises for a closed folder
 
 
 def half_blocks(image: Image.Image, cells: int = _CELLS) -> Text:
@@ -133,7 +141,9 @@ def _color(image: Image.Image, left: int, top: int) -> Color:
     return Color.from_rgb(*image.getpixel((left, top)))  # type: ignore[misc]  # an RGB image's pixel is a triple
 
 
-def hit_table(hits: Sequence[Hit], columns: Sequence[str], *, title: str = "", thumbnails: bool = False) -> Table:
+def hit_table(
+    hits: Sequence[Hit], columns: Sequence[str], *, title: str = "", thumbnails: bool = False, first_rank: int = 1
+) -> Table:
     """Return the hits of one query as a table with some of their columns."""
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
@@ -143,7 +153,7 @@ def hit_table(hits: Sequence[Hit], columns: Sequence[str], *, title: str = "", t
     table.add_column("image", overflow="fold")
     for name in columns:
         table.add_column(Text(name), overflow="fold")
-    for rank, hit in enumerate(hits, 1):
+    for rank, hit in enumerate(hits, first_rank):
         cells = [Text(str(rank))]
         if thumbnails:
             cells.append(Text("") if hit.thumbnail is None else half_blocks(hit.thumbnail))

@@ -1,15 +1,16 @@
 """The filter language: parsing, errors, translation and evaluation."""
 
 import importlib
+import time
 
 import pytest
 import torch
-from filter_cases import KINDS, ROWS, filters, joined, negated
-from hypothesis import given, settings
+from filter_cases import KINDS, ROWS, filters, joined, like, negated
+from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.filters import AllOf, AnyOf, matching, parse_filter
+from union_igrot.gallery.engines.filters import AllOf, AnyOf, like_matcher, matching, parse_filter
 from union_igrot.gallery.engines.memory import MemoryIndex
 
 COLUMNS = {"id": "str", **KINDS}
@@ -151,6 +152,21 @@ def test_filters_follow_sql(filled):
             write(condition)
 
     agrees()
+
+
+def test_like_takes_linear_time():
+    """A regular expression of these patterns would try all ways to divide the text, for hours."""
+    for pattern in ("%_" * 250 + "b", "%a" * 250 + "b%a", "%_a%__" * 80 + "b_", "_" * 499 + "%b"):
+        start = time.perf_counter()
+        assert not like_matcher(pattern)("b" + "a" * 20_000)
+        assert like_matcher(pattern.replace("b", "a"))("a" * 20_000)
+        assert time.perf_counter() - start < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("ab_%", max_size=12), st.text("%_ab", max_size=8))
+def test_like_agrees_with_a_slow_matcher(text, pattern):
+    assert like_matcher(pattern)(text) is like(text, pattern)
 
 
 def test_the_slow_evaluation_is_three_valued():

@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -225,8 +225,9 @@ def _forward(source, sink):
         sink.shutdown(socket.SHUT_WR)
 
 
+@contextmanager
 def _encrypted_proxy(folder, host, port):
-    """Accept encrypted connections and forward them, as the gateway of a cluster does."""
+    """Accept encrypted connections and forward them, as the gateway of a cluster does; yield the port."""
     certificate = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2", "-nodes"]
     files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     subprocess.run(
@@ -235,20 +236,24 @@ def _encrypted_proxy(folder, host, port):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     context.set_alpn_protocols(["h2"])
-    listener = socket.create_server(("127.0.0.1", 0))
+    opened = [socket.create_server(("127.0.0.1", 0))]
 
     def serve():
         with suppress(OSError):
             while True:
-                plain, _ = listener.accept()
+                plain, _ = opened[0].accept()
+                opened.append(plain)
                 with suppress(ssl.SSLError):
                     encrypted = context.wrap_socket(plain, server_side=True)
                     upstream = socket.create_connection((host, port))
+                    opened.extend((encrypted, upstream))
                     for pair in ((encrypted, upstream), (upstream, encrypted)):
                         threading.Thread(target=_forward, args=pair, daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
-    return listener
+    yield opened[0].getsockname()[1]
+    for one in opened:
+        one.close()
 
 
 @pytest.mark.enable_socket
@@ -256,8 +261,8 @@ def _encrypted_proxy(folder, host, port):
 def test_encrypted_connections_need_a_trusted_certificate(served, tmp_path):
     parts = urlsplit(SERVER)
     name = served.uri.rsplit("/", 1)[1]
-    with _encrypted_proxy(tmp_path, parts.hostname, parts.port) as listener:
-        uri = f"milvus+tls://localhost:{listener.getsockname()[1]}/{name}"
+    with _encrypted_proxy(tmp_path, parts.hostname, parts.port) as port:
+        uri = f"milvus+tls://localhost:{port}/{name}"
         command = [sys.executable, "-W", "ignore", "-c", ENCRYPTED, uri]
         trusted = os.environ | {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "cert.pem")}
         done = subprocess.run(command, env=trusted, capture_output=True, text=True, timeout=120, check=False)

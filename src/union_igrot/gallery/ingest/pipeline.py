@@ -64,7 +64,7 @@ class Timings:
 
 
 def ingest_images(
-    index: VectorIndex, model: IGROTModel, listing: Listing, options: IngestOptions | None = None
+    index: VectorIndex, model: IGROTModel, listing: Listing, options: IngestOptions | None = None, *, wait: float = 0.1
 ) -> IngestReport:
     """Bring an index up to date with images.
 
@@ -77,12 +77,13 @@ def ingest_images(
         model: The model; with the executor `local` it works on its device.
         listing: The images, see `list_images`.
         options: How to do it.
+        wait: Seconds to wait for another process that puts images into the index.
 
     Returns:
         Numbers and times.
 
     Raises:
-        UnionError: If another process is putting images into the index.
+        UnionError: If another process is still putting images into the index.
         ConfigError: If the decoder or Ray is not installed.
         ImageError: If an image cannot be read, with `on_broken="fail"`.
         DataError: If columns are invalid, all images are gone, or a disk is full.
@@ -98,7 +99,7 @@ def ingest_images(
         executors: AbstractContextManager[_Executor] = ray_executor(model, options, timings)
     else:
         executors = nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings))
-    with lock_index(index.uri, options.cache) as skipped_file, progress_bar(shown=options.progress) as bar:
+    with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
 
         def show_progress(done: int, total: int) -> None:
@@ -358,12 +359,13 @@ def _broken_image_error(name: str, reason: str) -> ImageError:
 
 
 @contextmanager
-def lock_index(uri: str, cache: Path | None = None) -> Iterator[Path | None]:
+def lock_index(uri: str, cache: Path | None = None, wait: float = 0.1) -> Iterator[Path | None]:
     """Keep other processes from putting images into an index.
 
     Args:
         uri: The index.
         cache: Cache folder; None for its default.
+        wait: Seconds to wait for another process.
 
     Yields:
         The list of skipped images; None for an index in memory.
@@ -382,7 +384,7 @@ def lock_index(uri: str, cache: Path | None = None) -> Iterator[Path | None]:
     lock = root / f"{name}.lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = acquire_exclusive(lock)
+        held = acquire_exclusive(lock, wait=wait)
     except OSError as error:
         raise DataError(f"cannot write to {root} ({error.strerror}); {ADVICE}") from error
     if held is None:
