@@ -4,14 +4,16 @@ import csv
 import json
 import os
 import sys
+import unicodedata
 from collections import Counter
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from union_igrot.datasets.checks import benchmark_warning
 from union_igrot.datasets.folder import (
     SPLITS,
     FolderImages,
@@ -22,6 +24,7 @@ from union_igrot.datasets.folder import (
 )
 from union_igrot.errors import ConfigError, DataError, ImageError, UnionError
 from union_igrot.images.decode import broken_images, open_image
+from union_igrot.training.data import data_settings, read_training
 
 REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"
 
@@ -94,7 +97,7 @@ def test_class_folders_make_zero_shot_splits(tmp_path):
         paint(tmp_path, f"photos/c{n}/a.jpg", f"sketches/c{n}/a.png")
     classes = {split: {q.label for q in folder_benchmark(tmp_path, split).queries} for split in ("val", "test")}
     classes["train"] = set(folder_training(tmp_path, pairs=20).classes)
-    assert [len(classes[split]) for split in SPLITS] == [7, 1, 2]
+    assert [len(classes[split]) for split in SPLITS] == [6, 2, 2]
     assert len(set.union(*classes.values())) == 10
     assert "dealt 70/10/20" in folder_benchmark(tmp_path).protocol.note
 
@@ -188,10 +191,10 @@ def test_references_without_a_split_are_assigned(tmp_path):
     rows = [{"reference": f"{n}.jpg", "text": "x", "targets": ["t.jpg"]} for n in range(10)]
     root = triplets(tmp_path, *rows)
     sizes = [len(folder_benchmark(root, split).queries) for split in ("val", "test")]
-    assert [len(folder_training(root).triplets), *sizes] == [7, 1, 2]
+    assert [len(folder_training(root).triplets), *sizes] == [6, 2, 2]
     note = folder_benchmark(root).protocol.note
     assert "references dealt 70/10/20 into train/val/test by a hash of their names" in note
-    assert "1 of the 2 images of val are in train too" in note
+    assert "1 of the 3 images of val are in train too" in note
 
 
 # --- missing and broken images
@@ -486,18 +489,19 @@ def test_invalid_class_folders(tmp_path):
 @given(st.integers(1, 60))
 @settings(max_examples=25, deadline=None)
 def test_classes_are_assigned_by_name_only(tmp_path_factory, number):
-    root = tmp_path_factory.mktemp("dealt")
+    root = tmp_path_factory.mktemp("classes")
     names = [f"class {n}" for n in range(number)]
     lines = [f"{domain},{domain}/{name}.png,{name}" for name in names for domain in ("photo", "sketch")]
     write_manifest(root, *lines, header="domain,path,class")
-    dealt = split_keys(read_folder(root))
-    assert sorted(chain(*dealt.values())) == sorted(names)  # each class in one split
-    assert dealt["train"]
+    assigned = split_keys(read_folder(root))
+    assert sorted(chain(*assigned.values())) == sorted(names)  # each class in one split
+    assert assigned["train"]
     if number >= 3:
-        assert len(dealt["val"]) == max(1, round(number / 10))
-        assert len(dealt["test"]) == max(1, round(number / 5))
+        least = 2 if number >= 6 else 1
+        assert len(assigned["val"]) == max(least, round(number / 10))
+        assert len(assigned["test"]) == max(least, round(number / 5))
     write_manifest(root, *lines[::-1], header="domain,path,class")
-    assert split_keys(read_folder(root)) == dealt
+    assert split_keys(read_folder(root)) == assigned
 
 
 def test_classes_without_sketches_are_assigned_separately(tmp_path):
@@ -530,11 +534,135 @@ def test_splits_as_given_are_kept(tmp_path):
     assert data.note == "splits as given"
 
 
+@pytest.mark.parametrize("number", range(2, 10))
+def test_few_classes_are_divided_within(tmp_path, number):
+    for n, k in product(range(number), range(12)):
+        write(tmp_path, f"photos/c{n}/{k}.jpg", "x")
+        write(tmp_path, f"sketches/c{n}/{k}.png", "x")
+    data = read_folder(tmp_path)
+    assert [len(data.splits[split]) for split in SPLITS] == [number * 2 * count for count in (9, 1, 2)]
+    assert all(names == {f"c{n}" for n in range(number)} for names in split_keys(data).values())
+    assert data.note == (
+        "images of each class dealt 70/10/20 into train/val/test by a hash of their names, "
+        f"since there are only {number} classes"
+    )
+    lines = [
+        f"{'sketch' if image.is_sketch else 'photo'},{image.path},{image.key},{split.replace('val', 'train')}"
+        for split, images in data.splits.items()
+        for image in images
+    ]
+    write_manifest(tmp_path, *lines)
+    held = read_folder(tmp_path)
+    assert [len(held.splits[split]) for split in SPLITS] == [number * 2 * count for count in (8, 2, 2)]
+    assert held.note.startswith("a fifth of the train images of each class held out as val")
+
+
+def test_few_classes_with_too_few_images_are_assigned_whole(tmp_path):
+    lines = [f"{domain},{domain}{n}.png,c{n}" for n in range(7) for domain in ("photo", "sketch")]
+    write_manifest(tmp_path, *lines, header="domain,path,class")
+    assert [len(names) for names in split_keys(read_folder(tmp_path)).values()] == [3, 2, 2]
+
+
+def test_harmless_variants_of_triplets(tmp_path):
+    write_rows(
+        tmp_path,
+        {**ROW, "id": 7, "category": "dress", "split": "test"},
+        {"reference": "sub\\1.jpg", "text": ["is red", " ", "is longer"], "targets": ["sub\\2.jpg"], "split": "test"},
+        {**ROW, "split": "test"},
+        {**ROW, "text": " ", "targets": ["c.jpg"], "split": "test"},
+    )
+    rows = read_folder(tmp_path).splits["test"]
+    assert [(row.id, row.text, row.targets) for row in rows] == [
+        ("a.jpg#1", "make it red", ("b.jpg",)),
+        ("sub/1.jpg#2", "is red and is longer", ("sub/2.jpg",)),
+        ("a.jpg#4", None, ("c.jpg",)),
+    ]
+    write_rows(tmp_path, {**ROW, "split": "test"}, {**ROW, "split": "train"})
+    with pytest.raises(DataError, match=r"line 2: repeats .*line 1 in another split, 'train'"):
+        read_folder(tmp_path)
+
+
+def test_every_known_image_format_is_used_and_other_files_are_counted(tmp_path):
+    for number, suffix in enumerate((".avif", ".jfif", ".jp2", ".JPG")):
+        write(tmp_path, f"photos/a/{number}{suffix}", "x")
+        write(tmp_path, f"sketches/a/{number}{suffix}", "x")
+    write(tmp_path, "photos/a/1.nef", "x")
+    write(tmp_path, "photos/@eaDir/a/1.jpg", "x")
+    data = read_folder(tmp_path)
+    assert sum(len(images) for images in data.splits.values()) == 8
+    assert data.note.endswith(
+        "; not used: 1 other file (1 .nef: camera RAW file, which is not decoded; export it as JPEG or TIFF)"
+    )
+
+
+def test_letters_composed_in_another_way_are_found(tmp_path):
+    composed, decomposed = unicodedata.normalize("NFC", "é.png"), unicodedata.normalize("NFD", "é.png")
+    paint(tmp_path, decomposed, "a.png", "b.png", "c.png")
+    write_rows(tmp_path, {"reference": composed, "text": None, "targets": ["a.png"], "split": "val"})
+    assert folder_benchmark(tmp_path).queries[0].image == tmp_path / decomposed
+
+
+def test_unchecked_reading_needs_no_image(tmp_path):
+    write_rows(tmp_path, {**ROW, "split": "test"})
+    with pytest.raises(ImageError, match="missing"):
+        folder_benchmark(tmp_path, "test")
+    assert len(folder_benchmark(tmp_path, "test", check_images=False).gallery) == 2
+
+
+# --- whether anything can be told apart
+
+
+def settings_of(root):
+    return data_settings(str(root), pairs=20)
+
+
+def test_a_single_class_is_refused_before_training(tmp_path):
+    for split in SPLITS:
+        for domain in ("photo", "sketch"):
+            paint(tmp_path, f"{domain}/{split}.png")
+    lines = [f"{domain},{domain}/{split}.png,shoe,{split}" for split in SPLITS for domain in ("photo", "sketch")]
+    write_manifest(tmp_path, *lines)
+    with pytest.raises(DataError, match=r"folder train: all triplets have one class, 'shoe'.*every instance a class"):
+        read_training(settings_of(tmp_path))
+    warning = benchmark_warning(folder_benchmark(tmp_path, "test"))
+    assert warning.startswith("folder test: there is a single class, 'shoe'; every candidate is relevant")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_with_one_class_is_refused_before_training(tmp_path, split):
+    lines = []
+    for other in SPLITS:
+        for label in ("cat", "dog") if other != split else ("cow",):
+            for domain in ("photo", "sketch"):
+                paint(tmp_path, f"{domain}/{label}{other}.png")
+                lines.append(f"{domain},{domain}/{label}{other}.png,{label},{other}")
+    write_manifest(tmp_path, *lines)
+    with pytest.raises(DataError, match=f"folder {split}: there is a single class, 'cow'.*two classes"):
+        read_training(settings_of(tmp_path))
+    paint(tmp_path, "photo/distractor.png")
+    write_manifest(tmp_path, *lines, f"photo,photo/distractor.png,pig,{split}")
+    paint(tmp_path, "sketch/more.png")
+    write_manifest(tmp_path, *lines, f"photo,photo/distractor.png,pig,{split}", f"sketch,sketch/more.png,cow,{split}")
+    with pytest.raises(DataError, match=f"folder {split}: there is a single class, 'cow'; all 2 queries have the same"):
+        read_training(settings_of(tmp_path))
+
+
+def test_triplets_with_one_target_are_refused_and_sound_data_are_not(tmp_path):
+    for n in range(12):
+        paint(tmp_path, f"{n}.png", f"t{n}.png")
+    triplets(tmp_path, *({"reference": f"{n}.png", "text": "x", "targets": ["t0.png"]} for n in range(12)))
+    with pytest.raises(DataError, match=r"folder train: all triplets have one target, 't0\.png'.*gallery\.txt"):
+        read_training(settings_of(tmp_path))
+    triplets(tmp_path, *({"reference": f"{n}.png", "text": "x", "targets": [f"t{n}.png"]} for n in range(12)))
+    training, (val,) = read_training(settings_of(tmp_path))
+    assert (len(training.triplets), len(val.queries)) == (8, 2)
+
+
 def test_rows_of_one_reference_stay_together(tmp_path):
     rows = [{"reference": f"{n % 10}.jpg", "text": f"{n}", "targets": ["t.jpg"]} for n in range(40)]
     write_rows(tmp_path, *rows)
     got = split_keys(read_folder(tmp_path))
-    assert [len(got[split]) for split in SPLITS] == [7, 1, 2]
+    assert [len(got[split]) for split in SPLITS] == [6, 2, 2]
     write_rows(tmp_path, *[{**row, "split": "train"} for row in rows])
     assert [len(split_keys(read_folder(tmp_path))[split]) for split in SPLITS] == [8, 2, 0]
 
@@ -552,10 +680,11 @@ def json_row(**changes):
         ("{", "not JSON"),
         ("[" * 100_000, "JSON"),
         ("1" * 5000, "not usable JSON"),
-        ("[1]", "is not an object with the keys reference, text, targets"),
+        ("[1]", "is not an object with the fields reference, text, targets"),
         ("null", "is not an object"),
-        ('{"reference": "a.jpg", "text": "x"}', "is not an object with the keys"),
-        (json_row(Split="train"), "is not an object with the keys"),
+        ('{"reference": "a.jpg", "text": "x"}', "field 'targets' is missing"),
+        (json_row(Split="train"), "unknown field 'Split'; did you mean 'split'"),
+        ('{"reference": "a.jpg", "txt": "x", "targets": ["b.jpg"]}', "unknown field 'txt'; did you mean 'text'"),
         (json_row(reference=3), "reference is '3'"),
         (json_row(reference=""), "reference is ''"),
         (json_row(reference="/etc/a.jpg"), "inside the folder"),
@@ -568,7 +697,7 @@ def json_row(**changes):
         (json_row(reference="a\n.jpg"), "control character"),
         (json_row(reference="\ud800.jpg"), "not valid Unicode"),
         (json_row(text=3), "text is 3"),
-        (json_row(text=" "), "text is ' '"),
+        (json_row(text=["a", 3]), "text is 3"),
         (json_row(text="\udc80"), "not valid Unicode"),
         (json_row(targets="b.jpg"), "targets is 'b.jpg'"),
         (json_row(targets=[]), r"targets is \[\]"),
@@ -578,7 +707,6 @@ def json_row(**changes):
         (json_row(split="dev"), "split is 'dev'; expected one of train, val, test"),
         (json_row(split=[1]), r"split is \[1\]"),
         (json_row(split="val"), "split is 'val', unlike before"),
-        (json_row(text="first", targets=["./c.jpg", "b.jpg"]), "repeats .*line 1"),
     ],
 )
 def test_a_wrong_triplet_names_file_and_line(tmp_path, line, says):

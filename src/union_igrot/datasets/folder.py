@@ -7,11 +7,15 @@ Three layouts are known; if several exist, the first of this list is used:
 2. `manifest.csv` with the header `domain,path,class` and optionally `split`; a domain is `photo` or `sketch`.
 3. Class folders `photos/<class>/...` and `sketches/<class>/...`.
 
-Paths are relative to the folder. Names that start with a dot and, in class folders, files that are not images are
-ignored. A split is `train`, `val` or `test`, given in all rows or in none. If none is given, references (layout 1) or
-classes (2, 3) are assigned 70/10/20 to train/val/test by a hash of their names; from three names on, each split gets
-at least one. If only `val` is not given, a fifth of the train references or classes, chosen by the same hash, is held
-out as `val`.
+Paths are relative to the folder, separated by slashes or backslashes. Hidden files and folders of storage systems are
+ignored; in class folders, other files that are not images are counted in the note. In triplets.jsonl, further fields
+are ignored, several texts are joined by "and", a blank text counts as null, and a repeated row counts once.
+
+A split is `train`, `val` or `test`, given in all rows or in none. If none is given, references (layout 1) or classes
+(2, 3) are assigned 70/10/20 to train/val/test by a hash of their names; from six names on, val and test get at least
+two. If only `val` is not given, a fifth of the train references or classes, chosen by the same hash, is held out as
+`val`. Fewer than ten classes are not divided: instead, the sketches and the photos of each class are, if each class has
+enough of both.
 
 Triplets make composed retrieval: the gallery of a split is every image that its rows name and those of `gallery.txt`;
 the reference of a query is excluded from its ranking. Photos and sketches with classes make sketch retrieval: the
@@ -25,17 +29,20 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar, final
+from typing import ClassVar, Generic, NoReturn, TypeVar, final
 
 from union_igrot.datasets.annotations import check_name, check_path, check_text
 from union_igrot.errors import ConfigError, DataError, ImageError, check_choice
 from union_igrot.images.decode import broken_images, check_image
-from union_igrot.storage.paths import expand_user
+from union_igrot.images.formats import IMAGE_SUFFIXES, describe_unused, is_ignored, is_image_name
+from union_igrot.storage.paths import expand_user, find_path
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines, refuse_repeated
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, TrainingSet, Triplet
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FEW_CLASSES = 10
+"""With fewer classes, images are assigned to splits within each class."""
 SPLITS = ("train", "val", "test")
 _HEADER = ("domain", "path", "class")
 _KEYS = ("reference", "text", "targets")
@@ -45,7 +52,13 @@ _Item = TypeVar("_Item")
 
 
 def folder_benchmark(
-    root: str | Path, split: str = "val", *, text: str | None = None, on_missing: str = "error", verify: bool = False
+    root: str | Path,
+    split: str = "val",
+    *,
+    text: str | None = None,
+    on_missing: str = "error",
+    verify: bool = False,
+    check_images: bool = True,
 ) -> Benchmark:
     """Read one split of a folder as a benchmark named `folder`.
 
@@ -56,6 +69,7 @@ def folder_benchmark(
         on_missing: `error`, or `skip`: missing images are left out, and so are the queries that lose their own
             image or all of their targets; `skipped` counts both together, and the note says how many of each.
         verify: Decode every image now, and treat what cannot be decoded as missing.
+        check_images: Check that the images exist; otherwise only the lists are read.
 
     Returns:
         The benchmark. The note of its protocol says how the splits were made.
@@ -66,7 +80,7 @@ def folder_benchmark(
         ImageError: If an image is missing under `error`; names the file and the line.
     """
     check_choice("split", split, ("val", "test"))
-    images = _ImageCheck(on_missing, verify)
+    images = _ImageCheck(on_missing, verify, check_images)
     data = read_folder(root)
     if isinstance(data, FolderTriplets):
         return _cir_benchmark(data, split, images)
@@ -126,12 +140,18 @@ class LabeledImage:
     key: str
     split: str | None
 
+    @property
+    def id(self) -> str:
+        """The path."""
+        return self.path
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class TripletRow:
     """A line of triplets.jsonl; `key` is its reference, by which splits are assigned."""
 
+    is_sketch: ClassVar[bool] = False
     place: str
     id: str
     key: str
@@ -187,18 +207,22 @@ def read_folder(folder: str | Path) -> FolderTriplets | FolderImages:
         triplets = _read_triplets(root / "triplets.jsonl")
         gallery = _read_gallery(root / "gallery.txt") if (root / "gallery.txt").exists() else {}
         return FolderTriplets(root, *_by_split(triplets, {row.key for row in triplets}, "references"), gallery)
+    unused: list[str] = []
     if (root / "manifest.csv").exists():
         images = _read_manifest(root / "manifest.csv")
     elif (root / "photos").is_dir() and (root / "sketches").is_dir():
-        images = [image for top in ("photos", "sketches") for image in _walk_class_folders(root, top)]
+        images = [image for top in ("photos", "sketches") for image in _walk_class_folders(root, top, unused)]
     else:
         raise DataError(
             f"{root}: no known layout; add a triplets.jsonl, a manifest.csv ({','.join(_HEADER)},split), "
             "or the folders photos/<class>/ and sketches/<class>/"
         )
+    left_out = describe_unused(unused)
     if not images:
-        raise DataError(f"{root}: names no image; known suffixes are {' '.join(SUFFIXES)}")
-    return FolderImages(root, *_by_split(images, {image.key for image in images if image.is_sketch}, "classes"))
+        found = f" ({left_out})" if left_out else ""
+        raise DataError(f"{root}: names no image{found}; known suffixes are {' '.join(IMAGE_SUFFIXES)}")
+    splits, note = _by_split(images, {image.key for image in images if image.is_sketch}, "classes")
+    return FolderImages(root, splits, f"{note}; not used: {left_out}" if left_out else note)
 
 
 def _by_split(rows: list[_Row], query_keys: set[str], what: str) -> tuple[dict[str, list[_Row]], str]:
@@ -207,60 +231,91 @@ def _by_split(rows: list[_Row], query_keys: set[str], what: str) -> tuple[dict[s
     for row in rows:
         if (row.split is not None) != given:
             raise DataError(f"{row.place}: split is {row.split!r}, unlike before; give it in all rows or in none")
-    assigned: dict[str, str] = {}
-    held_out: set[str] = set()
-    note = "splits as given"
     names = {row.split for row in rows}
-    if not given:
-        assigned = _assign(query_keys) | _assign({row.key for row in rows} - query_keys)
-        note = f"{what} dealt 70/10/20 into train/val/test by a hash of their names"
-    elif "train" in names and "val" not in names:
-        trained = _by_hash(query_keys & {row.key for row in rows if row.split == "train"})
-        held_out = set(trained[: max(1, round(len(trained) / 5))]) if len(trained) > 1 else set()
-        note = f"{len(held_out)} of {len(trained)} train {what} held out as val by a hash of their names"
+    note, assigned = "splits as given", {row.id: row.split or "" for row in rows}
+    if not given or ("train" in names and "val" not in names):
+        pool = [row for row in rows if row.split in (None, "train")]
+        shares = {"val": 5} if given else {"test": 5, "val": 10}
+        keys, others = query_keys & {row.key for row in pool}, {row.key for row in pool} - query_keys
+        within = _assign_within(pool, keys, shares) if what == "classes" and len(keys) < FEW_CLASSES else {}
+        if within:
+            assigned |= within
+            subject = "a fifth of the train images of each class" if given else "images of each class"
+            reason = f", since there are only {len(keys)} classes"
+        else:
+            chosen = _assign(keys, shares, least=2 if len(keys) >= 2 + 2 * len(shares) else 1)
+            held_out = sum(split == "val" for split in chosen.values())
+            # Classes without sketches have no queries; when val is held out, they stay in train.
+            chosen |= dict.fromkeys(others, "train") if given else _assign(others, shares)
+            assigned |= {row.id: chosen[row.key] for row in pool}
+            subject, reason = f"{held_out} of {len(keys)} train {what}" if given else what, ""
+        verb = "held out as val" if given else "dealt 70/10/20 into train/val/test"
+        note = f"{subject} {verb} by a hash of their names{reason}"
     splits: dict[str, list[_Row]] = {name: [] for name in SPLITS}
     for row in rows:
-        split = row.split or assigned[row.key]
-        splits["val" if split == "train" and row.key in held_out else split].append(row)
+        splits[assigned[row.id]].append(row)
     return splits, note
 
 
-def _assign(keys: set[str]) -> dict[str, str]:
-    test = max(1, round(len(keys) / 5)) if len(keys) > 1 else 0
-    val = max(1, round(len(keys) / 10)) if len(keys) > 2 else 0
-    order = ["test"] * test + ["val"] * val + ["train"] * (len(keys) - test - val)
-    return dict(zip(_by_hash(keys), order, strict=True))
+def _assign_within(rows: Sequence[_Row], query_keys: set[str], shares: Mapping[str, int]) -> dict[str, str]:
+    """Assign the sketches and the photos of each class; nothing if a class with sketches has too few of either."""
+    groups: defaultdict[tuple[str, bool], set[str]] = defaultdict(set)
+    for row in rows:
+        groups[row.key, row.is_sketch].add(row.id)
+    if any(len(groups[key, is_sketch]) <= len(shares) for key in query_keys for is_sketch in (True, False)):
+        return {}
+    return {name: split for group in groups.values() for name, split in _assign(group, shares).items()}
 
 
-def _by_hash(keys: set[str]) -> list[str]:
-    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
+def _assign(names: set[str], shares: Mapping[str, int], least: int = 1) -> dict[str, str]:
+    """Assign names to splits in the order of their hashes: one in `shares[split]` of them, the rest to train.
+
+    Each split gets at least `least` names, if there is one more name than splits before it.
+    """
+    counts = {
+        split: max(least, round(len(names) / share)) if len(names) > number else 0
+        for number, (split, share) in enumerate(shares.items(), 1)
+    }
+    order = [split for split, count in counts.items() for _ in range(count)]
+    order += ["train"] * (len(names) - len(order))
+    return dict(zip(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()), order, strict=True))
 
 
 def _read_triplets(file: Path) -> list[TripletRow]:
     rows: list[TripletRow] = []
-    seen: dict[tuple[str, str | None, frozenset[str]], str] = {}
+    seen: dict[tuple[str, str | None, frozenset[str]], TripletRow] = {}
     for place, value in read_json_lines(file):
         row = _triplet(value, place)
-        refuse_repeated((row.key, row.text, frozenset(row.targets)), place, seen)
-        rows.append(row)
+        first = seen.setdefault((row.key, row.text, frozenset(row.targets)), row)
+        if first is row:
+            rows.append(row)
+        elif first.split != row.split:
+            raise DataError(f"{place}: repeats {first.place} in another split, {row.split!r}; remove one of the two")
     if not rows:
         raise DataError(f"{file}: contains no row; write one object per line")
     return rows
 
 
 def _triplet(value: object, place: str) -> TripletRow:
-    if not isinstance(value, dict) or not set(_KEYS) <= value.keys() <= {*_KEYS, "split"}:
-        raise DataError(
-            f"{place}: {reprlib.repr(value)} is not an object with the keys {', '.join(_KEYS)} and optionally split"
-        )
-    reference, text = _image_path(value["reference"], "reference", place), value["text"]
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: {reprlib.repr(value)} is not an object with the fields {', '.join(_KEYS)}")
+    known = (*_KEYS, "split")
+    for key in value.keys() - set(known):
+        close = get_close_matches(key.lower(), set(known) - value.keys(), n=1, cutoff=0.8)
+        if close:
+            raise DataError(f"{place}: unknown field {key!r}; did you mean {close[0]!r}?")
+    for key in _KEYS:
+        if key not in value:
+            raise DataError(f"{place}: field {key!r} is missing; expected {', '.join(_KEYS)} and optionally split")
+    reference = _listed_path(value["reference"], "reference", place)
     if not isinstance(value["targets"], list) or not value["targets"]:
         raise DataError(f"{place}: targets is {reprlib.repr(value['targets'])}; expected a list of paths, not empty")
-    targets = tuple(_image_path(target, "a target", place) for target in value["targets"])
+    targets = tuple(_listed_path(target, "a target", place) for target in value["targets"])
     if len({reference, *targets}) <= len(targets):
         raise DataError(f"{place}: a target is repeated or is the reference; name each other image once")
-    if text is not None and not check_text(text, "text", place).strip():
-        raise DataError(f"{place}: text is {text!r}; expected a text that is not blank, or null")
+    texts = value["text"] if isinstance(value["text"], list) else [value["text"]]
+    given = [check_text(text, "text", place).strip() for text in texts if text is not None]
+    text = " and ".join(filter(None, given)) or None
     number = place.rpartition(" ")[2]
     return TripletRow(place, f"{reference}#{number}", reference, text, targets, _check_split(value.get("split"), place))
 
@@ -268,7 +323,7 @@ def _triplet(value: object, place: str) -> TripletRow:
 def _read_gallery(file: Path) -> dict[str, str]:
     paths: dict[str, str] = {}
     for place, line in read_lines(file):
-        refuse_repeated(_image_path(line, "path", place), place, paths)
+        refuse_repeated(_listed_path(line, "path", place), place, paths)
     return paths
 
 
@@ -286,13 +341,15 @@ def _read_manifest(file: Path) -> list[LabeledImage]:
         domain = cells["domain"]
         if domain not in ("photo", "sketch"):
             raise DataError(f"{place}: domain is {reprlib.repr(domain)}; expected photo or sketch")
-        path, label = _image_path(cells["path"], "path", place), check_name(cells["class"], "class", place)
+        path, label = _listed_path(cells["path"], "path", place), check_name(cells["class"], "class", place)
         refuse_repeated(path, place, seen)
         images.append(LabeledImage(place, domain == "sketch", path, label, _check_split(cells.get("split"), place)))
     return images
 
 
-def _walk_class_folders(root: Path, top: str) -> Iterator[LabeledImage]:
+def _walk_class_folders(root: Path, top: str, unused: list[str]) -> Iterator[LabeledImage]:
+    """Yield the images of a folder of classes; other files are added to `unused`."""
+
     def fail(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions") from None
 
@@ -300,21 +357,23 @@ def _walk_class_folders(root: Path, top: str) -> Iterator[LabeledImage]:
         real = os.path.realpath(folder)
         if any(os.path.realpath(parent) == real for parent in Path(folder).parents):
             raise DataError(f"{folder}: links back to a folder that contains it; remove the link")
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
         parts = Path(folder).relative_to(root / top).parts
-        for name in sorted(files):
-            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+        for name in sorted(name for name in files if not is_ignored(name)):
+            if not is_image_name(name):
+                unused.append(name)
                 continue
-            path = _image_path(Path(top, *parts, name).as_posix(), "path", folder)
+            path = check_path(Path(top, *parts, name).as_posix(), "path", folder)
             if not parts:
                 raise DataError(f"{root / path}: is in no class folder; move it to {top}/<class>/")
             yield LabeledImage(folder, top == "sketches", path, parts[0], None)
 
 
-def _image_path(value: object, name: str, place: str) -> str:
-    path = check_path(value, name, place)
-    if not path.lower().endswith(SUFFIXES):
-        raise DataError(f"{place}: {name} is {reprlib.repr(path)}; known suffixes are {' '.join(SUFFIXES)}")
+def _listed_path(value: object, name: str, place: str) -> str:
+    """Return a path of a list, which may have been written on Windows."""
+    path = check_path(check_path(value, name, place).replace("\\", "/"), name, place)
+    if not is_image_name(path):
+        raise DataError(f"{place}: {name} is {reprlib.repr(path)}; known suffixes are {' '.join(IMAGE_SUFFIXES)}")
     return path
 
 
@@ -333,8 +392,9 @@ def _check_split(value: object, place: str) -> str | None:
 class _ImageCheck:
     """Finds the images of a split that cannot be used, and counts what is left out for them."""
 
-    def __init__(self, on_missing: str, verify: bool) -> None:
+    def __init__(self, on_missing: str, verify: bool, check: bool = True) -> None:
         self.skip, self.verify = check_choice("on_missing", on_missing, ("error", "skip")) == "skip", verify
+        self.check = check
         self.images = self.queries = 0
 
     @property
@@ -343,14 +403,16 @@ class _ImageCheck:
 
     def unusable(self, root: Path, places: Mapping[str, str]) -> set[str]:
         """Return the paths that cannot be used, of paths with their places."""
+        if not self.check:
+            return set()
         reasons: dict[str, str] = {}
         for path in places:
             try:
-                check_image(root / path)
+                check_image(_locate(root, path))
             except ImageError as error:
                 reasons[path] = str(error)
         if self.verify:
-            present = {root / path: path for path in places if path not in reasons}
+            present = {_locate(root, path): path for path in places if path not in reasons}
             reasons |= {present[file]: reason for file, reason in broken_images(present)}
         if reasons and not self.skip:
             first = next(path for path in places if path in reasons)
@@ -368,6 +430,11 @@ class _ImageCheck:
 
     def note(self, split: str) -> str:
         return f"{self.images} missing images of {split} left out, {self.queries} queries with them"
+
+
+def _locate(root: Path, path: str) -> Path:
+    """Return an image's file; letters with accents may be composed in another way than in the list."""
+    return root / path if path.isascii() else Path(find_path(str(root / path)))
 
 
 def _folder_protocol(
@@ -405,14 +472,14 @@ def _cir_benchmark(data: FolderTriplets, split: str, check: _ImageCheck) -> Benc
     queries = [
         Query(
             id=row.id,
-            image=data.root / row.key,
+            image=_locate(data.root, row.key),
             text=row.text,
             targets=tuple(path for path in row.targets if path not in unusable),
             exclude=(row.key,),
         )
         for row in rows
     ]
-    gallery = [GalleryItem(path, data.root / path) for path in places if path not in unusable]
+    gallery = [GalleryItem(path, _locate(data.root, path)) for path in places if path not in unusable]
     trained = _places(data.splits["train"]).keys()
     protocol = _folder_protocol(_CIR, data.note, trained, _places(rows).keys(), "images", split, check)
     return Benchmark("folder", split, "cir", queries, gallery, protocol, check.skipped)
@@ -421,7 +488,7 @@ def _cir_benchmark(data: FolderTriplets, split: str, check: _ImageCheck) -> Benc
 def _cir_training(data: FolderTriplets, check: _ImageCheck) -> TrainingSet:
     rows, _, unusable = _triplets(data, "train", check)
     triplets = [
-        Triplet(data.root / row.key, row.text, data.root / target, target, "cir")
+        Triplet(_locate(data.root, row.key), row.text, _locate(data.root, target), target, "cir")
         for row in rows
         for target in row.targets
         if target not in unusable
@@ -466,9 +533,10 @@ def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _Im
     sketches, photos = _sketches_and_photos(data, split, check)
     targets = {label: tuple(photo.path for photo in group) for label, group in _images_by_class(photos).items()}
     queries = [
-        Query(sketch.path, data.root / sketch.path, text, targets[sketch.key], label=sketch.key) for sketch in sketches
+        Query(sketch.path, _locate(data.root, sketch.path), text, targets[sketch.key], label=sketch.key)
+        for sketch in sketches
     ]
-    gallery = [GalleryItem(photo.path, data.root / photo.path, photo.key) for photo in photos]
+    gallery = [GalleryItem(photo.path, _locate(data.root, photo.path), photo.key) for photo in photos]
     trained = {image.key for image in data.splits["train"]}
     protocol = _folder_protocol(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, check)
     return Benchmark("folder", split, "sbir", queries, gallery, protocol, check.skipped)
@@ -484,7 +552,7 @@ def _sbir_training(
     for _ in range(pairs):
         label = next(order)
         sketch, photo = (next(turn) for turn in turns[label])
-        triplets.append(Triplet(data.root / sketch.path, text, data.root / photo.path, label, "sbir"))
+        triplets.append(Triplet(_locate(data.root, sketch.path), text, _locate(data.root, photo.path), label, "sbir"))
     return TrainingSet("folder", triplets, tuple(turns), check.skipped)
 
 

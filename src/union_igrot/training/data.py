@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from union_igrot.datasets.checks import refuse_indistinct
 from union_igrot.datasets.folder import folder_benchmark, folder_training
 from union_igrot.datasets.loading import load_parts, load_training_parts
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
@@ -72,12 +73,17 @@ def read_training(data: Mapping[str, Any]) -> tuple[TrainingSet, list[Benchmark]
     if name == "folder":
         root, options = expand_user(data["root"]), _folder_options(data)
         triplets = folder_training(root, pairs=data["pairs"], seed=data["seed"], **options)
-        return triplets, read_benchmarks(data, "val")
+        validation = read_benchmarks(data, "val")
+        tested = [] if data["split"] == "train" else [folder_benchmark(root, data["split"], check_images=False)]
+        refuse_indistinct(triplets, [*validation, *tested])
+        return triplets, validation
     trainable = benchmark_names(trainable=True)
     if name not in trainable:
         names = ", ".join(("shapes", "folder", *trainable))
         raise ConfigError(f"data={name} is for evaluation only; train on one of {names}")
-    return load_training_parts(name, data["root"], data["check_images"], **_reader_options(data))
+    triplets, validation = load_training_parts(name, data["root"], data["check_images"], **_reader_options(data))
+    refuse_indistinct(triplets, validation)
+    return triplets, validation
 
 
 def read_evaluated(data: Mapping[str, Any]) -> list[Benchmark]:
