@@ -105,7 +105,14 @@ def cir_benchmark(queries: int = 23, gallery: int = 31, seed: int = 0, name: str
         image = items[int(reference[1:])].image
         done.append(Query(f"q{i}", image, sentence(rng), targets, (reference,), subset, tags=(f"tag{i % 2}",)))
     metrics = ("R@1", "R@5", "P@3", "mAP", "mAP@5", "Rs@1", "Rs@2")
-    return Benchmark(name, "val", "cir", tuple(done), items, Protocol("noise", metrics, "mAP", exclude_reference=True))
+    return Benchmark(
+        name,
+        "val",
+        "cir",
+        tuple(done),
+        items,
+        Protocol("noise", metrics, "mAP", exclude_reference=True, ties="gallery order"),
+    )
 
 
 def sbir_benchmark(queries: int = 25, gallery: int = 29, classes: int = 4, name: str = "noise_sbir") -> Benchmark:
@@ -117,7 +124,7 @@ def sbir_benchmark(queries: int = 25, gallery: int = 29, classes: int = 4, name:
     done = tuple(
         Query(f"s{i}", Noise(3000 + i, kinds[i]), None, targets[labels[i]], label=labels[i]) for i in range(queries)
     )
-    protocol = Protocol("noise", ("mAP", "mAP@10", "P@5", "R@1"), "mAP", average="macro")
+    protocol = Protocol("noise", ("mAP", "mAP@10", "P@5", "R@1"), "mAP", average="macro", ties="gallery order")
     return Benchmark(name, "val", "sbir", done, items, protocol)
 
 

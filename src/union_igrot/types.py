@@ -124,7 +124,8 @@ class Protocol:
         ap_norm: Divisor of average precision: `min(k, R)`, `hits` in the top k, or `all` R.
         ap_rule: Area rule of average precision.
         average: Mean over queries (`micro`) or mean of the classes' means (`macro`).
-        ties: How equal scores are ordered.
+        ties: How candidates with equal scores count: by the mean over all their orders (`expected`), in the order of
+            the gallery as most official evaluators, or `pessimistic`, relevant ones last (GeneCIS).
         note: Anything else a reader of the metric has to know.
         recall: `R@k` is 1 if any target is found, or the `fraction` of the targets found.
         recall_targets: Whether `R@k` looks for `all` targets, or the `first` of each query alone (CIRCO).
@@ -145,7 +146,7 @@ class Protocol:
     ap_norm: ApNorm = "min"
     ap_rule: ApRule = "step"
     average: Average = "micro"
-    ties: Literal["gallery order", "pessimistic"] = "gallery order"
+    ties: Literal["expected", "gallery order", "pessimistic"] = "expected"
     note: str = ""
     recall: RecallMode = "any"
     recall_targets: Literal["all", "first"] = "all"

@@ -123,7 +123,8 @@ def _check_row(record: Record) -> None:
 
 
 def _lasco_protocol(preset: str, prompt: str, note: str) -> Protocol:
-    return Protocol(preset, tuple(f"R@{k}" for k in _KS), "R@10", prompt=prompt, note=note)
+    metrics = tuple(f"R@{k}" for k in _KS)
+    return Protocol(preset, metrics, "R@10", ties="gallery order", prompt=prompt, note=note)
 
 
 def _corpus(folder: DatasetFolder) -> dict[str, GalleryItem]:

@@ -98,6 +98,7 @@ def _unseen_classes(
         primary=primary,
         ap_norm="hits" if reference else "min",
         ap_rule="trapezoid" if reference else "step",
+        ties="gallery order",
         prompt=wording.name,
         note=f"{name} {split}: {len(set(targets))} unseen classes, whole lists{remark}{lenient}",
     )

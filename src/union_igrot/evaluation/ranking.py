@@ -22,6 +22,8 @@ from union_igrot.models.devices import full_precision
 
 _FEW_TIES = 64
 """Number of tied items in a row above which one stable sort is cheaper than single lookups."""
+_FEW_ITEMS = 4
+"""Number of items per row up to which their scores are compared one by one, instead of sorting all."""
 _BUCKETS = 1 << 16
 _LARGE = 1e38
 _Floats: TypeAlias = npt.NDArray[np.float32]
@@ -89,6 +91,19 @@ class RankedChunk:
             # An accelerator sorts fast, and looks up single ties slowly.
             return _ranks(_order(self.scores)).gather(1, items) + 1
         return _count_better(self.scores, items) + 1
+
+    def better_and_equal(
+        self, items: Int[Tensor, "chunk items"]
+    ) -> tuple[Int[Tensor, "chunk items"], Int[Tensor, "chunk items"]]:
+        """Count the candidates with a higher score than items of their row, and those with the same score."""
+        own = self.scores.gather(1, items)
+        if items.shape[1] <= _FEW_ITEMS:
+            counts = [((self.scores > x).sum(1), (self.scores == x).sum(1)) for x in own.split(1, dim=1)]
+            better, equal = zip(*counts, strict=True)
+            return torch.stack(better, 1), torch.stack(equal, 1)
+        rising = self.scores.sort(dim=1).values
+        below, not_above = torch.searchsorted(rising, own), torch.searchsorted(rising, own, right=True)
+        return rising.shape[1] - not_above, not_above - below
 
     def _without_late_ties(
         self, row: Int[Tensor, " found"], item: Int[Tensor, " found"], last: Float[Tensor, "chunk 1"], k: int

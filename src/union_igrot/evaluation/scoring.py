@@ -13,6 +13,7 @@ from union_igrot.errors import DataError
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
 from union_igrot.metrics.names import parse_metric
 from union_igrot.metrics.retrieval import RetrievalMetrics
+from union_igrot.metrics.ties import TieGroups
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 
 RANKING_DEPTH = 50
@@ -69,8 +70,9 @@ def score(
 ) -> Scores:
     """Rank each query's candidates and compute the protocol's metrics.
 
-    Scores are dot products in float32, computed in chunks; ties are broken by gallery order, or against the model if
-    the protocol is pessimistic.
+    Scores are dot products in float32, computed in chunks. Under expected ties, a query gets the mean of its values
+    over all orders of candidates with equal scores; otherwise these are ordered as in the gallery, or against the
+    model if the protocol is pessimistic.
 
     Args:
         benchmark: Whose queries and gallery were embedded.
@@ -97,8 +99,8 @@ def score(
 def _score_gallery(
     protocol: Protocol, relevance: Relevance, queries: Tensor, gallery: Tensor, rows: Int[Tensor, " queries"]
 ) -> Scores:
-    if protocol.ties != "gallery order":
-        raise DataError("pessimistic ties need candidates=subset; use that, or ties by gallery order")
+    if protocol.ties == "pessimistic":
+        raise DataError("pessimistic ties need candidates=subset; use that, or expected ties")
     metrics = MetricAccumulator(protocol, queries.device, len(queries))
     # The minimum over all queries, so that every process keeps equally many.
     keep = min(RANKING_DEPTH, len(gallery) - max(map(len, relevance.exclude)))
@@ -113,13 +115,17 @@ def _score_gallery(
         items = targets.of(part)
         found = _find(items, chunk, depth)
         single = None if protocol.recall_targets == "all" else _find(items[:, :1], chunk, depth)
+        tied = TiedRankings() if protocol.ties != "expected" else _find_ties(items, chunk)
         best = chunk.first(keep)
         subset_hits = None
         if relevance.subset is not None:
             ordered = _ordered_subset(chunk, relevance.subset[part])
             subsets[chunk.queries] = ordered.cpu()
             subset_hits = _within(ordered, items) & (ordered >= 0)
-        metrics.add(found, part, relevance.labels, subset_hits, single)
+            if protocol.ties == "expected":
+                scores = chunk.scores.gather(1, ordered.clamp(min=0)).masked_fill(ordered < 0, -torch.inf)
+                tied = tied._replace(subset=_subset_ties(scores, subset_hits))
+        metrics.add(found, part, relevance.labels, subset_hits, single, tied)
         first[chunk.queries] = best[:, :keep].cpu()
         cosines[chunk.queries] = chunk.scores.gather(1, best[:, :keep]).cpu()
     return Scores(metrics.values(), Ranking(first, cosines), subsets if wide else None)
@@ -149,7 +155,8 @@ def _score_subsets(
         ties = hits.long() if protocol.ties == "pessimistic" else subset
         by_tie = ties.argsort(dim=1, stable=True)
         order = by_tie.gather(1, scores.gather(1, by_tie).argsort(dim=1, descending=True, stable=True))
-        metrics.add(HitMasks(hits.gather(1, order), hits.sum(1)), part, relevance.labels)
+        tied = TiedRankings(_subset_ties(scores, hits)) if protocol.ties == "expected" else TiedRankings()
+        metrics.add(HitMasks(hits.gather(1, order), hits.sum(1)), part, relevance.labels, tied=tied)
         ordered[span], cosines[span] = subset.gather(1, order).cpu(), scores.gather(1, order).cpu()
     return Scores(metrics.values(), Ranking(ordered, cosines), ordered)
 
@@ -164,6 +171,14 @@ class HitMasks(NamedTuple):
 
     hits: Bool[Tensor, "chunk depth"]
     n_relevant: Int[Tensor, " chunk"]
+
+
+class TiedRankings(NamedTuple):
+    """Ties with all targets, with the first target alone and within the subset, if orders are averaged over."""
+
+    all: TieGroups | None = None
+    first: TieGroups | None = None
+    subset: TieGroups | None = None
 
 
 class MetricAccumulator:
@@ -198,14 +213,15 @@ class MetricAccumulator:
         labels: Int[Tensor, " queries"] | None,
         subset_hits: Bool[Tensor, "chunk subset"] | None = None,
         first: HitMasks | None = None,
+        tied: TiedRankings = TiedRankings(),  # noqa: B008 - immutable
     ) -> None:
         """Add the rankings of some queries: with all targets, within the subsets, with the first target alone."""
         at = part.to(found.hits.device)
         classes = None if labels is None else labels[part].to(at.device)
         if self._all is not None:
-            self._all.update(found.hits, found.n_relevant, at, subset_hits, classes)
+            self._all.update(found.hits, found.n_relevant, at, subset_hits, classes, tied.all, tied.subset)
         if self._first is not None and first is not None:
-            self._first.update(first.hits, first.n_relevant, at, None, classes)
+            self._first.update(first.hits, first.n_relevant, at, None, classes, tied.first)
 
     def _in_subset(self, name: str) -> bool:
         return self._parsed[name].family.ranking == "subset"
@@ -254,7 +270,11 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
     if not kept:
         raise DataError(f"the shortest list has {depth} ids, too few for {', '.join(parsed)}; pass longer lists")
     means = tuple(names for names in benchmark.protocol.means if set(names) <= set(kept))
-    protocol = replace(benchmark.protocol, metrics=kept, primary=kept[0], means=means)
+    primary = benchmark.protocol.primary
+    primary = primary if primary in kept else kept[0]
+    short = [name for name, metric in parsed.items() if metric.k is not None and metric.k > depth]
+    note = benchmark.protocol.note + (f"; lists of {depth} ids are too short for {', '.join(short)}" if short else "")
+    protocol = replace(benchmark.protocol, metrics=kept, primary=primary, means=means, note=note)
     relevance = Relevance.of(benchmark)
     at = {item.id: position for position, item in enumerate(benchmark.gallery)}
     positions = torch.tensor([[at[name] for name in names[:depth]] for names in rankings])
@@ -312,6 +332,22 @@ def _find(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | Non
     where = inside if depth is not None else chunk.ranks(inside) - 1
     marks.scatter_(1, torch.where(counted, where, width), value=True)
     return HitMasks(marks[:, :width] if depth is None else marks.gather(1, chunk.first(depth)), counted.sum(1))
+
+
+def _find_ties(items: Int[Tensor, "chunk most"], chunk: RankedChunk) -> TiedRankings:
+    """Count the ties of items, padded with -1, in each whole ranking."""
+    inside = items.clamp(min=0)
+    counted = (items >= 0) & (chunk.scores.gather(1, inside) > -torch.inf)
+    better, equal = chunk.better_and_equal(inside)
+    first = TieGroups.of(better[:, :1], equal[:, :1], counted[:, :1])
+    return TiedRankings(TieGroups.of(better, equal, counted), first)
+
+
+def _subset_ties(scores: Float[Tensor, "chunk subset"], hits: Bool[Tensor, "chunk subset"]) -> TieGroups:
+    """Count the ties of the relevant candidates of small rankings; other entries have the score minus infinity."""
+    better = (scores[:, None, :] > scores[:, :, None]).sum(2)
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)
+    return TieGroups.of(better, equal, hits & (scores > -torch.inf))
 
 
 def _within(ordered: Int[Tensor, "chunk subset"], items: Int[Tensor, "chunk most"]) -> Bool[Tensor, "chunk subset"]:

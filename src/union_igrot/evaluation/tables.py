@@ -28,6 +28,11 @@ UNTRAINED = tuple(_METHOD_NAMES)
 """Methods that use no trained heads, without chance."""
 _PARAGRAPH, _TEXT_WIDTH, _WORDS_WIDTH = 80, 100, 36
 _NAMED_CLASSES = 24
+_TIE_RULES = {
+    "expected": "ties by expectation",
+    "gallery order": "ties by gallery order",
+    "pessimistic": "ties against the model",
+}
 NO_DIFFERENCE = "no clear difference"
 """Verdict on a paired difference whose interval contains 0."""
 
@@ -260,7 +265,7 @@ def describe_protocol(protocol: Protocol, *, parts: bool = False) -> str:
         *(family.describe(protocol) for family in families_of(protocol.metrics) if family.describe),
         "mean of the parts' means" if parts else f"{protocol.average} average",
         "reference left out" if protocol.exclude_reference else "reference kept",
-        "ties by gallery order" if protocol.ties == "gallery order" else "ties against the model",
+        _TIE_RULES[protocol.ties],
         protocol.note,
     ]
     return "; ".join(clause for clause in clauses if clause)

@@ -28,6 +28,8 @@ class MetricFamily:
             or `ap_rule` of `types.Protocol`.
         first_target: Whether `Protocol.recall_targets` applies.
         describe: Returns a phrase on the conventions of a protocol, for captions; empty if there is nothing to say.
+        expected: Like `compute` for rankings with ties: takes `metrics.ties.TieGroups`, k and the options, and returns
+            the expected values, or None if there is no closed form. Without it, seeded orders are averaged.
     """
 
     name: str
@@ -37,6 +39,7 @@ class MetricFamily:
     conventions: Mapping[str, str] = field(default_factory=dict)
     first_target: bool = False
     describe: Callable[[Any], str] | None = None
+    expected: Callable[..., Any] | str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name, flags=re.ASCII):
@@ -53,11 +56,19 @@ class MetricFamily:
 
     def function(self) -> Callable[..., Any]:
         """Return `compute`, imported if necessary."""
-        if not isinstance(self.compute, str):
-            return self.compute
-        module, _, name = self.compute.partition(":")
-        found: Callable[..., Any] = getattr(import_module(module), name)
-        return found
+        return _imported(self.compute)
+
+    def expected_function(self) -> Callable[..., Any] | None:
+        """Return `expected`, imported if necessary."""
+        return None if self.expected is None else _imported(self.expected)
+
+
+def _imported(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
 
 
 class ParsedMetric(NamedTuple):
@@ -86,19 +97,39 @@ def _average_precision(protocol: Any) -> str:
     return f"AP divided by {norm}, {protocol.ap_rule} rule"
 
 
-_HERE = "union_igrot.metrics.functional"
+_HERE, _TIES = "union_igrot.metrics.functional", "union_igrot.metrics.ties"
 _FAMILIES: dict[str, MetricFamily] = {
     family.name: family
     for family in (
-        MetricFamily("R", f"{_HERE}:recall_at_k", conventions={"mode": "recall"}, first_target=True, describe=_recall),
-        MetricFamily("Rs", f"{_HERE}:recall_at_k", ranking="subset", conventions={"mode": "recall"}),
-        MetricFamily("P", f"{_HERE}:precision_at_k", conventions={"cut": "precision_cut"}, describe=_precision),
+        MetricFamily(
+            "R",
+            f"{_HERE}:recall_at_k",
+            conventions={"mode": "recall"},
+            first_target=True,
+            describe=_recall,
+            expected=f"{_TIES}:expected_recall",
+        ),
+        MetricFamily(
+            "Rs",
+            f"{_HERE}:recall_at_k",
+            ranking="subset",
+            conventions={"mode": "recall"},
+            expected=f"{_TIES}:expected_recall",
+        ),
+        MetricFamily(
+            "P",
+            f"{_HERE}:precision_at_k",
+            conventions={"cut": "precision_cut"},
+            describe=_precision,
+            expected=f"{_TIES}:expected_precision",
+        ),
         MetricFamily(
             "mAP",
             f"{_HERE}:average_precision",
             cutoff="optional",
             conventions={"norm": "ap_norm", "rule": "ap_rule"},
             describe=_average_precision,
+            expected=f"{_TIES}:expected_average_precision",
         ),
     )
 }

@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.names import ParsedMetric, parse_metric
+from union_igrot.metrics.ties import TieGroups, sampled_values
 from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 
 
@@ -80,6 +81,8 @@ class RetrievalMetrics(Metric):
         positions: Int[Tensor, " queries"],
         subset_hits: Bool[Tensor, "queries subset"] | None = None,
         labels: Int[Tensor, " queries"] | None = None,
+        ties: TieGroups | None = None,
+        subset_ties: TieGroups | None = None,
     ) -> None:
         """Add the rankings of some queries.
 
@@ -90,6 +93,9 @@ class RetrievalMetrics(Metric):
             subset_hits: Whole rankings of the queries' subsets, needed for `Rs@k`. A query whose row has no hit gets
                 nan.
             labels: The class index of each query, needed for `macro`.
+            ties: The ties of the whole rankings; a query with relevant and other candidates of one score then gets
+                the expected value over all orders of these.
+            subset_ties: The ties of the subset rankings.
 
         Raises:
             DataError: If subset rankings or labels are needed and missing, or the masks are too short for a metric
@@ -100,7 +106,11 @@ class RetrievalMetrics(Metric):
             raise DataError(f"{within[0]} needs subset rankings; pass subset_hits or drop {within[0]}")
         if labels is None and self.averaging == "macro":
             raise DataError("a macro average needs the classes of the queries; pass labels or use micro")
-        columns = [self._values_of(metric, hits, n_relevant, subset_hits) for metric in self.metrics.values()]
+        columns = []
+        for metric in self.metrics.values():
+            in_subset = metric.family.ranking == "subset"
+            values = self._values_of(metric, hits, n_relevant, subset_hits)
+            columns.append(self._with_ties(metric, values, subset_ties if in_subset else ties))
         begin = self._reserve(len(positions))
         rows = slice(begin, begin + len(positions))
         for i, column in enumerate(columns):
@@ -179,6 +189,23 @@ class RetrievalMetrics(Metric):
         if family.ranking == "subset" and subset_hits is not None:
             hits, n_relevant = subset_hits, subset_hits.sum(1)
         values: Tensor = family.function()(hits, n_relevant, metric.k, **options)
+        return values
+
+    def _with_ties(
+        self, metric: ParsedMetric, values: Float[Tensor, " queries"], ties: TieGroups | None
+    ) -> Float[Tensor, " queries"]:
+        """Replace the values of ambiguous rankings by their expectation."""
+        rows = None if ties is None else ties.ambiguous
+        if ties is None or rows is None or not rows.any():
+            return values
+        family = metric.family
+        options = {option: getattr(self, convention) for option, convention in family.conventions.items()}
+        tied, expected = TieGroups(*(tensor[rows].cpu() for tensor in ties)), family.expected_function()
+        found = None if expected is None else expected(tied, metric.k, **options)
+        if found is None:
+            found = sampled_values(family.function(), tied, metric.k, options)
+        values = values.clone()
+        values[rows] = found.to(values)
         return values
 
     def _by_position(self) -> tuple[Float[Tensor, "queries metrics"], Int[Tensor, " queries"]]:
