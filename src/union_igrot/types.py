@@ -134,6 +134,7 @@ class Protocol:
         unanswered: Whether a query without any target is left out (`omit`) or counts as 0 (`zero`).
         means: Further metrics, each the mean of the named ones, such as `("R@5", "Rs@1")` for CIRR.
         prompt: The template of the queries' texts, by name or written out.
+        classes: Whether the queries' classes are a sample, which intervals resample too, or all that there are.
 
     Raises:
         DataError: If `primary` is not among `metrics`.
@@ -155,6 +156,7 @@ class Protocol:
     unanswered: Literal["omit", "zero"] = "omit"
     means: tuple[tuple[str, ...], ...] = ()
     prompt: str = ""
+    classes: Literal["sampled", "all"] = "sampled"
 
     def __post_init__(self) -> None:
         if self.primary not in self.metrics:

@@ -283,7 +283,9 @@ def test_results_have_the_documented_fields(found):
         benchmark = scored.benchmark
         assert [one.method for one in result.methods] == list(scored.scores) == methods
         for one in result.methods:
-            assert list(one.to_dict()) == KEYS + (["gain95"] if one.method == "trained" else [])
+            optional = (["gain95"] if one.method == "trained" else []) + (["n_classes"] if one.n_classes else [])
+            assert list(one.to_dict()) == KEYS + optional
+            assert one.n_classes == (4 if benchmark.task == "sbir" else 0)
             assert one.arithmetic == {"device": "cpu", "precision": "float32", "kept": "float32"}
             assert (one.n_queries, one.n_gallery) == (len(benchmark.queries), len(benchmark.gallery))
             assert one.protocol == benchmark.protocol

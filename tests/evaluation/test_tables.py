@@ -51,7 +51,7 @@ def test_eight_metrics_and_the_interval_fit_into_80_columns(value):
 
 def test_the_protocol_is_printed_below_verbatim():
     text = " ".join(shown(one("trained", 1.0, n_skipped=3)).split())
-    assert "AP divided by min(k, R), step rule; micro average; reference left out; ties by gallery order" in text
+    assert "AP divided by min(k, R), step rule; micro average; reference left out; ties by expectation" in text
     assert "own images [/strange] [red]" in text
     assert "3 items left out" in text
     assert "left out;" not in " ".join(shown(one("trained", 1.0)).split()).replace("reference left out;", "")
@@ -110,6 +110,7 @@ def test_wide_tables_are_divided():
         ({"recall": "fraction", "metrics": ("mAP",), "primary": "mAP"}, "AP divided", "share of the targets"),
         ({"metrics": ("P@5",), "primary": "P@5", "precision_cut": "attainable"}, "P@k divided by min(k, R)", "AP"),
         ({"ties": "pessimistic"}, "ties against the model", "gallery order"),
+        ({"ties": "gallery order"}, "ties by gallery order", "expectation"),
         ({"prompt": "find {condition}"}, "prompt 'find {condition}'", "prompt ''"),
         ({}, "protocol official", "prompt"),
     ],

@@ -1,7 +1,9 @@
 """Bootstrap intervals (known cases, invariances, coverage), and the randomization test against every sign pattern."""
 
 import math
-from itertools import product
+import random
+import statistics as statistics_of
+from itertools import chain, product
 
 import pytest
 import torch
@@ -185,3 +187,51 @@ def test_wrong_arguments_of_the_test_are_errors():
         randomization_test(ones, torch.ones(2))
     with pytest.raises(DataError, match="no query"):
         randomization_test(ones * float("nan"), ones)
+
+
+def test_resampled_classes_equal_a_plain_loop():
+    values, classes = some(60), torch.arange(60) % 7
+    strata = torch.arange(60) // 30
+    for labels in (None, classes, strata):
+        low, high = bootstrap_interval(values, labels=labels, classes=classes, resamples=2000)
+        draw, found = random.Random(0), []
+        for _ in range(2000):
+            parts = [range(60)] if labels is None or labels is classes else [range(30), range(30, 60)]
+            means = []
+            for part in parts:
+                groups = [[values[i].item() for i in part if classes[i] == c] for c in range(7)]
+                drawn = [draw.choices(group, k=len(group)) for group in draw.choices(groups, k=7)]
+                if labels is classes:
+                    means.append(statistics_of.fmean(map(statistics_of.fmean, drawn)))
+                else:
+                    means.append(statistics_of.fmean(chain(*drawn)))
+            found.append(statistics_of.fmean(means))
+        found.sort()
+        assert low == pytest.approx(found[50], abs=0.02)
+        assert high == pytest.approx(found[1950], abs=0.02)
+
+
+def test_classes_that_differ_widen_intervals_and_equal_ones_do_not_matter():
+    classes = torch.arange(4).repeat_interleave(100)
+    values = torch.tensor([0.1, 0.4, 0.6, 0.9])[classes].double() + 0.01 * some(400)
+    plain, resampled = bootstrap_interval(values), bootstrap_interval(values, classes=classes)
+    assert resampled.high - resampled.low > 5 * (plain.high - plain.low)
+    one = torch.zeros(400, dtype=torch.int64)
+    assert bootstrap_interval(values, classes=one) == pytest.approx(plain, abs=0.01)
+    alone = torch.arange(400)
+    assert bootstrap_interval(values, classes=alone) == pytest.approx(plain, abs=0.01)
+
+
+def test_the_chunk_size_of_class_draws_changes_nothing(monkeypatch):
+    x, classes = some(90), torch.arange(90) % 7
+    whole = bootstrap_interval(x, resamples=100, classes=classes)
+    for at_once in (1, 900, 5000):
+        monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", at_once)
+        assert bootstrap_interval(x, resamples=100, classes=classes) == whole
+
+
+def test_a_randomization_test_over_classes_is_exact_for_few():
+    classes = torch.arange(4).repeat_interleave(50)
+    first = torch.tensor([0.2, 0.4, 0.6, 0.9])[classes]
+    assert randomization_test(first, torch.zeros(200)) < 0.001
+    assert randomization_test(first, torch.zeros(200), classes=classes) == pytest.approx(2 / 16, abs=0.02)

@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 import union_igrot
+from union_igrot.datasets.checks import benchmark_warning
 from union_igrot.evaluation.results import EvaluationResult, MethodResult, ScoredBenchmark, SeenImages, TagMetric
-from union_igrot.evaluation.scoring import Relevance, score
+from union_igrot.evaluation.scoring import metric_limits, query_classes, score
 from union_igrot.features.embedding import embed_models
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.identity import image_identity
@@ -54,9 +55,9 @@ def evaluate_benchmark(
         checkpoint: Where the trained heads were loaded from, for the description of the model.
 
     Returns:
-        Metrics in percent with 95 % bootstrap intervals over queries, `chance` first; the values and rankings of every
-        query. `trained` comes last, with its paired differences to every other method and its overlap with the
-        benchmark.
+        Metrics in percent with 95 % bootstrap intervals over queries and their classes, `chance` first; the values and
+        rankings of every query. `trained` comes last, with its paired differences to every other method and its
+        overlap with the benchmark.
     """
     model.eval()
     null = model.null_text()
@@ -85,7 +86,9 @@ def evaluate_benchmark(
     if trained:
         methods[-1] = replace(
             methods[-1],
-            differences=_paired_differences({name: x.values for name, x in scores.items()}, _labels(benchmark), seed),
+            differences=_paired_differences(
+                {name: x.values for name, x in scores.items()}, _labels(benchmark), _resampled_classes(benchmark), seed
+            ),
             seen_classes=tuple(seen_classes(model, benchmark)),
             seen_images=seen_images(model, benchmark),
         )
@@ -93,25 +96,39 @@ def evaluate_benchmark(
 
 
 def _labels(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
-    return Relevance.of(benchmark).labels if benchmark.protocol.average == "macro" else None
+    return query_classes(benchmark) if benchmark.protocol.average == "macro" else None
+
+
+def _resampled_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
+    return query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
 
 
 def _paired_differences(
-    values: Mapping[str, Mapping[str, Tensor]], labels: Int[Tensor, " queries"] | None, seed: int
+    values: Mapping[str, Mapping[str, Tensor]],
+    labels: Int[Tensor, " queries"] | None,
+    classes: Int[Tensor, " queries"] | None,
+    seed: int,
 ) -> dict[str, dict[str, Difference]]:
     """Return the paired differences trained - other in percent points."""
     others = {name: columns for name, columns in values.items() if name != "trained"}
     return {
         other: {
-            name: Difference(*(100 * x for x in paired_interval(column, columns[name], seed=seed, labels=labels)))
+            name: Difference(
+                *(100 * x for x in paired_interval(column, columns[name], seed=seed, labels=labels, classes=classes))
+            )
             for name, column in values["trained"].items()
         }
         for other, columns in others.items()
     }
 
 
-def _intervals(values: Mapping[str, Tensor], labels: Int[Tensor, " queries"] | None, seed: int) -> dict[str, Interval]:
-    bounds = bootstrap_intervals(values, seed=seed, labels=labels)
+def _intervals(
+    values: Mapping[str, Tensor],
+    labels: Int[Tensor, " queries"] | None,
+    classes: Int[Tensor, " queries"] | None,
+    seed: int,
+) -> dict[str, Interval]:
+    bounds = bootstrap_intervals(values, seed=seed, labels=labels, classes=classes)
     return {name: Interval(100 * one.low, 100 * one.high) for name, one in bounds.items()}
 
 
@@ -124,6 +141,7 @@ def method_result(
     seed: int,
 ) -> MethodResult:
     """Return the result of a method without training, from its scores."""
+    classes, warning = _resampled_classes(benchmark), benchmark_warning(benchmark)
     return MethodResult(
         benchmark=benchmark.name,
         split=benchmark.split,
@@ -133,12 +151,15 @@ def method_result(
         n_skipped=benchmark.skipped,
         protocol=benchmark.protocol,
         metrics=means(benchmark, scores),
-        intervals=_intervals(scores.values, _labels(benchmark), seed),
+        intervals=_intervals(scores.values, _labels(benchmark), classes, seed),
         by_tag=_by_tag(benchmark, scores),
         model=model,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         versions=versions(),
         seed=seed,
+        n_classes=0 if classes is None else len(classes.unique()),
+        limits=metric_limits(benchmark),
+        warnings=(warning,) if warning else (),
     )
 
 
@@ -185,6 +206,9 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
     scored = [one.scored[0] for one in results]
     sizes = [len(one.benchmark.queries) for one in scored]
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    of_parts = [_resampled_classes(one.benchmark) for one in scored]
+    known = [classes for classes in of_parts if classes is not None]
+    classes = torch.cat(known) if len(known) == len(of_parts) else None
     galleries = [tuple(item.id for item in one.benchmark.gallery) for one in scored]
     # DTIN's domains share one gallery; FashionIQ's categories have one each.
     distinct = [galleries.index(gallery) == index for index, gallery in enumerate(galleries)]
@@ -208,14 +232,21 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
                 n_skipped=sum(one.n_skipped for one in inner),
                 protocol=replace(inner[0].protocol, note=_note_of_parts(inner)),
                 metrics={metric: 100 * average(x, labels, "macro").item() for metric, x in columns.items()},
-                intervals=_intervals(columns, labels, seed),
+                intervals=_intervals(columns, labels, classes, seed),
                 by_tag={},
                 seen_classes=tuple(sorted({name for one in inner for name in one.seen_classes})),
                 seen_images=_seen_in_parts([one.seen_images for one in inner], distinct),
+                n_classes=0 if classes is None else min(one.n_classes for one in inner),
+                limits={
+                    name: limit
+                    for name, limit in inner[0].limits.items()
+                    if all(one.limits.get(name) == limit for one in inner)
+                },
+                warnings=tuple(dict.fromkeys(warning for one in inner for warning in one.warnings)),
             )
         )
     if "trained" in values:
-        methods[-1] = replace(methods[-1], differences=_paired_differences(values, labels, seed))
+        methods[-1] = replace(methods[-1], differences=_paired_differences(values, labels, classes, seed))
     return EvaluationResult(tuple(methods))
 
 

@@ -24,6 +24,10 @@ OWN_METHODS = ("trained", "predictions")
 """Methods that a result is about; all others are baselines."""
 
 
+FEW_CLASSES = 10
+"""Intervals of fewer classes are marked."""
+
+
 @final
 @dataclass(frozen=True)
 class TagMetric:
@@ -66,7 +70,7 @@ class MethodResult:
         n_skipped: Number of items left out on request.
         protocol: How the metrics were computed.
         metrics: Metrics by name.
-        intervals: 95 % bootstrap intervals over queries, by metric.
+        intervals: 95 % bootstrap intervals over queries and their classes, by metric.
         by_tag: The primary metric by tag of the queries.
         seen_classes: Classes of the benchmark that the heads were trained on.
         seen_images: Images of the benchmark that the heads were trained on; None if that is not recorded.
@@ -77,6 +81,9 @@ class MethodResult:
         arithmetic: Device and precision; None if nothing was computed from embeddings.
         differences: Paired differences to each other method, by metric; for trained heads only.
         parts: The benchmarks that this is the mean of, if any.
+        n_classes: Number of classes of the queries, if the intervals resample these too; else 0.
+        limits: Metrics that cannot vary or cannot reach 100 % here, with a phrase on each.
+        warnings: Reasons why the metrics have no meaning.
     """
 
     benchmark: str
@@ -98,6 +105,9 @@ class MethodResult:
     arithmetic: Mapping[str, str] | None = None
     differences: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    n_classes: int = 0
+    limits: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"MethodResult({self.label})"
@@ -112,6 +122,11 @@ class MethodResult:
     def primary(self) -> str:
         """Name of the primary metric."""
         return self.protocol.primary
+
+    @property
+    def has_few_classes(self) -> bool:
+        """Whether the intervals rest on so few classes that they are rough."""
+        return 0 < self.n_classes < FEW_CLASSES
 
     @property
     def is_seen(self) -> bool:
@@ -139,6 +154,7 @@ class MethodResult:
             **{name: getattr(self, name) for name in ("model", "seconds", "versions", "seed")},
         }
         optional = {"arithmetic": self.arithmetic, "gain95": self.differences, "parts": self.parts}
+        optional |= {name: getattr(self, name) for name in ("n_classes", "limits", "warnings")}
         plain: dict[str, Any] = _plain(values | {name: value for name, value in optional.items() if value})
         return plain
 
@@ -151,7 +167,7 @@ class MethodResult:
         by_tag = values.get("by_tag", {}).items()
         gains = values.get("gain95", {}).items()
         plain = ("benchmark", "split", "method", "n_queries", "n_gallery")
-        optional = ("n_skipped", "model", "seconds", "versions", "seed", "arithmetic")
+        optional = ("n_skipped", "model", "seconds", "versions", "seed", "arithmetic", "n_classes", "limits")
         return cls(
             **{name: values[name] for name in plain},
             **{name: values[name] for name in optional if name in values},
@@ -166,6 +182,7 @@ class MethodResult:
                 for other, metrics in gains
             },
             parts=tuple(values.get("parts", ())),
+            warnings=tuple(values.get("warnings", ())),
         )
 
 

@@ -1,6 +1,7 @@
 """From embeddings, or rankings of other methods, to metrics under a benchmark's protocol."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from union_igrot.errors import DataError
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
-from union_igrot.metrics.names import parse_metric
+from union_igrot.metrics.names import ParsedMetric, parse_metric
 from union_igrot.metrics.retrieval import RetrievalMetrics
 from union_igrot.metrics.ties import TieGroups
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
@@ -56,10 +57,64 @@ class Relevance:
             subsets.append(sorted({at[name] for name in query.subset} - excluded) if query.subset else [])
         widest = max(map(len, subsets))
         subset = torch.tensor([row + [-1] * (widest - len(row)) for row in subsets]) if widest else None
-        classes = sorted({query.label for query in benchmark.queries if query.label is not None})
-        number = {label: index for index, label in enumerate(classes)}
-        numbers = [number.get(query.label, -1) if query.label is not None else -1 for query in benchmark.queries]
-        return cls(targets, exclude, subset, None if -1 in numbers else torch.tensor(numbers))
+        return cls(targets, exclude, subset, query_classes(benchmark))
+
+
+def query_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
+    """Return the class index of each query; None if a query has no class."""
+    labels = [query.label for query in benchmark.queries]
+    number = {label: index for index, label in enumerate(sorted({label for label in labels if label is not None}))}
+    return None if None in labels else torch.tensor([number[label] for label in labels if label is not None])
+
+
+def metric_limits(benchmark: Benchmark) -> dict[str, str]:
+    """Describe metrics that cannot vary, or cannot reach 100 %, whatever the ranking.
+
+    Args:
+        benchmark: The benchmark; the numbers of its candidates and relevant images decide.
+
+    Returns:
+        By name of such a metric a phrase, such as `is at most 12.0`.
+    """
+    protocol, relevance = benchmark.protocol, Relevance.of(benchmark)
+    found: dict[str, list[tuple[int, int]]] = {"gallery": [], "subset": [], "first": []}
+    for row, targets in enumerate(relevance.targets):
+        excluded, relevant = set(relevance.exclude[row]), targets.tolist()
+        count, size = sum(at not in excluded for at in relevant), len(benchmark.gallery) - len(excluded)
+        inside = [] if relevance.subset is None else [at for at in relevance.subset[row].tolist() if at >= 0]
+        within = (len(inside), len(set(inside).intersection(relevant)))
+        found["subset"].append(within)
+        found["gallery"].append(within if protocol.candidates == "subset" else (size, count))
+        found["first"].append((size, int(bool(relevant) and relevant[0] not in excluded)))
+    limits = {}
+    for name in protocol.metrics:
+        metric = parse_metric(name)
+        first = metric.family.first_target and protocol.recall_targets == "first"
+        kind = "subset" if metric.family.ranking == "subset" else "first" if first else "gallery"
+        sizes = Counter(pair for pair in found[kind] if pair[1])
+        if sizes and (limit := _limit(metric, sizes, protocol)):
+            limits[name] = limit
+    return limits
+
+
+def _limit(metric: ParsedMetric, sizes: Mapping[tuple[int, int], int], protocol: Protocol) -> str:
+    """Compare a metric of the worst and the best rankings; `sizes` counts pairs of candidates and relevant ones."""
+    options = {option: getattr(protocol, convention) for option, convention in metric.family.conventions.items()}
+    widest = max(size for size, _ in sizes)
+    rank = torch.arange(widest)
+    bounds = []
+    for size, count in sizes:
+        masks = torch.stack([(rank >= size - count) & (rank < size), rank < count])
+        values: Tensor = metric.family.function()(masks, torch.tensor([count, count]), metric.k, **options)
+        bounds.append(values)
+    lowest, highest = torch.stack(bounds).double().unbind(1)
+    weights = torch.tensor(list(sizes.values()), dtype=torch.float64)
+    mean = 100 * float((highest * weights).sum() / weights.sum())
+    if (highest - lowest).abs().max() < 1e-9:
+        return f"is always {mean:.1f}"
+    if metric.k is not None and metric.k >= widest and metric.family.cutoff == "optional":
+        return f"equals {metric.kind}"
+    return f"is at most {mean:.1f}" if (highest < 1 - 1e-4).all() else ""
 
 
 def score(

@@ -27,6 +27,8 @@ _METHOD_NAMES = {"image": "image alone", "text": "text alone", "sum": "image + t
 UNTRAINED = tuple(_METHOD_NAMES)
 """Methods that use no trained heads, without chance."""
 _PARAGRAPH, _TEXT_WIDTH, _WORDS_WIDTH = 80, 100, 36
+LIMIT_MARK, FEW_MARK = "†", "‡"
+"""Marks of metrics that cannot vary or cannot reach 100 %, and of intervals that rest on few classes."""
 _NAMED_CLASSES = 24
 _TIE_RULES = {
     "expected": "ties by expectation",
@@ -204,10 +206,12 @@ def metrics_table(result: BenchmarkResult) -> ResultTable:
     """Return every metric of every method on one benchmark, with intervals; the highest of a column is marked."""
     methods, names = result.methods, list(result.methods[0].metrics)
     best = {name: max((comparable(one.metrics[name]) for one in methods), default=0.0) for name in names}
+    limits, few = result.main.limits, FEW_MARK if result.main.has_few_classes else ""
 
     def cell(one: MethodResult, name: str) -> Cell:
-        is_best = len(methods) > 1 and comparable(one.metrics[name]) == best[name]
-        return Cell(format_percent(one.metrics[name]), format_interval(one.intervals[name]), "best" if is_best else "")
+        is_best = len(methods) > 1 and comparable(one.metrics[name]) == best[name] and name not in limits
+        bounds = format_interval(one.intervals[name]) + few
+        return Cell(format_percent(one.metrics[name]), bounds, "best" if is_best else "")
 
     rows = [
         TableRow(
@@ -218,9 +222,27 @@ def metrics_table(result: BenchmarkResult) -> ResultTable:
         for one in methods
     ]
     primary = result.protocol.primary
-    head = [Cell("method"), *(Cell(name, kind="primary" if name == primary else "") for name in names)]
+    marked = {name: name + (LIMIT_MARK if name in limits else "") for name in names}
+    head = [Cell("method"), *(Cell(marked[name], kind="primary" if name == primary else "") for name in names)]
     bold = "; bold: the highest of a column" if len(methods) > 1 else ""
-    return ResultTable(f"Percent; below each metric its 95 % bootstrap interval over queries{bold}", head, rows)
+    over = resampled_words(result.main)
+    return ResultTable(f"Percent; below each metric its 95 % bootstrap interval over {over}{bold}", head, rows)
+
+
+def resampled_words(result: MethodResult) -> str:
+    """Return what the intervals resample."""
+    return "classes and their queries" if result.n_classes else "queries"
+
+
+def mark_lines(result: MethodResult) -> list[str]:
+    """Explain the marks of metrics that are limited and of intervals that rest on few classes."""
+    lines = []
+    if result.limits:
+        limits = ", ".join(f"{name} {limit}" for name, limit in result.limits.items())
+        lines.append(f"{LIMIT_MARK} with so few candidates or relevant images {limits}")
+    if result.has_few_classes:
+        lines.append(f"{FEW_MARK} of only {result.n_classes} classes: intervals and verdicts are rough")
+    return lines
 
 
 def method_name(method: str) -> str:
@@ -295,7 +317,8 @@ def difference_lines(result: MethodResult) -> list[str]:
     lines = []
     for other, values in result.differences.items():
         amount, verdict = format_difference(values[result.primary])
-        lines.append(f"{result.method} - {method_name(other)}: {amount} {result.primary}, {verdict}")
+        few = FEW_MARK if result.has_few_classes else ""
+        lines.append(f"{result.method} - {method_name(other)}: {amount}{few} {result.primary}, {verdict}")
     return lines
 
 
@@ -318,13 +341,14 @@ def notes(result: BenchmarkResult) -> Iterator[str]:
     caption = [
         "percent",
         describe_protocol(result.protocol, parts=bool(result.parts)),
-        f"[low, high]: 95 % bootstrap interval of {main.primary} over queries",
+        f"[low, high]: 95 % bootstrap interval of {main.primary} over {resampled_words(main)}",
     ]
     if any(one.method in UNTRAINED for one in result.methods):
         caption.append(f"image alone, text alone and image + text are {untrained_words(result)}")
     if first.n_skipped:
         caption.append(f"{first.n_skipped} items left out")
     yield "; ".join(caption)
+    yield from mark_lines(main)
     if tags := tag_line(main):
         yield tags
     if main.method == "trained":
@@ -340,6 +364,8 @@ def print_results(result: EvaluationResult, console: Console | None = None) -> N
     width = min(console.width, _PARAGRAPH)
     for one in result.benchmarks:
         console.print(Text(f"{one.title} · {one.size}", style="bold"))
+        for warning in one.main.warnings:
+            console.print(Text(f"warning: {warning}", style="bold red"), width=width)
         console.print()
         print_table(metrics_table(one), console)
         if one.key[0] in result.part_names:
@@ -364,5 +390,7 @@ def as_html(result: EvaluationResult) -> str:
     for one in result.benchmarks:
         lines = [] if one.key[0] in result.part_names else [*notes(one), *difference_lines(one.main)]
         listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
-        parts.append(f"<h4>{escape(one.title)} · {one.size}</h4>{metrics_table(one).to_html()}<ul>{listed}</ul>")
+        warned = "".join(f"<p><strong>warning: {escape(warning)}</strong></p>" for warning in one.main.warnings)
+        table = metrics_table(one).to_html()
+        parts.append(f"<h4>{escape(one.title)} · {one.size}</h4>{warned}{table}<ul>{listed}</ul>")
     return "\n".join(parts)

@@ -1,7 +1,11 @@
 """Statistics of metrics over queries: bootstrap intervals, paired differences and a randomization test.
 
 The intervals are percentile bootstraps over queries (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapter 13). Arguments out of range are a ConfigError, values that are not of the same queries a DataError.
+chapter 13). If queries come in classes, classes are resampled first and then the queries within each (Davison and
+Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): queries of one class resemble each other, so that
+resampling queries alone makes intervals too narrow, most of all with few classes.
+
+Arguments out of range are a ConfigError, values that are not of the same queries a DataError.
 """
 
 from collections import defaultdict
@@ -45,6 +49,7 @@ def bootstrap_interval(
     resamples: int = 1000,
     seed: int = 0,
     labels: Int[Tensor, " queries"] | None = None,
+    classes: Int[Tensor, " queries"] | None = None,
 ) -> Interval:
     """Bound the mean of a metric by resampling the queries.
 
@@ -55,13 +60,15 @@ def bootstrap_interval(
         level: Share of resampled means between the bounds, 0..1.
         resamples: Number of resamples.
         seed: Seed of the draws.
-        labels: If given, the mean is that of the classes' means (macro). Each class is then resampled on its own and
-            keeps its size.
+        labels: If given, the mean is that of the means over queries with one label (macro). Each label is then
+            resampled on its own and keeps its size.
+        classes: If given, classes are resampled before the queries within them. If they are also the labels, the mean
+            is that of the resampled classes' means.
 
     Returns:
         The bounds, in the units of `values`.
     """
-    return bootstrap_intervals({"values": values}, level, resamples, seed, labels)["values"]
+    return bootstrap_intervals({"values": values}, level, resamples, seed, labels, classes)["values"]
 
 
 def bootstrap_intervals(
@@ -70,6 +77,7 @@ def bootstrap_intervals(
     resamples: int = 1000,
     seed: int = 0,
     labels: Int[Tensor, " queries"] | None = None,
+    classes: Int[Tensor, " queries"] | None = None,
 ) -> dict[str, Interval]:
     """Bound the means of several metrics of the same queries.
 
@@ -80,7 +88,8 @@ def bootstrap_intervals(
         level: See `bootstrap_interval`, as for the following.
         resamples: Number of resamples.
         seed: Seed of the draws.
-        labels: Classes of the queries.
+        labels: Labels of the queries.
+        classes: Classes of the queries.
 
     Returns:
         The bounds by name, in the order of `values`.
@@ -89,7 +98,8 @@ def bootstrap_intervals(
         raise ConfigError(f"invalid value for level: {level} (expected a number between 0 and 1, such as 0.95)")
     if resamples < 1:
         raise ConfigError(f"invalid value for resamples: {resamples} (expected an integer >= 1)")
-    lengths = {name: len(x) for name, x in values.items()} | ({} if labels is None else {"labels": len(labels)})
+    lengths = {name: len(x) for name, x in values.items()}
+    lengths |= {name: len(x) for name, x in (("labels", labels), ("classes", classes)) if x is not None}
     if len(set(lengths.values())) > 1:
         raise DataError(f"the metrics are not of the same queries: {lengths}; pass one value per query for each")
     # Metrics that are defined on the same queries are resampled together.
@@ -97,7 +107,7 @@ def bootstrap_intervals(
     arrays = {name: x.detach().to("cpu", torch.float64).numpy() for name, x in values.items()}
     for name, array in arrays.items():
         together[np.isnan(array).tobytes()].append(name)
-    classes = None if labels is None else labels.cpu().numpy().astype(np.int64)
+    strata, clusters = (None if x is None else x.cpu().numpy().astype(np.int64) for x in (labels, classes))
     bounds: dict[str, Interval] = {}
     for names in together.values():
         kept = ~np.isnan(arrays[names[0]])
@@ -105,7 +115,11 @@ def bootstrap_intervals(
             bounds |= dict.fromkeys(names, Interval(float("nan"), float("nan")))
             continue
         columns = [arrays[name][kept] for name in names]
-        means = _resampled_means(columns, None if classes is None else classes[kept], resamples, seed)
+        stratum = None if strata is None else strata[kept]
+        if clusters is None:
+            means = _resampled_means(columns, stratum, resamples, seed)
+        else:
+            means = _resampled_class_means(columns, clusters[kept], stratum, resamples, seed)
         edges = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1)
         bounds |= {name: Interval(float(edges[0, i]), float(edges[1, i])) for i, name in enumerate(names)}
     return {name: bounds[name] for name in values}
@@ -118,6 +132,7 @@ def paired_interval(
     resamples: int = 1000,
     seed: int = 0,
     labels: Int[Tensor, " queries"] | None = None,
+    classes: Int[Tensor, " queries"] | None = None,
 ) -> Difference:
     """Bound the mean difference of two methods over the same queries.
 
@@ -130,19 +145,24 @@ def paired_interval(
         level: See `bootstrap_interval`, as for the following.
         resamples: Number of resamples.
         seed: Seed of the draws.
-        labels: Classes of the queries.
+        labels: Labels of the queries.
+        classes: Classes of the queries.
 
     Returns:
         Mean of `first` minus `second`, and its bounds. Queries for which either is nan are left out.
     """
     gaps = _query_differences(first, second)
-    low, high = bootstrap_interval(gaps, level, resamples, seed, labels)
+    low, high = bootstrap_interval(gaps, level, resamples, seed, labels, classes)
     mean = average(gaps, None if labels is None else labels.cpu(), "micro" if labels is None else "macro")
     return Difference(float(mean), low, high)
 
 
 def randomization_test(
-    first: Float[Tensor, " queries"], second: Float[Tensor, " others"], rounds: int = 10_000, seed: int = 0
+    first: Float[Tensor, " queries"],
+    second: Float[Tensor, " others"],
+    rounds: int = 10_000,
+    seed: int = 0,
+    classes: Int[Tensor, " queries"] | None = None,
 ) -> float:
     """Return the two-sided p-value of the mean difference of two methods over the same queries.
 
@@ -155,6 +175,8 @@ def randomization_test(
         second: One value per query, of the same queries in the same order.
         rounds: Number of random sign assignments.
         seed: Seed of the draws.
+        classes: If given, the methods are exchanged for whole classes of queries, whose differences resemble each
+            other.
 
     Returns:
         The share of draws at least as far from 0 as the observed difference, the observation itself included: from
@@ -163,9 +185,12 @@ def randomization_test(
     if rounds < 1:
         raise ConfigError(f"invalid value for rounds: {rounds} (expected an integer >= 1)")
     gaps = _query_differences(first, second).numpy()
-    gaps = gaps[~np.isnan(gaps)]
-    if not len(gaps):
+    kept = ~np.isnan(gaps)
+    if not kept.any():
         raise DataError("no query has a value under both methods; compare metrics that are defined for both")
+    gaps = gaps[kept]
+    if classes is not None:
+        gaps = np.bincount(np.unique(classes.numpy()[kept], return_inverse=True)[1], weights=gaps)
     # Sums that are equal on paper differ in their last bits.
     bound = abs(gaps.sum()) - 1e-9 * np.abs(gaps).sum()
     moved = gaps[gaps != 0]
@@ -217,3 +242,46 @@ def _resampled_means(columns: list[_Floats], classes: _Ints | None, resamples: i
             else:
                 means[i, rows] = (np.add.reduceat(draws, starts, axis=1) / sizes).mean(axis=1)
     return means
+
+
+def _resampled_class_means(
+    columns: list[_Floats], classes: _Ints, strata: _Ints | None, resamples: int, seed: int
+) -> _Floats:
+    """Resample classes within each stratum, then queries within each class, and average each metric.
+
+    If the strata are the classes themselves, the classes' means are averaged. The draws do not depend on how many are
+    drawn at once.
+    """
+    macro = strata is not None and np.array_equal(strata, classes)
+    strata = np.zeros_like(classes) if strata is None or macro else strata
+    order = np.lexsort((classes, strata))
+    starts, sizes, parts = _runs(strata[order], classes[order])
+    groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
+    means = np.empty((len(columns), resamples))
+    pick, draw = (np.random.default_rng([seed, stream]) for stream in range(2))
+    step = max(1, _DRAWS_AT_ONCE // (2 * len(classes)))
+    ordered, edges = [column[order] for column in columns], np.cumsum([0, *map(len, groups[:-1])])
+    for begin in range(0, resamples, step):
+        count = min(step, resamples - begin)
+        picked = pick.random((count, len(starts)))
+        drawn = np.concatenate([g[(picked[:, g] * len(g)).astype(np.int64)] for g in groups], axis=1)
+        slots = sizes[drawn].ravel()
+        within = (draw.random(slots.sum()) * np.repeat(slots, slots)).astype(np.int64)
+        within += np.repeat(starts[drawn].ravel(), slots)
+        bounds = np.cumsum(slots) - slots
+        for i, column in enumerate(ordered):
+            sums = np.add.reduceat(column[within], bounds).reshape(drawn.shape)
+            if macro:
+                means[i, begin : begin + count] = (sums / sizes[drawn]).mean(axis=1)
+                continue
+            totals = np.add.reduceat(sums, edges, axis=1) / np.add.reduceat(sizes[drawn], edges, axis=1)
+            means[i, begin : begin + count] = totals.mean(axis=1)
+    return means
+
+
+def _runs(strata: _Ints, classes: _Ints) -> tuple[_Ints, _Ints, _Ints]:
+    """Return the start and the size of each class in sorted queries, and its stratum."""
+    new = np.ones(len(classes), np.bool_)
+    new[1:] = (classes[1:] != classes[:-1]) | (strata[1:] != strata[:-1])
+    starts = np.flatnonzero(new)
+    return starts, np.diff(np.append(starts, len(classes))), strata[starts]

@@ -14,8 +14,10 @@ from union_igrot.evaluation.tables import (
     describe_protocol,
     difference_lines,
     format_interval,
+    mark_lines,
     metrics_table,
     overlap_lines,
+    resampled_words,
     tag_line,
 )
 from union_igrot.storage.atomic import write_atomic
@@ -178,16 +180,19 @@ def _metrics(result: EvaluationResult) -> str:
 def _benchmark(result: BenchmarkResult, *, brief: bool) -> Iterator[str]:
     main = result.main
     yield f"### {', '.join(result.key)}: {main.n_queries:,} queries, {main.n_gallery:,} images\n"
+    yield from (f"**Warning: {warning}**\n" for warning in main.warnings)
     yield from (*metrics_table(result).to_markdown(), "")
     if brief:
         return
     bounds = ", ".join(f"{name} {format_interval(one)}" for name, one in main.intervals.items())
-    protocol = describe_protocol(result.protocol, parts=bool(result.parts))
-    yield f"Percent; {protocol}. In brackets 95 % bootstrap intervals over queries; of the last row: {bounds}."
+    protocol, over = describe_protocol(result.protocol, parts=bool(result.parts)), resampled_words(main)
+    yield f"Percent; {protocol}. In brackets 95 % bootstrap intervals over {over}; of the last row: {bounds}."
     yield ""
     overlap = [line.removeprefix("* ") for line in (overlap_lines(main) if main.method == "trained" else [])]
     left_out = f"{main.n_skipped} items left out" if main.n_skipped else ""
-    yield from (f"- {line}" for line in [*difference_lines(main), *overlap, tag_line(main), left_out] if line)
+    yield from (
+        f"- {line}" for line in [*difference_lines(main), *mark_lines(main), *overlap, tag_line(main), left_out] if line
+    )
     yield ""
 
 

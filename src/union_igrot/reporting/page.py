@@ -22,6 +22,7 @@ from union_igrot.evaluation.tables import (
     format_difference,
     format_interval,
     format_percent,
+    mark_lines,
     method_name,
     metrics_table,
     overlap_lines,
@@ -118,6 +119,7 @@ class _Section:
     size: str
     table: ResultTable | None
     notes: Sequence[str]
+    warnings: Sequence[str] = ()
     differences: ResultTable | None = None
     differences_note: str = ""
     groups: Sequence[QueryGroups] = ()
@@ -204,6 +206,7 @@ def _section(
         size=result.size,
         table=metrics_table(result),
         notes=list(_notes(result)),
+        warnings=main.warnings,
         differences=differences_table(main, parts) if complete else None,
         differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
         "equal or lower. The difference is paired, with its 95 % bootstrap interval.",
@@ -227,6 +230,7 @@ def _hidden_section(number: int, scored: ScoredBenchmark, builder: _ExampleBuild
 
 def _notes(result: BenchmarkResult) -> Iterator[str]:
     yield describe_protocol(result.protocol, parts=bool(result.parts))
+    yield from mark_lines(result.main)
     untrained = [method_name(one.method) for one in result.methods if one.method in UNTRAINED]
     if untrained:
         yield f"{', '.join(untrained)}: {untrained_words(result)}; chance: random rankings"

@@ -409,6 +409,7 @@ def _markdown(jobs: Sequence[SweepJob], command: str) -> Iterator[str]:
     )
     for result in _benchmarks(jobs).values():
         yield from ("", f"## {result.title}", "")
+        yield from (f"**Warning: {warning}**\n" for warning in result.main.warnings)
         for protocol in dict.fromkeys(describe_protocol(one.protocol, parts=bool(one.parts)) for one in result.methods):
             yield from (f"{result.size}; {protocol}.", "")
         yield from _benchmark_table(result, rows).to_markdown()

@@ -31,11 +31,14 @@ CIR_PROTOCOL = Protocol(
     metrics=("R@1", "R@5", "R@10", "R@50", "mAP@10", "mAP", "Rs@1", "Rs@2"),
     primary="mAP@10",
     exclude_reference=True,
+    ties="gallery order",
     note="generated world; every gallery picture whose scene obeys the sentence is a target; subsets of six as in CIRR",
 )
 SBIR_PROTOCOL = Protocol(
     metrics=("mAP", "mAP@200", "P@100", "P@200", "R@1", "R@10"),
     primary="mAP",
+    ties="gallery order",
+    classes="all",
     note="generated world; photos of the sketch's shape are targets; six of twenty shapes never sketched in training",
 )
 
