@@ -42,12 +42,15 @@ def test_rankings_of_another_method_are_shown_even_without_images(tmp_path):
     names = [int(item.id) for item in benchmark.gallery]
     answers = {query.id: names[5:55] for query in benchmark.queries}
     (tmp_path / "answers.json").write_text(json.dumps(answers))
-    settings = ["data=circo", f"data.root={tmp_path / 'data'}", "data.check_images=false", "progress=false"]
+    settings = ["data=circo", f"data.root={tmp_path / 'data'}", "progress=false"]
     evaluate([*settings, f"predictions={tmp_path / 'answers.json'}", f"output_dir={tmp_path / 'out'}"])
     text = page_of(tmp_path / "out")
     assert "the image cannot be opened" in text
     assert "<img" not in text
     assert "answers.json" in text
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["protocol"]["primary"] == "mAP@10"  # as CIRCO's server reports its aspects
+    assert set(row["by_tag"]["addition"]) == {"n_queries", "mAP@10"}
 
 
 def test_the_command_names_where_public_data_were_found(tmp_path, monkeypatch):

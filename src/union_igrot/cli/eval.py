@@ -38,7 +38,8 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
     model, checkpoint = (None, None) if config.predictions is not None else _model(config)
     folder = fresh if config.output_dir is None else expand_user(config.output_dir)
     check_writable(folder)
-    benchmarks = read_evaluated(settings["data"])
+    # Rankings of other methods are scored without images.
+    benchmarks = read_evaluated(settings["data"], check_images=config.predictions is None)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.yaml", launch.config)
     if model is None:

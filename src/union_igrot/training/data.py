@@ -43,12 +43,13 @@ def data_settings(name: str, root: str | Path | None = None, **options: Any) -> 
     return {"split": find_benchmark(name).splits[0], "check_images": True, **options, "name": name, "root": root}
 
 
-def read_benchmarks(data: Mapping[str, Any], split: str | None = None) -> list[Benchmark]:
+def read_benchmarks(data: Mapping[str, Any], split: str | None = None, *, check_images: bool = True) -> list[Benchmark]:
     """Read the benchmarks of a dataset, one per part if it has parts.
 
     Args:
         data: The settings, see `data_settings`.
         split: Another split than that of the settings.
+        check_images: Whether the images have to exist; rankings of other methods are scored without them.
     """
     split, name = split or data["split"], data["name"]
     if name == "shapes":
@@ -57,8 +58,10 @@ def read_benchmarks(data: Mapping[str, Any], split: str | None = None) -> list[B
         composed = shapes_cir(split, count, data["seed"], distractors=min(500, 2 * count))
         return [composed, shapes_sbir(split, count, data["seed"], gallery=max(count, 20))]
     if name == "folder":
-        return [folder_benchmark(expand_user(data["root"]), split, **_folder_options(data))]
-    return load_parts(name, data["root"], split, data["check_images"], **_reader_options(data))
+        root, options = expand_user(data["root"]), _folder_options(data)
+        return [folder_benchmark(root, split, check_images=check_images, **options)]
+    check_images &= data["check_images"]
+    return load_parts(name, data["root"], split, check_images, **_reader_options(data))
 
 
 def read_training(data: Mapping[str, Any]) -> tuple[TrainingSet, list[Benchmark]]:
@@ -86,9 +89,9 @@ def read_training(data: Mapping[str, Any]) -> tuple[TrainingSet, list[Benchmark]
     return triplets, validation
 
 
-def read_evaluated(data: Mapping[str, Any]) -> list[Benchmark]:
+def read_evaluated(data: Mapping[str, Any], *, check_images: bool = True) -> list[Benchmark]:
     """Return the benchmarks of the configured split; of `train` those that training holds out."""
-    return read_training(data)[1] if data["split"] == "train" else read_benchmarks(data)
+    return read_training(data)[1] if data["split"] == "train" else read_benchmarks(data, check_images=check_images)
 
 
 def mean_name(data: Mapping[str, Any]) -> str:
