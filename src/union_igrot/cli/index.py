@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from union_igrot.gallery.ingest.report import IngestReport
 
 _DELETE_ROWS = 10_000
+_NAMES = 5
+"""Names of files and folders left out that are shown."""
 _USE_RAY = "union-index uses one device of one machine; for more pass executor=ray ray.actors=N"
 
 
@@ -71,6 +73,8 @@ def _add_images(config: "DictConfig") -> None:
     from union_igrot.gallery.metadata import check_backbone_name, index_metadata, load_checkpoint, open_or_create
 
     options = IngestOptions(
+        exclude=config.exclude,
+        max_megapixels=config.max_megapixels,
         batch_size=config.batch_size,
         workers=config.workers,
         decoder=config.decoder,
@@ -83,7 +87,7 @@ def _add_images(config: "DictConfig") -> None:
         ray_address=config.ray.address,
         actors=config.ray.actors,
     )
-    listing = _list_images(config.images, shown=config.progress)
+    listing = _list_images(config.images, config.exclude, shown=config.progress)
     check_backbone_name(config.index, config.checkpoint)
     model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
     if config.executor == "local":
@@ -98,35 +102,46 @@ def _device(accelerator: str) -> "torch.device":
     return resolve_device("cuda" if accelerator == "gpu" else accelerator)
 
 
-def _list_images(images: str, *, shown: bool) -> "Listing":
+def _list_images(images: str, exclude: Sequence[str], *, shown: bool) -> "Listing":
     from union_igrot.gallery.ingest.sources import list_images
     from union_igrot.terminal import progress_bar
 
     with progress_bar(shown=shown) as bar:
         task = bar.add_task("listing images", total=None)
-        return list_images(images, lambda count: bar.update(task, completed=count))
+        return list_images(images, lambda count: bar.update(task, completed=count), exclude)
 
 
 def _print_report(report: "IngestReport", name: str, rows: int) -> None:
-    from union_igrot.terminal import TerminalConsole
+    from union_igrot.terminal import print_line
 
-    console = TerminalConsole(soft_wrap=True, highlight=False, markup=False)
     counts = ("added", "updated", "unchanged", "removed", "skipped")
-    console.print(f"{name}: {rows:,} rows; " + ", ".join(f"{getattr(report, what):,} {what}" for what in counts))
+    lines = [f"{name}: {rows:,} rows; " + ", ".join(f"{getattr(report, what):,} {what}" for what in counts)]
     if report.opened:
         reused = report.added + report.updated - report.embedded
-        console.print(
+        lines.append(
             f"{report.embedded:,} embedded, {reused:,} reused existing embeddings; "
             f"{report.rate:,.0f} images/s for {report.working:,.1f} s: "
             f"model idle for {report.decoding_wait:,.1f} s (decoding) and {report.writing_wait:,.1f} s (writing), "
             f"decoding idle for {report.decoding_idle:,.1f} s (model)"
         )
-    for path, reason in report.reasons:
-        console.print(f"  skipped {path}: {reason}")
+    if report.excluded:
+        shown = ", ".join(sorted(report.excluded)[:_NAMES]) + (", ..." if len(report.excluded) > _NAMES else "")
+        lines.append(f"{sum(report.excluded.values()):,} files and folders left out: {shown}")
+    lines += [
+        f"{kept:,} rows are kept although {folder} is empty; check that its disk is mounted, or delete the folder and "
+        "run this again"
+        for folder, kept in report.emptied.items()
+    ]
+    for source, lost in report.lost_sources.items():
+        remedy = "source = '{}'".format(source.replace("'", "''"))
+        lines.append(f'{lost:,} rows come from {source}, which no longer exists; remove="{remedy}" removes them')
+    lines += [f"  skipped {path}: {reason}" for path, reason in report.reasons]
     if report.skipped > len(report.reasons):
-        console.print(f"  and {report.skipped - len(report.reasons):,} more")
+        lines.append(f"  and {report.skipped - len(report.reasons):,} more")
     if report.skipped_file is not None:
-        console.print(f"  all of them in {report.skipped_file}")
+        lines.append(f"  all of them in {report.skipped_file}")
+    for line in lines:
+        print_line(line)
 
 
 if __name__ == "__main__":

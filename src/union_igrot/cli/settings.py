@@ -117,6 +117,12 @@ class IndexSettings:
     )
     checkpoint: str = setting("tiny", "tiny, folder of a run, hub repository, or name of a backbone (untrained)")
     weights: str | None = _weights("the checkpoint's backbone")
+    exclude: tuple[str, ...] = setting(
+        (), "patterns of files and folders to leave out, such as drafts or '*.gif'; hidden ones always are"
+    )
+    max_megapixels: float | None = setting(
+        None, "largest image in megapixels; $UNION_MAX_MEGAPIXELS or 179 if null", above=0
+    )
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
     prune: bool = setting(True, "remove rows of this source whose images are gone")
     batch_size: int = setting(256, "images per batch", low=1)

@@ -183,7 +183,8 @@ class Gallery:
                 raise DataError(
                     f"ids and columns cannot be given for {images}; pass single images, or a list file with columns"
                 )
-            listing, options = list_images(str(images)), options or IngestOptions()
+            options = options or IngestOptions()
+            listing = list_images(str(images), exclude=options.exclude)
         else:
             listing = list_additions(as_items(images), ids, columns)
             options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
@@ -208,7 +209,8 @@ class Gallery:
             Numbers of images added, updated, unchanged, removed and skipped as they cannot be read.
         """
         options = options or IngestOptions()
-        return self._ingest(list_images(str(images)), replace(options, executor=executor or options.executor))
+        listing = list_images(str(images), exclude=options.exclude)
+        return self._ingest(listing, replace(options, executor=executor or options.executor))
 
     def _ingest(self, listing: Listing, options: IngestOptions, *, wait: float = 0.1) -> IngestReport:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs

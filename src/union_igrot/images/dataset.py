@@ -39,7 +39,16 @@ Collated = TypeVar("Collated")
 
 @final
 class WorkerDiedError(UnionError):
-    """A decoding process was killed: by a lack of memory, by its time limit, or by a malicious image."""
+    """A decoding process was killed: by a lack of memory, by its time limit, or by a malicious image.
+
+    Args:
+        message: What happened.
+        timed_out: Whether its time limit did it.
+    """
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 @final
@@ -144,7 +153,7 @@ def read_batches(loader: DataLoader[Collated]) -> Iterator[Collated]:
                 raise
             timed_out = getattr(signal, "SIGVTALRM", 0)
             if timed_out and any(worker.exitcode == -timed_out for worker in getattr(batches, "_workers", ())):
-                raise WorkerDiedError(f"decoding an image took more than {TIME_LIMIT:.0f} s") from error
+                raise WorkerDiedError(f"decoding took more than {TIME_LIMIT:.0f} s", timed_out=True) from error
             raise WorkerDiedError(
                 "a decoding process was killed, probably by a lack of memory; use fewer workers or smaller images"
             ) from error

@@ -142,7 +142,7 @@ def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Imag
 
 
 def decode_image(
-    source: Path | ByteFile, at_least: int | None = None, largest: int | None = None
+    source: Path | ByteFile, at_least: int | None = None, largest: float | int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image as `open_image` does, and return its full size, too.
 

@@ -101,7 +101,45 @@ def test_an_empty_folder_is_rather_a_disk_that_is_not_there(world):
     assert len(world.index) == 1
 
 
-def test_rows_below_a_folder_that_cannot_be_read_stay(world):
+def test_rows_below_an_empty_folder_are_kept_until_the_folder_is_removed(world):
+    fill(world.pictures, ["1.png", "usb/a/2.png", "usb/b/3.png", "album/4.png"])
+    world.run()
+    shutil.rmtree(world.pictures / "album")
+    for name in ("a", "b"):
+        shutil.rmtree(world.pictures / "usb" / name)
+    report = world.run()
+    assert counts(report) == (0, 0, 1, 1, 0, 0)
+    assert report.emptied == {str(world.pictures / "usb"): 2}
+    (world.pictures / "usb").rmdir()
+    assert world.run().removed == 2
+    world.check()
+
+
+def test_sources_that_no_longer_exist_are_reported(world):
+    fill(world.pictures, ["old/1.png", "old/2.png", "c.png"])
+    world.run(world.pictures / "old")
+    (world.pictures / "old").rename(world.pictures / "new")
+    report = world.run(f"{world.pictures}/new/*.png")
+    assert report.lost_sources == {str(world.pictures / "old"): 2}
+    assert (report.added, report.embedded) == (2, 0)
+    shutil.rmtree(world.pictures / "new")
+    assert world.run(world.pictures).lost_sources == {
+        str(world.pictures / "old"): 2,
+        f"{world.pictures}/new/*.png": 2,
+    }
+
+
+def test_a_larger_limit_of_pixels_is_tried_again(world):
+    fill(world.pictures, ["1.png"])
+    (world.pictures / "large.png").write_bytes(picture(1, (50, 50)))
+    report = world.run(max_megapixels=0.001)
+    assert counts(report) == (1, 0, 0, 0, 1, 1)
+    assert "50 x 50 pixels are more than the limit" in report.reasons[0][1]
+    assert world.run().added == 1
+    world.check()
+
+
+def test_rows_below_a_folder_that_cannot_be_read_are_kept(world):
     fill(world.pictures, ["a/1.png", "b/2.png"])
     world.run()
     listing = list_images(str(world.pictures))

@@ -1,15 +1,23 @@
-"""What `images=` names: folders, patterns, lists and tar shards."""
+"""The forms of `images=`: folders, patterns, lists and tar shards."""
 
 import io
 import json
 import os
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.ingest.entries import Entry, column_value, data_entry, unify_column_types, unique_entries
+from union_igrot.gallery.ingest.entries import (
+    WEB_ADDRESS,
+    Entry,
+    column_value,
+    data_entry,
+    unify_column_types,
+    unique_entries,
+)
 from union_igrot.gallery.ingest.sources import list_images
 
 BYTES = b"not looked at here"
@@ -25,8 +33,8 @@ def names(listing, root):
     return [entry.id.removeprefix(f"{root}/") for entry in listing.entries]
 
 
-def test_a_folder_is_read_with_all_below_it_but_what_is_hidden(tmp_path):
-    for name in ("b.jpg", "a/c.png", "a/.hidden.jpg", ".git/d.jpg", "a/b/no suffix", "z/Über 雪.jpg"):
+def test_a_folder_is_read_with_its_subfolders_but_not_what_is_hidden(tmp_path):
+    for name in ("b.jpg", "a/c.png", "a/.hidden.jpg", ".git/d.jpg", "a/b/no suffix", "z/Über 雪.jpg", "@eaDir/x.jpg"):
         write(tmp_path / name)
     (tmp_path / "empty").mkdir()
     listing = list_images(f"{tmp_path}/")
@@ -36,9 +44,58 @@ def test_a_folder_is_read_with_all_below_it_but_what_is_hidden(tmp_path):
     found = (tmp_path / "b.jpg").stat()
     assert entry == Entry(str(tmp_path / "b.jpg"), str(tmp_path / "b.jpg"), found.st_size, found.st_mtime_ns)
     assert listing.unreadable == []
+    assert listing.excluded == {".hidden.jpg": 1, ".git": 1, "@eaDir": 1}
 
 
-def test_links_are_followed_but_no_folder_is_entered_twice_and_none_that_holds_the_one_asked_for(tmp_path):
+@pytest.mark.parametrize(
+    ("exclude", "left_out"),
+    [
+        (["drafts"], ["a/drafts/1.jpg", "drafts/2.jpg"]),
+        (["drafts/"], ["a/drafts/1.jpg", "drafts/2.jpg"]),
+        (["**/drafts/**"], ["a/drafts/1.jpg", "drafts/2.jpg"]),
+        (["a/drafts/**"], ["a/drafts/1.jpg"]),
+        (["*.gif", "a/b*"], ["4.gif", "a/b.jpg"]),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["", "/**/*.*"])
+def test_patterns_of_files_and_folders_are_left_out(tmp_path, exclude, left_out, pattern):
+    given = ["4.gif", "a/b.jpg", "a/drafts/1.jpg", "drafts/2.jpg", "z.jpg"]
+    for name in given:
+        write(tmp_path / name)
+    listing = list_images(f"{tmp_path}{pattern}", exclude=exclude)
+    assert sorted(names(listing, tmp_path)) == sorted(set(given) - set(left_out))
+    assert bool(listing.excluded) is bool(left_out)
+
+
+def test_lists_in_other_spellings_and_addresses(tmp_path):
+    write(tmp_path / "sub" / unicodedata.normalize("NFD", "café.jpg"))
+    text = f"sub\\{unicodedata.normalize('NFC', 'café.jpg')}\nhttps://host/a.jpg\n"
+    (tmp_path / "list.txt").write_text(text)
+    found, address = list_images(str(tmp_path / "list.txt")).entries
+    assert (found.fault, found.path) == (None, f"{tmp_path}/sub/{unicodedata.normalize('NFD', 'café.jpg')}")
+    assert (address.id, address.fault) == ("https://host/a.jpg", WEB_ADDRESS)
+    with pytest.raises(ConfigError, match="web address"):
+        list_images("https://host/a.jpg")
+
+
+def test_a_list_without_any_existing_image_is_an_error(tmp_path):
+    (tmp_path / "list.csv").write_text("path\na.jpg\nhttp://host/b.jpg\n")
+    with pytest.raises(
+        DataError, match=r"none of the 2 listed images exists \(first: .*/a\.jpg: the file is missing\)"
+    ):
+        list_images(str(tmp_path / "list.csv"))
+
+
+def test_raw_files_are_named(tmp_path):
+    write(tmp_path / "a.NEF")
+    shard(tmp_path / "b.tar", [("c.cr2", b"raw")])
+    for source in ("a.NEF", "b.tar"):
+        (entry,) = list_images(str(tmp_path / source)).entries
+        assert entry.fault.startswith("camera RAW file")
+
+
+def test_links_are_followed_but_no_folder_is_entered_twice_nor_a_parent(tmp_path):
     write(tmp_path / "outside" / "far.jpg")
     write(tmp_path / "root" / "deep" / "x.jpg")
     write(tmp_path / "beside.jpg")
@@ -62,7 +119,7 @@ def test_links_are_followed_but_no_folder_is_entered_twice_and_none_that_holds_t
     }
 
 
-def test_what_cannot_be_a_picture_is_seen_from_outside(tmp_path):
+def test_files_that_cannot_be_images_have_a_fault(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "empty.jpg").touch()
     write(tmp_path / "folder.jpg" / "inside.jpg")
@@ -73,7 +130,7 @@ def test_what_cannot_be_a_picture_is_seen_from_outside(tmp_path):
     assert faults == ["is a folder", "is not a regular file", "the file cannot be reached (embedded null byte)"]
 
 
-def test_a_folder_that_cannot_be_read_is_unseen_and_not_empty(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_listed(tmp_path, monkeypatch):
     write(tmp_path / "open" / "a.jpg")
     write(tmp_path / "shut" / "b.jpg")
     scan = os.scandir
@@ -90,7 +147,7 @@ def test_a_folder_that_cannot_be_read_is_unseen_and_not_empty(tmp_path, monkeypa
     assert listing.unreadable == [str(tmp_path / "shut")]
 
 
-def test_names_that_are_no_text_are_written_with_escapes_and_never_confused(tmp_path):
+def test_undecodable_names_are_escaped_and_never_confused(tmp_path):
     odd = os.fsdecode(b"odd \xff.jpg")
     for name in (odd, "odd \\xff.jpg", "two\nlines.jpg", " blanks "):
         (tmp_path / name).write_bytes(BYTES)
@@ -133,19 +190,19 @@ def test_patterns(tmp_path, pattern, expected):
     (tmp_path / "deep" / "loop2").symlink_to(tmp_path)
     listing = list_images(f"{tmp_path}/{pattern}")
     assert names(listing, tmp_path) == expected
-    # A name written out is asked for: where it does not exist it is listed, not passed over.
+    # A name without wildcards is listed even if it does not exist.
     there = {entry.id for entry in listing.entries if entry.fault is None}
     assert there == {f"{tmp_path}/{name}" for name in expected if (tmp_path / name).exists()}
 
 
 @pytest.mark.parametrize("images", ["nothing here", "*.nope", "{a,b}.jpg", "", "{0..9}{0..999999}.tar", "a**b/*"])
-def test_what_names_nothing_is_a_mistake(tmp_path, monkeypatch, images):
+def test_a_source_without_files_is_an_error(tmp_path, monkeypatch, images):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"give|pattern"):
         list_images(images)
 
 
-def test_a_single_picture_and_what_is_not_unpacked(tmp_path):
+def test_a_single_image_and_a_compressed_archive(tmp_path):
     picture = write(tmp_path / "a.jpg")
     assert [entry.path for entry in list_images(str(picture)).entries] == [str(picture)]
     write(tmp_path / "a.tar.gz")
@@ -153,7 +210,7 @@ def test_a_single_picture_and_what_is_not_unpacked(tmp_path):
         list_images(str(tmp_path / "a.tar.gz"))
 
 
-def test_the_home_folder_is_understood(tmp_path, monkeypatch):
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "photos" / "a.jpg")
     assert list_images("~/photos").source == str(tmp_path / "photos")
@@ -170,7 +227,14 @@ def test_a_text_list(tmp_path):
     assert [entry.fault is None for entry in listing.entries] == [True, True, True, False, False]
 
 
-def test_a_csv_list_keeps_its_columns_with_their_kinds(tmp_path):
+@pytest.fixture
+def listed(tmp_path):
+    """A folder with the image of a list; others may be missing."""
+    write(tmp_path / "a.jpg")
+    return tmp_path
+
+
+def test_a_csv_list_keeps_its_columns_with_their_types(listed, tmp_path):
     rows = ["path,label,year,share,seen,zip,note", 'a.jpg,"dog, big",2020,0.5,true,00123,']
     rows += ["b.jpg,cat,,1,False,10115,x", "c.jpg,,-3,2e3,,7,"]
     (tmp_path / "list.csv").write_text("\n".join(rows))
@@ -182,7 +246,7 @@ def test_a_csv_list_keeps_its_columns_with_their_kinds(tmp_path):
     ]
 
 
-def test_json_lines_and_parquet_keep_their_columns(tmp_path):
+def test_json_lines_and_parquet_keep_their_columns(listed, tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet  # noqa: PLC0415 - an extra
 
@@ -206,7 +270,7 @@ def test_json_lines_and_parquet_keep_their_columns(tmp_path):
     ]
 
 
-def test_lists_in_parts_agree_on_the_kinds(tmp_path):
+def test_lists_in_parts_agree_on_the_types(listed, tmp_path):
     (tmp_path / "part-0.csv").write_text("path,year\na.jpg,1999\n")
     (tmp_path / "part-1.csv").write_text("path,year\nb.jpg,1999.5\n")
     listing = list_images(f"{tmp_path}/part-*.csv")
@@ -232,13 +296,13 @@ def test_lists_in_parts_agree_on_the_kinds(tmp_path):
         ("l.jsonl", '{"path": "a.jpg", "vector": 3}\n', "reserved column name: vector"),
     ],
 )
-def test_a_list_that_is_not_what_it_says_is_one_clear_line(tmp_path, name, text, message):
+def test_an_invalid_list_is_one_clear_line(listed, tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         list_images(str(tmp_path / name))
 
 
-def test_a_damaged_parquet_file_and_one_with_bytes_are_one_clear_line(tmp_path):
+def test_an_invalid_parquet_list_is_one_clear_line(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet  # noqa: PLC0415 - an extra
 
@@ -291,7 +355,7 @@ def test_tar_shards(tmp_path):
         assert entry.path == str(tmp_path / "s-00.tar")
 
 
-def test_a_shard_that_ends_early_or_is_missing_is_unseen(tmp_path):
+def test_a_truncated_or_missing_shard_is_unreadable(tmp_path):
     whole = shard(tmp_path / "a.tar", [(f"{n}.jpg", bytes(2000)) for n in range(5)]).read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:6000])
     listing = list_images(f"{tmp_path}/{{a,b}}.tar")
@@ -303,7 +367,7 @@ def test_a_shard_that_ends_early_or_is_missing_is_unseen(tmp_path):
     assert faults[f"{tmp_path}/b.tar"] == "the shard is missing"
 
 
-def test_links_in_a_shard_are_no_pictures(tmp_path):
+def test_links_in_a_shard_have_a_fault(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         info = tarfile.TarInfo("link.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/hosts"
@@ -319,7 +383,7 @@ def test_bytes_in_memory():
         data_entry("mine", b"", {"score": 1})
 
 
-def test_columns_get_one_kind():
+def test_columns_get_one_type():
     rows = [{"a": 1, "b": True, "c": 1}, {"a": 2.5, "b": "x", "c": None}, {"b": 3}]
     unify_column_types(rows)
     assert rows == [{"a": 1.0, "b": "true", "c": 1}, {"a": 2.5, "b": "x", "c": None}, {"b": "3"}]
@@ -328,12 +392,12 @@ def test_columns_get_one_kind():
     assert column_value(float("inf")) is None
 
 
-def test_the_number_found_is_told(tmp_path):
-    (tmp_path / "l.txt").write_text("".join(f"{n}.jpg\n" for n in range(2500)))
-    told = []
-    list_images(str(tmp_path / "l.txt"), told.append)
-    assert told == [1000, 2000]
+def test_progress_is_reported(listed):
+    (listed / "l.txt").write_text("a.jpg\n" + "".join(f"{n}.jpg\n" for n in range(2500)))
+    counts = []
+    list_images(str(listed / "l.txt"), counts.append)
+    assert counts == [1000, 2000]
 
 
-def test_the_first_of_equal_entries_stays():
+def test_the_first_of_equal_entries_is_kept():
     assert unique_entries([Entry("a", "/a"), Entry("a", "/a")], "x") == [Entry("a", "/a")]

@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.ingest.decode import (
+    MAX_PIXELS,
     DecodedBatch,
     DecodedImage,
     decode_with_thumbnail,
@@ -28,8 +29,6 @@ from union_igrot.images.decode import image_fault
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
-MAX_PIXELS: Final = 2**27
-"""Pixels decoded at once, 400 MB and four times as much while they are resized."""
 _THREADS: Final = 4
 """Threads that write thumbnails, during which Pillow releases the GIL."""
 

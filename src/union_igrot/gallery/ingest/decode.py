@@ -12,17 +12,20 @@ from typing import Final, NamedTuple, final
 import numpy as np
 import torch
 from jaxtyping import UInt8, UInt64
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from union_igrot.gallery.ingest.entries import UNREACHABLE, Entry
 from union_igrot.gallery.ingest.plan import digest_prefix
 from union_igrot.images.decode import decode_image, image_fault, plain_jpeg
+from union_igrot.images.formats import describe_name
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
 THUMBNAIL_SIZE: Final = 160
 """Longest side of a thumbnail in pixels."""
+MAX_PIXELS: Final = 2**27
+"""Pixels that `JpegBatchDecoder` decodes at once, 400 MB and four times as much while they are resized."""
 _QUALITY: Final = 80
 _LARGE_FILE: Final = 2**26
 """Bytes from which a file is decoded before it is hashed, so that a video is not read to its end in vain."""
@@ -106,12 +109,18 @@ class ImageReader:
         preprocess: The model's.
         known: Sorted first 64 bits of the digests of images that need not be decoded.
         defer_jpegs: Whether plain JPEGs are left to `JpegBatchDecoder`.
+        largest: Largest number of pixels; None for `max_pixels`.
     """
 
     def __init__(
-        self, preprocess: Preprocess, known: UInt64[np.ndarray, " digests"] | None = None, *, defer_jpegs: bool = False
+        self,
+        preprocess: Preprocess,
+        known: UInt64[np.ndarray, " digests"] | None = None,
+        *,
+        defer_jpegs: bool = False,
+        largest: float | int | None = None,
     ) -> None:
-        self.preprocess, self.known, self._defer_jpegs = preprocess, known, defer_jpegs
+        self.preprocess, self.known, self.largest, self._defer_jpegs = preprocess, known, largest, defer_jpegs
         self._to_pixels = ImageToPixels(preprocess)
         self._shard: io.BufferedReader | None = None
         self._idle_since: float | None = None
@@ -125,6 +134,8 @@ class ImageReader:
             return self._read_image(entry)
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
             fault = image_fault(error)
+            if isinstance(error, UnidentifiedImageError):  # a name says more than bytes that nobody knows
+                fault = describe_name(entry.id) or fault
             # An error of the system, such as a failing disk or a lack of memory, says nothing about the image.
             temporary = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
             return DecodedImage(reason=f"{UNREACHABLE} ({fault})" if temporary else fault), None
@@ -152,14 +163,14 @@ class ImageReader:
         digest = hashlib.sha256(data).hexdigest()[:32]
         if self._is_known(digest):
             return DecodedImage(digest), None
-        if self._defer_jpegs and (count := plain_jpeg(data)) is not None:
+        if self._defer_jpegs and (count := plain_jpeg(data)) is not None and count <= MAX_PIXELS:
             return DecodedImage(digest, jpeg=(count, len(data))), data
-        (width, height), thumbnail, pixels = decode_with_thumbnail(data, self._to_pixels)
+        (width, height), thumbnail, pixels = decode_with_thumbnail(data, self._to_pixels, self.largest)
         return DecodedImage(digest, width, height, thumbnail), pixels
 
     def _read_large(self, entry: Entry) -> tuple[DecodedImage, Tensor]:
         """Decode before hashing, which fails at once if it is no image; hash without reading all bytes into memory."""
-        image, (width, height) = decode_image(Path(entry.path), self.preprocess.size)
+        image, (width, height) = decode_image(Path(entry.path), self.preprocess.size, self.largest)
         with open(entry.path, "rb") as file:  # noqa: PTH123 - undecodable bytes in a name
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
         return DecodedImage(digest, width, height, make_thumbnail(image)), self._to_pixels(image)
@@ -187,13 +198,14 @@ class ImageReader:
 
 
 def decode_with_thumbnail(
-    data: bytes, to_pixels: ImageToPixels
+    data: bytes, to_pixels: ImageToPixels, largest: float | int | None = None
 ) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
     """Decode an image with Pillow.
 
     Args:
         data: The bytes of a file.
         to_pixels: The model's.
+        largest: Largest number of pixels; None for `max_pixels`.
 
     Returns:
         Width and height, a thumbnail, and the pixels for the model.
@@ -201,10 +213,10 @@ def decode_with_thumbnail(
     Raises:
         Exception: Nearly any, if the file is broken.
     """
-    image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size)
+    image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size, largest)
     large = image
     if max(image.size) < min(THUMBNAIL_SIZE, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
-        large, _ = decode_image(io.BytesIO(data), THUMBNAIL_SIZE)
+        large, _ = decode_image(io.BytesIO(data), THUMBNAIL_SIZE, largest)
     return size, make_thumbnail(large), to_pixels(image)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from union_igrot.errors import DataError
+from union_igrot.images.formats import describe_name, is_raw
 
 UserValue = str | int | float | bool | None
 """A value of a user's column."""
@@ -20,6 +21,7 @@ OWN_COLUMNS: Final = frozenset({"hash", "size", "mtime", "width", "height", "thu
 ADDED_SOURCE: Final = "added"
 """Value of the column `source` for an image that was added alone, not with a folder or list."""
 FILE_MISSING: Final = "the file is missing"
+WEB_ADDRESS: Final = "is a web address; download the image and list its path"
 IS_FOLDER: Final = "is a folder"
 UNREACHABLE: Final = "the file cannot be reached"
 """Prefix of faults that may be temporary; such an image is tried again at the next run."""
@@ -62,11 +64,13 @@ class Listing:
         source: The folder, pattern or list, resolved, or a name chosen by the caller.
         entries: The images, with unique ids.
         unreadable: Folders and shards that could not be read completely. Images listed before may still exist there.
+        excluded: How many files and folders were left out, by name: hidden, of the system, or by `exclude`.
     """
 
     source: str
     entries: Sequence[Entry]
     unreadable: Sequence[str] = ()
+    excluded: Mapping[str, int] = field(default_factory=dict)
 
 
 def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os.stat_result | None = None) -> Entry:
@@ -90,6 +94,8 @@ def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os
         fault = IS_FOLDER if stat.S_ISDIR(found.st_mode) else "is not a regular file"
     elif found.st_size == 0:
         fault = "is empty (0 bytes)"
+    elif is_raw(path):
+        fault = describe_name(path)
     return Entry(path_as_text(path), path, found.st_size, found.st_mtime_ns, columns=columns or {}, fault=fault)
 
 

@@ -27,7 +27,7 @@ from union_igrot.gallery.engines.factory import MEMORY, local_path
 from union_igrot.gallery.ingest.codec import JpegBatchDecoder, require_codec
 from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
 from union_igrot.gallery.ingest.entries import Entry, Listing
-from union_igrot.gallery.ingest.plan import find_broken, find_gone, make_plan, read_index
+from union_igrot.gallery.ingest.plan import find_broken, find_gone, find_lost_sources, make_plan, read_index
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport, SkippedFile
 from union_igrot.gallery.ingest.writer import RowWriter
 from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, read_batches
@@ -106,7 +106,7 @@ def ingest_images(
             bar.update(task, description="embedding images", completed=done, total=total)
 
         rows = read_index(index, listing, prune=options.prune)
-        gone = find_gone(listing, rows.by_id) if options.prune else []
+        gone, emptied = find_gone(listing, rows.by_id) if options.prune else ([], {})
         skipped = SkippedFile(skipped_file, listing.source)
         plan = make_plan(listing, rows.by_id, skipped.own)
         if plan.skip and options.on_broken == "fail":
@@ -144,6 +144,9 @@ def ingest_images(
         writing_wait=writer.waited,
         skipped_file=skipped_file if broken else None,
         reasons=tuple(broken.items())[:EXAMPLES],
+        excluded=listing.excluded,
+        emptied=emptied,
+        lost_sources=find_lost_sources(rows.sources),
     )
 
 
@@ -220,7 +223,8 @@ def decode_entries(
     device = model.device
     workers = max(1, default_workers(device)) if options.workers is None else options.workers
     codec = options.decoder == "torchcodec" and known is not None
-    reader = ImageReader(model.preprocess, known, defer_jpegs=codec)
+    largest = None if options.max_megapixels is None else options.max_megapixels * 1e6
+    reader = ImageReader(model.preprocess, known, defer_jpegs=codec, largest=largest)
     batches = _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
     return _decode_ahead(batches, JpegBatchDecoder(model.preprocess, device), timings) if codec else batches
 
@@ -287,13 +291,14 @@ def _read_parts(
 def _read_one_by_one(reader: ImageReader, entries: Sequence[Entry]) -> DecodedBatch:
     """Decode images in a process that may die; an image that kills it is broken."""
     found: list[DecodedBatch] = []
-    reader = ImageReader(reader.preprocess, reader.known)
+    reader = ImageReader(reader.preprocess, reader.known, largest=reader.largest)
     while len(found) < len(entries):
         try:
             # `+=` keeps what came before an error; with one image ahead the next one is at work.
             found += read_batches(_loader(reader, [[entry] for entry in entries[len(found) :]], 1, False, 1))
-        except WorkerDiedError:
+        except WorkerDiedError as error:
             reason = "decoding it ended the process; it may be too large for the memory, or malicious"
+            reason = str(error) if error.timed_out else reason
             found.append(reader.collate([(DecodedImage(reason=reason), None)]))
     pixels = torch.cat([one.pixels for one in found])
     return DecodedBatch([image for one in found for image in one.images], pixels)

@@ -1,8 +1,12 @@
 """Compare the images of a source with the rows of an index. No image is opened."""
 
 import hashlib
+import os
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final, NamedTuple, final
 
 import numpy as np
@@ -63,10 +67,12 @@ class IndexedRows:
     Attributes:
         by_id: The rows of the present source and of its entries.
         digests: Sorted first 64 bits of the digests of all rows that were read.
+        sources: Number of rows by source, of all rows that were read.
     """
 
     by_id: dict[str, IndexedImage]
     digests: UInt64[np.ndarray, " digests"]
+    sources: Mapping[str, int]
 
 
 @final
@@ -106,18 +112,20 @@ def read_index(index: VectorIndex, listing: Listing, *, prune: bool = True) -> I
     users = [name for name in kinds if name not in OWN_COLUMNS]
     listed = {entry.id for entry in listing.entries}
     by_id: dict[str, IndexedImage] = {}
+    sources: Counter[str] = Counter()
     digests = [np.empty(0, dtype=np.uint64)]
     where = match_any("id", listed) if listed and len(listed) <= SMALL_ADDITION and not prune else None
     for batch in index.scan(["id", "size", "mtime", "hash", "source", *users], where) if len(index) else ():
         digests.append(np.array([digest_prefix(str(one)) for one in batch["hash"] if one], dtype=np.uint64))
         for at, name in enumerate(batch["id"]):
             source = str(batch["source"][at] or "")
+            sources[source] += 1
             own = source == listing.source
             if own or name in listed:
                 columns = {user: batch[user][at] for user in users if batch[user][at] is not None}
                 size, mtime = int(batch["size"][at] or 0), int(batch["mtime"][at] or 0)
                 by_id[str(name)] = IndexedImage(size, mtime, str(batch["hash"][at] or ""), source, own, columns)  # type: ignore[arg-type]
-    return IndexedRows(by_id, np.unique(np.concatenate(digests)))
+    return IndexedRows(by_id, np.unique(np.concatenate(digests)), sources)
 
 
 def digest_prefix(digest: str) -> int:
@@ -151,8 +159,12 @@ def make_plan(listing: Listing, rows: Mapping[str, IndexedImage], skipped_before
     return plan
 
 
-def find_gone(listing: Listing, rows: Mapping[str, IndexedImage]) -> list[str]:
-    """Return the ids of this source's rows whose image no longer exists; not of those that cannot be reached.
+def find_gone(listing: Listing, rows: Mapping[str, IndexedImage]) -> tuple[list[str], dict[str, int]]:
+    """Find the rows of this source whose image no longer exists; not of those that cannot be reached.
+
+    Returns:
+        Their ids; and the number of rows by folder that are not among them, as the folder exists but is empty: more
+        likely an unmounted disk than the removal of all images.
 
     Raises:
         DataError: If the source is empty: more likely an unmounted disk than the removal of all images.
@@ -165,7 +177,38 @@ def find_gone(listing: Listing, rows: Mapping[str, IndexedImage]) -> list[str]:
             f"{listing.source} is empty, but {len(own):,} rows of the index come from it; check that its disk is "
             "mounted. To remove its rows use remove=FILTER, to keep them prune=false"
         )
-    return [name for name in own if name not in existing and not name.startswith(unreadable)]
+    gone, emptied = [], Counter[str]()
+    empty = cache(_empty_folder)
+    for name in own:
+        if name in existing or name.startswith(unreadable):
+            continue
+        folder = empty(os.path.dirname(name))  # noqa: PTH120 - a member's name ends in its own way
+        if folder:
+            emptied[folder] += 1
+        else:
+            gone.append(name)
+    return gone, dict(emptied)
+
+
+def _empty_folder(path: str) -> str:
+    """Return the innermost folder of a path that exists, if it is empty; otherwise an empty text."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)  # noqa: PTH120
+    try:
+        return "" if os.listdir(path) else path  # noqa: PTH208
+    except OSError:  # a shard
+        return ""
+
+
+def find_lost_sources(sources: Mapping[str, int]) -> dict[str, int]:
+    """Return the sources that no longer exist, renamed or not mounted, with their numbers of rows."""
+    lost = {}
+    for source, rows in sources.items():
+        fixed = re.split(r"[*?\[{]", source)[0]  # of a pattern, the part before it
+        path = source if fixed == source else os.path.dirname(fixed)  # noqa: PTH120
+        if os.path.isabs(source) and not os.path.lexists(path) and not os.path.lexists(source):  # noqa: PTH117
+            lost[source] = rows
+    return lost
 
 
 def find_broken(skips: Iterable[SkippedImage], rows: Mapping[str, IndexedImage]) -> list[str]:

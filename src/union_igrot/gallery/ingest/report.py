@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
@@ -40,6 +40,8 @@ class IngestOptions:
         executor: `local`, on the device of the model, or `ray`, on the actors of a Ray cluster.
         ray_address: Address of the cluster, `auto` for one that runs on this machine; None starts a local one.
         actors: Number of Ray actors; None for one per GPU, or one per two CPU cores without GPUs.
+        exclude: Patterns of files and folders in a folder that are left out, see `list_images`.
+        max_megapixels: Largest image in 10^6 pixels; None for `$UNION_MAX_MEGAPIXELS` or 179.
 
     Raises:
         ConfigError: If a value is invalid.
@@ -56,6 +58,8 @@ class IngestOptions:
     executor: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     actors: int | None = None
+    exclude: Sequence[str] = ()
+    max_megapixels: float | int | None = None
 
     def __post_init__(self) -> None:
         """Validate the values."""
@@ -65,6 +69,8 @@ class IngestOptions:
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None and count < least:
                 raise ConfigError(f"invalid value for {name}: {count} (expected an integer >= {least})")
+        if self.max_megapixels is not None and not self.max_megapixels > 0:
+            raise ConfigError(f"invalid value for max_megapixels: {self.max_megapixels} (expected a number above 0)")
 
 
 @final
@@ -87,6 +93,9 @@ class IngestReport:
         writing_wait: How long the model was idle, waiting for rows to be written.
         skipped_file: List of the images that cannot be read, with reasons; None for an index in memory.
         reasons: The first of them, id and reason.
+        excluded: Files and folders that were left out, see `Listing`.
+        emptied: Rows that were kept by folder: it exists, but is empty, as if its disk were not mounted.
+        lost_sources: Rows by source, of other sources that no longer exist.
     """
 
     added: int = 0
@@ -103,12 +112,15 @@ class IngestReport:
     writing_wait: float = 0.0
     skipped_file: Path | None = None
     reasons: tuple[tuple[str, str], ...] = ()
+    excluded: Mapping[str, int] = field(default_factory=dict)
+    emptied: Mapping[str, int] = field(default_factory=dict)
+    lost_sources: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Show what differs from the defaults."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         values = {name: round(value, 2) if isinstance(value, float) else value for name, value in values.items()}
-        shown = (f"{name}={value!r}" for name, value in values.items() if value not in (0, None, ()))
+        shown = (f"{name}={value!r}" for name, value in values.items() if value not in (0, None, (), {}))
         return f"IngestReport({', '.join(shown)})"
 
     @property

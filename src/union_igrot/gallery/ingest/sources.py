@@ -1,5 +1,6 @@
 """Expand `images=` into entries: folders, patterns, list files and WebDataset tar shards. No image is opened."""
 
+import fnmatch
 import importlib.util
 import itertools
 import json
@@ -7,13 +8,17 @@ import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.ingest.entries import (
+    FILE_MISSING,
     RESERVED_COLUMNS,
+    WEB_ADDRESS,
     Entry,
     Listing,
     UserValue,
@@ -25,7 +30,8 @@ from union_igrot.gallery.ingest.entries import (
     unify_column_types,
     unique_entries,
 )
-from union_igrot.storage.paths import absolute_path
+from union_igrot.images.formats import describe_name, is_ignored, is_raw
+from union_igrot.storage.paths import absolute_path, find_path, is_web_address
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines
 
 SOURCE_FORMS: Final = (
@@ -47,45 +53,84 @@ _ListedImage = tuple[str, dict[str, Any]]
 """A path as written in a list, and the other columns of its line."""
 
 
-def list_images(images: str, on_progress: Callable[[int], None] | None = None) -> Listing:
+@final
+class _Exclusions:
+    """Decides which files and folders are left out, and counts them by name.
+
+    Args:
+        patterns: See `list_images`.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.counts: Counter[str] = Counter()
+        patterns = [pattern.rstrip("/").removesuffix("/**") for pattern in patterns]
+        patterns += [pattern[3:] for pattern in patterns if pattern.startswith("**/")]
+        self._names = re.compile("|".join(fnmatch.translate(one) for one in patterns if "/" not in one) or r"(?!)")
+        self._paths = re.compile("|".join(fnmatch.translate(one) for one in patterns if "/" in one) or r"(?!)")
+
+    def leaves_out(self, name: str, path: str, *, hidden_allowed: bool = False) -> bool:
+        """Return whether a file or folder is left out, given its name and its path relative to the folder."""
+        found = bool(self._names.match(name) or self._paths.match(path))
+        found = found or (is_ignored(name) and not (hidden_allowed and name.startswith(".")))
+        self.counts[path_as_text(name)] += found
+        return found
+
+
+def list_images(images: str, on_progress: Callable[[int], None] | None = None, exclude: Sequence[str] = ()) -> Listing:
     """List the images of a source.
 
-    Hidden files are left out. Links are followed, but no folder is entered twice, nor one that contains the folder
-    to be listed.
+    Hidden files and folders, and those of storage devices such as `@eaDir` and `#recycle`, are left out. Links are
+    followed, but no folder is entered twice, nor one that contains the folder to be listed.
 
     Args:
         images: See `SOURCE_FORMS`.
         on_progress: Called now and then with the number of images found so far.
+        exclude: Patterns of files and folders to leave out of a folder or pattern. One without `/` is compared with
+            each name; any other with the path within the folder, in which `*` also stands for `/`.
 
     Raises:
         ConfigError: If nothing matches.
-        DataError: If a list is malformed.
+        DataError: If a list is malformed, or none of its images exists.
     """
     if not images:
         raise ConfigError(f"images is empty; give {SOURCE_FORMS}")
-    path = absolute_path(images)
+    if is_web_address(images):
+        raise ConfigError(f"images={images} is a web address; download the images and give {SOURCE_FORMS}")
+    path = find_path(absolute_path(images))
     unreadable: list[Entry] = []
-    is_folder = os.path.isdir(path)  # noqa: PTH112
-    found = _walk(path, unreadable) if is_folder else _read_files(_expand(path, images), unreadable)
+    exclusions = _Exclusions(exclude)
+    if os.path.isdir(path):  # noqa: PTH112
+        found = _walk(path, unreadable, exclusions)
+    else:
+        found = _read_files(_expand(path, images, exclusions), unreadable)
     entries = []
     for entry in itertools.chain(found, unreadable):
         entries.append(entry)
         if on_progress is not None and len(entries) % _REPORT_EVERY == 0:
             on_progress(len(entries))
     unify_column_types([entry.columns for entry in entries if entry.columns])
-    return Listing(path_as_text(path), unique_entries(entries, images), [entry.id for entry in unreadable])
+    excluded = {name: count for name, count in exclusions.counts.items() if count}
+    entries = unique_entries(entries, images)
+    return Listing(path_as_text(path), entries, [entry.id for entry in unreadable], excluded)
 
 
 def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry]:
     """List the contents of files: shards, lists (if all files are lists), or the images themselves."""
     suffixes = [Path(file).suffix.lower() for file in files]
     all_lists = all(suffix in _LIST_READERS for suffix in suffixes)
+    if all_lists:
+        listed = [entry for file in files for entry in _read_list(file)]
+        if listed and all(entry.fault in (FILE_MISSING, WEB_ADDRESS) for entry in listed):
+            raise DataError(
+                f"{path_as_text(files[0])}: none of the {len(listed):,} listed images exists (first: {listed[0].id}: "
+                f"{listed[0].fault}); give absolute paths, or paths relative to the folder of the list"
+            )
+        yield from listed
+        return
     for file, suffix in zip(files, suffixes, strict=True):
         if file.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
             raise ConfigError(f"{path_as_text(file)}: compressed tar files cannot be read by member; decompress it")
-        if all_lists:
-            yield from _read_list(file)
-        elif suffix == ".tar":
+        if suffix == ".tar":
             entries, fault = _read_shard(file)
             if fault:
                 unreadable.append(Entry(path_as_text(file), file, fault=fault))
@@ -97,7 +142,7 @@ def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry
 # Folders and patterns
 
 
-def _walk(root: str, unreadable: list[Entry]) -> Iterator[Entry]:
+def _walk(root: str, unreadable: list[Entry], exclusions: _Exclusions) -> Iterator[Entry]:
     """List a folder recursively, its own subfolders before those that links lead to."""
     real_root = os.path.realpath(root)
     seen: set[tuple[int, int]] = set()
@@ -113,7 +158,7 @@ def _walk(root: str, unreadable: list[Entry]) -> Iterator[Entry]:
                 if (about.st_dev, about.st_ino) in seen:
                     continue
                 seen.add((about.st_dev, about.st_ino))
-                files, folders, links = _list_folder(folder)
+                files, folders, links = _list_folder(folder, root, exclusions)
             except OSError as error:
                 reason = f"the folder cannot be read ({error.strerror})"
                 unreadable.append(Entry(path_as_text(folder), folder, fault=reason))
@@ -123,12 +168,14 @@ def _walk(root: str, unreadable: list[Entry]) -> Iterator[Entry]:
             starts += links
 
 
-def _list_folder(folder: str) -> tuple[list[Entry], list[str], list[str]]:
+def _list_folder(folder: str, root: str, exclusions: _Exclusions) -> tuple[list[Entry], list[str], list[str]]:
     """Return the files of a folder, its subfolders, and the links to folders in it."""
     files, folders, links = [], [], []
     with os.scandir(folder) as found:
-        visible = sorted((item for item in found if not item.name.startswith(".")), key=lambda item: item.name)
-    for item in visible:
+        items = sorted(found, key=lambda item: item.name)
+    for item in items:
+        if exclusions.leaves_out(item.name, item.path[len(root) :].lstrip("/")):
+            continue
         if item.is_dir(follow_symlinks=False):
             folders.append(item.path)
         elif item.is_symlink() and os.path.isdir(item.path):  # noqa: PTH112
@@ -141,7 +188,7 @@ def _list_folder(folder: str) -> tuple[list[Entry], list[str], list[str]]:
     return files, folders, links
 
 
-def _expand(path: str, images: str) -> list[str]:
+def _expand(path: str, images: str, exclusions: _Exclusions) -> list[str]:
     """Return the files that a path or pattern matches."""
     if os.path.lexists(path):
         return [path]
@@ -149,7 +196,7 @@ def _expand(path: str, images: str) -> list[str]:
     missing: dict[str, None] = {}
     for pattern in _expand_braces(path, images):
         plain = os.path.lexists(pattern) or not re.search(r"[*?\[]", pattern)
-        matches = [pattern] if plain else _glob(pattern, images)
+        matches = [pattern] if plain else _glob(pattern, images, exclusions)
         found |= dict.fromkeys(matches)
         missing |= dict.fromkeys(match for match in matches if plain and not os.path.lexists(match))
     if len(found) == len(missing):
@@ -157,7 +204,7 @@ def _expand(path: str, images: str) -> list[str]:
     return list(found)  # a written-out name that does not exist is listed as missing
 
 
-def _glob(pattern: str, images: str) -> list[str]:
+def _glob(pattern: str, images: str, exclusions: _Exclusions) -> list[str]:
     """Return the files that match a pattern, in order; `**` does not follow links, which avoids loops."""
     parts = pattern.split("/")
     wild = next(at for at, part in enumerate(parts) if re.search(r"[*?\[]", part))
@@ -170,12 +217,13 @@ def _glob(pattern: str, images: str) -> list[str]:
     except (ValueError, NotImplementedError, IndexError, re.error) as error:
         raise ConfigError(f"images={path_as_text(images)}: invalid pattern ({error}); give {SOURCE_FORMS}") from None
     prefix = len(root.rstrip("/")) + 1
-    return [
-        path
-        for path in found
-        if not os.path.isdir(path)  # noqa: PTH112
-        and (hidden_allowed or not any(part.startswith(".") for part in path[prefix:].split("/")))
-    ]
+
+    def left_out(path: str) -> bool:
+        names = path[prefix:].split("/")
+        within = itertools.accumulate(names, "{}/{}".format)
+        return any(map(partial(exclusions.leaves_out, hidden_allowed=hidden_allowed), names, within))
+
+    return [path for path in found if not os.path.isdir(path) and not left_out(path)]  # noqa: PTH112
 
 
 def _expand_braces(pattern: str, images: str) -> Iterator[str]:
@@ -205,21 +253,25 @@ def _expand_braces(pattern: str, images: str) -> Iterator[str]:
 # relative to the folder of the list.
 
 
-def _read_list(path: str) -> list[Entry]:
-    reader = _LIST_READERS[Path(path).suffix.lower()]
-    folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120 - undecodable bytes
+def _read_list(file: str) -> list[Entry]:
+    reader = _LIST_READERS[Path(file).suffix.lower()]
+    folder = os.path.dirname(os.path.abspath(file))  # noqa: PTH100, PTH120 - undecodable bytes
     try:
-        rows = list(reader(path))
+        rows = list(reader(file))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
+        raise DataError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
     entries = []
     for name, values in rows:
-        check_column_names(values, path)
+        check_column_names(values, file)
         try:
             columns = {column: column_value(value) for column, value in values.items()}
         except DataError as error:
-            raise DataError(f"{path}: a column {error}; remove it from the list") from None
-        entries.append(file_entry(os.path.abspath(os.path.join(folder, name)), columns))  # noqa: PTH100, PTH118
+            raise DataError(f"{file}: a column {error}; remove it from the list") from None
+        if is_web_address(name):
+            entries.append(Entry(path_as_text(name), columns=columns, fault=WEB_ADDRESS))
+        else:
+            path = os.path.abspath(find_path(os.path.join(folder, name)))  # noqa: PTH100, PTH118
+            entries.append(file_entry(path, columns))
     return entries
 
 
@@ -332,7 +384,7 @@ def _read_shard(path: str) -> tuple[list[Entry], str | None]:
 def _visible_members(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in shard:
         shard.members = []  # type: ignore[attr-defined] # it would keep every member in memory
-        hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+        hidden = any(map(is_ignored, member.name.removeprefix("./").split("/")))
         if not member.isdir() and not hidden:
             yield member
 
@@ -340,7 +392,9 @@ def _visible_members(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _member_fault(member: tarfile.TarInfo) -> str | None:
     if not member.isreg() or member.sparse is not None:
         return "is not a regular member of its shard"
-    return None if member.size else "is empty (0 bytes)"
+    if not member.size:
+        return "is empty (0 bytes)"
+    return describe_name(member.name) if is_raw(member.name) else None
 
 
 def _add_columns(

@@ -237,6 +237,6 @@ class RowWriter:
 
 
 def _skipped_image(entry: Entry, reason: str | None) -> SkippedImage:
-    """Describe a broken image; one that could not be reached is tried again at the next run."""
-    temporary = (reason or "").startswith(UNREACHABLE)
+    """Describe a broken image; one that could not be reached, or whose reason can be removed, is tried again."""
+    temporary = any(mark in (reason or "") for mark in (UNREACHABLE, "pip install", "max_megapixels"))
     return SkippedImage(entry.id, reason or "", 0 if temporary else entry.size, 0 if temporary else entry.mtime)
