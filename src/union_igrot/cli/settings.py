@@ -113,22 +113,18 @@ class IndexSettings:
     )
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
     remove: str | None = setting(
-        None, "instead of images: filter of rows to remove, such as id like '/photos/old/%'", verbatim=True
+        None, "filter of rows to remove, such as id like '/photos/old/%'", verbatim=True
     )
     checkpoint: str = setting("tiny", "tiny, folder of a run, hub repository, or name of a backbone (untrained)")
     weights: str | None = _weights("the checkpoint's backbone")
-    exclude: tuple[str, ...] = setting(
-        (), "patterns of files and folders to leave out, such as drafts or '*.gif'; hidden ones always are"
-    )
-    max_megapixels: float | None = setting(
-        None, "largest image in megapixels; $UNION_MAX_MEGAPIXELS or 179 if null", above=0
-    )
+    exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
+    max_megapixels: float | None = setting(None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0)
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
     prune: bool = setting(True, "remove rows of this source whose images are gone")
     batch_size: int = setting(256, "images per batch", low=1)
     workers: int | None = _workers()
     executor: Literal["local", "ray"] = setting(
-        "local", "local: one device of this machine, or ray: actors of a Ray cluster, one per GPU"
+        "local", "local: one device of this machine, or ray: actors of a cluster"
     )
     ray: RaySettings = field(default_factory=RaySettings)
     decoder: Literal["pillow", "torchcodec"] = setting("pillow", "decoder of JPEGs: pillow, or torchcodec on the GPU")
