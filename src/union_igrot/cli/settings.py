@@ -112,9 +112,7 @@ class IndexSettings:
         None, 'a folder, a pattern ("photos/**/*.jpg"), a list file, or tar shards ("s-{0000..0009}.tar")'
     )
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
-    remove: str | None = setting(
-        None, "filter of rows to remove, such as id like '/photos/old/%'", verbatim=True
-    )
+    remove: str | None = setting(None, "filter of rows to remove, such as id like '/photos/old/%'", verbatim=True)
     checkpoint: str = setting("tiny", "tiny, folder of a run, hub repository, or name of a backbone (untrained)")
     weights: str | None = _weights("the checkpoint's backbone")
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
