@@ -5,10 +5,13 @@ import shutil
 import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, canonicalize_text
+from PIL import Image
 from torch.nn import functional as F
-from transformers import BlipForImageTextRetrieval, CLIPModel, SiglipModel
+from transformers import BlipForImageTextRetrieval, CLIPImageProcessor, CLIPModel, SiglipModel
 
+from small_backbones import write_notes
 from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.backbones import base
 from union_igrot.models.backbones.hf import canonicalize, load_hf, load_tokenizer
 from union_igrot.models.factory import build_backbone
@@ -100,6 +103,49 @@ def test_the_preprocessing_is_the_folders_but_for_the_recipe_of_blip(blip_folder
     assert load_hf("hf:a/b", blip_folder).preprocess == Preprocess(32, mean, std, fit="squash")
     assert load_hf("siglip2", siglip_folder).preprocess == Preprocess(32, mean, std, "squash", "bilinear")
     assert load_hf("hf:a/b", clip_folder).preprocess == Preprocess(32, mean, std, fit="crop")
+
+
+SIZE, CROP = {"height": 32, "width": 32}, {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 32}, **CROP},
+        {"size": 32, **CROP},
+        {"size": SIZE, **CROP},
+        {"size": SIZE},
+        {"size": SIZE, "do_normalize": False},
+        {"size": {"shortest_edge": 32}, "resample": 2, **CROP},
+    ],
+)
+def test_preprocessing_equals_that_of_transformers(clip_folder, tmp_path, settings):
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    write_notes(folder, **settings)
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    image = Image.effect_noise((48, 40), 60).convert("RGB")
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    found = ImageToTensor(load_hf("hf:a/b", folder).preprocess)(image)
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": {"shortest_edge": 40}, **CROP}, r"has size {'shortest_edge': 40}, which .* \(expected 32"),
+        ({"size": 40}, "has size 40"),
+        ({"size": {"height": 32, "width": 64}}, "has size"),
+        ({"size": SIZE, "do_center_crop": True, "crop_size": 24}, "has crop_size 24"),
+        ({"do_rescale": False}, "does not rescale"),
+        ({"rescale_factor": 0.5}, "does not rescale"),
+        ({"do_resize": False}, "does not resize"),
+    ],
+)
+def test_preprocessing_that_is_not_supported_is_an_error(clip_folder, tmp_path, settings, message):
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    write_notes(folder, **settings)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf("hf:a/b", folder)
 
 
 def test_a_tokenizer_may_be_a_vocabulary(blip_folder):

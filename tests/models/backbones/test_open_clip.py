@@ -216,8 +216,13 @@ def test_a_folder_without_its_files_is_named(open_clip_folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no weights; put one of open_clip_model\.safetensors"):
         load_open_clip("base", tmp_path)
     folder = shutil.copytree(open_clip_folder, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match="is a model of OpenCLIP; use the backbone open_clip:<any name> with it"):
+        build_backbone("hf:some/clip", folder)
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"cannot read .*open_clip_config\.json"):
+        load_open_clip("base", folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a model of transformers; use the backbone hf:<any name> with it"):
         load_open_clip("base", folder)
 
 
@@ -332,7 +337,7 @@ def test_a_repository_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
 def test_a_model_of_transformers_is_named(tmp_path, monkeypatch):
     small_base(monkeypatch)
     torch.save({"vision_model.embeddings.class_embedding": torch.zeros(2)}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"is a model of transformers; use the backbone hf:<repository>"):
+    with pytest.raises(CheckpointError, match=r"is a model of transformers; use the backbone hf:<any name>"):
         load_open_clip("base", tmp_path / "weights.pt")
 
 

@@ -239,6 +239,10 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
             )
     if (Path(source) / "0_CLIPModel").is_dir():  # a folder of sentence-transformers
         source = str(Path(source) / "0_CLIPModel")
+    if (Path(source) / "open_clip_config.json").is_file() and not (Path(source) / "config.json").exists():
+        raise CheckpointError(
+            f"backbone {name!r}: {source} is a model of OpenCLIP; use the backbone open_clip:<any name> with it"
+        )
     if (Path(source) / "adapter_config.json").is_file():
         raise CheckpointError(
             f"backbone {name!r}: {source} holds a LoRA adapter, which is not supported; merge it into its model "
@@ -334,17 +338,23 @@ def _load_preprocess(name: str, source: str, size: int) -> Preprocess:
 
 
 def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"] | None, name: str) -> Preprocess:
-    given = settings.get("size", size)
-    shortest = given.get("shortest_edge") if isinstance(given, Mapping) else None
-    crop = bool(settings.get("do_center_crop", False))
     resample = settings.get("resample", _BICUBIC)
-    missing = [key for key in ("image_mean", "image_std") if len(settings.get(key) or ()) != 3]
-    if missing or resample not in (_BILINEAR, _BICUBIC):
-        problem = f"lacks {', '.join(missing)}" if missing else f"resamples by {resample}"
-        raise CheckpointError(
-            f"the preprocessor_config.json of {name!r} {problem}; give means, stds and resample 2 or 3"
-        )
-    (r, g, b), (s, t, u) = settings["image_mean"], settings["image_std"]
+    normalize = settings.get("do_normalize", True)
+    missing = [key for key in ("image_mean", "image_std") if normalize and len(settings.get(key) or ()) != 3]
+    if missing:
+        problem = f"lacks {', '.join(missing)}; give three numbers each"
+    elif resample not in (_BILINEAR, _BICUBIC):
+        problem = f"resamples by {resample} (expected 2 or 3)"
+    elif not settings.get("do_rescale", True) or abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        problem = "does not rescale pixels to 0..1, which is not supported"
+    else:
+        problem = None if fit else _size_problem(settings, size)
+    if problem:
+        raise CheckpointError(f"the preprocessor_config.json of {name!r} {problem}")
+    (r, g, b), (s, t, u) = (settings["image_mean"], settings["image_std"]) if normalize else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    given = settings.get("size", size)
+    shortest = isinstance(given, Mapping) and "shortest_edge" in given
+    crop = bool(settings.get("do_center_crop", False)) and not (isinstance(given, Mapping) and "height" in given)
     return Preprocess(
         size=size,
         mean=(r, g, b),
@@ -352,6 +362,19 @@ def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"
         fit=fit or ("crop" if crop or shortest else "squash"),
         interpolation="bicubic" if resample == _BICUBIC else "bilinear",
     )
+
+
+def _size_problem(settings: Mapping[str, Any], size: int) -> str | None:
+    """Return why a resizing and cropping does not end in the model's image size without a change of scale."""
+    if not settings.get("do_resize", True):
+        return "does not resize images, which is not supported"
+    sizes = {"size": settings.get("size", size)}
+    if settings.get("do_center_crop", False):
+        sizes["crop_size"] = settings.get("crop_size", size)
+    for key, given in sizes.items():
+        if {int(x) for x in (given.values() if isinstance(given, Mapping) else [given])} != {size}:
+            return f"has {key} {given!r}, which is not supported (expected {size}, the model's image size)"
+    return None
 
 
 def _unavailable(name: str, source: str, file: str, error: Exception) -> CheckpointError:

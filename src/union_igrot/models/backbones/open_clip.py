@@ -283,7 +283,7 @@ def _network_names(network: nn.Module, state: Mapping[str, Tensor], source: str)
     own = network.state_dict()
     named = remove_prefixes(state, own)
     if any(name.startswith(("vision_model.", "text_model.")) for name in named):
-        raise CheckpointError(f"{source} is a model of transformers; use the backbone hf:<repository> with its folder")
+        raise CheckpointError(f"{source} is a model of transformers; use the backbone hf:<any name> with its folder")
     named = {name: x for name, x in named.items() if name not in _SIZES and not name.startswith("text_decoder.")}
     named = convert_state_dict(network, named)  # Apple's own names
     if "logit_bias" not in own:  # of a loss, not of features
@@ -380,6 +380,10 @@ def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
         saved = json.loads((folder / "open_clip_config.json").read_text())
         config, known = dict(saved["model_cfg"]), dict(saved.get("preprocess_cfg") or {})
     except (OSError, KeyError, TypeError, ValueError) as error:
+        if (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists():
+            raise CheckpointError(
+                f"{folder} is a model of transformers; use the backbone hf:<any name> with it"
+            ) from None
         raise CheckpointError(
             f"cannot read {folder / 'open_clip_config.json'} ({first_line(error)}); put OpenCLIP's file with "
             f"model_cfg there, or set model.weights to {path} itself"
