@@ -351,7 +351,9 @@ def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"
         problem = None if fit else _size_problem(settings, size)
     if problem:
         raise CheckpointError(f"the preprocessor_config.json of {name!r} {problem}")
-    (r, g, b), (s, t, u) = (settings["image_mean"], settings["image_std"]) if normalize else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    (r, g, b), (s, t, u) = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if normalize:
+        (r, g, b), (s, t, u) = settings["image_mean"], settings["image_std"]
     given = settings.get("size", size)
     shortest = isinstance(given, Mapping) and "shortest_edge" in given
     crop = bool(settings.get("do_center_crop", False)) and not (isinstance(given, Mapping) and "height" in given)
