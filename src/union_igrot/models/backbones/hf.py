@@ -341,6 +341,7 @@ def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"
     resample = settings.get("resample", _BICUBIC)
     normalize = settings.get("do_normalize", True)
     missing = [key for key in ("image_mean", "image_std") if normalize and len(settings.get(key) or ()) != 3]
+    problem: str | None
     if missing:
         problem = f"lacks {', '.join(missing)}; give three numbers each"
     elif resample not in (_BILINEAR, _BICUBIC):
