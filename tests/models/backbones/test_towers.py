@@ -75,22 +75,6 @@ def same(found, expected):
     torch.testing.assert_close(found / scale, expected / scale, atol=2e-5, rtol=1e-4)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("config", "n_image", "n_text"), TOWERS)
-def test_pooled_is_that_of_the_library_and_all_tokens_are_returned(config, n_image, n_text):
-    backbone, images = built(config), pixels(config)
-    image, text = backbone.encode_image(images), backbone.encode_text(TEXTS)
-    ids = backbone.tokenize(TEXTS)
-    same(image.pooled, backbone.network.encode_image(images))
-    same(text.pooled, backbone.network.encode_text(ids))
-    assert image.tokens.shape == (2, n_image, backbone.dim)
-    assert text.tokens.shape == (4, n_text, backbone.dim)
-    same(image.tokens[torch.arange(2), image.pooled_at], image.pooled)
-    same(text.tokens[torch.arange(4), text.pooled_at], text.pooled)
-    apart = n_text - ids.shape[1]
-    assert text.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, ids.shape[1])]
-
-
 def alone(visual, images):
     """Yield the output of the tower's own head for each of its last tokens alone."""
     name = type(visual).__name__
@@ -151,14 +135,21 @@ def attended(pool, query_token, known):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("config", "n_image", "n_text"), TOWERS)
-def test_an_image_token_is_the_output_of_the_head_for_it_alone(config, n_image, n_text):
+def test_pooled_is_that_of_the_library_and_a_token_the_output_of_the_head_for_it_alone(config, n_image, n_text):
     backbone, images = built(config), pixels(config)
-    visual = backbone.network.visual
-    expected = torch.stack(list(alone(visual, images)), dim=1)
-    tokens = backbone.encode_image(images).tokens
-    same(tokens[:, tokens.shape[1] - expected.shape[1] :], expected)
-    # Before them is only the pooled embedding.
-    assert tokens.shape[1] - expected.shape[1] in (0, 1)
+    image, text = backbone.encode_image(images), backbone.encode_text(TEXTS)
+    ids = backbone.tokenize(TEXTS)
+    same(image.pooled, backbone.network.encode_image(images))
+    same(text.pooled, backbone.network.encode_text(ids))
+    assert image.tokens.shape == (2, n_image, backbone.dim)
+    assert text.tokens.shape == (4, n_text, backbone.dim)
+    same(image.tokens[torch.arange(2), image.pooled_at], image.pooled)
+    same(text.tokens[torch.arange(4), text.pooled_at], text.pooled)
+    apart = n_text - ids.shape[1]
+    assert text.mask.sum(1).tolist() == [apart + words for words in (5, 2, 7, ids.shape[1])]
+    expected = torch.stack(list(alone(backbone.network.visual, images)), dim=1)
+    same(image.tokens[:, n_image - expected.shape[1] :], expected)
+    assert n_image - expected.shape[1] in (0, 1)  # before them is only the pooled embedding
 
 
 @torch.no_grad()
