@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from official import WRITERS
+from PIL import Image
 
 from union_igrot.cli.check import main as check
 from union_igrot.datasets import registry
@@ -35,7 +36,7 @@ def test_other_counts_than_the_official_ones_are_incomplete(tmp_path, capsys):
     assert "ZSE-SBIR" in said
 
 
-def test_complete_files_end_well(tmp_path, capsys, monkeypatch):
+def test_complete_files_exit_with_0(tmp_path, capsys, monkeypatch):
     WRITERS["tuberlin"](tmp_path)
     monkeypatch.setitem(registry._registered, "tuberlin", replace(TUBERLIN, counts={}))
     check(["data=tuberlin", f"data.root={tmp_path}"])
@@ -50,19 +51,59 @@ def test_a_missing_file_is_named(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the official annotation files are not at ../shared/data")
-def test_official_annotations_without_pictures(capsys):
+def test_official_annotations_without_images(capsys):
     code, said = run(["data=fashioniq", f"data.root={ANNOTATIONS / 'fashioniq'}"], capsys)
     assert code == 1
     assert "2,017 of 2,017" in said
     assert "3,817 of 3,817" in said
 
 
-def test_the_generated_world_needs_no_check(capsys):
-    code, _ = run(["data=shapes"], capsys)
-    assert code == 2
+def test_the_generated_world_has_no_files(capsys):
+    check(["data=shapes"])
+    assert "generated" in capsys.readouterr().out
 
 
-def test_no_benchmark_named_is_one_line(capsys):
+def test_the_training_split_is_checked_too(tmp_path, capsys):
+    WRITERS["cirr"](tmp_path)
+    code, printed = run(["data=cirr", f"data.root={tmp_path}"], capsys)
+    assert code == 1
+    assert "train" in printed
+
+
+def test_an_own_folder_shows_classes_counts_and_broken_files(tmp_path, capsys):
+    for number, name in enumerate(("apple", "boat", "cat", "dog", "egg", "fan", "gear", "hat", "ink", "jar", "key")):
+        for top in ("photos", "sketches"):
+            (tmp_path / top / name).mkdir(parents=True)
+            for copy in range(2):
+                Image.new("RGB", (8, 8), (20 * number, 99 * copy, 0)).save(tmp_path / top / name / f"{copy}.png")
+    check(["data=folder", f"data.root={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert printed.count("complete") == 3
+    counts = [line.split()[:4] for line in printed.splitlines() if line.strip().startswith(("train ", "val ", "test "))]
+    assert sum(int(row[1]) for row in counts) == 11
+    assert all(int(row[2]) == int(row[3]) == 2 * int(row[1]) for row in counts)
+    names = [line for line in printed.splitlines() if line.startswith(("train:", "val:", "test:"))]
+    assert len(names) == 3
+    (tmp_path / "photos" / "apple" / "0.png").write_bytes(b"no image")
+    code, printed = run(["data=folder", f"data.root={tmp_path}"], capsys)
+    assert code == 1
+    assert "1 images missing or broken" in printed
+    assert "apple/0.png" in printed.replace(" ", "")
+
+
+def test_own_triplets_are_counted(tmp_path, capsys):
+    for name in "abcdef":
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    rows = [("a", "b", "train"), ("c", "d", "val"), ("e", "f", "test"), ("e", "lost", "test")]
+    lines = [f'{{"reference": "{a}.png", "text": "x", "targets": ["{b}.png"], "split": "{c}"}}\n' for a, b, c in rows]
+    (tmp_path / "triplets.jsonl").write_text("".join(lines))
+    code, printed = run(["data=folder", f"data.root={tmp_path}"], capsys)
+    assert code == 1
+    assert "test 2 3" in printed
+    assert "lost.png" in printed
+
+
+def test_the_dataset_is_required(capsys):
     with pytest.raises(SystemExit) as stop:
         check([])
     assert stop.value.code == 2

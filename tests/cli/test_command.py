@@ -1,140 +1,180 @@
+"""What all commands share: help, one line per error, exit codes, output in any encoding, signals."""
+
+import io
+import multiprocessing
+import signal
 import subprocess
 import sys
+import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from union_igrot import __version__
 from union_igrot.cli.command import run_command
-from union_igrot.cli.eval import main as evaluate
-from union_igrot.cli.train import main as train
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.errors import DataError
+from union_igrot.terminal import TerminalConsole, print_line
 
-COMMANDS = {"train": train, "eval": evaluate}
 INSTALLED = Path(sys.executable).with_name("union-train")
 
 
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def main(name):
+    return import_module(f"union_igrot.cli.{name}").main
+
+
+def exit_code(name, task, *arguments, **options) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(name, task, arguments, **options)
+    return stopped.value.code
+
+
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("name", "arguments", "part"),
     [
-        (["data=nope"], "expected"),
-        (["data=folder"], "data.root is required"),
-        (["data=folder", "data.root=/not/there"], "an existing folder"),
-        (["sed=1"], "did you mean seed?"),
-        (["seed=-1", "features.batch_size=0"], "features.batch_size: 0"),
-        (["seed=0,1"], "seed: 0,1"),
-        (["-m", "seed=0,-1"], "seed: -1"),
-        (["--multirun", "data=nope,shapes"], "expected"),
+        ("train", ["data=nope"], "expected"),
+        ("eval", ["data=folder"], "data.root is required"),
+        ("train", ["data=folder", "data.root=/not/there"], "an existing folder"),
+        ("eval", ["sed=1"], "did you mean seed?"),
+        ("train", ["seed=-1", "features.batch_size=0"], "features.batch_size: 0"),
+        ("train", ["seed=0,1"], "seed: 0,1"),
+        ("eval", ["-m", "seed=0,-1"], "seed: -1"),
+        ("train", ["--multirun", "data=nope,shapes"], "expected"),
+        ("demo", ["-m", "port=0,1"], "union-demo runs once (expected union-train and union-eval)"),
+        ("eval", ["chekpoint=\x1b[2J\u202e"], "did you mean checkpoint?"),
+        ("train", ["hydra.sweep=" + 1000 * "x"], " ... "),
     ],
 )
-def test_a_mistake_is_told_in_few_words_with_code_2_and_nothing_is_left_behind(
-    name, arguments, part, elsewhere, capsys
-):
+def test_invalid_arguments_exit_with_2_and_leave_no_files(name, arguments, part, folder, capsys):
     with pytest.raises(SystemExit) as stopped:
-        COMMANDS[name](arguments)
+        main(name)(arguments)
     assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(f"union-{name}: ")
-    assert part in said.err
-    assert "Traceback" not in said.err
-    problems = said.err.strip().splitlines()
-    assert len(problems) == 1 or all(line.startswith("  ") for line in problems[1:])
-    assert list(elsewhere.iterdir()) == []
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"union-{name}: ")
+    assert part in printed.err
+    lines = printed.err.rstrip("\n").split("\n")
+    assert len(lines) == 1 or all(line.startswith("  ") for line in lines[1:])
+    assert all(len(line) <= 520 and line.isprintable() for line in lines)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_and_version_need_no_run(name, flag, elsewhere, capsys):
-    COMMANDS[name]([flag, "seed=-1"])
-    assert f"usage: union-{name}" in capsys.readouterr().out
-    COMMANDS[name](["--version"])
+def test_help_and_version(name, folder, capsys):
+    for flag in ("--help", "-h"):
+        main(name)([flag, "seed=-1"])
+        printed = capsys.readouterr().out
+        assert f"usage: union-{name}" in printed
+        assert ("[-m]" in printed) == COMMANDS[name].hydra
+    main(name)(["--version"])
     assert capsys.readouterr().out.strip() == __version__
-    assert list(elsewhere.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
-def test_the_task_gets_the_checked_configuration_and_a_folder_below_where_the_user_stands(elsewhere):
-    seen = []
+def test_a_task_gets_the_settings_and_a_run_folder_below_the_current_one(folder):
+    calls = []
     before = list(sys.argv)
-    run_command("eval", lambda config, fresh: seen.append((config.seed, fresh, Path.cwd())), ["seed=5"])
-    ((seed, fresh, place),) = seen
-    assert (seed, place) == (5, elsewhere)
-    assert fresh.parent.parent == elsewhere / "outputs" / "eval"
+    run_command("eval", lambda config, fresh: calls.append((config.seed, fresh, Path.cwd())), ["seed=5"])
+    ((seed, fresh, current),) = calls
+    assert (seed, current) == (5, folder)
+    assert fresh.parent.parent == folder / "outputs" / "eval"
     assert sys.argv == before
 
 
-def test_each_job_of_a_sweep_is_run(elsewhere):
-    seen = []
-    run_command("eval", lambda config, fresh: seen.append((config.seed, fresh.name)), ["-m", "seed=range(3)"])
-    assert seen == [(0, "0"), (1, "1"), (2, "2")]
+def test_the_settings_can_be_printed(capsys):
+    main("train")(["--cfg", "job", "seed=17"])
+    printed = capsys.readouterr().out
+    assert "seed: 17" in printed
+    assert "hydra:" not in printed
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m"]])
-def test_a_mistake_found_late_is_one_line_too(elsewhere, capsys, sweep):
-    def task(*_: object) -> None:
-        raise DataError("folder x: nothing there; add images")
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (DataError("folder x: empty\x1b[31m; add\nimages"), 2, r"folder x: empty\x1b[31m; add images"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
+        (ZeroDivisionError(), 70, "internal error, please report this traceback"),
+        (BrokenPipeError(), 141, None),
+    ],
+)
+def test_errors_have_exit_codes_and_one_line(error, code, printed, capsys, monkeypatch):
+    def task(*_):
+        raise error
 
-    with pytest.raises(SystemExit) as stopped:
-        run_command("eval", task, [*sweep, "seed=1"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "union-eval: folder x: nothing there; add images\n"
-
-
-def test_a_bug_is_not_dressed_up_as_a_mistake(elsewhere, capsys):
-    def task(*_: object) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(SystemExit) as stopped:
-        run_command("eval", task, ["seed=1"])
-    assert stopped.value.code == 70
-    said = capsys.readouterr().err
-    assert "raise ZeroDivisionError" in said
-    assert said.endswith("union-eval: internal error, please report this traceback\n")
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # standard output is the test's own
+    assert exit_code("cache", task, resumes=True) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[-1:] or [None]) == [printed and f"union-cache: {printed}"]
+    assert (len(lines) > 1) == (code == 70)
 
 
-@pytest.mark.parametrize("resumes", [True, False])
-def test_only_what_can_be_gone_on_with_says_so(elsewhere, capsys, resumes):
-    def task(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", None])
+def test_output_works_in_any_encoding_and_without_a_stream(encoding, monkeypatch):
+    raw = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding) if encoding else None)
 
-    with pytest.raises(SystemExit) as stopped:
-        run_command("eval", task, [], resumes=resumes)
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == f"union-eval: interrupted{'; run the same command again to resume' * resumes}\n"
+    def task(*_):
+        TerminalConsole().print("图片 é \x1b]0;title\x07")
+        print_line("猫 \u202e[bold]")
+        raise DataError("图.png: broken")
 
-
-def test_a_command_that_runs_once_is_not_swept(elsewhere, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command("demo", lambda *_: None, ["-m", "port=0,1"])
-    assert stopped.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "union-demo: -m is not supported: union-demo runs once (expected union-train and union-eval)\n"
-    )
-    run_command("check", lambda *_: None, ["--help"])
-    said = capsys.readouterr().out
-    assert "[-m]" not in said
-    assert "circo" in said  # of a group without a default, the options
+    assert exit_code("cache", task) == 2
+    sys.stdout.flush()
+    printed = raw.getvalue()
+    assert b"\x1b" not in printed
+    assert not encoding or all(part in printed for part in (rb"\x1b]0;title\x07", rb"\u202e[bold]", b"union-cache: "))
+    assert encoding != "cp1252" or rb"\u56fe.png: broken" in printed
 
 
-def test_the_configuration_can_be_printed(elsewhere, capsys):
-    train(["--cfg", "job", "seed=17"])
-    out = capsys.readouterr().out
-    assert "seed: 17" in out
-    assert "hydra:" not in out
+SLEEPING = """
+import sys, time
+from union_igrot.cli.command import run_command
+def task(*_):
+    print("ready", flush=True)
+    while True:
+        try: time.sleep(60)
+        except BaseException:
+            if {obeys}: raise
+run_command("cache", task, [], resumes=True)
+"""
 
 
-def test_the_installed_command_answers(tmp_path):
+@pytest.mark.parametrize("obeys", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_sigterm_ends_a_command_within_five_seconds(obeys):
+    code = SLEEPING.format(obeys=obeys)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert printed == "union-cache: terminated; run the same command again to resume\n" * obeys
+
+
+def test_processes_of_a_command_end_at_sigterm_alone():
+    def task(*_):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join()
+        codes.append(child.exitcode)
+
+    codes = []
+    run_command("cache", task, [])
+    assert codes == [-signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_installed_command(tmp_path):
     done = subprocess.run([INSTALLED, "--help"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "usage: union-train" in done.stdout
     wrong = subprocess.run([INSTALLED, "model=nope"], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert (wrong.returncode, wrong.stdout, len(wrong.stderr.splitlines())) == (2, "", 1)
     assert "tiny" in wrong.stderr
-    assert len(wrong.stderr.strip().splitlines()) == 1

@@ -1,18 +1,29 @@
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose as outer_compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import example, given, settings, strategies as st
-from omegaconf import OmegaConf
 
-from union_igrot.cli.config import compose, conf_dir, has_file, options_of, parse_arguments, read_option
+from union_igrot.cli.config import (
+    _known,
+    compose,
+    conf_dir,
+    has_file,
+    options_of,
+    parse_arguments,
+    parseable,
+    plain,
+    read_option,
+)
 from union_igrot.cli.help import help_text
 from union_igrot.cli.settings import COMMANDS, GROUPS
-from union_igrot.cli.sweep import check_sweep
+from union_igrot.cli.sweep import _read_override, check_sweep
 from union_igrot.errors import ConfigError
 from union_igrot.settings import declared, show
 
@@ -46,13 +57,13 @@ def message(*overrides: str, name: str = "train") -> str:
     return str(caught.value)
 
 
-def test_every_problem_is_named_at_once():
-    said = message(
+def test_all_problems_are_reported_at_once():
+    printed = message(
         *("seed=-1", "recipe.epoch=0", "recipe.clip=abc", "nonsense=1", "data=cirko", "model=larg", "fusion.layers=two")
     )
     for part in ("seed: -1", "recipe.epochs?", "clip: abc", "nonsense", "circo?", "large?", "fusion.layers: two"):
-        assert part in said
-    assert len(said.splitlines()) == 8
+        assert part in printed
+    assert len(printed.splitlines()) == 8
 
 
 @pytest.mark.parametrize("form", ["{}={}", "--{} {}", "--{}={}"])
@@ -65,10 +76,10 @@ def test_three_forms_of_an_argument(form, tmp_path):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_an_unknown_option_names_the_known_ones(group):
-    said = message(f"{group}=nope")
-    assert f"{group}=nope" in said
-    assert all(option in said for option in options_of(group))
+def test_an_unknown_option_lists_the_known_ones(group):
+    printed = message(f"{group}=nope")
+    assert f"{group}=nope" in printed
+    assert all(option in printed for option in options_of(group))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +113,10 @@ def test_an_unknown_option_names_the_known_ones(group):
         ("hydra.nope=1", "nope"),
     ],
 )
-def test_a_wrong_argument_is_one_line_with_what_is_expected(override, part):
-    said = message(override)
-    assert part in said
-    assert "\n" not in said
+def test_an_invalid_argument_is_one_line_with_the_expected_values(override, part):
+    printed = message(override)
+    assert part in printed
+    assert "\n" not in printed
 
 
 def test_a_folder_needs_a_root_that_exists(tmp_path):
@@ -114,14 +125,12 @@ def test_a_folder_needs_a_root_that_exists(tmp_path):
     assert compose("train", ["data=folder", f"data.root={tmp_path}"]).data.root == str(tmp_path)
 
 
-@pytest.mark.parametrize("fusion", ["image", "text", "sum"])
-@pytest.mark.parametrize("target", ["frozen", "sum", "shared"])
-def test_heads_without_weights_are_refused_before_anything_is_encoded(fusion, target):
-    if target != "sum":
-        assert "nothing to train" in message(f"fusion={fusion}", f"target={target}")
+@pytest.mark.parametrize(("fusion", "target"), [("image", "frozen"), ("text", "shared"), ("sum", "sum")])
+def test_heads_without_weights_are_not_trained(fusion, target):
+    assert "nothing to train" in message(f"fusion={fusion}", f"target={target}")
 
 
-def test_an_unknown_command_names_the_known_ones():
+def test_an_unknown_command_lists_the_known_ones():
     assert "train" in message(name="trian")
 
 
@@ -133,12 +142,51 @@ def test_compose_keeps_the_state_of_a_program_under_hydra():
     assert not GlobalHydra.instance().is_initialized()
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_text_arrives_as_typed(text):
-    config = compose("search", ["index=x", f"text={text}", f"--where={text}", f"liked={text}a", f"liked={text}b"])
-    assert (config.text, config.where, list(config.liked)) == (text, text, [f"{text}a", f"{text}b"])
-    values = OmegaConf.to_container(compose("train", [f"output_dir={text}"]), resolve=True)
-    assert values["output_dir"] == (None if text == "null" else text)
+def test_text_is_taken_as_typed():
+    for text in NASTY:
+        config = compose("search", ["index=x", f"text={text}", f"--where={text}", f"liked={text}a", f"liked={text}b"])
+        assert (config.text, config.where, list(config.liked)) == (text, text, [f"{text}a", f"{text}b"])
+        values = plain(compose("demo", [f"index={text}"]))
+        assert values["index"] == (None if text == "null" else text)
+
+
+FOLDERS = ["José", "图片", "a (1)", "R&D", "O'Brien", "a#b", "a,b", "x=y", "[a]", "{a:b}", 'say "a"', "$a ${b}", "a\\'"]
+"""Names of folders that Hydra's grammar does not take as they are."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_folders_of_any_name_in_every_setting_of_every_command(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in FOLDERS:
+        Path(folder).mkdir()
+    needed = {one.key: FOLDERS[0] for one in declared(COMMANDS[name].settings) if one.default == "???"}
+    settings = [one for one in declared(COMMANDS[name].settings) if not {"accepts", "choices"} & one.options.keys()]
+    groups = {"train": ["data=folder", "model=tiny"], "eval": ["data=folder"], "check": ["data=folder"]}.get(name, [])
+    for number, folder in enumerate(FOLDERS):
+        # Hydra is slow: it gets some of the names, all at once.
+        if COMMANDS[name].hydra and number % 3:
+            continue
+        given = needed | {one.key: folder for one in settings if str in one.types and one.key != "remove"}
+        given |= {"data.root": folder} if "data=folder" in groups else {}
+        given |= {"model.weights": folder} if "model=tiny" in groups else {}
+        values = plain(compose(name, [*groups, *(f"{key}={value}" for key, value in given.items())]))
+        for key in given:
+            section, _, last = key.rpartition(".")
+            assert (values[section] if section else values)[last] == folder, key
+
+
+def test_folders_of_any_name_in_sweeps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in FOLDERS:
+        Path(folder).mkdir()
+    for folder in FOLDERS:
+        override = parseable("data.root", folder if folder != "a,b" else f"'{folder}'")
+        assert _read_override(override) == ("data.root", [folder])
+    words = ["data=folder", "data.root='a,b',José", "seed=0,1", f"cache_dir={FOLDERS[4]}"]
+    with pytest.raises(ConfigError, match=r"data\.root: 'a,b',José"):
+        check_sweep("eval", parse_arguments("eval", words))
+    check_sweep("eval", parse_arguments("eval", [*words[2:], "data=folder", "data.root='a,b','José'"]))
+    assert parse_arguments("eval", ["hydra.run.dir=Läufe/1"]).hydra == ["hydra.run.dir='Läufe/1'"]
 
 
 def test_lists_are_repeated_or_bracketed():
@@ -150,7 +198,7 @@ def test_lists_are_repeated_or_bracketed():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_short_help_fits_two_screens_and_all_names_every_setting(name):
+def test_help_fits_two_screens_and_help_all_lists_every_setting(name):
     short, whole = help_text(name), help_text(name, "all")
     assert len(short.splitlines()) <= 50
     assert max(map(len, whole.splitlines())) <= 100
@@ -167,10 +215,20 @@ def test_the_short_help_fits_two_screens_and_all_names_every_setting(name):
         help_text(name, "nope")
 
 
-def test_the_examples_parse():
+def test_the_examples_of_the_help_are_valid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name, command in COMMANDS.items():
         for line in command.examples:
-            assert not parse_arguments(name, line.split()[1:] if '"' not in line else []).problems
+            arguments = parse_arguments(name, shlex.split(line)[1:])
+            assert not arguments.problems
+            known = {*command.groups, *(one.key for one in _known(name).values())}
+            assert {key for key, _ in arguments.settings} <= known, line
+
+
+def test_positional_values():
+    assert parse_arguments("compare", ["a", "--rounds", "9", "b"]).settings == [
+        ("first", "a"), ("rounds", "9"), ("second", "b")]  # fmt: skip
+    assert "unexpected argument 'c'" in parse_arguments("compare", ["a", "b", "c"]).problems[0]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -202,7 +260,7 @@ def test_the_yaml_of_a_command_agrees_with_its_settings(name):
         assert f"# {one.help}\n" in text
 
 
-def test_a_sweep_is_checked_value_by_value_before_its_first_run():
+def test_each_value_of_a_sweep_is_validated_before_the_first_run():
     check_sweep("train", parse_arguments("train", ["target=frozen,union", "seed=0,1", "recipe.rate=1e-3"]))
     check_sweep("train", parse_arguments("train", ["seed=1", "output_dir=here"]))
     check_sweep("eval", parse_arguments("eval", ["seed=range(3)"]))
@@ -223,7 +281,7 @@ _KEYS += ["+x", "~fusion", "--recipe", "++recipe.epochs", "features", "model@her
 _TEXTS = ["null", "true", "[]", "{a:1}", "[1,2]", "${seed}", "${nope}", "???", "''", "tiny", "1.5", "nan", "-3"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     name=st.sampled_from(SWEPT),
     overrides=st.lists(
@@ -236,7 +294,7 @@ _TEXTS = ["null", "true", "[]", "{a:1}", "[1,2]", "${seed}", "${nope}", "???", "
     ),
 )
 @example("train", ["model=[1,2]"])
-def test_whatever_is_given_only_a_clear_error_comes_out(name, overrides):
+def test_any_arguments_give_settings_or_a_config_error(name, overrides):
     try:
         config = compose(name, overrides)
     except ConfigError:
@@ -250,7 +308,7 @@ HEAVY = ("torch", "numpy", "transformers", "lightning", "PIL", "lance", "starlet
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_and_mistakes_import_nothing_heavy(name):
+def test_help_and_usage_errors_import_nothing_heavy(name):
     code = (
         f"import sys; from union_igrot.cli.{name} import main\n"
         "for words in (['--help'], ['--version'], ['--help', 'all']):\n"

@@ -10,16 +10,17 @@ import torch
 from torch.nn import functional as F
 
 from small_world import DIM, LinearBackbone
-from union_igrot.errors import ConfigError, UnionError
+from union_igrot.errors import CheckpointError, ConfigError, UnionError
 from union_igrot.models import registry
 from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
-from union_igrot.models.model import IGROTModel
+from union_igrot.models.model import IGROTModel, load
 from union_igrot.models.registry import (
     BACKBONES,
     QUERY_HEADS,
     TARGET_HEADS,
+    names_backbone,
     register_backbone,
     register_query_head,
     register_target_head,
@@ -181,3 +182,14 @@ def test_names_are_known_without_torch_and_t5_is_imported_for_union_alone(tmp_pa
 def test_an_unknown_backbone_is_an_error_that_names_the_known():
     with pytest.raises(UnionError, match=r"did you mean large.*tiny, base.*open_clip:"):
         build_backbone("larg")
+
+
+def test_only_a_folder_with_a_model_hides_a_backbone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base" / "model").mkdir(parents=True)
+    assert names_backbone("base")
+    (tmp_path / "base" / "model" / "model.json").write_text("{}")
+    assert not names_backbone("base")
+    assert not names_backbone("tiny")
+    with pytest.raises(CheckpointError, match="base"):
+        load("base")

@@ -1,19 +1,22 @@
-"""`union-check`: what of a public benchmark is there, what is missing and where it comes from.
+"""`union-check`: check whether the files of a dataset are complete, and show what would be trained and tested on."""
 
-Knows expected counts and the readers. Does not know models.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from union_igrot.cli.command import run_command
-
-EXIT_INCOMPLETE = 1
-"""Exit code where anything is missing or differs from the official counts."""
+from union_igrot.cli.config import plain
+from union_igrot.errors import UnionError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+EXIT_INCOMPLETE = 1
+"""Exit code if anything is missing, broken, or differs from the official counts."""
+_LISTED = 10
+_DIFFERENT = "differs from the official files; download the annotations again"
+_Row = tuple[Sequence[str], str]
+"""The cells of a row, and what is wrong with it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,43 +25,109 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(config: "DictConfig", fresh: Path) -> None:
-    """Print a line for each split and part of a benchmark; end with code 1 where one is not complete."""
-    # Heavy parts are imported here: --help and mistakes in the configuration answer at once.
+    """Print a row for each split and part of a dataset; exit with 1 if one is not complete."""
+    # Heavy imports are delayed so that --help and usage errors are fast.
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from union_igrot.datasets.loading import load_benchmark
-    from union_igrot.datasets.registry import benchmark_names, find_benchmark
-    from union_igrot.errors import ConfigError, UnionError
     from union_igrot.terminal import TerminalConsole, print_line
 
     del fresh
-    name = config.data.name
-    if name not in benchmark_names():
-        raise ConfigError(f"data={name} is not a public benchmark; choose one of {', '.join(benchmark_names())}")
-    declaration = find_benchmark(name)
-    root = config.data.root
-    table = Table("split", "part", "queries", "gallery", "state", title=f"{name} in {root or '$UNION_DATA'}")
-    key = next(iter(declaration.parts[0]), "")
-    complete = True
-    for (split, part), expected in declaration.expected_counts.items():
-        options = {key: part} if part else {}
-        state, found = "", (0, 0)
-        for images in (False, True):
-            try:
-                benchmark = load_benchmark(name, root, split, images, **options)
-                found = (len(benchmark.queries), len(benchmark.gallery))
-            except UnionError as error:
-                state = str(error)
-                break
-        cells = []
-        for count, wanted in zip(found, expected, strict=True):
-            cells.append(f"{count:,}" + (f" of {wanted:,}" if wanted else ""))
-            if not state and wanted and count != wanted:
-                state = "another number than the official files hold; fetch the annotations again"
-        complete &= not state
-        table.add_row(split, part, *cells, Text(state or "complete", style="red" if state else "green"))
+    data = plain(config.data)
+    if data["name"] == "shapes":
+        print_line("shapes is generated; it has no files to check")
+        return
+    head, rows, notes = _check_folder(data["root"]) if data["name"] == "folder" else _check_benchmark(data)
+    table = Table(*head, "state", title=f"{data['name']} in {data['root'] or '$UNION_DATA'}", box=box.SIMPLE_HEAD)
+    for cells, problem in rows:
+        table.add_row(*map(Text, cells), Text(problem or "complete", style="red" if problem else "green"))
     TerminalConsole().print(table)
-    if not complete:
-        print_line(declaration.source)
+    for note in notes:
+        print_line(note)
+    if any(problem for _, problem in rows):
         raise SystemExit(EXIT_INCOMPLETE)
+
+
+def _check_benchmark(data: Mapping[str, Any]) -> tuple[Sequence[str], list[_Row], list[str]]:
+    from union_igrot.datasets.registry import find_benchmark
+
+    declaration = find_benchmark(data["name"])
+    expected = dict(declaration.expected_counts)
+    if declaration.trainable and not any(split == "train" for split, _ in expected):
+        expected |= {("train", next(iter(part.values()), "")): (None, None) for part in declaration.parts}
+    key = next(iter(declaration.parts[0]), "")
+    rows: list[_Row] = []
+    for (split, part), wanted in expected.items():
+        found, problem = _count(data, split, {key: part} if part else {})
+        if not problem and any(count not in (None, number) for count, number in zip(wanted, found, strict=True)):
+            problem = _DIFFERENT
+        counts = zip(found, wanted, strict=True)
+        cells = [f"{number:,}" + (f" of {count:,}" if count else "") for number, count in counts]
+        rows.append(((split, part, *cells), problem))
+    return ("split", "part", "queries", "gallery"), rows, [declaration.source] * any(problem for _, problem in rows)
+
+
+def _count(data: Mapping[str, Any], split: str, part: dict[str, str]) -> tuple[tuple[int, int], str]:
+    """Return the numbers of queries and gallery images, and what is wrong with them."""
+    from union_igrot.datasets.loading import load_benchmark
+
+    found = (0, 0)
+    for check_images in (False, True):  # so that annotations are counted although images are missing
+        try:
+            benchmark = load_benchmark(data["name"], data["root"], split, check_images, **part)
+            found = (len(benchmark.queries), len(benchmark.gallery))
+        except UnionError as error:
+            return found, str(error)
+    return found, ""
+
+
+def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
+    from union_igrot.datasets.folder import SPLITS, FolderTriplets, folder_benchmark, folder_training, read_folder
+
+    folder = read_folder(root)
+    composed = isinstance(folder, FolderTriplets)
+    rows: list[_Row] = []
+    notes, broken = [folder.note], dict[str, str]()
+    for split in SPLITS:
+        items = folder.splits[split]
+        labels = sorted({item.key for item in items})
+        if isinstance(folder, FolderTriplets):
+            paths = {path for item in folder.splits[split] for path in (item.key, *item.targets)}
+            paths |= set(folder.gallery) if split != "train" else set()
+            cells = [f"{len(items):,}", f"{len(paths):,}"]
+        else:
+            paths = {item.path for item in folder.splits[split]}
+            sketches = sum(item.is_sketch for item in folder.splits[split])
+            cells = [f"{len(labels):,}", f"{sketches:,}", f"{len(items) - sketches:,}"]
+            notes.append(f"{split}: {', '.join(labels)}")
+        broken |= _broken(folder.root, paths - broken.keys())
+        missing = len(paths & broken.keys())
+        problem = f"{missing:,} images missing or broken" if missing else ""
+        try:  # what training or evaluation would refuse
+            if split == "train":
+                folder_training(root, on_missing="skip")
+            else:
+                folder_benchmark(root, split, on_missing="skip")
+        except UnionError as error:
+            problem = str(error)
+        rows.append(((split, *cells), problem))
+    listed = [f"  {reason}" for _, reason in sorted(broken.items())]
+    more = [f"  and {len(listed) - _LISTED:,} more"] * (len(listed) > _LISTED)
+    head = ("split", "triplets", "images") if composed else ("split", "classes", "sketches", "photos")
+    return head, rows, [*notes, *listed[:_LISTED], *more]
+
+
+def _broken(root: Path, paths: set[str]) -> dict[str, str]:
+    """Return why images are missing or cannot be decoded."""
+    from union_igrot.errors import ImageError
+    from union_igrot.images.decode import broken_images, check_image
+
+    reasons: dict[str, str] = {}
+    for path in sorted(paths):
+        try:
+            check_image(root / path)
+        except ImageError as error:
+            reasons[path] = str(error)
+    present = {root / path: path for path in sorted(paths - reasons.keys())}
+    return reasons | {present[file]: reason for file, reason in broken_images(present)}

@@ -1,10 +1,12 @@
 """What all commands share: help, validation before heavy imports, safe output, exit codes, SIGTERM."""
 
+import atexit
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,7 +37,7 @@ EXIT_BROKEN_PIPE = 141
 """Exit code if the reader closed the output (`| head`), as in shells."""
 EXIT_TERMINATED = 143
 """Exit code after SIGTERM, as in shells."""
-_GRACE_SECONDS = 3.5
+_GRACE_SECONDS = 3.0
 
 
 class Terminated(BaseException):
@@ -58,7 +60,7 @@ def run_command(name: str, task: Task, argv: Sequence[str] | None = None, *, res
     command = f"union-{name}"
     advice = "; run the same command again to resume" if resumes else ""
     _open_streams()
-    with exit_codes(command, advice), _terminable():
+    with _terminable(), exit_codes(command, advice):
         arguments = parse_arguments(name, sys.argv[1:] if argv is None else argv)
         if arguments.help is not None:
             print(help_text(name, arguments.help))  # noqa: T201 - output of the command
@@ -124,21 +126,23 @@ def _open_streams() -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM; end the process if that takes too long, as in a long call of a library."""
+    """Raise `Terminated` at SIGTERM, and end the process soon, even in a long call of a library."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 
     def terminate(*_: object) -> None:
+        terminated.set()
         raise Terminated
 
     def watch() -> None:
         with receiver:
             while number := receiver.recv(1):
-                if number[0] == signal.SIGTERM and not ended.wait(_GRACE_SECONDS):
+                if number[0] == signal.SIGTERM:
+                    time.sleep(_GRACE_SECONDS)
                     os._exit(EXIT_TERMINATED)
 
-    (receiver, sender), ended = socket.socketpair(), threading.Event()
+    (receiver, sender), terminated = socket.socketpair(), threading.Event()
     sender.setblocking(False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -148,8 +152,12 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
+        if terminated.is_set():  # without the interpreter's cleanup, which takes seconds after torch was imported
+            with suppress(OSError):
+                sys.stdout.flush()
+            atexit._run_exitfuncs()
+            os._exit(EXIT_TERMINATED)
         _restore_sigterm()
-        ended.set()
         sender.close()
         watcher.join()
 

@@ -55,13 +55,13 @@ def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     """Load trained heads and return where they are from, or a backbone without any."""
     from union_igrot.models.factory import build_backbone
     from union_igrot.models.model import baseline, load
-    from union_igrot.models.registry import is_backbone
+    from union_igrot.models.registry import names_backbone
 
     if "model" in config:
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
     if config.checkpoint in (None, "tiny"):
         return load("tiny", weights=config.weights), "tiny"
     checkpoint = expand_user(config.checkpoint)
-    if is_backbone(str(config.checkpoint)) and not checkpoint.is_dir():
+    if names_backbone(str(config.checkpoint)):
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
     return load(checkpoint, weights=config.weights), str(config.checkpoint)

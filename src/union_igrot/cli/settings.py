@@ -269,7 +269,7 @@ class TransAggSettings(QuerySettings):
     heads: int = setting(8, "attention heads", low=1)
     dropout: float = setting(0.1, "dropout", low=0, high=0.999)
     mask: Literal["exclude", "legacy"] = setting(
-        "exclude", "padding: exclude, or legacy (+1 on padding, as the reference trains)"
+        "exclude", "padding: exclude, or legacy (+1 on padding, as in the reference training)"
     )
     start: Literal["balanced", "reference"] = setting(
         "balanced", "initial weights: balanced (1, 1, 1), or reference (random)"
@@ -447,7 +447,7 @@ class Command:
 
 _DEVICES = {
     "precision": ("fp32", "numeric precision"),
-    "strategy": ("auto", "devices and how they share the work"),
+    "strategy": ("auto", "devices and distributed strategy"),
 }
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
@@ -468,7 +468,7 @@ COMMANDS: Mapping[str, Command] = {
             "recipe": ("default", "optimizer, schedule and length of training"),
             **_DEVICES,
             "logger": ("csv", "where losses and metrics are logged"),
-            "experiment": (None, "a row of the paper: options of all groups at once"),
+            "experiment": (None, "an experiment of the paper: options of all groups"),
         },
         ("the same command resumes an interrupted run",),
         hydra=True,
@@ -523,10 +523,10 @@ COMMANDS: Mapping[str, Command] = {
         notes=("page and password travel unencrypted; for other machines use a proxy with TLS and name=ITS.NAME",),
     ),
     "check": Command(
-        "Check whether the files of a public benchmark are complete.",
+        "Check whether the files of a dataset are complete, and show what would be trained and tested on.",
         CheckSettings,
-        ("union-check data=circo", "union-check data=cirr data.root=data/cirr"),
-        {"data": (REQUIRED, "benchmark")},
+        ("union-check data=cirr data.root=data/cirr", "union-check data=folder data.root=photos"),
+        {"data": (REQUIRED, "dataset")},
         ("exit code: 0 complete, 1 incomplete, 2 usage error",),
     ),
     "compare": Command(

@@ -10,7 +10,7 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
-from union_igrot.models.registry import is_backbone
+from union_igrot.models.registry import is_backbone, names_backbone
 from union_igrot.storage.paths import expand_user
 
 FORMAT: Final = 1
@@ -69,7 +69,7 @@ def _model_name(described: Mapping[str, Any]) -> str:
 
 def check_backbone_name(uri: str, name: str) -> None:
     """Check the name of a backbone against that of an existing index, before its weights are fetched."""
-    if not is_backbone(name) or Path(name).is_dir() or uri == MEMORY:
+    if not names_backbone(name) or uri == MEMORY:
         return
     try:
         with open_index(uri) as index:
@@ -94,7 +94,7 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
         CheckpointError: If there is no such model.
     """
     folder = expand_user(checkpoint)
-    if str(checkpoint) == "tiny" or not folder.is_dir():
+    if str(checkpoint) == "tiny" or not folder.is_dir() or names_backbone(str(checkpoint)):
         return load(str(checkpoint), weights=weights), str(checkpoint)
     return load(folder, weights=weights), str(folder.absolute())
 

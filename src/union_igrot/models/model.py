@@ -36,7 +36,7 @@ from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.hub import check_repository, fetch_model, push_folder, short_card, split_name
-from union_igrot.models.registry import BACKBONES, did_you_mean, is_backbone
+from union_igrot.models.registry import BACKBONES, did_you_mean, names_backbone
 from union_igrot.storage.paths import expand_user
 from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
@@ -529,7 +529,7 @@ def load(
             of a model on the Hugging Face hub, also `owner/name@revision`. Or a backbone without trained heads:
             `base`, `large`, `openclip_h`, `blip`, `siglip2`, `open_clip:<architecture>/<tag>`, `hf-hub:<repository>`
             (OpenCLIP), `hf:<repository>` (transformers) or a registered name; queries are then the sum of image and
-            text, as in `baseline`. An existing folder takes precedence over the hub and backbones.
+            text, as in `baseline`. A folder that holds a saved model takes precedence over the hub and backbones.
         device: `cpu`, `cuda`, `cuda:1`, `mps` or `auto`; None for the CPU.
         weights: Weights of the backbone; None for its default ones.
         revision: A branch, tag or commit on the hub; None for the latest of `main`.
@@ -544,7 +544,7 @@ def load(
     there = resolve_device(device) if isinstance(device, str) else device
     if str(name) == "tiny":
         model = IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
-    elif is_backbone(str(name)) and not Path(name).is_dir():
+    elif names_backbone(str(name)):
         model = baseline(build_backbone(str(name), weights), "sum")
     else:
         model = IGROTModel.from_pretrained(name, weights=weights, revision=revision)

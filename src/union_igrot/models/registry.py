@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar, final
 
 from union_igrot.errors import ConfigError
@@ -123,6 +124,11 @@ TARGET_HEADS = Registry(
 def is_backbone(name: str) -> bool:
     """Return whether a name has the form of a backbone's; `tiny` is the bundled model, heads included."""
     return name != "tiny" and (name in BACKBONES or name.startswith(BACKBONE_PREFIXES))
+
+
+def names_backbone(name: str) -> bool:
+    """Return whether a name refers to a backbone; a folder of that name counts only if it holds a saved model."""
+    return is_backbone(name) and not any(Path(name, inner, "model.json").is_file() for inner in ("", "model"))
 
 
 def register_query_head(head: T) -> T:
