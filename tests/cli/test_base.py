@@ -13,7 +13,7 @@ from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
 
 pytestmark = pytest.mark.slow
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,14 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     rows = []
     for number in range(24):
-        colour = COLOURS[number % 4]
-        Image.new("RGB", (60, 40 + number), colour).save(root / f"{number}.png")
+        color = COLORS[number % 4]
+        Image.new("RGB", (60, 40 + number), color).save(root / f"{number}.png")
         split = ("train", "train", "val", "test")[number // 4 % 4]
         target = number - 1 if number % 4 else number + 1
-        row = {"reference": f"{number}.png", "text": f"in {colour}", "targets": [f"{target}.png"], "split": split}
+        row = {"reference": f"{number}.png", "text": f"in {color}", "targets": [f"{target}.png"], "split": split}
         rows.append(json.dumps(row))
     (root / "triplets.jsonl").write_text("\n".join(rows) + "\n")
     return root

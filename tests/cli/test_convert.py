@@ -35,14 +35,14 @@ def files(folder):
 def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, target, capsys):
     folder = tmp_path / "converted"
     convert([f"checkpoint={mini}", "model=base", f"target={target}", "mask=legacy", f"output_dir={folder}"])
-    said = capsys.readouterr().out
-    assert f'union_igrot.load("{folder}")' in said
-    assert "images of 32" in said
-    wanted = load_reference_checkpoint(mini, target=target.removesuffix("_reference"), mask="legacy")
-    found = union_igrot.load(folder)
-    assert found.describe() == wanted.describe()
-    assert found.tuned
-    equal(found, wanted)
+    printed = capsys.readouterr().out
+    assert f'union_igrot.load("{folder}")' in printed
+    assert "images of 32" in printed
+    expected = load_reference_checkpoint(mini, target=target.removesuffix("_reference"), mask="legacy")
+    converted = union_igrot.load(folder)
+    assert converted.describe() == expected.describe()
+    assert converted.tuned
+    equal(converted, expected)
     assert files(folder) == {"README.md", "model.json", "heads.safetensors", "backbone.safetensors"}
     notes = json.loads((folder / "model.json").read_text())
     assert notes["backbone_weights"]["file"] == "backbone.safetensors"
@@ -53,7 +53,7 @@ def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, t
     assert notes["heads"] in card
 
 
-def test_transaggs_files_have_no_target(mini, tmp_path, capsys):
+def test_transagg_checkpoints_have_no_target_head(mini, tmp_path, capsys):
     state = {key: x for key, x in golden_state("mini").items() if not key.startswith(("t5_layers", "union_weighted"))}
     path = tmp_path / "transagg.pth"
     torch.save({key.replace("model.", "pretrained_model.", 1): x for key, x in state.items()}, path)
@@ -68,15 +68,15 @@ def test_transaggs_files_have_no_target(mini, tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_a_blip_brings_its_words_along(tmp_path):
+def test_a_blip_includes_its_tokenizer(tmp_path):
     torch.save(blip_state(tiny_blip()), tmp_path / "blip.pth")
     words, folder = words_file(tmp_path), tmp_path / "out"
     convert([f"checkpoint={tmp_path / 'blip.pth'}", "model=blip", f"tokenizer={words}", f"output_dir={folder}"])
-    wanted = load_reference_checkpoint(tmp_path / "blip.pth", model="blip", tokenizer=words)
+    expected = load_reference_checkpoint(tmp_path / "blip.pth", model="blip", tokenizer=words)
     words.unlink()
-    found = union_igrot.load(folder)
-    assert found.fingerprint() == wanted.fingerprint()
-    equal(found, wanted, ["make it", None, "", "redder"])
+    converted = union_igrot.load(folder)
+    assert converted.fingerprint() == expected.fingerprint()
+    equal(converted, expected, ["make it", None, "", "redder"])
     assert "tokenizer/tokenizer_config.json" in files(folder)
 
 
@@ -84,11 +84,11 @@ def test_a_blip_brings_its_words_along(tmp_path):
 def test_vit_b_32_is_converted_and_loaded(tmp_path):
     torch.save({key: x.half() for key, x in golden_state("clip_base").items()}, tmp_path / "authors.pth")
     convert([f"checkpoint={tmp_path / 'authors.pth'}", f"output_dir={tmp_path / 'out'}"])
-    found, wanted = union_igrot.load(tmp_path / "out"), load_reference_checkpoint(tmp_path / "authors.pth")
-    assert found.fingerprint() == wanted.fingerprint()
+    converted, expected = union_igrot.load(tmp_path / "out"), load_reference_checkpoint(tmp_path / "authors.pth")
+    assert converted.fingerprint() == expected.fingerprint()
     images, _ = golden_images("clip_base")
     with torch.no_grad():
-        assert found.embed_queries(images, list(TEXTS)).equal(wanted.embed_queries(images, list(TEXTS)))
+        assert converted.embed_queries(images, list(TEXTS)).equal(expected.embed_queries(images, list(TEXTS)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_vit_b_32_is_converted_and_loaded(tmp_path):
         (["text_heads=0"], "text_heads: 0"),
     ],
 )
-def test_a_mistake_is_one_line(mini, tmp_path, monkeypatch, capsys, change, message):
+def test_an_error_is_one_line(mini, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
@@ -128,10 +128,3 @@ def test_missing_and_unknown_tensors_are_listed_in_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "missing [ln_final.bias]" in line
     assert "not known [visual.extra]" in line
-
-
-def test_the_help_names_every_setting(capsys):
-    convert(["--help"])
-    said = capsys.readouterr().out
-    for setting in ("checkpoint=???", "output_dir=???", "mask=exclude", "tokenizer=null", "model", "target"):
-        assert setting in said

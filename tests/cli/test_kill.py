@@ -26,7 +26,7 @@ SETTINGS = (
     "data.val_queries=8",
     "data.queries=16",
     "features.batch_size=32",
-    "features.workers=0",  # how decoding workers let go of a run folder is a test of its own
+    "features.workers=0",  # another test covers decoding workers
     f"recipe.epochs={EPOCHS}",
     "recipe.batch_size=32",
     "strategy=cpu",
@@ -47,7 +47,7 @@ def kill_when(settings: list[str], reached: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not reached():
         assert process.is_alive(), f"ended with code {process.exitcode} before it could be killed"
-        assert time.monotonic() < end, "never got as far as to be killed"
+        assert time.monotonic() < end, "too slow to be killed"
         time.sleep(0.002)
     process.kill()
     process.join()
@@ -76,17 +76,18 @@ def steps(log: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_training_has_the_shells_code(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_training_with_the_shells_code(tmp_path, number, code):
     command = [*SETTINGS, f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
     process = start(command)
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
         assert process.is_alive(), f"ended with code {process.exitcode} before it could be interrupted"
-        assert time.monotonic() < end, "never got as far as to be interrupted"
+        assert time.monotonic() < end, "too slow to be interrupted"
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(PATIENCE)
-    assert process.exitcode == 130
+    os.kill(process.pid, number)
+    process.join(PATIENCE if number == signal.SIGINT else 10)
+    assert process.exitcode == code
     assert not (tmp_path / "run" / "model").exists()
     finish(command)
     assert (tmp_path / "run" / "results.json").is_file()
@@ -94,7 +95,7 @@ def test_ctrl_c_in_a_training_has_the_shells_code(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["named", "dated"])
-def test_the_same_command_goes_on_after_each_kill(tmp_path, folder):
+def test_the_same_command_resumes_after_each_kill(tmp_path, folder):
     cache = tmp_path / "cache"
     runs = tmp_path / "outputs"
     place = (

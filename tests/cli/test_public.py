@@ -44,7 +44,7 @@ def test_each_is_evaluated(name, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ["cirr", "sketchy", *EVALUATED] if name != "genecis"])
-def test_each_is_evaluated_with_the_published_code_s_conventions(name, tmp_path, capsys):
+def test_each_is_evaluated_as_in_the_published_code(name, tmp_path, capsys):
     WRITERS[name](tmp_path / "data")
     out = tmp_path / "out"
     settings = [f"data={name}", "data.preset=union_reference", f"data.root={tmp_path / 'data'}", "progress=false"]
@@ -59,15 +59,15 @@ def test_each_is_evaluated_with_the_published_code_s_conventions(name, tmp_path,
 
 
 @pytest.mark.slow
-def test_averaged_wordings_are_told_beside_the_figures(tmp_path, capsys):
+def test_averaged_texts_are_named_with_the_metrics(tmp_path, capsys):
     WRITERS["fashioniq"](tmp_path / "data")
     settings = ["data=fashioniq", "data.prompt=searle", f"data.root={tmp_path / 'data'}", "progress=false"]
     evaluate([*settings, f"output_dir={tmp_path / 'out'}"])
-    told = "unit embeddings of both orders averaged"
-    assert all(told in row["protocol"]["prompt"] for row in rows(tmp_path / "out"))
-    said = " ".join(capsys.readouterr().out.split())
-    assert told in said
-    assert "gallery=original" in said
+    note = "unit embeddings of both orders averaged"
+    assert all(note in row["protocol"]["prompt"] for row in rows(tmp_path / "out"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert note in printed
+    assert "gallery=original" in printed
 
 
 @pytest.mark.slow
@@ -81,27 +81,27 @@ def test_the_mean_over_categories_is_unweighted(tmp_path):
         assert value == pytest.approx(sum(part[metric] for part in trained.values()) / 3)
 
 
-def test_the_environment_names_the_folder_where_no_root_is_given(tmp_path, monkeypatch):
+def test_the_folder_comes_from_the_environment(tmp_path, monkeypatch):
     WRITERS["tuberlin"](tmp_path / "data" / "tuberlin")
     monkeypatch.setenv("UNION_DATA", str(tmp_path / "data"))
     evaluate(["data=tuberlin", f"output_dir={tmp_path / 'out'}", "progress=false"])
     assert rows(tmp_path / "out")
 
 
-def test_a_mistake_in_the_data_is_one_line(tmp_path, capsys):
+def test_invalid_data_is_one_line(tmp_path, capsys):
     WRITERS["tuberlin"](tmp_path / "data")
     next((tmp_path / "data" / "png_ready").rglob("zero0.png")).unlink()
     with pytest.raises(SystemExit) as stop:
         evaluate(["data=tuberlin", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}"])
-    said = capsys.readouterr().err.strip()
+    printed = capsys.readouterr().err.strip()
     assert stop.value.code == 2
-    assert said.startswith("union-eval: ")
-    assert "zero0.png" in said
+    assert printed.startswith("union-eval: ")
+    assert "zero0.png" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["training_sketchy", "llavasco"])
-def test_training_data_of_the_paper_are_trained_on(name, tmp_path):
+def test_training_on_the_datasets_of_the_paper(name, tmp_path):
     options = {"training_sketchy": ["data.build=12"], "llavasco": []}[name]
     WRITERS[name](tmp_path / "data")
     small = ["recipe.epochs=1", "recipe.batch_size=4", "strategy=cpu", "progress=false", "logger=none"]
@@ -110,7 +110,7 @@ def test_training_data_of_the_paper_are_trained_on(name, tmp_path):
     assert rows(tmp_path / "out")
 
 
-def test_what_is_for_evaluation_only_is_not_trained_on(tmp_path, capsys):
+def test_evaluation_only_benchmarks_are_not_trained_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(["data=circo", f"data.root={tmp_path}", f"output_dir={tmp_path / 'out'}"])
     assert "evaluation only" in capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_a_file_of_predictions_is_scored_as_the_official_evaluator_does(tmp_path
 
 
 @pytest.mark.parametrize(("name", "split"), [("cirr", "test1"), ("circo", "test")])
-def test_hidden_splits_give_submission_files(name, split, tmp_path):
+def test_hidden_splits_write_submission_files(name, split, tmp_path):
     WRITERS[name](tmp_path / "data", size=60)
     out = tmp_path / "out"
     settings = [f"data={name}", f"data.root={tmp_path / 'data'}", f"data.split={split}", "progress=false"]

@@ -47,10 +47,10 @@ def test_a_failed_job_loses_no_other(place, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command("eval", job, ["-m", "seed=range(4)"])
     assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.err == "union-eval: nothing there; add images\n"
-    assert "job 1 (seed=1) failed: nothing there; add images" in said.out
-    assert "3 of 4 jobs done" in said.out
+    printed = capsys.readouterr()
+    assert printed.err == "union-eval: nothing there; add images\n"
+    assert "job 1 (seed=1) failed: nothing there; add images" in printed.out
+    assert "3 of 4 jobs done" in printed.out
     folder = swept(place)
     assert [(line["run"], line["percent"]) for line in table(folder)] == [
         *(("0", "0.0000"), ("2", "2.0000"), ("3", "3.0000"))
@@ -74,8 +74,8 @@ def test_an_internal_error_in_a_job_is_noted_and_loses_no_other(place, capsys):
     assert [line["percent"] for line in table(swept(place))] == ["2.0000"]
 
 
-def test_results_that_lie_elsewhere_are_found(place):
-    """As where an interrupted training is gone on with in the folder of an earlier sweep."""
+def test_results_in_another_folder_are_found(place):
+    """As when an interrupted training of an earlier sweep is resumed."""
     other = place / "earlier" / "5"
     run_command("eval", lambda config, _: job(config, other), ["-m", "seed=3"])
     assert [(line["run"], line["percent"]) for line in table(swept(place))] == [(str(other), "3.0000")]
@@ -122,7 +122,7 @@ def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "printed"),
     [
         (["model=base", "checkpoint=tiny"], "give one of the two"),
         (["model=base", "checkpoint=runs/a"], "give one of the two"),
@@ -132,9 +132,9 @@ def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
         (["model=tiny", "predictions=conftest.py"], "without a model"),
     ],
 )
-def test_what_contradicts_a_backbone_alone_is_told(overrides, said, place):
+def test_contradictions_to_a_backbone_alone_are_errors(overrides, printed, place):
     (place / "conftest.py").touch()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=printed):
         compose("eval", overrides)
     assert "model" not in compose("eval", ["checkpoint=runs/a"])
 

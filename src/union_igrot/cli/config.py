@@ -54,12 +54,17 @@ def has_file(group: str, option: str) -> bool:
 
 def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the values of an option of a group."""
+    if has_file(group, option):
+        return dict(_read_yaml(conf_dir() / group / f"{option}.yaml"))
+    return {one.key: one.default for one in GROUPS[group].settings(option)} | {GROUPS[group].key: option}
+
+
+@cache
+def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    if has_file(group, option):
-        values: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
-        return values
-    return {one.key: one.default for one in GROUPS[group].settings(option)} | {GROUPS[group].key: option}
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

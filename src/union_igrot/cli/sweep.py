@@ -120,10 +120,13 @@ def _read_override(override: str) -> tuple[str, list[str]]:
     parsed = _parse(override)
     key = parsed.get_key_element().lstrip("+")
     if not parsed.is_sweep_override():
-        value = parsed.value()
-        return key, [show(getattr(value, "text", value))]
-    values = [_parse(f"{key}={text}").value() for text in parsed.sweep_string_iterator()]
-    return key, [show(getattr(value, "text", value)) for value in values]
+        return key, [_typed(override)]
+    return key, [_typed(f"{key}={text}") for text in parsed.sweep_string_iterator()]
+
+
+def _typed(override: str) -> str:
+    value = _parse(override).value()
+    return override.partition("=")[2] if isinstance(value, list | dict) else show(getattr(value, "text", value))
 
 
 def _note(folder: Path, run: Path, error: str) -> None:
