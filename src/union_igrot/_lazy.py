@@ -1,8 +1,12 @@
-"""Lazy re-exports for packages (PEP 562): a public name is imported when it is first used."""
+"""What is imported when it is first used: public names of packages (PEP 562), and entry points of other packages."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 def lazy_exports(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -33,3 +37,16 @@ def lazy_exports(package: str, names: Mapping[str, str]) -> tuple[Callable[[str]
         return sorted(names)
 
     return get, list_names
+
+
+def entry_points_of(group: str) -> "dict[str, EntryPoint]":
+    """Return the entry points of a group by name."""
+    return {point.name: point for point in _all_entry_points() if point.group == group}
+
+
+@cache
+def _all_entry_points() -> "tuple[EntryPoint, ...]":
+    """Return all entry points; reading those of one group takes as long."""
+    from importlib.metadata import distributions  # noqa: PLC0415 - slow to import
+
+    return tuple(point for one in distributions() for point in one.entry_points)

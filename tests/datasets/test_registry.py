@@ -107,7 +107,7 @@ def test_entry_points_are_imported_when_needed(monkeypatch):
         EntryPoint("other", f"{__name__}:COLORS", registry.ENTRY_POINTS),
         EntryPoint("cirr", "no_such_package:it", registry.ENTRY_POINTS),
     ]
-    monkeypatch.setattr(registry, "_foreign", lambda: {point.name: point for point in points})
+    monkeypatch.setattr(registry, "entry_points_of", lambda _: {point.name: point for point in points})
     assert benchmark_names()[-3:] == ("colors", "broken", "other")
     assert "broken" not in benchmark_names(trainable=True)
     assert find_benchmark("colors") is COLORS

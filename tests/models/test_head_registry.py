@@ -133,7 +133,7 @@ def test_heads_and_backbones_come_from_entry_points_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "foreign_heads", SimpleNamespace(ScaledTarget=ScaledTarget))
     places = {"scaled": "foreign_heads:ScaledTarget", "gone": "no_such_package:Head"}
     group = {name: EntryPoint(name, place, TARGET_HEADS.group) for name, place in places.items()}
-    monkeypatch.setattr(registry, "_entry_points", lambda name: group if name == TARGET_HEADS.group else {})
+    monkeypatch.setattr(registry, "entry_points_of", lambda name: group if name == TARGET_HEADS.group else {})
     assert build_target_head("scaled", DIM).options["bias"] is True
     assert {"scaled", "gone"} < set(TARGET_HEADS.names())
     with pytest.raises(ConfigError, match="cannot import target head 'gone'"):

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -169,9 +169,18 @@ def _restore_sigterm() -> None:
 
 @cache
 def _let_forks_end() -> None:
-    """Let SIGTERM end a forked process at once."""
+    """Let SIGTERM end a forked process at once, without a trace in this one."""
+
+    def mask(how: int) -> None:
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+    def start() -> None:
+        _restore_sigterm()
+        mask(signal.SIG_UNBLOCK)
+
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_restore_sigterm)
+        unblock = partial(mask, signal.SIG_UNBLOCK)
+        os.register_at_fork(before=partial(mask, signal.SIG_BLOCK), after_in_parent=unblock, after_in_child=start)
 
 
 def _start_run(hydra: Any, arguments: Arguments) -> Path:

@@ -130,19 +130,20 @@ def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
         name: The command, such as `train`.
         words: The command line without the program.
     """
-    found, known, rest, positional = Arguments(), _known(name), list(words), list(COMMANDS[name].positional)
+    found, rest, positional = Arguments(), list(words), list(COMMANDS[name].positional)
+    known = cache(lambda: _known(name))  # slow, and rarely needed
     while rest:
         word = rest.pop(0)
         key, equals, text = word.partition("=")
         if _is_flag(found, word, rest):
             continue
         if word.startswith("--") and len(key) > 2:
-            key = key[2:] if key[2:] in known else key[2:].replace("-", "_")
-            if not equals and key in known:
-                following = _value_of(known[key], rest)
+            key = key[2:] if key[2:] in known() else key[2:].replace("-", "_")
+            if not equals and key in known():
+                following = _value_of(known()[key], rest)
                 text = following or ""
                 if following is None:
-                    found.problems.append(f"--{key} needs a value (expected {known[key].expected})")
+                    found.problems.append(f"--{key} needs a value (expected {known()[key].expected})")
                     continue
             found.settings.append((key, text))
         elif equals and not word.startswith("-"):
@@ -152,7 +153,7 @@ def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
         elif positional and not word.startswith("-"):
             found.settings.append((positional.pop(0), word))
         else:
-            near = suggestion(word.lstrip("-"), [*known, "help", "version", "multirun"])
+            near = suggestion(word.lstrip("-"), [*known(), "help", "version", "multirun"])
             found.problems.append(
                 f"unexpected argument {word!r} (expected KEY=VALUE or --KEY VALUE{'; ' * bool(near)}{near})"
             )

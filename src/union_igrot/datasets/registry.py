@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from string import Formatter
 from typing import Any, Final, NamedTuple, final
 
+from union_igrot._lazy import entry_points_of
 from union_igrot.errors import ConfigError, UnionError, check_choice
 
 ENTRY_POINTS: Final = "union_igrot.benchmarks"
@@ -252,14 +253,8 @@ def _all_declarations() -> dict[str, BenchmarkDeclaration | EntryPoint]:
     from union_igrot.datasets.builtin import BUILTIN  # noqa: PLC0415 - it imports the classes above
 
     builtin = {one.name: one for one in BUILTIN}
-    foreign = {name: found for name, found in _foreign().items() if name not in builtin}
+    foreign = {name: found for name, found in entry_points_of(ENTRY_POINTS).items() if name not in builtin}
     return builtin | foreign | _registered
-
-
-@cache
-def _foreign() -> dict[str, EntryPoint]:
-    """Return the entry points of other packages; reading them takes a while."""
-    return {one.name: one for one in entry_points(group=ENTRY_POINTS)}
 
 
 @cache

@@ -5,12 +5,11 @@ Imports nothing heavy, so that a configuration is checked without torch.
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar, final
 
+from union_igrot._lazy import entry_points_of
 from union_igrot.errors import ConfigError
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -37,10 +36,10 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return all names: built-in, registered and from entry points."""
-        return list(dict.fromkeys([*self.builtin, *self._registered, *_entry_points(self.group)]))
+        return list(dict.fromkeys([*self.builtin, *self._registered, *entry_points_of(self.group)]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._builtin or name in self._registered or name in _entry_points(self.group)
+        return name in self._builtin or name in self._registered or name in entry_points_of(self.group)
 
     def register(self, name: str, value: Any) -> None:
         """Add a name; a name registered before is replaced.
@@ -63,7 +62,7 @@ class Registry:
             return getattr(import_module(f"union_igrot.models.{module}"), attribute)
         if name in self._registered:
             return self._registered[name]
-        if (found := _entry_points(self.group).get(name)) is None:
+        if (found := entry_points_of(self.group).get(name)) is None:
             raise ConfigError(self.unknown(name))
         try:
             return found.load()
@@ -74,11 +73,6 @@ class Registry:
         """Return the error line for an unknown name; `more` names further forms that are allowed."""
         choices = ", ".join(self.names()) + (f", {more}" if more else "")
         return f"unknown {self.what} {name!r}{did_you_mean(name, self.names())}; choose one of {choices}"
-
-
-@cache
-def _entry_points(group: str) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=group)}
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
