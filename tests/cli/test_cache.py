@@ -133,7 +133,7 @@ def test_folders_in_use_are_kept_and_reported(root, capsys):
         printed = capsys.readouterr().out
         assert left(root) == ["model-1"]
         assert "in use" in printed
-        assert "1 folder in use and remaining" in printed
+        assert "1 folder in use and kept" in printed
     finally:
         other.communicate()
     run(f"cache_dir={root}", "prune=all")

@@ -20,9 +20,10 @@ from union_igrot.datasets import (
     registry,
 )
 from union_igrot.datasets.builtin import BUILTIN, CIRR
+from union_igrot.datasets.loading import load_training_parts
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, ImageError, UnionError
-from union_igrot.training.data import read_benchmarks, read_training
+from union_igrot.training.data import read_benchmarks
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 
@@ -83,7 +84,7 @@ def test_a_registered_benchmark_in_the_commands(colors, capsys):
     assert (config.data.side, config.data.split, config.data.check_images) == ("all", "test", True)
     assert [one.name for one in read_benchmarks(config.data)] == ["colors_left", "colors_right"]
     config = compose("train", ["data=colors", f"data.root={colors}", "data.side=left"])
-    samples, (held,) = read_training(config.data)
+    samples, (held,) = load_training_parts("colors", colors, side=config.data.side)
     assert (len(samples.triplets) + len(held.queries), held.split) == (4, "held out")
     with pytest.raises(ConfigError, match=r"data.side: up .*left, right or all"):
         compose("eval", ["data=colors", "data.side=up"])
