@@ -1,4 +1,1 @@
-"""The commands, one verb a file.
-
-Names nothing itself: import the module that is meant.
-"""
+"""The commands, one per module."""

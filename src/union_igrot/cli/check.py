@@ -58,11 +58,11 @@ def _check_benchmark(data: Mapping[str, Any]) -> tuple[Sequence[str], list[_Row]
         expected |= {("train", next(iter(part.values()), "")): (None, None) for part in declaration.parts}
     key = next(iter(declaration.parts[0]), "")
     rows: list[_Row] = []
-    for (split, part), wanted in expected.items():
+    for (split, part), official in expected.items():
         found, problem = _count(data, split, {key: part} if part else {})
-        if not problem and any(count not in (None, number) for count, number in zip(wanted, found, strict=True)):
+        if not problem and any(count not in (None, number) for count, number in zip(official, found, strict=True)):
             problem = _DIFFERENT
-        counts = zip(found, wanted, strict=True)
+        counts = zip(found, official, strict=True)
         cells = [f"{number:,}" + (f" of {count:,}" if count else "") for number, count in counts]
         rows.append(((split, part, *cells), problem))
     return ("split", "part", "queries", "gallery"), rows, [declaration.source] * any(problem for _, problem in rows)

@@ -548,7 +548,7 @@ COMMANDS: Mapping[str, Command] = {
         },
     ),
     "cache": Command(
-        "List the cache of features and unfinished work, and prune it.",
+        "List the cache of features, and prune it.",
         CacheSettings,
         ("union-cache", "union-cache prune=50GB", "union-cache older_than=30d"),
         notes=("exit code: 0 done, 1 more is left than prune= allows, since it is in use, 2 usage error",),

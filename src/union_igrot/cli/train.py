@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-train`."""
-    run_command("train", train, argv, resumes=True)
+    run_command("train", train_from_config, argv, resumes=True)
 
 
-def train(config: "DictConfig", fresh: Path) -> Path | None:
+def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
     """Train as configured; `fresh` is used if no folder is named and no run is resumed.
 
     Returns:
