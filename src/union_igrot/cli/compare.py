@@ -17,33 +17,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(config: "DictConfig", fresh: Path) -> None:
-    """Print a table of paired differences, first - second, for each benchmark of both runs."""
+    """Print a table of paired differences, first - second, and a verdict for each benchmark of both runs."""
     # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.errors import DataError
     from union_igrot.evaluation.results import read_query_values
-    from union_igrot.evaluation.tables import Cell, ResultTable, TableRow, print_table
-    from union_igrot.metrics.statistics import paired_interval, randomization_test
+    from union_igrot.evaluation.tables import compare_queries, print_table
     from union_igrot.terminal import TerminalConsole, print_line
 
     del fresh
     folders = [expand_user(config[side]) for side in ("first", "second")]
     held = [{path.name for path in folder.glob("queries-*.safetensors")} for folder in folders]
+    for folder, files in zip(folders, held, strict=True):
+        if not files:
+            raise DataError(f"{folder}: has no queries-*.safetensors; pass the folder of a finished run")
     if not held[0] & held[1]:
         raise DataError(f"{folders[0]} and {folders[1]} have no benchmark in common; evaluate both on the same data")
-    for name in sorted(held[0] & held[1]):
-        (one, first), (other, second) = (read_query_values(folder / name) for folder in folders)
-        if one != other:
-            raise DataError(f"{name}: the queries of the two runs differ; evaluate both on the same data")
-        title = name.removeprefix("queries-").removesuffix(".safetensors")
-        rows = []
-        for key in (key for key in first if key.startswith(f"{config.method}/") and key in second):
-            gap = paired_interval(first[key], second[key], seed=config.seed)
-            chance = randomization_test(first[key], second[key], config.rounds, config.seed)
-            means = [f"{100 * side[key].nanmean().item():.2f}" for side in (first, second)]
-            spread = f"{100 * gap.mean:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
-            rows.append(
-                TableRow(key.removeprefix(f"{config.method}/"), list(map(Cell, [*means, spread, f"{chance:.4f}"])))
-            )
-        head = list(map(Cell, ["metric", "first", "second", "first - second [95 %]", "p"]))
-        print_line(f"{title} · {config.method}\n", style="bold")
-        print_table(ResultTable(title, head, rows), TerminalConsole())
+    names = _distinct_names(*folders)
+    for file in sorted(held[0] & held[1]):
+        first, second = (read_query_values(folder / file) for folder in folders)
+        if first.identity != second.identity:
+            raise DataError(f"{file}: the queries of the two runs differ; evaluate both on the same data")
+        benchmark, _, split = file.removeprefix("queries-").removesuffix(".safetensors").rpartition("-")
+        table, verdict = compare_queries(first, second, names, config.method, config.rounds, config.seed)
+        count = len(next(iter(first.values.values())))
+        print_line(f"{benchmark} · {split} · {count:,} queries · {config.method}\n", style="bold")
+        print_table(table, TerminalConsole())
+        print_line(f"{verdict}\n")
+
+
+def _distinct_names(first: Path, second: Path) -> tuple[str, str]:
+    """Return the last parts of two paths, as many as tell them apart."""
+    parts = [folder.absolute().parts for folder in (first, second)]
+    longest = max(map(len, parts))
+    depth = next((n for n in range(1, longest) if parts[0][-n:] != parts[1][-n:]), 1)
+    return "/".join(parts[0][-depth:]), "/".join(parts[1][-depth:])

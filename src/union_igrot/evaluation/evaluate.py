@@ -15,8 +15,15 @@ from torch import Tensor
 
 import union_igrot
 from union_igrot.datasets.checks import benchmark_warning
-from union_igrot.evaluation.results import EvaluationResult, MethodResult, ScoredBenchmark, SeenImages, TagMetric
-from union_igrot.evaluation.scoring import metric_limits, query_classes, score
+from union_igrot.evaluation.results import (
+    EvaluationResult,
+    MethodResult,
+    ScoredBenchmark,
+    SeenImages,
+    TagMetric,
+    query_classes,
+)
+from union_igrot.evaluation.scoring import metric_limits, score
 from union_igrot.features.embedding import embed_models
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.identity import image_identity

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ OWN_METHODS = ("trained", "predictions")
 """Methods that a result is about; all others are baselines."""
 
 
+_CLASSES = "classes"
 FEW_CLASSES = 10
 """Intervals of fewer classes are marked."""
 
@@ -356,6 +358,25 @@ def write_results(folder: Path, result: EvaluationResult) -> None:
     write_atomic(folder / "results.csv", table.getvalue())
 
 
+@dataclass(frozen=True)
+class QueryValues:
+    """The metrics of every query of one benchmark, as `write_query_values` wrote them.
+
+    Attributes:
+        identity: Hash of the queries.
+        values: Values by `method/metric`.
+        metrics: Names of the metrics, in the order of the protocol.
+        primary: The primary metric.
+        classes: The class index of each query, if the intervals resample classes.
+    """
+
+    identity: str
+    values: Mapping[str, Tensor]
+    metrics: tuple[str, ...]
+    primary: str
+    classes: Tensor | None = None
+
+
 def write_query_values(folder: Path, scored: ScoredBenchmark) -> None:
     """Write every query's metrics under every method, so that `union-compare` can compare two runs.
 
@@ -367,23 +388,42 @@ def write_query_values(folder: Path, scored: ScoredBenchmark) -> None:
         for method, one in scored.scores.items()
         for metric, values in one.values.items()
     }
+    if benchmark.protocol.classes == "sampled" and (classes := query_classes(benchmark)) is not None:
+        flat[_CLASSES] = classes
     path = folder / f"queries-{benchmark.name}-{benchmark.split}.safetensors"
-    metadata = {"queries": benchmark.queries_hash()}
+    metrics = list(dict.fromkeys(metric for one in scored.scores.values() for metric in one.values))
+    metadata = {"queries": benchmark.queries_hash(), "metrics": json.dumps(metrics)}
+    metadata["primary"] = benchmark.protocol.primary
     write_atomic(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
 
 
-def read_query_values(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return the hash of the queries and the values by `method/metric` that `write_query_values` wrote.
+def read_query_values(path: Path) -> QueryValues:
+    """Read what `write_query_values` wrote; older files name no order of the metrics.
 
     Raises:
         DataError: If the file is missing or damaged.
     """
     try:
         with safe_open(path, "pt") as held:
-            identity = (held.metadata() or {}).get("queries", "")
-            return identity, {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 - not a mapping
+            metadata = held.metadata() or {}
+            values = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read {path} ({error}); evaluate the run again") from None
+    classes = values.pop(_CLASSES, None)
+    metrics = (
+        json.loads(metadata["metrics"])
+        if "metrics" in metadata
+        else dict.fromkeys(sorted({name.partition("/")[2] for name in values}, key=lambda name: (len(name), name)))
+    )
+    primary = metadata.get("primary", "")
+    return QueryValues(metadata.get("queries", ""), values, tuple(metrics), primary, classes)
+
+
+def query_classes(benchmark: Benchmark) -> Tensor | None:
+    """Return the class index of each query; None if a query has no class."""
+    labels = [query.label for query in benchmark.queries]
+    number = {label: index for index, label in enumerate(sorted({label for label in labels if label is not None}))}
+    return None if None in labels else torch.tensor([number[label] for label in labels if label is not None])
 
 
 def _from_json(value: float | None) -> float:

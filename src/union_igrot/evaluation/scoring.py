@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from union_igrot.errors import DataError
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
+from union_igrot.evaluation.results import query_classes
 from union_igrot.metrics.names import ParsedMetric, parse_metric
 from union_igrot.metrics.retrieval import RetrievalMetrics
 from union_igrot.metrics.ties import TieGroups
@@ -58,13 +59,6 @@ class Relevance:
         widest = max(map(len, subsets))
         subset = torch.tensor([row + [-1] * (widest - len(row)) for row in subsets]) if widest else None
         return cls(targets, exclude, subset, query_classes(benchmark))
-
-
-def query_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
-    """Return the class index of each query; None if a query has no class."""
-    labels = [query.label for query in benchmark.queries]
-    number = {label: index for index, label in enumerate(sorted({label for label in labels if label is not None}))}
-    return None if None in labels else torch.tensor([number[label] for label in labels if label is not None])
 
 
 def metric_limits(benchmark: Benchmark) -> dict[str, str]:

@@ -17,9 +17,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult
+from union_igrot.errors import DataError
+from union_igrot.evaluation.results import (
+    FEW_CLASSES,
+    BenchmarkResult,
+    EvaluationResult,
+    MethodResult,
+    QueryValues,
+)
 from union_igrot.metrics.names import families_of
-from union_igrot.metrics.statistics import Difference, Interval
+from union_igrot.metrics.statistics import Difference, Interval, paired_interval, randomization_test
 from union_igrot.terminal import TerminalConsole
 from union_igrot.types import Protocol
 
@@ -64,7 +71,7 @@ class TableRow:
     Attributes:
         name: Its name.
         cells: Its other cells.
-        kind: CSS class; `shown` marks the main row, `published` a result of others.
+        kind: CSS class; `shown` marks the main row, `primary` a primary metric, `published` a result of others.
         below: Smaller text below the name.
     """
 
@@ -133,7 +140,7 @@ class ResultTable:
                 table.add_column(Text("[low, high]"), no_wrap=True)
         for row in self.rows:
             cells: list[str] = []
-            style = "dim" if row.kind == "published" else None
+            style = {"published": "dim", "primary": "bold"}.get(row.kind)
             for at, head in chosen:
                 cell = row.cells[at]
                 cells += [cell.text, cell.below] if head.kind == "primary" and intervals else [cell.text]
@@ -320,6 +327,56 @@ def difference_lines(result: MethodResult) -> list[str]:
         few = FEW_MARK if result.has_few_classes else ""
         lines.append(f"{result.method} - {method_name(other)}: {amount}{few} {result.primary}, {verdict}")
     return lines
+
+
+def compare_queries(
+    first: QueryValues, second: QueryValues, names: tuple[str, str], method: str, rounds: int, seed: int
+) -> tuple[ResultTable, str]:
+    """Compare a method of two runs, query by query.
+
+    Args:
+        first: The values of one run.
+        second: The values of another, of the same queries.
+        names: Names of the runs.
+        method: The method.
+        rounds: Number of draws of the randomization test.
+        seed: Seed of the bootstrap and the draws.
+
+    Returns:
+        A table of both means, their paired difference and its p-value by metric, and a sentence on the primary metric.
+
+    Raises:
+        DataError: If a run has no values of the method.
+    """
+    metrics = [name for name in first.metrics if f"{method}/{name}" in first.values.keys() & second.values.keys()]
+    if not metrics:
+        known = sorted(
+            {key.partition("/")[0] for key in first.values} & {key.partition("/")[0] for key in second.values}
+        )
+        raise DataError(f"the runs have no values of method={method} in common (expected one of {', '.join(known)})")
+    primary, rows, verdict = first.primary or metrics[0], [], ""
+    for name in metrics:
+        one, other = (side.values[f"{method}/{name}"] for side in (first, second))
+        gap = Difference(*(100 * x for x in paired_interval(one, other, seed=seed, classes=first.classes)))
+        chance = format_p(randomization_test(one, other, rounds, seed, first.classes))
+        amount, judged = format_difference(gap)
+        means = [format_percent(100 * float(side.nanmean())) for side in (one, other)]
+        rows.append(TableRow(name, list(map(Cell, [*means, amount, chance])), "primary" if name == primary else ""))
+        if name == primary:
+            relation = (
+                f"{names[0]} is {judged} than {names[1]}" if judged != NO_DIFFERENCE else f"{judged} between them"
+            )
+            verdict = f"{relation}: {amount} {name}, p {chance if chance.startswith('<') else '= ' + chance}"
+    few = 0 if first.classes is None else len(first.classes.unique())
+    if 0 < few < FEW_CLASSES:
+        verdict += f"; of only {few} classes, so that it is rough"
+    head = list(map(Cell, ["metric", *names, "difference [95 %]", "p"]))
+    return ResultTable(f"{names[0]} - {names[1]}", head, rows), verdict
+
+
+def format_p(value: float) -> str:
+    """Format a p-value with three decimals."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def tag_line(result: MethodResult) -> str:
