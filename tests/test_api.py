@@ -13,9 +13,9 @@ import yaml
 import union_igrot as ui
 from small_runs import Run, figures, rows_of
 from small_world import cir_benchmark, sbir_benchmark, triplets
-from union_igrot.cli.config import conf_dir
+from union_igrot.cli.config import compose, conf_dir, plain
 from union_igrot.errors import UnionError
-from union_igrot.experiment import head_sizes
+from union_igrot.experiment import NOT_HASHED, build_model, hashed_settings, head_sizes
 from union_igrot.types import Ranking, Scores
 
 NAMES = (
@@ -203,6 +203,14 @@ def test_heads_have_the_sizes_of_the_configuration(name, dim):
 def test_defaults_are_those_of_the_command():
     assert ui.Recipe(**yaml.safe_load((conf_dir() / "recipe" / "default.yaml").read_text())) == ui.Recipe()
     assert yaml.safe_load((conf_dir() / "loss" / "infonce_small.yaml").read_text())["scale"] == 30.0
+
+
+def test_training_starts_from_trained_heads(small_run: Run):
+    settings = plain(compose("train", [*small_run.settings, f"checkpoint={small_run.folder}"]))
+    assert build_model(settings, {}).fingerprint() == ui.load(small_run.folder).fingerprint()
+    assert hashed_settings({**settings, "checkpoint": None}).keys() == settings.keys() - {"checkpoint"} - NOT_HASHED
+    with pytest.raises(UnionError, match=r"has target \{'kind': 'union'.*expected that of this training"):
+        build_model({**settings, "target": {"kind": "frozen"}}, {})
 
 
 def test_a_model_is_saved_and_pushed(model, tmp_path, monkeypatch):

@@ -101,6 +101,7 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
     seed: int = 0,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    checkpoint: str | Path | None = None,
     finetune: Literal["none", "text", "image", "both"] = "none",
     projector: Literal["none", "mlp"] = "none",
     logger: Literal["csv", "none", "tensorboard", "wandb"] = "csv",
@@ -130,6 +131,7 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
         seed: Seed of the weights, the order of samples, the random baseline and the bootstrap.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         precision: Numeric precision of the training.
+        checkpoint: Trained heads to start from: the folder of a run or model, or a hub repository.
         finetune: Encoders of the backbone that are tuned too, at `recipe.backbone_rate`.
         projector: `mlp` adds a small residual network on image embeddings.
         logger: Logger of losses and metrics.
@@ -214,7 +216,10 @@ def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device
         "strategy": {"accelerator": accelerator, "devices": devices, "nodes": 1, "name": "auto"},
         "logger": {"name": given["logger"]},
         "seed": given["seed"],
-        **{name: None if given[name] is None else str(given[name]) for name in ("output_dir", "cache_dir")},
+        **{
+            name: None if given[name] is None else str(given[name])
+            for name in ("output_dir", "cache_dir", "checkpoint")
+        },
         "cache_limit": None,
         "progress": given["progress"],
         "features": {"batch_size": 256, "workers": given["workers"], "dtype": "float32", "precision": "float32"},

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import open_image
 from union_igrot.images.identity import image_identities
 from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.devices import device_name
 from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
-from union_igrot.models.model import IGROTModel
+from union_igrot.models.model import IGROTModel, load
 from union_igrot.reporting.charts import read_curves
 from union_igrot.reporting.contact_sheets import TILE_SIDE, benchmark_sheet
 from union_igrot.reporting.examples import SIDE
@@ -101,6 +102,12 @@ class RunData:
         return cls(samples, validation, read_evaluated(data) if evaluate else [], mean_name(data))
 
 
+def hashed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide the results; a run of earlier versions has no `checkpoint`."""
+    absent = {"checkpoint"} if settings.get("checkpoint") is None else set()
+    return {key: value for key, value in settings.items() if key not in NOT_HASHED | absent}
+
+
 def check_writable(folder: Path) -> None:
     """Raise ConfigError if a folder cannot be created or written to."""
     existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
@@ -115,23 +122,39 @@ def head_sizes(name: str, dim: int) -> dict[str, int]:
 
 
 def build_model(settings: Mapping[str, Any], metadata: dict[str, Any], backbone: Backbone | None = None) -> IGROTModel:
-    """Build a model with untrained heads; torch's seed decides their weights.
+    """Build a model with the heads of `checkpoint`, or untrained ones, whose weights torch's seed decides.
 
     Args:
-        settings: `model`, `fusion` and `target` of a training's settings.
+        settings: `model`, `fusion`, `target` and `checkpoint` of a training's settings.
         metadata: Facts on the training, saved with the model.
         backbone: The backbone; None builds that of the settings.
     """
     chosen = settings["model"]
     backbone = backbone or build_backbone(chosen["name"], chosen["weights"])
     sizes, width = head_sizes(backbone.name, backbone.dim) | chosen, backbone.dim
-    return IGROTModel(
+    model = IGROTModel(
         backbone,
         build_query_head(width=width, sizes=sizes, **settings["fusion"]),
         build_target_head(width=width, sizes=sizes, **settings["target"]),
         metadata,
         build_projector(chosen["projector"], width),
     )
+    if settings.get("checkpoint") is not None:
+        _load_trained_heads(model, settings["checkpoint"])
+    return model
+
+
+def _load_trained_heads(model: IGROTModel, checkpoint: str) -> None:
+    """Load the heads of a trained model into a new one, to train them further."""
+    start = load(checkpoint)
+    parts = ("backbone_fingerprint", "fusion", "target", "projector")
+    given, built = start.describe(), model.describe()
+    for part in parts:
+        if given[part] != built[part]:
+            raise ConfigError(
+                f"checkpoint={checkpoint} has {part} {given[part]} (expected that of this training: {built[part]})"
+            )
+    model.load_state_dict(start.heads_state_dict(), strict=False)
 
 
 def open_extractor(settings: Mapping[str, Any], backbone: Backbone, *, shown: bool = True) -> FeatureExtractor:
@@ -172,7 +195,7 @@ def run_training(
 
     Args:
         settings: `model`, `data`, `fusion`, `target`, `loss`, `recipe`, `precision`, `strategy`, `logger`, `features`,
-            `seed`, `output_dir`, `cache_dir`, `cache_limit` and `progress`.
+            `seed`, `output_dir`, `cache_dir`, `cache_limit`, `progress` and perhaps `checkpoint`.
         launch: How the run was started.
         fresh: A new folder, used if `output_dir` is None and there is no interrupted run next to it.
         device: Device of the evaluation.
@@ -191,10 +214,9 @@ def run_training(
     """
     if not processes.is_main:
         return _run_with_main(settings, processes, data, backbone, loss)
-    hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED}
     chosen = None if settings["output_dir"] is None else expand_user(settings["output_dir"])
     try:
-        run = open_run(chosen, fresh, settings_hash(hashed))
+        run = open_run(chosen, fresh, settings_hash(hashed_settings(settings)))
     except UnionError:
         processes.broadcast("run", json.dumps(None))
         raise
@@ -249,7 +271,7 @@ def _run_with_main(
         return train_heads(settings, data, folder, processes, backbone, loss), folder
     except UnionError:
         # Rank 0 meets and prints the same mistake; this process is ended before it repeats it.
-        time.sleep(5)
+        time.sleep(30)
         raise
 
 
@@ -269,7 +291,7 @@ def train_heads(
     lightning.seed_everything(settings["seed"], workers=True, verbose=False)
     samples, recipe = data.samples, Recipe(**settings["recipe"])
     assert samples is not None
-    hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED}
+    hashed = hashed_settings(settings)
     facts = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
     model = build_model(settings, {**facts, "skipped": samples.skipped, "config": hashed}, backbone)
     extractor = open_extractor(settings, model.backbone, shown=processes.is_main)
@@ -293,9 +315,14 @@ def train_heads(
         devices, nodes = processes.per_machine, processes.world // processes.per_machine
     trainer = TrainerConfig(where["accelerator"], devices, nodes, where["name"], settings["precision"]["trainer"])
     checkpoints, progress = folder / "checkpoints", settings["progress"]
+    begin = time.perf_counter()
     with open_loggers(folder=folder, settings=hashed, main=processes.is_main, **settings["logger"]) as logger:
         best = fit(learner, batches, checkpoints, trainer=trainer, logger=logger, progress=progress)
     leave_process_group()
+    if processes.is_main:
+        seconds, device = timedelta(seconds=round(time.perf_counter() - begin)), device_name(model.device)
+        trained = f"trained on {samples.name} in {seconds} on {device}, best epoch {best['epoch'] + 1:.0f}"
+        print_line(f"{trained} of {recipe.epochs}", stderr=True)
     if where["name"].startswith("fsdp") and processes.is_main:
         model = build_model(settings, model.metadata)
         load_best(model, checkpoints)
@@ -426,7 +453,8 @@ def _report(
         seed=seed,
     )
     curves = read_curves(sorted(folder.glob("logs/version_*/metrics.csv")))
-    drawn = {name: curve for name, curve in curves.items() if name in {"train/loss", "val/score"} or "/mAP" in name}
+    losses = [name for name in curves if name.startswith("train/loss_")] or ["train/loss"]
+    drawn = {name: x for name, x in curves.items() if name in {*losses, "val/score"} or "/mAP" in name}
     # Only thumbnails are shown, so photos are decoded at a fraction of their size.
     write_page(folder / PAGE, result, drawn, provenance, partial(open_image, at_least=SIDE))
     if shown:

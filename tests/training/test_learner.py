@@ -1,19 +1,26 @@
 """Training changes the heads alone, chooses by the monitor and resumes to the same weights."""
 
+import csv
+import errno
 import logging
 import math
+import os
+import pickle
+import shutil
 import signal
 import warnings
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import FSDPPrecision
 
 from small_world import LinearBackbone, cir_benchmark, extractor, sbir_benchmark, trainable, triplets
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, UnionError
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed_benchmark
@@ -386,3 +393,51 @@ def test_only_ctrl_c_raises_keyboard_interrupt(pressed):
 
     with pytest.raises(KeyboardInterrupt if pressed else SystemExit), quiet_trainer():
         end()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace_by_pickle(path):
+    path.write_bytes(pickle.dumps({"state_dict": KilledError("not loaded")}))
+
+
+def replace_by_foreign(path):
+    torch.save({"state_dict": {"weight": torch.zeros(2)}, "loops": {}, "epoch": 1, "global_step": 6, "seed": 0}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, replace_by_pickle, replace_by_foreign])
+@pytest.mark.parametrize("names", [("last.ckpt",), ("last.ckpt", "best.ckpt")])
+def test_a_damaged_checkpoint_is_set_aside_and_the_training_ends_the_same(trained, tmp_path, damage, names, caplog):
+    folder, model, _, learner, filled, _, best = trained
+    shutil.copytree(folder, tmp_path / "run")
+    for name in names:
+        damage(tmp_path / "run" / name)
+    again, data, _ = parts(filled.store.root, trainable("transagg", "union", dropout=0.1), learner.recipe)
+    torch.manual_seed(learner._seed)
+    assert fit(again, data, tmp_path / "run", trainer=CPU, progress=False) == best
+    assert all(x.equal(again.model.heads_state_dict()[name]) for name, x in model.heads_state_dict().items())
+    assert {path.name for path in (tmp_path / "run").glob("*.broken")} == {f"{name}.broken" for name in names}
+    assert all(f"{name} is damaged" in caplog.text for name in names)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("union_igrot.training.learner.write_atomic", full)
+    learner, data, _ = parts(tmp_path / "cache", trainable(), Recipe(epochs=1), [cir_benchmark(6)])
+    with pytest.raises(UnionError, match=r"^cannot write checkpoint \S+best.ckpt \(No space left.*to resume$"):
+        fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
+
+
+def test_short_runs_log_the_loss_of_each_task_in_each_epoch(tmp_path):
+    learner, data, _ = parts(tmp_path / "cache", trainable(), Recipe(epochs=3), [cir_benchmark(6)], batch_size=20)
+    logger = CSVLogger(tmp_path)
+    fit(learner, data, tmp_path / "run", trainer=CPU, logger=logger, progress=False)
+    with Path(logger.log_dir, "metrics.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["epoch"] for row in rows if row["train/loss"]} == {"0", "1", "2"}
+    for task in ("cir", "sbir"):
+        assert any(row[f"train/loss_{task}"] == row["train/loss"] != "" for row in rows)

@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from small_runs import SMALL_DATA
 from union_igrot.errors import ConfigError
@@ -93,3 +97,52 @@ def test_a_mistake_met_by_all_processes_is_one_line(tmp_path):
     assert said.returncode == 2
     assert said.stderr.count("no known layout") == 1
     assert "Traceback" not in said.stderr
+
+
+def children_of(parent):
+    """Return the processes that are descendants of one and not yet ended."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, above = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(above)
+    found, size = {parent}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {child for child, above in parents.items() if above in found}
+    return found - {parent}
+
+
+def alive(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("settings", [TWO, ["model.finetune=image", "features.workers=2", "strategy=cpu"]])
+def test_nothing_outlives_a_run_by_five_seconds(tmp_path, number, settings):
+    command = [sys.executable, "-m", "union_igrot.cli.train", *SMALL, *settings, "recipe.epochs=500"]
+    command += [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as run:
+        end = time.monotonic() + 200
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
+            assert run.poll() is None, run.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        started = children_of(run.pid)
+        assert len(started) >= 2
+        run.send_signal(number)
+        begin = time.monotonic()
+        run.wait(10)
+        while any(map(alive, started)) and time.monotonic() - begin < 10:
+            time.sleep(0.1)
+        assert time.monotonic() - begin < 5
+        assert run.returncode == (-9 if number == signal.SIGKILL else 143)
+    torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

@@ -80,6 +80,7 @@ class TrainSettings(ExtractionSettings):
 
     seed: int = _seed("weights, sample order, random baseline and bootstrap")
     output_dir: str | None = setting(None, "run folder; outputs/train/DATE/TIME if null")
+    checkpoint: str | None = setting(None, "trained heads to start from: a run, its model/ or a hub repository")
 
 
 @dataclass

@@ -32,12 +32,14 @@ class TrainingBatch:
         texts: Modification texts; an entry may be None.
         targets: Target images, preprocessed or already encoded.
         groups: Identity of each target's content; equal groups are not negatives.
+        task: The task of the batch, if the training has several.
     """
 
     images: Float[Tensor, "batch 3 height width"] | Features
     texts: Sequence[str | None] | Features
     targets: Float[Tensor, "batch 3 height width"] | Features
     groups: Int[Tensor, " batch"]
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         self._batch_size, self._seed, self._tuned = batch_size, seed, frozenset(tuned)
         numbers = {group: number for number, group in enumerate(sorted({one.group for one in self._triplets}))}
         self._groups = torch.tensor([numbers[one.group] for one in self._triplets])
+        self._several_tasks = len({one.task for one in self._triplets}) > 1
         self._ready = False
 
     def prepare_data(self) -> None:
@@ -315,6 +318,7 @@ class IGROTDataModule(lightning.LightningDataModule):
             texts=self._texts(self._queries, rows),
             targets=self._images(self._targets, rows) if targets is None else targets,
             groups=self._groups[rows].to(self._extractor.backbone.device),
+            task=self._triplets[rows[0]].task if self._several_tasks else "",
         )
 
     def _validation_batch(self, block: _Block, images: Tensor | None = None) -> ValidationBatch:

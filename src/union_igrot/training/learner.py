@@ -23,16 +23,17 @@ from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from union_igrot.errors import ConfigError, UnionError
+from union_igrot.errors import ConfigError, DataError, UnionError, first_line
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.atomic import move_aside, write_atomic
 from union_igrot.training.datamodule import TrainingBatch, ValidationBatch
 from union_igrot.training.settings import Recipe
 from union_igrot.types import Benchmark
 
 _log = logging.getLogger(__name__)
+_LOG_EVERY = 5
 
 _EXPECTED_WARNINGS = (
     # A frozen backbone in evaluation mode.
@@ -108,6 +109,11 @@ class Learner(lightning.LightningModule):
         if self._seed is None:
             self._seed = torch.initial_seed()
 
+    def on_train_start(self) -> None:
+        """Log the loss at least once per epoch."""
+        steps = int(self.trainer.num_training_batches) // self.recipe.accumulate
+        self.trainer.log_every_n_steps = max(1, min(_LOG_EVERY, steps))  # type: ignore[attr-defined]
+
     def on_train_epoch_start(self) -> None:
         """Seed each epoch's dropout, so that a resumed epoch equals an uninterrupted one."""
         seed = f"dropout {self._seed} {self.current_epoch} {self.global_rank}"
@@ -120,6 +126,8 @@ class Learner(lightning.LightningModule):
         targets = self.model.embed_gallery(batch.targets)
         loss: Tensor = self.loss(queries, targets, batch.groups)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(queries))
+        if batch.task:
+            self.log(f"train/loss_{batch.task}", loss, batch_size=len(queries))
         return loss
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
@@ -327,9 +335,9 @@ def fit(
 
     Under FSDP the model ends in shards; build another one and pass it to `load_best`.
 
-    Resumes from `folder/last.ckpt` if an earlier run of the same training was interrupted, and then ends with the same
-    weights as an uninterrupted run: batches and dropout follow from the seed that torch had at the first start, and
-    the epoch.
+    Resumes from `folder/last.ckpt` (or, if that is damaged, `best.ckpt`) if an earlier run of the same training was
+    interrupted, and then ends with the same weights as an uninterrupted run: batches and dropout follow from the seed
+    that torch had at the first start, and the epoch.
 
     Args:
         learner: The model with its loss and recipe.
@@ -353,9 +361,9 @@ def fit(
     # A callback of its own: `save_last` writes only together with the best. It comes second and includes its state.
     resume = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     bars: list[Callback] = [RichProgressBar()] if progress else []
-    last = folder / "last.ckpt"
-    if last.is_file():
-        _log.warning("resuming from %s", last)
+    start = _readable_checkpoint(learner, folder)
+    if start is not None:
+        _log.warning("resuming from %s", start)
     with quiet_trainer():
         running = make_trainer(
             trainer or TrainerConfig(),
@@ -365,17 +373,35 @@ def fit(
             gradient_clip_val=learner.recipe.clip,
             accumulate_grad_batches=learner.recipe.accumulate,
             logger=logger,
-            log_every_n_steps=5,
+            log_every_n_steps=_LOG_EVERY,
             num_sanity_val_steps=0,
             enable_progress_bar=progress,
         )
-        running.fit(learner, datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+        running.fit(learner, datamodule, ckpt_path=start and str(start), weights_only=True)
     if not isinstance(running.strategy, FSDPStrategy):
         learner.model.to(running.strategy.root_device)  # Lightning moves it to the CPU at its end
         load_best(learner.model, folder)
     saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     assert best.best_model_score is not None
     return {"epoch": float(saved["epoch"]), learner.recipe.monitor: float(best.best_model_score)}
+
+
+def _readable_checkpoint(learner: Learner, folder: Path) -> Path | None:
+    """Return the checkpoint to resume from; one that is damaged or of another model is renamed and reported."""
+    shapes = {name: x.shape for name, x in learner.state_dict().items()}
+    for path in (folder / "last.ckpt", folder / "best.ckpt"):
+        if not path.is_file():
+            continue
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            held = {name: x.shape for name, x in saved["state_dict"].items()}
+            if held.items() <= shapes.items() and held and {"loops", "epoch", "global_step", "seed"} <= saved.keys():
+                return path
+            problem = DataError("not a checkpoint of this training")
+        except Exception as error:
+            problem = DataError(first_line(error))
+        move_aside(path, problem)
+    return None
 
 
 def load_best(model: IGROTModel, folder: Path) -> None:

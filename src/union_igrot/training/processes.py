@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from union_igrot.errors import ConfigError, UnionError
 
+_LAUNCHER = "UNION_LAUNCHER"
+"""Environment variable with the id of the launching process."""
 _BROADCAST_TIMEOUT = timedelta(minutes=10)
 
 
@@ -66,6 +70,7 @@ def detect_processes() -> Processes:
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # noqa: PLC0415 - slow
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment  # noqa: PLC0415 - slow
 
+    _end_with_launcher()
     started = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
     if started is None or started.world_size() == 1:
         return Processes()
@@ -109,6 +114,7 @@ def launch_processes(module: str, arguments: Sequence[str], count: int) -> None:
     Raises:
         SystemExit: With the exit code of the process that failed first; it has printed its error.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - slow
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415 - slow
 
@@ -125,11 +131,28 @@ def launch_processes(module: str, arguments: Sequence[str], count: int) -> None:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    os.environ[_LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(launch, sys.executable)("-m", module, *arguments)
+    except SignalException as ended:
+        raise SystemExit(128 + int(ended.sigval)) from None
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
         raise SystemExit(code if code > 0 else 1) from None
+
+
+def _end_with_launcher() -> None:
+    """End this process soon after the process that launched it was killed."""
+    launcher = int(os.environ.get(_LAUNCHER, "0"))
+    if os.getppid() != launcher:  # not launched, or a process that this one starts
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_process_group() -> None:
