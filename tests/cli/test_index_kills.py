@@ -1,11 +1,13 @@
-"""No kill of `union-index` loses or doubles a row."""
+"""No kill of `union-index` loses or doubles a row. `UNION_KILLS=100` kills as often."""
+
+import os
 
 import pytest
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 from index_kills import kill_many
 
-KILLS = 10
+KILLS = int(os.environ.get("UNION_KILLS", "10"))
 
 
 @pytest.mark.slow
