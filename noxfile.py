@@ -1,7 +1,6 @@
 """Tests, checks and the build, each in one command: `nox -s tests`, `nox -s lint types build`.
 
-The sessions but `lint` share one environment, because torch alone takes
-gigabytes; it is made by whichever runs first. `lint` has a small one of its own.
+All sessions but `lint` share one environment, because torch alone takes gigabytes.
 """
 
 import os
@@ -26,7 +25,7 @@ SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
 
 
 def environment(session: nox.Session, *groups: str, package: str = ".") -> Path:
-    """Bring the shared environment up to date, the package with extras where named, and give its folder of commands."""
+    """Update the shared environment with the package, extras and groups; return its folder of commands."""
     python = SHARED / SCRIPTS / "python"
     if not python.exists():
         session.run(sys.executable, "-m", "virtualenv", "--quiet", SHARED, external=True)
@@ -39,14 +38,14 @@ def environment(session: nox.Session, *groups: str, package: str = ".") -> Path:
 def tests(session: nox.Session) -> None:
     """Run the tests; further arguments go to pytest."""
     commands = environment(session, "test", package=".[gallery]")
-    # Two workers of one thread each: the budget is two cores. A file stays together, for its fixtures are dear.
+    # Two workers of one thread each, for two cores.
     chosen = session.posargs or ["--numprocesses=2", "--dist=worksteal"]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")
 def coverage(session: nox.Session) -> None:
-    """Run the tests once more and say which lines none of them reaches; takes nearly twice as long."""
+    """Run the tests and report uncovered lines; takes nearly twice as long."""
     commands = environment(session, "test", package=".[gallery]")
     chosen = ["--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered", *session.posargs]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
@@ -54,7 +53,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
-    """Run the tests that are left out by default, without coverage."""
+    """Run the tests that are marked slow."""
     commands = environment(session, "test", package=".[gallery]")
     chosen = ["-m", "slow", "--numprocesses=2", "--dist=worksteal", *session.posargs]
     session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
@@ -62,11 +61,11 @@ def slow(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def browser(session: nox.Session) -> None:
-    """Use the demo's page in headless Chromium; where there is none, it is Debian's package that is installed."""
+    """Test the demo's page in headless Chromium, which is installed on Debian if it is missing."""
     commands = environment(session, "test", "browser", package=".[gallery,demo]")
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         if shutil.which("apt-get") is None or os.geteuid() != 0:
-            session.error("there is no Chromium; install it (on Debian: apt-get install chromium) and run this again")
+            session.error("Chromium is not installed; on Debian: apt-get install chromium")
         session.run("apt-get", "update", external=True, silent=True)
         session.run("apt-get", "install", "--yes", "--no-install-recommends", "chromium", external=True, silent=True)
     chosen = ["-m", "browser", "tests/browser", *session.posargs]
@@ -86,21 +85,21 @@ server.stop()
 
 @nox.session(reuse_venv=True)
 def milvus(session: nox.Session) -> None:
-    """Run the engines' tests on a real Milvus server, started for them on a free port and stopped afterwards."""
-    session.install("milvus==2.3.5")  # the last that brings the server itself; for x86-64 Linux and for macOS
+    """Run the engine tests on a Milvus server, started on a free port and stopped afterwards."""
+    session.install("milvus==2.3.5")  # the last release with the server; x86-64 Linux and macOS
     commands = environment(session, "test", package=".[gallery,milvus]")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         started = [Path(session.bin) / "python", "-c", MILVUS, folder]
         with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
             port = server.stdout.readline().strip()
             if not port:
-                session.error(f"the Milvus server did not start; its own words are above and in {folder}/logs")
+                session.error(f"the Milvus server did not start; see above and {folder}/logs")
             chosen = session.posargs or ["tests/gallery/engines", "tests/cli/test_far_galleries.py", "-k", "milvus"]
             where = {"UNION_MILVUS": f"milvus://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
             try:
                 session.run(commands / "python", "-m", "pytest", *chosen, env=where, external=True)
             finally:
-                server.stdin.close()  # which it waits for
+                server.stdin.close()  # stops it
 
 
 BUCKET = """
@@ -119,14 +118,14 @@ server.stop()
 
 @nox.session(reuse_venv=True)
 def objectstore(session: nox.Session) -> None:
-    """Run the engines' tests on an object store that speaks S3, started for them on a free port."""
-    session.install("moto[server,s3]>=5.1")  # refuses to overwrite where it is asked to, as Lance's commits need
+    """Run the engine tests on an S3 server, started on a free port and stopped afterwards."""
+    session.install("moto[server,s3]>=5.1")  # supports conditional writes, which Lance's commits need
     commands = environment(session, "test", package=".[gallery]")
     keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
     started = [Path(session.bin) / "python", "-c", BUCKET]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(started, env={**os.environ, **keys}, **pipes) as server:
-        port = next((line.strip() for line in server.stdout if line.strip().isdecimal()), None)  # it says more
+        port = next((line.strip() for line in server.stdout if line.strip().isdecimal()), None)  # other lines are messages
         if port is None:
             session.error("the object store did not start; try: python -m moto.server")
         chosen = session.posargs or ["tests/gallery/engines", "tests/cli/test_far_galleries.py", "-k", "bucket"]
@@ -141,7 +140,7 @@ def objectstore(session: nox.Session) -> None:
                 external=True,
             )
         finally:
-            server.stdin.close()  # which it waits for
+            server.stdin.close()  # stops it
 
 
 @nox.session(reuse_venv=True)
@@ -161,7 +160,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Build sdist, and from it the wheel; look into both; install the wheel into a clean environment and use it."""
+    """Build the sdist, and the wheel from it; check both; install the wheel in a clean environment and use it."""
     commands = environment(session, "build")
     place = Path(session.create_tmp()).resolve()
     for old in [*place.glob("*.tar.gz"), *place.glob("*.whl")]:
@@ -169,13 +168,13 @@ def build(session: nox.Session) -> None:
     # Without --wheel or --sdist the wheel is built from the sdist.
     session.run(commands / "python", "-m", "build", "--outdir", place, external=True, silent=True)
     (sdist,), (wheel,) = place.glob("*.tar.gz"), place.glob("*.whl")
-    look_into(session, sdist, wheel)
+    check_archives(session, sdist, wheel)
 
     clean = place / "clean"
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", clean, external=True)
     own = clean / SCRIPTS
     session.run(own / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel, external=True)
-    # The dependencies, torch above all, are looked up in the shared environment; what is installed here goes first.
+    # Dependencies come from the shared environment.
     (here,), (there,) = clean.glob("**/site-packages"), SHARED.glob("**/site-packages")
     (here / "dependencies.pth").write_text(f"{there}\n")
     installed = here / "union_igrot" / "conf"
@@ -207,8 +206,8 @@ def docs(session: nox.Session) -> None:
     session.run(commands / "python", "-m", "sphinx", *chosen, external=True)
 
 
-def look_into(session: nox.Session, sdist: Path, wheel: Path) -> None:
-    """Check that sdist and wheel hold all of the package, its weights and its configurations."""
+def check_archives(session: nox.Session, sdist: Path, wheel: Path) -> None:
+    """Check that sdist and wheel contain the package, its weights and its configurations."""
     source = ROOT / "src" / "union_igrot"
     package = {
         path.relative_to(source).as_posix()
@@ -233,4 +232,4 @@ def look_into(session: nox.Session, sdist: Path, wheel: Path) -> None:
     if missing:
         session.error(f"missing from the built archives: {', '.join(sorted(missing))}")
     if foreign := {name for name in shipped if not name.startswith(("union_igrot/", "union_igrot-"))}:
-        session.error(f"the wheel holds what is not the package: {', '.join(sorted(foreign))}")
+        session.error(f"files in the wheel that are not of the package: {', '.join(sorted(foreign))}")
