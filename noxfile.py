@@ -125,7 +125,7 @@ def objectstore(session: nox.Session) -> None:
     started = [Path(session.bin) / "python", "-c", BUCKET]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(started, env={**os.environ, **keys}, **pipes) as server:
-        port = next((line.strip() for line in server.stdout if line.strip().isdecimal()), None)  # other lines are messages
+        port = next((line.strip() for line in server.stdout if line.strip().isdecimal()), None)
         if port is None:
             session.error("the object store did not start; try: python -m moto.server")
         chosen = session.posargs or ["tests/gallery/engines", "tests/cli/test_far_galleries.py", "-k", "bucket"]
