@@ -243,7 +243,7 @@ def _encrypted_proxy(folder, host, port):
             while True:
                 plain, _ = opened[0].accept()
                 opened.append(plain)
-                with suppress(ssl.SSLError):
+                with suppress(OSError):  # the client rejects the certificate, or closes the connection
                     encrypted = context.wrap_socket(plain, server_side=True)
                     upstream = socket.create_connection((host, port))
                     opened.extend((encrypted, upstream))
