@@ -105,12 +105,12 @@ def test_macro_weighs_classes_and_keeps_their_sizes():
     # A class of equal values adds no spread, however large it is; the mean is the classes'.
     values = torch.cat([torch.full((900,), 0.2), torch.tensor([0.0, 1.0] * 50)])
     labels = torch.cat([torch.full((900,), 5), torch.full((100,), -1)])
-    low, high = bootstrap_interval(values, labels=labels, resamples=2000)
+    low, high = bootstrap_interval(values, labels=labels, resamples=400)
     half = 1.96 * (0.5 / math.sqrt(100)) / 2
     assert low == pytest.approx(0.35 - half, abs=0.006)
     assert high == pytest.approx(0.35 + half, abs=0.006)
     shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    mixed = bootstrap_interval(values[shuffled], labels=labels[shuffled], resamples=2000)
+    mixed = bootstrap_interval(values[shuffled], labels=labels[shuffled], resamples=400)
     assert mixed == pytest.approx((low, high), abs=0.006)
     alone = bootstrap_interval(values, labels=torch.zeros(1000, dtype=torch.int64))
     assert alone == bootstrap_interval(values)
@@ -193,9 +193,9 @@ def test_resampled_classes_equal_a_plain_loop():
     values, classes = some(60), torch.arange(60) % 7
     strata = torch.arange(60) // 30
     for labels in (None, classes, strata):
-        low, high = bootstrap_interval(values, labels=labels, classes=classes, resamples=2000)
+        low, high = bootstrap_interval(values, labels=labels, classes=classes, resamples=400)
         draw, found = random.Random(0), []
-        for _ in range(2000):
+        for _ in range(400):
             parts = [range(60)] if labels is None or labels is classes else [range(30), range(30, 60)]
             means = []
             for part in parts:
@@ -207,8 +207,8 @@ def test_resampled_classes_equal_a_plain_loop():
                     means.append(statistics_of.fmean(chain(*drawn)))
             found.append(statistics_of.fmean(means))
         found.sort()
-        assert low == pytest.approx(found[50], abs=0.02)
-        assert high == pytest.approx(found[1950], abs=0.02)
+        assert low == pytest.approx(found[10], abs=0.05)
+        assert high == pytest.approx(found[390], abs=0.05)
 
 
 def test_classes_that_differ_widen_intervals_and_equal_ones_do_not_matter():

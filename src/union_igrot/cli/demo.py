@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PASSWORD = "UNION_DEMO_PASSWORD"
 """The environment variable that holds the password."""
 UNTRAINED = {"image + text": "sum", "image alone": "image"}
-"""Baselines that a model is compared with on the generated world: name on the page and kind."""
+"""Baselines that a model is compared with on the generated world, name on the page to kind."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

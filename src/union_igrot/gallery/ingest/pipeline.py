@@ -94,16 +94,8 @@ def ingest_images(
         DataError: If columns are invalid, all images are gone, or a disk is full.
     """
     options, start = options or IngestOptions(), time.perf_counter()
-    if options.decoder == "torchcodec":
-        require_codec()
-    model.eval()
     timings = Timings()
-    if options.executor == "ray":
-        from union_igrot.gallery.ingest.ray_executor import ray_executor  # noqa: PLC0415 - an extra
-
-        executors: AbstractContextManager[_Executor] = ray_executor(model, options, timings)
-    else:
-        executors = nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings))
+    executors = _executors(model, options, timings)
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
 
@@ -153,6 +145,17 @@ def ingest_images(
         emptied=emptied,
         lost_sources=find_lost_sources(rows.sources),
     )
+
+
+def _executors(model: IGROTModel, options: IngestOptions, timings: Timings) -> AbstractContextManager[_Executor]:
+    if options.decoder == "torchcodec":
+        require_codec()
+    model.eval()
+    if options.executor == "ray":
+        from union_igrot.gallery.ingest.ray_executor import ray_executor  # noqa: PLC0415 - an extra
+
+        return ray_executor(model, options, timings)
+    return nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings))
 
 
 def _embed_all(
