@@ -1,6 +1,7 @@
-"""Broken, odd and malicious files, and the expected result of each.
+"""Files as no folder should hold them: broken, odd and malicious ones, and what has to become of each.
 
-Every valid image shows the same four quarters, bright to dark from the left top by rows, however it is stored.
+Every sound image shows the same four quarters, bright to dark from the left top by rows, however it is
+stored. Knows formats. Does not know what is tested with it.
 """
 
 import io
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 Fate = Literal["row", "listed", "left out"]
-"""Indexed upright, listed with a reason, or left out (hidden)."""
+"""Indexed right side up, listed with a reason, or not looked at (hidden)."""
 QUARTERS = np.array([[230, 160], [90, 20]])
 _NAMES = (
     "plain",
@@ -94,7 +95,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def bomb(number: int) -> bytes:
-    """A PNG of some hundred bytes with 3.6 billion pixels in its header, or with text that inflates to 64 MB."""
+    """A PNG of some hundred bytes that says it has 3.6 thousand million pixels, or text that swells to 64 MB."""
     start = b"\x89PNG\r\n\x1a\n"
     if number % 2:
         head = struct.pack(">IIBBBBB", 60_000, 60_000 + number, 8, 2, 0, 0, 0)

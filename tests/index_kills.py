@@ -1,9 +1,10 @@
-"""`union-index` killed at random moments, again and again, and its rows compared with the folder.
+"""`union-index` killed at random moments, again and again, and its rows held against the folder.
 
-Before each start the folder changes: images are added, replaced, renamed, copied, touched and removed. The command is
-killed with SIGKILL at a random time, or just after a random number of writes to the index. While it runs, the index is
-opened and searched without a pause. Every few kills it runs to its end; then each image has one row with its hash and
-its own embedding, and there is no other row.
+Before each start the folder changes: images are added, replaced, renamed, copied, touched and removed. The
+command is killed with SIGKILL (its decoding workers are left to themselves) at a random time, or just after a
+random number of writes to the index. While it runs, the index is opened and searched without a pause. Every few
+kills it is left to its end; then each image has one row with its hash and its own embedding, and there is no
+other row. Knows files, processes and rows.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from union_igrot.gallery.ingest import writer
 ROWS = 32
 """Images of one write to the index, so that there are many moments between two."""
 EVERY = 5
-"""Kills between two runs that are not killed."""
+"""Kills between two runs that are left to their end."""
 PATIENCE = 120.0
 
 
@@ -119,7 +120,7 @@ class Trial:
         return process
 
     def kill_once(self) -> bool:
-        """Start the command and kill it; return whether it was still running."""
+        """Start the command and kill it; tell whether it was still at work."""
         before = self._state()
         process, start = self.start(), time.monotonic()
         by_time = self.random.random() < 0.5
@@ -137,13 +138,13 @@ class Trial:
         return process.exitcode == -9
 
     def finish(self) -> None:
-        """Run the command to its end, and compare the rows with the folder."""
+        """Let the command come to its end, and hold the rows against the folder."""
         process, start = self.start(), time.monotonic()
         while process.is_alive() and time.monotonic() - start < PATIENCE:
             self._look()
         process.join(1)
         if process.exitcode != 0:
-            raise AssertionError(f"a run that was not killed ended with code {process.exitcode}")
+            raise AssertionError(f"a run that was left alone ended with code {process.exitcode}")
         self.seconds = time.monotonic() - start
         self.check()
 
@@ -165,7 +166,7 @@ class Trial:
             torch.testing.assert_close(vector, self.vectors.setdefault(digest, vector), atol=1e-4, rtol=0)
 
     def _look(self) -> None:
-        """Read and search the index meanwhile."""
+        """Read and search the index, as somebody does meanwhile."""
         try:
             with open_index(self.uri) as index:
                 rows = _rows(index)
@@ -173,7 +174,7 @@ class Trial:
                     raise AssertionError("a reader saw a row twice")
                 if rows:
                     index.search(torch.randn(1, index.dim), 5, columns=["hash"])
-        except ConfigError:  # does not exist yet
+        except ConfigError:  # not made yet
             time.sleep(0.01)
 
     def _state(self) -> frozenset[str]:
@@ -190,13 +191,13 @@ def _rows(index: VectorIndex) -> list[tuple[str, str]]:
 def kill_many(
     place: Path, kills: int, *, images: int = 300, seed: int = 0, workers: int = 1
 ) -> tuple[Counter[str], int]:
-    """Kill, resume, check.
+    """Kill, go on, check.
 
     Args:
         place: An empty folder.
-        kills: How often the command is killed while it is running.
+        kills: How often the command is killed while it is at work.
         images: Images at the beginning.
-        seed: Seed of the changes and of the moments of the kills.
+        seed: Decides what changes, and when the command is killed.
         workers: Its decoding processes.
 
     Returns:
@@ -215,6 +216,6 @@ def kill_many(
             trial.finish()
             trial.folder.change(0.15)
         elif runs % EVERY == 2:
-            trial.folder.change(0.03)  # also amid unfinished work
+            trial.folder.change(0.03)  # also in the midst of unfinished work
     trial.finish()
     return trial.seen, runs

@@ -1,13 +1,11 @@
-"""No kill of `union-index` loses or doubles a row. `UNION_KILLS=100` kills as often."""
-
-import os
+"""No kill of `union-index` loses or doubles a row."""
 
 import pytest
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 from index_kills import kill_many
 
-KILLS = int(os.environ.get("UNION_KILLS", "10"))
+KILLS = 10
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ GOLDEN = "f24e118d78dce90d8ab38166ef6bdf75be74512831b6295c643c3175d116b09e"
 
 @pytest.fixture(scope="module")
 def cir():
-    return shapes_cir("test", queries=100, seed=3, distractors=60)
+    return shapes_cir("test", queries=200, seed=3, distractors=60)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from PIL import Image
 from codec_pictures import PICTURES, entries_of, indexed, jpeg, scene
 from small_world import trainable
 from union_igrot.errors import ConfigError
-from union_igrot.gallery.ingest import decode as codec
-from union_igrot.gallery.ingest.decode import JpegBatchDecoder
+from union_igrot.gallery.ingest import codec
+from union_igrot.gallery.ingest.codec import JpegBatchDecoder
 from union_igrot.gallery.ingest.entries import data_entry
 from union_igrot.images.decode import decode_image, plain_jpeg
 from union_igrot.images.transforms import ImageToPixels

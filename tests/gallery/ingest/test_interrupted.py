@@ -1,4 +1,4 @@
-"""Ingestion with workers, crashes, interruptions, failing disks and other processes, and the list of skipped images."""
+"""What workers, crashes, interruptions, failing disks and others at work leave of an indexing."""
 
 import errno
 import os
@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from indexing_world import QUIET, counts, fill, picture
-from small_world import LinearBackbone, trainable
+from indexing_world import counts, fill, picture
+from small_world import trainable
 from union_igrot.errors import DataError, UnionError
-from union_igrot.gallery.engines.memory import MemoryIndex
-from union_igrot.gallery.ingest import decode as decoding, pipeline, writer
+from union_igrot.gallery.ingest import pipeline, writer
 from union_igrot.gallery.ingest.decode import ImageReader
-from union_igrot.gallery.ingest.entries import Listing, data_entry
-from union_igrot.gallery.ingest.pipeline import ingest_images, lock_index
-from union_igrot.gallery.ingest.report import IngestReport, SkippedFile, SkippedImage
+from union_igrot.gallery.ingest.pipeline import lock_index
+from union_igrot.gallery.ingest.report import SkippedFile, SkippedImage
 from union_igrot.storage import locks
 
 
@@ -31,6 +29,8 @@ def test_worker_processes_give_the_same_rows(lance_world):
 
 @pytest.mark.slow
 def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatch):
+    import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
+
     world = lance_world
     fill(world.pictures, [f"{n}.png" for n in range(9)])
     (world.pictures / "4.png").write_bytes(b"deadly" + picture(4))
@@ -42,8 +42,6 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
         return real(source, at_least)
 
     monkeypatch.setattr(decoding, "decode_image", dying)
-    loader = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter"
-    monkeypatch.setattr(f"{loader}._try_get_data.__defaults__", (0.2,))  # seconds between two looks for dead workers
     report = world.run(workers=2, batch_size=2)
     assert counts(report) == (8, 0, 0, 0, 1, 8)
     ((name, reason),) = report.reasons
@@ -51,7 +49,9 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
     world.check(broken=("4.png",))
 
 
-def test_an_image_that_failed_for_lack_of_memory_is_tried_again_and_keeps_its_row(world, monkeypatch):
+def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(world, monkeypatch):
+    import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
+
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
     (world.pictures / "1.png").write_bytes(picture(5, (30, 31)))
@@ -68,7 +68,7 @@ def test_an_image_that_failed_for_lack_of_memory_is_tried_again_and_keeps_its_ro
     world.check()
 
 
-def test_a_file_system_without_locks_is_a_warning(lance_world, monkeypatch, caplog):
+def test_where_locks_do_not_work_one_is_warned_and_goes_on(lance_world, monkeypatch, caplog):
     def unknown(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -78,7 +78,7 @@ def test_a_file_system_without_locks_is_a_warning(lance_world, monkeypatch, capl
     assert "cannot be locked (No locks available)" in caplog.text
 
 
-def test_half_precision_gives_normalized_rows_and_leaves_the_model_unchanged(world):
+def test_half_precision_gives_rows_of_length_one_and_leaves_the_model_as_it_was(world):
     fill(world.pictures, [f"{n}.png" for n in range(3)])
     world.model.train()
     world.run(precision="bf16-mixed")
@@ -111,10 +111,10 @@ def test_two_at_once_are_refused_but_not_after_a_kill(lance_world):
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the code handles it."""
+    """What stands for a kill: nothing in the code handles it."""
 
 
-def test_an_image_that_broke_before_an_interruption_loses_its_row(lance_world):
+def test_a_picture_that_broke_before_an_interruption_loses_its_row(lance_world):
     world = lance_world
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
@@ -126,7 +126,7 @@ def test_an_image_that_broke_before_an_interruption_loses_its_row(lance_world):
     world.check(broken=("1.png",))
 
 
-def test_a_missing_image_of_a_list_loses_its_row_but_not_an_unreachable_one(world):
+def test_a_missing_picture_of_a_list_loses_its_row_but_not_one_that_cannot_be_reached(world):
     fill(world.pictures, ["1.png", "2.png", "3.png"])
     listed = world.pictures.parent / "list.txt"
     listed.write_text("".join(f"pictures/{n}.png\n" for n in (1, 2, 3)))
@@ -139,7 +139,7 @@ def test_a_missing_image_of_a_list_loses_its_row_but_not_an_unreachable_one(worl
     assert {Path(name).name for name in world.rows()} == {"2.png", "3.png"}
 
 
-def test_a_failing_disk_costs_no_row_and_its_images_are_tried_again(lance_world, monkeypatch):
+def test_a_disk_that_fails_costs_no_row_and_its_pictures_are_tried_again(lance_world, monkeypatch):
     world = lance_world
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
@@ -160,7 +160,7 @@ def test_a_failing_disk_costs_no_row_and_its_images_are_tried_again(lance_world,
 
 
 @pytest.mark.parametrize("after", range(0, 7, 2))
-def test_an_interrupted_run_is_resumed(lance_world, monkeypatch, after):
+def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
     """Ended at the n-th write to the index, as if killed just after it."""
     world = lance_world
     monkeypatch.setattr(writer, "BATCH_ROWS", 4)
@@ -205,7 +205,7 @@ def test_an_interrupted_run_is_resumed(lance_world, monkeypatch, after):
     assert not [one for one in (world.pictures.parent / "own-cache" / "indexing").iterdir() if one.is_dir()]
 
 
-def test_after_an_error_while_writing_the_next_run_resumes(lance_world, monkeypatch):
+def test_an_error_while_writing_ends_the_run_and_the_next_goes_on(lance_world, monkeypatch):
     world = lance_world
     monkeypatch.setattr(writer, "BATCH_ROWS", 4)
     fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
@@ -218,7 +218,7 @@ def test_after_an_error_while_writing_the_next_run_resumes(lance_world, monkeypa
     world.check()
 
 
-def test_a_row_that_vanishes_meanwhile_is_embedded_again(world, monkeypatch):
+def test_a_row_that_vanishes_meanwhile_costs_a_second_round(world, monkeypatch):
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
     (world.pictures / "1.png").rename(world.pictures / "moved.png")
@@ -232,33 +232,3 @@ def test_a_row_that_vanishes_meanwhile_is_embedded_again(world, monkeypatch):
     report = world.run()
     assert (report.added, report.embedded) == (1, 1)
     world.check()
-
-
-def test_the_list_of_skipped_images_survives_a_torn_line_and_keeps_other_sources(tmp_path):
-    path = tmp_path / "skipped.jsonl"
-    one, two = SkippedImage("a", "why", 1, 2), SkippedImage("b \udcff", "two\nlines", 3, 4)
-    SkippedFile(path, "mine").add([one])
-    SkippedFile(path, "theirs").add([one])
-    with path.open("ab") as file:
-        file.write(b'{"path": "torn')
-    again = SkippedFile(path, "mine")
-    assert again.own == {"a": one}
-    again.add([two])
-    assert SkippedFile(path, "mine").own == {"a": one, two.path: two}
-    assert SkippedFile(path, "theirs").own == {"a": one}
-    again.keep({"a"})
-    assert SkippedFile(path, "mine").own == {"a": one}
-    SkippedFile(path, "mine").keep(set())
-    SkippedFile(path, "theirs").keep(set())
-    assert not path.exists()
-
-
-def test_an_empty_report_has_no_rate():
-    assert IngestReport().rate == 0.0
-
-
-def test_an_index_in_memory_needs_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("UNION_CACHE", str(tmp_path / "no" / "cache"))
-    model = trainable("sum", "frozen", LinearBackbone())
-    ingest_images(MemoryIndex(model.backbone.dim), model, Listing("added", [data_entry("a", picture(1))]), QUIET)
-    assert not (tmp_path / "no").exists()

@@ -24,13 +24,8 @@ from torch.utils.data import DataLoader
 from union_igrot.errors import DataError, ImageError, UnionError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
-from union_igrot.gallery.ingest.decode import (
-    DecodedBatch,
-    DecodedImage,
-    ImageReader,
-    JpegBatchDecoder,
-    require_codec,
-)
+from union_igrot.gallery.ingest.codec import JpegBatchDecoder, require_codec
+from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
 from union_igrot.gallery.ingest.entries import Entry, Listing
 from union_igrot.gallery.ingest.plan import find_broken, find_gone, find_lost_sources, make_plan, read_index
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport, SkippedFile
