@@ -105,12 +105,12 @@ def test_macro_weighs_classes_and_keeps_their_sizes():
     # A class of equal values adds no spread, however large it is; the mean is the classes'.
     values = torch.cat([torch.full((900,), 0.2), torch.tensor([0.0, 1.0] * 50)])
     labels = torch.cat([torch.full((900,), 5), torch.full((100,), -1)])
-    low, high = bootstrap_interval(values, labels=labels, resamples=400)
+    low, high = bootstrap_interval(values, labels=labels, resamples=2000)
     half = 1.96 * (0.5 / math.sqrt(100)) / 2
     assert low == pytest.approx(0.35 - half, abs=0.006)
     assert high == pytest.approx(0.35 + half, abs=0.006)
     shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    mixed = bootstrap_interval(values[shuffled], labels=labels[shuffled], resamples=400)
+    mixed = bootstrap_interval(values[shuffled], labels=labels[shuffled], resamples=2000)
     assert mixed == pytest.approx((low, high), abs=0.006)
     alone = bootstrap_interval(values, labels=torch.zeros(1000, dtype=torch.int64))
     assert alone == bootstrap_interval(values)
@@ -192,14 +192,15 @@ def test_wrong_arguments_of_the_test_are_errors():
 def test_resampled_classes_equal_a_plain_loop():
     values, classes = some(60), torch.arange(60) % 7
     strata = torch.arange(60) // 30
+    plain, class_of = values.tolist(), classes.tolist()
     for labels in (None, classes, strata):
-        low, high = bootstrap_interval(values, labels=labels, classes=classes, resamples=400)
+        low, high = bootstrap_interval(values, labels=labels, classes=classes, resamples=2000)
+        blocks = [range(30), range(30, 60)] if labels is strata else [range(60)]
+        grouped = [[[plain[i] for i in block if class_of[i] == c] for c in range(7)] for block in blocks]
         draw, found = random.Random(0), []
-        for _ in range(400):
-            parts = [range(60)] if labels is None or labels is classes else [range(30), range(30, 60)]
+        for _ in range(2000):
             means = []
-            for part in parts:
-                groups = [[values[i].item() for i in part if classes[i] == c] for c in range(7)]
+            for groups in grouped:
                 drawn = [draw.choices(group, k=len(group)) for group in draw.choices(groups, k=7)]
                 if labels is classes:
                     means.append(statistics_of.fmean(map(statistics_of.fmean, drawn)))
@@ -207,8 +208,8 @@ def test_resampled_classes_equal_a_plain_loop():
                     means.append(statistics_of.fmean(chain(*drawn)))
             found.append(statistics_of.fmean(means))
         found.sort()
-        assert low == pytest.approx(found[10], abs=0.05)
-        assert high == pytest.approx(found[390], abs=0.05)
+        assert low == pytest.approx(found[50], abs=0.02)
+        assert high == pytest.approx(found[1950], abs=0.02)
 
 
 def test_classes_that_differ_widen_intervals_and_equal_ones_do_not_matter():
