@@ -75,7 +75,8 @@ def test_the_page_of_a_training(small_run: Run):
     assert {"queries of shapes_cir · test", "queries of shapes_sbir · test", "backbone", "seed"} <= hashes.keys()
     assert {"torch", "python", "union-igrot"} <= dict(map(tuple, page.lines_of("Versions")[0])).keys()
     shown = [one["text"] for one in page.all("figcaption") if " by step: " in one["text"]]
-    assert shown[0].startswith("val/score by step: from ")
+    curves = [text.partition(" by step: from ")[0] for text in shown]
+    assert {"train/loss_cir", "train/loss_sbir", "val/score"} <= set(curves)
     assert len(page.all("li", **{"class": "example"})) == 2 * 3 * SHOWN
 
 
