@@ -125,6 +125,14 @@ def test_groups_are_held_out(triplets, pairs, task):
         assert len(query.exclude) == (1 if task == "cir" else 0)
 
 
+@pytest.mark.parametrize(("classes", "held"), [(3, 1), (4, 2), (20, 2)])
+def test_two_classes_of_sketches_are_held_out_if_two_remain(classes, held):
+    whole = shapes_training(0, 400)
+    few = [triplet for triplet in whole.triplets if triplet.group in whole.classes[:classes]]
+    _, benchmark = hold_out(TrainingSet("few", few, whole.classes[:classes]), 0.01)
+    assert len({item.label for item in benchmark.gallery}) == min(held, len(whole.classes))
+
+
 def test_one_group_cannot_be_split():
     whole = shapes_training(0, 40)
     one = TrainingSet("one", [t for t in whole.triplets if t.group == whole.triplets[0].group])

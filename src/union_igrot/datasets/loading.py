@@ -131,7 +131,7 @@ def hold_out(training: TrainingSet, share: float = 0.1) -> tuple[TrainingSet, Be
     """Split a training set by groups, so that the best epoch is never chosen on a test split.
 
     Groups are ordered by a hash of their names and held out until `share` of the triplets is: whole classes of
-    sketches, or all triplets with the same target.
+    sketches (at least two of four or more), or all triplets with the same target.
 
     Args:
         training: The triplets, all of one task.
@@ -149,10 +149,12 @@ def hold_out(training: TrainingSet, share: float = 0.1) -> tuple[TrainingSet, Be
     groups = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(groups) < 2:
         raise DataError(f"{training.name}: {len(groups)} group cannot be split into training and validation; add data")
+    # A gallery of one class tells nothing apart; that of composed retrieval holds the references as well.
+    least = 2 if training.triplets[0].task == "sbir" and len(groups) > 3 else 1
     held: set[str] = set()
     count = 0
     for group in groups[:-1]:
-        if held and count >= share * len(training.triplets):
+        if len(held) >= least and count >= share * len(training.triplets):
             break
         held.add(group)
         count += sizes[group]

@@ -36,10 +36,10 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
     (world.pictures / "4.png").write_bytes(b"deadly" + picture(4))
     real = decoding.decode_image
 
-    def dying(source, at_least=None):
+    def dying(source, at_least=None, *limits):
         if source.getvalue().startswith(b"deadly"):
             os.kill(os.getpid(), 9)
-        return real(source, at_least)
+        return real(source, at_least, *limits)
 
     monkeypatch.setattr(decoding, "decode_image", dying)
     report = world.run(workers=2, batch_size=2)
