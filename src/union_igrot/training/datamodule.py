@@ -257,7 +257,7 @@ class IGROTDataModule(lightning.LightningDataModule):
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._training_batch, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of `ValidationBatch`es: this process's share of the queries and galleries."""
+        """Return the loader of validation batches: this process's share of the queries and galleries."""
         rank, world = self._process()
         own = self._blocks(world)[rank::world]
         if "image" in self._tuned:
