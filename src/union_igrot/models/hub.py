@@ -3,25 +3,16 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from union_igrot.errors import CheckpointError, first_line
+from union_igrot.errors import CheckpointError
 from union_igrot.models.checkpoint import (
     BACKBONE_FILE,
     HEADS_FILE,
@@ -31,6 +22,7 @@ from union_igrot.models.checkpoint import (
     TOKENIZER_FOLDER,
     read_checkpoint,
 )
+from union_igrot.models.download import CLIENT_ERROR, hub_errors, probe_timeout
 
 UNNAMED = "OWNER/NAME"
 """The name of a model that has none on the hub yet, in its model card."""
@@ -38,9 +30,6 @@ TAGS = ("composed-image-retrieval", "sketch-based-image-retrieval", "image-retri
 FILES = (MODEL_FILE, HEADS_FILE, BACKBONE_FILE, f"{TOKENIZER_FOLDER}/*", IMAGES_FILE, README_FILE)
 """Files of a model's repository; other files are neither downloaded nor uploaded."""
 _LOADED = re.compile(r'union_igrot\.load\("([^"]+)"\)')
-# The library passes on errors of its HTTP client, whose base class is the base of its own.
-_CLIENT = cast(type[Exception], HfHubHTTPError.__mro__[1])
-_FAILURES = (OSError, EntryNotFoundError, HFValidationError, _CLIENT)
 
 
 def split_name(name: str) -> tuple[str, str | None] | None:
@@ -50,7 +39,7 @@ def split_name(name: str) -> tuple[str, str | None] | None:
 
 
 def fetch_model(repository: str, revision: str | None = None, **options: Any) -> Path:
-    """Download a saved model, or find it in the library's cache.
+    """Download a saved model; without a network, find it in the library's cache.
 
     Args:
         repository: `owner/name`.
@@ -65,39 +54,26 @@ def fetch_model(repository: str, revision: str | None = None, **options: Any) ->
             and the model is not in the cache.
     """
     with hub_errors(repository, revision, f"{repository} is not a folder here, and "):
+        if not options.get("local_files_only"):
+            try:
+                HfApi(token=options.get("token")).model_info(repository, revision=revision, timeout=probe_timeout())
+            except HfHubHTTPError:
+                raise
+            except (CLIENT_ERROR, OSError):
+                folder = _cached_folder(repository, revision, options)
+                if folder is None:
+                    raise
+                return folder
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES), **options))
 
 
-@contextmanager
-def hub_errors(repository: str, revision: str | None = None, before: str = "") -> Iterator[None]:
-    """Turn errors of the hub's library into one line that names what was tried and what to do.
-
-    Args:
-        repository: `owner/name`.
-        revision: A branch, tag or commit.
-        before: Start of the line.
-
-    Raises:
-        CheckpointError: In place of the library's errors.
-    """
-    tried = f"{before}{constants.ENDPOINT}/{repository}" + (f" at revision {revision}" if revision else "")
+def _cached_folder(repository: str, revision: str | None, options: Mapping[str, Any]) -> Path | None:
+    given = {**options, "local_files_only": True, "force_download": False}
     try:
-        yield
-    except GatedRepoError:
-        raise CheckpointError(f"{tried} is open to some users only; request access, then `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{tried} does not exist or is private; check the name, or `hf auth login` with an account that has access"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{tried} does not exist; give a branch, tag or commit of {repository}") from None
-    except LocalTokenNotFoundError:
-        raise CheckpointError(f"{tried} needs an account; run `hf auth login`, or set HF_TOKEN") from None
-    except _FAILURES as error:
-        raise CheckpointError(
-            f"{tried} cannot be reached or refused the request ({first_line(error)}); check name, network and account "
-            "(`hf auth login`)"
-        ) from None
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES), **given))
+    except OSError:
+        return None
+    return folder if all((folder / file).is_file() for file in (MODEL_FILE, HEADS_FILE)) else None
 
 
 def push_folder(

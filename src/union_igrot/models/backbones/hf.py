@@ -5,7 +5,9 @@ A model's class is imported when it is used. Code in a repository is never run.
 
 import json
 import string
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -16,13 +18,29 @@ from torch.nn import functional as F
 
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
-from union_igrot.models.backbones.weights import LIBRARY_ERRORS, WEIGHTS_OPTION, summarize_names
+from union_igrot.models.backbones.weights import (
+    LIBRARY_ERRORS,
+    check_content,
+    replace_advice,
+    summarize_names,
+)
+from union_igrot.models.download import fetch_files
 from union_igrot.types import Features, Preprocess
 
 NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-base-patch16-224"}
 """Short names of repositories on the Hugging Face hub."""
 BLIP_CONTEXT = 35
 """Text positions of BLIP's retrieval models, padding included (Li et al., and the reference)."""
+_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_NEEDED = (
+    ("config.json",),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
+    _WEIGHTS,
+)
 _BILINEAR, _BICUBIC = 2, 3
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -237,6 +255,8 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
                 f"backbone {name!r}: {source} is not a folder; set model.weights to a folder with config.json, "
                 "model.safetensors, tokenizer files and preprocessor_config.json"
             )
+    if not Path(source).is_dir():
+        source = str(fetch_files(source, _NEEDED).parent)
     if (Path(source) / "0_CLIPModel").is_dir():  # a folder of sentence-transformers
         source = str(Path(source) / "0_CLIPModel")
     if (Path(source) / "open_clip_config.json").is_file() and not (Path(source) / "config.json").exists():
@@ -310,10 +330,14 @@ def _model_class(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
 
 
 def _load_network(name: str, source: str, model_class: Any) -> Any:
+    file = next((file for file in _WEIGHTS if (Path(source) / file).is_file()), _WEIGHTS[0])
+    if (Path(source) / file).is_file():
+        check_content(Path(source) / file)
     try:
-        network, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with _no_bar():
+            network, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, "model.safetensors", error) from None
+        raise _unavailable(name, source, file, error) from None
     # transformers fills what a file lacks with random weights.
     missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
     if missing := [key for key in missing if not key.endswith("position_ids")]:
@@ -321,6 +345,21 @@ def _load_network(name: str, source: str, model_class: Any) -> Any:
             f"the weights of {source} miss {summarize_names(missing)} or hold another shape; copy them again"
         )
     return network
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep the bar of transformers out of what is no terminal."""
+    from transformers.utils import logging  # noqa: PLC0415 - heavy
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _load_preprocess(name: str, source: str, size: int) -> Preprocess:
@@ -386,11 +425,8 @@ def _unavailable(name: str, source: str, file: str, error: Exception) -> Checkpo
             f"backbone {name!r}: {source} has code of its own, which is not run; use a repository of a kind that "
             f"transformers supports ({', '.join(_KINDS)})"
         )
-    if Path(source).exists():
-        return CheckpointError(
-            f"backbone {name!r}: {file} in {source} cannot be read ({first_line(error)}); copy it there"
-        )
+    path = Path(source) / file
     return CheckpointError(
-        f"backbone {name!r}: {file} of {source} is not in the cache and cannot be downloaded ({first_line(error)}); "
-        f"connect once, or copy the repository into a folder and give {WEIGHTS_OPTION}"
+        f"backbone {name!r}: {file} in {source} cannot be read ({first_line(error)}); "
+        + (replace_advice(path) if path.is_file() else "copy it there")
     )

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from difflib import get_close_matches
 from http.client import HTTPException
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any, final
 
 import open_clip
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
 from jaxtyping import Float, Int
 from open_clip.convert import convert_state_dict
-from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
@@ -29,6 +26,7 @@ from union_igrot.models.backbones.weights import (
     remove_prefixes,
     summarize_names,
 )
+from union_igrot.models.download import fetch_files
 from union_igrot.types import Features, Preprocess
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "batch length"]]
@@ -42,6 +40,14 @@ NAMES = {
 }
 """Short names, with architecture and tag."""
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 _SIZES = (
     *("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask"),
     "text.transformer.embeddings.position_ids",
@@ -151,7 +157,7 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
         CheckpointError: If the weights cannot be downloaded or read, or do not fit.
     """
     if weights is None and name.startswith("hf-hub:"):
-        weights = _download_repository(name.removeprefix("hf-hub:"))
+        weights = fetch_files(name.removeprefix("hf-hub:"), [("open_clip_config.json",), _FILES]).parent
     if weights is not None and Path(weights).is_dir():
         return _load_folder(name, Path(weights))
     arch, tag = parse_name(name)
@@ -160,12 +166,25 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     if weights is None and not known:
         tags = summarize_names(list_pretrained_tags_by_model(arch))
         raise ConfigError(f"backbone {name!r}: {arch} has no tag {tag!r}; choose one of {tags} or give model.weights")
-    path = Path(weights) if weights is not None else _download(name, known)
+    path = Path(weights) if weights is not None else _download(known["hf_hub"])
     state = read_state_dict(path)
     is_openai = tag == "openai" or "input_resolution" in state
     config["quick_gelu"] |= is_openai
     preprocess = _tag_preprocess(config, known or _common_preprocess(arch), is_openai=is_openai)
-    return OpenClipBackbone(config, preprocess, name, state, _load_tokenizer(config), str(path))
+    local = _local_config(config)
+    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), str(path))
+    backbone.config = config  # without the paths of this machine
+    return backbone
+
+
+def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose tokenizer and text tower of the hub are folders of its cache."""
+    text = dict(config["text_cfg"])
+    needed = {"hf_model_name": ("config.json",), "hf_tokenizer_name": _TOKENIZERS}
+    for key, files in needed.items():
+        if text.get(key) and not Path(text[key]).is_dir():
+            text[key] = str(fetch_files(text[key], [files], texts=files is _TOKENIZERS).parent)
+    return {**config, "text_cfg": text}
 
 
 def restore_open_clip(
@@ -194,8 +213,9 @@ def restore_open_clip(
     text = local["text_cfg"]
     if text.get("hf_model_name") and (folder / "config.json").is_file():
         text["hf_model_name"] = str(folder)
-    if text.get("hf_tokenizer_name"):
+    if text.get("hf_tokenizer_name") and any((folder / file).is_file() for file in _TOKENIZERS):
         text["hf_tokenizer_name"] = str(folder)
+    local = _local_config(local)
     backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), source)
     backbone.config = deepcopy(dict(config))  # without the folder's path
     return backbone
@@ -347,28 +367,11 @@ def _load_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
     return tokenizer
 
 
-def _download(name: str, known: Mapping[str, Any]) -> Path:
-    """Download a tag's weights, or find them in the library's cache."""
-    try:
-        return Path(download_pretrained(dict(known)))
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise CheckpointError(
-            f"the weights of {name!r} ({known.get('hf_hub') or known.get('url')}) are not in the cache and cannot be "
-            f"downloaded ({first_line(error)}); connect once, or put {_FILES[0]} anywhere and give {WEIGHTS_OPTION}"
-        ) from None
-
-
-def _download_repository(repository: str) -> Path:
-    """Download a model of OpenCLIP from the hub, or find it in the cache."""
-    from union_igrot.models.hub import hub_errors  # noqa: PLC0415 - would import in a circle
-
-    with hub_errors(repository):
-        folder = Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"]))
-        for file in _FILES:
-            with suppress(EntryNotFoundError):
-                hf_hub_download(repository, file)
-                break
-    return folder
+def _download(source: str) -> Path:
+    """Download the weights of a tag, or find them in the cache; without a file, `owner/name/` means the usual ones."""
+    repository, _, file = source.rpartition("/")
+    files = (f"{Path(file).stem}.safetensors", file) if file else _FILES[:2]
+    return fetch_files(repository, [files], texts=False)
 
 
 def _load_folder(name: str, folder: Path) -> OpenClipBackbone:

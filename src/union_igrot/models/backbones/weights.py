@@ -15,6 +15,7 @@ from typing import Any, cast, final
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -98,21 +99,38 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             ) from None
         reason = first_line(error).removeprefix("Weights only load failed. ")
         reason = reason if "weights_only" not in reason else "damaged, or not a state dict"
-        raise CheckpointError(f"{path} cannot be read as weights: {reason}; copy the file again") from None
+        raise CheckpointError(f"{path} cannot be read as weights: {reason}; {replace_advice(path)}") from None
     except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
+            f"{path} is damaged ({type(error).__name__}: {first_line(error)}); {replace_advice(path)}"
         ) from None
     return unwrap_state_dict(found, str(path))
 
 
-def _load_file(path: Path) -> object:
+def replace_advice(path: Path) -> str:
+    """Return what to do about a damaged file: one of the hub's cache is deleted, as nothing else replaces it."""
+    if Path(constants.HF_HUB_CACHE) in path.parents:
+        return f"it is in the cache: delete {path.resolve()} and run the command again to download it"
+    return "copy the file again"
+
+
+def check_content(path: Path) -> bytes:
+    """Return the first bytes of a file of weights.
+
+    Raises:
+        CheckpointError: If the file is a Git-LFS pointer or a web page.
+    """
     with path.open("rb") as file:
         start = file.read(512)
     if start.startswith(_LFS_POINTER):
         raise CheckpointError(f"{path} is a Git-LFS pointer, not the weights; run `git lfs pull`, or download the file")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(f"{path} is a web page, not weights; download the file itself")
+    return start
+
+
+def _load_file(path: Path) -> object:
+    start = check_content(path)
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and not zipfile.is_zipfile(path)):
         return load_file(path)
     if zipfile.is_zipfile(path):
