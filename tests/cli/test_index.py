@@ -1,13 +1,7 @@
 """`union-index`: what it says, what it refuses, and what Ray actors and kills leave."""
 
-import importlib.util
 import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +9,11 @@ from PIL import Image
 
 import union_igrot
 from union_igrot.cli.index import main
-from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.factory import open_index
+from union_igrot.gallery.ingest import writer
 from union_igrot.gallery.ingest.pipeline import lock_index
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='the extra "ray" is not installed')
 CPU = ("strategy=cpu", "progress=false", "batch_size=8", "workers=0")
 
 
@@ -29,17 +22,6 @@ def fill(folder, count, start=0):
     for number in range(start, start + count):
         pixels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:04d}.png")
-
-
-def run(*arguments, **named):
-    """The command in a process of its own."""
-    here = {name: x for name, x in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
-    start = ["-c"] if named.pop("code", False) else ["-m", "union_igrot.cli.index"]
-    command = [sys.executable, "-W", "ignore", *start, *arguments]
-    options = {"capture_output": True, "text": True, "timeout": 300, **named}
-    return subprocess.run(
-        command, check=False, env={**here, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}, **options
-    )
 
 
 def ids(uri):
@@ -170,64 +152,62 @@ def test_the_help_names_every_setting(capsys):
         assert setting in said
 
 
-@pytest.mark.slow
-def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path):
-    fill(tmp_path / "pictures", 3000)
+def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, monkeypatch):
+    fill(tmp_path / "pictures", 120)
     uri = tmp_path / "photos.lance"
-    settings = [f"images={tmp_path / 'pictures'}", f"index={uri}", "strategy=cpu", "batch_size=8", "workers=1"]
-    command = [sys.executable, "-W", "ignore", "-m", "union_igrot.cli.index", *settings]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    found = 0
-    while found < 100:
-        assert process.poll() is None
-        with suppress(ConfigError):  # it is not there yet
-            found = len(ids(uri))
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "union-index: interrupted; run the same command again to resume" in said
-    assert "Traceback" not in said
+    settings = [f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU]
+    calls, add = [], writer.RowWriter.add
+
+    def interrupt(*arguments):
+        add(*arguments)
+        calls.append(arguments)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "BATCH_ROWS", 32)
+        patch.setattr(writer.RowWriter, "add", interrupt)
+        with pytest.raises(SystemExit) as ended:
+            main(settings)
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    assert said == "union-index: interrupted; run the same command again to resume\n"
     done = len(ids(uri))
-    assert 100 <= done < 3000
-    again = run(*settings)
-    assert f"3,000 rows; {3000 - done:,} added, 0 updated, {done:,} unchanged" in again.stdout, again.stderr
-    assert len(set(ids(uri))) == 3000
+    assert 64 <= done < 120
+    main(settings)
+    assert f"120 rows; {120 - done} added, 0 updated, {done} unchanged" in capsys.readouterr().out
+    assert len(set(ids(uri))) == 120
 
 
 @pytest.mark.slow
-def test_no_decoding_worker_outlives_a_killed_command(tmp_path):
-    fill(tmp_path / "pictures", 3000)
-    uri = tmp_path / "photos.lance"
-    command = [sys.executable, "-W", "ignore", "-m", "union_igrot.cli.index"]
-    settings = [f"images={tmp_path / 'pictures'}", f"index={uri}", "strategy=cpu", "batch_size=8", "workers=2"]
-    process = subprocess.Popen([*command, *settings], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(workers := [int(pid) for pid in tasks.read_text().split()]) < 2:
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    end = time.monotonic() + 5
-    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < end, f"still alive: {alive}"
-        time.sleep(0.1)
-
-
-@needs_ray
-@pytest.mark.slow
-def test_two_ray_actors_give_the_rows_of_one_process(tmp_path, capsys):
+def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_path, capsys, monkeypatch):
     """1,003 images, some of them equal, over two actors: no row missing or doubled, and no difference in a vector."""
+    ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
     fill(tmp_path / "pictures", 1000)
     for number in range(3):
         (tmp_path / "pictures" / f"copy {number}.png").write_bytes((tmp_path / "pictures" / "0007.png").read_bytes())
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
     two, one = tmp_path / "two.lance", tmp_path / "one.lance"
-    shared = ["executor=ray", "ray.actors=2", "batch_size=16", "workers=1", "progress=false"]
-    said = run(f"images={tmp_path / 'pictures'}", f"index={two}", *shared)
-    assert said.returncode == 0, said.stderr
-    assert "1,003 rows; 1,003 added, 0 updated, 0 unchanged, 0 removed, 1 skipped" in said.stdout
-    assert "1,000 embedded, 3 reused existing embeddings" in said.stdout
-    assert said.stderr == ""
-    main([f"images={tmp_path / 'pictures'}", f"index={one}", "batch_size=16", *CPU[:2], "workers=1"])
+    shared = [f"images={tmp_path / 'pictures'}", "batch_size=16", "workers=1", "progress=false"]
+    killed, calls, add = [], [], writer.RowWriter.add
+
+    def add_and_kill(*arguments):
+        add(*arguments)
+        calls.append(arguments)
+        if len(calls) == 3:
+            alive = (actor["Pid"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE")
+            killed.append(next(alive))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.RowWriter, "add", add_and_kill)
+        patch.setenv("RAY_worker_niceness", "0")
+        main([*shared, f"index={two}", "executor=ray", "ray.actors=2"])
+    said = capsys.readouterr().out
+    assert len(killed) == 1
+    assert "1,003 rows; 1,003 added, 0 updated, 0 unchanged, 0 removed, 1 skipped" in said
+    assert "1,000 embedded, 3 reused existing embeddings" in said
+    main([*shared, f"index={one}", "strategy=cpu"])
     with open_index(str(one)) as first, open_index(str(two)) as second:
         names = ids(one)
         assert ids(two) == names
@@ -235,62 +215,22 @@ def test_two_ray_actors_give_the_rows_of_one_process(tmp_path, capsys):
         here, there = first.fetch(names), second.fetch(names)
     assert here.vectors.equal(there.vectors)
     assert here.columns == there.columns
-    again = run(f"images={tmp_path / 'pictures'}", f"index={two}", *shared)
-    assert "0 added, 0 updated, 1,003 unchanged, 0 removed, 1 skipped" in again.stdout, again.stderr
+    capsys.readouterr()
+    main([*shared, f"index={two}", "strategy=cpu"])
+    assert "0 added, 0 updated, 1,003 unchanged, 0 removed, 1 skipped" in capsys.readouterr().out
 
 
-KILLED_ACTOR = """
-import os, sys
-import ray, union_igrot
-from union_igrot.gallery.ingest.report import IngestOptions
-from union_igrot.gallery.ingest.writer import RowWriter
+@pytest.mark.slow  # imports Ray
+def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, capsys, monkeypatch):
+    ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
 
-add, calls, killed = RowWriter.add, [], []
+    def refuse(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance.\nmore")
 
-def add_and_kill(*arguments):
-    add(*arguments)
-    calls.append(arguments)
-    if len(calls) == 3:
-        pid = next(actor["Pid"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE")
-        os.kill(pid, 9)
-        killed.append(pid)
-
-RowWriter.add = add_and_kill
-gallery = union_igrot.Gallery.open(sys.argv[2], "tiny", device="cpu")
-options = IngestOptions(batch_size=8, workers=1, actors=2, progress=False)
-print(gallery.update(sys.argv[1], options, executor="ray").added, len(gallery), len(killed))
-"""
-
-
-@needs_ray
-@pytest.mark.slow
-def test_a_killed_ray_actor_loses_nothing(tmp_path):
-    fill(tmp_path / "pictures", 1003)
-    uri = str(tmp_path / "photos.lance")
-    said = run(KILLED_ACTOR, str(tmp_path / "pictures"), uri, code=True)
-    assert said.returncode == 0, said.stderr
-    assert "1003 1003 1" in said.stdout.splitlines()  # beside what Ray says of the death
-    assert len(set(ids(uri))) == 1003
-
-
-UNREACHABLE_CLUSTER = """
-import ray
-from union_igrot.cli.index import main
-
-def refuse(*_, **__):
-    raise ConnectionError("Could not find any running Ray instance.\\nmore")
-
-ray.init = refuse
-main()
-"""
-
-
-@needs_ray
-@pytest.mark.slow
-def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path):
+    monkeypatch.setattr(ray, "init", refuse)
     fill(tmp_path / "pictures", 1)
-    settings = [f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", "executor=ray", "ray.address=auto"]
-    said = run(UNREACHABLE_CLUSTER, *settings, code=True)
-    assert said.returncode == 2
-    assert len(said.stderr.splitlines()) == 1, said.stderr
-    assert "Ray cluster auto (Could not find any running Ray instance.)" in said.stderr
+    with pytest.raises(SystemExit) as ended:
+        main([f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", "executor=ray", "ray.address=auto"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Ray cluster auto (Could not find any running Ray instance.)" in line
