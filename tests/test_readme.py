@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from small_runs import SMALL, SMALL_DATA, Run
+from small_runs import SMALL, SMALL_DATA
 from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.settings import COMMANDS
@@ -55,21 +54,6 @@ def test_every_command_of_the_readme_is_composed(step, tmp_path, monkeypatch, ca
     compose(name, arguments)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [step for step in UNION_STEPS if step.startswith("union-eval")])
-def test_every_evaluation_of_the_readme_runs(small_run: Run, step, tmp_path, monkeypatch, capsys):
-    """With small numbers, on the small training in place of those that the README shows before it."""
-    monkeypatch.chdir(tmp_path)
-    arguments = shlex.split(step)[1:]
-    if "--help" in arguments:
-        pytest.skip("no evaluation")
-    for trained in re.findall(r"output_dir=(\S+)", "\n".join(UNION_STEPS)):
-        shutil.copytree(small_run.folder, tmp_path / trained, dirs_exist_ok=True)
-    cache = next(setting for setting in small_run.settings if setting.startswith("cache_dir="))
-    evaluate([*arguments, *SMALL_DATA, cache])
-    assert "trained" in capsys.readouterr().out
-
-
 def my_pictures(place: Path) -> None:
     """What the README's commands speak of: class folders, a sketch and a photo."""
     for kind, count in (("photos", 6), ("sketches", 4)):
@@ -78,7 +62,7 @@ def my_pictures(place: Path) -> None:
             folder.mkdir(parents=True)
             for number in range(count):
                 pixels = np.random.default_rng(len(label) + 10 * number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((1200, 960)).save(folder / f"{number}.jpg")
+                Image.fromarray(pixels).resize((120, 96)).save(folder / f"{number}.jpg")
     Image.new("RGB", (200, 200), "white").save(place / "my_sketch.png")
     Image.new("RGB", (200, 200), "red").save(place / "my_photo.jpg")
 

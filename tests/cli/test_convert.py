@@ -31,9 +31,12 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("target", ["union", pytest.param("sum_reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["union", "sum_reference"])
 def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, target, capsys):
     folder = tmp_path / "converted"
+    if target == "sum_reference":  # also in half precision, as OpenAI's weights are
+        torch.save({key: x.half() for key, x in golden_state("mini").items()}, tmp_path / "authors.pth")
+        mini = tmp_path / "authors.pth"
     convert([f"checkpoint={mini}", "model=base", f"target={target}", "mask=legacy", f"output_dir={folder}"])
     printed = capsys.readouterr().out
     assert f'union_igrot.load("{folder}")' in printed
@@ -78,17 +81,6 @@ def test_a_blip_includes_its_tokenizer(tmp_path):
     assert converted.fingerprint() == expected.fingerprint()
     equal(converted, expected, ["make it", None, "", "redder"])
     assert "tokenizer/tokenizer_config.json" in files(folder)
-
-
-@pytest.mark.slow
-def test_vit_b_32_is_converted_and_loaded(tmp_path):
-    torch.save({key: x.half() for key, x in golden_state("clip_base").items()}, tmp_path / "authors.pth")
-    convert([f"checkpoint={tmp_path / 'authors.pth'}", f"output_dir={tmp_path / 'out'}"])
-    converted, expected = union_igrot.load(tmp_path / "out"), load_reference_checkpoint(tmp_path / "authors.pth")
-    assert converted.fingerprint() == expected.fingerprint()
-    images, _ = golden_images("clip_base")
-    with torch.no_grad():
-        assert converted.embed_queries(images, list(TEXTS)).equal(expected.embed_queries(images, list(TEXTS)))
 
 
 @pytest.mark.parametrize(

@@ -94,15 +94,11 @@ def test_signals_end_a_training_with_the_shells_code(tmp_path, number, code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["named", "dated"])
-def test_the_same_command_resumes_after_each_kill(tmp_path, folder):
+def test_the_same_command_resumes_after_each_kill(tmp_path):
+    """In a folder that is named by the date: the unfinished run is found again; the test above names its folder."""
     cache = tmp_path / "cache"
     runs = tmp_path / "outputs"
-    place = (
-        f"output_dir={runs / 'a' / 'b'}"
-        if folder == "named"
-        else f"hydra.run.dir={runs}/${{now:%Y-%m-%d}}/${{now:%H-%M-%S-%f}}"
-    )
+    place = f"hydra.run.dir={runs}/${{now:%Y-%m-%d}}/${{now:%H-%M-%S-%f}}"
     command = [*SETTINGS, place, f"cache_dir={cache}"]
 
     def run() -> Path:

@@ -366,8 +366,3 @@ def test_the_command_on_disk_and_in_a_pipe(tmp_path):
         process.stdout.close()
         assert process.wait(60) == 141
         assert process.stderr.read() == b""
-    none = subprocess.run(
-        [*command_line[:3], f"index={tmp_path / 'none.lance'}", "text=a"], capture_output=True, text=True, check=False
-    )
-    assert none.returncode == 2
-    assert len(none.stderr.splitlines()) == 1

@@ -7,11 +7,10 @@ import pytest
 from official import WRITERS
 
 from small_results import method, result
-from small_runs import SMALL, SMALL_DATA, Run
+from small_runs import Run
 from union_igrot.cli.command import run_command
 from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
-from union_igrot.cli.train import main as train
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.results import write_results
 from union_igrot.types import Protocol
@@ -23,8 +22,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def swept(place, command="eval"):
-    (folder,) = (place / "multirun" / command).glob("*/*")
+def swept(place):
+    (folder,) = (place / "multirun" / "eval").glob("*/*")
     return folder
 
 
@@ -137,13 +136,3 @@ def test_contradictions_to_a_backbone_alone_are_errors(overrides, printed, place
     with pytest.raises(ConfigError, match=printed):
         compose("eval", overrides)
     assert "model" not in compose("eval", ["checkpoint=runs/a"])
-
-
-@pytest.mark.slow
-def test_trainings_of_a_sweep_are_averaged_over_their_seeds(place, capsys):
-    train(["-m", "target=frozen,union", "seed=0,1", *SMALL])
-    text = (swept(place, "train") / "results.md").read_text()
-    assert "| tiny | trained: target=union |" in text
-    assert text.count("(2)") > 4
-    assert "trained: target=frozen" in capsys.readouterr().out
-    assert SMALL_DATA[0] in text

@@ -68,11 +68,8 @@ def test_the_backbone_is_what_it_was(small_run: Run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["kept", "emptied"])
-def test_the_same_command_gives_the_same_figures_to_the_last_digit(small_run: Run, tmp_path, cache, capsys):
-    settings = small_run.settings_for(tmp_path / "again")
-    if cache == "emptied":
-        settings = [s for s in settings if not s.startswith("cache_dir=")] + [f"cache_dir={tmp_path / 'cache'}"]
+def test_the_same_command_gives_the_same_figures_to_the_last_digit(small_run: Run, tmp_path, capsys):
+    settings = [s for s in small_run.settings_for(tmp_path / "again") if not s.startswith("cache_dir=")]
     train(settings)
     assert figures(rows_of(tmp_path / "again")) == figures(small_run.rows)
     out = capsys.readouterr().out
@@ -121,19 +118,6 @@ def test_a_folder_of_other_settings_is_refused_untouched(small_run: Run, capsys)
     assert "contains a run of other settings" in lines[0]
     after = sorted((path, path.stat().st_mtime_ns) for path in small_run.folder.rglob("*") if path.name != ".lock")
     assert after == before
-
-
-@pytest.mark.slow
-def test_a_sweep_runs_each_value_in_a_folder_of_its_own(small_run: Run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = small_run.settings_for(tmp_path)[:-1]
-    train(["-m", "target=frozen,union", *settings])
-    folders = sorted((tmp_path / "multirun" / "train").glob("*/*/[0-9]"))
-    assert [folder.name for folder in folders] == ["0", "1"]
-    kinds = [IGROTModel.load(folder / "model").target.kind for folder in folders]
-    assert kinds == ["frozen", "union"]
-    assert figures(rows_of(folders[1])) == figures(small_run.rows)
-    assert Path.cwd() == tmp_path
 
 
 def images(root: Path, broken: bool = False) -> Path:
@@ -185,3 +169,23 @@ def test_broken_pictures_end_the_run_in_one_line_or_are_counted(tmp_path, capsys
 def test_small_settings_stay_small():
     config = compose("train", list(SMALL))
     assert (config.data.triplets, config.data.queries) == (64, 24)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_each_value_in_its_own_folder_and_averages_over_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = [*FOLDER, f"data.root={images(tmp_path / 'mine')}"]
+    train(["-m", "target=frozen,union", "seed=0,1", *settings])
+    (sweep,) = (tmp_path / "multirun" / "train").glob("*/*")
+    folders = sorted(sweep.glob("[0-9]"))
+    assert [folder.name for folder in folders] == ["0", "1", "2", "3"]
+    kinds = [IGROTModel.load(folder / "model").target.kind for folder in folders]
+    assert kinds == ["frozen", "frozen", "union", "union"]
+    assert Path.cwd() == tmp_path
+    text = (sweep / "results.md").read_text()
+    assert "| tiny | trained: target=union |" in text
+    assert text.count("(2)") > 4
+    assert "trained: target=frozen" in capsys.readouterr().out
+    assert FOLDER[1] in text
+    train([*settings, "target=union", "seed=1", "output_dir=alone"])
+    assert figures(rows_of(tmp_path / "alone")) == figures(rows_of(folders[3]))

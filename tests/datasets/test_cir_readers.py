@@ -52,42 +52,23 @@ print(json.dumps(counts))
 """
 
 
-@pytest.fixture(scope="module")
-def counted():
-    """Count in a process of its own: 160,000 rows are slow where every call's types are checked."""
-    if not ANNOTATIONS.is_dir():
-        pytest.skip("the official annotation files are not at ../shared/data")
+@pytest.mark.slow
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the official annotation files are not at ../shared/data")
+def test_the_official_files_are_read_whole():
+    """In a process of its own: 160,000 rows are slow where every call's types are checked."""
     command = [sys.executable, "-c", COUNT, str(ANNOTATIONS)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("category", "rows", "original", "val"),
-    [("dress", 2017, 3817, 2628), ("shirt", 2038, 6346, 3089), ("toptee", 1961, 5373, 2902)],
-)
-def test_fashioniq_counts(counted, category, rows, original, val):
-    assert counted[f"{category} original joined"] == [rows, original]
-    assert counted[f"{category} val each"] == [2 * rows, val]
-    assert counted[f"{category} val joined"] == [rows, val]
-
-
-@pytest.mark.slow
-def test_cirr_counts(counted):
+    counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    sizes = ("dress", 2017, 3817, 2628), ("shirt", 2038, 6346, 3089), ("toptee", 1961, 5373, 2902)
+    for category, rows, original, val in sizes:
+        assert counted[f"{category} original joined"] == [rows, original]
+        assert counted[f"{category} val each"] == [2 * rows, val]
+        assert counted[f"{category} val joined"] == [rows, val]
     assert counted["cirr"] == [4181, 2297, 2165]
     text = "find a photo that show three bottles of soft drink"
     assert counted["cirr first"] == ["12060", text, "dev-244-0-img0.png", "dev"]
-
-
-@pytest.mark.slow
-def test_circo_counts(counted):
     assert counted["circo"] == [220, 123_403, 4.16, 1, 14]
     assert counted["circo tags"] == 9
     assert counted["circo first"] == ["0", ["355099", "528417", "534704"], "000000271520.jpg"]
-
-
-@pytest.mark.slow
-def test_sketchy_counts(counted):
     assert counted["sketchy"] == [12_694, 12_553, 21, 261, 850]
 
 

@@ -1,19 +1,16 @@
 """Folders of one's own images: layouts, splits, benchmarks, training sets, and mistakes."""
 
-import csv
 import json
 import os
 import sys
 import unicodedata
 from collections import Counter
 from itertools import chain, product
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from union_igrot.datasets.checks import benchmark_warning
 from union_igrot.datasets.folder import (
     SPLITS,
     FolderImages,
@@ -24,9 +21,6 @@ from union_igrot.datasets.folder import (
 )
 from union_igrot.errors import ConfigError, DataError, ImageError, UnionError
 from union_igrot.images.decode import broken_images, open_image
-from union_igrot.training.data import data_settings, read_training
-
-REAL = Path(__file__).parents[2] / "../shared/data/caltech_quickdraw"
 
 
 def paint(root, *names):
@@ -81,30 +75,9 @@ def test_sketch_benchmark(tmp_path):
     assert folder_benchmark(root).queries[0].text is None
 
 
-def test_shared_classes_are_noted(tmp_path):
-    names = [f"{n}.png" for n in range(4)]
-    paint(tmp_path, *names)
-    cells = [("photo", "val"), ("sketch", "val"), ("photo", "train"), ("sketch", "train")]
-    lines = [f"{domain},{name},cat,{split}" for name, (domain, split) in zip(names, cells, strict=True)]
-    (tmp_path / "manifest.csv").write_text("\n".join(["domain,path,class,split", *lines]))
-    assert "1 of the 1 classes of val are in train too" in folder_benchmark(tmp_path).protocol.note
-    with pytest.raises(DataError, match="split 'test' is empty \\(train 2, val 2, test 0; splits as given\\)"):
-        folder_benchmark(tmp_path, "test")
-
-
-def test_class_folders_make_zero_shot_splits(tmp_path):
-    for n in range(10):
-        paint(tmp_path, f"photos/c{n}/a.jpg", f"sketches/c{n}/a.png")
-    classes = {split: {q.label for q in folder_benchmark(tmp_path, split).queries} for split in ("val", "test")}
-    classes["train"] = set(folder_training(tmp_path, pairs=20).classes)
-    assert [len(classes[split]) for split in SPLITS] == [6, 2, 2]
-    assert len(set.union(*classes.values())) == 10
-    assert "dealt 70/10/20" in folder_benchmark(tmp_path).protocol.note
-
-
 @given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1),
        st.integers(1, 60), st.integers(0, 3))  # fmt: skip
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_pairs_are_balanced_and_repeatable(tmp_path_factory, sizes, pairs, seed):
     root = sketches(tmp_path_factory.mktemp("pairs"), sizes, "train")
     data = (root / "manifest.csv").read_text() + "".join(f"{d},{d}s/v.png,v,val\n" for d in ("photo", "sketch"))
@@ -127,21 +100,10 @@ def test_pairs_are_balanced_and_repeatable(tmp_path_factory, sizes, pairs, seed)
                 assert max(used.values()) - min(used.values()) <= 1
 
 
-def test_the_seed_matters(tmp_path):
-    root = sketches(tmp_path, {"cat": (5, 5), "dog": (5, 5), "held": (1, 1)}, "train")
-    first, second = (folder_training(root, pairs=20, seed=seed) for seed in (0, 1))
-    assert first.triplets != second.triplets
-    assert len(first.classes) == 2  # one of three is held out as val
-
-
-@pytest.mark.parametrize("on_missing", ["error", "skip"])
-def test_sketches_without_photos_are_named(tmp_path, on_missing):
+def test_classes_without_sketches_or_photos_are_named(tmp_path):
     root = sketches(tmp_path, {"cat": (1, 1), "dog": (2, 0)})
     with pytest.raises(DataError, match=r"manifest\.csv, line 4: class 'dog' has sketches but no photo in split 'val'"):
-        folder_benchmark(root, on_missing=on_missing)
-
-
-def test_photos_without_sketches_are_an_empty_split(tmp_path):
+        folder_benchmark(root, on_missing="skip")
     root = sketches(tmp_path, {"cat": (0, 2)})
     with pytest.raises(DataError, match="split 'val' has photos but no sketch"):
         folder_benchmark(root)
@@ -187,16 +149,6 @@ def test_composed_training_has_one_sample_a_row_and_target(tmp_path):
     assert training.classes == ()
 
 
-def test_references_without_a_split_are_assigned(tmp_path):
-    rows = [{"reference": f"{n}.jpg", "text": "x", "targets": ["t.jpg"]} for n in range(10)]
-    root = triplets(tmp_path, *rows)
-    sizes = [len(folder_benchmark(root, split).queries) for split in ("val", "test")]
-    assert [len(folder_training(root).triplets), *sizes] == [6, 2, 2]
-    note = folder_benchmark(root).protocol.note
-    assert "references dealt 70/10/20 into train/val/test by a hash of their names" in note
-    assert "1 of the 3 images of val are in train too" in note
-
-
 # --- missing and broken images
 
 
@@ -222,16 +174,6 @@ def test_sketches_that_lost_their_photos_are_counted(tmp_path):
     (root / "photos/dog/0.png").unlink()
     with pytest.raises(DataError, match="2 missing images of val left out, 3 queries with them, which leaves no query"):
         folder_benchmark(root, on_missing="skip")
-
-
-def test_missing_images_of_another_split_do_not_matter(tmp_path):
-    root = sketches(tmp_path, dict.fromkeys("abcdefghij", (1, 1)), "")
-    before = folder_benchmark(root, "test")
-    for sample in folder_training(root, pairs=50).triplets:
-        sample.target.unlink(missing_ok=True)
-    assert folder_benchmark(root, "test") == before
-    with pytest.raises(ImageError):
-        folder_training(root)
 
 
 def test_triplets_without_images(tmp_path):
@@ -292,73 +234,6 @@ def test_settings_that_do_not_exist(tmp_path):
             read(root, on_missing="ignore")
     with pytest.raises(ConfigError, match="pairs: 0"):
         folder_training(root, pairs=0)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["photo", "sketch"]), st.sampled_from(["a", "b", "c", "d"]),
-                          st.sampled_from(["ok", "missing", "broken"])), max_size=12),
-       st.sampled_from(["error", "skip"]), st.booleans())  # fmt: skip
-@settings(max_examples=20, deadline=None)
-def test_any_folder_is_a_valid_benchmark_or_an_error(tmp_path_factory, images, on_missing, verify):
-    root = tmp_path_factory.mktemp("any")
-    (root / "photos").mkdir()
-    (root / "sketches").mkdir()
-    lines = ["domain,path,class,split"]
-    for n, (domain, label, state) in enumerate(images):
-        name = f"{n}.png"
-        lines.append(f"{domain},{name},{label},val")
-        if state != "missing":
-            paint(root, name)
-        if state == "broken":
-            (root / name).write_bytes(b"GIF89a")
-    (root / "manifest.csv").write_text("\n".join(lines))
-    try:
-        benchmark = folder_benchmark(root, on_missing=on_missing, verify=verify)
-    except UnionError:
-        benchmark = None
-    if benchmark is not None:
-        labels = {item.id: item.label for item in benchmark.gallery}
-        for query in benchmark.queries:
-            assert query.targets == tuple(name for name, label in labels.items() if label == query.label)
-        lost = len(images) - len(benchmark.queries) - len(benchmark.gallery)
-        assert benchmark.skipped == lost if on_missing == "skip" else lost == 0
-        if verify:
-            assert broken_images([q.image for q in benchmark.queries] + [i.image for i in benchmark.gallery]) == []
-
-
-# --- real images
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real images are not at {REAL}")
-def test_real_sketches_and_photos():
-    with (REAL / "manifest.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    counts = Counter((r["domain"], r["split"]) for r in rows)
-    assert [
-        counts[key] for key in [("sketch", "train"), ("sketch", "test"), ("photo", "train"), ("photo", "test")]
-    ] == [
-        752,
-        228,
-        2067,
-        771,
-    ]
-    val, test = folder_benchmark(REAL, "val"), folder_benchmark(REAL, "test")
-    training = folder_training(REAL, pairs=2500)
-    assert (len(test.queries), len(test.gallery)) == (228, 771)
-    assert len({q.label for q in test.queries}) == 10
-    held = {q.label for q in val.queries}
-    assert (len(held), len(training.classes)) == (7, 26)
-    assert not held & set(training.classes)
-    given = {r["class"] for r in rows if r["split"] == "train"}
-    assert held | set(training.classes) == given
-    assert len(val.queries) == sum(r["class"] in held and r["domain"] == "sketch" for r in rows)
-    assert len(val.gallery) == sum(r["class"] in held and r["domain"] == "photo" for r in rows)
-    assert {t.group for t in training.triplets} == set(training.classes)
-    assert len(training.triplets) == 2500
-    assert (val.skipped, test.skipped, training.skipped) == (0, 0, 0)
-    assert test.protocol.note == (
-        "own images; 7 of 33 train classes held out as val by a hash of their names; "
-        "0 of the 10 classes of test are in train too"
-    )
 
 
 ROW = {"reference": "a.jpg", "text": "make it red", "targets": ["b.jpg"]}
@@ -487,7 +362,7 @@ def test_invalid_class_folders(tmp_path):
 
 
 @given(st.integers(1, 60))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_classes_are_assigned_by_name_only(tmp_path_factory, number):
     root = tmp_path_factory.mktemp("classes")
     names = [f"class {n}" for n in range(number)]
@@ -504,16 +379,6 @@ def test_classes_are_assigned_by_name_only(tmp_path_factory, number):
     assert split_keys(read_folder(root)) == assigned
 
 
-def test_classes_without_sketches_are_assigned_separately(tmp_path):
-    lines = [f"photo,p{n}.png,c{n}" for n in range(50)] + [f"sketch,s{n}.png,c{n}" for n in range(3)]
-    write_manifest(tmp_path, *lines, header="domain,path,class")
-    data = read_folder(tmp_path)
-    for split in SPLITS:
-        assert sum(sample.is_sketch for sample in data.splits[split]) == 1
-        assert len(data.splits[split]) > 2
-    assert "70/10/20" in data.note
-
-
 def test_validation_is_held_out_of_train(tmp_path):
     lines = [f"{d},{d}{n}.png,c{n},{'test' if n >= 33 else 'train'}" for n in range(43) for d in ("photo", "sketch")]
     write_manifest(tmp_path, *lines, "photo,extra.png,photos only,train")
@@ -526,15 +391,7 @@ def test_validation_is_held_out_of_train(tmp_path):
     assert data.note == "7 of 33 train classes held out as val by a hash of their names"
 
 
-def test_splits_as_given_are_kept(tmp_path):
-    rows = [{**ROW, "reference": f"{n}.jpg", "split": split} for n, split in enumerate(["train", "val", "train"])]
-    write_rows(tmp_path, *rows)
-    data = read_folder(tmp_path)
-    assert split_keys(data) == {"train": {"0.jpg", "2.jpg"}, "val": {"1.jpg"}, "test": set()}
-    assert data.note == "splits as given"
-
-
-@pytest.mark.parametrize("number", range(2, 10))
+@pytest.mark.parametrize("number", [2, 9])
 def test_few_classes_are_divided_within(tmp_path, number):
     for n, k in product(range(number), range(12)):
         write(tmp_path, f"photos/c{n}/{k}.jpg", "x")
@@ -555,12 +412,6 @@ def test_few_classes_are_divided_within(tmp_path, number):
     held = read_folder(tmp_path)
     assert [len(held.splits[split]) for split in SPLITS] == [number * 2 * count for count in (8, 2, 2)]
     assert held.note.startswith("a fifth of the train images of each class held out as val")
-
-
-def test_few_classes_with_too_few_images_are_assigned_whole(tmp_path):
-    lines = [f"{domain},{domain}{n}.png,c{n}" for n in range(7) for domain in ("photo", "sketch")]
-    write_manifest(tmp_path, *lines, header="domain,path,class")
-    assert [len(names) for names in split_keys(read_folder(tmp_path)).values()] == [3, 2, 2]
 
 
 def test_harmless_variants_of_triplets(tmp_path):
@@ -609,55 +460,6 @@ def test_unchecked_reading_needs_no_image(tmp_path):
     assert len(folder_benchmark(tmp_path, "test", check_images=False).gallery) == 2
 
 
-# --- whether anything can be told apart
-
-
-def settings_of(root):
-    return data_settings(str(root), pairs=20)
-
-
-def test_a_single_class_is_refused_before_training(tmp_path):
-    for split in SPLITS:
-        for domain in ("photo", "sketch"):
-            paint(tmp_path, f"{domain}/{split}.png")
-    lines = [f"{domain},{domain}/{split}.png,shoe,{split}" for split in SPLITS for domain in ("photo", "sketch")]
-    write_manifest(tmp_path, *lines)
-    with pytest.raises(DataError, match=r"folder train: all triplets have one class, 'shoe'.*every instance a class"):
-        read_training(settings_of(tmp_path))
-    warning = benchmark_warning(folder_benchmark(tmp_path, "test"))
-    assert warning.startswith("folder test: there is a single class, 'shoe'; every candidate is relevant")
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_a_split_with_one_class_is_refused_before_training(tmp_path, split):
-    lines = []
-    for other in SPLITS:
-        for label in ("cat", "dog") if other != split else ("cow",):
-            for domain in ("photo", "sketch"):
-                paint(tmp_path, f"{domain}/{label}{other}.png")
-                lines.append(f"{domain},{domain}/{label}{other}.png,{label},{other}")
-    write_manifest(tmp_path, *lines)
-    with pytest.raises(DataError, match=f"folder {split}: there is a single class, 'cow'.*two classes"):
-        read_training(settings_of(tmp_path))
-    paint(tmp_path, "photo/distractor.png")
-    write_manifest(tmp_path, *lines, f"photo,photo/distractor.png,pig,{split}")
-    paint(tmp_path, "sketch/more.png")
-    write_manifest(tmp_path, *lines, f"photo,photo/distractor.png,pig,{split}", f"sketch,sketch/more.png,cow,{split}")
-    with pytest.raises(DataError, match=f"folder {split}: there is a single class, 'cow'; all 2 queries have the same"):
-        read_training(settings_of(tmp_path))
-
-
-def test_triplets_with_one_target_are_refused_and_sound_data_are_not(tmp_path):
-    for n in range(12):
-        paint(tmp_path, f"{n}.png", f"t{n}.png")
-    triplets(tmp_path, *({"reference": f"{n}.png", "text": "x", "targets": ["t0.png"]} for n in range(12)))
-    with pytest.raises(DataError, match=r"folder train: all triplets have one target, 't0\.png'.*gallery\.txt"):
-        read_training(settings_of(tmp_path))
-    triplets(tmp_path, *({"reference": f"{n}.png", "text": "x", "targets": [f"t{n}.png"]} for n in range(12)))
-    training, (val,) = read_training(settings_of(tmp_path))
-    assert (len(training.triplets), len(val.queries)) == (8, 2)
-
-
 def test_rows_of_one_reference_stay_together(tmp_path):
     rows = [{"reference": f"{n % 10}.jpg", "text": f"{n}", "targets": ["t.jpg"]} for n in range(40)]
     write_rows(tmp_path, *rows)
@@ -678,34 +480,21 @@ def json_row(**changes):
     ("line", "says"),
     [
         ("{", "not JSON"),
-        ("[" * 100_000, "JSON"),
         ("1" * 5000, "not usable JSON"),
         ("[1]", "is not an object with the fields reference, text, targets"),
-        ("null", "is not an object"),
         ('{"reference": "a.jpg", "text": "x"}', "field 'targets' is missing"),
         (json_row(Split="train"), "unknown field 'Split'; did you mean 'split'"),
-        ('{"reference": "a.jpg", "txt": "x", "targets": ["b.jpg"]}', "unknown field 'txt'; did you mean 'text'"),
         (json_row(reference=3), "reference is '3'"),
-        (json_row(reference=""), "reference is ''"),
         (json_row(reference="/etc/a.jpg"), "inside the folder"),
-        (json_row(reference="C:\\a.jpg"), "inside the folder"),
         (json_row(reference="x/../../a.jpg"), "inside the folder"),
-        (json_row(reference=".."), "inside the folder"),
-        (json_row(reference="."), "inside the folder"),
         (json_row(reference="a.txt"), "known suffixes are .jpg"),
         (json_row(reference="a\0.jpg"), "control character"),
-        (json_row(reference="a\n.jpg"), "control character"),
         (json_row(reference="\ud800.jpg"), "not valid Unicode"),
         (json_row(text=3), "text is 3"),
-        (json_row(text=["a", 3]), "text is 3"),
-        (json_row(text="\udc80"), "not valid Unicode"),
         (json_row(targets="b.jpg"), "targets is 'b.jpg'"),
         (json_row(targets=[]), r"targets is \[\]"),
-        (json_row(targets=[None]), "a target is None"),
-        (json_row(targets=["b.jpg", "./b.jpg"]), "a target is repeated"),
         (json_row(targets=["b.jpg", "a.jpg"]), "or is the reference"),
         (json_row(split="dev"), "split is 'dev'; expected one of train, val, test"),
-        (json_row(split=[1]), r"split is \[1\]"),
         (json_row(split="val"), "split is 'val', unlike before"),
     ],
 )
@@ -723,19 +512,14 @@ def test_a_wrong_triplet_names_file_and_line(tmp_path, line, says):
     ("line", "says"),
     [
         ("picture,b.jpg,x,train", "domain is 'picture'; expected photo or sketch"),
-        ("photo,,x,train", "path is ''"),
         ("photo,b.jpg,,train", "class is ''"),
         ('photo,b.jpg,"a\tb",train', "control character"),
-        ("photo,/b.jpg,x,train", "inside the folder"),
         ("photo,../b.jpg,x,train", "inside the folder"),
         ("photo,b.svg,x,train", "known suffixes"),
         ("photo,b.jpg,x", "3 fields, but the header has 4"),
-        ("photo,b,c.jpg,x,train", "5 fields"),
         ("photo,b.jpg,x,validation", "split is 'validation'"),
-        ("photo,b.jpg,x,", "split is None, unlike before"),
         ("photo,./a.jpg,y,test", "repeats .*line 2"),
         ('photo,"b.jpg,x,train', "not CSV"),
-        ('photo,"b"c.jpg,x,train', "not CSV"),
         (f"photo,{'b' * 200_000}.jpg,x,train", "not CSV"),
     ],
 )
@@ -746,7 +530,7 @@ def test_a_wrong_manifest_row_names_file_and_line(tmp_path, line, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("header", ["", "path,class", "domain,path,class,split,more", "domain,path,class,path", "a"])
+@pytest.mark.parametrize("header", ["", "path,class", "domain,path,class,split,more", "domain,path,class,path"])
 def test_a_wrong_header(tmp_path, header):
     write_manifest(tmp_path, header=header)
     with pytest.raises(DataError, match=r"line 1: the header is .*expected domain,path,class,split"):
@@ -792,7 +576,7 @@ CELL = st.sampled_from(["photo", "sketch", "a.jpg", "x", "train", "", '"', "../"
     ),
     st.sampled_from(["triplets.jsonl", "manifest.csv", "gallery.txt"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_file_content_is_read_or_a_union_error(tmp_path_factory, content, name):
     root = tmp_path_factory.mktemp("any")
     if name == "gallery.txt":

@@ -32,10 +32,6 @@ CALLS = [
 ]
 
 
-def test_all_eleven_are_called():
-    assert {name for name, _, _ in CALLS} == set(official.WRITERS)
-
-
 @pytest.mark.parametrize(("name", "split", "options"), CALLS)
 def test_the_public_call_returns_queries_gallery_and_protocol(tmp_path, name, split, options):
     official.WRITERS[name](tmp_path, with_images=False)
@@ -50,13 +46,6 @@ def test_the_public_call_returns_queries_gallery_and_protocol(tmp_path, name, sp
 
 
 HIDDEN = (("cirr", "test1"), ("circo", "test"))
-
-
-def test_images_are_checked_unless_switched_off(tmp_path):
-    official.circo(tmp_path, with_images=False)
-    with pytest.raises(union_igrot.UnionError, match="images are missing"):
-        union_igrot.load_benchmark("circo", tmp_path, split="val")
-    assert union_igrot.load_benchmark("circo", tmp_path, "val", False).gallery
 
 
 def test_root_falls_back_to_the_environment(tmp_path, monkeypatch):

@@ -245,7 +245,7 @@ def read_any(name, root, options):
         assert "\n" not in str(error)  # noqa: PT017
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_json_mutations_raise_union_errors_alone(data):
     name = data.draw(st.sampled_from(sorted(ROWS)))
@@ -263,7 +263,7 @@ def test_json_mutations_raise_union_errors_alone(data):
         read_any(name, root, options)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_byte_mutations_raise_union_errors_alone(data):
     every = {name: (options, (file,)) for name, (options, file, _) in ROWS.items()} | LISTS

@@ -5,12 +5,10 @@ from importlib.metadata import EntryPoint
 
 import official
 import pytest
-from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from union_igrot.cli.check import main as check
 from union_igrot.cli.config import compose
-from union_igrot.cli.eval import main as evaluate
 from union_igrot.datasets import (
     BenchmarkDeclaration,
     BenchmarkOption,
@@ -22,7 +20,7 @@ from union_igrot.datasets import (
 from union_igrot.datasets.builtin import BUILTIN, CIRR
 from union_igrot.datasets.loading import load_training_parts
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
-from union_igrot.errors import ConfigError, ImageError, UnionError
+from union_igrot.errors import ConfigError, ImageError
 from union_igrot.training.data import read_benchmarks
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
@@ -92,13 +90,6 @@ def test_a_registered_benchmark_in_the_commands(colors, capsys):
         compose("eval", ["data=colours"])
     check(["data=colors", f"data.root={colors}"])
     assert "complete" in capsys.readouterr().out
-
-
-def test_a_registered_benchmark_is_evaluated(colors, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    words = ["data=colors", f"data.root={colors}", "checkpoint=tiny", f"output_dir={out}", f"cache_dir={out / 'cache'}"]
-    evaluate([*words, "features.workers=0", "progress=false"])
-    assert "colors_left" in (out / "results.json").read_text()
 
 
 def test_entry_points_are_imported_when_needed(monkeypatch):
@@ -243,13 +234,3 @@ def test_an_unknown_prompt_names_what_is_allowed(prompt):
 def test_the_target_caption_is_no_field():
     with pytest.raises(ConfigError, match="unknown field"):
         template("llavasco", "add {llava_target_caption}")
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.text(max_size=12), st.text(max_size=12))
-def test_any_prompt_and_caption(prompt, caption):
-    try:
-        word = template("cirr", prompt)
-    except UnionError:
-        return
-    assert isinstance(word({"caption": caption}), str)

@@ -1,19 +1,14 @@
 """Submission files: what is written is right, what is wrong is named, and CIRCO's official metrics come out."""
 
 import json
-from pathlib import Path
 
 import official
 import pytest
-import torch
 from hypothesis import given, settings, strategies as st
 
 from union_igrot.datasets.loading import load_benchmark
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError, UnionError
-from union_igrot.metrics.functional import average_precision, recall_at_k
-
-SHARED = Path(__file__).parents[2] / "../shared"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +176,7 @@ def test_predictions_of_any_method(written, circo, cirr, tmp_path):
             read_predictions(path, circo)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.data())
 def test_any_content_is_judged(circo, cirr, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.json"
@@ -195,34 +190,3 @@ def test_any_content_is_judged(circo, cirr, tmp_path_factory, data):
             read_predictions(path, benchmark)
         except UnionError as error:
             assert "\n" not in str(error)  # noqa: PT017
-
-
-@pytest.mark.slow
-def test_the_official_metrics_of_circo(tmp_path):
-    predictions = SHARED / "golden/circo_val_predictions.json"
-    annotations = SHARED / "data/annotations/circo"
-    if not predictions.is_file() or not annotations.is_dir():
-        pytest.skip("CIRCO's annotations or predictions are not at ../shared")
-    rows = json.loads((annotations / "annotations/val.json").read_text())
-    kept = {name for names in json.loads(predictions.read_text()).values() for name in names}
-    kept |= {name for row in rows for name in (row["reference_img_id"], *row["gt_img_ids"])}
-    listed = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
-    images = [image for image in json.loads((annotations / listed).read_text())["images"] if image["id"] in kept]
-    official.write_json(tmp_path, listed, {"images": images})  # what no ranking names changes no metric
-    official.write_json(tmp_path, "annotations/val.json", rows)
-    circo = load_benchmark("circo", tmp_path, check_images=False)
-    assert check_submission(predictions, circo) == []
-    found = read_predictions(predictions, circo)
-    pairs = list(zip(found, circo.queries, strict=True))
-    hits = torch.tensor([[name in query.targets for name in names] for names, query in pairs])
-    single = torch.tensor([[name == query.targets[0] for name in names] for names, query in pairs])
-    relevant = torch.tensor([len(query.targets) for query in circo.queries])
-    protocol = circo.protocol
-    assert protocol.recall_targets == "first"
-    precision = [
-        100 * average_precision(hits, relevant, k, protocol.ap_norm, protocol.ap_rule).mean().item()
-        for k in (5, 10, 25, 50)
-    ]
-    recall = [100 * recall_at_k(single, torch.ones_like(relevant), k).mean().item() for k in (5, 10, 25, 50)]
-    assert precision == pytest.approx([0.4861111, 0.5177670, 0.5400354, 0.6020392], abs=1e-6)
-    assert recall == pytest.approx([0.91, 0.91, 1.36, 3.64], abs=0.005)

@@ -6,7 +6,7 @@ import pytest
 
 from small_results import method, result
 from small_world import LinearBackbone, Noise, extractor, sbir_benchmark, trainable
-from union_igrot.datasets.checks import benchmark_warning, refuse_indistinct
+from union_igrot.datasets.loading import benchmark_warning, refuse_indistinct
 from union_igrot.errors import DataError
 from union_igrot.evaluation.evaluate import evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult

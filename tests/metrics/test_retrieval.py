@@ -140,13 +140,6 @@ def test_states_are_few_preallocated_blocks():
     assert len(expecting.values()["mAP"]) == 200
 
 
-def test_the_expected_number_of_queries_is_only_a_hint():
-    data = world()
-    for expected in (1, 7, 100):
-        metrics = feed(RetrievalMetrics(NAMES, expected=expected), data, [range(9), range(9, 23)])
-        assert_same(metrics.values(), expected_values(data))
-
-
 def test_metrics_of_a_batch_do_not_change_the_total():
     data = world()
     metrics, own = RetrievalMetrics(NAMES, expected=23), []
@@ -155,15 +148,6 @@ def test_metrics_of_a_batch_do_not_change_the_total():
         own.append(metrics(data["hits"][some], data["n_relevant"][some], some, data["subset"][some]))
     assert_same(metrics.values(), expected_values(data))
     assert_same(own[1], {name: average(x[8:16]) for name, x in expected_values(data).items()})
-
-
-def test_reset_forgets():
-    data = world()
-    metrics = feed(RetrievalMetrics(NAMES), data, [range(23)])
-    metrics.compute()
-    metrics.reset()
-    feed(metrics, data, [range(10, 12)])
-    assert len(metrics.values()["mAP"]) == 2
 
 
 def test_what_is_missing_is_an_error():

@@ -74,15 +74,3 @@ def test_a_padded_subset_leaves_its_place_white(tmp_path):
 def test_at_most_twelve_queries_and_images_of_any_shape_are_shown(tmp_path, queries, size):
     sheet = draw(tmp_path / "sheet.png", queries=queries, size=size)
     assert sheet.size == (9 * 104 + 24, min(queries, 12) * (22 + 96 + 16 + 8) + 8)
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    (tmp_path / "s.png").write_text("old")
-
-    def broken(_: object) -> Image.Image:
-        raise OSError("broken")
-
-    with pytest.raises(OSError, match="broken"):
-        draw(tmp_path / "s.png", opened=broken)
-    assert (tmp_path / "s.png").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]

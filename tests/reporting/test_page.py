@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from html_page import Page, check_page
 from small_runs import Run
 from small_world import Noise, cir_benchmark, extractor, sbir_benchmark, trainable
-from union_igrot.errors import ImageError
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, TagMetric
 from union_igrot.evaluation.tables import method_name
 from union_igrot.reporting.examples import RESULTS, SHOWN, example_groups
-from union_igrot.reporting.page import MAX_BYTES, MAX_GROUPS, Provenance, class_groups, render_page, write_page
+from union_igrot.reporting.page import MAX_BYTES, MAX_GROUPS, Provenance, class_groups, render_page
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking, Scores
 
 NASTY = """</li><script>alert("1")</script> it's & "quoted" <img src=x onerror=alert(1)>"""
@@ -269,37 +268,6 @@ def test_a_page_stays_within_its_bound(noise, limit):
     assert f"a page of {limit:,} bytes" in text
     # Nothing is given away: one more example would not have fitted.
     assert examples == 0 if limit == 40_000 else limit - len(text.encode()) < 70_000
-
-
-def test_a_missing_image_leaves_a_placeholder(noise):
-    composed, (scored,) = noise[0], noise[0].scored
-    gone = scored.benchmark.gallery[int(scored.scores["trained"].ranking.positions[0, 0])].image.key
-
-    def some(source):
-        if source.key == gone:
-            raise ImageError("missing")
-        return source.open()
-
-    whole, page = Page(drawn(composed)), check_page(drawn(composed, open_image=some))
-    without = page.all("span", **{"class": "none"})
-    assert {one["text"] for one in without} == {"the image cannot be opened"}
-    assert len(page.all("img")) == len(whole.all("img")) - len(without)
-
-
-def test_a_page_that_cannot_be_finished_leaves_the_old_one(noise, tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def broken(source):
-        raise OSError("broken")
-
-    (first, _) = noise
-    with pytest.raises(OSError, match="broken"):
-        write_page(path, first, {}, MADE, broken)
-    assert path.read_text() == "old"
-    write_page(path, first, {}, MADE, lambda source: source.open())
-    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_the_mean_of_parts_has_its_table_and_its_differences_and_no_images(parts):

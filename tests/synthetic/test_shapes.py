@@ -52,13 +52,6 @@ def test_same_seed_same_world_for_any_hash_seed():
     assert run.stdout.strip() == GOLDEN
 
 
-def test_another_seed_is_another_world():
-    keys = [{item.image.key for item in shapes_cir("test", 10, seed, distractors=9).gallery} for seed in (0, 1)]
-    assert not keys[0] & keys[1]
-    groups = [[t.group for t in shapes_training(10, 0, seed).triplets] for seed in (0, 1)]
-    assert groups[0] != groups[1]
-
-
 def test_targets_are_all_images_that_satisfy_the_text(cir):
     shown = {item.id: item.image.scene for item in cir.gallery}
     several = 0
@@ -170,7 +163,7 @@ def test_scenes_never_cross_splits(cir, sbir):
     assert not val & test
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.sampled_from(["photo", "sketch"]))
 def test_key_is_the_identity_of_the_pixels(seed, other, style):
     things = (Thing("star", "red", "small", "plain", "left"), Thing("boat", "pink", "large", "dotted", "right"))
@@ -204,11 +197,3 @@ def test_errors_say_what_was_given_and_what_is_allowed(make, words):
         make()
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words)
-
-
-def test_smallest_numbers_that_work():
-    for seed in range(10):
-        benchmark = shapes_cir("test", queries=1, seed=seed, edits=1, distractors=6)
-        assert len(benchmark.queries) == 1
-    assert len(shapes_sbir("val", queries=1, gallery=14).queries) == 1
-    assert len(shapes_training(1, 0).triplets) == 1

@@ -45,17 +45,11 @@ class Terminated(BaseException):
 
 
 def run_command(name: str, task: Task, argv: Sequence[str] | None = None, *, resumes: bool = False) -> None:
-    """Run a command.
-
-    Args:
-        name: Name of the command, such as `train`.
-        task: What it does.
-        argv: Arguments; those of the process if None.
-        resumes: Whether the same command resumes after an interruption.
+    """Run a task with the settings of a command; `resumes` says that the same command resumes it if interrupted.
 
     Raises:
-        SystemExit: With a code other than 0 and one line on standard error, or several for several invalid arguments.
-            A sweep continues after a failed job and exits with its code.
+        SystemExit: With a code other than 0 and one line on standard error, or several for several invalid arguments. A
+            sweep continues after a failed job and exits with its code.
     """
     command = f"union-{name}"
     advice = "; run the same command again to resume" if resumes else ""
@@ -84,12 +78,7 @@ def run_command(name: str, task: Task, argv: Sequence[str] | None = None, *, res
 
 @contextmanager
 def exit_codes(command: str, advice: str = "") -> Iterator[None]:
-    """Turn an exception into a line on standard error and an exit code.
-
-    Args:
-        command: Name of the command, which starts the line.
-        advice: What to do after an interruption.
-    """
+    """Turn an exception into a line on standard error and an exit code; `advice` follows an interruption."""
 
     def stop(code: int, error: BaseException, *lines: object) -> NoReturn:
         print(f"{command}: {lines[0]}", *lines[1:], sep="\n  ", file=sys.stderr)  # noqa: T201 - output of the command

@@ -75,11 +75,6 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
-    near = suggestion(word, known)
-    return f"; {near}" if near else ""
-
-
 def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
     return f"unknown {what} {word} ({suggestion(word.rpartition('=')[2], known) or otherwise})"
 
@@ -100,14 +95,8 @@ class InvalidArgumentsError(ConfigError):
 class Arguments:
     """A parsed command line.
 
-    Attributes:
-        settings: Keys and texts in their order.
-        hydra: Settings of Hydra itself, such as `hydra.run.dir=x`.
-        problems: What cannot be parsed.
-        help: Topic of `--help`, empty for the short help; None without it.
-        version: Whether `--version` was given.
-        sweep: Whether `-m` was given.
-        show: Whether `--cfg job` was given: print the composed settings.
+    `settings` are keys and texts in their order, `hydra` settings of Hydra itself, `problems` what cannot be parsed.
+    `help` is the topic of `--help`, empty for the short help; `sweep` means `-m`, `show` means `--cfg job`.
     """
 
     settings: list[tuple[str, str]] = field(default_factory=list)
@@ -124,12 +113,7 @@ class Arguments:
 
 
 def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
-    """Parse `KEY=VALUE`, `--KEY VALUE`, `--KEY=VALUE` and positional values; values are taken as typed.
-
-    Args:
-        name: The command, such as `train`.
-        words: The command line without the program.
-    """
+    """Parse `KEY=VALUE`, `--KEY VALUE`, `--KEY=VALUE` and positional values; values are taken as typed."""
     found, rest, positional = Arguments(), list(words), list(COMMANDS[name].positional)
     known = cache(lambda: _known(name))  # slow, and rarely needed
     while rest:
@@ -212,12 +196,7 @@ def _group_settings(group: str, name: object) -> list[Setting]:
 
 
 def schema_of(name: str, values: Mapping[str, Any]) -> dict[str, Setting]:
-    """Return the settings of a command with the chosen options of its groups.
-
-    Args:
-        name: The command.
-        values: Its composed values, nested.
-    """
+    """Return the settings of a command with the options of its groups that its composed values choose."""
     schema = {one.key: one for one in declared(COMMANDS[name].settings)}
     for group in COMMANDS[name].groups:
         if group in GROUPS and isinstance(values.get(group), dict):

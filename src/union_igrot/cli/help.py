@@ -14,11 +14,7 @@ _COLUMN = 30
 
 
 def help_text(name: str, topic: str = "") -> str:
-    """Return the help of a command.
-
-    Args:
-        name: The command, such as `train`.
-        topic: Empty for the short help, a group or section such as `recipe`, or `all`.
+    """Return the help of a command; the topic is empty for the short help, a group or section, or `all`.
 
     Raises:
         ConfigError: If there is no such topic.

@@ -360,12 +360,8 @@ class DataSettings:
 class Group:
     """A group of settings whose values come from a chosen option.
 
-    Attributes:
-        default: Dataclass of its settings.
-        special: Dataclasses of single options, by their name.
-        key: Setting that holds the name.
-        names: Names that are options without a file in `conf/`.
-        builtin: Names whose settings are declared here; None if all are.
+    `key` is the setting that holds the option's name; `special` are dataclasses of single options, `names` options
+    without a file in `conf/`, and `builtin` names whose settings are declared here, None if all are.
     """
 
     default: type
@@ -427,14 +423,8 @@ UNTRAINED_HEADS = {"image", "text", "sum", "frozen", "shared"}
 class Command:
     """A command and what its help says.
 
-    Attributes:
-        summary: What it does.
-        settings: Dataclass of its settings.
-        examples: Command lines.
-        groups: Its groups, each with the default option (None: no option) and its meaning.
-        notes: Further lines of the help.
-        positional: Settings whose values may be given without their names, in this order.
-        hydra: Whether Hydra composes it: experiments, sweeps and `hydra.` settings.
+    Each group has its default option (None: no option) and its meaning. `positional` are settings whose values may be
+    given without their names. With `hydra`, it has experiments, sweeps and `hydra.` settings.
     """
 
     summary: str

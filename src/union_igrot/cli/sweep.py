@@ -35,13 +35,7 @@ _GOES_ON = (1, 2, 70)
 
 
 def run_sweep(name: str, task: "Task", arguments: Arguments, guard: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run the jobs of a sweep, and print a table of their results.
-
-    Args:
-        name: The command, `train` or `eval`.
-        task: What a job does.
-        arguments: The command line.
-        guard: Reports the errors of a job.
+    """Run the jobs of a sweep under `guard`, which reports their errors, and print a table of their results.
 
     Raises:
         SystemExit: With the code of the first job that failed.

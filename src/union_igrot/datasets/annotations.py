@@ -26,9 +26,7 @@ _Value = TypeVar("_Value")
 class DatasetFolder:
     """The folder of one benchmark, with its annotation files and its images.
 
-    Args:
-        root: The folder.
-        check_images: Whether to check that each image exists. Otherwise the first path it may have is taken.
+    Without `check_images`, the first path that an image may have is taken.
 
     Raises:
         DataError: If there is no such folder.
@@ -90,12 +88,7 @@ class DatasetFolder:
 @final
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One JSON object of an annotation file; its methods return checked fields.
-
-    Attributes:
-        place: File and row, for errors.
-        fields: Its content.
-    """
+    """One JSON object of an annotation file and its place, file and row; its methods return checked fields."""
 
     place: str
     fields: Mapping[str, Any]

@@ -124,7 +124,7 @@ GENECIS = BenchmarkDeclaration(
 )
 LASCO = BenchmarkDeclaration(
     name="lasco",
-    reader=f"{_READERS}.lasco:read_lasco",
+    reader=f"{_READERS}.composed:read_lasco",
     splits=("val", "train"),
     prompts={"union": "{query_text}".format_map},
     prompt_fields=("query_text",),
@@ -136,7 +136,7 @@ LASCO = BenchmarkDeclaration(
 )
 LLAVASCO = BenchmarkDeclaration(
     name="llavasco",
-    reader=f"{_READERS}.lasco:read_llavasco",
+    reader=f"{_READERS}.composed:read_llavasco",
     splits=("val", "train"),
     options=(
         BenchmarkOption("stride", int, minimum=1, help="read every n-th row; all if null (published code: 70)"),

@@ -1,4 +1,4 @@
-"""Composed retrieval with written captions or conditions: FashionIQ, CIRR, CIRCO, GeneCIS and domain-transfer ImageNet.
+"""Composed retrieval: FashionIQ, CIRR, CIRCO, GeneCIS, domain-transfer ImageNet, LaSCo and LlavaSCo.
 
 - FashionIQ (XiaoxiaoGuo/fashion-iq): clothes and two captions of what should be different, in three categories. Two
   galleries are in use and their metrics cannot be compared: `original` is the category's split file; `val`
@@ -12,6 +12,8 @@
 - Domain-transfer ImageNet (DTIN): images of the photo's class in another domain are relevant. The lists are Pic2Word's.
   Recall is the fraction of the targets found (Pic2Word) or optionally any target found (MagicLens, UNION). Pic2Word
   adds 1e-5 to the divisor, which is left out here.
+- LaSCo (levymsn/LaSCo) and LlavaSCo (the UNION authors'): COCO triplets with written or generated texts. A validation
+  query never contains a caption of its target, unless the authors' own protocol is selected by name.
 """
 
 from collections import defaultdict
@@ -30,7 +32,18 @@ from union_igrot.datasets.annotations import (
     read_list,
     read_records,
 )
-from union_igrot.datasets.builtin import CATEGORIES, CIRCO, CIRR, DOMAINS, DTIN, FASHIONIQ, GENECIS
+from union_igrot.datasets.builtin import (
+    CATEGORIES,
+    CIRCO,
+    CIRR,
+    DOMAINS,
+    DTIN,
+    FASHIONIQ,
+    GENECIS,
+    LASCO,
+    LEAKING_PROMPT,
+    LLAVASCO,
+)
 from union_igrot.datasets.registry import Template, Text
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.images.crop import Crop
@@ -46,6 +59,7 @@ _CIRCO_ASPECTS = (
 )
 _REAL_DOMAIN = 6  # of DTIN's queries
 _DTIN_KS = (1, 5, 10, 50, 100, 200)
+_LASCO_KS = (1, 5, 10, 50, 100, 500, 1000)
 
 
 # --- FashionIQ
@@ -68,20 +82,11 @@ def read_fashioniq(
     prompt: str | None,
     preset: str,
 ) -> Benchmark:
-    """Read one category of FashionIQ.
+    """Read one category of FashionIQ, from `captions/` (or `json/`), `image_splits/` and `images/`.
 
-    Args:
-        folder: The dataset's folder, with `captions/` (or `json/`), `image_splits/` and `images/`.
-        split: `val`, `train`, or `test` (whose targets are not published).
-        category: `dress`, `shirt` or `toptee`. The published result is the mean over the three.
-        gallery: `original` or `val`.
-        captions: `joined`: one query of both captions for each row; `each`: one query for each caption. By default
-            `joined` for the original gallery and `each` for VAL's.
-        prompt: Name or template.
-        preset: `official` or `union_reference`; they are the same here.
-
-    Returns:
-        The benchmark. Query ids are `category-split-row`, followed by `-0` and `-1` if each caption is a query.
+    `captions` is `joined`, one query for each row, by default for the original gallery; or `each`, one for each
+    caption, by default for VAL's. Query ids are `category-split-row`, followed by `-0` and `-1` if each caption is a
+    query.
     """
     val = gallery == "val"
     each = (captions or ("each" if val else "joined")) == "each"
@@ -167,17 +172,7 @@ def _caption_texts(name: str, captions: tuple[str, str], joined: Template | None
 
 
 def read_cirr(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read one split of CIRR.
-
-    Args:
-        folder: The dataset's folder, with `cirr/captions/`, `cirr/image_splits/` and the images that these name.
-        split: `val`, `train`, or `test1` (whose targets are not published).
-        prompt: Name or template.
-        preset: `official` or `union_reference`; they are the same here.
-
-    Returns:
-        The benchmark. Query ids are the pairids; a subset has the five members other than the reference.
-    """
+    """Read one split of CIRR; query ids are the pairids, and a subset has the five members beside the reference."""
     wording = CIRR.find_prompt(prompt)
     records = read_records(folder.annotation(f"cirr/captions/cap.rc2.{split}.json"))
     file = folder.annotation(f"cirr/image_splits/split.rc2.{split}.json")
@@ -235,16 +230,10 @@ def _cirr_image(folder: DatasetFolder, place: str, path: str) -> Path:
 
 
 def read_circo(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read one split of CIRCO.
+    """Read one split of CIRCO; query ids are `0`, `1`, ..., and tags are the semantic aspects.
 
-    Args:
-        folder: The dataset's folder, with `annotations/` and `COCO2017_unlabeled/`.
-        split: `val`, or `test` (whose targets are not published).
-        prompt: Name or template. The default uses `shared_concept`, which zero-shot baselines do not see.
-        preset: `official` keeps the reference in the ranking; `union_reference` excludes it, as its authors do.
-
-    Returns:
-        The benchmark. Query ids are `0`, `1`, ...; tags are the semantic aspects.
+    The default prompt uses `shared_concept`, which zero-shot baselines do not see. The preset `union_reference`
+    excludes the reference from the ranking, as its authors do.
     """
     wording = CIRCO.find_prompt(prompt)
     records = read_records(folder.annotation(f"annotations/{split}.json"))
@@ -315,20 +304,10 @@ def _circo_query(
 
 
 def read_genecis(folder: DatasetFolder, split: str, *, task: str, prompt: str | None, preset: str) -> Benchmark:
-    """Read one task of GeneCIS.
+    """Read one task of GeneCIS; images are in `val2017/` (object tasks) or `VG_100K/` (attribute tasks).
 
-    Args:
-        folder: The dataset's folder, with `genecis/<task>.json`, and `val2017/` (object tasks) or `VG_100K/`
-            (attribute tasks).
-        split: `val`, the only one.
-        task: `focus_attribute`, `change_attribute`, `focus_object` or `change_object`. The published result is the
-            mean R@1 over the four.
-        prompt: Name or template.
-        preset: `official`, the only one: the UNION authors have no reader of GeneCIS.
-
-    Returns:
-        The benchmark. The gallery has each candidate of any query once; a query's `subset` names its own candidates,
-        the target first, in the order of the file. One official row names its target twice; so does its subset.
+    The gallery has each candidate of any query once. A query's `subset` names its own candidates, the target first, in
+    the order of the file. One official row names its target twice; so does its subset.
     """
     wording = GENECIS.find_prompt(prompt)
     gallery: dict[str, GalleryItem] = {}
@@ -375,20 +354,10 @@ def read_dtin(
     prompt: str | None,
     preset: str,
 ) -> Benchmark:
-    """Read one target domain.
+    """Read one target domain; its gallery is that of all domains and includes the queries' own photos.
 
-    Args:
-        folder: The dataset's folder, with `imgnet/imgnet_real_query.txt`, `imgnet/imgnet_targets.txt` and the
-            images, whose paths may or may not begin with the lists' own first folder, `imgnet/`.
-        split: `val`, the only one.
-        domain: `cartoon`, `origami`, `toy` or `sculpture`.
-        recall_mode: `fraction` (default) or `any` (default under `union_reference`).
-        only_with_gt: Leave out the queries without a target in the domain. By default they count as 0.
-        prompt: Name or template.
-        preset: `official`, or `union_reference` with average precision by trapezoids over the hits in the top k.
-
-    Returns:
-        The benchmark. Its gallery is the same for every domain and includes the queries' own photos as distractors.
+    Paths of images may or may not begin with the lists' own first folder, `imgnet/`. The preset `union_reference`
+    measures average precision by trapezoids over the hits in the top k and, by default, recall of any target.
     """
     reference = preset == "union_reference"
     mode = recall_mode or ("any" if reference else "fraction")
@@ -431,3 +400,137 @@ def read_dtin(
         note=f"DTIN {domain}; queries without an answer {unanswered}; the query's own photo is a distractor",
     )
     return Benchmark(f"dtin_{domain}", split, "cir", queries, gallery, protocol)
+
+
+# --- LaSCo and LlavaSCo
+
+
+def read_lasco(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
+    """Read one split of LaSCo; the gallery of `val` is the corpus file, that of `train` the images of its rows."""
+    wording = LASCO.find_prompt(prompt)
+    records = read_records(folder.annotation(f"lasco_{split}.json"))
+    gallery = _corpus(folder) if split == "val" else {}
+    seen: set[str] = set()
+    queries = []
+    for row, record in enumerate(records):
+        qid = record.name("qid")
+        name = f"{qid}-{row}" if qid in seen else qid  # not documented to be unique
+        seen.add(name)
+        reference, target = record.id_and_path("query-image"), record.id_and_path("target-image")
+        if split == "train":
+            for number, path in (reference, target):
+                _add_item(gallery, number, folder, record.place, path)
+        elif str(target[0]) not in gallery:
+            raise DataError(f"{record.place}: target {target[0]} is not in the corpus; download both files again")
+        image = _coco_image(folder, record.place, reference[1])
+        text = wording.text({"query_text": record.text("query-text")})
+        queries.append(Query(name, image, text, (str(target[0]),)))
+    note = f"LaSCo {split}, gallery={'corpus' if split == 'val' else 'the images its rows name'}; reference kept"
+    return Benchmark(
+        "lasco", split, "cir", queries, list(gallery.values()), _lasco_protocol(preset, wording.name, note)
+    )
+
+
+def read_llavasco(
+    folder: DatasetFolder,
+    split: str,
+    *,
+    stride: int | None,
+    limit: int | None,
+    gallery: str,
+    prompt: str | None,
+    preset: str,
+) -> Benchmark:
+    """Read one split of LlavaSCo: a JSON list, or one object after another.
+
+    Query ids are the row's numbers in the file, before the stride. The gallery `named` are the images that the used
+    rows name; `corpus`, for `val`, is that of LaSCo. The preset `union_reference` validates with the target's caption
+    in the text, as its authors do. Such a metric does not measure retrieval; the note says so.
+    """
+    reference = preset == "union_reference"
+    wording = LLAVASCO.find_prompt(_llavasco_prompt(prompt, reference, split))
+    if reference:  # the authors' loader takes [:350000:70]
+        stride, limit = stride or 70, limit or 350_000
+    stride = stride or 1
+    if gallery == "corpus" and split != "val":
+        raise ConfigError("gallery=corpus has validation images; use gallery=named for split=train")
+    items = _corpus(folder) if gallery == "corpus" else {}
+    records = read_records(folder.annotation(f"{split}_llavasco.json"), concatenated=True)
+    for record in records:  # all rows, whatever the stride, so that a broken file is found at once
+        _check_llavasco_row(record)
+    queries = []
+    for row in range(len(records))[:limit:stride]:
+        record = records[row]
+        image, target = record.integer("reference_image_id"), record.integer("target_image_id")
+        if gallery == "named":
+            for number in (image, target):
+                _add_item(items, number, folder, record.place, _coco_name(split, number))
+        elif str(target) not in items:
+            raise DataError(f"{record.place}: target {target} is not in the corpus; use gallery=named")
+        text = wording.text({key: record.text(key) for key in ("relative_caption", "llava_target_caption")})
+        queries.append(
+            Query(str(row), _coco_image(folder, record.place, _coco_name(split, image)), text, (str(target),))
+        )
+    note = f"LlavaSCo {split}, gallery={gallery}, stride={stride}, limit={limit}; reference kept"
+    if wording.name == LEAKING_PROMPT:
+        note += "; LEAK: the text holds the target's own caption, as the authors' loader adds it"
+    return Benchmark(
+        "llavasco", split, "cir", queries, list(items.values()), _lasco_protocol(preset, wording.name, note)
+    )
+
+
+def _llavasco_prompt(prompt: str | None, reference: bool, split: str) -> str | None:
+    """Keep the target's caption out of validation, but for the authors' own protocol."""
+    if prompt is None and reference and split == "val":
+        return LEAKING_PROMPT
+    if prompt == LEAKING_PROMPT and split == "val" and not reference:
+        raise ConfigError(f"prompt {prompt!r} contains the target's caption; use another, or use it for training only")
+    return prompt
+
+
+def _check_llavasco_row(record: Record) -> None:
+    for key in ("relative_caption", "llava_reference_caption", "llava_target_caption"):
+        record.text(key)
+    for key in ("reference_image_id", "target_image_id"):
+        record.integer(key)
+
+
+def _lasco_protocol(preset: str, prompt: str, note: str) -> Protocol:
+    metrics = tuple(f"R@{k}" for k in _LASCO_KS)
+    return Protocol(preset, metrics, "R@10", ties="gallery order", prompt=prompt, note=note)
+
+
+def _corpus(folder: DatasetFolder) -> dict[str, GalleryItem]:
+    """Read the corpus: a list of objects with id and path, or one object of paths by id."""
+    file = folder.annotation("lasco_val_corpus.json")
+    value = read_json(file)
+    rows: list[tuple[str, object, object]] = []
+    if isinstance(value, dict):
+        rows = [(f"{file}, {key!r}", key, path) for key, path in value.items()]
+    elif isinstance(value, list):
+        records = [check_record(entry, f"{file}, row {row}") for row, entry in enumerate(value)]
+        rows = [(record.place, record.get("id"), record.get("path")) for record in records]
+    if not rows:
+        raise DataError(f"{file}: contains no image; expected a list of objects with id and path")
+    gallery: dict[str, GalleryItem] = {}
+    seen: dict[str, str] = {}
+    for place, number, path in rows:
+        name = check_name(number, "id", place)
+        refuse_repeated(name, place, seen)
+        gallery[name] = GalleryItem(name, _coco_image(folder, place, check_path(path, "path", place)))
+    return gallery
+
+
+def _add_item(gallery: dict[str, GalleryItem], number: int, folder: DatasetFolder, place: str, path: str) -> None:
+    if str(number) not in gallery:
+        gallery[str(number)] = GalleryItem(str(number), _coco_image(folder, place, path))
+
+
+def _coco_name(split: str, number: int) -> str:
+    return f"{split}2014/COCO_{split}2014_{number:012d}.jpg"
+
+
+def _coco_image(folder: DatasetFolder, place: str, path: str) -> Path:
+    """Find a COCO image; the corpus file has an extra `val/` before the folder that the rows lack."""
+    plain = path.removeprefix("val/").removeprefix("train/")
+    return folder.image(place, plain, f"{plain.partition('2014/')[0]}/{plain}", f"coco/{plain}")

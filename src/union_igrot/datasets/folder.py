@@ -100,22 +100,9 @@ def folder_training(
 
     Triplets make one sample for each row and target, in the order of the file. Sketches make `pairs` samples: classes
     take turns, and within a class all sketches and all photos are used equally often, in an order drawn with `seed`.
+    `group` is the class of a pair, or the path of a triplet's target.
 
-    Args:
-        root: The folder, in one of the known layouts.
-        pairs: How many pairs of a sketch and a photo of its class are drawn, at least 1.
-        seed: Seed of the draw.
-        text: Text of every sketch. Triplets have their own.
-        on_missing: As for `folder_benchmark`.
-        verify: As for `folder_benchmark`.
-
-    Returns:
-        The training set. `group` is the class of a pair, or the path of a triplet's target.
-
-    Raises:
-        ConfigError: If `pairs` is below 1 or `on_missing` has another value.
-        DataError: If the layout, a row or the split is invalid; names the file and the line.
-        ImageError: If an image is missing under `error`; names the file and the line.
+    Other arguments and errors are those of `folder_benchmark`.
     """
     if pairs < 1:
         raise ConfigError(f"invalid value for pairs: {pairs} (expected an integer >= 1)")

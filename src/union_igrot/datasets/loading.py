@@ -1,9 +1,9 @@
-"""Benchmarks and training sets by name, and the validation set that is held out of a training set."""
+"""Benchmarks and training sets by name, what is held out for validation, and whether anything can be told apart."""
 
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,11 @@ from union_igrot.datasets.annotations import DatasetFolder
 from union_igrot.datasets.registry import BenchmarkDeclaration, benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, DataError, check_choice
 from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query, TrainingSet, Triplet
+
+_REMEDY = {
+    "sbir": "make every instance a class of its own, or assign at least two classes to each split in manifest.csv",
+    "cir": "add rows with other targets, or list more images in gallery.txt",
+}
 
 
 def load_benchmark(
@@ -48,23 +53,13 @@ def load_benchmark(
 
 
 def load_training(name: str, root: str | Path | None = None, check_images: bool = True, **options: Any) -> TrainingSet:
-    """Read a benchmark's split `train` as triplets.
+    """Read a benchmark's split `train` as triplets, one for each query and target.
 
-    Args:
-        name: One of `benchmark_names(trainable=True)`, such as `llavasco` or `training_sketchy`.
-        root: As for `load_benchmark`.
-        check_images: As for `load_benchmark`.
-        **options: The benchmark's options, such as `stride` and `limit` of `llavasco`, or `build` and `seed` of
-            `training_sketchy`.
-
-    Returns:
-        One triplet for each query and target. `group` is the class of a sketch, else the target's id.
+    Arguments and errors are as for `load_benchmark`; `name` is one of `benchmark_names(trainable=True)`. `group` is the
+    class of a sketch, else the target's id.
 
     Raises:
-        ConfigError: As for `load_benchmark`; if the benchmark has no training split; or if the prompt has several
-            texts for a query.
-        DataError: As for `load_benchmark`.
-        ImageError: As for `load_benchmark`.
+        ConfigError: Also if the benchmark has no training split, or if the prompt has several texts for a query.
     """
     check_choice("training data", name, benchmark_names(trainable=True))
     benchmark = load_benchmark(name, root, "train", check_images, **options)
@@ -130,17 +125,13 @@ def _default_root(declaration: BenchmarkDeclaration) -> Path:
 def hold_out(training: TrainingSet, share: float = 0.1) -> tuple[TrainingSet, Benchmark]:
     """Split a training set by groups, so that the best epoch is never chosen on a test split.
 
-    Groups are ordered by a hash of their names and held out until `share` of the triplets is: whole classes of
-    sketches (at least two of four or more), or all triplets with the same target.
-
-    Args:
-        training: The triplets, all of one task.
-        share: Share of the triplets that is held out, between 0 and 1.
+    Groups are ordered by a hash of their names and held out until `share` of the triplets is: whole classes of sketches
+    (at least two of four or more), or all triplets with the same target.
 
     Returns:
         The remaining training set, and a benchmark with a query for each held-out triplet. Its gallery holds all
-        held-out targets and, for composed retrieval, the references, each excluded from its own ranking; the images
-        of the query's group are relevant.
+        held-out targets and, for composed retrieval, the references, each excluded from its own ranking; the images of
+        the query's group are relevant.
 
     Raises:
         DataError: If there are fewer than two groups.
@@ -198,3 +189,51 @@ def _held_out_benchmark(name: str, triplets: list[Triplet]) -> Benchmark:
         note=f"{len(targets)} groups held out of the training triplets",
     )
     return Benchmark(name, "held out", triplets[0].task, queries, list(gallery.values()), protocol)
+
+
+def benchmark_warning(benchmark: Benchmark) -> str:
+    """Describe why the metrics of a benchmark have no meaning; return an empty text if they may have one."""
+    queries = [query for query in benchmark.queries if query.targets]
+    if not queries:
+        return ""
+    targets = {id(query.targets): frozenset(query.targets) for query in queries}
+    where = f"{benchmark.name} {benchmark.split}"
+    classes = {query.label for query in queries}
+    single = f"there is a single class, {next(iter(classes))!r}; " if len(classes) == 1 and None not in classes else ""
+    gallery = frozenset(item.id for item in benchmark.gallery)
+    protocol = benchmark.protocol
+
+    def relevant_alone(index: int) -> bool:
+        query = queries[index]
+        candidates = frozenset(query.subset or ()) if protocol.candidates == "subset" else gallery
+        candidates -= frozenset(query.exclude if protocol.exclude_reference else ())
+        return candidates <= targets[id(query.targets)]
+
+    if all(map(relevant_alone, range(len(queries)))):
+        return f"{where}: {single}every candidate is relevant, so every ranking is perfect and the metrics mean nothing"
+    if len(queries) > 1 and len(set(targets.values())) == 1:
+        return (
+            f"{where}: {single}all {len(queries):,} queries have the same targets, so a ranking that ignores the query "
+            "can be perfect and the metrics mean nothing"
+        )
+    return ""
+
+
+def refuse_indistinct(training: TrainingSet, benchmarks: Sequence[Benchmark]) -> None:
+    """Check before training that there is something to learn and to measure.
+
+    Raises:
+        DataError: If all triplets of a task have targets of one group, so that there are no negatives; or if the
+            metrics of a benchmark have no meaning. Says what to do.
+    """
+    for task, remedy in _REMEDY.items():
+        groups = {triplet.group for triplet in training.triplets if triplet.task == task}
+        if len(groups) == 1:
+            kind = "class" if task == "sbir" else "target"
+            raise DataError(
+                f"{training.name} train: all triplets have one {kind}, {next(iter(groups))!r}, so there is nothing to "
+                f"tell apart; {remedy}"
+            )
+    for benchmark in benchmarks:
+        if warning := benchmark_warning(benchmark):
+            raise DataError(f"{warning}; {_REMEDY[benchmark.task]}")

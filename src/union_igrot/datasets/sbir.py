@@ -43,14 +43,7 @@ _QUICKDRAW_LISTS = _ListFiles("zeroshot", "sketch_{}.txt", "all_photo_{}.txt")
 def read_sketchy(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
     """Read Sketchy (extended).
 
-    Args:
-        folder: The dataset's folder, with `zeroshot0/`, `zeroshot1/`, `256x256/` and `EXTEND_image_sketchy_ready/`.
-        split: `zeroshot1`, 25 unseen classes (usually mAP and P@100); or `zeroshot0`, 21 (mAP@200 and P@200).
-        prompt: Name or template.
-        preset: `official`: strict average precision; or `union_reference`: by trapezoids over the hits in the top k.
-
-    Returns:
-        The benchmark. Ids are the lists' paths.
+    The preset `union_reference` measures average precision by trapezoids over the hits in the top k.
     """
     lists = _ListFiles(split, *_SKETCHY_LISTS)
     if split == "zeroshot1":
@@ -60,12 +53,12 @@ def read_sketchy(folder: DatasetFolder, split: str, *, prompt: str | None, prese
 
 
 def read_tuberlin(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read TU-Berlin (extended), 30 unseen classes. Arguments are as for `read_sketchy`."""
+    """Read TU-Berlin (extended), 30 unseen classes."""
     return _unseen_classes(TUBERLIN, folder, split, _TUBERLIN_LISTS, "mAP", prompt, preset)
 
 
 def read_quickdraw(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read QuickDraw-Extended, 30 unseen classes. Arguments are as for `read_sketchy`."""
+    """Read QuickDraw-Extended, 30 unseen classes."""
     return _unseen_classes(QUICKDRAW, folder, split, _QUICKDRAW_LISTS, "mAP", prompt, preset)
 
 
@@ -115,21 +108,10 @@ def read_training_sketchy(
     prompt: str | None,
     preset: str,
 ) -> Benchmark:
-    """Read the UNION authors' training pairs of a sketch and a photo, or draw such pairs.
+    """Read the UNION authors' pairs of a sketch and a photo, `<lists>/training_sketchy.txt`, or draw such pairs.
 
-    Args:
-        folder: Sketchy's folder. The authors' file is `<lists>/training_sketchy.txt`.
-        split: `train`, the only one.
-        lists: Whose training classes: `zeroshot1` (100) or `zeroshot0` (104). For a clean metric on 21 unseen
-            classes train on `zeroshot0`.
-        build: Draw this many pairs from the training lists instead of reading the authors' file.
-        seed: Seed of the draw. Classes take turns; within one, all sketches and all photos are used equally often.
-        prompt: Name or template.
-        preset: `official` or `union_reference`; they are the same here.
-
-    Returns:
-        The pairs as a benchmark: the target of each sketch is the photo of its own line. Query ids are the line's
-        numbers.
+    Drawn classes take turns; within one, all sketches and all photos are used equally often. The target of each sketch
+    is the photo of its own line; query ids are the line's numbers.
     """
     wording = TRAINING_SKETCHY.find_prompt(prompt)
     pairs = _given_pairs(folder, lists) if build is None else _drawn_pairs(folder, lists, build, seed)

@@ -21,14 +21,7 @@ from union_igrot.types import Benchmark, Query
 @final
 @dataclass(frozen=True, slots=True)
 class _SubmissionFormat:
-    """What a file must contain.
-
-    Attributes:
-        header: Keys that are not query ids, with their values.
-        length: Number of ids for each query.
-        numbers: Whether ids are integers.
-        subset: Whether ids come from the query's subset.
-    """
+    """What a file must contain: `header` are keys that are not query ids, `length` is the number of ids per query."""
 
     header: Mapping[str, str]
     length: int
@@ -49,16 +42,13 @@ def write_cirr(
     rankings: Sequence[Sequence[str]],
     subset_rankings: Sequence[Sequence[str]],
 ) -> tuple[Path, Path]:
-    """Write CIRR's two submission files, `cirr_recall.json` and `cirr_recall_subset.json`.
+    """Write CIRR's two submission files, `cirr_recall.json` and `cirr_recall_subset.json`, into a folder.
 
     Args:
-        folder: Where they are written; created if missing.
+        folder: Created if missing.
         benchmark: CIRR, any split.
         rankings: For each query, in the benchmark's order, at least 50 ids. A reference among them is dropped.
         subset_rankings: For each query at least 3 ids of its subset.
-
-    Returns:
-        The two files.
 
     Raises:
         ConfigError: If the benchmark is not CIRR.
@@ -78,20 +68,9 @@ def write_cirr(
 
 
 def write_circo(path: str | Path, benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -> Path:
-    """Write CIRCO's submission file.
+    """Write CIRCO's submission file; arguments and errors are as for `write_cirr`.
 
-    Args:
-        path: The file; its folder is created if missing.
-        benchmark: CIRCO, any split.
-        rankings: For each query, in the benchmark's order, at least 50 ids. A reference is kept or dropped as the
-            benchmark's protocol says.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError: If the benchmark is not CIRCO.
-        DataError: If a ranking is too short or contains what it must not; nothing is written then.
+    A reference is kept or dropped as the benchmark's protocol says.
     """
     _require_benchmark(benchmark, "circo")
     lists = _rankings_by_query(benchmark, rankings, _CIRCO)
@@ -102,14 +81,7 @@ def write_circo(path: str | Path, benchmark: Benchmark, rankings: Sequence[Seque
 
 
 def check_submission(path: str | Path, benchmark: Benchmark) -> list[str]:
-    """List what is wrong with a submission file.
-
-    Args:
-        path: The file. Its header says which of CIRR's two it is.
-        benchmark: CIRR or CIRCO, of the file's split.
-
-    Returns:
-        One line for each problem, naming the key; empty if the file is valid.
+    """List what is wrong with a submission file of CIRR or CIRCO, a line for each problem, naming the key.
 
     Raises:
         ConfigError: If the benchmark has no submission file.
@@ -130,12 +102,8 @@ def check_submission(path: str | Path, benchmark: Benchmark) -> list[str]:
 def read_predictions(path: str | Path, benchmark: Benchmark) -> list[list[str]]:
     """Read the rankings of any method, for scoring: an object of lists of ids by query id.
 
-    Lists may have any length; ids may be strings or integers, with leading zeros or without. CIRR's two header keys
-    are ignored.
-
-    Args:
-        path: The file.
-        benchmark: The benchmark that was ranked.
+    Lists may have any length; ids may be strings or integers, with leading zeros or without. CIRR's two header keys are
+    ignored.
 
     Returns:
         A list of gallery ids for each query, in the benchmark's order.

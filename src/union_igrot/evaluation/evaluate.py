@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import union_igrot
-from union_igrot.datasets.checks import benchmark_warning
+from union_igrot.datasets.loading import benchmark_warning
 from union_igrot.evaluation.results import (
     EvaluationResult,
     MethodResult,

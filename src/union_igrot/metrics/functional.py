@@ -27,12 +27,8 @@ def recall_at_k(
 ) -> Float[Tensor, " queries"]:
     """Return the recall within the first k candidates.
 
-    Args:
-        hits: Rankings as hit masks, of any depth that includes the first k candidates.
-        n_relevant: Number of relevant candidates.
-        k: Cut-off, at least 1.
-        mode: `any` returns 1 if at least one relevant candidate is among the first k (CIRR, FashionIQ, GeneCIS);
-            `fraction` returns the share of them that is (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
+    `any` returns 1 if at least one relevant candidate is among them (CIRR, FashionIQ, GeneCIS); `fraction` returns the
+    share that is (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
     """
     _one_of("mode", mode, RecallMode)
     top = _top(hits, k)
@@ -48,19 +44,10 @@ def precision_at_k(
 ) -> Float[Tensor, " queries"]:
     """Return the precision within the first k candidates.
 
-    With h the hits among the first k and R = `n_relevant`, the conventions in use are
-
-    - `k`: h / k (P1; UNION, SAKE, torchmetrics). The divisor stays k in a smaller gallery.
-    - `relevant`: the share among the first min(k, R), so that the list gets shorter too (P2; ZSE-SBIR).
-    - `attainable`: h / min(k, R) (P3; doodle2search).
-
-    If R >= k, P1 = P2 = P3.
-
-    Args:
-        hits: Rankings as hit masks, of any depth that includes the first k candidates.
-        n_relevant: Number of relevant candidates.
-        k: Cut-off, at least 1.
-        cut: The convention.
+    With h the hits among the first k and R = `n_relevant`, the conventions in use are `k`: h / k (UNION, SAKE,
+    torchmetrics), whose divisor stays k in a smaller gallery; `relevant`: the share among the first min(k, R), so that
+    the list gets shorter too (ZSE-SBIR); and `attainable`: h / min(k, R) (doodle2search). If R >= k, all three are
+    equal.
     """
     _one_of("cut", cut, PrecisionCut)
     top = _top(hits, k)
@@ -129,16 +116,10 @@ def average_precision(
 def average(
     values: Float[Tensor, " queries"], labels: Int[Tensor, " queries"] | None = None, how: Average = "micro"
 ) -> Float[Tensor, ""]:
-    """Average the queries' values, without nan.
+    """Average the queries' values, without nan; nan if no query has a value.
 
-    Args:
-        values: One value per query.
-        labels: The class index of each query; needed for `macro` alone.
-        how: `micro` is the mean over queries, `macro` the mean of the classes' means, without classes that have no
-            value.
-
-    Returns:
-        The mean; nan if no query has a value.
+    `micro` is the mean over queries; `macro` is the mean of the means of the classes given by `labels`, without classes
+    that have no value.
 
     Raises:
         ConfigError: If labels are missing for `macro`, or `how` is unknown.

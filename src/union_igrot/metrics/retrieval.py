@@ -20,22 +20,12 @@ from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 class RetrievalMetrics(Metric):
     """Recall, precision, average precision and registered metrics over any number of batches and processes.
 
-    Takes hit masks: torchmetrics' own retrieval metrics take scores and count every candidate with a score of 0 or
-    less as irrelevant, which cosines often are.
+    Takes hit masks: torchmetrics' own retrieval metrics take scores and count every candidate with a score of 0 or less
+    as irrelevant, which cosines often are.
 
     The states are the queries' values and positions, so that a query which a distributed sampler repeats to fill the
     last batch is counted once. They are stored in preallocated blocks: small tensors that live on between the large
-    ones of each batch would fragment the heap.
-
-    Args:
-        metrics: Names of the metrics: `R@k`, `Rs@k`, `P@k`, `mAP`, `mAP@k` or those of registered families.
-        ap_norm: Divisor of average precision.
-        ap_rule: Area rule of average precision.
-        averaging: Mean over queries (`micro`) or mean of the classes' means (`macro`).
-        recall: Whether R@k is 1 with `any` hit or the `fraction` found.
-        precision_cut: Convention of P@k.
-        expected: Expected number of queries; more are accepted.
-        **options: Passed to `torchmetrics.Metric`.
+    ones of each batch would fragment the heap. `expected` is a hint at the number of queries.
 
     Raises:
         ConfigError: If there is no metric, or one that is unknown.
@@ -93,13 +83,12 @@ class RetrievalMetrics(Metric):
             subset_hits: Whole rankings of the queries' subsets, needed for `Rs@k`. A query whose row has no hit gets
                 nan.
             labels: The class index of each query, needed for `macro`.
-            ties: The ties of the whole rankings; a query with relevant and other candidates of one score then gets
-                the expected value over all orders of these.
+            ties: The ties of the whole rankings; a query with relevant and other candidates of one score then gets the
+                expected value over all orders of these.
             subset_ties: The ties of the subset rankings.
 
         Raises:
-            DataError: If subset rankings or labels are needed and missing, or the masks are too short for a metric
-                (see `functional`).
+            DataError: If subset rankings or labels are missing, or the masks are too short for a metric.
         """
         within = [name for name, parsed in self.metrics.items() if parsed.family.ranking == "subset"]
         if subset_hits is None and within:
@@ -119,10 +108,7 @@ class RetrievalMetrics(Metric):
         self.labels[-1][rows] = 0 if labels is None else labels
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Return the mean of each metric over the queries seen by all processes.
-
-        Returns:
-            For each metric's name a value 0..1; queries without a value (nan) are skipped.
+        """Return the mean of each metric over the queries of all processes, 0..1; queries with nan are skipped.
 
         Raises:
             DataError: If there is no query.
@@ -131,12 +117,9 @@ class RetrievalMetrics(Metric):
         return {name: average(rows[:, i], labels, self.averaging) for i, name in enumerate(self.metrics)}
 
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
-        """Return each query's values, in the order of the queries' positions.
+        """Return each query's values, 0..1 or nan, in the order of the queries' positions.
 
         With several processes, every process has to call this, since it synchronizes.
-
-        Returns:
-            For each metric's name one value per query seen by any process, 0..1 or nan.
 
         Raises:
             DataError: If there is no query.

@@ -79,20 +79,9 @@ def bootstrap_intervals(
     labels: Int[Tensor, " queries"] | None = None,
     classes: Int[Tensor, " queries"] | None = None,
 ) -> dict[str, Interval]:
-    """Bound the means of several metrics of the same queries.
+    """Bound the means of several metrics of the same queries, by name; arguments are as for `bootstrap_interval`.
 
     Metrics that are defined on the same queries share their resamples; each gets the same bounds as alone.
-
-    Args:
-        values: For each name one value per query; nan is removed.
-        level: See `bootstrap_interval`, as for the following.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
-        labels: Labels of the queries.
-        classes: Classes of the queries.
-
-    Returns:
-        The bounds by name, in the order of `values`.
     """
     if not 0 < level < 1:
         raise ConfigError(f"invalid value for level: {level} (expected a number between 0 and 1, such as 0.95)")
@@ -134,22 +123,10 @@ def paired_interval(
     labels: Int[Tensor, " queries"] | None = None,
     classes: Int[Tensor, " queries"] | None = None,
 ) -> Difference:
-    """Bound the mean difference of two methods over the same queries.
+    """Bound the mean of `first` minus `second`; the other arguments are as for `bootstrap_interval`.
 
     Much narrower than two separate intervals suggest, since easy queries are easy for both. The difference is clear if
-    both bounds are on one side of 0.
-
-    Args:
-        first: One value per query.
-        second: One value per query, of the same queries in the same order.
-        level: See `bootstrap_interval`, as for the following.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
-        labels: Labels of the queries.
-        classes: Classes of the queries.
-
-    Returns:
-        Mean of `first` minus `second`, and its bounds. Queries for which either is nan are left out.
+    both bounds are on one side of 0. Queries for which either is nan are left out.
     """
     gaps = _query_differences(first, second)
     low, high = bootstrap_interval(gaps, level, resamples, seed, labels, classes)
@@ -168,19 +145,12 @@ def randomization_test(
 
     Under the null hypothesis the two methods' values of a query are exchangeable, so the sign of each query's
     difference is drawn at random, `rounds` times (Fisher's paired randomization test; for retrieval: Smucker, Allan,
-    Carterette, CIKM 2007).
-
-    Args:
-        first: One value per query.
-        second: One value per query, of the same queries in the same order.
-        rounds: Number of random sign assignments.
-        seed: Seed of the draws.
-        classes: If given, the methods are exchanged for whole classes of queries, whose differences resemble each
-            other.
+    Carterette, CIKM 2007). With `classes`, the methods are exchanged for whole classes of queries, whose differences
+    resemble each other.
 
     Returns:
-        The share of draws at least as far from 0 as the observed difference, the observation itself included: from
-        1 / (rounds + 1) to 1. Queries for which either is nan are left out.
+        The share of draws at least as far from 0 as the observed difference, the observation itself included: from 1 /
+        (rounds + 1) to 1. Queries for which either is nan are left out.
     """
     if rounds < 1:
         raise ConfigError(f"invalid value for rounds: {rounds} (expected an integer >= 1)")

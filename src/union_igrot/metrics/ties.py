@@ -38,12 +38,10 @@ class TieGroups(NamedTuple):
         equal: Int[Tensor, "queries items"],
         counted: Bool[Tensor, "queries items"],
     ) -> "TieGroups":
-        """Group relevant candidates.
+        """Group relevant candidates; `counted` tells entries from padding.
 
-        Args:
-            better: For each relevant candidate the number of candidates with a higher score.
-            equal: The number with its score, itself included.
-            counted: Which entries are candidates; the others are padding.
+        For each relevant candidate, `better` is the number of candidates with a higher score, `equal` the number with
+        its score, itself included.
         """
         start, order = better.masked_fill(~counted, torch.iinfo(torch.int64).max).sort(dim=1)
         counted = counted.gather(1, order)

@@ -29,13 +29,8 @@ class Tick:
 class Chart:
     """One curve, laid out in a drawing of `width` by `height` units, y downwards.
 
-    Attributes:
-        name: Name of the metric.
-        description: First and last value, lowest and highest, what is not drawn.
-        line: The points of an SVG polyline; empty if no value is finite.
-        dots: The points again if they are few, so that a single one is visible.
-        rows: Marks of the values.
-        columns: Marks of the steps.
+    `line` holds the points of an SVG polyline, `dots` the points again if they are few, so that a single one is
+    visible; `rows` and `columns` are marks of the values and steps.
     """
 
     name: str
@@ -63,12 +58,7 @@ def read_curves(logs: Sequence[Path]) -> dict[str, Curve]:
 
 
 def layout_chart(name: str, curve: Curve) -> Chart:
-    """Lay out a curve.
-
-    Args:
-        name: Name of the metric.
-        curve: The curve; values that are not finite are counted and not drawn.
-    """
+    """Lay out a curve; values that are not finite are counted and not drawn."""
     finite = [(x, y) for x, y in curve if math.isfinite(y)]
     lost = len(curve) - len(finite)
     notes = [f"{lost:,} of {len(curve):,} values are not finite"] if lost else []
@@ -105,16 +95,9 @@ def thin(points: Curve, most: int = MAX_POINTS) -> Curve:
 
 
 def nice_ticks(low: float, high: float, *, whole: bool = False, about: int = 4) -> list[float]:
-    """Return round numbers that enclose a range.
+    """Return round numbers that enclose a range, at least two, evenly apart by 1, 2 or 5 times a power of ten.
 
-    Args:
-        low: The lowest value.
-        high: The highest value.
-        whole: Whether to use integers only, as for steps.
-        about: Number of gaps to aim at.
-
-    Returns:
-        At least two numbers, evenly apart by 1, 2 or 5 times a power of ten.
+    `whole` is for steps: integers only. About `about` gaps are aimed at.
     """
     largest = max(abs(low), abs(high))
     # Differences below the precision of the numbers are drawn as flat.

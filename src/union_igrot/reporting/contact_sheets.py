@@ -22,13 +22,9 @@ Opener = Callable[[ImageSource], Image.Image]
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One query on a contact sheet.
+    """One query on a contact sheet, with score and image of each result, best first; a missing image is None.
 
-    Attributes:
-        text: Its text; may be empty.
-        images: Its images.
-        results: Score and image of each result, best first; None if there is no image.
-        relevant: Whether each result is relevant, which decides the color of its frame; empty if that is not known.
+    `relevant` decides the color of each result's frame; it is empty if that is not known.
     """
 
     text: str
@@ -38,13 +34,7 @@ class SheetRow:
 
 
 def contact_sheet(path: Path, rows: Sequence[SheetRow], columns: int = 8) -> None:
-    """Draw queries, framed dark, with their results, each with rank and score.
-
-    Args:
-        path: The PNG to write.
-        rows: The queries; at least one.
-        columns: Results side by side; further ones continue below.
-    """
+    """Draw queries, framed dark, with their results, each with rank and score, `columns` side by side, as a PNG."""
     cell = TILE_SIDE + _CAPTION + _GAP
     side = max(len(row.images) for row in rows)
     width = (side + columns) * (TILE_SIDE + _GAP) + 3 * _GAP
@@ -70,15 +60,9 @@ def contact_sheet(path: Path, rows: Sequence[SheetRow], columns: int = 8) -> Non
 def benchmark_sheet(
     path: Path, scored: ScoredBenchmark, method: str, open_image: Opener, queries: int = 12, results: int = 8
 ) -> None:
-    """Draw some queries of a benchmark with the first results of a method, relevant ones framed green.
+    """Draw some queries of a benchmark with the first results of a method, relevant ones framed green, as a PNG.
 
-    Args:
-        path: The PNG to write.
-        scored: The benchmark with its rankings.
-        method: The method.
-        open_image: Opens a source as an RGB image.
-        queries: Number of queries, spread evenly over the benchmark.
-        results: Number of results of each.
+    The `queries` shown are spread evenly over the benchmark.
     """
     everything = scored.benchmark.queries
     count = min(queries, len(everything))

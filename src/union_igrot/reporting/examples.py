@@ -32,13 +32,7 @@ _TEXT_LENGTH, _NAME_LENGTH = 200, 90
 
 @dataclass(frozen=True)
 class ExampleGroup:
-    """A choice of queries.
-
-    Attributes:
-        title: Its heading.
-        description: How they were chosen.
-        rows: Positions of the queries in the benchmark.
-    """
+    """A choice of queries: a heading, how they were chosen, and their positions in the benchmark."""
 
     title: str
     description: str
@@ -46,15 +40,9 @@ class ExampleGroup:
 
 
 def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> list[ExampleGroup]:
-    """Choose queries: some from all over the benchmark, the worst failures and the best.
+    """Choose `count` queries each: some from all over the benchmark, the worst failures of a method, and the best.
 
-    Args:
-        scored: The benchmark with its values and rankings.
-        method: The method whose results are shown.
-        count: Number of queries per group.
-
-    Returns:
-        Three groups; the first one alone if the benchmark's targets are not published.
+    If the benchmark's targets are not published, there is the first group alone.
     """
     benchmark, scores, name = scored.benchmark, scored.scores, method_name(method)
     total = len(benchmark.queries)
@@ -120,14 +108,7 @@ class Thumbnail:
 
 @final
 class ExampleRenderer:
-    """Renders examples of one benchmark as HTML.
-
-    Args:
-        scored: The benchmark with its values and rankings.
-        method: The method whose results are shown.
-        template: Template of one example; gets `text`, `values` and `tiles`.
-        open_image: Opens a source as an RGB image.
-    """
+    """Renders examples of one benchmark as HTML by a template that gets `text`, `values` and `tiles`."""
 
     def __init__(self, scored: ScoredBenchmark, method: str, template: jinja2.Template, open_image: Opener) -> None:
         self._benchmark, self._scores = scored.benchmark, scored.scores

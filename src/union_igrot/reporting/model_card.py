@@ -46,16 +46,13 @@ def render_model_card(
     name: str | None = None,
     license: str | None = None,  # noqa: A002 - the hub's own word
 ) -> str:
-    """Return a model card.
+    """Return a model card as Markdown, after the metadata that the hub reads.
 
     Args:
         notes: The model's description, as `model.json` holds it.
         result: An evaluation of the model.
         name: How the model is loaded: a folder or `owner/name`.
         license: The heads' license, by its name on the hub; not stated if None.
-
-    Returns:
-        Markdown, after the metadata that the hub reads.
     """
     data = ModelCardData(
         license=license, library_name="union-igrot", pipeline_tag="image-feature-extraction", tags=list(_TAGS)
@@ -79,13 +76,7 @@ def render_model_card(
 def write_model_card(folder: Path, results: Path, *, name: str | None = None) -> Path:
     """Write `README.md` into the folder of a saved model, from its description and an evaluation.
 
-    Args:
-        folder: The saved model's folder.
-        results: The evaluation's `results.json`; if there is no such file, the card has no metrics.
-        name: How the model is loaded; the folder if None.
-
-    Returns:
-        The card's path.
+    Without the file `results`, the card has no metrics. `name` is how the model is loaded, by default the folder.
 
     Raises:
         CheckpointError: If the folder holds no saved model.

@@ -46,15 +46,8 @@ _LIST_BYTES = 80  # of the list around the first example
 class Provenance:
     """How the results of a run were made.
 
-    Attributes:
-        title: The page's title.
-        written: Date and time, for people.
-        command: The command that repeats the run.
-        folder: Where it was started, which its relative paths refer to.
-        config: The whole configuration.
-        card: What the model records of its training; empty without trained heads.
-        versions: Versions of the packages that the metrics depend on.
-        seed: Seed of chance and of the bootstrap.
+    `folder` is where the `command`, which repeats the run, was started; `card` is what the model records of its
+    training, empty without trained heads; `seed` is that of chance and of the bootstrap.
     """
 
     title: str
@@ -129,15 +122,7 @@ class _Section:
 def write_page(
     path: Path, result: EvaluationResult, curves: Mapping[str, Curve], provenance: Provenance, open_image: Opener
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: The file.
-        result: Metrics of all benchmarks and methods, with the rankings.
-        curves: (step, value) of the training by name.
-        provenance: How the results were made.
-        open_image: Opens a source as an RGB image.
-    """
+    """Write the page; `curves` are (step, value) of the training by name."""
     write_atomic(path, render_page(result, curves, provenance, open_image))
 
 
@@ -282,9 +267,7 @@ def _gain_over_best(result: BenchmarkResult) -> Cell:
 def differences_table(main: MethodResult, parts: Sequence[ScoredBenchmark]) -> ResultTable:
     """Count on how many queries the trained model is better than each other method, beside the paired difference.
 
-    Args:
-        main: The result of the trained model.
-        parts: The benchmark, or the parts that the result is the mean of.
+    `parts` are the benchmark, or the parts that the result is the mean of.
     """
     primary, rows = main.primary, []
     for other, differences in main.differences.items():
@@ -321,12 +304,7 @@ def tag_groups(result: BenchmarkResult) -> QueryGroups | None:
 
 
 def class_groups(scored: ScoredBenchmark, seen: Sequence[str]) -> QueryGroups | None:
-    """Return the primary metric by class of the query under every method; None without classes.
-
-    Args:
-        scored: The benchmark with every query's values.
-        seen: Classes that were trained on, which are marked.
-    """
+    """Return the primary metric by class of the query under every method; None without classes. `seen` are marked."""
     benchmark, scores = scored.benchmark, scored.scores
     members: dict[str, list[int]] = {}
     for row, query in enumerate(benchmark.queries):

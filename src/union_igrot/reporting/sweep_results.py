@@ -52,17 +52,10 @@ HIDDEN_SPLITS = ("cirr", "circo")
 @final
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a method is published to reach on a benchmark.
+    """What a method is published to reach on a benchmark, named as in our results, in percent.
 
-    Attributes:
-        method: The method's name.
-        backbone: Its backbone.
-        benchmark: Name of the benchmark, as in our results.
-        split: Name of the split; `not stated` if the source does not say.
-        metrics: Metrics in percent by name, as in our results.
-        mark: `V` if it was read where the authors published it; `S` if in another paper's table.
-        source: Where it was read.
-        note: What is known of the protocol; may be empty.
+    `mark` is `V` if it was read where the authors published it, `S` if in another paper's table; `note` is what is
+    known of the protocol, `split` is `not stated` if the source does not say.
     """
 
     method: str
@@ -87,11 +80,7 @@ def published_results() -> tuple[Published, ...]:
 
 
 def published_for(benchmark: str, split: str) -> list[Published]:
-    """Return the published results to show beside ours on a benchmark.
-
-    Returns:
-        Those of the same split; for CIRR and CIRCO all of them, which are to be shown with their split.
-    """
+    """Return the published results of a split; for CIRR and CIRCO of all splits, which are to be shown with them."""
     return [
         one
         for one in published_results()
@@ -102,14 +91,9 @@ def published_for(benchmark: str, split: str) -> list[Published]:
 @final
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """One job of a sweep.
+    """One job of a sweep: the folder of its results, and the settings `key=value` it was started with.
 
-    Attributes:
-        number: Its number in the sweep.
-        run: The folder of its results, for people.
-        overrides: The settings it was started with, `key=value`.
-        result: Its result; empty if it failed or wrote submission files alone.
-        error: Why it failed; empty if it did not.
+    The result is empty if the job failed, as `error` says, or wrote submission files alone.
     """
 
     number: int
@@ -128,14 +112,7 @@ class SweepJob:
 @final
 @dataclass(frozen=True, slots=True)
 class SweepMetric:
-    """A metric in percent: of one run, or the mean over several that differ in their seed.
-
-    Attributes:
-        value: The metric.
-        interval: Its 95 % interval; None for a mean over runs.
-        deviation: Standard deviation over runs; nan for one run.
-        runs: Number of runs.
-    """
+    """A metric in percent: of one run with its interval, or the mean over several that differ in their seed."""
 
     value: float
     interval: Interval | None = None
@@ -160,12 +137,9 @@ class SweepMetric:
 @final
 @dataclass
 class SweepRow:
-    """One model and method over all benchmarks.
+    """One model and method, with the settings that distinguish it from others, over all benchmarks.
 
-    Attributes:
-        model: The backbone's name; empty for chance.
-        method: The method's name, with the settings that distinguish it from others.
-        results: The results by benchmark; several if runs differ in their seed.
+    The model is empty for chance; a benchmark has several results if runs differ in their seed.
     """
 
     model: str
@@ -196,15 +170,10 @@ def varying_settings(jobs: Sequence[SweepJob]) -> list[str]:
 
 
 def sweep_rows(jobs: Sequence[SweepJob], command: str) -> list[SweepRow]:
-    """Collect the jobs' results.
+    """Collect the results of the jobs of `train`, which have a model each, or of `eval`, which may share one.
 
-    Args:
-        jobs: The jobs.
-        command: `train`, whose jobs have a model each; or `eval`, whose jobs may share one.
-
-    Returns:
-        A row per model and method. Trained models are distinguished by the settings that differ between jobs, except
-        for the seed, over which they are averaged; baselines share a row if their metrics are equal. Chance is last.
+    There is a row per model and method. Trained models are distinguished by the settings that differ between jobs,
+    except for the seed, over which they are averaged; baselines share a row if their metrics are equal. Chance is last.
     """
     shared = {"seed", "output_dir", "cache_dir", "cache_limit", "progress", "data.check_images", "model"}
     shared |= {"data"} if command == "eval" else set()
@@ -347,13 +316,7 @@ def _tag_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> ResultTable
 
 
 def write_sweep(folder: Path, jobs: Sequence[SweepJob], command: str) -> None:
-    """Write `results.csv` (a line per metric, ours and published) and `results.md`.
-
-    Args:
-        folder: The sweep's folder.
-        jobs: The jobs.
-        command: `train` or `eval`.
-    """
+    """Write `results.csv` (a line per metric, ours and published) and `results.md` into the sweep's folder."""
     table = io.StringIO()
     writer = csv.DictWriter(table, _CSV_COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()

@@ -149,13 +149,9 @@ def held_out_metrics(network: TinyVLM, seed: str, split: str = "val", batches: i
 
 
 def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
-    """Train the network from a seed and print its held-out metrics regularly.
+    """Train the network from a seed and print its metrics on validation scenes regularly.
 
-    Args:
-        steps: Number of batches of 256 photos and `SKETCHES` sketches, at least 3.
-        seed: Seed of weights and images.
-        rate: Highest learning rate; warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
-        every: Steps between two evaluations on validation scenes.
+    The rate is the highest one, warmed up over a tenth of the steps (2 to 100), then a cosine to zero.
 
     Raises:
         ConfigError: If `steps` is below 3: the warm-up alone takes 2.

@@ -78,12 +78,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Edit:
-    """A modification text and the scenes that satisfy it.
+    """A modification text and all scenes that satisfy it; several if the text leaves something open.
 
-    Attributes:
-        kinds: The kinds of change, one or two of `EDIT_KINDS`.
-        text: The modification text.
-        targets: All scenes that satisfy it; several if the text leaves something open.
+    `kinds` are one or two of `EDIT_KINDS`.
     """
 
     kinds: tuple[str, ...]
@@ -109,14 +106,7 @@ def random_thing(rng: random.Random, shape: str | None = None, position: str | N
 
 
 def random_scene(rng: random.Random, split: str, things: int | None = None, shape: str | None = None) -> Scene:
-    """Draw a scene of a split.
-
-    Args:
-        rng: Source of randomness.
-        split: `train`, `val` or `test`.
-        things: One or two; drawn if None.
-        shape: Shape of the first thing; drawn if None.
-    """
+    """Draw a scene of a split; also the number of things and the shape of the first one if they are None."""
     while True:
         count = things or 1 + int(rng.random() * 2)
         first = random_thing(rng, shape, pick(rng, POSITIONS, exclude="middle") if count == 2 else None)
@@ -254,16 +244,9 @@ def double_edit(rng: random.Random, scene: Scene) -> Edit | None:
 
 
 def edit_scene(rng: random.Random, scene: Scene, double: float = 0.25) -> Edit:
-    """Draw an edit with targets in the scene's own split.
+    """Draw an edit with at least one target in the scene's own split; `double` of them change two things at once.
 
-    Args:
-        rng: Source of randomness.
-        scene: The reference scene.
-        double: Fraction of edits that change two things at once.
-
-    Returns:
-        An edit with at least one target. Targets of other splits are left out; they never appear in this split's
-        images.
+    Targets of other splits are left out; they never appear in this split's images.
     """
     while True:
         edit = double_edit(rng, scene) if rng.random() < double else random_edit(rng, scene)

@@ -45,13 +45,7 @@ SBIR_PROTOCOL = Protocol(
 
 @dataclass(frozen=True, slots=True)
 class ShapesImage:
-    """An image of the generated world, rendered when it is opened.
-
-    Attributes:
-        scene: Its content.
-        seed: Seed of the rendering.
-        style: `photo` or `sketch`.
-    """
+    """An image of the generated world, rendered when it is opened, as a photo or a sketch."""
 
     scene: Scene
     seed: int

@@ -5,9 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from union_igrot.datasets.checks import refuse_indistinct
 from union_igrot.datasets.folder import folder_benchmark, folder_training
-from union_igrot.datasets.loading import load_parts, load_training_parts
+from union_igrot.datasets.loading import load_parts, load_training_parts, refuse_indistinct
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError
 from union_igrot.storage.paths import expand_user
