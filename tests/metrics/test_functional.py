@@ -91,7 +91,7 @@ def test_reference_epsilon_belongs_to_its_pair_alone():
                 assert average_precision(row, one, 1, norm, rule).item() == 1.0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rankings(), st.integers(1, 30), st.integers(0, 3))
 def test_metrics_equal_the_oracles(hits, k, beyond):
     whole = hits.sum(1)

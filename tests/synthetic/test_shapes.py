@@ -33,7 +33,7 @@ GOLDEN = "f24e118d78dce90d8ab38166ef6bdf75be74512831b6295c643c3175d116b09e"
 
 @pytest.fixture(scope="module")
 def cir():
-    return shapes_cir("test", queries=200, seed=3, distractors=60)
+    return shapes_cir("test", queries=120, seed=3, distractors=40)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def test_held_out_shapes_are_sketched_in_test_alone(split):
 
 
 def test_training_samples():
-    data = shapes_training(200, 100, seed=2)
-    assert [t.task for t in data.triplets] == ["cir"] * 200 + ["sbir"] * 100
+    data = shapes_training(100, 50, seed=2)
+    assert [t.task for t in data.triplets] == ["cir"] * 100 + ["sbir"] * 50
     assert data.classes == SEEN_SHAPES
     for sample in data.triplets:
         assert sample.image.scene.split == sample.target.scene.split == "train"
@@ -147,11 +147,11 @@ def test_training_samples():
             assert sample.text is None
             assert sample.group == drawn.shape == shown.shape
             assert drawn.shape in SEEN_SHAPES
-    assert len({sample.image.key for sample in data.triplets}) == 300
+    assert len({sample.image.key for sample in data.triplets}) == 150
 
 
 def test_scenes_never_cross_splits(cir, sbir):
-    train = {s.code for t in shapes_training(300, 200).triplets for s in (t.image.scene, t.target.scene)}
+    train = {s.code for t in shapes_training(150, 100).triplets for s in (t.image.scene, t.target.scene)}
     val = {
         s.code
         for b in (shapes_cir("val", 60, distractors=60), shapes_sbir("val", 40, gallery=40))
