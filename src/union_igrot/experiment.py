@@ -37,9 +37,8 @@ from union_igrot.models.factory import build_backbone, build_projector, build_qu
 from union_igrot.models.model import IGROTModel, load
 from union_igrot.reporting.charts import read_curves
 from union_igrot.reporting.contact_sheets import TILE_SIDE, benchmark_sheet
-from union_igrot.reporting.examples import SIDE
 from union_igrot.reporting.model_card import write_model_card
-from union_igrot.reporting.page import Provenance, write_page
+from union_igrot.reporting.page import SIDE, Provenance, write_page
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.storage.cache import chosen_limit, default_root
 from union_igrot.storage.paths import expand_user

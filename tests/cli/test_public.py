@@ -79,13 +79,6 @@ def test_averaged_texts_are_named_with_the_metrics(tmp_path, capsys):
     assert "gallery=original" in printed
 
 
-def test_the_folder_comes_from_the_environment(tmp_path, monkeypatch):
-    WRITERS["tuberlin"](tmp_path / "data" / "tuberlin")
-    monkeypatch.setenv("UNION_DATA", str(tmp_path / "data"))
-    evaluate(["data=tuberlin", f"output_dir={tmp_path / 'out'}", "progress=false"])
-    assert rows(tmp_path / "out")
-
-
 def test_invalid_data_is_one_line(tmp_path, capsys):
     WRITERS["tuberlin"](tmp_path / "data")
     next((tmp_path / "data" / "png_ready").rglob("zero0.png")).unlink()
@@ -108,12 +101,6 @@ def test_training_on_the_datasets_of_the_paper(name, tmp_path, monkeypatch):
     train([f"data={name}", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}", *options, *small])
     assert (tmp_path / "out" / "model" / "heads.safetensors").is_file()
     assert rows(tmp_path / "out")
-
-
-def test_evaluation_only_benchmarks_are_not_trained_on(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train(["data=circo", f"data.root={tmp_path}", f"output_dir={tmp_path / 'out'}"])
-    assert "evaluation only" in capsys.readouterr().err
 
 
 ANNOTATIONS = Path(__file__).parents[3] / "shared" / "data" / "annotations"

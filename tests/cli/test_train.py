@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from small_runs import SMALL, Run, figures, rows_of
+from small_runs import Run, figures, rows_of
 from union_igrot.cli.config import compose
 from union_igrot.cli.train import main as train
 from union_igrot.models.factory import build_backbone
@@ -164,11 +164,6 @@ def test_broken_pictures_end_the_run_in_one_line_or_are_counted(tmp_path, capsys
     train([*options, "data.on_missing=skip"])
     assert all(row["n_skipped"] > 0 for row in rows_of(tmp_path / "run"))
     assert "left out" in capsys.readouterr().out
-
-
-def test_small_settings_stay_small():
-    config = compose("train", list(SMALL))
-    assert (config.data.triplets, config.data.queries) == (64, 24)
 
 
 @pytest.mark.slow

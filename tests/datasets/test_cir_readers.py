@@ -85,6 +85,8 @@ def test_every_image_of_the_official_layout_is_found(name, tmp_path):
         for item in (*benchmark.queries, *benchmark.gallery):
             assert getattr(item.image, "path", item.image).is_file()
         assert len({query.id for query in benchmark.queries}) == len(benchmark.queries)
+        known = {item.id for item in benchmark.gallery}
+        assert all({*query.targets, *query.exclude, *(query.subset or ())} <= known for query in benchmark.queries)
         unchecked = read(name, tmp_path, check_images=False, **options)
         assert [query.targets for query in unchecked.queries] == [query.targets for query in benchmark.queries]
 

@@ -3,49 +3,10 @@
 import official
 import pytest
 
-import union_igrot
 from union_igrot.datasets.loading import hold_out, load_benchmark, load_parts, load_training, load_training_parts
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.synthetic.shapes import shapes_training
 from union_igrot.types import TrainingSet
-
-CALLS = [
-    ("fashioniq", "val", {"category": "dress", "gallery": "original"}),
-    ("fashioniq", "val", {"category": "toptee", "gallery": "val"}),
-    ("cirr", "val", {}),
-    ("cirr", "test1", {}),
-    ("circo", "val", {}),
-    ("circo", "test", {}),
-    ("genecis", "val", {"task": "focus_object", "preset": "official"}),
-    ("genecis", "val", {"task": "change_attribute"}),
-    ("lasco", "val", {}),
-    ("llavasco", "val", {}),
-    ("llavasco", "train", {"stride": 2, "limit": 7}),
-    ("dtin", "val", {"domain": "cartoon"}),
-    ("dtin", "val", {"domain": "sculpture"}),
-    ("sketchy", "zeroshot0", {}),
-    ("sketchy", "zeroshot1", {}),
-    ("tuberlin", "test", {}),
-    ("quickdraw", "test", {}),
-    ("training_sketchy", "train", {}),
-    ("training_sketchy", "train", {"build": 5}),
-]
-
-
-@pytest.mark.parametrize(("name", "split", "options"), CALLS)
-def test_the_public_call_returns_queries_gallery_and_protocol(tmp_path, name, split, options):
-    official.WRITERS[name](tmp_path, with_images=False)
-    benchmark = union_igrot.load_benchmark(name, str(tmp_path), split=split, check_images=False, **options)
-    assert isinstance(benchmark, union_igrot.Benchmark)
-    assert benchmark.split == split
-    assert benchmark.protocol.metrics
-    known = {item.id for item in benchmark.gallery}
-    for query in benchmark.queries:
-        assert {*query.targets, *query.exclude, *(query.subset or ())} <= known
-    assert any(query.targets for query in benchmark.queries) == ((name, split) not in HIDDEN)
-
-
-HIDDEN = (("cirr", "test1"), ("circo", "test"))
 
 
 def test_root_falls_back_to_the_environment(tmp_path, monkeypatch):

@@ -7,8 +7,6 @@ import official
 import pytest
 from PIL import Image
 
-from union_igrot.cli.check import main as check
-from union_igrot.cli.config import compose
 from union_igrot.datasets import (
     BenchmarkDeclaration,
     BenchmarkOption,
@@ -18,10 +16,8 @@ from union_igrot.datasets import (
     registry,
 )
 from union_igrot.datasets.builtin import BUILTIN, CIRR
-from union_igrot.datasets.loading import load_training_parts
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, ImageError
-from union_igrot.training.data import read_benchmarks
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 
@@ -75,21 +71,6 @@ def test_a_registered_benchmark_is_loaded(colors):
     (colors / "test/1.png").unlink()
     with pytest.raises(ImageError, match=r"test/1\.png.*1 of 4 images"):
         load_benchmark("colors", colors, side="left")
-
-
-def test_a_registered_benchmark_in_the_commands(colors, capsys):
-    config = compose("eval", ["data=colors", f"data.root={colors}", "data.limit=2"])
-    assert (config.data.side, config.data.split, config.data.check_images) == ("all", "test", True)
-    assert [one.name for one in read_benchmarks(config.data)] == ["colors_left", "colors_right"]
-    config = compose("train", ["data=colors", f"data.root={colors}", "data.side=left"])
-    samples, (held,) = load_training_parts("colors", colors, side=config.data.side)
-    assert (len(samples.triplets) + len(held.queries), held.split) == (4, "held out")
-    with pytest.raises(ConfigError, match=r"data.side: up .*left, right or all"):
-        compose("eval", ["data=colors", "data.side=up"])
-    with pytest.raises(ConfigError, match=r"data=colours .*colors"):
-        compose("eval", ["data=colours"])
-    check(["data=colors", f"data.root={colors}"])
-    assert "complete" in capsys.readouterr().out
 
 
 def test_entry_points_are_imported_when_needed(monkeypatch):

@@ -17,8 +17,16 @@ from small_world import Noise, cir_benchmark, extractor, sbir_benchmark, trainab
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, TagMetric
 from union_igrot.evaluation.tables import method_name
-from union_igrot.reporting.examples import RESULTS, SHOWN, example_groups
-from union_igrot.reporting.page import MAX_BYTES, MAX_GROUPS, Provenance, class_groups, render_page
+from union_igrot.reporting.page import (
+    MAX_BYTES,
+    MAX_GROUPS,
+    RESULTS,
+    SHOWN,
+    Provenance,
+    class_groups,
+    example_groups,
+    render_page,
+)
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking, Scores
 
 NASTY = """</li><script>alert("1")</script> it's & "quoted" <img src=x onerror=alert(1)>"""

@@ -1,15 +1,21 @@
 """`report.html`: the results of a run in one file that needs no network, no script and no other file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import jinja2
 import torch
 from markupsafe import Markup
+from PIL import Image
 
+from union_igrot.errors import ImageError
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult, ScoredBenchmark
 from union_igrot.evaluation.tables import (
     NO_DIFFERENCE,
@@ -29,17 +35,26 @@ from union_igrot.evaluation.tables import (
     untrained_words,
 )
 from union_igrot.reporting.charts import Curve, layout_chart
-from union_igrot.reporting.contact_sheets import Opener
-from union_igrot.reporting.examples import ExampleGroup, ExampleRenderer, example_groups
+from union_igrot.reporting.contact_sheets import Opener, query_text
 from union_igrot.reporting.model_card import model_facts, training_facts
 from union_igrot.storage.atomic import write_atomic
-from union_igrot.types import Benchmark
+from union_igrot.types import Benchmark, ImageSource
 
 MAX_BYTES = 5_000_000
 """Bound on a page's size; fewer examples are shown to stay within it."""
 MAX_GROUPS = 30
 """Rows of a table of tags or classes; of more, the lowest and the highest are shown."""
 _LIST_BYTES = 80  # of the list around the first example
+SHOWN = 6
+"""Queries per group of examples, if the page has room for them."""
+RESULTS = 8
+"""Results shown per query."""
+SIDE = 128
+"""Longest side of a thumbnail, in pixels."""
+_PER_CLASS = 2
+_GOLDEN = (5**0.5 - 1) / 2
+_QUALITY = 75
+_TEXT_LENGTH, _NAME_LENGTH = 200, 90
 
 
 @dataclass(frozen=True)
@@ -58,40 +73,6 @@ class Provenance:
     card: Mapping[str, Any]
     versions: Mapping[str, str]
     seed: int
-
-
-@dataclass
-class _Examples:
-    """A group of examples, and those of them that fit into the page."""
-
-    group: ExampleGroup
-    renderer: ExampleRenderer
-    limit: int
-    drawn: list[Markup] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        return self.group.title
-
-    @property
-    def description(self) -> str:
-        return self.group.description
-
-    @property
-    def left_out(self) -> str:
-        missing = len(self.group.rows) - len(self.drawn)
-        return f"{missing} more do not fit into a page of {self.limit:,} bytes." if missing else ""
-
-
-@dataclass(frozen=True)
-class _ExampleBuilder:
-    template: jinja2.Template
-    open_image: Opener
-    limit: int
-
-    def build(self, scored: ScoredBenchmark, method: str) -> list[_Examples]:
-        renderer = ExampleRenderer(scored, method, self.template, self.open_image)
-        return [_Examples(group, renderer, self.limit) for group in example_groups(scored, method)]
 
 
 @dataclass(frozen=True)
@@ -116,7 +97,7 @@ class _Section:
     differences: ResultTable | None = None
     differences_note: str = ""
     groups: Sequence[QueryGroups] = ()
-    examples: Sequence[_Examples] = ()
+    examples: "ExampleRenderer | None" = None
 
 
 def write_page(
@@ -138,14 +119,15 @@ def render_page(
         loader=jinja2.PackageLoader("union_igrot.reporting"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     scored = {(one.benchmark.name, one.benchmark.split): one for one in result.scored}
-    builder = _ExampleBuilder(templates.get_template("example.html"), open_image, limit)
+    render = partial(ExampleRenderer, templates.get_template("example.html"), open_image)
     measured = {one.key for one in result.benchmarks}
     hidden = [one for key, one in scored.items() if key not in measured]
-    sections = [_section(number, one, scored, builder) for number, one in enumerate(result.benchmarks, 1)]
-    sections += [_hidden_section(number, one, builder) for number, one in enumerate(hidden, len(sections) + 1)]
+    sections = [_section(number, one, scored, render) for number, one in enumerate(result.benchmarks, 1)]
+    sections += [_hidden_section(number, one, render) for number, one in enumerate(hidden, len(sections) + 1)]
     page = templates.get_template("page.html")
     values = _values(result, curves, provenance) | {
         "sections": sections,
+        "limit": f"{limit:,}",
         "contents": [
             *([("glance", "At a glance")] if measured else []),
             *((section.id, section.title) for section in sections),
@@ -159,24 +141,25 @@ def render_page(
 
 def _fit(sections: Sequence[_Section], free: int) -> None:
     """Render examples until the page is full: the first of every group, then the second of every group, ..."""
-    queues = [[(one, row) for row in one.group.rows] for section in sections for one in section.examples]
+    renderers = [section.examples for section in sections if section.examples]
+    queues = [[(one, group, row) for row in group.rows] for one in renderers for group in one.groups]
     for turn in zip_longest(*queues):
         for pair in turn:
             if pair is None:
                 continue
-            examples, row = pair
-            html = examples.renderer.render(row)
+            renderer, group, row = pair
+            html = renderer.render(row)
             free -= len(html.encode()) + _LIST_BYTES
             if free < 0:
                 return
-            examples.drawn.append(html)
+            group.drawn.append(html)
 
 
 def _section(
     number: int,
     result: BenchmarkResult,
     scored: Mapping[tuple[str, str], ScoredBenchmark],
-    builder: _ExampleBuilder,
+    render: "Callable[[ScoredBenchmark, str], ExampleRenderer]",
 ) -> _Section:
     """Lay out a benchmark, or the mean over a benchmark's parts, which has no examples of its own."""
     main = result.main
@@ -196,11 +179,13 @@ def _section(
         differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
         "equal or lower. The difference is paired, with its 95 % bootstrap interval.",
         groups=[group for group in groups if group is not None],
-        examples=builder.build(parts[0], main.method) if alone else [],
+        examples=render(parts[0], main.method) if alone else None,
     )
 
 
-def _hidden_section(number: int, scored: ScoredBenchmark, builder: _ExampleBuilder) -> _Section:
+def _hidden_section(
+    number: int, scored: ScoredBenchmark, render: "Callable[[ScoredBenchmark, str], ExampleRenderer]"
+) -> _Section:
     """Lay out a benchmark whose targets are not published."""
     benchmark = scored.benchmark
     return _Section(
@@ -209,7 +194,7 @@ def _hidden_section(number: int, scored: ScoredBenchmark, builder: _ExampleBuild
         size=f"{len(benchmark.queries):,} queries x {len(benchmark.gallery):,} images",
         table=None,
         notes=["The targets of this split are not published: there are no metrics, but a submission file."],
-        examples=builder.build(scored, list(scored.scores)[-1]),
+        examples=render(scored, list(scored.scores)[-1]),
     )
 
 
@@ -403,3 +388,181 @@ def _training_facts(card: Mapping[str, Any], model: Mapping[str, Any]) -> list[t
         facts |= model_facts(model)
     facts["heads from"] = model.get("checkpoint")
     return [(name, str(value).replace("`", "")) for name, value in facts.items() if value not in (None, "")]
+
+
+# --- examples
+
+
+@dataclass
+class ExampleGroup:
+    """A choice of queries: a heading, how they were chosen, their positions in the benchmark, and what fits."""
+
+    title: str
+    description: str
+    rows: Sequence[int]
+    drawn: list[Markup] = field(default_factory=list)
+
+
+def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> list[ExampleGroup]:
+    """Choose `count` queries each: some from all over the benchmark, the worst failures of a method, and the best.
+
+    If the benchmark's targets are not published, there is the first group alone.
+    """
+    benchmark, scores, name = scored.benchmark, scored.scores, method_name(method)
+    total = len(benchmark.queries)
+    # Steps of the golden ratio spread evenly and never coincide with the period of alternating classes.
+    spread = sorted({int(total * (i * _GOLDEN % 1)) for i in range(min(count, total))})
+    some = ExampleGroup(
+        "Some queries", f"Queries from all over the benchmark, with the first results of “{name}”.", spread
+    )
+    primary = benchmark.protocol.primary
+    if primary not in scores[method].values or not any(query.targets for query in benchmark.queries):
+        return [some]
+    own = scores[method].values[primary]
+    others = [one.values[primary] for key, one in scores.items() if key not in (method, "chance")]
+    rest = torch.stack(others).nan_to_num(0.0).amax(0) if others else torch.zeros_like(own)
+    known = [row for row in range(total) if own[row].isfinite()]
+    failed = sorted((p for p in known if own[p] < 1), key=lambda p: (float(own[p]), -float(rest[p]), p))
+    solved = sorted((p for p in known if own[p] > 0), key=lambda p: (-float(own[p]), float(rest[p]), p))
+    per_class = f" At most {_PER_CLASS} per class." if any(query.label for query in benchmark.queries) else ""
+    ties = " Among equal values, first those on which another method is {}." if others else ""
+    return [
+        some,
+        ExampleGroup(
+            "The worst failures",
+            f"The queries with the lowest {primary} of “{name}”.{ties.format('best')}{per_class}"
+            if failed
+            else f"None: every query has a perfect {primary}.",
+            _few_per_class(benchmark, failed, count),
+        ),
+        ExampleGroup(
+            "The best",
+            f"The queries with the highest {primary} of “{name}”.{ties.format('worst')}{per_class}"
+            if solved
+            else f"None: every query has {primary} 0.",
+            _few_per_class(benchmark, solved, count),
+        ),
+    ]
+
+
+def _few_per_class(benchmark: Benchmark, rows: Sequence[int], count: int) -> list[int]:
+    """Take the first queries, a few per class, so that no class fills the group."""
+    taken: list[int] = []
+    per_class: Counter[str] = Counter()
+    for row in rows:
+        label = benchmark.queries[row].label
+        if label is not None and per_class[label] >= _PER_CLASS:
+            continue
+        if label is not None:
+            per_class[label] += 1
+        taken.append(row)
+        if len(taken) == count:
+            break
+    return taken
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """An image as a data URI, and its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
+@final
+class ExampleRenderer:
+    """Renders examples of one benchmark as HTML by a template that gets `text`, `values` and `tiles`."""
+
+    def __init__(self, template: jinja2.Template, open_image: Opener, scored: ScoredBenchmark, method: str) -> None:
+        self.groups = example_groups(scored, method)
+        self._benchmark, self._scores = scored.benchmark, scored.scores
+        self._template, self._open = template, open_image
+        self._ranking = scored.scores[method].ranking.positions
+        self._at = {item.id: position for position, item in enumerate(scored.benchmark.gallery)}
+        self._thumbnails: dict[int, Thumbnail | None] = {}
+
+    def render(self, row: int) -> Markup:
+        """Return a query with its first results as HTML, every text escaped."""
+        query = self._benchmark.queries[row]
+        text = shorten(query_text(query) or query.id, _TEXT_LENGTH)
+        tile = {
+            "kind": "query",
+            "mark": "query",
+            "name": shorten(query.label or "", _NAME_LENGTH),
+            "alt": f"query: {text}",
+            "image": thumbnail(query.image, self._open),
+        }
+        tiles = [tile, *self._results(row)]
+        return Markup(self._template.render(text=text, values=self._values(row), tiles=tiles))
+
+    def _values(self, row: int) -> str:
+        """Describe the primary metric of every method for one query, and the rank of its first relevant result."""
+        query, primary = self._benchmark.queries[row], self._benchmark.protocol.primary
+        name = shorten(query.id, _NAME_LENGTH)
+        if not query.targets:
+            return f"{name}; targets not published"
+        values = [
+            f"{method_name(method)} {format_percent(100 * float(one.values[primary][row]))}"
+            for method, one in reversed(list(self._scores.items()))
+            if method != "chance" and primary in one.values
+        ]
+        rank = self._rank_of(row, set(query.targets))
+        first = f"first target at rank {rank}" if rank else f"no target among the first {self._ranking.shape[1]}"
+        return f"{name}; {first}; {primary}: {', '.join(values)}"
+
+    def _ranked(self, row: int) -> list[int]:
+        return [at for at in self._ranking[row].tolist() if at >= 0]  # a subset may be padded with -1
+
+    def _rank_of(self, row: int, names: set[str]) -> int | None:
+        gallery = self._benchmark.gallery
+        return next((rank for rank, at in enumerate(self._ranked(row), 1) if gallery[at].id in names), None)
+
+    def _results(self, row: int) -> Iterator[dict[str, Any]]:
+        query, targets = self._benchmark.queries[row], set(self._benchmark.queries[row].targets)
+        found = False
+        for rank, at in enumerate(self._ranked(row)[:RESULTS], 1):
+            relevant = self._benchmark.gallery[at].id in targets
+            found = found or relevant
+            if not targets:
+                yield self._tile(at, "", str(rank), f"result {rank}")
+            elif relevant:
+                yield self._tile(at, "right", f"{rank} ✓ right", f"result {rank}, right")
+            else:
+                yield self._tile(at, "wrong", f"{rank} ✗ wrong", f"result {rank}, wrong")
+        if targets and not found:
+            missed = self._rank_of(row, {query.targets[0]})
+            where = f"rank {missed}" if missed else f"after {self._ranking.shape[1]}"
+            yield self._tile(self._at[query.targets[0]], "missed", f"missed ({where})", "a target that was missed")
+
+    def _tile(self, at: int, kind: str, mark: str, role: str) -> dict[str, Any]:
+        item = self._benchmark.gallery[at]
+        name = item.caption or item.label or item.id
+        if at not in self._thumbnails:
+            self._thumbnails[at] = thumbnail(item.image, self._open)
+        return {
+            **{"kind": kind, "mark": mark, "name": shorten(name, _NAME_LENGTH)},
+            **{"alt": f"{role}: {shorten(name, _TEXT_LENGTH)}", "image": self._thumbnails[at]},
+        }
+
+
+def shorten(text: str, length: int) -> str:
+    """Shorten a text to a length, ending with an ellipsis."""
+    plain = " ".join(text.split())
+    return plain if len(plain) <= length else plain[: length - 1] + "…"
+
+
+def thumbnail(source: ImageSource, open_image: Opener) -> Thumbnail | None:
+    """Return an image at most `SIDE` pixels wide and high, as WebP in a data URI.
+
+    None if it cannot be opened: rankings of other methods are scored without images.
+    """
+    try:
+        image = open_image(source).convert("RGB")
+    except ImageError:
+        return None
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, format="WEBP", quality=_QUALITY, method=4)
+    encoded = base64.b64encode(file.getvalue()).decode("ascii")
+    return Thumbnail(f"data:image/webp;base64,{encoded}", image.width, image.height)
