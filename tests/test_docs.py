@@ -33,7 +33,7 @@ def commands(page: Path) -> list[list[str]]:
 def test_every_command_is_known_and_composed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "finetuned.pt").touch()
-    for folder in ("my_images", "my_pictures", "DIR"):
+    for folder in ("my_images", "my_photos", "DIR"):
         (tmp_path / folder).mkdir()
     for name, *arguments in commands(page):
         assert name in {"pip", *NAMES}, name

@@ -54,11 +54,11 @@ def test_every_command_of_the_readme_is_composed(step, tmp_path, monkeypatch, ca
     compose(name, arguments)
 
 
-def my_pictures(place: Path) -> None:
+def my_photos(place: Path) -> None:
     """What the README's commands speak of: class folders, a sketch and a photo."""
     for kind, count in (("photos", 6), ("sketches", 4)):
         for label in ("cat", "dog", "shoe", "tree"):
-            folder = place / "my_pictures" / kind / label
+            folder = place / "my_photos" / kind / label
             folder.mkdir(parents=True)
             for number in range(count):
                 pixels = np.random.default_rng(len(label) + 10 * number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -74,7 +74,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serving, "serve", lambda *given: given[-1]("http://127.0.0.1:7860"))
     monkeypatch.setattr(serving, "listen", lambda *_: None)
-    my_pictures(tmp_path)
+    my_photos(tmp_path)
     ran = []
     for step in STEPS:
         command, *arguments = shlex.split(step)
