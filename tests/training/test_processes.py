@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from small_runs import SMALL_DATA
 from union_igrot.cli.train import main as train
 from union_igrot.errors import ConfigError
 from union_igrot.training.processes import Processes, count_processes, detect_processes
 
 SMALL = [
-    "data.val_queries=8",
-    "data.queries=16",
-    "data.triplets=32",
-    "data.pairs=32",
+    *SMALL_DATA,
+    "data.triplets=64",
+    "data.pairs=64",
     "recipe.epochs=2",
     "fusion.dropout=0",
     "target=frozen",
