@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from small_runs import SMALL_DATA
-from union_igrot.cli.train import main as train
 from union_igrot.errors import ConfigError
 from union_igrot.training.processes import Processes, count_processes, detect_processes
 
@@ -65,7 +64,8 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path):
     assert said.stdout.count("written to") == 1
     assert said.stderr.count("run folder") == 1
     assert "Warning" not in said.stderr
-    train([*SMALL, "recipe.batch_size=32", "strategy=cpu", cache, f"output_dir={tmp_path / 'one'}"])
+    alone = run(*SMALL, "recipe.batch_size=32", cache, f"output_dir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr
     both = [json.loads((folder / "results.json").read_text()) for folder in (place, tmp_path / "one")]
     rows = [{(row["benchmark"], row["method"]): row["metrics"] for row in rows} for rows in both]
     assert rows[0].keys() == rows[1].keys()
