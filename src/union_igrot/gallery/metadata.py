@@ -8,12 +8,14 @@ from typing import Any, Final
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
+from union_igrot.models.backbones.base import without_settings
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
 from union_igrot.models.registry import is_backbone, names_backbone
 from union_igrot.storage.paths import expand_user
 
 FORMAT: Final = 1
+_EARLIER: Final = "earlier_fingerprint"  # of the same model by an earlier version; not stored
 _ADVICE: Final = "search it with the model it was made with, or index again under another name"
 
 
@@ -30,6 +32,9 @@ def index_metadata(model: IGROTModel, checkpoint: str | None, weights: str | Pat
     described = model.describe()
     fingerprint = model_fingerprint(described)
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
+    earlier = model.backbone.earlier_fingerprint(described["backbone_fingerprint"])
+    if weights is None and earlier is not None:
+        metadata[_EARLIER] = model_fingerprint({**described, "backbone_fingerprint": earlier})
     return metadata if weights is None else {**metadata, "weights": str(expand_user(weights).absolute())}
 
 
@@ -39,18 +44,28 @@ def check_metadata(stored: Mapping[str, Any], expected: Mapping[str, Any], uri: 
         return
     if "fingerprint" not in stored:
         raise CheckpointError(f"{uri} does not say which model it was made with; make it again with union-index")
+    if "weights" not in stored and stored["fingerprint"] == expected.get(_EARLIER):
+        return
     checkpoint = stored.get("checkpoint")
     raise CheckpointError(
         f"{uri} was made with {_model_name(stored.get('model', {}))}"
         + (f" (checkpoint {checkpoint})" if checkpoint else "")
-        + f", not with {_model_name(expected['model'])}; {_ADVICE}"
+        + f", not with {_model_name(expected['model'])}{_age(stored, expected)}; {_ADVICE}"
     )
+
+
+def _age(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Return a remark if both models have the same weights, as far as an earlier version recorded it."""
+    before, now = (str(one.get("model", {}).get("backbone_fingerprint")) for one in (stored, expected))
+    same = before == without_settings(now)
+    return " (its version did not record activation and tokenizer, which may differ)" if same else ""
 
 
 def open_or_create(uri: str, dim: int, metadata: Mapping[str, Any]) -> VectorIndex:
     """Open or create the index of a model; one that was made with another model is a CheckpointError."""
     uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is not a path
-    index = open_index(uri, dim=dim, metadata=metadata, create=True)
+    created = {name: value for name, value in metadata.items() if name != _EARLIER}
+    index = open_index(uri, dim=dim, metadata=created, create=True)
     try:
         check_metadata(index.metadata, metadata, index.uri)  # another process may have created it
     except BaseException:

@@ -347,6 +347,7 @@ def _load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], folder
     own = backbone.state_dict()
     named = {f"{_NETWORK}{name}" if f"{_NETWORK}{name}" in own else name: x for name, x in state.items()}
     load_strict(backbone, named, str(folder / BACKBONE_FILE))
+    backbone.is_described_by_name = True
     return backbone
 
 

@@ -30,6 +30,13 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
         CheckpointError: If the weights cannot be loaded.
     """
     path = None if weights is None else expand_user(weights)
+    backbone = _load_backbone(name, path)
+    if path is None:
+        backbone.is_described_by_name = True
+    return backbone
+
+
+def _load_backbone(name: str, path: Path | None) -> Backbone:
     # OpenCLIP and transformers take seconds to import.
     if name.startswith(("open_clip:", "hf-hub:")):
         from union_igrot.models.backbones.open_clip import load_open_clip  # noqa: PLC0415

@@ -440,7 +440,7 @@ class IGROTModel(nn.Module):
             backbone = restore_backbone(saved.backbone, saved.backbone_weights, folder)
         else:
             load_backbone_weights(backbone, folder)
-        if backbone.fingerprint() != saved.fingerprint:
+        if not backbone.matches(saved.fingerprint):
             raise CheckpointError(
                 f"{folder} was trained on backbone {saved.backbone} {saved.fingerprint}, "
                 f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"

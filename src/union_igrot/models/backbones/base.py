@@ -6,6 +6,7 @@ tuned.
 
 import functools
 import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,17 @@ Modality = Literal["image", "text"]
 """The two encoders of a backbone."""
 
 log = logging.getLogger("union_igrot.models")
+PROBE_TEXTS = (
+    "",
+    "A Red Shoe!",
+    "is 3 shades lighter, and has longer sleeves; the collar isn't buttoned",
+    "two dogs_running in the snow at night -- 'photograph' (black & white)",
+    "Ünïcode naïve café STRASSE  tab\tline\n",
+    "skyscraper hummingbird typewriter refrigerator chrysanthemum xylophone",
+    "\u72ac \U0001f600",
+    " ".join(f"word{number}" for number in range(90)),
+)
+"""Texts whose token ids tell tokenizers of one vocabulary apart."""
 _truncation_logged: set[str] = set()
 _EXAMPLE = 60
 
@@ -42,6 +54,21 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+def json_hash(value: object) -> str:
+    """Return sixteen hexadecimal digits of a value in JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_settings(fingerprint: str) -> str:
+    """Return the part of a fingerprint that earlier versions had: weights and preprocessing."""
+    return fingerprint.rpartition("-")[0]
+
+
+def vocabulary_hash(vocabulary: Mapping[Any, int]) -> str:
+    """Return a hash of a tokenizer's words and their ids."""
+    return json_hash(sorted((number, str(word)) for word, number in vocabulary.items()))
 
 
 def first_pooled(
@@ -86,12 +113,15 @@ class Backbone(nn.Module, ABC):
         dim: Width of the joint space.
         preprocess: How an image becomes this model's input.
         tuned_encoders: The encoders whose weights are being trained; empty before `tune`.
+        is_described_by_name: Whether the name or the folder of a saved model determines `settings`, which fingerprints
+            of earlier versions did not cover.
     """
 
     name: str
     dim: int
     preprocess: Preprocess
     tuned_encoders: frozenset[Modality] = frozenset()
+    is_described_by_name: bool = False
 
     def __repr__(self) -> str:
         size = self.preprocess.size
@@ -168,13 +198,38 @@ class Backbone(nn.Module, ABC):
         """Stay in evaluation mode, also while tuned: dropout and running statistics stay off."""
         return super().train(mode=False)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what changes features beside weights and preprocessing, in JSON values.
+
+        That is activation, heads, norms, context and tokenizer, in words that no version of a library changes.
+        """
+        return {}
+
+    @functools.cached_property
+    def _settings_hash(self) -> str:
+        return json_hash(self.settings())
+
     def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
-        """Return a hash of the exact weights and of the preprocessing.
+        """Return a hash of everything that changes features: weights, preprocessing and `settings`.
 
         Args:
             state: Weights in place of the backbone's own.
         """
-        return f"{weights_hash(self.state_dict() if state is None else state)}-{self.preprocess.fingerprint()}"
+        weights = weights_hash(self.state_dict() if state is None else state)
+        return f"{weights}-{self.preprocess.fingerprint()}-{self._settings_hash}"
+
+    def matches(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint is this backbone's, or the one that earlier versions provably gave it."""
+        own = self.fingerprint()
+        return fingerprint in (own, self.earlier_fingerprint(own))
+
+    def earlier_fingerprint(self, own: str) -> str | None:
+        """Return what earlier versions gave as the fingerprint of this backbone, if they can only have meant this one.
+
+        Args:
+            own: The result of `fingerprint`.
+        """
+        return without_settings(own) if self.is_described_by_name else None
 
     @property
     def device(self) -> torch.device:

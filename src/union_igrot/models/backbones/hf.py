@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from union_igrot.errors import CheckpointError, ConfigError, first_line
-from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
+from union_igrot.models.backbones.base import (
+    PROBE_TEXTS,
+    Backbone,
+    first_pooled,
+    json_hash,
+    vocabulary_hash,
+    warn_truncated,
+)
 from union_igrot.models.backbones.weights import (
     LIBRARY_ERRORS,
     check_content,
@@ -40,6 +47,10 @@ _NEEDED = (
     ("preprocessor_config.json", "processor_config.json"),
     ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
     _WEIGHTS,
+)
+_TOWER_SETTINGS = (
+    *("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings"),
+    *("image_size", "patch_size", "position_embedding_type"),
 )
 _BILINEAR, _BICUBIC = 2, 3
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -72,11 +83,24 @@ class _TransformersBackbone(Backbone):
         """Return the network's configuration."""
         return {"kind": self.kind, "config": json.loads(self.network.config.to_json_string(use_diff=False))}
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of both towers, and the tokenizer's words and ids of a few texts."""
+        ids, mask = self._tokenize(PROBE_TEXTS, report=False)
+        return {
+            "kind": self.kind,
+            "image": tower_settings(self.network.config.vision_config),
+            "text": tower_settings(self.network.config.text_config),
+            "tokens": json_hash([ids.tolist(), mask.tolist()]),
+            "vocabulary": vocabulary_hash(self.tokenizer.get_vocab()),
+        }
+
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
-    def _tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    def _tokenize(
+        self, texts: Sequence[str], *, report: bool = True
+    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
         """Return token ids padded or cut to the context, and a mask of the tokens."""
         encoded = self.tokenizer(
             list(texts),
@@ -88,10 +112,8 @@ class _TransformersBackbone(Backbone):
             return_tensors="pt",
         )
         mask = encoded["attention_mask"].bool()
-        full = [text for text, whole in zip(texts, mask.all(1).tolist(), strict=True) if whole]
-        warn_truncated(
-            self.name, full, self.context, lambda text: len(self.tokenizer(text, verbose=False)["input_ids"])
-        )
+        full = [text for text, whole in zip(texts, mask.all(1).tolist(), strict=True) if whole and report]
+        warn_truncated(self.name, full, self.context, self._token_count)
         return encoded["input_ids"].to(self.device), mask.to(self.device)
 
     def _token_count(self, text: str) -> int:
@@ -172,16 +194,20 @@ class SiglipBackbone(_TransformersBackbone):
 
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts, padded or cut to the context."""
-        ids, mask = self._tokenize([canonicalize(text) for text in texts])
+        ids, mask = self._tokenize(texts)
         # Without an attention mask: the model was trained with its padding.
         outputs = self.network.text_model(input_ids=ids)
         tokens = self.network.text_model.head(outputs.last_hidden_state)
         real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1), real)
 
-    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
-        """Return a hash of the exact weights, the preprocessing and the treatment of texts."""
-        return f"{super().fingerprint(state)}-lower"
+    def _tokenize(
+        self, texts: Sequence[str], *, report: bool = True
+    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+        return super()._tokenize([canonicalize(text) for text in texts], report=report)
+
+    def earlier_fingerprint(self, own: str) -> None:
+        """Return None: earlier versions kept capitals."""
 
 
 @final
@@ -222,6 +248,12 @@ _KINDS: dict[str, tuple[str, type[HFBackbone]]] = {
     SiglipBackbone.kind: ("SiglipModel", SiglipBackbone),
     HFClipBackbone.kind: ("CLIPModel", HFClipBackbone),
 }
+
+
+def tower_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of a tower that its weights do not show, from a configuration of transformers."""
+    given = config.to_dict()
+    return {name: given[name] for name in _TOWER_SETTINGS if given.get(name) is not None}
 
 
 def canonicalize(text: str) -> str:

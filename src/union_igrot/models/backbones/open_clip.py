@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import fields
 from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
@@ -16,7 +17,15 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from union_igrot.errors import CheckpointError, ConfigError, first_line
-from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
+from union_igrot.models.backbones.base import (
+    PROBE_TEXTS,
+    Backbone,
+    first_pooled,
+    json_hash,
+    vocabulary_hash,
+    warn_truncated,
+)
+from union_igrot.models.backbones.hf import tower_settings
 from union_igrot.models.backbones.towers import UnsupportedTowerError, image_tower, text_tower
 from union_igrot.models.backbones.weights import (
     LIBRARY_ERRORS,
@@ -51,6 +60,10 @@ _TOKENIZERS = (
 _SIZES = (
     *("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask"),
     "text.transformer.embeddings.position_ids",
+)
+_WITHOUT_EFFECT = (
+    *("timm_model_pretrained", "hf_model_pretrained", "output_tokens"),
+    *("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"),  # its words and settings count
 )
 _CONTEXT = 77
 
@@ -129,12 +142,34 @@ class OpenClipBackbone(Backbone):
         """Return the network's configuration."""
         return {"kind": "open_clip", "config": self.config}
 
+    def settings(self) -> dict[str, Any]:
+        """Return what differs from OpenCLIP's defaults, and the tokenizer's words and ids of a few texts."""
+        words = getattr(self.tokenize, "tokenizer", None)
+        vocabulary = getattr(self.tokenize, "encoder", {}) if words is None else words.get_vocab()
+        found = {
+            "kind": "open_clip",
+            "quick_gelu": bool(self.config.get("quick_gelu")),
+            "image": _changed_settings(self.config["vision_cfg"], open_clip.CLIPVisionCfg),
+            "text": _changed_settings(self.config["text_cfg"], open_clip.CLIPTextCfg),
+            "tokens": json_hash(self.tokenize(list(PROBE_TEXTS)).tolist()),
+            "vocabulary": vocabulary_hash(vocabulary),
+        }
+        if self.config["text_cfg"].get("hf_model_name"):
+            found["text_tower"] = tower_settings(self.network.text.config)
+        return found
+
     def save_tokenizer(self, folder: Path) -> None:
         """Write the files of a tokenizer and a text tower of transformers; CLIP's byte pairs are part of OpenCLIP."""
         if isinstance(self.tokenize, HFTokenizer):
             self.tokenize.save_pretrained(folder)
         if self.config["text_cfg"].get("hf_model_name"):
             self.network.text.config.save_pretrained(folder)
+
+
+def _changed_settings(given: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """Return the settings of a tower that change its features and are not the defaults, by name."""
+    defaults = {field.name: field.default for field in fields(kind)}
+    return {name: x for name, x in given.items() if name not in _WITHOUT_EFFECT and x != defaults.get(name)}
 
 
 def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBackbone:

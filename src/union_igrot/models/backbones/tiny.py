@@ -8,14 +8,14 @@ import zlib
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
+from union_igrot.models.backbones.base import PROBE_TEXTS, Backbone, first_pooled, json_hash, warn_truncated
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.types import Features, Preprocess
 
@@ -140,6 +140,8 @@ class TinyBackbone(Backbone):
         CheckpointError: If the file is missing or does not fit.
     """
 
+    is_described_by_name = True
+
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
         self.name, self.dim, self.preprocess = "tiny", 128, _PREPROCESS
@@ -153,6 +155,10 @@ class TinyBackbone(Backbone):
         load_strict(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.freeze()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the ids of a few texts; the rest is code."""
+        return {"kind": "tiny", "tokens": json_hash(tokenize(PROBE_TEXTS).tolist())}
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode images of 48 x 48: ten tokens, the class token first."""
