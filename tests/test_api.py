@@ -193,7 +193,15 @@ def test_a_wrong_argument_of_train_is_named_and_leaves_no_folder(tmp_path, data,
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [("tiny", 128), ("base", 512), ("large", 768), ("siglip2", 768), ("blip", 256), ("openclip_h", 1024)],
+    [
+        ("tiny", 128),
+        ("base", 512),
+        ("large", 768),
+        ("siglip2", 768),
+        ("blip", 256),
+        ("openclip_h", 1024),
+        ("tinyclip", 512),
+    ],
 )
 def test_heads_have_the_sizes_of_the_configuration(name, dim):
     values = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())

@@ -130,6 +130,19 @@ def test_heads_without_weights_are_not_trained(fusion, target):
     assert "nothing to train" in message(f"fusion={fusion}", f"target={target}")
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("name", ["hf:some/clip", "hf-hub:some/clip", "open_clip:ViT-B-16/laion2b_s34b_b88k"])
+def test_a_backbone_of_a_hub_is_a_model(command, name):
+    values = plain(compose(command, [f"model={name}", "model.feedforward=64"]))["model"]
+    assert values == plain(compose(command, ["model=base", f"model.name={name}", "model.feedforward=64"]))["model"]
+    assert values["name"] == name
+
+
+def test_an_unknown_model_lists_the_forms_of_others():
+    with pytest.raises(ConfigError, match=r"expected base, .*tinyclip, open_clip:<architecture>/<tag>, hf-hub:<rep"):
+        compose("train", ["model=some/clip"])
+
+
 def test_an_unknown_command_lists_the_known_ones():
     assert "train" in message(name="trian")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from union_igrot.cli.settings import COMMANDS, GROUPS, UNTRAINED_HEADS
 from union_igrot.errors import ConfigError
+from union_igrot.models.registry import BACKBONE_FORMS, BACKBONE_PREFIXES
 from union_igrot.settings import REQUIRED, Setting, declared, show
 
 if TYPE_CHECKING:
@@ -222,6 +223,9 @@ def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfi
         elif text in options_of(key) or (text == "null" and command.groups[key][0] is None):
             chosen[key] = text
             _ = key in GROUPS and GROUPS[key].settings(text)  # an error if its package cannot be imported
+        elif key == "model" and command.hydra and text.startswith(BACKBONE_PREFIXES):
+            chosen[key] = "base"  # whose sizes of heads suit most
+            given.append(("model.name", text))
         else:
             problems.append(_wrong_option(name, key, text))
     values, hydra = _composed(name, chosen, arguments.hydra)
@@ -251,9 +255,9 @@ def _raise(problems: Iterable[str]) -> None:
 def _wrong_option(name: str, group: str, option: str) -> str:
     trained = "; for trained heads use checkpoint=FOLDER" if (name, group) == ("eval", "model") else ""
     near = suggestion(option, options_of(group))
-    return (
-        f"unknown option {group}={option} ({f'{near} ' * bool(near)}expected {', '.join(options_of(group))}{trained})"
-    )
+    forms = f", {BACKBONE_FORMS}" if group == "model" and COMMANDS[name].hydra else ""
+    expected = f"{', '.join(options_of(group))}{forms}"
+    return f"unknown option {group}={option} ({f'{near} ' * bool(near)}expected {expected}{trained})"
 
 
 def _composed(name: str, chosen: Mapping[str, str], hydra: Sequence[str]) -> "tuple[dict[str, Any], DictConfig | None]":

@@ -20,8 +20,8 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
 
     Args:
         name: `tiny` (bundled), `base` (OpenAI's CLIP ViT-B/32), `large` (ViT-L/14), `openclip_h`, `blip`, `siglip2`,
-            `open_clip:<architecture>/<tag>`, `hf-hub:<repository>` (OpenCLIP), `hf:<repository>` (transformers), or a
-            registered name.
+            `tinyclip`, `open_clip:<architecture>/<tag>`, `hf-hub:<repository>` (OpenCLIP), `hf:<repository>`
+            (transformers), or a registered name.
         weights: A file or folder to load instead of the default weights, which are bundled (`tiny`) or downloaded on
             first use.
 

@@ -527,9 +527,10 @@ def load(
     Args:
         name: `tiny` for the bundled model; the folder of a run, or one that `IGROTModel.save` wrote; or `owner/name`
             of a model on the Hugging Face hub, also `owner/name@revision`. Or a backbone without trained heads:
-            `base`, `large`, `openclip_h`, `blip`, `siglip2`, `open_clip:<architecture>/<tag>`, `hf-hub:<repository>`
-            (OpenCLIP), `hf:<repository>` (transformers) or a registered name; queries are then the sum of image and
-            text, as in `baseline`. A folder that holds a saved model takes precedence over the hub and backbones.
+            `base`, `large`, `openclip_h`, `blip`, `siglip2`, `tinyclip`, `open_clip:<architecture>/<tag>`,
+            `hf-hub:<repository>` (OpenCLIP), `hf:<repository>` (transformers) or a registered name; queries are then
+            the sum of image and text, as in `baseline`. A folder that holds a saved model takes precedence over the hub
+            and backbones.
         device: `cpu`, `cuda`, `cuda:1`, `mps` or `auto`; None for the CPU.
         weights: Weights of the backbone; None for its default ones.
         revision: A branch, tag or commit on the hub; None for the latest of `main`.

@@ -91,6 +91,7 @@ BACKBONES = Registry(
         "openclip_h": "backbones.open_clip:load_open_clip",
         "blip": "backbones.hf:load_hf",
         "siglip2": "backbones.hf:load_hf",
+        "tinyclip": "backbones.hf:load_hf",
     },
 )
 QUERY_HEADS = Registry(

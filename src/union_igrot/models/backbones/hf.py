@@ -34,7 +34,11 @@ from union_igrot.models.backbones.weights import (
 from union_igrot.models.download import fetch_files
 from union_igrot.types import Features, Preprocess
 
-NAMES = {"blip": "Salesforce/blip-itm-base-coco", "siglip2": "google/siglip2-base-patch16-224"}
+NAMES = {
+    "blip": "Salesforce/blip-itm-base-coco",
+    "siglip2": "google/siglip2-base-patch16-224",
+    "tinyclip": "wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M",
+}
 """Short names of repositories on the Hugging Face hub."""
 BLIP_CONTEXT = 35
 """Text positions of BLIP's retrieval models, padding included (Li et al., and the reference)."""
@@ -269,7 +273,7 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     squashes, as its authors do.
 
     Args:
-        name: `blip`, `siglip2` or `hf:<repository>`.
+        name: `blip`, `siglip2`, `tinyclip` or `hf:<repository>`.
         weights: None to download on first use (kept by huggingface_hub), or a local folder with `config.json`, weights,
             tokenizer and `preprocessor_config.json`.
 
