@@ -47,7 +47,7 @@ from union_igrot.training.data import mean_name, read_evaluated, read_training
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, TrainerConfig, fit, load_best
 from union_igrot.training.loggers import open_loggers
-from union_igrot.training.losses import InfoNCE
+from union_igrot.training.losses import BankLoss, build_loss
 from union_igrot.training.processes import Processes, leave_process_group
 from union_igrot.training.run_folder import open_run, settings_hash
 from union_igrot.training.settings import Recipe
@@ -298,7 +298,8 @@ def train_heads(
     model.tune(tuned)
     if recipe.checkpointing:
         model.backbone.checkpoint_activations()
-    learner = Learner(model, loss or InfoNCE(**settings["loss"]), recipe, data.validation)
+    loss = loss or build_loss(**settings["loss"])
+    learner = Learner(model, loss, recipe, data.validation)
     batches = IGROTDataModule(
         samples,
         data.validation,
@@ -308,6 +309,8 @@ def train_heads(
         batch_size=recipe.batch_size,
         seed=settings["seed"],
         tuned=tuned,
+        bank_size=loss.bank_size if isinstance(loss, BankLoss) else None,
+        fused_targets=isinstance(loss, BankLoss) and loss.auxiliary > 0 and model.fusion.needs_tokens,
     )
     where, devices, nodes = settings["strategy"], settings["strategy"]["devices"], settings["strategy"]["nodes"]
     if processes.world > 1:

@@ -238,6 +238,8 @@ class Triplet:
         target: The target image.
         group: Identity of the target's content. Targets of one group are never each other's negatives.
         task: `cir` or `sbir`. A batch holds samples of one task.
+        image_group: Identity of the reference's content, in the terms of `group`; empty if it is not known, and then
+            that of a target with the same image.
     """
 
     image: ImageSource
@@ -245,6 +247,7 @@ class Triplet:
     target: ImageSource
     group: str
     task: Task
+    image_group: str = ""
 
     def __repr__(self) -> str:
         return f"Triplet({_short(self.image)}, {_short(self.text)}, {_short(self.target)}, {self.task})"
@@ -325,17 +328,18 @@ class Features:
 
     def to(self, device: torch.device | str) -> "Features":
         """Move every tensor to a device."""
-        return self._each(lambda x: x.to(device))
+        return self.map(lambda x: x.to(device))
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Features":
         """Select some items, in the given order."""
-        return self._each(lambda x: x[rows])
+        return self.map(lambda x: x[rows])
 
     def expand(self, batch: int) -> "Features":
         """Repeat a single item `batch` times without copying."""
-        return self._each(lambda x: x.expand(batch, *x.shape[1:]))
+        return self.map(lambda x: x.expand(batch, *x.shape[1:]))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """Apply a function to every tensor."""
         tensors = (self.pooled, self.tokens, self.mask, self.pooled_at)
         changed: list[Any] = [None if x is None else change(x) for x in tensors]
         return Features(*changed)

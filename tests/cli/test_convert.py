@@ -90,6 +90,7 @@ def test_a_blip_includes_its_tokenizer(tmp_path):
         (["model=blip"], "holds a CLIP, but model='blip'"),
         (["model=tiny"], "not OpenCLIP's"),
         (["target=shared"], "expected target=frozen, sum or union"),
+        (["target=residual"], "no target=residual (expected target=frozen, sum or union)"),
         (["mask=none"], "mask: none (expected exclude or legacy"),
         (["model.weights=taken"], "model.weights"),
         (["output_dir=taken"], "output_dir taken is not an empty folder; give a new one"),

@@ -51,6 +51,7 @@ def test_every_builtin_name_builds_its_head(known, build):
         ),
         (build_target_head, "sum", {"form": "inference"}),
         (build_target_head, "union", {"layers": 2, "heads": 3, "feedforward": 8, "start": "reference"}),
+        (build_target_head, "residual", {"hidden": 24}),
     ],
 )
 def test_options_are_kept_and_build_the_same_again(build, kind, options):
@@ -65,7 +66,7 @@ def test_options_are_kept_and_build_the_same_again(build, kind, options):
     ("build", "kind", "width", "options", "parts"),
     [
         (build_query_head, "transag", 16, {}, ["did you mean transagg?", "image, text, sum, transagg"]),
-        (build_target_head, "original", 16, {}, ["'original'", "frozen, sum, union, shared"]),
+        (build_target_head, "original", 16, {}, ["'original'", "frozen, residual, sum, union, shared"]),
         (build_query_head, "image", 16, {"layers": 2}, ["layers", "options: none"]),
         (build_target_head, "union", 16, {"mask": "x", "depth": 1}, ["depth, mask", "layers, heads, feedforward"]),
         (build_query_head, "transagg", 16, {"heads": 5}, ["fusion.heads", "width 16: 1, 2, 4, 8, 16"]),
@@ -77,6 +78,7 @@ def test_options_are_kept_and_build_the_same_again(build, kind, options):
         (build_query_head, "transagg", 16, {"mask": "include"}, ["mask", "'include'", "exclude, legacy"]),
         (build_query_head, "transagg", 0, {}, ["width", "0", ">= 1"]),
         (build_target_head, "sum", 16, {"form": "max"}, ["form", "'max'", "normalised, training, inference"]),
+        (build_target_head, "residual", 16, {"hidden": 0}, ["hidden", "0", ">= 1"]),
         (build_target_head, "union", 16, {"encoder_dropout": -0.1}, ["encoder_dropout", "-0.1", ">= 0"]),
     ],
 )

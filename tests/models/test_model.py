@@ -13,7 +13,7 @@ from union_igrot.models.model import IGROTModel, load
 from union_igrot.training.losses import InfoNCE
 
 HEADS = [
-    *[("transagg", target) for target in ("frozen", "sum", "union", "shared")],
+    *[("transagg", target) for target in ("frozen", "residual", "sum", "union", "shared")],
     *[(fusion, "frozen") for fusion in ("image", "text", "sum")],
 ]
 TEXTS = ["red square", None, "", "remove the large blue night"]

@@ -19,7 +19,7 @@ from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed_benchmark
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, TrainerConfig, fit
-from union_igrot.training.losses import InfoNCE
+from union_igrot.training.losses import BankLoss, InfoNCE
 
 pytestmark = pytest.mark.slow
 
@@ -38,14 +38,19 @@ rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group(
     "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
 )
-from test_distributed import TrainerConfig, train
+from test_distributed import LOSSES, TrainerConfig, train
 
-train(folder, TrainerConfig("cpu", 2, strategy="ddp"), 5, f"rank{rank}")
+for loss in LOSSES:
+    train(folder, TrainerConfig("cpu", 2, strategy="ddp"), 5, f"rank{rank}", loss)
 dist.destroy_process_group()
 # Gone at once: the threads of a backend may outlive the interpreter and end it with an abort.
 sys.stdout.flush()
 os._exit(0)
 """
+
+
+LOSSES = ("symmetric", "bank", "queue")
+"""InfoNCE; a sample of a bank of cached features; a queue of past batches of an encoder that is tuned."""
 
 
 class Watch(Callback):
@@ -69,14 +74,26 @@ def benchmarks():
     return [cir_benchmark(), sbir_benchmark()]  # 23 and 25 queries, galleries of 31 and 29
 
 
-def train(folder, config, batch_size, name):
+def train(folder, config, batch_size, name, kind):
     """Train at rate 0, so that each step's loss and gradient are those of the same weights."""
-    model = trainable("transagg", "union", LinearBackbone())
+    folder = folder / kind
+    model = trainable("transagg", "union" if kind == "symmetric" else "residual", LinearBackbone())
+    tuned = ("image",) if kind == "queue" else ()
+    model.tune(tuned)
     filled = extractor(folder / "cache", model.backbone)
+    loss = InfoNCE(scale=20.0, symmetric=True) if kind == "symmetric" else BankLoss(20.0, bank_size=50)
     data = IGROTDataModule(
-        triplets(), benchmarks(), filled, query_tokens=True, target_tokens=False, batch_size=batch_size
+        triplets(),
+        benchmarks(),
+        filled,
+        query_tokens=True,
+        target_tokens=False,
+        batch_size=batch_size,
+        tuned=tuned,
+        bank_size=None if kind == "symmetric" else 50,
+        fused_targets=kind == "bank",
     )
-    learner = Learner(model, InfoNCE(scale=20.0, symmetric=True), Recipe(epochs=1, rate=0.0), benchmarks())
+    learner = Learner(model, loss, Recipe(epochs=1, rate=0.0, backbone_rate=0.0), benchmarks())
     watch = Watch()
     run = folder / ("alone" if name == "alone" else "together")
     best = fit(learner, data, run, trainer=config, callbacks=[watch], progress=False)
@@ -92,8 +109,10 @@ def train(folder, config, batch_size, name):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
+    for loss in LOSSES:
+        (folder / loss).mkdir()
     here = {**os.environ, "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD]
     tests = str(Path(__file__).parents[1])
@@ -113,11 +132,19 @@ def runs(tmp_path_factory):
         for child in children:
             child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(said)
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("rank0", "rank1")}
-    model, filled = train(folder, TrainerConfig("cpu", 1), 10, "alone")
-    found["alone"] = json.loads((folder / "alone.json").read_text())
-    gradients = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in found}
-    return found, gradients, model, filled
+    runs = {}
+    for loss in LOSSES:
+        model, filled = train(folder, TrainerConfig("cpu", 1), 10, "alone", loss)
+        names = ("rank0", "rank1", "alone")
+        found = {name: json.loads((folder / loss / f"{name}.json").read_text()) for name in names}
+        gradients = {name: torch.load(folder / loss / f"{name}.pt", weights_only=True) for name in names}
+        runs[loss] = found, gradients, model, filled
+    return runs
+
+
+@pytest.fixture(params=LOSSES)
+def runs(request, runs_of):
+    return runs_of[request.param]
 
 
 def test_the_mean_loss_of_two_processes_is_the_loss_of_the_joined_batch(runs):
@@ -132,7 +159,7 @@ def test_gradients_are_those_of_the_joined_batch(runs):
     _, gradients, *_ = runs
     alone = gradients["alone"]
     assert len(alone) > 6 * 20
-    assert sum(x.abs().max() > 1e-3 for x in alone.values()) > 100
+    assert sum(x.abs().max() > 1e-3 for x in alone.values()) > 80
     for name in ("rank0", "rank1"):
         assert gradients[name].keys() == alone.keys()
         for key, expected in alone.items():
@@ -152,8 +179,8 @@ def test_validation_figures_are_those_of_one_process_and_of_the_evaluation(runs)
             assert figures[f"val/{benchmark.name}/{name}"] == pytest.approx(figure, abs=1e-4)
 
 
-def test_one_process_encodes_for_all(runs):
-    found, *_ = runs
+def test_one_process_encodes_for_all(runs_of):
+    found, *_ = runs_of["symmetric"]
     assert found["rank0"]["encoded"] > 0
     assert found["rank1"]["encoded"] == 0
     assert found["alone"]["encoded"] == 0  # it came last

@@ -404,8 +404,8 @@ def _contradictions(name: str, values: Mapping[str, Any]) -> list[str]:
         "weights= are those of a checkpoint's backbone; with model=... use model.weights=": alone
         and values.get("weights") is not None,
         "predictions are scored without a model; leave out model=...": alone and values.get("predictions") is not None,
-        "the published code has no target=shared (expected target=frozen, sum or union)": name == "convert"
-        and target == "shared",
+        f"the published code has no target={target} (expected target=frozen, sum or union)": name == "convert"
+        and target in ("shared", "residual"),
         "model.weights must be null: the checkpoint contains its weights": name == "convert"
         and values.get("model.weights") is not None,
         "nothing to train; choose fusion=transagg or target=union": name == "train" and untrained,

@@ -13,7 +13,7 @@ from union_igrot.datasets.registry import BenchmarkDeclaration, benchmark_names,
 from union_igrot.models.registry import BACKBONE_FORMS, BACKBONE_PREFIXES, BACKBONES, QUERY_HEADS, TARGET_HEADS
 from union_igrot.settings import REQUIRED, Setting, declared, readable, setting
 from union_igrot.storage.sizes import DURATION_FORMAT, SIZE_FORMAT, parse_duration, parse_size
-from union_igrot.training.settings import FolderSettings, LossSettings, Recipe, ShapesSettings
+from union_igrot.training.settings import BankSettings, FolderSettings, LossSettings, Recipe, ShapesSettings
 
 # Settings that several commands share.
 
@@ -287,6 +287,13 @@ class TargetSettings:
 
 
 @dataclass
+class ResidualSettings(TargetSettings):
+    """The image embedding plus a small network of it."""
+
+    hidden: int | None = setting(None, "inner width; twice the embedding's if null", low=1)
+
+
+@dataclass
 class SumSettings(TargetSettings):
     """Image plus null text."""
 
@@ -407,9 +414,13 @@ GROUPS: Mapping[str, Group] = {
     "data": Group(DataSettings, {"shapes": ShapesSettings, "folder": FolderSettings}, names=benchmark_names),
     "fusion": Group(QuerySettings, {"transagg": TransAggSettings}, "kind", QUERY_HEADS.names, QUERY_HEADS.builtin),
     "target": Group(
-        TargetSettings, {"sum": SumSettings, "union": UnionSettings}, "kind", TARGET_HEADS.names, TARGET_HEADS.builtin
+        TargetSettings,
+        {"residual": ResidualSettings, "sum": SumSettings, "union": UnionSettings},
+        "kind",
+        TARGET_HEADS.names,
+        TARGET_HEADS.builtin,
     ),
-    "loss": Group(LossSettings),
+    "loss": Group(LossSettings, {"bank": BankSettings}, "kind"),
     "recipe": Group(Recipe),
     "precision": Group(PrecisionSettings),
     "strategy": Group(StrategySettings),

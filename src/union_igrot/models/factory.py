@@ -69,7 +69,7 @@ def build_query_head(kind: str, width: int, sizes: Mapping[str, Any] | None = No
 
 
 def build_target_head(kind: str, width: int, sizes: Mapping[str, Any] | None = None, **options: Any) -> TargetHead:
-    """Build a target head: `frozen`, `sum`, `union`, `shared` or a registered name; see `build_query_head`."""
+    """Build a target head, one of `registry.TARGET_HEADS`; see `build_query_head`."""
     head: TargetHead = _build(TARGET_HEADS, TargetHead, kind, width, sizes, options)
     return head
 

@@ -109,6 +109,7 @@ TARGET_HEADS = Registry(
     "union_igrot.target_heads",
     {
         "frozen": "heads.target:FrozenTarget",
+        "residual": "heads.target:ResidualTarget",
         "sum": "heads.target:SumTarget",
         "union": "heads.target:UnionTarget",
         "shared": "heads.target:SharedTarget",

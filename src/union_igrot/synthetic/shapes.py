@@ -251,7 +251,7 @@ def shapes_training(triplets: int = 5000, pairs: int = 2500, seed: int = 0) -> T
         edit = edit_scene(rng, scene)
         chosen = edit.targets[int(rng.random() * len(edit.targets))]
         reference, target = (ShapesImage(s, rng.getrandbits(40)) for s in (scene, chosen))
-        samples.append(Triplet(reference, edit.text, target, chosen.code, "cir"))
+        samples.append(Triplet(reference, edit.text, target, chosen.code, "cir", scene.code))
     for _ in range(pairs):
         shape = pick(rng, SEEN_SHAPES)
         drawn, shown = (random_scene(rng, "train", 1, shape) for _ in range(2))

@@ -7,6 +7,7 @@ hold the images and texts themselves.
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, final
 
 import lightning
@@ -20,6 +21,7 @@ from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.dataset import ImageDataset, OpenAsPixels, first_error, image_loader
 from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Modality
+from union_igrot.training.bank import UNKNOWN, CachedBank, reference_groups
 from union_igrot.types import Benchmark, Features, ImageSource, Preprocess, Query, TrainingSet, Triplet
 
 
@@ -33,6 +35,8 @@ class TrainingBatch:
         targets: Target images, preprocessed or already encoded.
         groups: Identity of each target's content; equal groups are not negatives.
         task: The task of the batch, if the training has several.
+        reference_groups: Group of each reference, for composed queries that are compared with a bank; else None.
+        rows: Positions of the targets in the bank, if it is read from the feature store.
     """
 
     images: Float[Tensor, "batch 3 height width"] | Features
@@ -40,6 +44,8 @@ class TrainingBatch:
     targets: Float[Tensor, "batch 3 height width"] | Features
     groups: Int[Tensor, " batch"]
     task: str = ""
+    reference_groups: Int[Tensor, " batch"] | None = None
+    rows: Int[Tensor, " batch"] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,11 @@ class IGROTDataModule(lightning.LightningDataModule):
         batch_size: Triplets per step of a process.
         seed: Seed of the order.
         tuned: The encoders that are tuned, whose inputs are encoded in each step by the model itself.
+        bank_size: Most images of a bank for composed queries (`BankLoss`); None makes none.
+        fused_targets: Whether the targets of sketches come with tokens, for the query head.
+
+    Attributes:
+        bank: The bank after `setup`; None without one, or if images are encoded in each step.
     """
 
     def __init__(
@@ -200,6 +211,8 @@ class IGROTDataModule(lightning.LightningDataModule):
         batch_size: int = 128,
         seed: int = 0,
         tuned: Collection[Modality] = (),
+        bank_size: int | None = None,
+        fused_targets: bool = False,
     ) -> None:
         super().__init__()
         self._triplets, self._benchmarks, self._extractor = training.triplets, validation, extractor
@@ -208,6 +221,9 @@ class IGROTDataModule(lightning.LightningDataModule):
         numbers = {group: number for number, group in enumerate(sorted({one.group for one in self._triplets}))}
         self._groups = torch.tensor([numbers[one.group] for one in self._triplets])
         self._several_tasks = len({one.task for one in self._triplets}) > 1
+        self._bank_size, self._fused_targets = bank_size, fused_targets
+        self._composed = [row for row, one in enumerate(self._triplets) if one.task == "cir"]
+        self.bank: CachedBank | None = None
         self._ready = False
 
     def prepare_data(self) -> None:
@@ -227,6 +243,11 @@ class IGROTDataModule(lightning.LightningDataModule):
         texts = [triplet.text for triplet in triplets]
         self._queries = self._inputs("queries", [triplet.image for triplet in triplets], "training queries", texts)
         self._targets = self._inputs("gallery", [triplet.target for triplet in triplets], "training targets")
+        if self._fused_targets and "image" not in self._tuned:
+            shown = [triplet.target for triplet in triplets if triplet.task == "sbir"]
+            self._extractor.extract_images(shown, tokens=True, label="targets of sketches")
+        if self._bank_size is not None and self._composed:
+            self._make_bank(self._bank_size)
         self._sides: list[dict[str, _Inputs]] = []
         for one in self._benchmarks:
             name, texts = f"{one.name} {one.split}", [_single_wording(query) for query in one.queries]
@@ -244,6 +265,20 @@ class IGROTDataModule(lightning.LightningDataModule):
         if texts is not None and "text" not in self._tuned:
             text_keys = self._extractor.extract_texts(texts, label=f"texts of {what}")
         return _Inputs(keys, text_keys, tokens)
+
+    def _make_bank(self, size: int) -> None:
+        composed = torch.tensor(self._composed)
+        own = self._groups[composed]
+        shown = reference_groups([self._triplets[row] for row in self._composed], own)
+        self._reference_groups = torch.full_like(self._groups, UNKNOWN).index_copy(0, composed, shown)
+        if "image" in self._tuned:
+            return
+        tokens, targets = self._targets.tokens, [self._targets.images[row] for row in self._composed]
+        shown_in = [self._triplets[row].image for row in self._composed]
+        references = self._extractor.extract_images(shown_in, tokens=tokens, label="training references")
+        lookup = partial(self._extractor.lookup, tokens=tokens)
+        self.bank = CachedBank(targets, references, own, shown, lookup, size)
+        self._rows = torch.full_like(self._groups, UNKNOWN).index_copy(0, composed, self.bank.targets)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of `TrainingBatch`es of one task each; `transfer_batch_to_device` completes them."""
@@ -313,12 +348,17 @@ class IGROTDataModule(lightning.LightningDataModule):
     def _training_batch(
         self, rows: list[int], images: Tensor | None = None, targets: Tensor | None = None
     ) -> TrainingBatch:
+        device, task = self._extractor.backbone.device, self._triplets[rows[0]].task
+        with_bank = self._bank_size is not None and task == "cir"
+        tokens = self._fused_targets and task == "sbir"
         return TrainingBatch(
             images=self._images(self._queries, rows) if images is None else images,
             texts=self._texts(self._queries, rows),
-            targets=self._images(self._targets, rows) if targets is None else targets,
-            groups=self._groups[rows].to(self._extractor.backbone.device),
-            task=self._triplets[rows[0]].task if self._several_tasks else "",
+            targets=self._images(self._targets, rows, tokens=tokens) if targets is None else targets,
+            groups=self._groups[rows].to(device),
+            task=task if self._several_tasks else "",
+            reference_groups=self._reference_groups[rows].to(device) if with_bank else None,
+            rows=self._rows[rows].to(device) if with_bank and self.bank is not None else None,
         )
 
     def _validation_batch(self, block: _Block, images: Tensor | None = None) -> ValidationBatch:
@@ -327,8 +367,8 @@ class IGROTDataModule(lightning.LightningDataModule):
         texts = None if block.side == "gallery" else self._texts(inputs, block.span)
         return ValidationBatch(block.benchmark, block.side, positions, embedded, texts)
 
-    def _images(self, inputs: _Inputs, rows: Iterable[int]) -> Features:
-        return self._extractor.lookup([inputs.images[row] for row in rows], tokens=inputs.tokens)
+    def _images(self, inputs: _Inputs, rows: Iterable[int], *, tokens: bool = False) -> Features:
+        return self._extractor.lookup([inputs.images[row] for row in rows], tokens=inputs.tokens or tokens)
 
     def _texts(self, inputs: _Inputs, rows: Iterable[int]) -> Features | list[str]:
         texts = [inputs.texts[row] for row in rows]

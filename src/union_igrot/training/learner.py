@@ -28,9 +28,11 @@ from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.atomic import move_aside, write_atomic
+from union_igrot.training.bank import CachedBank, FeatureQueue
 from union_igrot.training.datamodule import TrainingBatch, ValidationBatch
+from union_igrot.training.losses import BankLoss, gather
 from union_igrot.training.settings import Recipe
-from union_igrot.types import Benchmark
+from union_igrot.types import Benchmark, Features
 
 _log = logging.getLogger(__name__)
 _LOG_EVERY = 5
@@ -77,7 +79,8 @@ class Learner(lightning.LightningModule):
 
     Args:
         model: The model.
-        loss: The contrastive loss of query embeddings, target embeddings and groups.
+        loss: The contrastive loss of query embeddings, target embeddings and groups; a `BankLoss` also gets the bank
+            of the data module, or a queue of past batches if images are encoded in each step.
         recipe: Optimizer, schedule and the metric that selects the best epoch.
         validation: The benchmarks that the data module's validation batches belong to.
 
@@ -91,6 +94,7 @@ class Learner(lightning.LightningModule):
         self.strict_loading = False  # checkpoints lack the backbone on purpose
         self._embedded: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
         self._seed: int | None = None
+        self._queue = FeatureQueue(loss.bank_size) if isinstance(loss, BankLoss) else None
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
                 "this model has nothing to train; choose fusion=transagg or target=union, or model.finetune=both"
@@ -118,17 +122,58 @@ class Learner(lightning.LightningModule):
         """Seed each epoch's dropout, so that a resumed epoch equals an uninterrupted one."""
         seed = f"dropout {self._seed} {self.current_epoch} {self.global_rank}"
         torch.manual_seed(random.Random(seed).getrandbits(63))
+        if self._queue is not None:
+            self._queue.clear()
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Return the loss of one batch."""
-        del batch_idx
-        queries = self.model.embed_queries(batch.images, batch.texts)
-        targets = self.model.embed_gallery(batch.targets)
-        loss: Tensor = self.loss(queries, targets, batch.groups)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(queries))
+        if isinstance(self.loss, BankLoss):
+            loss = self._bank_loss(self.loss, batch, batch_idx)
+        else:
+            queries = self.model.embed_queries(batch.images, batch.texts)
+            loss = self.loss(queries, self.model.embed_gallery(batch.targets), batch.groups)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.groups))
         if batch.task:
-            self.log(f"train/loss_{batch.task}", loss, batch_size=len(queries))
+            self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch.groups))
         return loss
+
+    def _bank_loss(self, loss: BankLoss, batch: TrainingBatch, batch_idx: int) -> Float[Tensor, ""]:
+        images = self._encoded(batch.images)
+        queries = self.model.embed_queries(images, batch.texts)
+        if batch.rows is not None:
+            bank: CachedBank = self.trainer.datamodule.bank  # type: ignore[attr-defined]
+            seed = f"bank {self._seed} {self.current_epoch} {batch_idx}"
+            chosen = bank.select(batch.rows, gather(batch.rows)[0], seed, queries.device)
+            candidates = self.model.embed_gallery(chosen.images)
+            return loss.against_bank(queries, candidates, chosen.positives, batch.groups, chosen.groups)
+        targets = self._encoded(batch.targets)
+        if batch.reference_groups is not None:
+            return self._queue_loss(loss, queries, batch, targets, images)
+        fused = self.model.embed_queries(targets) if loss.auxiliary else None
+        result: Tensor = loss(queries, self.model.embed_gallery(targets), batch.groups, fused)
+        return result
+
+    def _encoded(self, images: Tensor | Features) -> Features:
+        return images if isinstance(images, Features) else self.model.backbone.encode_image(images)
+
+    def _queue_loss(
+        self, loss: BankLoss, queries: Tensor, batch: TrainingBatch, targets: Features, references: Features
+    ) -> Float[Tensor, ""]:
+        """Return the loss against the images of this batch, of all processes, and of past batches."""
+        assert self._queue is not None
+        assert batch.reference_groups is not None
+        own = [one if self.model.target.needs_tokens else Features(one.pooled) for one in (targets, references)]
+        embedded = [gather(self.model.embed_gallery(one))[0] for one in own]
+        groups = [gather(one)[0] for one in (batch.groups, batch.reference_groups)]
+        start = gather(batch.groups)[1]
+        positives = torch.arange(start, start + len(queries), device=queries.device)
+        past = self._queue.read()
+        if past is not None:
+            embedded, groups = [*embedded, self.model.embed_gallery(past[0])], [*groups, past[1]]
+        with torch.no_grad():
+            for images, shown in zip(own, groups, strict=False):
+                self._queue.add(images.map(lambda x: gather(x)[0]), shown)
+        return loss.against_bank(queries, torch.cat(embedded), positives, batch.groups, torch.cat(groups))
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         """Embed some queries or gallery images."""

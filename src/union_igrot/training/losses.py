@@ -1,13 +1,13 @@
-"""The contrastive loss: each query finds its target among the targets of its batch."""
+"""Contrastive losses: each query finds its target among the targets of its batch, or among a bank of images."""
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from union_igrot.training.settings import LossSettings
+from union_igrot.training.settings import BankSettings, LossSettings
 
 
 def info_nce(
@@ -77,15 +77,76 @@ class InfoNCE(nn.Module):
         groups: Int[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
         """Return the loss of this rank's queries; row i of `targets` is the target of query i."""
-        all_targets, start = _gather(targets)
-        all_groups, _ = _gather(groups)
+        all_targets, start = gather(targets)
+        all_groups, _ = gather(groups)
         positives = torch.arange(start, start + len(queries), device=queries.device)
         own, every = (groups, all_groups) if self.skip_duplicates else (None, None)
         loss = info_nce(queries, all_targets, positives, own, every, self.scale)
         if self.symmetric:
-            all_queries, _ = _gather(queries)
+            all_queries, _ = gather(queries)
             loss = (loss + info_nce(targets, all_queries, positives, own, every, self.scale)) / 2
         return loss
+
+
+@final
+class BankLoss(nn.Module):
+    """InfoNCE against a bank of images for composed queries, and with a second target for sketches.
+
+    A composed query is compared with all training targets and training references, passed through the target head
+    with gradient; images of its own target's content are left out. A sketch is compared with the targets of its batch,
+    and with the same images fused with the null text by the query head, so that the query head sees gallery images
+    while the gallery stays plain. The learner computes the embeddings.
+
+    Args:
+        scale: Factor of the cosine similarities.
+        auxiliary: Weight of the second term for sketches.
+        bank_size: Most images of the bank per step.
+    """
+
+    def __init__(
+        self,
+        scale: float = BankSettings.scale,
+        *,
+        auxiliary: float = BankSettings.auxiliary,
+        bank_size: int = BankSettings.bank_size,
+    ) -> None:
+        super().__init__()
+        self.scale, self.auxiliary, self.bank_size = scale, auxiliary, bank_size
+        self.in_batch = InfoNCE(scale)
+
+    def extra_repr(self) -> str:
+        """Return the options for `repr`."""
+        return f"scale={self.scale}, auxiliary={self.auxiliary}, bank_size={self.bank_size}"
+
+    def forward(
+        self,
+        queries: Float[Tensor, "batch dim"],
+        targets: Float[Tensor, "batch dim"],
+        groups: Int[Tensor, " batch"],
+        fused: Float[Tensor, "batch dim"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss of sketches within their batch; `fused` are the targets fused with the null text."""
+        loss: Tensor = self.in_batch(queries, targets, groups)
+        if fused is None:
+            return loss
+        second: Tensor = self.in_batch(queries, fused, groups)
+        return loss + self.auxiliary * second
+
+    def against_bank(
+        self,
+        queries: Float[Tensor, "batch dim"],
+        candidates: Float[Tensor, "candidates dim"],
+        positives: Int[Tensor, " batch"],
+        groups: Int[Tensor, " batch"],
+        candidate_groups: Int[Tensor, " candidates"],
+    ) -> Float[Tensor, ""]:
+        """Return the loss of composed queries; see `info_nce` for the arguments."""
+        return info_nce(queries, candidates, positives, groups, candidate_groups, self.scale)
+
+
+def build_loss(kind: str = "infonce", **options: Any) -> nn.Module:
+    """Build a loss from the settings of the group `loss`: `bank`, else InfoNCE."""
+    return BankLoss(**options) if kind == "bank" else InfoNCE(**options)
 
 
 class _AllGather(torch.autograd.Function):
@@ -108,7 +169,7 @@ class _AllGather(torch.autograd.Function):
         return total[begin : begin + ctx.count]
 
 
-def _gather(rows: Tensor) -> tuple[Tensor, int]:
+def gather(rows: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all ranks, with gradient, and the position of this rank's first."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows, 0

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from union_igrot.models.heads.query import TransAggFusion
-from union_igrot.models.heads.target import FrozenTarget, SharedTarget, SumTarget, UnionTarget
+from union_igrot.models.heads.target import FrozenTarget, ResidualTarget, SharedTarget, SumTarget, UnionTarget
 from union_igrot.types import Features
 
 WIDTH, HEADS, INNER, LAYERS = 12, 2, 20, 3
@@ -29,6 +29,37 @@ def union(seed=0, start="reference", **options):
         for parameter in made.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
     return made.eval()
+
+
+def test_residual_starts_at_the_image_and_equals_plain_sums():
+    images, null = pair()
+    torch.manual_seed(1)
+    made = ResidualTarget(WIDTH, hidden=7).double()
+    images = Features(images.pooled.double(), torch.full((5, 3, WIDTH), torch.nan))  # tokens are not read
+    assert made(images, null, never).equal(F.normalize(images.pooled, dim=-1))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    p = {name.removeprefix("mlp."): x.tolist() for name, x in made.state_dict().items()}
+    for x, found in zip(images.pooled.tolist(), made(images, null, never), strict=True):
+        mean = sum(x) / WIDTH
+        spread = math.sqrt(sum((v - mean) ** 2 for v in x) / WIDTH + 1e-5)
+        normed = [(v - mean) / spread * g + b for v, g, b in zip(x, p["norm.weight"], p["norm.bias"], strict=True)]
+        inner = [
+            sum(w * v for w, v in zip(row, normed, strict=True)) + b
+            for row, b in zip(p["up.weight"], p["up.bias"], strict=True)
+        ]
+        inner = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in inner]
+        outer = [
+            v + sum(w * h for w, h in zip(row, inner, strict=True)) + b
+            for v, row, b in zip(x, p["down.weight"], p["down.bias"], strict=True)
+        ]
+        length = math.sqrt(sum(v * v for v in outer))
+        assert found.tolist() == pytest.approx([v / length for v in outer], abs=1e-12)
+
+
+def test_residual_is_twice_as_wide_inside_by_default():
+    assert ResidualTarget(WIDTH).state_dict()["mlp.up.weight"].shape == (2 * WIDTH, WIDTH)
+    assert ResidualTarget(WIDTH, 5).options == {"hidden": 5}
 
 
 def bucket(distance):

@@ -1,7 +1,7 @@
 """Target heads: how a gallery image is represented.
 
-The image embedding alone, its sum with the null-text embedding, UNION's learned mixture of both, and the query head's
-fusion with the null text.
+The image embedding alone or changed by a small network, its sum with the null-text embedding, UNION's learned mixture
+of both, and the query head's fusion with the null text.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import Head, check_rates, check_sizes
 from union_igrot.types import Features
 
@@ -41,6 +42,32 @@ class FrozenTarget(TargetHead):
     def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
         """Return the normalized pooled embedding."""
         return F.normalize(images.pooled, dim=-1)
+
+
+class ResidualTarget(TargetHead):
+    """The image embedding plus a small trained network of it: `normalize(x + W2 gelu(W1 norm(x)))`.
+
+    `W2` and its bias start at zero, so that training begins at the plain image embedding. Unlike the vision projector,
+    which has the same layers, it changes targets alone.
+
+    Args:
+        width: Width of the joint space.
+        hidden: Inner width; None for twice `width`.
+
+    Raises:
+        ConfigError: If `hidden` is below 1.
+    """
+
+    kind = "residual"
+
+    def __init__(self, width: int, hidden: int | None = None) -> None:
+        super().__init__()
+        self.mlp = VisionProjector(width, hidden)
+        self.options = self.mlp.options
+
+    def forward(self, images: Features, null: Features, fuse: Fuse) -> Float[Tensor, "batch dim"]:  # noqa: ARG002
+        """Return the normalized sum."""
+        return F.normalize(self.mlp(Features(images.pooled)).pooled, dim=-1)
 
 
 class SumTarget(TargetHead):
