@@ -27,7 +27,7 @@ from union_igrot.storage.paths import expand_user
 from union_igrot.training.data import data_settings, mean_name, read_evaluated
 from union_igrot.training.loggers import require_logger
 from union_igrot.training.processes import detect_processes
-from union_igrot.training.settings import Recipe
+from union_igrot.training.settings import BankSettings, Recipe
 from union_igrot.types import Benchmark, TrainingSet
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -40,6 +40,7 @@ def evaluate(
     root: str | Path | None = None,
     *,
     seed: int = 0,
+    calibration: float = 0.0,
     batch_size: int = 256,
     workers: int | None = None,
     cache_dir: str | Path | None = None,
@@ -53,6 +54,8 @@ def evaluate(
         benchmark: `shapes`, the name of a public benchmark, the path of an own folder, or benchmarks already read.
         root: Folder of a public benchmark; by default `$UNION_DATA/<name>`.
         seed: Seed of the random baseline and of the bootstrap.
+        calibration: Weight of the calibration by training queries, such as 0.25; 0, as zero-shot protocols ask, for
+            none. See `evaluation.calibration`.
         batch_size: Images encoded at once.
         workers: Processes that decode images; chosen by the device if None.
         cache_dir: Folder of the feature store; the default one if None.
@@ -81,7 +84,7 @@ def evaluate(
                     f"the targets of {one.name} {one.split} are not published; choose another split, or write a "
                     "submission file with union-eval"
                 )
-            parts.append(evaluate_benchmark(model, one, extractor, seed))
+            parts.append(evaluate_benchmark(model, one, extractor, seed, calibration=calibration))
             result += parts[-1]
     return result + average_parts(parts, mean, seed) if mean and len(parts) > 1 else result
 
@@ -91,7 +94,7 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
     backbone: str | Backbone = "tiny",
     *,
     fusion: str | Mapping[str, Any] = "transagg",
-    target: str | Mapping[str, Any] = "union",
+    target: str | Mapping[str, Any] = "residual",
     recipe: Recipe | None = None,
     loss: nn.Module | None = None,
     output_dir: str | Path | None = None,
@@ -122,7 +125,7 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
         fusion: Query head: its name, or its name as `kind` with options, such as `{"kind": "transagg", "layers": 1}`.
         target: Target head, in the same way.
         recipe: Optimizer, schedule and length; the defaults of `Recipe` if None.
-        loss: The loss; `InfoNCE(scale=30)` if None.
+        loss: The loss; `BankLoss()` if None.
         output_dir: The run's folder; `outputs/train/<date>/<time>` if None.
         root: Folder of the dataset; by default `$UNION_DATA/<name>`.
         validation: Benchmarks that select the best epoch, and on which the model is evaluated; only with a
@@ -210,7 +213,7 @@ def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device
         | known,
         "data": {name: str(value) if isinstance(value, Path) else value for name, value in data.items()},
         **{name: {"kind": head} if isinstance(head, str) else dict(head) for name, head in heads.items()},
-        "loss": {"scale": 30.0} if loss is None else {"module": repr(loss)},
+        "loss": asdict(BankSettings()) if loss is None else {"module": repr(loss)},
         "recipe": asdict(given["recipe"] or Recipe()),
         "precision": {"trainer": PRECISIONS[given["precision"]]},
         "strategy": {"accelerator": accelerator, "devices": devices, "nodes": 1, "name": "auto"},

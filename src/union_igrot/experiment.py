@@ -6,6 +6,7 @@ Settings are plain nested values with the groups and names of `conf/`; see `run_
 import hashlib
 import json
 import os
+import random
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from typing import Any
 
 import lightning
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.evaluation.calibration import calibrate
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, method_result, versions
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, write_query_values, write_results
 from union_igrot.evaluation.scoring import score, score_predictions
@@ -58,6 +60,8 @@ PAGE = "report.html"
 NOT_HASHED = {"output_dir", "cache_dir", "cache_limit", "progress"}
 """Settings that do not change the results, so that a run resumes if they differ."""
 _ENCODERS: dict[str, tuple[Any, ...]] = {"none": (), "text": ("text",), "image": ("image",), "both": ("image", "text")}
+CALIBRATION_QUERIES = 2000
+"""Most training queries of a task that are saved with a model."""
 _SUBMITTED = ("circo", "cirr")
 """Benchmarks with a server that scores submission files."""
 _REFERENCE_SIZES = {"blip": (2048, 8), "openclip_h": (2048, 8)}
@@ -330,8 +334,41 @@ def train_heads(
         load_best(model, checkpoints)
         model.tuned = bool(tuned)
     model.metadata["best"] = best
+    if processes.is_main:
+        model.calibration = calibration_queries(model, samples, extractor, settings["seed"], tuned=bool(tuned))
     model.training_images = image_identities(side for one in samples.triplets for side in (one.image, one.target))
     return model
+
+
+@torch.no_grad()
+def calibration_queries(
+    model: IGROTModel, samples: TrainingSet, extractor: FeatureExtractor, seed: int, *, tuned: bool
+) -> dict[str, Tensor]:
+    """Embed training queries of each task, at most `CALIBRATION_QUERIES`, for `evaluation.calibration`.
+
+    Args:
+        model: The trained model, in evaluation mode.
+        samples: Its training samples.
+        extractor: Extractor with its backbone, as it was before training.
+        seed: Seed of the choice.
+        tuned: Whether the backbone has changed since, so that its cached features are not used.
+    """
+    found: dict[str, Tensor] = {}
+    for task in sorted({one.task for one in samples.triplets}):
+        some = [one for one in samples.triplets if one.task == task]
+        some = random.Random(f"calibration {seed}").sample(some, min(len(some), CALIBRATION_QUERIES))
+        images, texts = [one.image for one in some], [one.text for one in some]
+        if tuned:
+            found[task] = model.encode_queries(images, texts, workers=extractor.workers).half()
+            continue
+        tokens = model.fusion.needs_tokens
+        keys = extractor.extract_images(images, tokens=tokens), extractor.extract_texts(texts)
+        parts = []
+        for at in range(0, len(some), extractor.batch_size):
+            block = (extractor.lookup(side[at : at + extractor.batch_size], tokens=tokens) for side in keys)
+            parts.append(model.embed_queries(*block).half().cpu())
+        found[task] = torch.cat(parts)
+    return found
 
 
 def evaluate_and_report(
@@ -344,6 +381,7 @@ def evaluate_and_report(
     mean: str = "",
     *,
     checkpoint: str | None,
+    calibration: float = 0.0,
     shown: bool = True,
 ) -> EvaluationResult:
     """Evaluate on each benchmark, write the results after each, print the tables.
@@ -361,16 +399,23 @@ def evaluate_and_report(
         seed: Seed of the random baseline and of the bootstrap.
         mean: Name of the mean over the benchmarks, if they are parts of one.
         checkpoint: Where the trained heads were loaded from; None evaluates the baselines of the backbone alone.
+        calibration: Weight of the calibration of the trained heads' scores, see `evaluation.calibration`; 0 for none.
         shown: Whether to print the tables.
     """
     result, parts = EvaluationResult(), []
     opener = partial(open_image, at_least=TILE_SIDE)
     for benchmark in benchmarks:
         if not any(query.targets for query in benchmark.queries):
-            result += EvaluationResult(scored=(submit(model, benchmark, extractor, folder),))
+            result += EvaluationResult(scored=(submit(model, benchmark, extractor, folder, calibration),))
             continue
         found = evaluate_benchmark(
-            model, benchmark, extractor, seed, trained=checkpoint is not None, checkpoint=checkpoint
+            model,
+            benchmark,
+            extractor,
+            seed,
+            trained=checkpoint is not None,
+            checkpoint=checkpoint,
+            calibration=calibration,
         )
         parts.append(found)
         result += found
@@ -408,7 +453,9 @@ def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path
     _report(result, folder, launch, {}, seed)
 
 
-def submit(model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor, folder: Path) -> ScoredBenchmark:
+def submit(
+    model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor, folder: Path, calibration: float = 0.0
+) -> ScoredBenchmark:
     """Write the submission files of a split whose targets are not published (CIRR, CIRCO).
 
     Raises:
@@ -420,6 +467,9 @@ def submit(model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor,
             f"split with targets, or one of {', '.join(_SUBMITTED)}"
         )
     queries, gallery, _ = embed_benchmark(model, benchmark, extractor)
+    if calibration:
+        queries, gallery, used = calibrate(model, benchmark.task, queries, gallery, calibration)
+        print_line(f"calibrated: {used}")
     scores = score(benchmark, queries, gallery)
     names = [item.id for item in benchmark.gallery]
     rankings = [[names[at] for at in row] for row in scores.ranking.positions.tolist()]

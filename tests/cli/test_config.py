@@ -98,7 +98,7 @@ def test_an_unknown_option_lists_the_known_ones(group):
         ("recipe.warmup=1.1", "<= 1"),
         ("recipe.batch_size=1", ">= 2"),
         ("recipe.monitor=val/shapes_cir/R@0", "val/BENCHMARK/METRIC"),
-        ("loss.symmetric=1", "true or false"),
+        ("loss.auxiliary=-1", ">= 0"),
         ("features.dtype=int8", "float32 or float16"),
         ("features.workers=-1", "or null"),
         ("strategy.devices=some", "auto or an integer"),

@@ -54,7 +54,7 @@ def test_a_model_saved_again_keeps_its_files(data):
 def test_lance_index(data, monkeypatch, tmp_path):
     monkeypatch.setenv("UNION_CACHE", str(tmp_path / "cache"))
     expected = EXPECTED["index"]
-    model = load("tiny")
+    model = load("tiny-union")  # the heads of that commit
     with Gallery.open(str(data / "photos.lance"), model) as gallery:
         assert sorted(gallery.ids()) == expected["ids"]
         for where, name in ((None, "found"), ("label = 'odd' and year > 2000", "odd")):
@@ -96,7 +96,7 @@ def metrics(folder: Path) -> list[object]:
 
 @pytest.fixture
 def settings(tmp_path) -> list[str]:
-    return [*EXPECTED["train"], f"cache_dir={tmp_path / 'cache'}"]
+    return [*EXPECTED["train"], "loss=infonce_small", f"cache_dir={tmp_path / 'cache'}"]
 
 
 def test_a_trained_run_is_evaluated_without_training(data, settings, monkeypatch):

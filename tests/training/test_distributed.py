@@ -112,7 +112,7 @@ def train(folder, config, batch_size, name, kind):
 def runs_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     for loss in LOSSES:
-        (folder / loss).mkdir()
+        extractor(folder / loss / "cache")  # makes the folder, before both processes do
     here = {**os.environ, "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD]
     tests = str(Path(__file__).parents[1])
@@ -127,7 +127,7 @@ def runs_of(tmp_path_factory):
         for rank in (0, 1)
     ]
     try:
-        said = [child.communicate(timeout=100)[0] for child in children]
+        said = [child.communicate(timeout=300)[0] for child in children]
     finally:
         for child in children:
             child.kill()

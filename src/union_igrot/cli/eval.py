@@ -47,20 +47,31 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
         return folder
     model.to(resolve_device(config.device))
     extractor, mean = open_extractor(settings, model.backbone), mean_name(settings["data"])
-    evaluate_and_report(model, benchmarks, extractor, folder, launch, config.seed, mean, checkpoint=checkpoint)
+    evaluate_and_report(
+        model,
+        benchmarks,
+        extractor,
+        folder,
+        launch,
+        config.seed,
+        mean,
+        checkpoint=checkpoint,
+        calibration=config.calibration,
+    )
     return folder
 
 
 def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     """Load trained heads and return where they are from, or a backbone without any."""
     from union_igrot.models.factory import build_backbone
-    from union_igrot.models.model import baseline, load
+    from union_igrot.models.model import BUNDLED, baseline, load
     from union_igrot.models.registry import names_backbone
 
     if "model" in config:
         return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
-    if config.checkpoint in (None, "tiny"):
-        return load("tiny", weights=config.weights), "tiny"
+    if config.checkpoint is None or config.checkpoint in BUNDLED:
+        name = config.checkpoint or "tiny"
+        return load(name, weights=config.weights), name
     checkpoint = expand_user(config.checkpoint)
     if names_backbone(str(config.checkpoint)):
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")

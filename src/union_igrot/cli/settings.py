@@ -88,10 +88,13 @@ class EvalSettings(ExtractionSettings):
     """Settings of `union-eval`."""
 
     checkpoint: str | None = setting(
-        "tiny", "folder of a run or its model/, a hub repository, or tiny: the bundled model"
+        "tiny", "folder of a run or its model/, a hub repository, or the bundled tiny or tiny-union"
     )
     weights: str | None = _weights("the checkpoint's backbone")
     device: str = _device("encoding and ranking")
+    calibration: float = setting(
+        0.0, "weight of a correction by training queries, such as 0.25; 0, as zero-shot protocols ask, for none", low=0
+    )
     predictions: str | None = setting(None, "submission file of any method, scored without a model", path="file")
     seed: int = _seed("random baseline and bootstrap")
     output_dir: str | None = setting(None, "folder of the results; outputs/eval/DATE/TIME if null")
@@ -458,15 +461,16 @@ COMMANDS: Mapping[str, Command] = {
         (
             "union-train",
             "union-train model=large data=llavasco",
+            "union-train target=union loss=infonce_small",
             "union-train data=folder data.root=photos recipe.epochs=8",
-            "union-train -m target=union,sum seed=0,1,2",
+            "union-train -m target=residual,union seed=0,1,2",
         ),
         {
             "model": ("tiny", "frozen vision-language model"),
             "data": ("shapes", "training and evaluation data"),
             "fusion": ("transagg", "query head"),
-            "target": ("union", "target head (gallery encoder)"),
-            "loss": ("infonce_small", "contrastive loss"),
+            "target": ("residual", "target head (gallery encoder)"),
+            "loss": ("bank", "contrastive loss"),
             "recipe": ("default", "optimizer, schedule and length of training"),
             **_DEVICES,
             "logger": ("csv", "where losses and metrics are logged"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import union_igrot
 from union_igrot.datasets.loading import benchmark_warning
+from union_igrot.evaluation.calibration import Calibration, calibrate
 from union_igrot.evaluation.results import (
     EvaluationResult,
     MethodResult,
@@ -50,6 +51,7 @@ def evaluate_benchmark(
     *,
     trained: bool = True,
     checkpoint: str | None = None,
+    calibration: float = 0.0,
 ) -> EvaluationResult:
     """Evaluate a model beside chance and the training-free baselines.
 
@@ -60,6 +62,7 @@ def evaluate_benchmark(
         seed: Seed of chance and of the bootstrap.
         trained: Whether to evaluate the model's own heads, or the baselines of its backbone alone.
         checkpoint: Where the trained heads were loaded from, for the description of the model.
+        calibration: Weight of the calibration of the trained heads' scores; 0 for none, as zero-shot protocols ask.
 
     Returns:
         Metrics in percent with 95 % bootstrap intervals over queries and their classes, `chance` first; the values and
@@ -78,11 +81,17 @@ def evaluate_benchmark(
     random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
+    used: Calibration | None = None
     for name, embedded in embed_models(models, benchmark, extractor):
         start = time.perf_counter()
-        scores[name] = score(benchmark, embedded.queries, embedded.gallery)
+        queries, gallery = embedded.queries, embedded.gallery
+        if name == "trained" and calibration:
+            queries, gallery, used = calibrate(model, benchmark.task, queries, gallery, calibration)
+        scores[name] = score(benchmark, queries, gallery)
         seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
+    if used is not None:
+        described["trained"]["calibration"] = used.to_dict()
     if trained and checkpoint is not None:
         described["trained"]["checkpoint"] = checkpoint
     arithmetic = {"device": device_name(model.device), **extractor.describe()}

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from union_igrot.errors import DataError
+from union_igrot.evaluation.calibration import Calibration
 from union_igrot.evaluation.results import (
     FEW_CLASSES,
     BenchmarkResult,
@@ -222,7 +223,7 @@ def metrics_table(result: BenchmarkResult) -> ResultTable:
 
     rows = [
         TableRow(
-            method_name(one.method) + (" *" if one.is_seen else ""),
+            method_title(one) + (" *" if one.is_seen else ""),
             [cell(one, name) for name in names],
             "shown" if one is result.main else "",
         )
@@ -255,6 +256,11 @@ def mark_lines(result: MethodResult) -> list[str]:
 def method_name(method: str) -> str:
     """Return the display name of a method."""
     return _METHOD_NAMES.get(method, method)
+
+
+def method_title(result: MethodResult) -> str:
+    """Return the display name of a result's method, which says whether its scores are calibrated."""
+    return method_name(result.method) + (", calibrated" if result.model.get("calibration") else "")
 
 
 def format_percent(value: float | None) -> str:
@@ -325,7 +331,7 @@ def difference_lines(result: MethodResult) -> list[str]:
     for other, values in result.differences.items():
         amount, verdict = format_difference(values[result.primary])
         few = FEW_MARK if result.has_few_classes else ""
-        lines.append(f"{result.method} - {method_name(other)}: {amount}{few} {result.primary}, {verdict}")
+        lines.append(f"{method_title(result)} - {method_name(other)}: {amount}{few} {result.primary}, {verdict}")
     return lines
 
 
@@ -408,6 +414,8 @@ def notes(result: BenchmarkResult) -> Iterator[str]:
     yield from mark_lines(main)
     if tags := tag_line(main):
         yield tags
+    if used := main.model.get("calibration"):
+        yield f"calibrated: {Calibration(**used)}"
     if main.method == "trained":
         yield from overlap_lines(main)
 

@@ -10,7 +10,7 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
 from union_igrot.models.backbones.base import without_settings
 from union_igrot.models.factory import build_backbone
-from union_igrot.models.model import IGROTModel, baseline, load, model_fingerprint
+from union_igrot.models.model import BUNDLED, IGROTModel, baseline, load, model_fingerprint
 from union_igrot.models.registry import is_backbone, names_backbone
 from union_igrot.storage.paths import expand_user
 
@@ -109,7 +109,7 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
         CheckpointError: If there is no such model.
     """
     folder = expand_user(checkpoint)
-    if str(checkpoint) == "tiny" or not folder.is_dir() or names_backbone(str(checkpoint)):
+    if str(checkpoint) in BUNDLED or not folder.is_dir() or names_backbone(str(checkpoint)):
         return load(str(checkpoint), weights=weights), str(checkpoint)
     return load(folder, weights=weights), str(folder.absolute())
 
@@ -127,6 +127,8 @@ def load_recorded_model(
     if not name:
         made_with = _model_name(metadata.get("model", {}))
         raise ConfigError(f"{uri} does not say where its model is ({made_with}); pass the model")
+    if name == "tiny" and metadata.get("model", {}).get("target", {}).get("kind") == "union":
+        name = "tiny-union"  # the heads that were bundled as tiny when the index was made
     weights = weights or metadata.get("weights")
     if is_backbone(str(name)):  # not a folder of that name, as folders are stored by their absolute path
         return baseline(build_backbone(str(name), weights), "sum"), str(name)

@@ -32,6 +32,8 @@ from union_igrot.types import Preprocess
 FORMAT = 1
 MODEL_FILE, HEADS_FILE = "model.json", "heads.safetensors"
 IMAGES_FILE, README_FILE = "training_images.txt", "README.md"
+CALIBRATION_FILE = "calibration.safetensors"
+"""Embeddings of training queries by task."""
 BACKBONE_FILE, TOKENIZER_FOLDER = "backbone.safetensors", "tokenizer"
 """The backbone's weights, by the network's own names, so that they also serve as `model.weights`; its tokenizer."""
 _NETWORK = "network."
@@ -56,6 +58,7 @@ class SavedModel:
         state: The heads' weights, in 32 bits.
         images: Identities of the training images; None if they are not recorded, or the file was not copied.
         readme: The model card, or None.
+        calibration: Embeddings of training queries by task, or None.
     """
 
     backbone: str
@@ -68,6 +71,7 @@ class SavedModel:
     state: dict[str, Tensor]
     images: frozenset[str] | None
     readme: str | None
+    calibration: dict[str, Tensor] | None = None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -113,7 +117,21 @@ def read_checkpoint(folder: Path) -> SavedModel:
             f"{folder} is in format {version} (expected at most {FORMAT}); install a later union-igrot"
         )
     images = _read_training_images(folder, count)
-    return SavedModel(name, fingerprint, weights, heads, kinds, options, metadata, state, images, readme)
+    calibration = _read_calibration(folder)
+    return SavedModel(name, fingerprint, weights, heads, kinds, options, metadata, state, images, readme, calibration)
+
+
+def _read_calibration(folder: Path) -> dict[str, Tensor] | None:
+    path = folder / CALIBRATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        found = {task: x.float() for task, x in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} ({first_line(error)}); copy the model again") from None
+    if not all(x.ndim == 2 and len(x) and x.isfinite().all() for x in found.values()):
+        raise CheckpointError(f"{path} does not hold embeddings of queries; copy the model again")
+    return found
 
 
 def _read_small_file(path: Path) -> str:
@@ -229,6 +247,7 @@ def write_checkpoint(
     state: Mapping[str, Tensor],
     images: frozenset[str] | None,
     readme: str,
+    calibration: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model's files, the description last.
 
@@ -238,6 +257,7 @@ def write_checkpoint(
         state: The heads' weights.
         images: Identities of the training images, or None.
         readme: The model card.
+        calibration: Embeddings of training queries by task, written in 16 bits, or None.
     """
     count = None if images is None else len(images)
     text = json.dumps({"format": FORMAT, **description, "training_images": count}, indent=2) + "\n"
@@ -246,6 +266,10 @@ def write_checkpoint(
         (folder / IMAGES_FILE).unlink(missing_ok=True)
     else:
         write_atomic(folder / IMAGES_FILE, "".join(f"{name}\n" for name in sorted(images)))
+    if calibration is None:
+        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+    else:
+        _write_tensors(folder / CALIBRATION_FILE, {task: x.half().cpu() for task, x in calibration.items()})
     write_atomic(folder / README_FILE, readme)
     write_atomic(folder / MODEL_FILE, text)
 

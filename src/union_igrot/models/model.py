@@ -42,6 +42,8 @@ from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
 
 _SPANS_FOR_WORKERS = 4
+BUNDLED = {"tiny": "model", "tiny-union": "union"}
+"""Bundled models by name, with their folders."""
 
 
 @final
@@ -61,6 +63,7 @@ class IGROTModel(nn.Module):
 
     Attributes:
         training_images: Identities (`images.identity`) of the training images, or None if they are not recorded.
+        calibration: Embeddings of training queries by task, for `evaluation.calibration`, or None.
         tuned: Whether the backbone's weights differ from those of its name: an encoder was tuned, or the weights
             came with a checkpoint of the reference. `save` then writes them beside the heads.
         readme: The model card that was loaded with the heads, or None.
@@ -79,6 +82,7 @@ class IGROTModel(nn.Module):
         self.backbone, self.fusion, self.target, self.projector = backbone, fusion, target, projector
         self.metadata: dict[str, Any] = metadata or {}
         self.training_images: frozenset[str] | None = None
+        self.calibration: dict[str, Tensor] | None = None
         self.tuned = False
         self.readme: str | None = None
         self._readme_heads = ""  # hash of the heads that `readme` describes
@@ -342,7 +346,7 @@ class IGROTModel(nn.Module):
                 fingerprint, built = save_backbone(self.backbone, folder, half=half)
                 described |= {"backbone_fingerprint": fingerprint, "backbone_weights": built}
             readme = self.readme if self.readme is not None and same_heads else short_card(described)
-            write_checkpoint(folder, described, state, self.training_images, readme)
+            write_checkpoint(folder, described, state, self.training_images, readme, self.calibration)
             if not self.tuned:
                 remove_backbone(folder)
         except (OSError, SafetensorError) as error:
@@ -406,7 +410,7 @@ class IGROTModel(nn.Module):
         if named is None:
             raise CheckpointError(
                 f"no model {str(name)!r}{did_you_mean(str(name), BACKBONES.names())}; give a folder with model.json and"
-                " heads.safetensors, owner/name on the Hugging Face hub, tiny, or a backbone such as base"
+                " heads.safetensors, owner/name on the Hugging Face hub, tiny, tiny-union, or a backbone such as base"
             )
         return cls.load(fetch_model(named[0], revision or named[1], **options), backbone, weights)
 
@@ -451,6 +455,9 @@ class IGROTModel(nn.Module):
         model = cls(backbone, query_head, target_head, saved.metadata, projector)
         model.tuned, model.training_images = saved.backbone_weights is not None, saved.images
         model.readme, model._readme_heads = saved.readme, saved.heads
+        if any(x.shape[1] != backbone.dim for x in (saved.calibration or {}).values()):
+            raise CheckpointError(f"{folder}: calibration.safetensors is not of width {backbone.dim}; copy both again")
+        model.calibration = saved.calibration
         return model.eval()
 
 
@@ -525,12 +532,12 @@ def load(
     """Load a model.
 
     Args:
-        name: `tiny` for the bundled model; the folder of a run, or one that `IGROTModel.save` wrote; or `owner/name`
-            of a model on the Hugging Face hub, also `owner/name@revision`. Or a backbone without trained heads:
-            `base`, `large`, `openclip_h`, `blip`, `siglip2`, `tinyclip`, `open_clip:<architecture>/<tag>`,
-            `hf-hub:<repository>` (OpenCLIP), `hf:<repository>` (transformers) or a registered name; queries are then
-            the sum of image and text, as in `baseline`. A folder that holds a saved model takes precedence over the hub
-            and backbones.
+        name: `tiny` for the bundled model, `tiny-union` for UNION's target head on its backbone; the folder of a run,
+            or one that `IGROTModel.save` wrote; or `owner/name` of a model on the Hugging Face hub, also
+            `owner/name@revision`. Or a backbone without trained heads: `base`, `large`, `openclip_h`, `blip`,
+            `siglip2`, `tinyclip`, `open_clip:<architecture>/<tag>`, `hf-hub:<repository>` (OpenCLIP),
+            `hf:<repository>` (transformers) or a registered name; queries are then the sum of image and text, as in
+            `baseline`. A folder that holds a saved model takes precedence over the hub and backbones.
         device: `cpu`, `cuda`, `cuda:1`, `mps` or `auto`; None for the CPU.
         weights: Weights of the backbone; None for its default ones.
         revision: A branch, tag or commit on the hub; None for the latest of `main`.
@@ -543,8 +550,8 @@ def load(
         ConfigError: If the device is not available.
     """
     there = resolve_device(device) if isinstance(device, str) else device
-    if str(name) == "tiny":
-        model = IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / "model"), weights=weights)
+    if str(name) in BUNDLED:
+        model = IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / BUNDLED[str(name)]), weights=weights)
     elif names_backbone(str(name)):
         model = baseline(build_backbone(str(name), weights), "sum")
     else:

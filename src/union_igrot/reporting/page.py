@@ -30,6 +30,7 @@ from union_igrot.evaluation.tables import (
     format_percent,
     mark_lines,
     method_name,
+    method_title,
     metrics_table,
     overlap_lines,
     untrained_words,
@@ -284,7 +285,7 @@ def tag_groups(result: BenchmarkResult) -> QueryGroups | None:
         (tag, one.n_queries, [method.by_tag[tag].value for method in methods])
         for tag, one in result.main.by_tag.items()
     ]
-    names = [method_name(one.method) for one in methods]
+    names = [method_title(one) for one in methods]
     return _group("By kind of query", "kind", primary, names, found, set()) if found else None
 
 
@@ -341,7 +342,7 @@ def seconds_table(methods: Sequence[MethodResult]) -> ResultTable | None:
     steps = [step for step in steps if any(step in one.seconds for one in timed)]
     rows = [
         TableRow(
-            f"{one.benchmark} · {one.split}: {method_name(one.method)}",
+            f"{one.benchmark} · {one.split}: {method_title(one)}",
             [Cell(f"{one.seconds[step]:.2f}" if step in one.seconds else "-") for step in steps],
         )
         for one in timed

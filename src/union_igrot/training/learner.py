@@ -97,7 +97,7 @@ class Learner(lightning.LightningModule):
         self._queue = FeatureQueue(loss.bank_size) if isinstance(loss, BankLoss) else None
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
-                "this model has nothing to train; choose fusion=transagg or target=union, or model.finetune=both"
+                "this model has nothing to train; choose fusion=transagg or target=residual, or model.finetune=both"
             )
         known = self.metric_names()
         if recipe.monitor not in known:
@@ -223,13 +223,17 @@ class Learner(lightning.LightningModule):
             for weights, decay in ((decayed, recipe.weight_decay), (undecayed, 0.0)):
                 if weights:
                     groups.append({"params": weights, "weight_decay": decay, "lr": rate})
-        optimizer = torch.optim.AdamW(groups, lr=recipe.rate, eps=recipe.eps)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.rate, eps=recipe.eps, fused=self._has_fused_optimizer())
         steps = int(self.trainer.estimated_stepping_batches)
         shares: list[Callable[[int], float]] = [
             functools.partial(rate_share, recipe, group["lr"], steps=steps) for group in groups
         ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _has_fused_optimizer(self) -> bool:
+        """Return whether one kernel may update all weights; not with a gradient scaler, which clips after unscaling."""
+        return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
