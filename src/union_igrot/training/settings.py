@@ -56,12 +56,11 @@ class LossSettings:
     skip_duplicates: bool = setting(True, "do not count equal targets in a batch as negatives")
 
 
-@documented
 @dataclass(frozen=True)
 class BankSettings:
     """Settings of the loss with a bank of negatives."""
 
-    kind: Literal["bank"] = setting("bank", "kind of the loss")
+    kind: Literal["bank"] = setting("bank", "")
     scale: float = setting(30.0, "factor of the cosine similarities (1 / temperature)", above=0)
     auxiliary: float = setting(
         1.0, "weight of a second term for sketches: the target image fused with the null text", low=0
