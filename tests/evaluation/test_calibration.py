@@ -57,7 +57,7 @@ def test_mistakes():
     model.calibration = {"cir": rows(3, 2)}
     with pytest.raises(DataError, match="no training queries of task sbir"):
         calibrate(model, "sbir", rows(2, 0), rows(3, 1), 0.25)
-    with pytest.raises(ConfigError, match="calibration: -1.0"):
+    with pytest.raises(ConfigError, match=r"calibration: -1\.0"):
         calibrate(model, "cir", rows(2, 0), rows(3, 1), -1.0)
 
 
