@@ -108,16 +108,6 @@ def test_an_invalid_limit_removes_nothing(root, monkeypatch, capsys):
     assert left(root) == before
 
 
-@pytest.mark.parametrize("argument", ["prune=much", "prune=-1", "older_than=1y"])
-def test_an_invalid_value_is_one_line(argument, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cache([argument])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr().err
-    assert "invalid value for" in printed
-    assert len(printed.splitlines()) == 1
-
-
 def test_folders_in_use_are_kept_and_reported(root, capsys):
     code = (
         "import sys; from pathlib import Path; from union_igrot.storage.locks import acquire_shared, lock_path\n"

@@ -119,12 +119,6 @@ def test_an_invalid_argument_is_one_line_with_the_expected_values(override, part
     assert "\n" not in printed
 
 
-def test_a_folder_needs_a_root_that_exists(tmp_path):
-    assert "data.root is required" in message("data=folder")
-    assert "an existing folder" in message("data=folder", f"data.root={tmp_path / 'nowhere'}")
-    assert compose("train", ["data=folder", f"data.root={tmp_path}"]).data.root == str(tmp_path)
-
-
 @pytest.mark.parametrize(("fusion", "target"), [("image", "frozen"), ("text", "shared"), ("sum", "sum")])
 def test_heads_without_weights_are_not_trained(fusion, target):
     assert "nothing to train" in message(f"fusion={fusion}", f"target={target}")

@@ -127,11 +127,14 @@ class SweepMetric:
             return cls(values[0], interval)
         return cls(statistics.fmean(values), None, statistics.stdev(values), len(values))
 
-    def cell(self, *, seen: bool = False) -> Cell:
-        """Return the metric as a cell of a table."""
-        spread = f" ± {self.deviation:.1f} ({self.runs})" if self.runs > 1 else ""
-        bounds = "" if self.interval is None else format_interval(self.interval)
-        return Cell(format_percent(self.value) + spread + (" *" if seen else ""), bounds)
+
+def _cell(metric: SweepMetric | None, *, seen: bool = False) -> Cell:
+    """Return a metric as a cell of a table; an empty one if there is none."""
+    if metric is None:
+        return Cell("")
+    spread = f" ± {metric.deviation:.1f} ({metric.runs})" if metric.runs > 1 else ""
+    bounds = "" if metric.interval is None else format_interval(metric.interval)
+    return Cell(format_percent(metric.value) + spread + (" *" if seen else ""), bounds)
 
 
 @final
@@ -236,13 +239,12 @@ def sweep_table(jobs: Sequence[SweepJob], command: str) -> ResultTable:
     whole = _whole(jobs)
     shown = [one for one in whole.benchmarks if one.key[0] not in whole.part_names]
     names = {one.key: one.protocol.primary for one in shown}
-
-    def cell(row: SweepRow, key: _Key) -> Cell:
-        metric = row.metric(key, names[key])
-        return Cell("") if metric is None else metric.cell(seen=row.is_seen(key))
-
     rows = [
-        TableRow(row.model, [Cell(row.method), *(cell(row, key) for key in names)]) for row in sweep_rows(jobs, command)
+        TableRow(
+            row.model,
+            [Cell(row.method), *(_cell(row.metric(key, name), seen=row.is_seen(key)) for key, name in names.items())],
+        )
+        for row in sweep_rows(jobs, command)
     ]
     published: dict[tuple[str, str], dict[_Key, str]] = {}
     for key, primary in names.items():
@@ -262,16 +264,15 @@ def _benchmark_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> Resul
     """Return all metrics of all models and methods on one benchmark, published ones below."""
     key, published = result.key, published_for(*result.key)
     metrics = list(dict.fromkeys(name for one in result.methods for name in one.metrics))
-
-    def cell(row: SweepRow, name: str) -> Cell:
-        metric = row.metric(key, name)
-        return Cell("") if metric is None else metric.cell()
-
     ours = [Cell(key[1]), Cell("this sweep")] if published else []
     table = [
         TableRow(
             row.model,
-            [Cell(row.method + (" *" if row.is_seen(key) else "")), *(cell(row, name) for name in metrics), *ours],
+            [
+                Cell(row.method + (" *" if row.is_seen(key) else "")),
+                *(_cell(row.metric(key, name)) for name in metrics),
+                *ours,
+            ],
         )
         for row in rows
         if key in row.results
@@ -301,14 +302,9 @@ def _tag_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> ResultTable
     tags = {tag: metric.n_queries for one in result.methods for tag, metric in one.by_tag.items()}
     if not tags:
         return None
-
-    def cell(row: SweepRow, tag: str) -> Cell:
-        metric = row.tag(result.key, tag)
-        return Cell("") if metric is None else metric.cell()
-
     heads = [Cell("model"), Cell("method", kind="words"), *(Cell(f"{tag} ({count:,})") for tag, count in tags.items())]
     table = [
-        TableRow(row.model, [Cell(row.method), *(cell(row, tag) for tag in tags)])
+        TableRow(row.model, [Cell(row.method), *(_cell(row.tag(result.key, tag)) for tag in tags)])
         for row in rows
         if result.key in row.results
     ]
