@@ -99,6 +99,7 @@ class Trial:
             f"images={self.folder.root}",
             f"index={self.uri}",
             f"cache_dir={place / 'cache'}",
+            "checkpoint=tiny",
             f"workers={workers}",
             "batch_size=16",
             "strategy=cpu",

@@ -21,7 +21,13 @@ def test_a_gallery_of_files_behind_a_password(visit, tmp_path, monkeypatch):
         Image.fromarray(pixels).resize((900, 600)).save(images / f"image {number}.jpg")
     index = tmp_path / "mine.lance"
     code = "import sys; from union_igrot.cli.index import main; main(sys.argv[1:])"
-    settings = [f"images={images}", f"index={index}", f"cache_dir={tmp_path / 'cache'}", "progress=false"]
+    settings = [
+        f"images={images}",
+        f"index={index}",
+        "checkpoint=tiny",
+        f"cache_dir={tmp_path / 'cache'}",
+        "progress=false",
+    ]
     subprocess.run([sys.executable, "-c", code, *settings], check=True, capture_output=True)
     monkeypatch.setenv("UNION_DEMO_PASSWORD", "geheim")
     with served(tmp_path, f"index={index}", f"second_index={index}", "user=anna") as address:

@@ -14,7 +14,7 @@ from union_igrot.gallery.ingest import writer
 from union_igrot.gallery.ingest.pipeline import lock_index
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
-CPU = ("strategy=cpu", "progress=false", "batch_size=8", "workers=0")
+CPU = ("checkpoint=tiny", "strategy=cpu", "progress=false", "batch_size=8", "workers=0")
 
 
 def fill(folder, count, start=0):
@@ -148,7 +148,7 @@ def test_another_model_is_refused(tmp_path, capsys):
 def test_the_help_names_every_setting(capsys):
     main(["--help"])
     said = capsys.readouterr().out
-    for setting in ("images=", "index=", "checkpoint=tiny", "on_broken=skip", "prune=true", "precision", "strategy"):
+    for setting in ("images=", "index=", "checkpoint=null", "on_broken=skip", "prune=true", "precision", "strategy"):
         assert setting in said
 
 
@@ -188,7 +188,7 @@ def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_
         (tmp_path / "pictures" / f"copy {number}.png").write_bytes((tmp_path / "pictures" / "0007.png").read_bytes())
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
     two, one = tmp_path / "two.lance", tmp_path / "one.lance"
-    shared = [f"images={tmp_path / 'pictures'}", "batch_size=16", "workers=1", "progress=false"]
+    shared = ["checkpoint=tiny", f"images={tmp_path / 'pictures'}", "batch_size=16", "workers=1", "progress=false"]
     killed, calls, add = [], [], writer.RowWriter.add
 
     def add_and_kill(*arguments):
@@ -229,8 +229,22 @@ def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, capsys, monk
 
     monkeypatch.setattr(ray, "init", refuse)
     fill(tmp_path / "pictures", 1)
+    ray = ["checkpoint=tiny", "executor=ray", "ray.address=auto"]
     with pytest.raises(SystemExit) as ended:
-        main([f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", "executor=ray", "ray.address=auto"])
+        main([f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", *ray])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "Ray cluster auto (Could not find any running Ray instance.)" in line
+
+
+def test_the_model_of_shapes_warns_on_photographs(tmp_path, capsys):
+    """And an index keeps its model if none is given."""
+    fill(tmp_path / "pictures", 1)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures" / "a.JPG")
+    settings = [f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", *CPU]
+    main(settings)
+    assert capsys.readouterr().err.startswith("checkpoint=tiny only knows generated shapes")
+    main(settings[:2] + [one for one in settings[2:] if one != "checkpoint=tiny"])
+    assert "0 added, 0 updated, 2 unchanged" in capsys.readouterr().out
+    with open_index(str(tmp_path / "a.lance")) as index:
+        assert index.metadata["checkpoint"] == "tiny"

@@ -43,8 +43,8 @@ def test_an_index_is_created_by_the_first_image(model, tmp_path):
             call()
     gallery.close()
     assert not path.exists()
-    with pytest.raises(ConfigError, match=r"pass a model"):
-        Gallery.open(path)
+    with pytest.raises(ConfigError, match=r"there is no index"):
+        Gallery.open(path, create=False)
     with pytest.raises(ConfigError):
         Gallery.open(path, model, create=False)
     with pytest.raises(ConfigError, match="not the name of an index"):

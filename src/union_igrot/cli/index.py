@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DELETE_ROWS = 10_000
 _NAMES = 5
 """Names of files and folders left out that are shown."""
+_CAMERA_SUFFIXES = (".jpg", ".jpeg", ".heic", ".heif")
 _USE_RAY = "union-index uses one device of one machine; for more pass executor=ray ray.actors=N"
 
 
@@ -70,7 +71,13 @@ def _add_images(config: "DictConfig") -> None:
     # Imported here, so that --help and mistakes in the configuration are fast.
     from union_igrot.gallery.ingest.pipeline import ingest_images
     from union_igrot.gallery.ingest.report import IngestOptions
-    from union_igrot.gallery.metadata import check_backbone_name, index_metadata, load_checkpoint, open_or_create
+    from union_igrot.gallery.metadata import (
+        check_backbone_name,
+        index_metadata,
+        load_checkpoint,
+        load_default_model,
+        open_or_create,
+    )
 
     options = IngestOptions(
         exclude=config.exclude,
@@ -88,12 +95,28 @@ def _add_images(config: "DictConfig") -> None:
         actors=config.ray.actors,
     )
     listing = _list_images(config.images, config.exclude, shown=config.progress)
-    check_backbone_name(config.index, config.checkpoint)
-    model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
+    if config.checkpoint is None:
+        model, checkpoint = load_default_model(config.index, config.weights)
+    else:
+        check_backbone_name(config.index, config.checkpoint)
+        model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
+    _warn_about_photos(checkpoint, listing)
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
     with open_or_create(config.index, model.backbone.dim, index_metadata(model, checkpoint, config.weights)) as index:
         _print_report(ingest_images(index, model, listing, options), index.uri, len(index))
+
+
+def _warn_about_photos(checkpoint: str, listing: "Listing") -> None:
+    """Warn if the model of the generated world is used for files of a format in which cameras write."""
+    from union_igrot.terminal import print_line
+
+    if checkpoint == "tiny" and any(entry.id.lower().endswith(_CAMERA_SUFFIXES) for entry in listing.entries):
+        print_line(
+            "checkpoint=tiny only knows generated shapes; its results on photographs are arbitrary. Leave checkpoint= "
+            "out for the bundled model of photographs, or pass checkpoint=base for CLIP, under another index=",
+            stderr=True,
+        )
 
 
 def _device(accelerator: str) -> "torch.device":

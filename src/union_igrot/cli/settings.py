@@ -117,7 +117,9 @@ class IndexSettings:
     )
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
     remove: str | None = setting(None, "filter of rows to remove, such as id like '/photos/old/%'", verbatim=True)
-    checkpoint: str = setting("tiny", "tiny, folder of a run, hub repository, or name of a backbone (untrained)")
+    checkpoint: str | None = setting(
+        None, "photos, tiny, a backbone (untrained), a run, or a hub repository; that of the index, or photos, if null"
+    )
     weights: str | None = _weights("the checkpoint's backbone")
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
     max_megapixels: float | None = setting(None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0)

