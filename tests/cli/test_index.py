@@ -243,7 +243,7 @@ def test_the_model_of_shapes_warns_on_photographs(tmp_path, capsys):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures" / "a.JPG")
     settings = [f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", *CPU]
     main(settings)
-    assert capsys.readouterr().err.startswith("checkpoint=tiny only knows generated shapes")
+    assert capsys.readouterr().err.startswith("the backbone tiny only knows generated shapes")
     main(settings[:2] + [one for one in settings[2:] if one != "checkpoint=tiny"])
     assert "0 added, 0 updated, 2 unchanged" in capsys.readouterr().out
     with open_index(str(tmp_path / "a.lance")) as index:

@@ -100,20 +100,20 @@ def _add_images(config: "DictConfig") -> None:
     else:
         check_backbone_name(config.index, config.checkpoint)
         model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
-    _warn_about_photos(checkpoint, listing)
+    _warn_about_photos(model.backbone.name, listing)
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
     with open_or_create(config.index, model.backbone.dim, index_metadata(model, checkpoint, config.weights)) as index:
         _print_report(ingest_images(index, model, listing, options), index.uri, len(index))
 
 
-def _warn_about_photos(checkpoint: str, listing: "Listing") -> None:
+def _warn_about_photos(backbone: str, listing: "Listing") -> None:
     """Warn if the model of the generated world is used for files of a format in which cameras write."""
     from union_igrot.terminal import print_line
 
-    if checkpoint == "tiny" and any(entry.id.lower().endswith(_CAMERA_SUFFIXES) for entry in listing.entries):
+    if backbone == "tiny" and any(entry.id.lower().endswith(_CAMERA_SUFFIXES) for entry in listing.entries):
         print_line(
-            "checkpoint=tiny only knows generated shapes; its results on photographs are arbitrary. Leave checkpoint= "
+            "the backbone tiny only knows generated shapes; its results on photographs are arbitrary. Leave checkpoint= "
             "out for the bundled model of photographs, or pass checkpoint=base for CLIP, under another index=",
             stderr=True,
         )
