@@ -114,7 +114,7 @@ def _warn_about_photos(backbone: str, listing: "Listing") -> None:
     if backbone == "tiny" and any(entry.id.lower().endswith(_CAMERA_SUFFIXES) for entry in listing.entries):
         print_line(
             "the backbone tiny only knows generated shapes; its results on photographs are arbitrary. Leave "
-            "checkpoint= out for the bundled model of photographs, or pass checkpoint=base for CLIP, under another index=",
+            "checkpoint= out for the bundled model of photographs, or pass checkpoint=base, under another index=",
             stderr=True,
         )
 
