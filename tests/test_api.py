@@ -2,7 +2,8 @@
 
 import ast
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from small_world import cir_benchmark, sbir_benchmark, triplets
 from union_igrot.cli.config import compose, conf_dir, plain
 from union_igrot.errors import UnionError
 from union_igrot.experiment import NOT_HASHED, build_model, hashed_settings, head_sizes
+from union_igrot.training.settings import BankSettings
 from union_igrot.types import Ranking, Scores
 
 NAMES = (
@@ -210,14 +212,16 @@ def test_heads_have_the_sizes_of_the_configuration(name, dim):
 
 def test_defaults_are_those_of_the_command():
     assert ui.Recipe(**yaml.safe_load((conf_dir() / "recipe" / "default.yaml").read_text())) == ui.Recipe()
-    assert yaml.safe_load((conf_dir() / "loss" / "infonce_small.yaml").read_text())["scale"] == 30.0
+    assert yaml.safe_load((conf_dir() / "loss" / "bank.yaml").read_text()) == asdict(BankSettings())
+    chosen = compose("train")
+    assert (chosen.target.kind, chosen.loss.kind) == (signature(ui.train).parameters["target"].default, "bank")
 
 
 def test_training_starts_from_trained_heads(small_run: Run):
     settings = plain(compose("train", [*small_run.settings, f"checkpoint={small_run.folder}"]))
     assert build_model(settings, {}).fingerprint() == ui.load(small_run.folder).fingerprint()
     assert hashed_settings({**settings, "checkpoint": None}).keys() == settings.keys() - {"checkpoint"} - NOT_HASHED
-    with pytest.raises(UnionError, match=r"has target \{'kind': 'union'.*expected that of this training"):
+    with pytest.raises(UnionError, match=r"has target \{'kind': 'residual'.*expected that of this training"):
         build_model({**settings, "target": {"kind": "frozen"}}, {})
 
 
