@@ -4,13 +4,13 @@ from typing import final
 
 from PIL import Image
 
-from union_igrot.demo.backends import DisplayedImage, SearchBackend, SearchRequest
+from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequest
 from union_igrot.demo.uploads import encode_thumbnail
 from union_igrot.errors import DataError
 
 
 @final
-class Squares(SearchBackend):
+class Squares(GalleryBackend):
     """Returns images in order, rotated by the length of the text; records its requests."""
 
     def __init__(self, name: str = "forward", count: int = 60, step: int = 1) -> None:
@@ -39,13 +39,13 @@ class Squares(SearchBackend):
             return []
         gone = {*request.exclude, *request.disliked}
         found = [name for name in order if name not in gone][skip : skip + count]
-        return [self._show(name, 1 - (skip + place) / 100) for place, name in enumerate(found)]
+        return [self._square(name, 1 - (skip + place) / 100) for place, name in enumerate(found)]
 
     def sample(self, count: int, seed: int) -> list[DisplayedImage]:
-        return [self._show(f"s{(seed + place) % self.count}") for place in range(min(count, self.count))]
+        return [self._square(f"s{(seed + place) % self.count}") for place in range(min(count, self.count))]
 
     def item(self, name: str) -> DisplayedImage:
-        return self._show(name)
+        return self._square(name)
 
     def image(self, name: str) -> Image.Image:
         return Image.new("RGB", (640, 480), self._color(name))
@@ -55,6 +55,6 @@ class Squares(SearchBackend):
             raise DataError("not here")
         return (4 * number, 100, 200)
 
-    def _show(self, name: str, score: float | None = None) -> DisplayedImage:
+    def _square(self, name: str, score: float | None = None) -> DisplayedImage:
         small = encode_thumbnail(Image.new("RGB", (40, 30), self._color(name)))
         return DisplayedImage(name, f"square <{name}>", small, score, f"/images/{name}.png", {"class": f"c&{name}"})

@@ -89,19 +89,3 @@ CONTRAST = """() => {
     }
     return faint;
 }"""
-
-
-def test_no_file_of_the_server_is_reachable(visit, address):
-    user = visit()
-    for path in (
-        "etc/passwd",
-        "static/../server.py",
-        "static/%2e%2e/server.py",
-        "gradio_api/file=/etc/passwd",
-        "file=/etc/passwd",
-    ):
-        response = user.page.request.get(f"{address}/{path}")
-        assert response.status == 404
-        assert "root:" not in response.text()
-    assert user.page.request.get(address, headers={"Host": "evil.example"}).status == 400
-    assert user.page.request.post(f"{address}/act", data={"action": "show", "given": {}}).status == 403

@@ -11,7 +11,6 @@ import union_igrot
 from union_igrot.cli.index import main
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.ingest import writer
-from union_igrot.gallery.ingest.pipeline import lock_index
 
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 CPU = ("checkpoint=tiny", "strategy=cpu", "progress=false", "batch_size=8", "workers=0")
@@ -106,50 +105,6 @@ def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([f"index={uri}", "remove=sauce = 'x'"])
     assert "remove=\"sauce = 'x'\": there is no column 'sauce'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["photos.lance", "index=x"], "unexpected argument 'photos.lance'"),
-        (["images=a.tar", "images=b.tar", "index=x.lance"], "images is given twice"),
-    ],
-)
-def test_a_slip_is_one_line(words, said, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"union-index: {said}")
-    assert len(told.splitlines()) == 1
-
-
-def test_a_second_process_is_refused_by_one_line(tmp_path, capsys):
-    fill(tmp_path / "pictures", 1)
-    uri = str(tmp_path / "photos.lance")
-    with lock_index(uri), pytest.raises(SystemExit) as ended:
-        main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert f"union-index: another process is putting images into {uri}; wait until it ends" in said
-    assert len(said.splitlines()) == 1
-
-
-def test_another_model_is_refused(tmp_path, capsys):
-    fill(tmp_path / "pictures", 1)
-    uri = str(tmp_path / "photos.lance")
-    open_index(uri, dim=union_igrot.load("tiny").backbone.dim, metadata={"fingerprint": "other"}, create=True).close()
-    with pytest.raises(SystemExit) as ended:
-        main([f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU])
-    assert ended.value.code == 2
-    assert "was made with" in capsys.readouterr().err
-
-
-def test_the_help_names_every_setting(capsys):
-    main(["--help"])
-    said = capsys.readouterr().out
-    for setting in ("images=", "index=", "checkpoint=null", "on_broken=skip", "prune=true", "precision", "strategy"):
-        assert setting in said
 
 
 def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, monkeypatch):

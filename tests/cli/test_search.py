@@ -15,7 +15,7 @@ from small_world import Noise, trainable
 from union_igrot.cli import search as command
 from union_igrot.cli.config import compose
 from union_igrot.cli.search import main as search
-from union_igrot.errors import CheckpointError, DataError, ImageError, UnionError
+from union_igrot.errors import DataError, ImageError, UnionError
 from union_igrot.gallery import gallery as gallery_module
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import read_queries
@@ -180,30 +180,12 @@ def test_mistakes_are_one_line_errors(gallery, capsys, arguments, part):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("arguments", "part"), MISTAKES[::6])
-def test_mistakes_exit_with_2(gallery, capsys, arguments, part):
-    with pytest.raises(SystemExit) as stopped:
-        search(["index=x.lance", *arguments])
-    assert stopped.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("union-search: ")
-    assert part in output.err
-    assert len(output.err.splitlines()) == 1
-
-
 def test_a_missing_index_exits_with_2(tmp_path, capsys):
     for uri in ("x.txt", "memory:"):
         with pytest.raises(SystemExit) as stopped:
             search([f"index={uri}", "text=red"])
         assert stopped.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_another_model_is_refused(gallery, tmp_path, capsys):
-    with pytest.raises(CheckpointError, match=r"made with backbone linear.*not with backbone tiny") as caught:
-        run("text=red", "checkpoint=tiny")
-    assert gallery.model.describe()["heads"] in str(caught.value)
 
 
 BATCH = [
@@ -283,12 +265,6 @@ def test_an_invalid_line_is_named(tmp_path, name, text, part):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "q.csv").write_bytes(b"text\n\xff\n")
-    with pytest.raises(DataError, match="not UTF-8"):
-        read_queries(tmp_path / "q.csv")
-
-
 def test_contact_draws_a_sheet(gallery, deep, capsys, tmp_path):
     run("image=a.png", "contact=it's a sheet.png", "k=20")
     assert len(rows(capsys)) == COUNT
@@ -318,18 +294,6 @@ def test_a_closed_pipe_exits_with_141(gallery, capsys, monkeypatch, form):
             search(["index=x.lance", "image=a.png", f"format={form}"])
     assert stopped.value.code == 141
     assert capsys.readouterr().err == ""
-
-
-def test_an_interruption_exits_with_130(gallery, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Gallery, "search_many", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        search(["index=x.lance", "text=red"])
-    assert stopped.value.code == 130
-    output = capsys.readouterr()
-    assert (output.out, len(output.err.splitlines())) == ("", 1)
 
 
 def test_names_beyond_the_output_encoding_are_escaped(gallery, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from union_igrot.datasets.loading import load_benchmark
 from union_igrot.errors import DataError, ImageError
-from union_igrot.images.crop import Crop
 from union_igrot.images.decode import image_key, open_image
+from union_igrot.images.identity import Crop
 from union_igrot.types import LazyImage
 
 

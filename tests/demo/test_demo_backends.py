@@ -7,8 +7,14 @@ from PIL import Image
 
 from small_world import LinearBackbone, extractor, trainable
 from union_igrot import shapes_cir, shapes_sbir
-from union_igrot.demo.backends import GalleryBackend, SearchRequest, model_name, open_backend
-from union_igrot.demo.synthetic_gallery import SyntheticBackend, SyntheticGallery
+from union_igrot.demo.backends import (
+    GalleryBackend,
+    SearchRequest,
+    SyntheticBackend,
+    SyntheticGallery,
+    model_name,
+    open_backend,
+)
 from union_igrot.demo.uploads import decode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.memory import MemoryIndex
@@ -129,9 +135,8 @@ def synthetic(small, tmp_path_factory) -> SyntheticBackend:
     return small.backend("sum", model, extractor(tmp_path_factory.mktemp("features"), model.backbone))
 
 
-@pytest.mark.parametrize("target", ["union", "shared"])
-def test_the_generated_world_is_ranked_as_literally(small, tmp_path, target):
-    model = trainable(target=target)
+def test_the_generated_world_is_ranked_as_literally(small, tmp_path):
+    model = trainable()
     backend = small.backend("trained", model, extractor(tmp_path, model.backbone))
     query = shapes_cir("test", 20, distractors=5).queries[0]
     image = query.image.open()

@@ -62,23 +62,6 @@ def test_undo_redo_and_a_new_query_after_an_undo():
             step()
 
 
-def test_going_back_restores_the_query_image():
-    session = Session().search(PHOTO, "a").search(PICKED, "b").search(None, "c")
-    assert [session.go_to(at).reference for at in range(3)] == [PHOTO, PICKED, None]
-    assert session.set_reference(PHOTO).go_to(-1).reference is None
-
-
-def test_undo_reverts_pending_changes_first():
-    searched = Session().search(SKETCH, "").search(PICKED, "in red")
-    assert not searched.has_pending_changes
-    for changed in (searched.set_reference(PHOTO), searched.set_reference(None), searched.mark(MARK)):
-        assert changed.has_pending_changes
-        assert changed.undo() == searched
-    sketched = searched.undo()
-    assert (sketched.has_pending_changes, sketched.present.reference) == (False, SKETCH)
-    assert Session().set_reference(PHOTO).undo() == Session()
-
-
 def test_the_size_is_that_of_the_images():
     photo = Reference("photo", "cat", b"123", b"1234", image=b"12")
     assert Session().size == 0

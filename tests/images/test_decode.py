@@ -417,17 +417,6 @@ def test_an_image_whose_file_is_gone_or_torn_is_named(tmp_path):
         as_image(closed)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 4]), st.integers(0, 2**32 - 1))
-def test_an_array_and_its_tensor_are_one_image(high, wide, channels, seed):
-    array = np.random.default_rng(seed).integers(0, 256, (high, wide, channels), dtype=np.uint8)
-    first = as_image(array)
-    assert first.size == (wide, high)
-    assert same(as_image(torch.from_numpy(array).permute(2, 0, 1)), np.asarray(first))
-    # Blending with transparency rounds; the levels themselves are kept.
-    assert same(as_image(array / 255), np.asarray(first))
-
-
 # --- images that would take too long or too much memory, and formats
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from small_world import Noise
 from union_igrot.datasets.loading import load_benchmark, load_training
-from union_igrot.images.crop import Crop
-from union_igrot.images.identity import image_identities, image_identity
+from union_igrot.images.identity import Crop, image_identities, image_identity
 
 
 def same(one, other):

@@ -66,12 +66,6 @@ def test_equal_to_torchvision(width, height, size, fit, interpolation, ratio):
     assert torch.equal(ImageToTensor(preprocess)(image), reference(preprocess)(image))
 
 
-def test_the_right_size_is_not_resampled():
-    image = noise(16, 16)
-    got = ImageToTensor(Preprocess(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "pad"))(image)
-    assert torch.equal(got, torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
-
-
 def test_a_long_strip_keeps_its_middle_and_its_memory():
     strip = Image.new("RGB", (200_000, 1), "red")
     strip.paste("blue", (99_990, 0, 100_010, 1))
@@ -81,12 +75,6 @@ def test_a_long_strip_keeps_its_middle_and_its_memory():
         assert got.shape == (3, 224, 224)
         assert got[2].min() == 1
         assert got[0].max() == 0
-
-
-def test_other_modes_are_laid_on_white_first():
-    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    got = ImageToTensor(Preprocess(4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))(clear)
-    assert torch.equal(got, torch.ones(3, 4, 4))
 
 
 def test_it_can_be_pickled():

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -70,13 +69,6 @@ def test_prune_spares_an_open_store_and_takes_it_once_closed(tmp_path):
     store.close()
     assert [entry.fingerprint for entry in prune(tmp_path, 0)] == ["f"]
     assert not store.folder.exists()
-
-
-def test_a_store_that_is_collected_releases_its_lock(tmp_path):
-    fill(tmp_path, "f", 2)
-    store = FeatureStore(tmp_path, "f")
-    del store
-    assert len(prune(tmp_path, 0)) == 1
 
 
 def test_checking_a_lock_keeps_nobody_from_acquiring_it(tmp_path):
@@ -206,19 +198,6 @@ def test_a_folder_of_another_user_is_not_counted(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(cache, "prune", kept)
     assert make_room(tmp_path, 10, 5) > 10
     assert "cannot remove" in caplog.text
-
-
-def test_below_the_limit_nothing_is_removed(tmp_path, caplog):
-    fill(tmp_path, "old", age=1000)
-    fill(tmp_path, "mine", limit=10**9)
-    assert there(tmp_path) == ["mine", "old"]
-    assert not caplog.records
-    assert make_room(tmp_path / "nothing", 5, 4) == 5
-
-
-def test_a_pickled_store_keeps_its_limit_and_name(tmp_path):
-    store = pickle.loads(pickle.dumps(FeatureStore(tmp_path, "f", backbone="tiny", limit=77)))
-    assert (store.limit, store.backbone, store.dtype) == (77, "tiny", "float32")
 
 
 def test_the_name_of_the_backbone_is_listed_and_a_store_without_one_still_opens(tmp_path):

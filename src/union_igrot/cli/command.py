@@ -147,7 +147,8 @@ def _terminable() -> Iterator[None]:
             atexit._run_exitfuncs()
             os._exit(EXIT_TERMINATED)
         _restore_sigterm()
-        sender.close()
+        with sender:
+            sender.shutdown(socket.SHUT_WR)  # ends the watcher, although decoding workers still hold it open
         watcher.join()
 
 

@@ -16,11 +16,10 @@ from union_igrot.errors import ConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from union_igrot.demo.backends import SearchBackend
+    from union_igrot.demo.backends import GalleryBackend
     from union_igrot.demo.server import Login
 
-PASSWORD = "UNION_DEMO_PASSWORD"
-"""The environment variable that holds the password."""
+PASSWORD = "UNION_DEMO_PASSWORD"  # the environment variable that holds the password
 UNTRAINED = {"image + text": "sum", "image alone": "image"}
 """Baselines that a model is compared with on the generated world, name on the page to kind."""
 
@@ -30,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("demo", demo, argv)
 
 
-def demo(config: "DictConfig", fresh: Path) -> None:
+def demo(config: "DictConfig", _: Path) -> None:
     """Serve the page as configured, until it is stopped."""
-    del fresh
     missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'the demo needs {", ".join(missing)}; pip install "union-igrot[demo]"')
@@ -95,19 +93,18 @@ def _login(user: str | None) -> "Login | None":
     return Login(user, password)
 
 
-def _gallery_backends(config: "DictConfig") -> "list[SearchBackend]":
+def _gallery_backends(config: "DictConfig") -> "list[GalleryBackend]":
     from union_igrot.demo.backends import open_backend
 
-    backends: list[SearchBackend] = [open_backend(config.index, config.checkpoint, config.device)]
+    backends: list[GalleryBackend] = [open_backend(config.index, config.checkpoint, config.device)]
     if config.second_index is not None:
         backends.append(open_backend(config.second_index, config.second_checkpoint, config.device))
     return backends
 
 
-def _synthetic_backends(config: "DictConfig") -> "list[SearchBackend]":
+def _synthetic_backends(config: "DictConfig") -> "list[GalleryBackend]":
     """Return the generated world with the model, with a second one if there is one, and with untrained baselines."""
-    from union_igrot.demo.backends import model_name
-    from union_igrot.demo.synthetic_gallery import SyntheticGallery
+    from union_igrot.demo.backends import SyntheticGallery, model_name
     from union_igrot.experiment import open_extractor
     from union_igrot.gallery.metadata import load_checkpoint
     from union_igrot.models.devices import resolve_device
@@ -121,7 +118,7 @@ def _synthetic_backends(config: "DictConfig") -> "list[SearchBackend]":
         second = load_checkpoint(config.second_checkpoint)[0].to(device)
         models[f"second: {model_name(second)}"] = second
     models |= {f"{name}, untrained": baseline(first.backbone, kind) for name, kind in UNTRAINED.items()}
-    backends: list[SearchBackend] = []
+    backends: list[GalleryBackend] = []
     for name, model in models.items():
         features = open_extractor(plain(config), model.backbone)
         with features.store:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from union_igrot.gallery.ingest.entries import Listing
     from union_igrot.gallery.ingest.report import IngestReport
 
-_DELETE_ROWS = 10_000
 _NAMES = 5
 """Names of files and folders left out that are shown."""
 _CAMERA_SUFFIXES = (".jpg", ".jpeg", ".heic", ".heif")
@@ -28,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("index", index_images, argv, resumes=True)
 
 
-def index_images(config: "DictConfig", fresh: Path) -> None:
+def index_images(config: "DictConfig", _: Path) -> None:
     """Put images into an index as configured, or remove rows from it."""
-    del fresh
     if (config.images is None) == (config.remove is None):
         raise ConfigError("give either images=SOURCE, the images to add, or remove=FILTER, the rows to remove")
     if config.index == "memory:":
@@ -55,14 +53,14 @@ def _check_one_process(config: "DictConfig") -> None:
 
 def _remove_rows(config: "DictConfig") -> None:
     from union_igrot.gallery.engines.factory import open_index
+    from union_igrot.gallery.ingest.pipeline import delete_rows
 
     with open_index(config.index) as index:
         try:
             names = [str(name) for batch in index.scan(["id"], config.remove) for name in batch["id"]]
         except ConfigError as error:
             raise ConfigError(str(error).replace("where=", "remove=", 1)) from None
-        removed = sum(index.delete(names[at : at + _DELETE_ROWS]) for at in range(0, len(names), _DELETE_ROWS))
-        if removed:
+        if removed := delete_rows(index, names):
             index.optimize()
         print(f"{index.uri}: {len(index):,} rows; {removed:,} removed")  # noqa: T201 - output of the command
 

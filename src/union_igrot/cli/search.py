@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from union_igrot.gallery.results import Hit, SearchResult
     from union_igrot.reporting.contact_sheets import SheetRow
 
-EXIT_NO_HITS = 1
-"""Exit code if no query has hits."""
-SHEET_QUERIES = 12
-"""Queries on a contact sheet."""
+EXIT_NO_HITS = 1  # exit code if no query has hits
+SHEET_QUERIES = 12  # queries on a contact sheet
 _BATCH = 256
 _NARROW = 50  # a terminal with fewer characters shows no columns beside the image
 
@@ -30,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command("search", search, argv)
 
 
-def search(config: "DictConfig", fresh: Path) -> None:
+def search(config: "DictConfig", _: Path) -> None:
     """Search as configured; exit with 1 if there are no hits."""
-    del fresh
     _check(config)
     # Heavy modules are imported here, so that --help and errors in the configuration are fast.
     from union_igrot.gallery.engines.factory import uri_scheme

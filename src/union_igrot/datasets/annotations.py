@@ -14,8 +14,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, TypeVar, final
 
 from union_igrot.errors import DataError, ImageError
-from union_igrot.images.crop import Box
 from union_igrot.images.decode import check_image
+from union_igrot.images.identity import Box
 from union_igrot.storage.paths import expand_user
 from union_igrot.storage.text import read_json, read_lines, refuse_repeated
 

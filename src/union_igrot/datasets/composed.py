@@ -46,7 +46,7 @@ from union_igrot.datasets.builtin import (
 )
 from union_igrot.datasets.registry import Template, Text
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.images.crop import Crop
+from union_igrot.images.identity import Crop
 from union_igrot.storage.text import read_json, refuse_repeated
 from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query
 

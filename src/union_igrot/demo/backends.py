@@ -1,27 +1,34 @@
-"""Galleries that the page searches: the interface, and an index with a model."""
+"""Galleries that the page searches: an index with a model, and the generated world."""
 
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from union_igrot.demo.uploads import KEPT_SIDE, decode_thumbnail, encode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
-from union_igrot.gallery.engines.base import ColumnValue
+from union_igrot.features.extractor import FeatureExtractor
+from union_igrot.gallery.engines.base import ColumnValue, Rows
+from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, file_of
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
+from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
+from union_igrot.types import GalleryItem, ImageSource
 
-SAMPLE_POOL: Final = 20_000
-"""Rows from which the images of the start page are sampled."""
-_SKETCH_SCALES: Final = {"tiny": 0.55}
-"""Relative size of the drawings that a backbone was trained on."""
+SAMPLE_POOL: Final = 20_000  # rows from which the images of the start page are sampled
+_SKETCH_SCALES: Final = {"tiny": 0.55}  # relative size of the drawings that a backbone was trained on
+_SYNTHETIC_QUERIES: Final = 1000  # queries whose gallery is used, about 6,000 images, embedded in 15 s on two cores
+_STEP: Final = 256
 _INTERNAL_COLUMNS: Final = {THUMBNAIL, "hash", "size", "mtime", "width", "height", "source"}
 """Columns that are not shown."""
 
@@ -30,126 +37,40 @@ Columns = Mapping[str, ColumnValue]
 
 @dataclass(frozen=True, slots=True)
 class DisplayedImage:
-    """A gallery image on the page.
+    """A gallery image on the page."""
 
-    Attributes:
-        id: Unique in its gallery.
-        title: Title on the page.
-        thumbnail: A small PNG or JPEG.
-        score: Cosine similarity to the query, -1..1; None without a query.
-        path: Its file, or None.
-        details: Further columns to show, by name.
-    """
-
-    id: str
-    title: str
-    thumbnail: bytes
-    score: float | None = None
-    path: str | None = None
+    id: str  # unique in its gallery
+    title: str  # title on the page
+    thumbnail: bytes  # a small PNG or JPEG
+    score: float | None = None  # cosine similarity to the query, -1..1; None without a query
+    path: str | None = None  # its file, or None
     details: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """A query to a backend.
-
-    Attributes:
-        image: The reference photo or the sketch, or None.
-        text: Modification text, or a text query without an image; None for none.
-        where: A filter on the gallery's columns; None for none.
-        liked: Ids of images to move towards.
-        disliked: Ids of images to move away from; never among the results.
-        exclude: Further ids to leave out of the results.
-    """
+    """A query to a backend."""
 
     image: Image.Image | None = None
-    text: str | None = None
-    where: str | None = None
-    liked: Sequence[str] = ()
-    disliked: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    text: str | None = None  # modification text, or a text query without an image; None for none
+    where: str | None = None  # a filter on the gallery's columns; None for none
+    liked: Sequence[str] = ()  # ids of images to move towards
+    disliked: Sequence[str] = ()  # ids of images to move away from; never among the results
+    exclude: Sequence[str] = ()  # further ids to leave out of the results
 
 
-class SearchBackend(ABC):
-    """A gallery and a model that searches it. Used by one thread at a time.
+class GalleryBackend:
+    """A gallery and a model that searches it. Used by one thread at a time."""
 
-    Attributes:
-        name: Name of the method on the page.
-        gallery: Name of the gallery on the page.
-        model: Name of the model on the page.
-        hint: A hint on supported queries, or an empty string.
-        warning: A limit of the model for this gallery, or an empty string.
-        example: An example filter.
-        sketch_scale: Relative size to which sketches are reduced; see `uploads.draw_strokes`.
-        pixelated: Whether images are shown without smoothing.
-    """
-
-    name: str
-    gallery: str
-    model: str = ""
+    name: str  # of the method
+    gallery: str  # title of the gallery
+    model: str
     hint: str = ""
-    warning: str = ""
-    example: str = ""
-    sketch_scale: float = 1.0
-    pixelated: bool = False
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """Names of the columns that filters can use."""
-        return ()
-
-    @abstractmethod
-    def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
-        """Return the best results, best first.
-
-        Args:
-            request: The query.
-            skip: Number of results to skip (previous pages).
-            count: Number of results, at least 1; fewer are returned if there are no more.
-
-        Raises:
-            ConfigError: If the filter is invalid.
-            DataError: If a liked or disliked image is not in the gallery.
-        """
-
-    @abstractmethod
-    def sample(self, count: int, seed: int) -> list[DisplayedImage]:
-        """Return some images to start from; deterministic in `seed`."""
-
-    @abstractmethod
-    def item(self, name: str) -> DisplayedImage:
-        """Return one image by its id.
-
-        Raises:
-            DataError: If it is not in the gallery.
-        """
-
-    @abstractmethod
-    def image(self, name: str) -> Image.Image:
-        """Decode one image by its id at full size.
-
-        Raises:
-            DataError: If it is not in the gallery.
-            ImageError: If it cannot be decoded any more.
-        """
-
-
-class GalleryBackend(SearchBackend):
-    """A gallery of files, in memory, on disk or on a server.
-
-    Args:
-        gallery: The gallery; not empty.
-        title: Its name on the page.
-        name: Name of the method on the page; by default the gallery and the model.
-    """
-
-    example = "width >= 1000"
-    thumbnails = True
-    """Whether the index holds thumbnails."""
+    warning: str = ""  # a limit of the model for this gallery
+    example: str = "width >= 1000"  # a filter
+    sketch_scale: float = 1.0  # see `draw_strokes`
+    pixelated: bool = False  # whether images are shown without smoothing
+    thumbnails: bool = True  # whether the index holds them
 
     def __init__(self, gallery: Gallery, title: str, name: str = "") -> None:
         self.gallery, self.model = title, model_name(gallery.model)
@@ -165,11 +86,11 @@ class GalleryBackend(SearchBackend):
 
     @property
     def columns(self) -> Sequence[str]:
-        """See `SearchBackend`."""
+        """Names of the columns that filters can use."""
         return ["id", *(name for name, kind in self._rows.columns.items() if kind != "bytes")]
 
     def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
-        """See `SearchBackend`."""
+        """Return the best results, best first, behind the first `skip`."""
         if marked := [*request.liked, *request.disliked]:
             try:
                 self._rows.fetch(marked)
@@ -191,7 +112,7 @@ class GalleryBackend(SearchBackend):
         return [self._show(hit.id, hit.columns, hit.jpeg, hit.score) for hit in found[skip:]]
 
     def sample(self, count: int, seed: int) -> list[DisplayedImage]:
-        """See `SearchBackend`."""
+        """Return some images to start from; deterministic in `seed`."""
         for fresh in (False, True):
             if fresh or not self._pool:
                 self._pool = self._read_ids()
@@ -201,23 +122,21 @@ class GalleryBackend(SearchBackend):
         raise DataError(f"{self.gallery} is being changed; try again in a moment.")
 
     def item(self, name: str) -> DisplayedImage:
-        """See `SearchBackend`."""
+        """Return one image by its id."""
         return self._items([name])[0]
 
     def image(self, name: str) -> Image.Image:
-        """See `SearchBackend`. Falls back to the thumbnail if there is no readable file."""
+        """Decode one image by its id, or its thumbnail if there is no readable file."""
         columns = self._fetch([name])[0]  # raises for a name that is not in the index, so that no other file is opened
         return self._decode(name, columns)
 
     def _show(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
-        """Return a row as shown on the page."""
         shown = {key: str(value) for key, value in columns.items() if key not in _INTERNAL_COLUMNS}
         details = {key: value for key, value in shown.items() if columns[key] is not None}
         small = encode_thumbnail(Image.new("RGB", (8, 8), "grey")) if jpeg is None else jpeg
         return DisplayedImage(name, Path(name).name or name, small, score, name, details)
 
     def _decode(self, name: str, columns: Columns) -> Image.Image:
-        """Decode the image of a row."""
         if (path := file_of(name)) is not None:
             with suppress(ImageError):
                 return open_image(path, at_least=KEPT_SIDE)
@@ -244,16 +163,7 @@ class GalleryBackend(SearchBackend):
 
 
 def open_backend(uri: str, checkpoint: str | None = None, device: str = "auto") -> GalleryBackend:
-    """Open an index for the page.
-
-    Args:
-        uri: The index.
-        checkpoint: The model; by default the one that the index was made with.
-        device: Device of the model; see `Gallery.open`.
-
-    Raises:
-        UnionError: If it cannot be opened, was made with another model, or is empty.
-    """
+    """Open an index for the page."""
     gallery = Gallery.open(uri, checkpoint, create=False, device=device)
     if not len(gallery):
         gallery.close()
@@ -269,3 +179,61 @@ def model_name(model: IGROTModel) -> str:
 def _thumbnail(columns: Columns) -> bytes | None:
     jpeg = columns.get(THUMBNAIL)
     return jpeg if isinstance(jpeg, bytes) else None
+
+
+@final
+class SyntheticBackend(GalleryBackend):
+    """Images that are rendered on demand; captions are their titles."""
+
+    hint = "Try “make the star blue”, “remove the house”, “put it on sand”, “add a red circle on the left”."
+    example = "class = 'star' or caption like '%red%'"
+    pixelated = True
+    thumbnails = False
+
+    def __init__(self, gallery: Gallery, name: str, items: Sequence[GalleryItem]) -> None:
+        super().__init__(gallery, "a generated world of colored shapes", name)
+        self._images = {item.id: item.image for item in items}
+
+    def _show(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
+        del jpeg
+        details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
+        return DisplayedImage(name, str(columns["caption"]), _rendered(self._images[name]), score, None, details)  # type: ignore[arg-type]  # images are hashable
+
+    def _decode(self, name: str, columns: Columns) -> Image.Image:
+        del columns
+        return open_image(self._images[name])
+
+
+@final
+class SyntheticGallery:
+    """The test galleries of both generated benchmarks as one gallery."""
+
+    def __init__(self, queries: int = _SYNTHETIC_QUERIES) -> None:
+        cir = shapes_cir("test", queries, distractors=queries // 4)
+        sbir = shapes_sbir("test", 1, gallery=queries)
+        images = [*cir.gallery, *sbir.gallery]
+        self.items = [replace(item, id=f"photo-{number:05d}") for number, item in enumerate(images)]
+
+    def backend(self, name: str, model: IGROTModel, extractor: FeatureExtractor) -> SyntheticBackend:
+        """Embed the gallery with a model."""
+        sources = [item.image for item in self.items]
+        keys = extractor.extract_images(sources, tokens=model.target.needs_tokens, label="the generated world")
+        rows = MemoryIndex(model.backbone.dim)
+        columns = {"class": [item.label for item in self.items], "caption": [item.caption for item in self.items]}
+        rows.upsert(Rows([item.id for item in self.items], _embed(model, extractor, keys), columns))
+        return SyntheticBackend(Gallery(rows, model, rows.uri), name, self.items)
+
+
+@lru_cache(8192)
+def _rendered(source: ImageSource) -> bytes:
+    """Render each image once: 5 kB each, 40 MB in total."""
+    return encode_thumbnail(open_image(source))
+
+
+@torch.inference_mode()
+def _embed(model: IGROTModel, extractor: FeatureExtractor, keys: Sequence[str]) -> Float[Tensor, "gallery dim"]:
+    tokens = model.target.needs_tokens
+    steps = range(0, len(keys), _STEP)
+    return torch.cat(
+        [model.embed_gallery(extractor.lookup(keys[at : at + _STEP], tokens=tokens)).cpu() for at in steps]
+    )

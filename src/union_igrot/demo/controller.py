@@ -8,7 +8,7 @@ from typing import Any, Final, final
 
 from PIL import Image
 
-from union_igrot.demo.backends import DisplayedImage, SearchBackend, SearchRequest
+from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequest
 from union_igrot.demo.session import Mark, Reference, Session, Stroke, read_link
 from union_igrot.demo.uploads import (
     KEPT_SIDE,
@@ -21,68 +21,41 @@ from union_igrot.demo.uploads import (
 )
 from union_igrot.errors import ConfigError, DataError, UnionError
 
-MAX_SESSIONS: Final = 256
-"""Sessions kept; the least recently used are dropped first."""
-MAX_BYTES: Final = 2**30
-"""Bytes of images kept for all sessions together."""
-MAX_PAGES: Final = 4
-"""Recent pages of a session whose images can be opened; two browser windows share one session."""
-MAX_TEXT: Final = 300
-"""Characters of a text."""
-MAX_WHERE: Final = 500
-"""Characters of a filter."""
-MAX_RANK: Final = 2400
-"""Last rank that the pages reach."""
+MAX_SESSIONS: Final = 256  # sessions kept; the least recently used are dropped first
+MAX_BYTES: Final = 2**30  # bytes of images kept for all sessions together
+MAX_PAGES: Final = 4  # recent pages of a session whose images can be opened; two browser windows share one session
+MAX_TEXT: Final = 300  # characters of a text
+MAX_WHERE: Final = 500  # characters of a filter
+MAX_RANK: Final = 2400  # last rank that the pages reach
 MARK_REMOVED: Final = "Mark removed."
 SESSION_LOST: Final = "The history of this page was lost: the server was restarted or dropped old sessions."
 
 
 @dataclass(frozen=True)
 class ResultColumn:
-    """Results of one backend.
-
-    Attributes:
-        backend: Number of the backend.
-        name: Name of its method.
-        images: The images of this page.
-        first: Rank of the first of them, from 1.
-    """
+    """Results of one backend."""
 
     backend: int
     name: str
-    images: Sequence[DisplayedImage]
-    first: int = 1
+    images: Sequence[DisplayedImage]  # the images of this page
+    first: int = 1  # rank of the first of them, from 1
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What the page shows after an action; None leaves a region unchanged.
-
-    Attributes:
-        token: Secret id of the session.
-        session: The session.
-        message: A status message.
-        columns: The results: one column, or two when backends are compared.
-        last: Whether this is the last page.
-        shared: Ids of the images in both columns.
-        strokes: New content of the sketch pad.
-        text: New content of the text field.
-        where: New content of the filter field.
-        large: An image to show large.
-        moved: Whether the history has to be rendered again.
-    """
+    """What the page shows after an action; None leaves a region unchanged."""
 
     token: str
     session: Session
     message: str = ""
-    columns: Sequence[ResultColumn] | None = None
-    last: bool = True
-    shared: frozenset[str] = frozenset()
-    strokes: Sequence[Stroke] | None = None
-    text: str | None = None
-    where: str | None = None
-    large: "LargeImage | None" = None
-    moved: bool = False
+    columns: Sequence[ResultColumn] | None = None  # the results: one column, or two when backends are compared
+    last: bool = True  # whether this is the last page
+    shared: frozenset[str] = frozenset()  # ids of the images in both columns
+    strokes: Sequence[Stroke] | None = None  # new content of the sketch pad
+    text: str | None = None  # new content of the text field
+    where: str | None = None  # new content of the filter field
+    large: "LargeImage | None" = None  # an image to show large
+    moved: bool = False  # whether the history has to be rendered again
 
     @property
     def heading(self) -> str:
@@ -113,14 +86,9 @@ Parameters = Mapping[str, Any]
 
 @final
 class DemoController:
-    """Sessions of all users over one or more backends.
+    """Sessions of all users over one or more backends."""
 
-    Args:
-        backends: Backends; the first is searched, the others can be compared with it.
-        page: Images per page.
-    """
-
-    def __init__(self, backends: Sequence[SearchBackend], *, page: int = 24) -> None:
+    def __init__(self, backends: Sequence[GalleryBackend], *, page: int = 24) -> None:
         if not backends:
             raise ConfigError("the demo needs at least one backend")
         self.backends, self.page = tuple(backends), page
@@ -146,21 +114,7 @@ class DemoController:
         }
 
     def act(self, token: str, action: str, given: Parameters) -> Screen:
-        """Perform one action of a user.
-
-        Args:
-            token: Id of the session; an unknown one starts a new session with another id.
-            action: `show` (everything), `search`, `pick`, `drop`, `mark`, `unmark`, `undo`, `redo`, `back`, `page`,
-                `compare`, `resample`, `restart` or `large`.
-            given: Parameters of the action: `text`, `where` and `strokes`; `backend`, `id` and `liked`; `turn`; `page`;
-                `compared`; `link` of a query, to show it.
-
-        Returns:
-            What to show. A failed action leaves the session unchanged.
-
-        Raises:
-            UnionError: With a message for the page.
-        """
+        """Perform one action of a user."""
         if action not in self._actions:
             raise DataError("Unknown action; reload the page.")
         known, session = self._session(token)
@@ -244,8 +198,7 @@ class DemoController:
         message = "Selected. Type what should change, or search for similar images."
         return Screen(token, session.set_reference(self._reference(number, one)), message, text="")
 
-    def _drop(self, token: str, session: Session, given: Parameters) -> Screen:
-        del given
+    def _drop(self, token: str, session: Session, _: Parameters) -> Screen:
         return Screen(token, session.set_reference(None), "Back to the sketch pad.")
 
     def _mark(self, token: str, session: Session, given: Parameters) -> Screen:
@@ -261,8 +214,7 @@ class DemoController:
         name = given.get("id")
         return Screen(token, session.unmark(name if isinstance(name, str) else None), MARK_REMOVED)
 
-    def _undo(self, token: str, session: Session, given: Parameters) -> Screen:
-        del given
+    def _undo(self, token: str, session: Session, _: Parameters) -> Screen:
         if not session.has_pending_changes:
             return self._at_turn(token, session.undo(), "Undone.")
         text, where = (None, None) if session.present is None else (session.present.text, session.present.where)
@@ -306,8 +258,7 @@ class DemoController:
         strokes = None if reference is None or reference.kind != "sketch" else reference.strokes
         return self._with_results(token, session, message, strokes=strokes, text=present.text, where=present.where)
 
-    def _restart(self, token: str, session: Session, given: Parameters) -> Screen:
-        del given
+    def _restart(self, token: str, session: Session, _: Parameters) -> Screen:
         return self._with_results(token, session.restart(), "Started over.", strokes=(), text="", where="")
 
     def _with_results(self, token: str, session: Session, message: str, *, moved: bool = True, **more: Any) -> Screen:
@@ -335,7 +286,7 @@ class DemoController:
     def _per_page(self, session: Session) -> int:
         return self.page if session.compared is None or session.present is None else max(1, self.page // 2)
 
-    def _query_image(self, reference: Reference, backend: SearchBackend) -> Image.Image:
+    def _query_image(self, reference: Reference, backend: GalleryBackend) -> Image.Image:
         if reference.kind == "sketch":
             return draw_strokes(reference.strokes, backend.sketch_scale)
         if reference.kind == "photo":

@@ -1,6 +1,6 @@
 """The HTTP server of the demo.
 
-No URL refers to a file: static files are read at startup and images are embedded in the page. Actions run one after
+URLs refer to the package's static files alone: images are embedded in the page. Actions run one after
 another in one thread, which alone uses sessions, models and galleries; photos are decoded in other processes. A user's
 mistake is answered with status 200 and a message, because browsers log any other status as an error of the page.
 """
@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import mimetypes
 import secrets
 import socket
 from collections import Counter
@@ -23,39 +24,31 @@ from typing import Any, Final, TypeVar, final
 from urllib.parse import urlsplit
 
 import uvicorn
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from union_igrot.demo.controller import DemoController, Screen
-from union_igrot.demo.rendering import STATIC, PageRenderer, static_file
+from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
 from union_igrot.demo.session import Reference
 from union_igrot.demo.uploads import Limits, PhotoDecoder
-from union_igrot.errors import ConfigError, UnionError
+from union_igrot.errors import ConfigError, UnionError, escape_controls
 
-MAX_REQUEST_BYTES: Final = 2**20
-"""Largest request body of an action in bytes; mostly strokes."""
-REQUEST_TIMEOUT: Final = 60.0
-"""Seconds within which a request body has to arrive."""
-HEAD_TIMEOUT: Final = 10.0
-"""Seconds within which the head of a request has to arrive."""
-LOGIN_DELAY: Final = 1.0
-"""Seconds before a wrong password is refused."""
-MAX_ATTEMPTS: Final = 5
-"""Wrong passwords of one address that may wait for that; further attempts are refused unread."""
-MAX_ATTEMPTS_IN_ALL: Final = 50
-"""Wrong passwords of all addresses that may wait."""
-MAX_LOGINS: Final = 1000
-"""Browsers that are remembered as logged in."""
-MAX_CONNECTIONS: Final = 200
-"""Concurrent connections; for a further one the oldest that sends no request is closed."""
-MAX_UPLOADS: Final = 8
-"""Photos that may wait or be decoded, two at a time."""
+MAX_REQUEST_BYTES: Final = 2**20  # largest request body of an action in bytes; mostly strokes
+REQUEST_TIMEOUT: Final = 60.0  # seconds within which a request body has to arrive
+HEAD_TIMEOUT: Final = 10.0  # seconds within which the head of a request has to arrive
+LOGIN_DELAY: Final = 1.0  # seconds before a wrong password is refused
+MAX_ATTEMPTS: Final = 5  # wrong passwords of one address that may wait for that; further attempts are refused unread
+MAX_ATTEMPTS_IN_ALL: Final = 50  # wrong passwords of all addresses that may wait
+MAX_LOGINS: Final = 1000  # browsers that are remembered as logged in
+MAX_CONNECTIONS: Final = 200  # concurrent connections; for a further one the oldest that sends no request is closed
+MAX_UPLOADS: Final = 8  # photos that may wait or be decoded, two at a time
 COOKIE: Final = "union-demo"
-LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-"""Host names that only this machine reaches."""
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")  # host names that only this machine reaches
 
 HEADERS: Final = {
     # The browser refuses content of other hosts and inline scripts.
@@ -68,6 +61,9 @@ HEADERS: Final = {
     "Cache-Control": "no-store",
 }
 
+for _type, _suffix in (("text/css", ".css"), ("text/javascript", ".js"), ("image/svg+xml", ".svg")):
+    mimetypes.add_type(_type, _suffix)  # a system's own table may be wrong
+
 log: Final = logging.getLogger("union_igrot.demo")
 
 T = TypeVar("T")
@@ -77,14 +73,92 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+def data_uri(image: bytes) -> Markup:
+    """Return a PNG or JPEG as a data URI, so that no image has a URL on the server."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(image).decode()}")
+
+
+def show_controls(value: object) -> object:
+    """Make control and bidi characters of a text visible, so that a name cannot look like another one."""
+    return escape_controls(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@final
+class PageRenderer:
+    """Renders the page and its regions."""
+
+    def __init__(self, controller: DemoController, limits: Limits) -> None:
+        self._controller, self._limits = controller, limits
+        self._environment = Environment(
+            loader=PackageLoader("union_igrot.demo"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            finalize=show_controls,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.filters["uri"] = data_uri
+
+    def page(self) -> str:
+        """Return the initial page."""
+        first = self._controller.backends[0]
+        return self._render(
+            "page",
+            gallery=first.gallery,
+            hint=first.hint,
+            count=len(first),
+            others=[(number, backend.name) for number, backend in enumerate(self._controller.backends)][1:],
+            model=first.model,
+            warning=first.warning,
+            limits=self._limits,
+            max_text=MAX_TEXT,
+            columns=[name if name.isidentifier() else f'"{name}"' for name in first.columns],
+            example=first.example,
+            max_where=MAX_WHERE,
+            pixelated=first.pixelated,
+        )
+
+    def regions(self, screen: Screen) -> dict[str, Any]:
+        """Return the regions that change after an action; None leaves one unchanged."""
+        session = screen.session
+        results = None
+        if screen.columns is not None:
+            results = self._render(
+                "results",
+                session=session,
+                columns=screen.columns,
+                last=screen.last,
+                shared=screen.shared,
+                count=len(self._controller.backends[0]),
+                heading=screen.heading,
+            )
+        return {
+            "token": screen.token,
+            "message": screen.message,
+            "heading": screen.heading,
+            "link": "" if session.present is None else session.present.link,
+            "history": self._render("history", session=session) if screen.moved else None,
+            "can": {"undo": session.can_undo, "redo": session.can_redo, "restart": bool(session.turns)},
+            "reference": self._render("reference", reference=session.reference),
+            "marked": self._render("marks", marks=session.marks),
+            "pending": session.has_pending_changes,
+            "marks": {mark.id: mark.liked for mark in session.marks},
+            "results": results,
+            "large": None if screen.large is None else self._render("large", large=screen.large),
+            "compared": session.compared,
+            "text": screen.text,
+            "where": screen.where,
+            "strokes": screen.strokes,
+        }
+
+    def _render(self, name: str, **values: Any) -> str:
+        return self._environment.get_template(f"{name}.html").render(values)
+
+
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Credentials.
-
-    Attributes:
-        user: The user name.
-        password: The password.
-    """
+    """Credentials."""
 
     user: str
     password: str
@@ -104,23 +178,14 @@ class Login:
 
 @final
 class RequestQueue:
-    """Bounded queue of steps that run in threads.
-
-    Args:
-        bound: Steps that may wait or run.
-        threads: Steps that run at once.
-    """
+    """Bounded queue of steps that run in threads."""
 
     def __init__(self, bound: int, threads: int = 1) -> None:
         self._bound, self._waiting = bound, 0
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="demo")
 
     async def run(self, step: Callable[[], T]) -> T:
-        """Run a step when its turn comes.
-
-        Raises:
-            UnionError: If the queue is full; with a message for the page.
-        """
+        """Run a step when its turn comes."""
         if self._waiting >= self._bound:
             raise UnionError("The server is busy; try again in a moment.")
         self._waiting += 1
@@ -132,14 +197,7 @@ class RequestQueue:
 
 @final
 class Routes:
-    """Request handlers.
-
-    Args:
-        controller: Performs the actions.
-        bound: Actions that may wait or run.
-        limits: Limits of uploaded photos.
-        decode: Decodes uploaded photos, given the bytes and the name.
-    """
+    """Request handlers."""
 
     def __init__(
         self, controller: DemoController, bound: int, limits: Limits, decode: Callable[[bytes, str], Reference]
@@ -148,28 +206,19 @@ class Routes:
         self._limits, self._decode = limits, decode
         self._queue, self._uploads = RequestQueue(bound), RequestQueue(min(bound, MAX_UPLOADS), threads=2)
         self._page = self._renderer.page()
-        self._files = {name: static_file(name) for name in STATIC}
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[BaseRoute]:
         """Return all routes."""
         return [
             Route("/", self.page),
-            Route("/static/{name}", self.file),
+            Mount("/static", StaticFiles(packages=[("union_igrot.demo", "static")])),
             Route("/act", self.act, methods=["POST"]),
             Route("/photo", self.photo, methods=["POST"]),
         ]
 
-    async def page(self, request: Request) -> Response:
+    async def page(self, _: Request) -> Response:
         """Return the page."""
-        del request
         return HTMLResponse(self._page)
-
-    async def file(self, request: Request) -> Response:
-        """Return a static file."""
-        name = request.path_params["name"]
-        if name not in self._files:
-            return Response("not found", 404)
-        return Response(self._files[name], media_type=STATIC[name])
 
     async def act(self, request: Request) -> Response:
         """Perform an action."""
@@ -221,16 +270,7 @@ def make_app(
     limits: Limits | None = None,
     decode: Callable[[bytes, str], Reference] | None = None,
 ) -> App:
-    """Build the ASGI application.
-
-    Args:
-        controller: Performs the actions.
-        bound: Actions that may wait or run; further ones are refused with a message.
-        hosts: Accepted Host headers, against DNS rebinding; None accepts any.
-        login: Credentials; None requires no login.
-        limits: Limits of uploaded photos.
-        decode: Decodes uploaded photos; by default in other processes.
-    """
+    """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
     limits = limits or Limits()
     routes = Routes(controller, bound, limits, decode or PhotoDecoder(limits))
     return _Guard(Starlette(routes=routes.routes()), hosts, None if login is None else _Gate(login))
@@ -248,16 +288,12 @@ class _Gate:
         self._login, self._cookies = login, dict[str, None]()
         self._attempts: Counter[str] = Counter()
 
-    async def admit(self, headers: Mapping[bytes, bytes], client: str) -> tuple[str, Response | None]:
+    async def admit(self, request: Request) -> tuple[str, Response | None]:
         """Return a new cookie, if any, and the response that refuses the request, or None to admit it."""
-        cookies = headers.get(b"cookie", b"").decode("latin-1").split(";")
-        sent = next(
-            (value for part in cookies for name, _, value in [part.strip().partition("=")] if name == COOKIE), ""
-        )
-        if sent in self._cookies:
+        if request.cookies.get(COOKIE) in self._cookies:
             return "", None
-        password = headers.get(b"authorization", b"").decode("latin-1")
-        address = _network(client)
+        password = request.headers.get("authorization", "")
+        address = "" if request.client is None else _network(request.client.host)
         if password and (self._attempts[address] >= MAX_ATTEMPTS or self._attempts.total() >= MAX_ATTEMPTS_IN_ALL):
             return "", PlainTextResponse("too many wrong passwords; wait some seconds", 429, {"Retry-After": "5"})
         if self._login.opens(password):
@@ -299,14 +335,13 @@ class _Guard:
                 message["headers"] = [*message.get("headers", []), *more]
             await send(message)
 
-        headers = dict(scope["headers"])
-        if self._hosts is not None and _host(headers.get(b"host", b"").decode("latin-1")) not in self._hosts:
+        request = Request(scope)
+        refused: Response | None = None
+        if self._hosts is not None and _host(request.headers.get("host", "")) not in self._hosts:
             known = " or ".join(self._hosts)
-            refused: Response | None = PlainTextResponse(f"Unknown host name; this page is served as {known}.", 400)
+            refused = PlainTextResponse(f"Unknown host name; this page is served as {known}.", 400)
         elif self._gate is not None:
-            cookie, refused = await self._gate.admit(headers, (scope.get("client") or ("",))[0])
-        else:
-            refused = None
+            cookie, refused = await self._gate.admit(request)
         await (refused or self._inner)(scope, receive, with_headers)
 
 
@@ -412,15 +447,7 @@ class _Connection(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind and listen on a port.
-
-    Args:
-        host: Address to bind; `127.0.0.1` is reachable from this machine only.
-        port: The port, or 0 for any free one.
-
-    Raises:
-        ConfigError: If it is in use or not permitted.
-    """
+    """Bind and listen on a port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     held = socket.socket(family)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -438,13 +465,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
-    """Serve until Ctrl-C or SIGTERM.
-
-    Args:
-        app: The application.
-        held: The socket from `listen`; closed at the end.
-        ready: Called with the URL of the page before the first request.
-    """
+    """Serve until Ctrl-C or SIGTERM."""
     host, port = held.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # all interfaces: others use the host name
         host = socket.gethostname()

@@ -10,83 +10,51 @@ from typing import Any, Final, Literal
 
 from union_igrot.errors import DataError
 
-MAX_TURNS: Final = 50
-"""Queries kept in the history; the oldest are dropped first."""
-MAX_MARKS: Final = 50
-"""Images that can be marked at once."""
+MAX_TURNS: Final = 50  # queries kept in the history; the oldest are dropped first
+MAX_MARKS: Final = 50  # images that can be marked at once
 
-MAX_LINKED_SKETCH: Final = 6_000
-"""Characters of a sketch's coordinates that a link holds."""
-_MAX_LINK: Final = 40_000
-"""Characters of a link, and bytes of its contents."""
+MAX_LINKED_SKETCH: Final = 6_000  # characters of a sketch's coordinates that a link holds
+_MAX_LINK: Final = 40_000  # characters of a link, and bytes of its contents
 
-Stroke = tuple[tuple[int, int], ...]
-"""Points of a pen stroke, both coordinates 0..1000 from the upper left corner."""
+Stroke = tuple[tuple[int, int], ...]  # points of a pen stroke, both coordinates 0..1000 from the upper left corner
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The query image.
+    """The query image."""
 
-    Attributes:
-        kind: A sketch drawn on the page, an uploaded photo, or an image of the gallery.
-        name: Title on the page.
-        thumbnail: A small PNG or JPEG.
-        view: A larger one; empty for a sketch, which the pad shows.
-        strokes: The strokes of a sketch.
-        image: The PNG or JPEG of a photo that is searched with.
-        id: Id of a gallery image.
-        backend: Number of the backend that found a gallery image.
-        path: File of a gallery image, if any.
-        details: Further columns to show, by name.
-    """
-
+    # A sketch drawn on the page, an uploaded photo, or an image of the gallery.
     kind: Literal["sketch", "photo", "result"]
-    name: str
-    thumbnail: bytes
-    view: bytes = b""
+    name: str  # title on the page
+    thumbnail: bytes  # a small PNG or JPEG
+    view: bytes = b""  # a larger one; empty for a sketch, which the pad shows
     strokes: tuple[Stroke, ...] = ()
-    image: bytes = b""
-    id: str | None = None
-    backend: int = 0
-    path: str | None = None
-    details: Mapping[str, str] = field(default_factory=dict)
+    image: bytes = b""  # the PNG or JPEG of a photo that is searched with
+    id: str | None = None  # id of a gallery image
+    backend: int = 0  # number of the backend that found a gallery image
+    path: str | None = None  # file of a gallery image, if any
+    details: Mapping[str, str] = field(default_factory=dict)  # further columns to show, by name
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A gallery image marked as relevant or not relevant.
-
-    Attributes:
-        id: Its id.
-        title: Title on the page.
-        thumbnail: A small PNG or JPEG.
-        liked: True for "more like this", False for "less like this".
-    """
+    """A gallery image marked as relevant or not relevant."""
 
     id: str
     title: str
-    thumbnail: bytes
-    liked: bool
+    thumbnail: bytes  # a small PNG or JPEG
+    liked: bool  # True for "more like this", False for "less like this"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One query of the history.
-
-    Attributes:
-        reference: The query image, or None.
-        text: The text; empty for none.
-        where: The filter; empty for none.
-        marks: Images marked with + or -.
-        page: Page of the results that is shown, from 0.
-    """
+    """One query of the history."""
 
     reference: Reference | None
     text: str
-    where: str = ""
-    marks: tuple[Mark, ...] = ()
-    page: int = 0
+    where: str = ""  # the filter; empty for none
+    marks: tuple[Mark, ...] = ()  # images marked with + or -
+    page: int = 0  # page of the results that is shown, from 0
 
     @property
     def link(self) -> str:
@@ -117,23 +85,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """State of one user.
-
-    Attributes:
-        turns: The queries, oldest first.
-        at: Index of the one that is shown; -1 is the start page.
-        reference: Photo or gallery image for the next query; None while the sketch pad is used.
-        marks: Marks for the next query.
-        compared: Number of the backend whose results are shown beside the first one's, or None.
-        sample_seed: Seed of the images shown on the start page.
-    """
+    """State of one user."""
 
     turns: tuple[Turn, ...] = ()
-    at: int = -1
-    reference: Reference | None = None
-    marks: tuple[Mark, ...] = ()
-    compared: int | None = None
-    sample_seed: int = 0
+    at: int = -1  # index of the one that is shown; -1 is the start page
+    reference: Reference | None = None  # photo or gallery image for the next query; None while the sketch pad is used
+    marks: tuple[Mark, ...] = ()  # marks for the next query
+    compared: int | None = None  # number of the backend whose results are shown beside the first one's, or None
+    sample_seed: int = 0  # seed of the images shown on the start page
 
     @property
     def present(self) -> Turn | None:
@@ -172,11 +131,7 @@ class Session:
         return None if reference is None or reference.kind == "sketch" else reference
 
     def search(self, reference: Reference | None, text: str, where: str = "") -> "Session":
-        """Add a query with the current marks; undone steps are dropped.
-
-        Raises:
-            DataError: If there is no query image, no text and no image marked with +.
-        """
+        """Add a query with the current marks; undone steps are dropped."""
         turn = Turn(reference, " ".join(text.split()), where.strip(), self.marks)
         if reference is None and not turn.text and not turn.liked:
             what = "A filter alone ranks nothing" if turn.where else "There is nothing to search with yet"
@@ -194,11 +149,7 @@ class Session:
         return None
 
     def go_to(self, to: int) -> "Session":
-        """Go to another query of the history, or to the start page (-1), and restore its query image and marks.
-
-        Raises:
-            DataError: If there is no such query.
-        """
+        """Go to another query of the history, or to the start page (-1), and restore its query image and marks."""
         if not -1 <= to < len(self.turns):
             raise DataError("There is no such step in the history any more.")
         moved = replace(self, at=to)
@@ -207,21 +158,13 @@ class Session:
         )
 
     def undo(self) -> "Session":
-        """Revert changes since the last search; without changes, the search itself.
-
-        Raises:
-            DataError: If there is nothing to undo.
-        """
+        """Revert changes since the last search; without changes, the search itself."""
         if not self.can_undo:
             raise DataError("There is nothing to undo.")
         return self.go_to(self.at if self.has_pending_changes else self.at - 1)
 
     def redo(self) -> "Session":
-        """Redo the step that was undone.
-
-        Raises:
-            DataError: If there is none.
-        """
+        """Redo the step that was undone."""
         if not self.can_redo:
             raise DataError("There is nothing to redo.")
         return self.go_to(self.at + 1)
@@ -231,11 +174,7 @@ class Session:
         return replace(self, reference=reference)
 
     def mark(self, marked: Mark) -> "Session":
-        """Mark an image for the next search; the same mark again removes it.
-
-        Raises:
-            DataError: If too many images are marked.
-        """
+        """Mark an image for the next search; the same mark again removes it."""
         others = tuple(mark for mark in self.marks if mark.id != marked.id)
         if any((mark.id, mark.liked) == (marked.id, marked.liked) for mark in self.marks):
             return replace(self, marks=others)
@@ -248,11 +187,7 @@ class Session:
         return replace(self, marks=() if name is None else tuple(mark for mark in self.marks if mark.id != name))
 
     def turn_page(self, page: int) -> "Session":
-        """Show another page of the results.
-
-        Raises:
-            DataError: If there are no results, or before the first page.
-        """
+        """Show another page of the results."""
         if self.present is None or page < 0:
             raise DataError("There is no such page.")
         turns = list(self.turns)
@@ -260,11 +195,7 @@ class Session:
         return replace(self, turns=tuple(turns))
 
     def compare(self, compared: int | None) -> "Session":
-        """Show the results of another backend beside the first one's, from the first page; None stops comparing.
-
-        Raises:
-            DataError: If the first backend would be compared with itself.
-        """
+        """Show the results of another backend beside the first one's, from the first page; None stops comparing."""
         if compared is not None and compared < 1:
             raise DataError("There is no such method to compare with.")
         # With two columns a page holds half as many results, so page numbers change their meaning.

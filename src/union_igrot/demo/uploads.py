@@ -20,32 +20,24 @@ if TYPE_CHECKING:
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted formats (MPO of some cameras is JPEG); none starts another program, as PostScript would."""
-KEPT_SIDE: Final = 1024
-"""Longest side in pixels to which photos are reduced."""
+KEPT_SIDE: Final = 1024  # longest side in pixels to which photos are reduced
 THUMBNAIL_SIDE, VIEW_SIDE = 160, 480
 """Longest sides of a thumbnail and of the query image, in pixels."""
-GRID: Final = 1000
-"""Stroke coordinates are 0..GRID."""
+GRID: Final = 1000  # stroke coordinates are 0..GRID
 MAX_STROKES, MAX_POINTS = 500, 20_000
 MAX_NAME: Final = 60
 
 _CANVAS: Final = 512
-_PEN: Final = 0.028
-"""Stroke width relative to the pad's side."""
+_PEN: Final = 0.028  # stroke width relative to the pad's side
 _INK, _PAPER = (24, 24, 24), "white"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of uploaded photos.
+    """Limits of uploaded photos."""
 
-    Attributes:
-        megabytes: File size in 10^6 bytes.
-        megapixels: Number of pixels in 10^6.
-    """
-
-    megabytes: float = 10.0
-    megapixels: float = 50.0
+    megabytes: float = 10.0  # file size in 10^6 bytes
+    megapixels: float = 50.0  # number of pixels in 10^6
 
     @property
     def bytes(self) -> int:
@@ -78,12 +70,7 @@ def decode_photo(data: bytes, name: str, limits: Limits) -> Reference:
 
 @final
 class PhotoDecoder:
-    """Decodes each photo in a process of its own, which is killed after a time limit.
-
-    Args:
-        limits: Limits of the photos.
-        seconds: The time limit.
-    """
+    """Decodes each photo in a process of its own, which is killed after a time limit."""
 
     def __init__(self, limits: Limits, seconds: float = 20.0) -> None:
         self._limits, self._seconds = limits, seconds
@@ -94,11 +81,7 @@ class PhotoDecoder:
             import_module("multiprocessing.forkserver").ensure_running()
 
     def __call__(self, data: bytes, name: str) -> Reference:
-        """See `decode_photo`.
-
-        Raises:
-            ImageError: If it cannot be used or takes too long; with a message for the page.
-        """
+        """Decode a photo; one that takes too long is an ImageError."""
         if len(data) > self._limits.bytes:
             return decode_photo(data, name, self._limits)  # raises without decoding
         receiver, sender = self._context.Pipe(duplex=False)
@@ -134,17 +117,7 @@ def _decode_into(sender: "Connection", data: bytes, name: str, limits: Limits) -
 
 
 def read_sketch(given: Any) -> Reference | None:
-    """Read the strokes that the page sends.
-
-    Args:
-        given: Strokes, each a list of points, each two integers 0..1000; None is an empty pad.
-
-    Returns:
-        The sketch; None if the pad is empty.
-
-    Raises:
-        DataError: If they are invalid or too many; with a message for the page.
-    """
+    """Read strokes, each a list of points, each two integers 0..1000; None for an empty pad."""
     if given is None or given == []:
         return None
     try:

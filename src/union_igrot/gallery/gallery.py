@@ -10,10 +10,9 @@ from types import TracebackType
 from typing import Any, Final, Literal, final
 
 from union_igrot.errors import ConfigError, DataError, UnionError
-from union_igrot.gallery.additions import list_additions
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
-from union_igrot.gallery.ingest.entries import Listing
+from union_igrot.gallery.ingest.entries import Listing, list_additions
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.gallery.metadata import (
@@ -136,11 +135,7 @@ class Gallery:
 
     @property
     def index(self) -> VectorIndex:
-        """The index, for direct access.
-
-        Raises:
-            DataError: If it does not exist yet.
-        """
+        """The index, for direct access; a DataError if it does not exist yet."""
         if self._index is None:
             raise DataError(f"there is no gallery at {self.uri} yet; add images first, or check its name")
         return self._index
@@ -220,11 +215,7 @@ class Gallery:
         return ingest_images(self._open_index(), self.model, listing, options, wait=wait)
 
     def ids(self, where: str | None = None) -> list[str]:
-        """Return the ids of images that pass a filter, in the order in which they were added.
-
-        Raises:
-            ConfigError: If the filter is invalid.
-        """
+        """Return the ids of images that pass a filter, in the order in which they were added."""
         return [str(name) for batch in self.index.scan(["id"], where) for name in batch["id"]]
 
     def delete(self, ids: object) -> int:
@@ -288,23 +279,10 @@ class Gallery:
         min_score: float | None = None,
         offset: int = 0,
     ) -> list[SearchResult]:
-        """Find images for many queries at once.
+        """Find images for many queries at once; returns one result per query.
 
-        Args:
-            queries: Each with some of `image`, `text`, `liked`, `disliked` and `exclude`, as for `search`.
-            k: Number of hits per query.
-            where: A filter for all of them.
-            mode: `exact`, `ann` or `auto`.
-            thumbnails: Whether hits have thumbnails.
-            names: Names of the queries in errors; by default `query 1` and so on.
-            min_score: Lowest score of a hit.
-            offset: Number of best hits of each query to leave out.
-
-        Returns:
-            One result per query.
-
-        Raises:
-            ConfigError: As `search`; names the query.
+        Each query has some of `image`, `text`, `liked`, `disliked` and `exclude`, which are, like all other arguments,
+        those of `search`. `names` are names of the queries in errors, by default `query 1` and so on.
         """
         for name, number, least in (("k", k, 1), ("offset", offset, 0)):
             if type(number) is not int or number < least:

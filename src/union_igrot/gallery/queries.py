@@ -27,16 +27,13 @@ from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute_path, expand_user
 from union_igrot.storage.text import read_csv, read_json_lines
 
-ALPHA: Final = 1.0
-"""Weight of the query itself in a refined one."""
-BETA: Final = 0.75
-"""Weight of the mean of the liked results."""
+ALPHA: Final = 1.0  # weight of the query itself in a refined one
+BETA: Final = 0.75  # weight of the mean of the liked results
 GAMMA: Final = 0.15
 """Weight of the mean of the disliked results. The three are the values that Manning, Raghavan and Schütze,
 Introduction to Information Retrieval (2008), section 9.1.1, call reasonable, for the method of Rocchio, Relevance
 feedback in information retrieval (1971)."""
-BATCH: Final = 256
-"""Queries embedded at once, as in an evaluation."""
+BATCH: Final = 256  # queries embedded at once, as in an evaluation
 
 _FIELDS: Final = ("image", "text", "liked", "disliked", "exclude")
 _CSV_FIELDS: Final = ("id", "image", "text")
@@ -45,21 +42,13 @@ _IDS_PER_FILTER: Final = 500
 
 @dataclass(frozen=True)
 class GalleryQuery:
-    """One query.
+    """One query."""
 
-    Attributes:
-        images: Photos or sketches, in any form that `as_image` accepts.
-        text: The modification text of the images, or a text query alone; None for none.
-        liked: Ids of results to move towards.
-        disliked: Ids of results to move away from; they are not among the hits.
-        exclude: Ids that are not among the hits.
-    """
-
-    images: tuple[Any, ...] = ()
-    text: str | None = None
-    liked: tuple[str, ...] = ()
-    disliked: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    images: tuple[Any, ...] = ()  # photos or sketches, in any form that `as_image` accepts
+    text: str | None = None  # the modification text of the images, or a text query alone; None for none
+    liked: tuple[str, ...] = ()  # ids of results to move towards
+    disliked: tuple[str, ...] = ()  # ids of results to move away from; they are not among the hits
+    exclude: tuple[str, ...] = ()  # ids that are not among the hits
 
     @property
     def excluded(self) -> tuple[str, ...]:
@@ -68,15 +57,7 @@ class GalleryQuery:
 
 
 def parse_query(given: Mapping[str, Any]) -> GalleryQuery:
-    """Validate one query.
-
-    Args:
-        given: Some of `image` (one or several), `text`, `liked`, `disliked` and `exclude` (ids, paths or hits, one or
-            several).
-
-    Raises:
-        ConfigError: If it has another field, or neither image, text nor liked results.
-    """
+    """Validate one query."""
     if unknown := [name for name in given if name not in _FIELDS]:
         raise ConfigError(f"unknown field of a query: {unknown[0]!r} (expected {', '.join(_FIELDS)})")
     text = given.get("text")
@@ -197,12 +178,6 @@ def embed_gallery_queries(
     An image without text is embedded with the null text, as in training; a text alone is its own embedding. Several
     images give the normalized mean of their unit embeddings, each with the text.
 
-    Args:
-        model: The model.
-        queries: The queries.
-        feedback: Embeddings of the liked and disliked rows, by id.
-        names: The name of each query in errors, or empty.
-
     Returns:
         Unit embeddings, float32, on the CPU.
     """
@@ -264,17 +239,11 @@ def refine_query(
 
 @dataclass(frozen=True)
 class QueryLine:
-    """One query of a file.
+    """One query of a file."""
 
-    Attributes:
-        name: Its `id`, or its number in the file, from 1.
-        query: Its fields, as for `Gallery.search_many`; images are paths.
-        location: File and line; empty for a query from elsewhere.
-    """
-
-    name: str | int
-    query: dict[str, Any]
-    location: str = ""
+    name: str | int  # its `id`, or its number in the file, from 1
+    query: dict[str, Any]  # its fields, as for `Gallery.search_many`; images are paths
+    location: str = ""  # file and line; empty for a query from elsewhere
 
 
 def read_queries(path: Path) -> list[QueryLine]:
@@ -283,10 +252,6 @@ def read_queries(path: Path) -> list[QueryLine]:
     Args:
         path: `.jsonl`, with objects of `image` (a path or a list of paths), `text`, `id`, `liked`, `disliked` and
             `exclude` (lists of ids), all optional; or `.csv`, with a header of `image`, `text` and `id` in any order.
-
-    Raises:
-        DataError: If the file is missing or a line is invalid; names file and line.
-        ImageError: If an image is missing; names file and line.
     """
     readers = {".jsonl": _read_json_queries, ".csv": _read_csv_queries}
     if path.suffix.lower() not in readers:

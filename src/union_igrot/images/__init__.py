@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 from union_igrot._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from union_igrot.images.crop import Crop as Crop
     from union_igrot.images.decode import as_image as as_image, open_image as open_image
-    from union_igrot.images.identity import image_identity as image_identity
+    from union_igrot.images.identity import Crop as Crop, image_identity as image_identity
     from union_igrot.images.transforms import (
         ImageToPixels as ImageToPixels,
         ImageToTensor as ImageToTensor,
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Crop": "crop",
+        "Crop": "identity",
         "ImageToPixels": "transforms",
         "ImageToTensor": "transforms",
         "as_image": "decode",

@@ -27,10 +27,8 @@ from union_igrot.types import Preprocess
 
 TIME_LIMIT: Final = 60.0
 """Seconds of computing for which a worker may decode one image; a reader that does not return is killed later."""
-_KILL_AFTER: Final = 1.25
-"""When the worker is killed, as a multiple of the time limit."""
-_PARENT_CHECK: Final = 1.0
-"""Seconds between two looks of a worker for its main process."""
+_KILL_AFTER: Final = 1.25  # when the worker is killed, as a multiple of the time limit
+_PARENT_CHECK: Final = 1.0  # seconds between two looks of a worker for its main process
 
 Source = TypeVar("Source")
 Loaded = TypeVar("Loaded")
@@ -39,12 +37,7 @@ Collated = TypeVar("Collated")
 
 @final
 class WorkerDiedError(UnionError):
-    """A decoding process was killed: by a lack of memory, by its time limit, or by a malicious image.
-
-    Args:
-        message: What happened.
-        timed_out: Whether its time limit did it.
-    """
+    """A decoding process was killed: by a lack of memory, by its time limit, or by a malicious image."""
 
     def __init__(self, message: str, *, timed_out: bool = False) -> None:
         super().__init__(message)
@@ -53,11 +46,7 @@ class WorkerDiedError(UnionError):
 
 @final
 class OpenAsPixels:
-    """Open what `as_image` takes and bring it to the size of a backbone; the default transform. Can be pickled.
-
-    Args:
-        preprocess: The backbone's.
-    """
+    """Open what `as_image` takes and bring it to the size of a backbone; the default transform. Can be pickled."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
@@ -178,7 +167,7 @@ def load_pixels(
     *,
     pinned: bool = False,
 ) -> Iterator[UInt8[Tensor, "batch 3 size size"]]:
-    """Decode images and bring them to the size of a backbone, in worker processes.
+    """Decode images and bring them to the size of a backbone, in worker processes; yields the pixels of each batch.
 
     Args:
         sources: The images: paths, `LazyImage`s, PIL images, arrays, ... as for `as_image`.
@@ -186,9 +175,6 @@ def load_pixels(
         preprocess: The backbone's.
         workers: Processes; 0 decodes in this one.
         pinned: Whether batches are put into pinned memory for a GPU.
-
-    Yields:
-        Pixels of one batch, for `model_input`.
 
     Raises:
         ImageError: For the first image that cannot be read.

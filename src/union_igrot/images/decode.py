@@ -34,12 +34,9 @@ _UPRIGHT = {
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _MARK, _SCAN = 0xFF, 0xDA
-_MAX_SCANS: Final = 100
-"""Scans of a JPEG; encoders write about ten, and each takes as long as decoding the image."""
-_MAX_SEGMENTS: Final = 10_000
-"""Segments before the first scan of a JPEG, which Pillow reads one by one."""
-_MAX_JUNK: Final = 2**16
-"""Bytes between two segments of a JPEG, which Pillow skips one by one."""
+_MAX_SCANS: Final = 100  # scans of a JPEG; encoders write about ten, and each takes as long as decoding the image
+_MAX_SEGMENTS: Final = 10_000  # segments before the first scan of a JPEG, which Pillow reads one by one
+_MAX_JUNK: Final = 2**16  # bytes between two segments of a JPEG, which Pillow skips one by one
 _REDUCED_LIMIT: Final = 4
 """How many times the largest number of pixels a JPEG may have that is decoded at a fraction of its size."""
 _BLOCK: Final = 2**20
@@ -113,11 +110,7 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
 
 
 def file_bytes(image: object) -> bytes | None:
-    """Return the bytes of an image file from bytes or an open file; None for an image of another type.
-
-    Raises:
-        ImageError: If a file is open as text or cannot be read.
-    """
+    """Return the bytes of an image file from bytes or an open file; None for an image of another type."""
     if isinstance(image, Image.Image | np.ndarray | Tensor):
         return None
     if isinstance(image, bytes | bytearray | memoryview):
@@ -144,15 +137,12 @@ def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Imag
 def decode_image(
     source: Path | ByteFile, at_least: int | None = None, largest: float | int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode an image as `open_image` does, and return its full size, too.
+    """Decode an image as `open_image` does, and return its width and height at full size, too.
 
     Args:
         source: A file, or its bytes as a stream.
         at_least: As for `open_image`.
         largest: Largest number of pixels; None for `max_pixels`.
-
-    Returns:
-        The upright image in mode RGB, and its width and height at full size.
 
     Raises:
         Exception: Nearly any, if the file is broken; `image_fault` describes it.
@@ -219,14 +209,7 @@ def _opened(source: Path | ByteFile) -> Iterator[Image.Image]:
 
 
 def check_jpeg(file: ByteFile) -> None:
-    """Refuse a JPEG that would take far longer to decode than its size suggests.
-
-    Args:
-        file: Its bytes; the position is changed.
-
-    Raises:
-        ValueError: If a header is followed by no image, or the image has more than 100 scans.
-    """
+    """Refuse a JPEG that would take far longer to decode than its size suggests, by a ValueError."""
     start, scans, last = _end_of_header(file), 1, b""
     while scans <= _MAX_SCANS and (block := file.read(_BLOCK)):
         scans += (last + block).count(b"\xff\xda")  # also within metadata and whatever follows the image
@@ -272,11 +255,7 @@ def _count_scans(data: bytes) -> int:
 def plain_jpeg(data: bytes) -> int | None:
     """Return the number of pixels of a JPEG that all decoders decode alike: complete, 8 bits, gray or three colors.
 
-    Args:
-        data: Bytes of a file.
-
-    Returns:
-        Number of pixels; None for any other file.
+    None for any other file.
     """
     try:
         with _opened(io.BytesIO(data)) as image:
@@ -317,10 +296,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def check_image(path: Path) -> os.stat_result:
-    """Check, without opening it, that a file exists, is a regular file and is not empty.
-
-    Returns:
-        The result of `os.stat`.
+    """Check, without opening it, that a file exists, is regular and not empty; return the result of `os.stat`.
 
     Raises:
         ImageError: If it cannot be an image; names the file and the reason.
@@ -355,15 +331,7 @@ def image_key(source: ImageSource) -> str:
 
 
 def broken_images(sources: Iterable[_Source], *, workers: int | None = None) -> list[tuple[_Source, str]]:
-    """Find the images that cannot be decoded, by decoding all of them.
-
-    Args:
-        sources: The images.
-        workers: Number of threads; by default one per core, at most eight.
-
-    Returns:
-        Each broken image with the reason, in the order given.
-    """
+    """Find the images that cannot be decoded, with the reasons, by decoding all of them in threads."""
 
     def fault(source: ImageSource) -> str:
         try:

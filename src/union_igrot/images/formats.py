@@ -118,12 +118,7 @@ def decoded_formats() -> tuple[str, ...]:
 
 
 def unknown_format(head: bytes, name: str = "") -> str:
-    """Describe a file that has none of the formats.
-
-    Args:
-        head: Its first bytes, at least 32 if there are as many.
-        name: Its name, if known.
-    """
+    """Describe a file that has none of the formats."""
     found = next((kind for start, kind in _HEADS if head.lstrip().startswith(start)), "")
     if head[4:8] == b"ftyp":
         found = _BRANDS.get(head[8:12], _IS_VIDEO)
@@ -138,11 +133,7 @@ def describe_name(name: str) -> str:
 
 
 def describe_unused(names: Iterable[str]) -> str:
-    """Describe files of a folder that are not used, for a message: `5 other files (3 .txt, 2 .nef: camera RAW ...)`.
-
-    Args:
-        names: Their names.
-    """
+    """Describe files of a folder that are not used, for a message: `5 other files (3 .txt, 2 .nef: camera RAW ...)`."""
     counts = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names)  # noqa: PTH122 - names alone
     if not counts:
         return ""

@@ -33,9 +33,6 @@ class ImageToPixels:
 
     The result has a quarter of the bytes of `model_input`: images are sent to other processes and devices in it.
 
-    Args:
-        preprocess: The backbone's preprocessing.
-
     Raises:
         ConfigError: If `size` or `pad_ratio` is below 1, or a `std` is not above 0.
     """
@@ -84,10 +81,6 @@ def model_input(
     """Scale pixels to 0..1, subtract `mean` and divide by `std`, on their device.
 
     On a CPU bitwise equal to torchvision's `ToTensor` and `Normalize`.
-
-    Args:
-        pixels: Output of `ImageToPixels`, one image or a batch.
-        preprocess: The backbone's preprocessing.
     """
     scaled = pixels.to(torch.float32).div_(255)
     mean, std = (
@@ -109,14 +102,11 @@ class ImageToTensor:
 
 
 def image_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
-    """Convert images to one batch for a model.
+    """Convert images, at least one, to one batch for a model.
 
     Args:
-        images: Paths, PIL images, bytes, arrays, ... as for `as_image`; at least one.
+        images: Paths, PIL images, bytes, arrays, ... as for `as_image`.
         preprocess: The model's preprocessing.
-
-    Returns:
-        The batch, in the order given.
 
     Raises:
         ImageError: If an image cannot be decoded.

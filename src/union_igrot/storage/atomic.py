@@ -22,10 +22,6 @@ _ABANDONED_SECONDS: Final = 3600.0
 def write_atomic(path: Path, content: Content) -> None:
     """Write a file under a temporary name beside it, flush it to the disk and rename it.
 
-    Args:
-        path: The file; an existing one is replaced.
-        content: What to write.
-
     Raises:
         OSError: If it cannot be written. Nothing is left behind and an existing file is unchanged.
     """
@@ -38,7 +34,8 @@ def write_atomic(path: Path, content: Content) -> None:
                 os.fsync(file.fileno())
         else:
             with temporary.open("xb") as file:
-                for piece in _pieces(content):
+                pieces = [content.encode()] if isinstance(content, str) else content
+                for piece in [pieces] if isinstance(pieces, bytes) else pieces:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
@@ -64,11 +61,7 @@ def remove_temporary(folder: Path, *, all_of_them: bool) -> None:
 
 
 def move_aside(path: Path, reason: Exception) -> None:
-    """Rename a damaged file to `*.broken`, so that it is not read again, and log it.
-
-    Raises:
-        DataError: If it cannot be renamed.
-    """
+    """Rename a damaged file to `*.broken`, so that it is not read again, and log it."""
     aside = path.with_name(path.name + ".broken")
     try:
         with suppress(FileNotFoundError):  # another process was faster
@@ -76,12 +69,6 @@ def move_aside(path: Path, reason: Exception) -> None:
     except OSError as error:
         raise DataError(f"{path} is damaged ({reason}) and cannot be renamed ({error.strerror}); delete it") from error
     log.error("%s is damaged (%s): renamed to %s; its content will be computed again", path, reason, aside.name)
-
-
-def _pieces(content: str | bytes | Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
-    if isinstance(content, str):
-        return [content.encode()]
-    return [content] if isinstance(content, bytes) else content
 
 
 def _sync_folder(folder: Path) -> None:

@@ -58,11 +58,7 @@ class Usage:
 
 
 def default_root() -> Path:
-    """Return the cache folder: `$UNION_CACHE`, else `~/.cache/union-igrot`.
-
-    Raises:
-        ConfigError: If there is no home folder.
-    """
+    """Return the cache folder: `$UNION_CACHE`, else `~/.cache/union-igrot`."""
     chosen = Path(os.environ.get("UNION_CACHE") or "~/.cache/union-igrot")
     try:
         return chosen.expanduser()
@@ -71,11 +67,7 @@ def default_root() -> Path:
 
 
 def chosen_limit(setting: str | int | None = None) -> int | None:
-    """Return the limit of the cached features in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None.
-
-    Raises:
-        ConfigError: If it is not a size.
-    """
+    """Return the limit of the cached features in bytes: the setting, else `$UNION_CACHE_LIMIT`, else None."""
     if setting is not None:
         return parse_size(setting)
     text = os.environ.get("UNION_CACHE_LIMIT")
@@ -86,22 +78,14 @@ def chosen_limit(setting: str | int | None = None) -> int | None:
 
 
 def feature_folder(root: Path, fingerprint: str) -> Path:
-    """Return the folder of a fingerprint's features.
-
-    Raises:
-        ConfigError: If the fingerprint cannot name a folder.
-    """
+    """Return the folder of a fingerprint's features; a ConfigError if it cannot name a folder."""
     if not _FINGERPRINT.fullmatch(fingerprint):
         raise ConfigError(f"invalid fingerprint: {fingerprint!r} (expected 1 to 128 letters, digits, '_' and '-')")
     return root / "features" / fingerprint
 
 
 def write_cached(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a file of the cache atomically.
-
-    Raises:
-        DataError: If the disk is full or cannot be written.
-    """
+    """Write a file of the cache atomically; a DataError if the disk is full or cannot be written."""
     try:
         write_atomic(path, pieces)
     except OSError as error:
@@ -117,12 +101,7 @@ def write_cached(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
 
 
 def check_manifest(path: Path, expected: Mapping[str, str | int], notes: Mapping[str, str] | None = None) -> None:
-    """Compare a folder's manifest with the expected values; write it if it is missing or damaged.
-
-    Args:
-        path: The manifest.
-        expected: Values that have to be equal.
-        notes: Further values to write, for people; not compared.
+    """Compare a folder's manifest with the expected values; write it, with notes, if it is missing or damaged.
 
     Raises:
         ConfigError: If a value differs.
@@ -200,12 +179,7 @@ def prune(
 
 
 def make_room(root: Path, needed: int, limit: int) -> int:
-    """Remove the least recently used features that are not in use, so that a write stays below the limit.
-
-    Args:
-        root: The cache folder.
-        needed: Bytes about to be written.
-        limit: Largest size of the cached features, in bytes.
+    """Remove the least recently used features that are not in use, to write `needed` bytes below a limit.
 
     Returns:
         The size after the write; above the limit if the rest is in use.

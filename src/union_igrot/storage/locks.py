@@ -79,19 +79,13 @@ def lock_path(folder: Path) -> Path:
 def acquire_exclusive(
     lock: Path, *, wait: float | int = _WAIT_FOR_EXCLUSIVE, required: bool = False
 ) -> HeldLock | None:
-    """Acquire a lock for this process alone.
+    """Acquire a lock for this process alone; None if another process holds or shares it.
 
     Args:
         lock: The lock file; made if absent.
         wait: Seconds to wait for it.
         required: Whether a file system without locks counts as locked by another process. Otherwise a warning is
             logged and the lock counts as acquired.
-
-    Returns:
-        The lock; None if another process holds or shares it.
-
-    Raises:
-        OSError: If the lock file cannot be made.
     """
     held = _acquire(lock, wait, required=required)
     if held is not None and _users(lock, remove_dead=True):

@@ -26,12 +26,6 @@ def find_path(path: str) -> str:
 
     Lists written on Windows separate folders by backslashes, and macOS writes letters with accents decomposed (NFD)
     that others write composed (NFC).
-
-    Args:
-        path: A path with any spelling.
-
-    Returns:
-        The existing path, or the path as given if there is none.
     """
     for spelling in (path, path.replace("\\", "/")):
         if os.path.lexists(spelling):

@@ -17,11 +17,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def parse_size(text: object) -> int:
-    """Parse a size in bytes; `1GB` is 10^9 and `1GiB` is 2^30 bytes.
-
-    Raises:
-        ConfigError: If the text is not a size.
-    """
+    """Parse a size in bytes; `1GB` is 10^9 and `1GiB` is 2^30 bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if found is None or found[2] not in _BYTES:
         raise ConfigError(f"invalid size: {text!r} (expected {SIZE_FORMAT})")
@@ -29,11 +25,7 @@ def parse_size(text: object) -> int:
 
 
 def parse_duration(text: object) -> float:
-    """Parse a duration in seconds.
-
-    Raises:
-        ConfigError: If the text is not a duration.
-    """
+    """Parse a duration in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", str(text).strip().lower())
     if found is None:
         raise ConfigError(f"invalid duration: {text!r} (expected {DURATION_FORMAT})")

@@ -23,11 +23,7 @@ _SEPARATOR = re.compile(r"\s*,?\s*")  # some writers put commas between concaten
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """Read a file as UTF-8.
-
-    Raises:
-        DataError: If it cannot be read or is not UTF-8.
-    """
+    """Read a file as UTF-8."""
     with _readable(path):
         data = Path(path).read_bytes().removeprefix(_BYTE_ORDER_MARK)
     try:
@@ -37,11 +33,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 
 def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, str]]:
-    r"""Yield the place and the text of each line that is not blank, without its `\n` or `\r\n`.
-
-    Raises:
-        DataError: If the file cannot be read or a line is not UTF-8.
-    """
+    r"""Yield the place and the text of each line that is not blank, without its `\n` or `\r\n`."""
     with _readable(path), Path(path).open("rb") as file:
         for number, data in enumerate(file, 1):
             data = data.removeprefix(_BYTE_ORDER_MARK) if number == 1 else data  # noqa: PLW2901
@@ -59,9 +51,6 @@ def read_json(path: str | Path, *, concatenated: bool = False) -> Any:
     Args:
         path: The file.
         concatenated: Whether several values may follow each other without a list around them; their list is returned.
-
-    Raises:
-        DataError: If the file cannot be read, is not JSON, or an object has a key twice.
     """
     text = read_text(path)
     if not concatenated or text.lstrip().startswith("["):
@@ -77,21 +66,13 @@ def read_json(path: str | Path, *, concatenated: bool = False) -> Any:
 
 
 def read_json_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, Any]]:
-    """Yield the place and the JSON value of each line that is not blank.
-
-    Raises:
-        DataError: If the file cannot be read, a line is not JSON, or an object has a key twice.
-    """
+    """Yield the place and the JSON value of each line that is not blank."""
     for place, line in read_lines(path, errors):
         yield place, _parse(line, place, lines=False)
 
 
 def read_csv(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, list[str]]]:
-    """Yield the place and the cells of each CSV row that is not empty; a row may span several lines.
-
-    Raises:
-        DataError: If the file cannot be read or its quotes are not closed.
-    """
+    """Yield the place and the cells of each CSV row that is not empty; a row may span several lines."""
     reader = csv.reader(io.StringIO(read_text(path, errors), newline=""), strict=True)
     number = 1
     try:

@@ -186,18 +186,6 @@ def test_no_kill_loses_or_repeats_a_row(uri, tmp_path):
     assert tally.acknowledged > KILLS
 
 
-def test_vectors_are_read_once_per_version(uri, monkeypatch):
-    index = create_index(uri)
-    index.upsert(random_rows("abcd"))
-    index.search(torch.ones(1, 4), 1)
-    first = index._snapshot.vectors(4)
-    index.search(torch.ones(1, 4), 2, where="id > 'a'")
-    assert index._snapshot.vectors(4) is first
-    index.upsert(random_rows("e", seed=1))
-    assert len(index.search(torch.ones(1, 4), 9)[0].ids) == 5
-    assert len(index._snapshot.vectors(4)) == 5
-
-
 def test_exact_search_beyond_the_memory_limit_names_the_remedy(uri, monkeypatch):
     index = create_index(uri)
     index.upsert(random_rows([f"p{i}" for i in range(300)]))
@@ -330,11 +318,11 @@ def test_auto_selects_by_the_number_of_rows(uri, monkeypatch):
 
 
 def test_a_large_write_keeps_its_order(uri):
-    names = [f"p{i}" for i in random.Random(0).sample(range(9000), 9000)]
+    names = [f"p{i}" for i in random.Random(0).sample(range(4200), 4200)]
     index = create_index(uri, dim=2)
     index.upsert(Rows(names, torch.ones(len(names), 2), {"n": list(range(len(names)))}))
     assert read_column(index, "id") == names
-    (hits,) = index.search(torch.ones(1, 2), 9000)
+    (hits,) = index.search(torch.ones(1, 2), 4200)
     assert hits.ids == names
-    assert index.delete(names[:8000]) == 8000
-    assert read_column(index, "id", "n >= 8990") == names[8990:]
+    assert index.delete(names[:4000]) == 4000
+    assert read_column(index, "id", "n >= 4190") == names[4190:]

@@ -15,8 +15,8 @@ from PIL import Image
 from codec_pictures import PICTURES, entries_of, indexed, jpeg, scene
 from small_world import trainable
 from union_igrot.errors import ConfigError
-from union_igrot.gallery.ingest import codec
-from union_igrot.gallery.ingest.codec import JpegBatchDecoder
+from union_igrot.gallery.ingest import decode as codec
+from union_igrot.gallery.ingest.decode import JpegBatchDecoder
 from union_igrot.gallery.ingest.entries import data_entry
 from union_igrot.images.decode import decode_image, plain_jpeg
 from union_igrot.images.transforms import ImageToPixels
@@ -99,15 +99,6 @@ def test_equal_files_are_decoded_once(monkeypatch):
     vectors = index.fetch([str(n) for n in range(11)]).vectors
     for n in range(11):
         assert vectors[n].equal(vectors[n % 3])
-
-
-def test_few_pixels_are_decoded_at_once(monkeypatch):
-    monkeypatch.setattr(codec, "MAX_PIXELS", 90 * 60 * 2)
-    report, index = indexed(entries_of(**PICTURES), "torchcodec", batch_size=64)
-    monkeypatch.undo()
-    _, expected = indexed(entries_of(**PICTURES), "torchcodec", batch_size=64)
-    assert report.added == len(PICTURES)
-    torch.testing.assert_close(index.fetch(list(PICTURES)).vectors, expected.fetch(list(PICTURES)).vectors)
 
 
 @given(st.lists(st.integers(0, 3 * 2**27), min_size=1, max_size=40))

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from hostile_files import hostile_folder, is_upright, saved, upright
+from hostile_files import hostile_folder, is_upright
 from small_world import trainable
 from union_igrot.cli.index import main as index_images
 from union_igrot.gallery.engines.factory import open_index
@@ -85,10 +84,3 @@ def test_a_thousand_hostile_files(tmp_path, capsys, decoder):
     said = capsys.readouterr().out
     assert f"0 added, 0 updated, {len(rows):,} unchanged, 0 removed, {len(lines):,} skipped" in said
     assert len(Path(f"{uri}.skipped.jsonl").read_bytes().splitlines()) == len(lines)
-
-
-def test_what_is_held_against_the_rows_can_fail():
-    sound = upright(3)
-    assert is_upright(saved(sound, "JPEG"))
-    for turn in Image.Transpose:
-        assert not is_upright(saved(sound.transpose(turn), "JPEG")), turn

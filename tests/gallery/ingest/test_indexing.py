@@ -83,14 +83,6 @@ def test_only_rows_of_the_same_images_are_removed(world, tmp_path):
     world.check()
 
 
-def test_a_row_that_others_brought_is_left_to_them(world):
-    fill(world.pictures, ["a/1.png", "b/2.png"])
-    world.run()
-    before = world.rows()
-    assert counts(world.run(world.pictures / "a")) == (0, 0, 1, 0, 0, 0)
-    assert world.rows() == before
-
-
 def test_an_empty_folder_is_rather_a_disk_that_is_not_there(world):
     fill(world.pictures, ["1.png"])
     world.run()

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.gallery.ingest import sources
 from union_igrot.gallery.ingest.entries import (
     WEB_ADDRESS,
     Entry,
     column_value,
-    data_entry,
     unify_column_types,
     unique_entries,
 )
@@ -376,13 +376,6 @@ def test_links_in_a_shard_have_a_fault(tmp_path):
     assert entry.fault == "is not a regular member of its shard"
 
 
-def test_bytes_in_memory():
-    entry = data_entry("mine", b"123", {"a": 1})
-    assert (entry.id, entry.size, entry.mtime, entry.data, entry.columns) == ("mine", 3, 0, b"123", {"a": 1})
-    with pytest.raises(DataError, match="reserved column name: score"):
-        data_entry("mine", b"", {"score": 1})
-
-
 def test_columns_get_one_type():
     rows = [{"a": 1, "b": True, "c": 1}, {"a": 2.5, "b": "x", "c": None}, {"b": 3}]
     unify_column_types(rows)
@@ -392,11 +385,12 @@ def test_columns_get_one_type():
     assert column_value(float("inf")) is None
 
 
-def test_progress_is_reported(listed):
-    (listed / "l.txt").write_text("a.jpg\n" + "".join(f"{n}.jpg\n" for n in range(2500)))
+def test_progress_is_reported(listed, monkeypatch):
+    monkeypatch.setattr(sources, "_REPORT_EVERY", 10)
+    (listed / "l.txt").write_text("a.jpg\n" + "".join(f"{n}.jpg\n" for n in range(25)))
     counts = []
     list_images(str(listed / "l.txt"), counts.append)
-    assert counts == [1000, 2000]
+    assert counts == [10, 20]
 
 
 def test_the_first_of_equal_entries_is_kept():

@@ -185,11 +185,7 @@ class VectorIndex(ABC):
             return self._delete(list(dict.fromkeys(ids))) if ids else 0
 
     def fetch(self, ids: Sequence[str]) -> Rows:
-        """Read rows in the order of the ids.
-
-        Raises:
-            DataError: If ids do not exist; names them.
-        """
+        """Read rows in the order of the ids; a DataError names those that do not exist."""
         validate_ids(ids)
         with self._errors():
             found = self._fetch(list(dict.fromkeys(ids)))
@@ -288,14 +284,7 @@ def topk_of_rows(
     Rows are copied a few tiles at a time. Scores equal those of the full copy to the last bit, since each piece starts
     on the grid of tiles, and the last one, whose final tile reaches back, holds a whole tile.
 
-    Args:
-        queries: Embeddings.
-        vectors: The matrix.
-        rows: Row numbers; None for all rows.
-        k: Number of hits, at most as many as there are rows.
-
-    Returns:
-        Positions in `rows`, and scores.
+    Returns positions in `rows`, and scores.
     """
     if rows is None:
         return exact.exact_topk(queries, vectors, k)
@@ -320,19 +309,7 @@ def rank_rows(
     columns: Sequence[str],
     read: Callable[[Int64[np.ndarray, " found"], Sequence[str]], ColumnBatch],
 ) -> list[IndexHits]:
-    """Search some rows of a matrix.
-
-    Args:
-        queries: Embeddings.
-        vectors: The matrix.
-        rows: Row numbers, increasing; None for all rows.
-        k: Number of hits.
-        columns: Columns of the hits.
-        read: Reads columns, `id` among them, of row numbers.
-
-    Returns:
-        One result per query; equal scores are ordered by row number.
-    """
+    """Search some rows of a matrix, given by increasing numbers, or all; `read` returns columns of row numbers."""
     count = len(vectors) if rows is None else len(rows)
     if not count:
         return [IndexHits.empty(columns) for _ in queries]
@@ -344,19 +321,10 @@ def rank_rows(
 
 
 def validate_rows(rows: Rows, dim: int, kinds: Mapping[str, ColumnKind]) -> tuple[Rows, dict[str, ColumnKind]]:
-    """Check rows and normalize their values.
+    """Check rows for an index with columns of some kinds, and normalize their values.
 
-    Args:
-        rows: The rows.
-        dim: Width of the index.
-        kinds: The existing columns.
-
-    Returns:
-        The rows, with vectors in float32 on the CPU, integers in a float column as floats, and without columns that
-        hold no value; and the kinds of the new columns.
-
-    Raises:
-        DataError: If ids, vectors or columns cannot be stored.
+    Returns the rows, with vectors in float32 on the CPU, integers in a float column as floats, and without columns that
+    hold no value; and the kinds of the new columns. What cannot be stored is a DataError.
     """
     validate_ids(rows.ids)
     if len(set(rows.ids)) != len(rows.ids):

@@ -48,18 +48,13 @@ from union_igrot.gallery.engines.base import (
 from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, quote
 from union_igrot.storage.sizes import format_size, parse_size
 
-FLAT_ROWS: Final = 500_000
-"""Rows up to which the approximate index holds whole vectors."""
-MIN_PROBES: Final = 32
-"""Partitions searched at least."""
-PROBED_SHARE: Final = 16
-"""In a large index, one of this many partitions is searched."""
-SPARE: Final = 4
-"""The partitions searched hold at least this many times k rows."""
+FLAT_ROWS: Final = 500_000  # rows up to which the approximate index holds whole vectors
+MIN_PROBES: Final = 32  # partitions searched at least
+PROBED_SHARE: Final = 16  # in a large index, one of this many partitions is searched
+SPARE: Final = 4  # the partitions searched hold at least this many times k rows
 MERGE_RATIO: Final = 2
 """An older part of the approximate index is left alone if it is this many times larger than all newer ones."""
-REFINE: Final = 5
-"""This many times k hits of the codes are scored again."""
+REFINE: Final = 5  # this many times k hits of the codes are scored again
 MEMORY_VARIABLE: Final = "UNION_EXACT_MEMORY"
 """Environment variable for the memory that the vectors of exact search may take; half of the machine's by default."""
 
@@ -75,8 +70,7 @@ _TYPES: Final[Mapping[ColumnKind, pa.DataType]] = {
     "bytes": pa.binary(),
 }
 _RETRY_SECONDS: Final = 120.0
-_KEPT: Final = timedelta(hours=1)
-"""How long `optimize` keeps old versions, which may still be read."""
+_KEPT: Final = timedelta(hours=1)  # how long `optimize` keeps old versions, which may still be read
 _WRITES_PER_COMPACTION: Final = 128
 _FRAGMENT_ROWS: Final = 2**17
 _IDS_PER_FILTER: Final = 1000
@@ -118,8 +112,7 @@ class LanceIndex(VectorIndex):
         with self._errors():
             return _column_kinds(self._latest())
 
-    def _upsert(self, rows: Rows, new: Mapping[str, ColumnKind]) -> None:
-        del new  # another writer may have created some of them meanwhile
+    def _upsert(self, rows: Rows, _: Mapping[str, ColumnKind]) -> None:  # others may have created the new columns
         self._write(lambda table: self._merge_rows(table, rows))
         self._writes += 1
         if self._writes % _WRITES_PER_COMPACTION == 0:
@@ -351,19 +344,12 @@ def filter_text(condition: Condition) -> str:
 
 
 class AnnIndex(NamedTuple):
-    """The approximate index of a table.
+    """The approximate index of a table."""
 
-    Attributes:
-        name: Its name in Lance.
-        kind: Lance's type of index.
-        partitions: Their number.
-        rows: Indexed rows; those written later are searched exactly.
-    """
-
-    name: str
-    kind: str
-    partitions: int
-    rows: int
+    name: str  # its name in Lance
+    kind: str  # Lance's type of index
+    partitions: int  # their number
+    rows: int  # indexed rows; those written later are searched exactly
 
 
 def ann_index(table: Any) -> AnnIndex | None:

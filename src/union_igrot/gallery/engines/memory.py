@@ -23,13 +23,7 @@ from union_igrot.gallery.engines.filters import ColumnKind, Condition, matching
 
 @final
 class MemoryIndex(VectorIndex):
-    """Embeddings in memory.
-
-    Args:
-        dim: Width of the embeddings.
-        metadata: JSON values to keep with them.
-        uri: The name of the index.
-    """
+    """Embeddings in memory."""
 
     def __init__(self, dim: int, metadata: Mapping[str, Any] | None = None, uri: str = "memory:") -> None:
         self.uri, self.dim, self.metadata = uri, required_dim(uri, dim), dict(metadata or {})

@@ -52,20 +52,13 @@ from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, C
 
 PORT: Final = 19530
 MAX_ID_BYTES: Final = 65_535
-MAX_ROW_BYTES: Final = 65_536
-"""Limit of a row's columns as JSON."""
-MAX_HITS: Final = 16_384
-"""Limit of the rows of a search."""
-REQUEST_BYTES: Final = 8 * 2**20
-"""Size of a write request; servers accept 64 MiB."""
-NLIST: Final = 1024
-"""Partitions of the inverted file in each of Milvus' segments, of some 250,000 rows of width 512."""
-PROBES: Final = 64
-"""Partitions searched by `ann`."""
-FILTERED_PROBES: Final = 256
-"""Partitions searched by `ann` with a filter, whose hits are in more of them."""
-SPARE: Final = 4
-"""The partitions searched hold at least this many times k rows."""
+MAX_ROW_BYTES: Final = 65_536  # limit of a row's columns as JSON
+MAX_HITS: Final = 16_384  # limit of the rows of a search
+REQUEST_BYTES: Final = 8 * 2**20  # size of a write request; servers accept 64 MiB
+NLIST: Final = 1024  # partitions of the inverted file in each of Milvus' segments, of some 250,000 rows of width 512
+PROBES: Final = 64  # partitions searched by `ann`
+FILTERED_PROBES: Final = 256  # partitions searched by `ann` with a filter, whose hits are in more of them
+SPARE: Final = 4  # the partitions searched hold at least this many times k rows
 
 _METADATA: Final = "union.card"
 _KIND: Final = "union.kind."
@@ -73,16 +66,12 @@ _IDS_PER_REQUEST: Final = 512
 _EXTRA_CANDIDATES: Final = 16
 _TIMEOUT_SECONDS: Final = 60.0
 _FRESH_SECONDS: Final = 5.0
-_UNINDEXED: Final = 1024
-"""Rows below which Milvus does not index a segment, but searches it exactly."""
+_UNINDEXED: Final = 1024  # rows below which Milvus does not index a segment, but searches it exactly
 _RESPONSE_BYTES: Final = 32 * 2**20
-_TOLERANCE: Final = 1e-5
-"""Largest difference between the server's score and ours, relative to the largest score."""
+_TOLERANCE: Final = 1e-5  # largest difference between the server's score and ours, relative to the largest score
 
-ColumnKinds = Mapping[str, ColumnKind | None]
-"""Columns to read and their kinds, None if unknown."""
-FoundRows = tuple[list[dict[str, Any]], Tensor]
-"""Rows found for a query, best first, and their scores."""
+ColumnKinds = Mapping[str, ColumnKind | None]  # columns to read and their kinds, None if unknown
+FoundRows = tuple[list[dict[str, Any]], Tensor]  # rows found for a query, best first, and their scores
 
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs each refused call with a traceback
 

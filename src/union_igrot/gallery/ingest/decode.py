@@ -1,20 +1,25 @@
 """From an entry to pixels, digest and thumbnail; runs in decoding processes."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as F
 from jaxtyping import UInt8, UInt64
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
+from union_igrot.errors import ConfigError
 from union_igrot.gallery.ingest.entries import UNREACHABLE, Entry
 from union_igrot.gallery.ingest.plan import digest_prefix
 from union_igrot.images.decode import decode_image, image_fault, plain_jpeg
@@ -22,51 +27,39 @@ from union_igrot.images.formats import describe_name
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
 
-THUMBNAIL_SIZE: Final = 160
-"""Longest side of a thumbnail in pixels."""
+THUMBNAIL_SIZE: Final = 160  # longest side of a thumbnail in pixels
 MAX_PIXELS: Final = 2**27
 """Pixels that `JpegBatchDecoder` decodes at once, 400 MB and four times as much while they are resized."""
 _QUALITY: Final = 80
+_THREADS: Final = 4  # threads that write thumbnails, during which Pillow releases the GIL
 _LARGE_FILE: Final = 2**26
 """Bytes from which a file is decoded before it is hashed, so that a video is not read to its end in vain."""
+_Decoded = tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]
+"""Width and height, thumbnail and pixels of an image."""
 
 
 class DecodedImage(NamedTuple):
-    """What is known of an image after it was read.
+    """What is known of an image after it was read."""
 
-    Attributes:
-        digest: First 32 hex digits of the SHA-256 of its bytes; "" if it could not be read.
-        width: Width in pixels, upright.
-        height: Height in pixels, upright.
-        thumbnail: JPEG bytes. None if it was not decoded: it is broken, or equal bytes have been embedded already.
-        reason: Why it is broken, or None.
-        jpeg: Pixels and bytes of a JPEG that `JpegBatchDecoder` has yet to decode, or None.
-    """
-
-    digest: str = ""
-    width: int = 0
+    digest: str = ""  # first 32 hex digits of the SHA-256 of its bytes; "" if it could not be read
+    width: int = 0  # width in pixels, upright
     height: int = 0
+    # JPEG bytes. None if it was not decoded: it is broken, or equal bytes have been embedded already.
     thumbnail: bytes | None = None
-    reason: str | None = None
-    jpeg: tuple[int, int] | None = None
+    reason: str | None = None  # why it is broken, or None
+    jpeg: tuple[int, int] | None = None  # pixels and bytes of a JPEG that `JpegBatchDecoder` has yet to decode, or None
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class DecodedBatch:
-    """Images in the order of their entries.
+    """Images in the order of their entries."""
 
-    Attributes:
-        images: All of them.
-        pixels: Pixels of those with a thumbnail, in order, in the size of the model.
-        jpegs: The bytes of those with `jpeg`, concatenated.
-        idle: Seconds for which the worker had waited for work.
-    """
-
-    images: Sequence[DecodedImage]
-    pixels: UInt8[Tensor, "decoded 3 size size"]
+    images: Sequence[DecodedImage]  # all of them
+    pixels: UInt8[Tensor, "decoded 3 size size"]  # pixels of those with a thumbnail, in order, in the size of the model
+    # The bytes of those with `jpeg`, concatenated.
     jpegs: UInt8[Tensor, " bytes"] = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    idle: float = 0.0
+    idle: float = 0.0  # seconds for which the worker had waited for work
 
     def pin_memory(self) -> "DecodedBatch":
         """Move the pixels to pinned memory, from which a GPU copies while it computes."""
@@ -78,11 +71,7 @@ class DecodedBatch:
         return list(self.jpegs.split(sizes))
 
     def without(self, digests: Collection[str]) -> "DecodedBatch":
-        """Drop pixels and bytes of images that were read before, here or earlier; only their digests stay.
-
-        Args:
-            digests: Digests of images read earlier.
-        """
+        """Drop pixels and bytes of images that were read before, here or earlier; only their digests stay."""
         images: list[DecodedImage] = []
         seen: set[str] = set()
         rows, keep_rows, keep_jpegs = 0, [], []
@@ -103,14 +92,7 @@ class DecodedBatch:
 
 @final
 class ImageReader:
-    """Reads, hashes and decodes images: the transform and, with `collate`, the batches of an `image_loader`.
-
-    Args:
-        preprocess: The model's.
-        known: Sorted first 64 bits of the digests of images that need not be decoded.
-        defer_jpegs: Whether plain JPEGs are left to `JpegBatchDecoder`.
-        largest: Largest number of pixels; None for `max_pixels`.
-    """
+    """Reads, hashes and decodes images: the transform and, with `collate`, the batches of an `image_loader`."""
 
     def __init__(
         self,
@@ -200,19 +182,7 @@ class ImageReader:
 def decode_with_thumbnail(
     data: bytes, to_pixels: ImageToPixels, largest: float | int | None = None
 ) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
-    """Decode an image with Pillow.
-
-    Args:
-        data: The bytes of a file.
-        to_pixels: The model's.
-        largest: Largest number of pixels; None for `max_pixels`.
-
-    Returns:
-        Width and height, a thumbnail, and the pixels for the model.
-
-    Raises:
-        Exception: Nearly any, if the file is broken.
-    """
+    """Decode an image with Pillow."""
     image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size, largest)
     large = image
     if max(image.size) < min(THUMBNAIL_SIZE, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
@@ -233,3 +203,119 @@ def make_thumbnail(image: Image.Image) -> bytes:
     # As sharp as a bicubic filter at half its time; integer factors are averaged, in a tenth of it.
     image.resize((width, height), Image.Resampling.HAMMING, reducing_gap=1.0).save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()
+
+
+def require_codec() -> None:
+    """Check that TorchCodec is installed."""
+    if importlib.util.find_spec("torchcodec") is None:
+        raise ConfigError('decoder=torchcodec needs a package that is not installed; pip install "union-igrot[codec]"')
+
+
+@final
+class JpegBatchDecoder:
+    """Decodes the JPEGs that decoding processes left undecoded."""
+
+    def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
+        self._to_pixels, self._device = ImageToPixels(preprocess), device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="thumbnails")
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown()
+
+    def decode(self, parts: Sequence[DecodedBatch]) -> list[DecodedBatch]:
+        """Decode what has yet to be decoded; its pixels are on the device.
+
+        May run in another thread than the model: a GPU decodes beside the model.
+        """
+        with torch.cuda.stream(self._stream):  # None changes nothing
+            counts = [image.jpeg[0] for part in parts for image in part.images if image.jpeg is not None]
+            jpegs = [jpeg for part in parts for jpeg in part.split_jpegs()]
+            decoded = self._decode_all(list(zip(counts, jpegs, strict=True)))
+            done = [self._complete(part, decoded) for part in parts]
+            if self._stream is not None:
+                self._stream.synchronize()
+        return done
+
+    def mark_used(self, parts: Sequence[DecodedBatch]) -> None:
+        """Tell the allocator that the model reads what another stream decoded; call in the thread of the model."""
+        for part in parts if self._stream is not None else ():
+            if part.pixels.is_cuda:
+                part.pixels.record_stream(torch.cuda.current_stream(self._device))
+
+    def _complete(self, part: DecodedBatch, decoded: Iterator[_Decoded | str]) -> DecodedBatch:
+        """Fill in the next decoded images of a batch."""
+        if not len(part.jpegs):
+            return part
+        images, pixels, ready = list(part.images), [], iter(part.pixels)
+        for at, image in enumerate(part.images):
+            if image.thumbnail is not None:
+                pixels.append(next(ready))
+            elif image.jpeg is not None:
+                result = next(decoded)
+                if isinstance(result, str):
+                    images[at] = DecodedImage(reason=result)
+                else:
+                    (width, height), thumbnail, own = result
+                    images[at] = DecodedImage(image.digest, width, height, thumbnail)
+                    pixels.append(own)
+        size = self._to_pixels.preprocess.size
+        stacked = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8, device=self._device)
+        for at, one in enumerate(pixels):
+            stacked[at] = one.to(self._device, non_blocking=True)
+        return DecodedBatch(images, stacked)
+
+    def _decode_all(self, jpegs: Sequence[tuple[int, UInt8[Tensor, " _"]]]) -> Iterator[_Decoded | str]:
+        for group in split_by_pixels(jpegs):
+            yield from self._decode_group([jpeg for _, jpeg in group])
+
+    def _decode_group(self, jpegs: list[UInt8[Tensor, " _"]]) -> list[_Decoded | str]:
+        """Decode some JPEGs; return the reason for each that cannot be read."""
+        from torchcodec.decoders import decode_jpeg  # noqa: PLC0415 - an extra
+
+        try:
+            images: Any = decode_jpeg(jpegs, mode="RGB", device=self._device)
+        except RuntimeError:  # for at least one of them, and it does not say for which
+            return list(self._threads.map(self._decode_with_pillow, jpegs))
+        return self._resize(images)
+
+    def _resize(self, images: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[_Decoded | str]:
+        """Resize images for the model and to thumbnails, those of one size together."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for at, image in enumerate(images):
+            by_size.setdefault((image.shape[2], image.shape[1]), []).append(at)
+        results: dict[int, _Decoded] = {}
+        for (width, height), places in by_size.items():
+            stack = torch.stack([images[at] for at in places])
+            small = list(reversed(thumbnail_size(width, height)))
+            pixels = self._to_pixels.resize_batch(stack)
+            shown = F.resize(stack, small, InterpolationMode.BILINEAR, antialias=True).cpu()
+            files = self._threads.map(_encode_thumbnail, shown.permute(0, 2, 3, 1).contiguous().unbind())
+            for at, thumbnail, own in zip(places, files, pixels.unbind(), strict=True):
+                results[at] = (width, height), thumbnail, own
+        return [results[at] for at in range(len(images))]
+
+    def _decode_with_pillow(self, jpeg: UInt8[Tensor, " bytes"]) -> _Decoded | str:
+        try:
+            return decode_with_thumbnail(jpeg.numpy().tobytes(), self._to_pixels)
+        except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+            return image_fault(error)
+
+
+def split_by_pixels(
+    jpegs: Sequence[tuple[int, UInt8[Tensor, " _"]]],
+) -> Iterator[Sequence[tuple[int, UInt8[Tensor, " _"]]]]:
+    """Split JPEGs, given with their numbers of pixels, into groups of at most `MAX_PIXELS`; a larger image is alone."""
+    start, held = 0, 0
+    for at, (pixels, _) in enumerate(jpegs):
+        if at > start and held + pixels > MAX_PIXELS:
+            yield jpegs[start:at]
+            start, held = at, 0
+        held += pixels
+    if jpegs:
+        yield jpegs[start:]
+
+
+def _encode_thumbnail(pixels: UInt8[Tensor, "height width 3"]) -> bytes:
+    return make_thumbnail(Image.fromarray(pixels.numpy()))

@@ -1,21 +1,25 @@
 """The images to index: files, members of tar shards, or bytes in memory, each with its columns."""
 
 import datetime as dt
+import hashlib
+import io
 import json
 import math
 import os
 import stat
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from union_igrot.errors import DataError
+from union_igrot.errors import DataError, ImageError
+from union_igrot.images.decode import as_image, file_bytes
 from union_igrot.images.formats import describe_name, is_raw
+from union_igrot.storage.paths import absolute_path
 
-UserValue = str | int | float | bool | None
-"""A value of a user's column."""
+UserValue = str | int | float | bool | None  # a value of a user's column
 OWN_COLUMNS: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
 """Columns that ingestion writes itself."""
 ADDED_SOURCE: Final = "added"
@@ -25,62 +29,39 @@ WEB_ADDRESS: Final = "is a web address; download the image and list its path"
 IS_FOLDER: Final = "is a folder"
 UNREACHABLE: Final = "the file cannot be reached"
 """Prefix of faults that may be temporary; such an image is tried again at the next run."""
-RESERVED_COLUMNS: Final = OWN_COLUMNS | {"id", "vector", "row", "score"}
-"""Names that a user's column cannot have."""
+RESERVED_COLUMNS: Final = OWN_COLUMNS | {"id", "vector", "row", "score"}  # names that a user's column cannot have
 
 _INT64: Final = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file, a part of a file (a member of a tar shard) or bytes in memory that should be an image.
+    """A file, a part of a file (a member of a tar shard) or bytes in memory that should be an image."""
 
-    Attributes:
-        id: The id of its row: the absolute path as text, `<shard>/<member>` for a member.
-        path: The file; may contain undecodable bytes as surrogates. "" for bytes in memory.
-        size: Bytes.
-        mtime: Modification time of the file in ns; 0 for bytes in memory.
-        offset: Start of a member in its shard, or None.
-        columns: The user's columns.
-        fault: Why it cannot be an image, if that is known without opening it.
-        data: The bytes of an image in memory.
-    """
-
-    id: str
-    path: str = ""
+    id: str  # the id of its row: the absolute path as text, `<shard>/<member>` for a member
+    path: str = ""  # the file; may contain undecodable bytes as surrogates. "" for bytes in memory
     size: int = 0
-    mtime: int = 0
-    offset: int | None = None
-    columns: dict[str, UserValue] = field(default_factory=dict)
-    fault: str | None = None
-    data: bytes | None = None
+    mtime: int = 0  # modification time of the file in ns; 0 for bytes in memory
+    offset: int | None = None  # start of a member in its shard, or None
+    columns: dict[str, UserValue] = field(default_factory=dict)  # the user's columns
+    fault: str | None = None  # why it cannot be an image, if that is known without opening it
+    data: bytes | None = None  # the bytes of an image in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Images and their source.
+    """Images and their source."""
 
-    Attributes:
-        source: The folder, pattern or list, resolved, or a name chosen by the caller.
-        entries: The images, with unique ids.
-        unreadable: Folders and shards that could not be read completely. Images listed before may still exist there.
-        excluded: How many files and folders were left out, by name: hidden, of the system, or by `exclude`.
-    """
-
-    source: str
+    source: str  # the folder, pattern or list, resolved, or a name chosen by the caller
     entries: Sequence[Entry]
+    # Folders and shards that could not be read completely. Images listed before may still exist there.
     unreadable: Sequence[str] = ()
+    # How many files and folders were left out, by name: hidden, of the system, or by `exclude`.
     excluded: Mapping[str, int] = field(default_factory=dict)
 
 
 def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os.stat_result | None = None) -> Entry:
-    """Make the entry of a file without opening it.
-
-    Args:
-        path: An absolute path.
-        columns: The user's columns.
-        found: The result of `os.stat`, if known.
-    """
+    """Make the entry of a file without opening it."""
     fault = None
     try:
         found = found or os.stat(path)  # noqa: PTH116 - undecodable bytes, and speed
@@ -99,20 +80,9 @@ def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os
     return Entry(path_as_text(path), path, found.st_size, found.st_mtime_ns, columns=columns or {}, fault=fault)
 
 
-def data_entry(name: str, data: bytes, columns: Mapping[str, UserValue] | None = None) -> Entry:
-    """Make the entry of an encoded image (JPEG, PNG, ...) in memory.
-
-    Args:
-        name: The id of its row.
-        data: The bytes.
-        columns: The user's columns.
-
-    Raises:
-        DataError: If a column name is reserved.
-    """
-    values = {column: column_value(value) for column, value in (columns or {}).items()}
-    check_column_names(values, "columns")
-    return Entry(name, size=len(data), columns=values, data=data)
+def data_entry(name: str, data: bytes, columns: dict[str, UserValue] | None = None) -> Entry:
+    """Make the entry of an encoded image (JPEG, PNG, ...) in memory."""
+    return Entry(name, size=len(data), columns=columns or {}, data=data)
 
 
 def path_as_text(path: str) -> str:
@@ -121,15 +91,7 @@ def path_as_text(path: str) -> str:
 
 
 def unique_entries(entries: Iterable[Entry], source: str) -> list[Entry]:
-    """Keep the first of several entries with the same id.
-
-    Args:
-        entries: The entries, in order.
-        source: Where they are listed, for the error.
-
-    Raises:
-        DataError: If one image is listed with two different sets of columns.
-    """
+    """Keep the first of several entries with the same id."""
     first: dict[str, Entry] = {}
     clashes = []
     for entry in entries:
@@ -147,9 +109,6 @@ def column_value(value: Any) -> UserValue:
     """Convert a value to what a column can hold.
 
     NaN and other missing values become None, NumPy and torch scalars Python numbers, times and nested values text.
-
-    Raises:
-        DataError: For bytes.
     """
     if not isinstance(value, UserValue) and _is_missing(value):
         return None
@@ -185,11 +144,7 @@ def first_repeated(names: Sequence[str]) -> str | None:
 
 
 def check_column_names(names: Iterable[str], source: str) -> None:
-    """Refuse reserved column names.
-
-    Raises:
-        DataError: If a name is reserved.
-    """
+    """Refuse reserved column names."""
     if clash := sorted(set(names) & RESERVED_COLUMNS):
         raise DataError(f"{source}: reserved column name: {', '.join(clash)}; rename the column")
 
@@ -211,3 +166,67 @@ def unify_column_types(rows: Sequence[MutableMapping[str, UserValue]]) -> None:
                 row[name] = float(value)
             elif value is not None:
                 row[name] = json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def list_additions(
+    images: Sequence[Any], ids: Iterable[str] | None = None, columns: Mapping[str, Iterable[Any]] | None = None
+) -> Listing:
+    """List images in any form that `as_image` accepts; those that cannot be read have a fault.
+
+    Without ids, files are named by their paths, and others by the hash of their content. Invalid ids or columns are a
+    DataError.
+    """
+    # Values belong to images by position, whatever labels the rows of a table have.
+    names = None if ids is None else _as_list([ids] if isinstance(ids, str) else ids, "ids", len(images))
+    values = {name: _as_list(one, name, len(images)) for name, one in (columns or {}).items()}
+    for what, strings in (("an id", names or ()), ("a column name", list(values))):
+        if wrong := [one for one in strings if not isinstance(one, str)]:
+            raise DataError(f"invalid value for {what}: {wrong[0]!r} (expected str, not {type(wrong[0]).__name__})")
+    if wrong := [name for name in names or () if any("\ud800" <= char <= "\udfff" for char in name)]:
+        raise DataError(f"the id {wrong[0]!r} is not valid Unicode; use another")
+    check_column_names(values, "the columns given")
+    if names is not None and (repeated := first_repeated(names)) is not None:
+        raise DataError(f"the id {repeated!r} is repeated among {len(names)}; each image needs its own")
+    rows = [{name: column_value(given[i]) for name, given in values.items()} for i in range(len(images))]
+    unify_column_types(rows)
+    entries = [_entry(image, None if names is None else names[i], rows[i], i) for i, image in enumerate(images)]
+    return Listing(ADDED_SOURCE, unique_entries(entries, "the images given"))
+
+
+def _as_list(values: Any, what: Any, count: int) -> list[Any]:
+    try:
+        found = list(values)
+    except TypeError:
+        raise DataError(f"invalid value for {what}: {values!r} (expected a list, one value per image)") from None
+    if isinstance(values, str) or len(found) != count:
+        given = "one string" if isinstance(values, str) else f"{len(found)} values"
+        raise DataError(f"{what}: {given} for {count} images (expected one value per image)")
+    return found
+
+
+def _entry(image: Any, name: str | None, columns: dict[str, Any], position: int) -> Entry:
+    if isinstance(image, str | Path):
+        try:
+            os.fsencode(image)
+        except UnicodeEncodeError:
+            return Entry(name or ascii(image), columns=columns, fault="not a valid file name")
+        entry = file_entry(absolute_path(image), columns)
+        if entry.fault == IS_FOLDER:
+            entry = replace(entry, fault=f"{IS_FOLDER}; add it alone: add(folder)")
+        return entry if name is None else replace(entry, id=name)
+    try:
+        data, content = _file_content(image)
+    except ImageError as error:
+        return Entry(name or f"image {position + 1} ({type(image).__name__})", columns=columns, fault=str(error))
+    return data_entry(f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name, data, columns)
+
+
+def _file_content(image: Any) -> tuple[bytes, bytes]:
+    """Return an image as the bytes of a file, and the bytes that identify it."""
+    if (data := file_bytes(image)) is not None:
+        return data, data
+    decoded = as_image(image)
+    file = io.BytesIO()
+    decoded.save(file, format="PNG", compress_level=1)
+    # Pixels identify it: how they are compressed depends on the version of a library.
+    return file.getvalue(), f"{decoded.width}x{decoded.height}".encode() + decoded.tobytes()

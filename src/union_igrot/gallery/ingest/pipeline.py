@@ -8,12 +8,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, final
+from typing import Final, Literal, TypeVar, final
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader
 from union_igrot.errors import DataError, ImageError, UnionError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
-from union_igrot.gallery.ingest.codec import JpegBatchDecoder, require_codec
-from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
+from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader, JpegBatchDecoder, require_codec
 from union_igrot.gallery.ingest.entries import Entry, Listing
 from union_igrot.gallery.ingest.plan import find_broken, find_gone, find_lost_sources, make_plan, read_index
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport, SkippedFile
@@ -38,18 +37,17 @@ from union_igrot.storage.cache import ADVICE, default_root
 from union_igrot.storage.locks import acquire_exclusive
 from union_igrot.terminal import progress_bar
 
-EXAMPLES: Final = 5
-"""Broken images that a report names."""
+EXAMPLES: Final = 5  # broken images that a report names
 _PART: Final = 32
 """Images that a worker decodes at once; several workers share a batch, and its first part is ready soon."""
-_PREFETCH: Final = 4
-"""Parts that each worker decodes ahead."""
+_PREFETCH: Final = 4  # parts that each worker decodes ahead
 _START_METHOD: Final[Literal["fork"] | None] = "fork" if sys.platform == "linux" else None
 _ROUNDS: Final = 5
 _DELETE_ROWS: Final = 10_000
 
 EmbeddedBatch = tuple[Sequence[Entry], Sequence[DecodedImage], Float[Tensor, "embedded dim"]]
 """Entries, what is known of each, and the embeddings of those with a thumbnail."""
+_Item = TypeVar("_Item")
 _Executor = Callable[[Sequence[Entry], UInt64[np.ndarray, " digests"] | None], Generator[EmbeddedBatch, None, None]]
 
 
@@ -71,16 +69,6 @@ def ingest_images(
     Images with the size and modification time of their row are not opened. Others are read; one whose bytes are in
     the index already, under whatever id, reuses its embedding. Finished images are in the index within seconds, and
     readers see them meanwhile. An interrupted run is resumed by the same call.
-
-    Args:
-        index: An index made with this model.
-        model: The model; with the executor `local` it works on its device.
-        listing: The images, see `list_images`.
-        options: How to do it.
-        wait: Seconds to wait for another process that puts images into the index.
-
-    Returns:
-        Numbers and times.
 
     Raises:
         UnionError: If another process is still putting images into the index.
@@ -116,7 +104,7 @@ def ingest_images(
                 timings.working = time.perf_counter() - began
         bar.update(task, description="finishing")
         skips = [*plan.skip, *writer.broken]
-        removed = _delete(index, [*gone, *(find_broken(skips, rows.by_id) if options.prune else ())])
+        removed = delete_rows(index, [*gone, *(find_broken(skips, rows.by_id) if options.prune else ())])
         if writer.added + writer.updated + removed:
             index.optimize()
         broken = {skip.path: skip.reason for skip in skips}
@@ -161,11 +149,7 @@ def _embed_all(
     options: IngestOptions,
     show_progress: Callable[[int, int], None],
 ) -> int:
-    """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all.
-
-    Returns:
-        Number of images read.
-    """
+    """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all."""
     opened = 0
     for attempt in range(_ROUNDS):
         done = 0
@@ -193,26 +177,25 @@ def embed_entries(
     known: UInt64[np.ndarray, " digests"] | None = None,
     timings: Timings | None = None,
 ) -> Generator[EmbeddedBatch, None, None]:
-    """Decode images in worker processes and embed them on the device of the model.
+    """Decode images in worker processes and embed them on the device of the model."""
+    decoded = decode_entries(model, entries, options, known, timings or Timings())
+    embedded = ((batch, parts, _embed_parts(model, parts, options.precision)) for batch, parts in decoded)
+    for batch, parts, vectors in _one_behind(embedded):
+        yield batch, [image for part in parts for image in part.images], vectors.cpu()
 
-    Args:
-        model: The model.
-        entries: The images.
-        options: How to do it.
-        known: Digests of images in the index, see `ImageReader`; None if all are to be embedded, with Pillow.
-        timings: Times are added to it.
-    """
-    device = model.device
-    waiting: EmbeddedBatch | None = None
-    for batch, parts in decode_entries(model, entries, options, known, timings or Timings()):
-        pixels = torch.cat([part.pixels.to(device, non_blocking=True) for part in parts])
-        images = [image for part in parts for image in part.images]
-        following = batch, images, embed_pixels(model, pixels, options.precision)
-        if waiting is not None:  # not before the next batch is under way: a GPU works meanwhile
-            yield waiting[0], waiting[1], waiting[2].cpu()
-        waiting = following
-    if waiting is not None:
-        yield waiting[0], waiting[1], waiting[2].cpu()
+
+def _embed_parts(model: IGROTModel, parts: Sequence[DecodedBatch], precision: str) -> Float[Tensor, "embedded dim"]:
+    pixels = torch.cat([part.pixels.to(model.device, non_blocking=True) for part in parts])
+    return embed_pixels(model, pixels, precision)
+
+
+def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
+    """Yield each item when the next one is under way: a GPU works meanwhile."""
+    waiting: list[_Item] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 def decode_entries(
@@ -325,28 +308,18 @@ def _decode_ahead(
     batches: Iterator[tuple[Sequence[Entry], list[DecodedBatch]]], decoder: JpegBatchDecoder, timings: Timings
 ) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
     """Decode JPEGs on the device, one batch ahead of the model."""
-    waiting: tuple[Sequence[Entry], Future[list[DecodedBatch]]] | None = None
-
-    def wait(
-        batch: Sequence[Entry], decoding: Future[list[DecodedBatch]]
-    ) -> tuple[Sequence[Entry], list[DecodedBatch]]:
-        start = time.perf_counter()
-        parts = decoding.result()
-        timings.decoding_wait += time.perf_counter() - start
-        decoder.mark_used(parts)
-        return batch, parts
-
     with closing(decoder), ThreadPoolExecutor(1, thread_name_prefix="jpegs") as thread:
-        for batch, parts in batches:
-            following = batch, thread.submit(decoder.decode, parts)
-            if waiting is not None:
-                yield wait(*waiting)
-            waiting = following
-        if waiting is not None:
-            yield wait(*waiting)
+        submitted = ((batch, thread.submit(decoder.decode, parts)) for batch, parts in batches)
+        for batch, decoding in _one_behind(submitted):
+            start = time.perf_counter()
+            decoded = decoding.result()
+            timings.decoding_wait += time.perf_counter() - start
+            decoder.mark_used(decoded)
+            yield batch, decoded
 
 
-def _delete(index: VectorIndex, ids: Sequence[str]) -> int:
+def delete_rows(index: VectorIndex, ids: Iterable[str]) -> int:
+    """Remove rows, not too many at once, and return how many existed."""
     names = list(dict.fromkeys(ids))
     return sum(index.delete(names[at : at + _DELETE_ROWS]) for at in range(0, len(names), _DELETE_ROWS))
 
@@ -368,20 +341,7 @@ def _broken_image_error(name: str, reason: str) -> ImageError:
 
 @contextmanager
 def lock_index(uri: str, cache: Path | None = None, wait: float = 0.1) -> Iterator[Path | None]:
-    """Keep other processes from putting images into an index.
-
-    Args:
-        uri: The index.
-        cache: Cache folder; None for its default.
-        wait: Seconds to wait for another process.
-
-    Yields:
-        The list of skipped images; None for an index in memory.
-
-    Raises:
-        UnionError: If another process is putting images into the index.
-        DataError: If the cache folder cannot be written.
-    """
+    """Keep other processes from putting images into an index; yield the path of its list of skipped images, if any."""
     if uri == MEMORY:
         yield None
         return

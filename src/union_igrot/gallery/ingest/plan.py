@@ -24,23 +24,14 @@ SMALL_ADDITION: Final = 256
 
 
 class IndexedImage(NamedTuple):
-    """The row of an image, without vector and thumbnail.
+    """The row of an image, without vector and thumbnail."""
 
-    Attributes:
-        size: Bytes.
-        mtime: Modification time in ns.
-        digest: First 32 hex digits of the SHA-256 of its bytes.
-        source: The source that added it.
-        own: Whether that is the present source, which updates and removes the row.
-        columns: The user's columns that are not None.
-    """
-
-    size: int
-    mtime: int
-    digest: str
-    source: str
-    own: bool
-    columns: Mapping[str, UserValue]
+    size: int  # bytes
+    mtime: int  # modification time in ns
+    digest: str  # first 32 hex digits of the SHA-256 of its bytes
+    source: str  # the source that added it
+    own: bool  # whether that is the present source, which updates and removes the row
+    columns: Mapping[str, UserValue]  # the user's columns that are not None
 
     def merged(self, given: Mapping[str, UserValue], named: Collection[str]) -> tuple[dict[str, UserValue], str]:
         """Return the columns and the source of the row after an update.
@@ -62,35 +53,24 @@ class IndexedImage(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True)
 class IndexedRows:
-    """The rows that an ingestion has to know.
+    """The rows that an ingestion has to know."""
 
-    Attributes:
-        by_id: The rows of the present source and of its entries.
-        digests: Sorted first 64 bits of the digests of all rows that were read.
-        sources: Number of rows by source, of all rows that were read.
-    """
-
-    by_id: dict[str, IndexedImage]
-    digests: UInt64[np.ndarray, " digests"]
-    sources: Mapping[str, int]
+    by_id: dict[str, IndexedImage]  # the rows of the present source and of its entries
+    digests: UInt64[np.ndarray, " digests"]  # sorted first 64 bits of the digests of all rows that were read
+    sources: Mapping[str, int]  # number of rows by source, of all rows that were read
 
 
 @final
 @dataclass(slots=True)
 class Plan:
-    """What an ingestion has to do.
-
-    Attributes:
-        read: Images to be read.
-        rewrite: Images whose row has the right content but needs new columns or another source.
-        skip: Images that cannot be read, as seen without opening them or at an earlier run.
-        unchanged: Number of images whose rows are up to date.
-    """
+    """What an ingestion has to do."""
 
     read: list[Entry] = field(default_factory=list)
+    # Images whose row has the right content but needs new columns or another source.
     rewrite: list[Entry] = field(default_factory=list)
+    # Images that cannot be read, as seen without opening them or at an earlier run.
     skip: list[SkippedImage] = field(default_factory=list)
-    unchanged: int = 0
+    unchanged: int = 0  # number of images whose rows are up to date
 
 
 def read_index(index: VectorIndex, listing: Listing, *, prune: bool = True) -> IndexedRows:
@@ -98,14 +78,6 @@ def read_index(index: VectorIndex, listing: Listing, *, prune: bool = True) -> I
 
     If few images are added and nothing is removed, only their own rows are read. An image that is in the index under
     another id is then embedded again, which costs less than reading a large index.
-
-    Args:
-        index: The index.
-        listing: The images; their columns are converted to the types of the index.
-        prune: Whether rows of this source may be removed, so that all of them have to be known.
-
-    Raises:
-        DataError: If a column has another type than in the index, or an invalid name.
     """
     kinds = index.columns
     _match_column_types(listing, kinds, index.dim)
@@ -134,13 +106,7 @@ def digest_prefix(digest: str) -> int:
 
 
 def make_plan(listing: Listing, rows: Mapping[str, IndexedImage], skipped_before: Mapping[str, SkippedImage]) -> Plan:
-    """Decide what to do with each image.
-
-    Args:
-        listing: The images.
-        rows: Rows of the index by id.
-        skipped_before: Images that could not be read at an earlier run, by id.
-    """
+    """Decide what to do with each image."""
     plan, named = Plan(), columns_of(listing.entries)
     for entry in listing.entries:
         row, skip = rows.get(entry.id), skipped_before.get(entry.id)

@@ -24,10 +24,8 @@ from union_igrot.models.model import IGROTModel
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-_MAX_BATCHES: Final = 16
-"""Batches per task."""
-_RETRIES: Final = 5
-"""How often an actor is restarted, and a task repeated, after its process died."""
+_MAX_BATCHES: Final = 16  # batches per task
+_RETRIES: Final = 5  # how often an actor is restarted, and a task repeated, after its process died
 
 _Job = tuple[IGROTModel, UInt64[np.ndarray, " digests"] | None, IngestOptions]
 _Result = tuple[list[DecodedImage], Float[Tensor, "embedded dim"], Timings]
@@ -41,13 +39,7 @@ class EmbeddingActor:
         self._job: _Job | None = None
 
     def embed(self, job: "list[ObjectRef[_Job]]", entries: Sequence[Entry]) -> _Result:
-        """Decode and embed images.
-
-        Args:
-            job: Reference to the model, on the CPU, the digests of images in the index, and the options. In a list, so
-                that Ray does not fetch it for every task.
-            entries: The images.
-        """
+        """Decode and embed images; `job` is in a list, so that Ray does not fetch it for every task."""
         if self._job is None:
             import ray  # noqa: PLC0415 - an extra
 
@@ -65,14 +57,6 @@ def ray_executor(
     model: IGROTModel, options: IngestOptions, timings: Timings
 ) -> Iterator[Callable[[Sequence[Entry], UInt64[np.ndarray, " digests"] | None], Generator[EmbeddedBatch, None, None]]]:
     """Connect to a Ray cluster, or start one on this machine.
-
-    Args:
-        model: The model, which is sent to the actors.
-        options: How to do it.
-        timings: Times are added to it, as means over the actors.
-
-    Yields:
-        What `embed_entries` does, on the cluster.
 
     Raises:
         ConfigError: If Ray is not installed, the cluster cannot be reached, or has too few GPUs or CPU cores.

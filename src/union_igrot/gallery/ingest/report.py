@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, check_choice
 from union_igrot.storage.cache import write_cached
 
 _log: Final = logging.getLogger("union_igrot.indexing")
@@ -64,8 +64,7 @@ class IngestOptions:
     def __post_init__(self) -> None:
         """Validate the values."""
         for name, allowed in _CHOICES.items():
-            if (given := getattr(self, name)) not in allowed:
-                raise ConfigError(f"invalid value for {name}: {given!r} (expected {' or '.join(allowed)})")
+            check_choice(name, getattr(self, name), allowed)
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None and count < least:
                 raise ConfigError(f"invalid value for {name}: {count} (expected an integer >= {least})")
@@ -130,32 +129,17 @@ class IngestReport:
 
 
 class SkippedImage(NamedTuple):
-    """An image that could not be read.
+    """An image that could not be read."""
 
-    Attributes:
-        path: The id that its row would have.
-        reason: Why.
-        size: Bytes; 0 if unknown.
-        mtime: Modification time in ns; 0 if unknown.
-    """
-
-    path: str
-    reason: str
-    size: int
-    mtime: int
+    path: str  # the id that its row would have
+    reason: str  # why
+    size: int  # bytes; 0 if unknown
+    mtime: int  # modification time in ns; 0 if unknown
 
 
 @final
 class SkippedFile:
-    """The list of skipped images, JSON lines beside the index; the lines of other sources are left as they are.
-
-    Args:
-        path: The file; None keeps no file.
-        source: The source whose lines are read and changed.
-
-    Raises:
-        DataError: If the file cannot be read.
-    """
+    """The list of skipped images, JSON lines beside the index; the lines of other sources are left as they are."""
 
     def __init__(self, path: Path | None, source: str) -> None:
         self.path, self._source = path, source

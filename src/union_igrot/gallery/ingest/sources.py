@@ -41,25 +41,18 @@ SOURCE_FORMS: Final = (
 """The forms of `images=`, for messages."""
 
 _REPORT_EVERY: Final = 1000
-_MAX_EXPANSIONS: Final = 1_000_000
-"""Maximum number of names that braces may expand to."""
-_MAX_METADATA: Final = 2**24
-"""Maximum size in bytes of a shard member that holds columns."""
+_MAX_EXPANSIONS: Final = 1_000_000  # maximum number of names that braces may expand to
+_MAX_METADATA: Final = 2**24  # maximum size in bytes of a shard member that holds columns
 _METADATA_SUFFIXES: Final = (".json", ".txt", ".cls")
 _INTEGER: Final = re.compile(r"-?(0|[1-9]\d{0,17})")
 _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
-_ListedImage = tuple[str, dict[str, Any]]
-"""A path as written in a list, and the other columns of its line."""
+_ListedImage = tuple[str, dict[str, Any]]  # a path as written in a list, and the other columns of its line
 
 
 @final
 class _Exclusions:
-    """Decides which files and folders are left out, and counts them by name.
-
-    Args:
-        patterns: See `list_images`.
-    """
+    """Decides which files and folders are left out, and counts them by name."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self.counts: Counter[str] = Counter()

@@ -4,11 +4,10 @@ A row is durable when its batch is written. Rows of images that are gone are rem
 a moved or renamed image finds the embedding of its bytes.
 """
 
-import queue
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, NamedTuple, final
@@ -25,14 +24,10 @@ from union_igrot.gallery.ingest.entries import ADDED_SOURCE, OWN_COLUMNS, UNREAC
 from union_igrot.gallery.ingest.plan import IndexedImage, columns_of
 from union_igrot.gallery.ingest.report import SkippedFile, SkippedImage
 
-BATCH_ROWS: Final = 2048
-"""Rows per write."""
-BATCH_SECONDS: Final = 15.0
-"""Age at which a smaller batch is written; the most work that a kill can lose."""
-_LOOKUP: Final = 1000
-"""Digests per query to the index."""
-_MAX_REPLACED: Final = 10_000
-"""Overwritten contents that are kept in memory for images that were renamed to each other."""
+BATCH_ROWS: Final = 2048  # rows per write
+BATCH_SECONDS: Final = 15.0  # age at which a smaller batch is written; the most work that a kill can lose
+_LOOKUP: Final = 1000  # digests per query to the index
+_MAX_REPLACED: Final = 10_000  # overwritten contents that are kept in memory for images that were renamed to each other
 
 _Item = tuple[Entry, DecodedImage, Tensor | None]
 
@@ -48,21 +43,7 @@ class _Content(NamedTuple):
 
 @final
 class RowWriter:
-    """Writes rows in a thread; use it as a context manager, which writes the rest at the end, also after an error.
-
-    Args:
-        index: The index.
-        listing: The images and their source.
-        rows: The rows of the index at the start, by id.
-        skipped: The list of skipped images.
-
-    Attributes:
-        added: New rows written.
-        updated: Existing rows written.
-        embedded: Rows written with an embedding of their own.
-        broken: Images that cannot be read.
-        waited: Seconds for which the caller waited for rows to be written.
-    """
+    """Writes rows in a thread; use it as a context manager, which writes the rest at the end, also after an error."""
 
     def __init__(
         self, index: VectorIndex, listing: Listing, rows: Mapping[str, IndexedImage], skipped: SkippedFile
@@ -71,29 +52,18 @@ class RowWriter:
         self._named_columns = columns_of(listing.entries)
         self._buffer: list[_Item] = []
         self._buffered_since = time.monotonic()
-        self._queue: queue.Queue[list[_Item] | None] = queue.Queue(1)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="row-writer")
+        self._written: Future[None] | None = None
         self._replaced: OrderedDict[str, _Content] = OrderedDict()
         self._missing: list[Entry] = []
-        self.added = self.updated = self.embedded = 0
+        self.added = self.updated = self.embedded = 0  # rows written; embedded: with an embedding of their own
         self.broken: list[SkippedImage] = []
-        self.waited = 0.0
+        self.waited = 0.0  # seconds for which the caller waited for rows to be written
 
     def add(
         self, entries: Sequence[Entry], images: Sequence[DecodedImage], vectors: Float[Tensor, "embedded dim"]
     ) -> None:
-        """Add images.
-
-        Args:
-            entries: The entries.
-            images: For each entry what is known of it. One with a digest but without thumbnail reuses the embedding
-                of equal bytes.
-            vectors: The embeddings of the images with a thumbnail, in order.
-
-        Raises:
-            BaseException: If an earlier write failed.
-        """
+        """Add images, and the embeddings of those with a thumbnail; one without reuses the embedding of equal bytes."""
         following = iter(vectors)
         for entry, image in zip(entries, images, strict=True):
             self._buffer.append((entry, image, None if image.thumbnail is None else next(following)))
@@ -101,17 +71,9 @@ class RowWriter:
             self._submit()
 
     def flush(self) -> list[Entry]:
-        """Write everything.
-
-        Returns:
-            Images whose embedding was expected in the index and is not there: another process removed it.
-
-        Raises:
-            BaseException: If a write failed.
-        """
+        """Write everything; return images whose embedding was expected in the index, but another process removed it."""
         self._submit()
-        self._queue.join()
-        self._raise_error()
+        self._submit()  # waits for the first
         missing, self._missing = self._missing, []
         return missing
 
@@ -119,39 +81,25 @@ class RowWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._error is None:
-            self._submit()
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-        if error is None:
-            self._raise_error()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        with self._thread:
+            try:
+                self._submit()
+            except BaseException:  # an earlier write failed, which may be the error already
+                if error is None:
+                    raise
+        if error is None and self._written is not None:
+            self._written.result()
 
     def _submit(self) -> None:
+        """Begin to write the buffer when the write before has ended; raises its error."""
+        if self._written is not None:
+            start = time.perf_counter()
+            self._written.result()
+            self.waited += time.perf_counter() - start
         self._buffered_since = time.monotonic()
         if self._buffer:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="row-writer")
-                self._thread.start()
-            start = time.perf_counter()
-            self._queue.put(self._buffer)
-            self._buffer = []
-            self.waited += time.perf_counter() - start
-        self._raise_error()
-
-    def _run(self) -> None:
-        while (items := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._write(items)
-            except BaseException as error:
-                self._error = error  # raised in the caller's thread
-            finally:
-                self._queue.task_done()
+            items, self._buffer = self._buffer, []
+            self._written = self._thread.submit(self._write, items)
 
     def _write(self, items: Sequence[_Item]) -> None:
         broken = [_skipped_image(entry, image.reason) for entry, image, _ in items if image.reason is not None]
