@@ -190,8 +190,10 @@ def read_manifest(root: Path, split: str = "train") -> dict[str, list[dict[str, 
     return {domain: [row for row in rows if row["domain"] == domain] for domain in ("photo", "sketch")}
 
 
-def image_features(network: PhotoNetwork, root: Path, known: set[str], cache: Path) -> dict[str, Tensor]:
-    """Return features of photos, their edge maps, sketches and pictographs, from the cache if they are there."""
+def image_features(
+    network: PhotoNetwork, root: Path, known: set[str], cache: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return features of photos, their edge maps, sketches and pictographs, cached, and what the latter show."""
     rows = read_manifest(root)
     tested = {row["class"] for row in read_manifest(root, "test")["photo"]}
     avoided = {word for name in tested for word in (*name.split("_"), name.rstrip("s"), *ALSO_AVOIDED)}
@@ -216,7 +218,7 @@ def image_features(network: PhotoNetwork, root: Path, known: set[str], cache: Pa
         if not (cache / f"{name}.safetensors").is_file():
             save_file({"features": trunk_features(network, images(), name)}, cache / f"{name}.safetensors")
         features[name] = load_file(cache / f"{name}.safetensors")["features"]
-    return features
+    return features, [name for name, _ in drawn]
 
 
 ALSO_AVOIDED = ("plane", "aircraft", "jet", "piano", "scissor", "clock", "seat", "biplane")
@@ -278,12 +280,11 @@ def main() -> None:
     print(f"{len(names)} names after {time.monotonic() - start:.0f} s", flush=True)
 
     sure = {name for name, length in zip(names, named.norm(dim=1).tolist(), strict=True) if length > 0.99}
-    features = image_features(network, args.data, sure, args.cache)
+    features, shown = image_features(network, args.data, sure, args.cache)
     manifest = read_manifest(args.data)
     labels = {domain: [row["class"] for row in manifest[domain]] for domain in manifest}
     at = {name: i for i, name in enumerate(names)}
-    avoided = {row["class"] for row in read_manifest(args.data, "test")["photo"]}
-    fit_images(network, features, labels, named[[at[name] for name, _ in pictographs(sure, avoided)]])
+    fit_images(network, features, labels, named[[at[name] for name in shown]])
 
     network.text = text_part(network, nouns, names, named)
     state = {
