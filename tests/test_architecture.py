@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -236,7 +236,7 @@ def test_settings_of_heads_are_the_arguments_of_their_classes(group, registry):
         head = registry.get(kind)
         arguments = inspect.signature(head).parameters.values() if "__init__" in vars(head) else ()
         expected = {
-            one.name: (one.default, get_args(one.annotation))
+            one.name: (one.default, get_args(one.annotation) if get_origin(one.annotation) is Literal else ())
             for one in arguments
             if one.name != "width" and one.name not in head.model_sizes
         }
@@ -286,4 +286,4 @@ def test_no_tracked_file_names_a_machine_or_a_registry():
 
 
 def test_weights_in_the_package_stay_small():
-    assert sum(path.stat().st_size for path in (SRC / "weights").rglob("*") if path.is_file()) <= 6 * 2**20
+    assert sum(path.stat().st_size for path in (SRC / "weights").rglob("*") if path.is_file()) <= 16 * 2**20
