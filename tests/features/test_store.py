@@ -16,6 +16,7 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.features.store import FeatureStore
+from union_igrot.storage.cache import check_manifest
 from union_igrot.types import Features
 
 
@@ -455,3 +456,20 @@ def test_a_few_rows_do_not_read_the_whole_shard(tmp_path):
     reader = FeatureStore(tmp_path, "f")
     reader.get(names(0, 16_384, 2048))
     assert resident() - before < 32 * 2**20
+
+
+def test_a_store_that_opens_spares_the_files_of_one_that_opens_beside_it(tmp_path, monkeypatch):
+    beside = []
+
+    def other_process_writes(manifest, *arguments):
+        beside.append(manifest.with_name("of-another.tmp"))
+        beside[-1].touch()
+        check_manifest(manifest, *arguments)
+
+    monkeypatch.setattr("union_igrot.features.store.check_manifest", other_process_writes)
+    store = FeatureStore(tmp_path, "f")
+    assert beside[0].is_file()
+    del store
+    monkeypatch.undo()
+    FeatureStore(tmp_path, "f")
+    assert not beside[0].exists()

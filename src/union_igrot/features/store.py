@@ -65,13 +65,15 @@ class FeatureStore:
         self._verified: set[tuple[str, bool]] = set()  # shard, and whether with its tokens
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._held, alone = acquire_shared(self._lock)
+            # Under the lock, as the next process may write as soon as it is released.
+            self._held, alone = acquire_shared(self._lock, partial(remove_temporary, self.folder, all_of_them=True))
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the cache folder {self.folder} ({error.strerror}); {ADVICE}") from error
         notes = {"backbone": backbone} if backbone else {}
         check_manifest(self.folder / "manifest.json", {"format": 1, "dtype": dtype}, notes)
-        remove_temporary(self.folder, all_of_them=alone)
+        if not alone:
+            remove_temporary(self.folder, all_of_them=False)
         self._read_folder()
 
     @classmethod

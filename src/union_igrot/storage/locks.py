@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, final
@@ -94,8 +95,12 @@ def acquire_exclusive(
     return held
 
 
-def acquire_shared(lock: Path) -> tuple[HeldLock, bool]:
+def acquire_shared(lock: Path, if_alone: Callable[[], None] | None = None) -> tuple[HeldLock, bool]:
     """Acquire a lock together with any number of other processes, and note the time of use.
+
+    Args:
+        lock: The lock file; made if absent.
+        if_alone: Called if no other process shares the lock, and before any other can.
 
     Returns:
         The lock, and whether no other process shared it.
@@ -108,6 +113,8 @@ def acquire_shared(lock: Path) -> tuple[HeldLock, bool]:
         raise OSError(errno.EAGAIN, f"{lock} is locked by another process")
     with exclusive:
         alone = not _users(lock, remove_dead=True)
+        if alone and if_alone is not None:
+            if_alone()
         user = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}.user")
         descriptor = os.open(user, os.O_RDWR | os.O_CREAT, 0o666)
         with suppress(OSError):  # a file system without locks; `_acquire` has warned
