@@ -119,11 +119,15 @@ def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, m
         if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "BATCH_ROWS", 32)
-        patch.setattr(writer.RowWriter, "add", interrupt)
-        with pytest.raises(SystemExit) as ended:
-            main(settings)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "BATCH_ROWS", 32)
+            patch.setattr(writer.RowWriter, "add", interrupt)
+            with pytest.raises(SystemExit) as ended:
+                main(settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     said = capsys.readouterr().err
     assert said == "union-index: interrupted; run the same command again to resume\n"

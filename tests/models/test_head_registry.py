@@ -182,7 +182,7 @@ def test_names_are_known_without_torch_and_t5_is_imported_for_union_alone(tmp_pa
 
 
 def test_an_unknown_backbone_is_an_error_that_names_the_known():
-    with pytest.raises(UnionError, match=r"did you mean large.*tiny, base.*open_clip:"):
+    with pytest.raises(UnionError, match=r"did you mean large.*tiny, photos, base.*open_clip:"):
         build_backbone("larg")
 
 

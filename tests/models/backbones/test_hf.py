@@ -202,7 +202,7 @@ def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
 def test_wrong_names_and_files_in_place_of_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="choose blip, siglip2, tinyclip or hf:"):
         load_hf("base")
-    with pytest.raises(ConfigError, match="choose one of tiny, base, large"):
+    with pytest.raises(ConfigError, match="choose one of tiny, photos, base, large"):
         build_backbone("nope")
     (tmp_path / "weights.bin").write_text("x")
     with pytest.raises(CheckpointError, match="is not a folder"):
