@@ -203,7 +203,7 @@ def test_two_methods_side_by_side(visit, star):
     user.page.get_by_label("Compare with").select_option(label="image alone, untrained")
     user.settled()
     assert user.page.locator(".columns h3").all_inner_texts() == [
-        "trained: tiny, transagg + union",
+        "trained: tiny, transagg + residual",
         "image alone, untrained",
     ]
     assert [column.locator("li").count() for column in user.page.locator(".columns section").all()] == [12, 12]
