@@ -242,10 +242,11 @@ class IGROTDataModule(lightning.LightningDataModule):
         triplets = self._triplets
         texts = [triplet.text for triplet in triplets]
         self._queries = self._inputs("queries", [triplet.image for triplet in triplets], "training queries", texts)
-        self._targets = self._inputs("gallery", [triplet.target for triplet in triplets], "training targets")
         if self._fused_targets and "image" not in self._tuned:
+            # First, as features without tokens would be stored beside those with them.
             shown = [triplet.target for triplet in triplets if triplet.task == "sbir"]
             self._extractor.extract_images(shown, tokens=True, label="targets of sketches")
+        self._targets = self._inputs("gallery", [triplet.target for triplet in triplets], "training targets")
         if self._bank_size is not None and self._composed:
             self._make_bank(self._bank_size)
         self._sides: list[dict[str, _Inputs]] = []
