@@ -81,6 +81,35 @@ def test_a_mistake_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, 
         assert not (tmp_path / "photos.lance").exists()
 
 
+def test_a_run_that_could_use_no_image_fails(tmp_path, capsys):
+    """And says why each file is of no use, whatever form the source has; the next run finds what is mended."""
+    folder, uri = tmp_path / "pictures", tmp_path / "photos.lance"
+    folder.mkdir()
+
+    def fails(source=folder):
+        with pytest.raises(SystemExit) as ended:
+            main([f"images={source}", f"index={uri}", *CPU])
+        said = capsys.readouterr()
+        assert ended.value.code == 2
+        (line,) = said.err.splitlines()
+        return said.out, line
+
+    assert fails()[1].endswith("it holds no images")
+    (folder / "a.nef").write_bytes(bytes(4000))
+    (folder / "b.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("pictures/b.png\npictures/gone.png\n")
+    for source in (folder, tmp_path / "list.txt"):
+        shown, line = fails(source)
+        assert "0 rows; 0 added" in shown
+        assert "b.png: no known image format" in shown
+        assert "none of its 2 files could be used" in line
+    fill(folder, 1)
+    main([f"images={folder}", f"index={uri}", *CPU])
+    assert "1 rows; 1 added" in capsys.readouterr().out
+    (folder / "0000.png").write_bytes(b"broken since")
+    assert "1 removed, 3 skipped" in fails()[0]
+
+
 def test_what_is_missing_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main([])

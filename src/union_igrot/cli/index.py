@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, DataError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
@@ -102,7 +102,11 @@ def _add_images(config: "DictConfig") -> None:
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
     with open_or_create(config.index, model.backbone.dim, index_metadata(model, checkpoint, config.weights)) as index:
-        _print_report(ingest_images(index, model, listing, options), index.uri, len(index))
+        report = ingest_images(index, model, listing, options)
+        _print_report(report, index.uri, len(index))
+    if not report.added + report.updated + report.unchanged:
+        found = f"none of its {report.skipped:,} files could be used" if report.skipped else "it holds no images"
+        raise DataError(f"images={config.images}: {found}")
 
 
 def _warn_about_photos(backbone: str, listing: "Listing") -> None:
