@@ -139,9 +139,12 @@ SLEEPING = """
 import sys, time
 from union_igrot.cli.command import run_command
 def task(*_):
-    print("ready", flush=True)
+    ready = False
     while True:
-        try: time.sleep(60)
+        try:
+            if not ready: print("ready", flush=True)
+            ready = True
+            time.sleep(60)
         except BaseException:
             if {obeys}: raise
 run_command("cache", task, [], resumes=True)

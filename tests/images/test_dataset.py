@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from torch.utils.data import DataLoader
 
 from union_igrot.errors import ImageError
 from union_igrot.images import dataset as images
@@ -62,6 +63,27 @@ def test_a_killed_worker_is_reported_after_the_batches_before_it():
         read.extend(read_batches(loader))
     assert read[:2] == [[0], [1]]
     assert signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL or before == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("error", "died"),
+    [
+        (EOFError(), True),  # what torch raises if a worker dies while it hands over shared memory
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (EOFError("Caught EOFError in DataLoader worker process 0."), False),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), False),
+    ],
+)
+def test_a_connection_that_ends_is_a_death_and_an_error_of_a_worker_is_not(error, died):
+    class Broken(DataLoader):
+        def __iter__(self):
+            yield [0]
+            raise error
+
+    read = []
+    with pytest.raises(WorkerDiedError if died else type(error)):
+        read.extend(read_batches(Broken([0])))
+    assert read == [[0]]
 
 
 def test_a_missing_file_is_named(tmp_path):

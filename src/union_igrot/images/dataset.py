@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import Any, Final, Generic, Literal, NoReturn, TypeVar, final
@@ -137,11 +138,16 @@ def read_batches(loader: DataLoader[Collated]) -> Iterator[Collated]:
     with _report_death_with_batch():
         try:
             yield from batches
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            reported = "DataLoader worker (pid" in str(error)
+            # A worker that dies while it hands over shared memory closes a connection before torch sees its death.
+            cut = isinstance(error, (EOFError, ConnectionError)) and "DataLoader worker process" not in str(error)
+            if not (reported or cut):
                 raise
             timed_out = getattr(signal, "SIGVTALRM", 0)
-            if timed_out and any(worker.exitcode == -timed_out for worker in getattr(batches, "_workers", ())):
+            workers = getattr(batches, "_workers", ())
+            wait([worker.sentinel for worker in workers], timeout=_PARENT_CHECK if workers else 0)
+            if timed_out and any(worker.exitcode == -timed_out for worker in workers):
                 raise WorkerDiedError(f"decoding took more than {TIME_LIMIT:.0f} s", timed_out=True) from error
             raise WorkerDiedError(
                 "a decoding process was killed, probably by a lack of memory; use fewer workers or smaller images"
