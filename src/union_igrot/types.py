@@ -123,7 +123,7 @@ class Protocol:
         exclude_reference: Whether the queries' `exclude` ids leave the ranking.
         ap_norm: Divisor of average precision: `min(k, R)`, `hits` in the top k, or `all` R.
         ap_rule: Area rule of average precision.
-        average: Mean over queries (`micro`) or mean of the classes' means (`macro`).
+        average: Mean over queries (`micro`) or mean of the groups' means (`macro`), see `groups`.
         ties: How candidates with equal scores count: by the mean over all their orders (`expected`), in the order of
             the gallery as most official evaluators, or `pessimistic`, relevant ones last (GeneCIS).
         note: Anything else a reader of the metric has to know.
@@ -135,6 +135,7 @@ class Protocol:
         means: Further metrics, each the mean of the named ones, such as `("R@5", "Rs@1")` for CIRR.
         prompt: The template of the queries' texts, by name or written out.
         classes: Whether the queries' classes are a sample, which intervals resample too, or all that there are.
+        groups: What `macro` averages over, and what metrics over groups reduce: classes, or the queries' first tags.
 
     Raises:
         DataError: If `primary` is not among `metrics`.
@@ -157,6 +158,7 @@ class Protocol:
     means: tuple[tuple[str, ...], ...] = ()
     prompt: str = ""
     classes: Literal["sampled", "all"] = "sampled"
+    groups: Literal["class", "tag"] = "class"
 
     def __post_init__(self) -> None:
         if self.primary not in self.metrics:

@@ -5,6 +5,7 @@ import random
 import statistics as statistics_of
 from itertools import chain, product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -15,6 +16,7 @@ from union_igrot.metrics.functional import average
 from union_igrot.metrics.statistics import (
     bootstrap_interval,
     bootstrap_intervals,
+    median_difference,
     paired_interval,
     randomization_test,
 )
@@ -213,3 +215,19 @@ def test_a_randomization_test_over_classes_is_exact_for_few():
     first = torch.tensor([0.2, 0.4, 0.6, 0.9])[classes]
     assert randomization_test(first, torch.zeros(200)) < 0.001
     assert randomization_test(first, torch.zeros(200), classes=classes) == pytest.approx(2 / 16, abs=0.02)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_medians_and_their_differences(grouped):
+    draw = np.random.default_rng(0)
+    first = torch.tensor(draw.integers(1, 50, 41), dtype=torch.float64)
+    second = first + torch.tensor(draw.integers(3, 9, 41), dtype=torch.float64)
+    classes = torch.arange(41) % 5 if grouped else None
+    alone = median_difference(first, classes=classes)
+    assert alone.mean == float(np.median(first.numpy()))
+    assert first.min() <= alone.low <= alone.mean <= alone.high <= first.max()
+    gap = median_difference(first, second, classes=classes)
+    assert gap.mean == float(np.median(first.numpy()) - np.median(second.numpy()))
+    assert gap.high < 0  # paired: every query's rank is lower
+    missing = torch.full_like(first, float("nan"))
+    assert all(math.isnan(x) for x in median_difference(first, missing))

@@ -4,17 +4,18 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import union_igrot
 from union_igrot.datasets.loading import benchmark_warning
+from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.calibration import Calibration, calibrate
 from union_igrot.evaluation.results import (
     EvaluationResult,
@@ -23,13 +24,21 @@ from union_igrot.evaluation.results import (
     SeenImages,
     TagMetric,
     query_classes,
+    query_groups,
 )
 from union_igrot.evaluation.scoring import metric_limits, score
 from union_igrot.features.embedding import embed_models
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.identity import image_identity
-from union_igrot.metrics.functional import average
-from union_igrot.metrics.statistics import Difference, Interval, bootstrap_intervals, paired_interval
+from union_igrot.metrics.functional import average, group_values
+from union_igrot.metrics.names import family_of, scale_of
+from union_igrot.metrics.statistics import (
+    Difference,
+    Interval,
+    bootstrap_intervals,
+    median_difference,
+    paired_interval,
+)
 from union_igrot.models.devices import device_name
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.types import Benchmark, Scores
@@ -38,9 +47,9 @@ BASELINES = ("image", "text", "sum")
 
 
 def means(benchmark: Benchmark, scores: Scores) -> dict[str, float]:
-    """Average each metric as the protocol says, in percent; nan if no query has a value."""
-    labels, how = _labels(benchmark), benchmark.protocol.average
-    return {name: 100 * average(values, labels, how).item() for name, values in scores.values.items()}
+    """Average each metric as the protocol says, in percent or as a rank; nan if no query has a value."""
+    averaging = _Averaging.of(benchmark)
+    return {name: averaging.mean(name, values) for name, values in scores.values.items()}
 
 
 def evaluate_benchmark(
@@ -102,50 +111,91 @@ def evaluate_benchmark(
     if trained:
         methods[-1] = replace(
             methods[-1],
-            differences=_paired_differences(
-                {name: x.values for name, x in scores.items()}, _labels(benchmark), _resampled_classes(benchmark), seed
-            ),
+            differences=_Averaging.of(benchmark).differences({name: x.values for name, x in scores.items()}, seed),
             seen_classes=tuple(seen_classes(model, benchmark)),
             seen_images=seen_images(model, benchmark),
         )
     return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores),))
 
 
-def _labels(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
-    return query_classes(benchmark) if benchmark.protocol.average == "macro" else None
+@dataclass(frozen=True)
+class _Averaging:
+    """How the queries' values become a metric, its interval and its difference to another method, in percent or ranks.
+
+    Attributes:
+        labels: What a macro mean is over; None for a mean over queries.
+        classes: What the bootstrap resamples before queries, or None.
+        groups: What metrics over groups reduce; None if a query has no group.
+    """
+
+    labels: Int[Tensor, " queries"] | None
+    classes: Int[Tensor, " queries"] | None
+    groups: Int[Tensor, " queries"] | None
+
+    @classmethod
+    def of(cls, benchmark: Benchmark) -> "_Averaging":
+        groups = query_groups(benchmark)
+        macro = benchmark.protocol.average == "macro"
+        if macro and groups is None:
+            kind = "labels" if benchmark.protocol.groups == "class" else "tags"
+            raise ConfigError(
+                f"a macro average needs the {kind} of all queries; set Query.{kind.rstrip('s')}, or use micro"
+            )
+        return cls(groups if macro else None, _resampled_classes(benchmark), groups)
+
+    def mean(self, name: str, values: Float[Tensor, " queries"]) -> float:
+        family, (values, labels, _) = family_of(name), self._reduced(name, values)
+        if family is not None and family.average == "median":
+            return float(values.nanquantile(0.5))
+        return scale_of(name) * average(values, labels, "micro" if labels is None else "macro").item()
+
+    def intervals(self, values: Mapping[str, Tensor], seed: int) -> dict[str, Interval]:
+        plain, bounds = {}, {}
+        for name, column in values.items():
+            family, (reduced, labels, classes) = family_of(name), self._reduced(name, column)
+            if family is not None and family.average == "median":
+                bounds[name] = Interval(*median_difference(column, seed=seed, classes=self.classes)[1:])
+            elif reduced is not column:
+                bounds |= bootstrap_intervals({name: reduced}, seed=seed, labels=labels, classes=classes)
+            else:
+                plain[name] = column
+        if plain:  # together, so that they share their resamples
+            bounds |= bootstrap_intervals(plain, seed=seed, labels=self.labels, classes=self.classes)
+        return {name: Interval(*(scale_of(name) * x for x in bounds[name])) for name in values}
+
+    def differences(self, values: Mapping[str, Mapping[str, Tensor]], seed: int) -> dict[str, dict[str, Difference]]:
+        """Return the paired differences trained - other."""
+        return {
+            other: {name: self._difference(name, x, columns[name], seed) for name, x in values["trained"].items()}
+            for other, columns in values.items()
+            if other != "trained"
+        }
+
+    def _difference(self, name: str, first: Tensor, second: Tensor, seed: int) -> Difference:
+        family = family_of(name)
+        if family is not None and family.average == "median":
+            return median_difference(first, second, seed=seed, classes=self.classes)
+        one, labels, classes = self._reduced(name, first)
+        other = self._reduced(name, second)[0]
+        gap = paired_interval(one, other, seed=seed, labels=labels, classes=classes)
+        return Difference(*(scale_of(name) * x for x in gap))
+
+    def _reduced(self, name: str, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the values of queries or groups, and the labels and classes that belong to them."""
+        family = family_of(name)
+        if family is None or family.reduction is None:
+            return values, self.labels, self.classes
+        if self.groups is None:
+            raise DataError(f"{name} needs the group of every query; set Query.label, or leave it out")
+        labels = self.labels
+        if labels is not None:
+            labels = group_values(labels.double(), self.groups.masked_fill(values.isnan(), -1), "maximum").long()
+            labels = labels[int(values.isnan().any()) :]
+        return group_values(values, self.groups, family.reduction), labels, None
 
 
 def _resampled_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
     return query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
-
-
-def _paired_differences(
-    values: Mapping[str, Mapping[str, Tensor]],
-    labels: Int[Tensor, " queries"] | None,
-    classes: Int[Tensor, " queries"] | None,
-    seed: int,
-) -> dict[str, dict[str, Difference]]:
-    """Return the paired differences trained - other in percent points."""
-    others = {name: columns for name, columns in values.items() if name != "trained"}
-    return {
-        other: {
-            name: Difference(
-                *(100 * x for x in paired_interval(column, columns[name], seed=seed, labels=labels, classes=classes))
-            )
-            for name, column in values["trained"].items()
-        }
-        for other, columns in others.items()
-    }
-
-
-def _intervals(
-    values: Mapping[str, Tensor],
-    labels: Int[Tensor, " queries"] | None,
-    classes: Int[Tensor, " queries"] | None,
-    seed: int,
-) -> dict[str, Interval]:
-    bounds = bootstrap_intervals(values, seed=seed, labels=labels, classes=classes)
-    return {name: Interval(100 * one.low, 100 * one.high) for name, one in bounds.items()}
 
 
 def method_result(
@@ -167,7 +217,7 @@ def method_result(
         n_skipped=benchmark.skipped,
         protocol=benchmark.protocol,
         metrics=means(benchmark, scores),
-        intervals=_intervals(scores.values, _labels(benchmark), classes, seed),
+        intervals=_Averaging.of(benchmark).intervals(scores.values, seed),
         by_tag=_by_tag(benchmark, scores),
         model=model,
         seconds={name: round(value, 3) for name, value in seconds.items()},
@@ -225,6 +275,9 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
     of_parts = [_resampled_classes(one.benchmark) for one in scored]
     known = [classes for classes in of_parts if classes is not None]
     classes = torch.cat(known) if len(known) == len(of_parts) else None
+    grouped = [query_groups(one.benchmark) for one in scored]
+    parted = [x + at * 2**32 for at, x in enumerate(grouped) if x is not None]
+    averaging = _Averaging(labels, classes, torch.cat(parted) if len(parted) == len(grouped) else None)
     galleries = [tuple(item.id for item in one.benchmark.gallery) for one in scored]
     # DTIN's domains share one gallery; FashionIQ's categories have one each.
     distinct = [galleries.index(gallery) == index for index, gallery in enumerate(galleries)]
@@ -247,8 +300,8 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
                 n_gallery=sum(len(gallery) for gallery, new in zip(galleries, distinct, strict=True) if new),
                 n_skipped=sum(one.n_skipped for one in inner),
                 protocol=replace(inner[0].protocol, note=_note_of_parts(inner)),
-                metrics={metric: 100 * average(x, labels, "macro").item() for metric, x in columns.items()},
-                intervals=_intervals(columns, labels, classes, seed),
+                metrics={metric: averaging.mean(metric, x) for metric, x in columns.items()},
+                intervals=averaging.intervals(columns, seed),
                 by_tag={},
                 seen_classes=tuple(sorted({name for one in inner for name in one.seen_classes})),
                 seen_images=_seen_in_parts([one.seen_images for one in inner], distinct),
@@ -262,7 +315,7 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
             )
         )
     if "trained" in values:
-        methods[-1] = replace(methods[-1], differences=_paired_differences(values, labels, classes, seed))
+        methods[-1] = replace(methods[-1], differences=averaging.differences(values, seed))
     return EvaluationResult(tuple(methods))
 
 
@@ -286,11 +339,13 @@ def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, TagMetric]:
     for row, query in enumerate(benchmark.queries):
         for tag in query.tags:
             rows[tag].append(row)
-    values = scores.values[benchmark.protocol.primary]
-    return {
-        tag: TagMetric(len(tagged), 100 * average(values[torch.tensor(tagged)]).item())
-        for tag, tagged in sorted(rows.items())
-    }
+    primary, groups = benchmark.protocol.primary, query_groups(benchmark)
+    found = {}
+    for tag, tagged in sorted(rows.items()):
+        some = torch.tensor(tagged)
+        averaging = _Averaging(None, None, None if groups is None else groups[some])
+        found[tag] = TagMetric(len(tagged), averaging.mean(primary, scores.values[primary][some]))
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -63,6 +63,8 @@ class SeenImages:
 class MethodResult:
     """One method on one benchmark; metrics, intervals and differences in percent, nan if there is no value.
 
+    `MeanRank` and `MedianRank` are ranks instead, of which lower is better.
+
     Attributes:
         benchmark: Name of the benchmark, or of the mean over its parts.
         split: Name of the split.
@@ -424,6 +426,15 @@ def query_classes(benchmark: Benchmark) -> Tensor | None:
     labels = [query.label for query in benchmark.queries]
     number = {label: index for index, label in enumerate(sorted({label for label in labels if label is not None}))}
     return None if None in labels else torch.tensor([number[label] for label in labels if label is not None])
+
+
+def query_groups(benchmark: Benchmark) -> Tensor | None:
+    """Return the index of each query's group, its class or first tag as the protocol says; None if one has none."""
+    if benchmark.protocol.groups == "class":
+        return query_classes(benchmark)
+    tags = [query.tags[0] if query.tags else "" for query in benchmark.queries]
+    number = {tag: index for index, tag in enumerate(dict.fromkeys(tags))}
+    return None if "" in number else torch.tensor([number[tag] for tag in tags])
 
 
 def _from_json(value: float | None) -> float:

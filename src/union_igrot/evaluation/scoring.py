@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from union_igrot.errors import DataError
+from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
 from union_igrot.evaluation.results import query_classes
-from union_igrot.metrics.names import ParsedMetric, parse_metric
+from union_igrot.metrics.names import ParsedMetric, is_rank, parse_metric
 from union_igrot.metrics.retrieval import RetrievalMetrics
 from union_igrot.metrics.ties import TieGroups
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
@@ -21,7 +21,7 @@ from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 RANKING_DEPTH = 50
 """Results of each query that are kept for contact sheets and submission files."""
 _TABLE_BYTES = 2**28
-_SUBSET_ROWS = 1024
+_SUBSET_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,13 @@ class Relevance:
     Attributes:
         targets: For each query the positions of its targets, without repetitions, in the benchmark's order.
         exclude: For each query the positions that are not ranked.
-        subset: For each query its subset without excluded items, in gallery order, padded with -1; None if no query
-            has one.
+        subset: For each query its subset without excluded items, in gallery order; None if no query has one.
         labels: The class index of each query; None if a query has no class.
     """
 
     targets: list[Int[Tensor, " _"]]
     exclude: list[list[int]]
-    subset: Int[Tensor, "queries subset"] | None
+    subset: list[Int[Tensor, " _"]] | None
     labels: Int[Tensor, " queries"] | None
 
     @classmethod
@@ -47,6 +46,7 @@ class Relevance:
         at = {item.id: position for position, item in enumerate(benchmark.gallery)}
         # Keeping the ids alive ensures that no other tuple gets their `id`.
         known: dict[int, tuple[Sequence[str], Tensor]] = {}
+        narrowed: dict[tuple[int, frozenset[int]], Tensor] = {}
         targets, exclude, subsets = [], [], []
         for query in benchmark.queries:
             if id(query.targets) not in known:
@@ -55,10 +55,12 @@ class Relevance:
             targets.append(known[id(query.targets)][1])
             excluded = {at[name] for name in query.exclude} if benchmark.protocol.exclude_reference else set()
             exclude.append(sorted(excluded))
-            subsets.append(sorted({at[name] for name in query.subset} - excluded) if query.subset else [])
-        widest = max(map(len, subsets))
-        subset = torch.tensor([row + [-1] * (widest - len(row)) for row in subsets]) if widest else None
-        return cls(targets, exclude, subset, query_classes(benchmark))
+            key = (id(query.subset), frozenset(excluded))
+            if key not in narrowed:  # queries of one instance share thousands of candidates (i-CIR)
+                inside = {at[name] for name in query.subset or ()} - excluded
+                narrowed[key] = torch.tensor(sorted(inside), dtype=torch.long)
+            subsets.append(narrowed[key])
+        return cls(targets, exclude, subsets if any(map(len, subsets)) else None, query_classes(benchmark))
 
 
 def metric_limits(benchmark: Benchmark) -> dict[str, str]:
@@ -75,14 +77,16 @@ def metric_limits(benchmark: Benchmark) -> dict[str, str]:
     for row, targets in enumerate(relevance.targets):
         excluded, relevant = set(relevance.exclude[row]), targets.tolist()
         count, size = sum(at not in excluded for at in relevant), len(benchmark.gallery) - len(excluded)
-        inside = [] if relevance.subset is None else [at for at in relevance.subset[row].tolist() if at >= 0]
-        within = (len(inside), len(set(inside).intersection(relevant)))
+        inside = targets[:0] if relevance.subset is None else relevance.subset[row]
+        within = (len(inside), int(torch.isin(targets, inside).sum()))
         found["subset"].append(within)
         found["gallery"].append(within if protocol.candidates == "subset" else (size, count))
         found["first"].append((size, int(bool(relevant) and relevant[0] not in excluded)))
     limits = {}
     for name in protocol.metrics:
         metric = parse_metric(name)
+        if metric.family.unit == "rank":
+            continue
         first = metric.family.first_target and protocol.recall_targets == "first"
         kind = "subset" if metric.family.ranking == "subset" else "first" if first else "gallery"
         sizes = Counter(pair for pair in found[kind] if pair[1])
@@ -138,6 +142,8 @@ def score(
         DataError: If an embedding is not finite, or the protocol needs subsets or classes that the benchmark does not
             have.
     """
+    if is_rank(benchmark.protocol.primary):
+        raise ConfigError(f"invalid value for primary: {benchmark.protocol.primary!r} (expected a metric in percent)")
     relevance = Relevance.of(benchmark)
     rows = torch.arange(len(queries)) if positions is None else positions.cpu()
     if benchmark.protocol.candidates == "subset":
@@ -148,28 +154,28 @@ def score(
 def _score_gallery(
     protocol: Protocol, relevance: Relevance, queries: Tensor, gallery: Tensor, rows: Int[Tensor, " queries"]
 ) -> Scores:
-    if protocol.ties == "pessimistic":
-        raise DataError("pessimistic ties need candidates=subset; use that, or expected ties")
     metrics = MetricAccumulator(protocol, queries.device, len(queries))
     # The minimum over all queries, so that every process keeps equally many.
     keep = min(RANKING_DEPTH, len(gallery) - max(map(len, relevance.exclude)))
     first = torch.empty(len(queries), keep, dtype=torch.long)
     cosines = torch.empty(len(queries), keep)
-    wide = 0 if relevance.subset is None else relevance.subset.shape[1]
-    subsets = torch.empty(len(queries), wide, dtype=torch.long)
+    wide = 0 if relevance.subset is None else max(map(len, relevance.subset))
+    subsets = torch.full((len(queries), wide), -1)
+    own = None if relevance.subset is None else _TargetTable(relevance.subset, queries.device)
     targets = _TargetTable(relevance.targets, queries.device)
     depth = _depth(protocol, len(gallery))
     for chunk in rank_chunks(queries, gallery, [relevance.exclude[row] for row in rows.tolist()]):
         part = rows[chunk.queries]
         items = targets.of(part)
-        found = _find(items, chunk, depth)
-        single = None if protocol.recall_targets == "all" else _find(items[:, :1], chunk, depth)
+        find = _find_late if protocol.ties == "pessimistic" else _find
+        found = find(items, chunk, depth)
+        single = None if protocol.recall_targets == "all" else find(items[:, :1], chunk, depth)
         tied = TiedRankings() if protocol.ties != "expected" else _find_ties(items, chunk)
         best = chunk.first(keep)
         subset_hits = None
-        if relevance.subset is not None:
-            ordered = _ordered_subset(chunk, relevance.subset[part])
-            subsets[chunk.queries] = ordered.cpu()
+        if own is not None:
+            ordered = _ordered_subset(chunk, own.of(part))
+            subsets[chunk.queries, : ordered.shape[1]] = ordered.cpu()
             subset_hits = _within(ordered, items) & (ordered >= 0)
             if protocol.ties == "expected":
                 scores = chunk.scores.gather(1, ordered.clamp(min=0)).masked_fill(ordered < 0, -torch.inf)
@@ -183,16 +189,19 @@ def _score_gallery(
 def _score_subsets(
     protocol: Protocol, relevance: Relevance, queries: Tensor, gallery: Tensor, rows: Int[Tensor, " queries"]
 ) -> Scores:
-    """Rank each query's own candidates alone (GeneCIS)."""
+    """Rank each query's own candidates alone (GeneCIS, i-CIR)."""
     if relevance.subset is None:
         raise DataError("the protocol ranks each query's own subset, but no query has one; set Query.subset")
     metrics = MetricAccumulator(protocol, queries.device, len(queries))
-    ordered = torch.empty(len(queries), relevance.subset.shape[1], dtype=torch.long)
-    cosines = torch.empty(ordered.shape)
-    for begin in range(0, len(queries), _SUBSET_ROWS):
-        span = slice(begin, begin + _SUBSET_ROWS)
+    wide = max(map(len, relevance.subset))
+    keep = min(RANKING_DEPTH, wide)
+    ordered = torch.full((len(queries), keep), -1)
+    cosines = torch.full(ordered.shape, -torch.inf)
+    step = max(1, min(1024, _SUBSET_BYTES // (4 * wide * gallery.shape[1])))
+    for begin in range(0, len(queries), step):
+        span = slice(begin, begin + step)
         part = rows[span]
-        subset = relevance.subset[part].to(queries.device)
+        subset = _padded([relevance.subset[query] for query in part.tolist()]).to(queries.device)
         scores = torch.einsum("qd,qsd->qs", queries[span].float(), gallery[subset.clamp(min=0)].float())
         if not scores.isfinite().all():
             raise DataError("an embedding contains nan or infinity; look for a broken model or image")
@@ -206,7 +215,9 @@ def _score_subsets(
         order = by_tie.gather(1, scores.gather(1, by_tie).argsort(dim=1, descending=True, stable=True))
         tied = TiedRankings(_subset_ties(scores, hits)) if protocol.ties == "expected" else TiedRankings()
         metrics.add(HitMasks(hits.gather(1, order), hits.sum(1)), part, relevance.labels, tied=tied)
-        ordered[span], cosines[span] = subset.gather(1, order).cpu(), scores.gather(1, order).cpu()
+        order = order[:, :keep]
+        ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
+        cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()
     return Scores(metrics.values(), Ranking(ordered, cosines), ordered)
 
 
@@ -383,6 +394,21 @@ def _find(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | Non
     return HitMasks(marks[:, :width] if depth is None else marks.gather(1, chunk.first(depth)), counted.sum(1))
 
 
+def _find_late(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | None) -> HitMasks:
+    """Find items as `_find` does, each behind all other candidates with its score."""
+    n, width = chunk.scores.shape
+    counted = (items >= 0) & (chunk.scores.gather(1, items.clamp(min=0)) > -torch.inf)
+    ties = TieGroups.of(*chunk.better_and_equal(items.clamp(min=0)), counted)
+    # The j-th of h hits among n tied candidates after `start` others is at start + n - h + j.
+    nth = torch.arange(items.shape[1], device=items.device).expand_as(items)
+    before = ties.hits.cumsum(1) - ties.hits
+    group = torch.searchsorted(before + ties.hits, nth.contiguous(), right=True).clamp(max=items.shape[1] - 1)
+    last = (ties.start + ties.size - ties.hits - before).gather(1, group)
+    marks = torch.zeros(n, width + 1, dtype=torch.bool, device=items.device)
+    marks.scatter_(1, torch.where(nth < ties.n_relevant[:, None], last + nth, width), value=True)
+    return HitMasks(marks[:, : width if depth is None else depth], counted.sum(1))
+
+
 def _find_ties(items: Int[Tensor, "chunk most"], chunk: RankedChunk) -> TiedRankings:
     """Count the ties of items, padded with -1, in each whole ranking."""
     inside = items.clamp(min=0)
@@ -394,9 +420,9 @@ def _find_ties(items: Int[Tensor, "chunk most"], chunk: RankedChunk) -> TiedRank
 
 def _subset_ties(scores: Float[Tensor, "chunk subset"], hits: Bool[Tensor, "chunk subset"]) -> TieGroups:
     """Count the ties of the relevant candidates of small rankings; other entries have the score minus infinity."""
-    better = (scores[:, None, :] > scores[:, :, None]).sum(2)
-    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)
-    return TieGroups.of(better, equal, hits & (scores > -torch.inf))
+    rising = scores.sort(dim=1).values
+    below, not_above = torch.searchsorted(rising, scores), torch.searchsorted(rising, scores, right=True)
+    return TieGroups.of(scores.shape[1] - not_above, not_above - below, hits & (scores > -torch.inf))
 
 
 def _within(ordered: Int[Tensor, "chunk subset"], items: Int[Tensor, "chunk most"]) -> Bool[Tensor, "chunk subset"]:

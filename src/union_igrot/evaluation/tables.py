@@ -26,8 +26,14 @@ from union_igrot.evaluation.results import (
     MethodResult,
     QueryValues,
 )
-from union_igrot.metrics.names import families_of
-from union_igrot.metrics.statistics import Difference, Interval, paired_interval, randomization_test
+from union_igrot.metrics.names import families_of, is_rank, scale_of
+from union_igrot.metrics.statistics import (
+    Difference,
+    Interval,
+    median_difference,
+    paired_interval,
+    randomization_test,
+)
 from union_igrot.terminal import TerminalConsole
 from union_igrot.types import Protocol
 
@@ -213,13 +219,15 @@ def _columns_that_fit(table: ResultTable, fits: Callable[[Sequence[int]], bool])
 def metrics_table(result: BenchmarkResult) -> ResultTable:
     """Return every metric of every method on one benchmark, with intervals; the highest of a column is marked."""
     methods, names = result.methods, list(result.methods[0].metrics)
-    best = {name: max((comparable(one.metrics[name]) for one in methods), default=0.0) for name in names}
+    sign = {name: -1 if is_rank(name) else 1 for name in names}
+    best = {name: max((comparable(sign[name] * one.metrics[name]) for one in methods), default=0.0) for name in names}
     limits, few = result.main.limits, FEW_MARK if result.main.has_few_classes else ""
 
     def cell(one: MethodResult, name: str) -> Cell:
-        is_best = len(methods) > 1 and comparable(one.metrics[name]) == best[name] and name not in limits
-        bounds = format_interval(one.intervals[name]) + few
-        return Cell(format_percent(one.metrics[name]), bounds, "best" if is_best else "")
+        value = one.metrics[name]
+        is_best = len(methods) > 1 and comparable(sign[name] * value) == best[name] and name not in limits
+        bounds = format_interval(one.intervals[name], name) + few
+        return Cell(format_value(value, name), bounds, "best" if is_best else "")
 
     rows = [
         TableRow(
@@ -232,9 +240,11 @@ def metrics_table(result: BenchmarkResult) -> ResultTable:
     primary = result.protocol.primary
     marked = {name: name + (LIMIT_MARK if name in limits else "") for name in names}
     head = [Cell("method"), *(Cell(marked[name], kind="primary" if name == primary else "") for name in names)]
-    bold = "; bold: the highest of a column" if len(methods) > 1 else ""
+    ranks = any(map(is_rank, names))
+    bold = f"; bold: the {'best' if ranks else 'highest'} of a column" if len(methods) > 1 else ""
     over = resampled_words(result.main)
-    return ResultTable(f"Percent; below each metric its 95 % bootstrap interval over {over}{bold}", head, rows)
+    unit = "Percent, or ranks (lower is better)" if ranks else "Percent"
+    return ResultTable(f"{unit}; below each metric its 95 % bootstrap interval over {over}{bold}", head, rows)
 
 
 def resampled_words(result: MethodResult) -> str:
@@ -270,9 +280,15 @@ def format_percent(value: float | None) -> str:
     return "100" if value > 99.95 else f"{value:.1f}"
 
 
-def format_interval(bounds: Interval) -> str:
-    """Format an interval."""
-    return f"[{format_percent(bounds.low)}, {format_percent(bounds.high)}]"
+def format_value(value: float | None, name: str) -> str:
+    """Format the value of a metric: a percentage, or a rank."""
+    unknown = value is None or value != value  # noqa: PLR0124 - nan
+    return format_percent(value) if unknown or not is_rank(name) else f"{value:,.1f}"
+
+
+def format_interval(bounds: Interval, name: str = "") -> str:
+    """Format an interval of a metric."""
+    return f"[{format_value(bounds.low, name)}, {format_value(bounds.high, name)}]"
 
 
 def comparable(value: float) -> float:
@@ -280,10 +296,11 @@ def comparable(value: float) -> float:
     return float("-inf") if value != value else value  # noqa: PLR0124 - nan
 
 
-def format_difference(values: Difference) -> tuple[str, str]:
-    """Return a paired difference with its interval, and the verdict."""
+def format_difference(values: Difference, name: str = "") -> tuple[str, str]:
+    """Return a paired difference of a metric with its interval, and the verdict."""
     mean, low, high = values
-    verdict = "better" if low > 0 else "worse" if high < 0 else NO_DIFFERENCE
+    words = ("worse", "better") if is_rank(name) else ("better", "worse")
+    verdict = words[0] if low > 0 else words[1] if high < 0 else NO_DIFFERENCE
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict
 
 
@@ -298,12 +315,16 @@ def describe_protocol(protocol: Protocol, *, parts: bool = False) -> str:
         f"protocol {protocol.name}",
         f"prompt {protocol.prompt!r}" if protocol.prompt else "",
         *(family.describe(protocol) for family in families_of(protocol.metrics) if family.describe),
-        "mean of the parts' means" if parts else f"{protocol.average} average",
+        "mean of the parts' means" if parts else f"{protocol.average} average{_over_tags(protocol)}",
         "reference left out" if protocol.exclude_reference else "reference kept",
         _TIE_RULES[protocol.ties],
         protocol.note,
     ]
     return "; ".join(clause for clause in clauses if clause)
+
+
+def _over_tags(protocol: Protocol) -> str:
+    return " over tags" if (protocol.average, protocol.groups) == ("macro", "tag") else ""
 
 
 def overlap_lines(result: MethodResult) -> list[str]:
@@ -363,10 +384,15 @@ def compare_queries(
     primary, rows, verdict = first.primary or metrics[0], [], ""
     for name in metrics:
         one, other = (side.values[f"{method}/{name}"] for side in (first, second))
-        gap = Difference(*(100 * x for x in paired_interval(one, other, seed=seed, classes=first.classes)))
+        scale, median = scale_of(name), name.startswith("Median")
+        paired = median_difference if median else paired_interval
+        gap = Difference(*(scale * x for x in paired(one, other, seed=seed, classes=first.classes)))
         chance = format_p(randomization_test(one, other, rounds, seed, first.classes))
-        amount, judged = format_difference(gap)
-        means = [format_percent(100 * float(side.nanmean())) for side in (one, other)]
+        amount, judged = format_difference(gap, name)
+        means = [
+            format_value(scale * float(side.nanquantile(0.5) if median else side.nanmean()), name)
+            for side in (one, other)
+        ]
         rows.append(TableRow(name, list(map(Cell, [*means, amount, chance])), "primary" if name == primary else ""))
         if name == primary:
             relation = (

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.metrics.names import Reduction
 from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 
 REFERENCE_EPSILON = 1e-5
@@ -111,6 +112,36 @@ def average_precision(
     else:
         divisor = n_relevant if norm == "all" or k is None else n_relevant.clamp(max=k)
     return _undefined_as_nan(area / divisor, n_relevant)
+
+
+def first_rank(
+    hits: Bool[Tensor, "queries depth"],
+    n_relevant: Int[Tensor, " queries"],
+    _: None = None,
+) -> Float[Tensor, " queries"]:
+    """Return the rank of the first relevant candidate, from 1, in whole rankings.
+
+    FS-COCO reports its mean, CSTBIR its median.
+    """
+    found = hits.sum(1)
+    _check_counts(found, n_relevant, hits.shape[1], None)
+    real = _real(hits.device)
+    return _undefined_as_nan(hits.to(torch.uint8).argmax(1).to(real) + 1, n_relevant)
+
+
+def group_values(
+    values: Float[Tensor, " queries"], groups: Int[Tensor, " queries"], how: Reduction
+) -> Float[Tensor, " groups"]:
+    """Reduce the values of each group of queries to one, without nan; a group without a value is left out.
+
+    i-CIR's mmAP is the mean over instances of the instance's mean, its minmAP that of the instance's minimum.
+    """
+    _one_of("reduction", how, Reduction)
+    kept = ~values.isnan()
+    found: tuple[Tensor, Tensor] = torch.unique(groups[kept], return_inverse=True)
+    names = {"mean": "mean", "minimum": "amin", "maximum": "amax"}
+    empty = values.new_zeros(len(found[0]))
+    return empty.scatter_reduce(0, found[1], values[kept], names[how], include_self=False)
 
 
 def average(

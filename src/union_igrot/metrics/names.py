@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, final
 
 from union_igrot.errors import ConfigError
 
+Reduction = Literal["mean", "minimum", "maximum"]
 ENTRY_POINTS = "union_igrot.metrics"
 """Entry point group in which other packages offer a `MetricFamily`."""
 
@@ -28,6 +29,9 @@ class MetricFamily:
             or `ap_rule` of `types.Protocol`.
         first_target: Whether `Protocol.recall_targets` applies.
         describe: Returns a phrase on the conventions of a protocol, for captions; empty if there is nothing to say.
+        reduction: If given, the values of each group of queries are reduced to one, and the metric is their mean.
+        average: `protocol`, or `median` over queries whatever the protocol says.
+        unit: `percent` of values 0..1, higher is better; or `rank`, a rank from 1, lower is better.
         expected: Like `compute` for rankings with ties: takes `metrics.ties.TieGroups`, k and the options, and returns
             the expected values, or None if there is no closed form. Without it, seeded orders are averaged.
     """
@@ -39,6 +43,9 @@ class MetricFamily:
     conventions: Mapping[str, str] = field(default_factory=dict)
     first_target: bool = False
     describe: Callable[[Any], str] | None = None
+    reduction: Reduction | None = None
+    average: Literal["protocol", "median"] = "protocol"
+    unit: Literal["percent", "rank"] = "percent"
     expected: Callable[..., Any] | str | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +104,8 @@ def _average_precision(protocol: Any) -> str:
     return f"AP divided by {norm}, {protocol.ap_rule} rule"
 
 
+_GROUPED_AP: dict[str, Reduction] = {"mmAP": "mean", "minmAP": "minimum"}
+_RANKS: dict[str, Literal["protocol", "median"]] = {"MeanRank": "protocol", "MedianRank": "median"}
 _HERE, _TIES = "union_igrot.metrics.functional", "union_igrot.metrics.ties"
 _FAMILIES: dict[str, MetricFamily] = {
     family.name: family
@@ -130,6 +139,36 @@ _FAMILIES: dict[str, MetricFamily] = {
             conventions={"norm": "ap_norm", "rule": "ap_rule"},
             describe=_average_precision,
             expected=f"{_TIES}:expected_average_precision",
+        ),
+        MetricFamily("hit", f"{_HERE}:recall_at_k", expected=f"{_TIES}:expected_recall"),
+        MetricFamily(
+            "groupR",
+            f"{_HERE}:recall_at_k",
+            describe=lambda _: "groupR@k is the share of groups with a query that finds a target",
+            reduction="maximum",
+            expected=f"{_TIES}:expected_recall",
+        ),
+        *(
+            MetricFamily(
+                name,
+                f"{_HERE}:average_precision",
+                cutoff="optional",
+                conventions={"norm": "ap_norm", "rule": "ap_rule"},
+                reduction=reduction,
+                expected=f"{_TIES}:expected_average_precision",
+            )
+            for name, reduction in _GROUPED_AP.items()
+        ),
+        *(
+            MetricFamily(
+                name,
+                f"{_HERE}:first_rank",
+                cutoff="none",
+                average=average,
+                unit="rank",
+                expected=f"{_TIES}:expected_first_rank",
+            )
+            for name, average in _RANKS.items()
         ),
     )
 }
@@ -175,6 +214,22 @@ def families_of(names: Iterable[str]) -> list[MetricFamily]:
     """Return the families of some metrics, without repetitions; unknown names are skipped."""
     kinds = {name.partition("@")[0] for name in names}
     return [family for family in metric_families() if family.name in kinds]
+
+
+def family_of(name: str) -> MetricFamily | None:
+    """Return the family of a metric; None if it is a mean of several or not known here."""
+    return _FAMILIES.get(name.partition("@")[0])
+
+
+def is_rank(name: str) -> bool:
+    """Return whether a metric is a rank, of which lower is better, and not a percentage."""
+    family = family_of(name)
+    return family is not None and family.unit == "rank"
+
+
+def scale_of(name: str) -> int:
+    """Return by what a value of a query is multiplied for people: 100 for percent, 1 for ranks."""
+    return 1 if is_rank(name) else 100
 
 
 def _split_name(name: str) -> ParsedMetric | None:

@@ -134,6 +134,42 @@ def paired_interval(
     return Difference(float(mean), low, high)
 
 
+def median_difference(
+    first: Float[Tensor, " queries"],
+    second: Float[Tensor, " queries"] | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    classes: Int[Tensor, " queries"] | None = None,
+) -> Difference:
+    """Return the median of `first` minus that of `second`, or the median of `first`, with its bounds.
+
+    Classes, if given, and queries are resampled, the same ones for both. Queries for which either is nan are left out.
+    """
+    other = torch.zeros_like(first) if second is None else second
+    kept = ~_query_differences(first, other).isnan()
+    if not kept.any():
+        return Difference(*[float("nan")] * 3)
+    pair = [x.detach().to("cpu", torch.float64)[kept].numpy() for x in (first, other)]
+    groups = np.zeros(len(pair[0]), np.int64) if classes is None else classes.cpu()[kept].numpy().astype(np.int64)
+    one, zero = _resampled_medians(pair, groups, resamples, seed)
+    low, high = np.quantile(one - zero, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(float(np.median(pair[0]) - np.median(pair[1])), float(low), float(high))
+
+
+def _resampled_medians(columns: list[_Floats], classes: _Ints, resamples: int, seed: int) -> _Floats:
+    """Resample classes and the queries within each, and take the median of each metric."""
+    order, starts, sizes = _strata(classes, len(classes))
+    ordered = np.stack(columns)[:, order]
+    draw, medians = np.random.default_rng(seed), np.empty((len(columns), resamples))
+    for at in range(resamples):
+        picked = draw.integers(0, len(starts), len(starts))
+        slots = np.repeat(sizes[picked], sizes[picked])
+        rows = (draw.random(len(slots)) * slots).astype(np.int64) + np.repeat(starts[picked], sizes[picked])
+        medians[:, at] = np.median(ordered[:, rows], axis=1)
+    return medians
+
+
 def randomization_test(
     first: Float[Tensor, " queries"],
     second: Float[Tensor, " others"],

@@ -74,6 +74,14 @@ def expected_recall(ties: TieGroups, k: int, mode: RecallMode = "any") -> Float[
     return 1 - none
 
 
+def expected_first_rank(ties: TieGroups, _: None = None) -> Float[Tensor, " queries"]:
+    """Return the expected `first_rank`: the first of h hits among n candidates is at (n + 1) / (h + 1)."""
+    start = ties.start.masked_fill(ties.hits == 0, torch.iinfo(torch.int64).max)
+    row = start.argmin(1, keepdim=True)
+    first, size, hits = (x.gather(1, row)[:, 0].double() for x in ties)
+    return first + (size + 1) / (hits + 1)
+
+
 def expected_precision(ties: TieGroups, k: int, cut: PrecisionCut = "k") -> Float[Tensor, " queries"]:
     """Return the expected `precision_at_k`."""
     attainable = ties.n_relevant.clamp(max=k)

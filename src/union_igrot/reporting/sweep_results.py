@@ -27,7 +27,7 @@ from union_igrot.evaluation.tables import (
     TableRow,
     describe_protocol,
     format_interval,
-    format_percent,
+    format_value,
     markdown_row,
     method_name,
     overlap_lines,
@@ -128,13 +128,13 @@ class SweepMetric:
         return cls(statistics.fmean(values), None, statistics.stdev(values), len(values))
 
 
-def _cell(metric: SweepMetric | None, *, seen: bool = False) -> Cell:
+def _cell(metric: SweepMetric | None, name: str = "", *, seen: bool = False) -> Cell:
     """Return a metric as a cell of a table; an empty one if there is none."""
     if metric is None:
         return Cell("")
     spread = f" ± {metric.deviation:.1f} ({metric.runs})" if metric.runs > 1 else ""
-    bounds = "" if metric.interval is None else format_interval(metric.interval)
-    return Cell(format_percent(metric.value) + spread + (" *" if seen else ""), bounds)
+    bounds = "" if metric.interval is None else format_interval(metric.interval, name)
+    return Cell(format_value(metric.value, name) + spread + (" *" if seen else ""), bounds)
 
 
 @final
@@ -270,7 +270,7 @@ def _benchmark_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> Resul
             row.model,
             [
                 Cell(row.method + (" *" if row.is_seen(key) else "")),
-                *(_cell(row.metric(key, name)) for name in metrics),
+                *(_cell(row.metric(key, name), name) for name in metrics),
                 *ours,
             ],
         )
