@@ -221,6 +221,10 @@ def test_training_starts_from_trained_heads(small_run: Run):
     settings = plain(compose("train", [*small_run.settings, f"checkpoint={small_run.folder}"]))
     assert build_model(settings, {}).fingerprint() == ui.load(small_run.folder).fingerprint()
     assert hashed_settings({**settings, "checkpoint": None}).keys() == settings.keys() - {"checkpoint"} - NOT_HASHED
+    assert "preprocess" not in hashed_settings(settings)["model"]  # as in runs of earlier versions
+    chosen = {**settings, "model": {**settings["model"], "preprocess": "pad"}}
+    assert hashed_settings(chosen)["model"]["preprocess"] == "pad"
+    assert build_model({**chosen, "checkpoint": None}, {}).preprocess.fit == "pad"
     with pytest.raises(UnionError, match=r"has target \{'kind': 'residual'.*expected that of this training"):
         build_model({**settings, "target": {"kind": "frozen"}}, {})
 

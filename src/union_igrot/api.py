@@ -19,7 +19,7 @@ from union_igrot.experiment import Launch, RunData, run_training
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
-from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import chosen_limit, default_root
@@ -107,6 +107,7 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
     checkpoint: str | Path | None = None,
     finetune: Literal["none", "text", "image", "both"] = "none",
     projector: Literal["none", "mlp"] = "none",
+    preprocess: PreprocessChoice | None = None,
     logger: Literal["csv", "none", "tensorboard", "wandb"] = "csv",
     workers: int | None = None,
     cache_dir: str | Path | None = None,
@@ -137,6 +138,7 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
         checkpoint: Trained heads to start from: the folder of a run or model, or a hub repository.
         finetune: Encoders of the backbone that are tuned too, at `recipe.backbone_rate`.
         projector: `mlp` adds a small residual network on image embeddings.
+        preprocess: `model` or `pad`, for a backbone given by name, see `load`; None for its usual one.
         logger: Logger of losses and metrics.
         workers: Processes that decode images; chosen by the device if None.
         cache_dir: Folder of the feature store; the default one if None.
@@ -204,12 +206,15 @@ def _training_data(
 def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return the settings that `union-train` would have."""
     backbone, loss = given["backbone"], given["loss"]
+    if not isinstance(backbone, str) and given["preprocess"] is not None:
+        raise ConfigError("invalid argument preprocess for a backbone that is already built (expected none)")
     known = {} if isinstance(backbone, str) else {"name": backbone.name, "fingerprint": backbone.fingerprint()}
     heads = {name: given[name] for name in ("fusion", "target")}
     accelerator = "gpu" if device.type == "cuda" else device.type
     devices = 1 if device.index is None else [device.index]
     return {
-        "model": {"name": backbone, "weights": None, "projector": given["projector"], "finetune": given["finetune"]}
+        "model": {"name": backbone, "weights": None}
+        | {name: given[name] for name in ("preprocess", "projector", "finetune")}
         | known,
         "data": {name: str(value) if isinstance(value, Path) else value for name, value in data.items()},
         **{name: {"kind": head} if isinstance(head, str) else dict(head) for name, head in heads.items()},

@@ -106,9 +106,12 @@ class RunData:
 
 
 def hashed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide the results; a run of earlier versions has no `checkpoint`."""
+    """Return the settings that decide the results; runs of earlier versions have no `checkpoint` and `preprocess`."""
     absent = {"checkpoint"} if settings.get("checkpoint") is None else set()
-    return {key: value for key, value in settings.items() if key not in NOT_HASHED | absent}
+    hashed = {key: value for key, value in settings.items() if key not in NOT_HASHED | absent}
+    if hashed["model"].get("preprocess") is None:
+        hashed["model"] = {key: value for key, value in hashed["model"].items() if key != "preprocess"}
+    return hashed
 
 
 def check_writable(folder: Path) -> None:
@@ -133,7 +136,7 @@ def build_model(settings: Mapping[str, Any], metadata: dict[str, Any], backbone:
         backbone: The backbone; None builds that of the settings.
     """
     chosen = settings["model"]
-    backbone = backbone or build_backbone(chosen["name"], chosen["weights"])
+    backbone = backbone or build_backbone(chosen["name"], chosen["weights"], chosen.get("preprocess"))
     sizes, width = head_sizes(backbone.name, backbone.dim) | chosen, backbone.dim
     model = IGROTModel(
         backbone,

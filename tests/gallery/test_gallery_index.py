@@ -183,6 +183,14 @@ def test_a_backbone_without_heads_is_found_with_its_weights(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "elsewhere")
     with Gallery.open(uri) as again:
         assert again.search(noise_image(2), "in red").ids == found.ids
+    with Gallery.open(tmp_path / "padded.lance", "open_clip:mine", weights="../clip", preprocess="pad") as gallery:
+        gallery.add([noise_image(n) for n in range(4)], names(4))
+        assert gallery.describe()["model"]["preprocess"] == "pad"
+    with Gallery.open(tmp_path / "padded.lance") as again:
+        assert again.model.preprocess.fit == "pad"
+    for choice in ({"preprocess": "model"}, {"model": "open_clip:mine", "weights": "../clip"}):
+        with pytest.raises(CheckpointError, match=r"heads sum.*, preprocess=pad .*not with .*, preprocess=model"):
+            Gallery.open(tmp_path / "padded.lance", **choice)
     (tmp_path / "elsewhere" / "base").mkdir()
     with pytest.raises(CheckpointError, match=r"base"):  # a folder of that name takes precedence, and holds no model
         Gallery.open(uri, "base", weights="../clip")

@@ -408,6 +408,8 @@ def _contradictions(name: str, values: Mapping[str, Any]) -> list[str]:
         and target in ("shared", "residual"),
         "model.weights must be null: the checkpoint contains its weights": name == "convert"
         and values.get("model.weights") is not None,
+        "model.preprocess must be null: the reference pads": name == "convert"
+        and values.get("model.preprocess") is not None,
         "nothing to train; choose fusion=transagg or target=residual": name == "train" and untrained,
         "recipe.checkpointing=true requires fine-tuning; set model.finetune=both, or leave it false": not tuned
         and values.get("recipe.checkpointing") is True,

@@ -68,7 +68,7 @@ def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     from union_igrot.models.registry import names_backbone
 
     if "model" in config:
-        return baseline(build_backbone(config.model.name, config.model.weights), "sum"), None
+        return baseline(build_backbone(config.model.name, config.model.weights, config.model.preprocess), "sum"), None
     if config.checkpoint is None or config.checkpoint in BUNDLED:
         name = config.checkpoint or "tiny"
         return load(name, weights=config.weights), name

@@ -94,10 +94,10 @@ def _add_images(config: "DictConfig") -> None:
     )
     listing = _list_images(config.images, config.exclude, shown=config.progress)
     if config.checkpoint is None:
-        model, checkpoint = load_default_model(config.index, config.weights)
+        model, checkpoint = load_default_model(config.index, config.weights, config.preprocess)
     else:
         check_backbone_name(config.index, config.checkpoint)
-        model, checkpoint = load_checkpoint(config.checkpoint, config.weights)
+        model, checkpoint = load_checkpoint(config.checkpoint, config.weights, config.preprocess)
     _warn_about_photos(model.backbone.name, listing)
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))

@@ -39,7 +39,7 @@ def search(config: "DictConfig", _: Path) -> None:
     lines = _query_lines(config)
     count, missing = 0, list[str]()
     sheet: list[SheetRow] = []
-    options = {"create": False, "weights": config.weights, "device": config.device}
+    options = {"create": False, **{name: config[name] for name in ("weights", "device", "preprocess")}}
     with Gallery.open(config.index, config.checkpoint, **options) as gallery:
         # On a terminal, a bar would be among the tables, which show the progress.
         shown = config.progress and len(lines) > _BATCH and not sys.stdout.isatty()

@@ -43,8 +43,12 @@ def _weights(of: str, or_else: str = "the usual ones if null") -> Any:
     return setting(None, f"weights of {of}; {or_else}", path="file")
 
 
+def _preprocess() -> Any:
+    return setting(None, "model: as the weights' authors; pad: long images padded; null: usual")
+
+
 def _workers() -> Any:
-    return setting(None, "decoding processes; all cores but one (8 at most without a GPU) if null", low=0)
+    return setting(None, "decoding processes; cores - 1 (8 at most without a GPU) if null", low=0)
 
 
 @dataclass
@@ -121,6 +125,7 @@ class IndexSettings:
         None, "photos, tiny, a backbone (untrained), a run, or a hub repository; that of the index, or photos, if null"
     )
     weights: str | None = _weights("the checkpoint's backbone")
+    preprocess: Literal["model", "pad"] | None = _preprocess()
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
     max_megapixels: float | None = setting(None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0)
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
@@ -156,6 +161,7 @@ class SearchSettings:
     queries: str | None = setting(None, "file of queries (.jsonl or .csv) with image, text or both per line")
     checkpoint: str | None = setting(None, "model of the queries; the one recorded in the index if null")
     weights: str | None = _weights("its backbone", "those recorded in the index if null")
+    preprocess: Literal["model", "pad"] | None = _preprocess()
     device: str = _device("the query encoder")
     format: Literal["auto", "table", "jsonl"] = setting(
         "auto", "table, jsonl (one object per result), or auto: table on a terminal, else jsonl"
@@ -250,6 +256,7 @@ class ModelSettings:
         expected=lambda: f"{', '.join(BACKBONES.names())}, {BACKBONE_FORMS}",
     )
     weights: str | None = setting(None, "file or folder to load instead of the usual weights", path="file")
+    preprocess: Literal["model", "pad"] | None = _preprocess()
     feedforward: int = setting(2048, "inner width of the heads' feedforward layers", low=1)
     union_heads: int = setting(8, "attention heads of the UNION target head, 64 wide each", low=1)
     projector: Literal["none", "mlp"] = setting("none", "none, or mlp: a small residual network on image embeddings")

@@ -35,6 +35,7 @@ from union_igrot.gallery.queries import (
     row_ids,
 )
 from union_igrot.gallery.results import THUMBNAIL, SearchResult, make_result
+from union_igrot.models.backbones.base import PreprocessChoice
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute_path
@@ -79,6 +80,7 @@ class Gallery:
         create: bool = True,
         weights: str | Path | None = None,
         device: str = "auto",
+        preprocess: PreprocessChoice | None = None,
     ) -> "Gallery":
         """Open a gallery.
 
@@ -91,6 +93,8 @@ class Gallery:
                 object store at once. `memory:` is always created.
             weights: Weights of the backbone, for a model given by name.
             device: Device of a model given by name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+            preprocess: `model` or `pad`, for a backbone given by name, see `load`; None for its usual one, or the one
+                recorded in the index.
 
         Raises:
             CheckpointError: If the index was made with another model; names both.
@@ -103,11 +107,11 @@ class Gallery:
         checkpoint = None
         if isinstance(model, str | Path):
             check_backbone_name(uri, str(model))
-            model, checkpoint = load_checkpoint(model, weights)
+            model, checkpoint = load_checkpoint(model, weights, preprocess)
             model.to(resolve_device(device))
         absent = uri == MEMORY or (create and path is not None and not os.path.exists(path))  # noqa: PTH110 - Path's raises for long names
         if absent and model is None:
-            model, checkpoint = load_default_model(uri, weights)
+            model, checkpoint = load_default_model(uri, weights, preprocess)
             model.to(resolve_device(device))
         if model is not None and (absent or create):
             gallery = cls(None, model, uri, checkpoint, weights)
@@ -117,7 +121,7 @@ class Gallery:
         index = open_index(uri)
         try:
             if model is None:
-                model, checkpoint = load_recorded_model(index.metadata, uri, weights)
+                model, checkpoint = load_recorded_model(index.metadata, uri, weights, preprocess)
                 model.to(resolve_device(device))
             gallery = cls(index, model, uri, checkpoint, weights)
             check_metadata(index.metadata, gallery.metadata, index.uri)

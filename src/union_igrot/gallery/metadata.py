@@ -8,7 +8,7 @@ from typing import Any, Final
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
-from union_igrot.models.backbones.base import without_settings
+from union_igrot.models.backbones.base import PreprocessChoice, without_settings
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import BUNDLED, IGROTModel, baseline, load, model_fingerprint
 from union_igrot.models.registry import is_backbone, names_backbone
@@ -81,6 +81,7 @@ def _model_name(described: Mapping[str, Any]) -> str:
     return (
         f"backbone {described.get('backbone')} {described.get('backbone_fingerprint')} "
         f"and heads {' + '.join(kinds)} {described.get('heads')}"
+        + (f", preprocess={described['preprocess']}" if "preprocess" in described else "")
     )
 
 
@@ -97,13 +98,16 @@ def check_backbone_name(uri: str, name: str) -> None:
         raise CheckpointError(f"{uri} was made with {_model_name(described)}, not with backbone {name}; {_ADVICE}")
 
 
-def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -> tuple[IGROTModel, str]:
+def load_checkpoint(
+    checkpoint: str | Path, weights: str | Path | None = None, preprocess: PreprocessChoice | None = None
+) -> tuple[IGROTModel, str]:
     """Load a model by name.
 
     Args:
         checkpoint: `photos`, `tiny`, the folder of a run, its `model/` or any saved model, a model on a hub, or a
             backbone.
         weights: Weights of its backbone; None for the default ones.
+        preprocess: Preprocessing of a backbone, see `build_backbone`.
 
     Returns:
         The model, and the name to store: for a folder its absolute path.
@@ -113,11 +117,13 @@ def load_checkpoint(checkpoint: str | Path, weights: str | Path | None = None) -
     """
     folder = expand_user(checkpoint)
     if str(checkpoint) in BUNDLED or not folder.is_dir() or names_backbone(str(checkpoint)):
-        return load(str(checkpoint), weights=weights), str(checkpoint)
-    return load(folder, weights=weights), str(folder.absolute())
+        return load(str(checkpoint), weights=weights, preprocess=preprocess), str(checkpoint)
+    return load(folder, weights=weights, preprocess=preprocess), str(folder.absolute())
 
 
-def load_default_model(uri: str, weights: str | Path | None = None) -> tuple[IGROTModel, str]:
+def load_default_model(
+    uri: str, weights: str | Path | None = None, preprocess: PreprocessChoice | None = None
+) -> tuple[IGROTModel, str]:
     """Load the model that an index was made with; `DEFAULT_CHECKPOINT` for one that does not exist yet.
 
     Raises:
@@ -131,12 +137,15 @@ def load_default_model(uri: str, weights: str | Path | None = None) -> tuple[IGR
         except ConfigError:  # it does not exist yet, or creating it raises this error
             recorded = {}
         if recorded:
-            return load_recorded_model(recorded, uri, weights)
-    return load_checkpoint(DEFAULT_CHECKPOINT, weights)
+            return load_recorded_model(recorded, uri, weights, preprocess)
+    return load_checkpoint(DEFAULT_CHECKPOINT, weights, preprocess)
 
 
 def load_recorded_model(
-    metadata: Mapping[str, Any], uri: str, weights: str | Path | None = None
+    metadata: Mapping[str, Any],
+    uri: str,
+    weights: str | Path | None = None,
+    preprocess: PreprocessChoice | None = None,
 ) -> tuple[IGROTModel, str]:
     """Load the model that an index was made with.
 
@@ -151,6 +160,7 @@ def load_recorded_model(
     if name == "tiny" and metadata.get("model", {}).get("target", {}).get("kind") == "union":
         name = "tiny-union"  # the heads that were bundled as tiny when the index was made
     weights = weights or metadata.get("weights")
+    preprocess = preprocess or metadata.get("model", {}).get("preprocess")
     if is_backbone(str(name)):  # not a folder of that name, as folders are stored by their absolute path
-        return baseline(build_backbone(str(name), weights), "sum"), str(name)
-    return load_checkpoint(str(name), weights)
+        return baseline(build_backbone(str(name), weights, preprocess), "sum"), str(name)
+    return load_checkpoint(str(name), weights, preprocess)

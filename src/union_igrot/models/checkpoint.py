@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from union_igrot.errors import CheckpointError, ConfigError, UnionError, first_line
-from union_igrot.models.backbones.base import Backbone
+from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
 from union_igrot.models.heads.projector import VisionProjector
@@ -58,6 +58,7 @@ class SavedModel:
         state: The heads' weights, in 32 bits.
         images: Identities of the training images; None if they are not recorded, or the file was not copied.
         readme: The model card, or None.
+        preprocess: The choice of preprocessing, or None if it was saved by an earlier version.
         calibration: Embeddings of training queries by task, or None.
     """
 
@@ -71,6 +72,7 @@ class SavedModel:
     state: dict[str, Tensor]
     images: frozenset[str] | None
     readme: str | None
+    preprocess: PreprocessChoice | None
     calibration: dict[str, Tensor] | None = None
 
 
@@ -99,6 +101,9 @@ def read_checkpoint(folder: Path) -> SavedModel:
         version, metadata = _field(saved, "format", int), _field(saved, "card", dict)
         count = _field(saved, "training_images", int) if "training_images" in saved else None
         weights = _field(saved, "backbone_weights", dict) if "backbone_weights" in saved else None
+        preprocess: Any = _field(saved, "preprocess", str) if "preprocess" in saved else None
+        if preprocess not in (None, *get_args(PreprocessChoice)):
+            raise ValueError(f"preprocess in {MODEL_FILE} is {preprocess!r}, not model or pad")
         _check_options(weights or {}, "backbone_weights")
         kinds, options = {}, {}
         for head in ("fusion", "target", "projector"):
@@ -118,7 +123,20 @@ def read_checkpoint(folder: Path) -> SavedModel:
         )
     images = _read_training_images(folder, count)
     calibration = _read_calibration(folder)
-    return SavedModel(name, fingerprint, weights, heads, kinds, options, metadata, state, images, readme, calibration)
+    return SavedModel(
+        name,
+        fingerprint,
+        weights,
+        heads,
+        kinds,
+        options,
+        metadata,
+        state,
+        images,
+        readme,
+        preprocess,
+        calibration,
+    )
 
 
 def _read_calibration(folder: Path) -> dict[str, Tensor] | None:
@@ -318,13 +336,16 @@ def remove_backbone(folder: Path) -> None:
     shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
 
 
-def restore_backbone(name: str, built: Mapping[str, Any], folder: Path) -> Backbone:
+def restore_backbone(
+    name: str, built: Mapping[str, Any], folder: Path, preprocess: PreprocessChoice | None = None
+) -> Backbone:
     """Build a backbone from the files and values of `save_backbone`.
 
     Args:
         name: Name of the backbone.
         built: The values returned by `save_backbone`.
         folder: The folder of its files.
+        preprocess: The choice of preprocessing of a backbone whose name says how it is built.
 
     Raises:
         ConfigError: If the name or the architecture is unknown.
@@ -332,13 +353,13 @@ def restore_backbone(name: str, built: Mapping[str, Any], folder: Path) -> Backb
     """
     kind, tokenizer = built.get("kind"), folder / TOKENIZER_FOLDER
     if kind is None:
-        backbone = build_backbone(name)
+        backbone = build_backbone(name, preprocess=preprocess)
         return load_backbone_weights(backbone, folder)
     state = read_state_dict(folder / BACKBONE_FILE)
     if odd := [path.name for path in tokenizer.glob("*") if not path.is_file()]:
         raise CheckpointError(f"{tokenizer} holds {odd[0]}, which is not a file; copy the model again")
     try:
-        config, preprocess = dict(built["config"]), _saved_preprocess(built["preprocess"])
+        config, resized = dict(built["config"]), _saved_preprocess(built["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / MODEL_FILE} does not describe how to build its backbone ({type(error).__name__}: "
@@ -349,10 +370,10 @@ def restore_backbone(name: str, built: Mapping[str, Any], folder: Path) -> Backb
         if kind == "open_clip":
             from union_igrot.models.backbones.open_clip import restore_open_clip  # noqa: PLC0415 - heavy
 
-            return restore_open_clip(name, config, preprocess, tokenizer)
+            return restore_open_clip(name, config, resized, tokenizer)
         from union_igrot.models.backbones.hf import restore_hf  # noqa: PLC0415 - heavy
 
-        return restore_hf(name, str(kind), config, preprocess, tokenizer)
+        return restore_hf(name, str(kind), config, resized, tokenizer)
 
     backbone = _build_within(build, state, folder, BACKBONE_FILE)
     return _load_backbone_state(backbone, state, folder)

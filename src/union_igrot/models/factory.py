@@ -1,13 +1,14 @@
 """Backbones, heads and projectors built by name, their options checked."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from union_igrot.errors import ConfigError
-from union_igrot.models.backbones.base import Backbone
+from union_igrot.errors import ConfigError, check_choice
+from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
@@ -15,7 +16,9 @@ from union_igrot.models.registry import BACKBONE_FORMS, BACKBONES, QUERY_HEADS, 
 from union_igrot.storage.paths import expand_user
 
 
-def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
+def build_backbone(
+    name: str, weights: str | Path | None = None, preprocess: PreprocessChoice | None = None
+) -> Backbone:
     """Build a frozen backbone.
 
     Args:
@@ -24,13 +27,24 @@ def build_backbone(name: str, weights: str | Path | None = None) -> Backbone:
             (transformers), or a registered name.
         weights: A file or folder to load instead of the default weights, which are bundled (`tiny`) or downloaded on
             first use.
+        preprocess: `model` preprocesses images as the authors of the weights do; `pad` pads an image longer than 1.25
+            to 1 to that ratio, then resizes and crops. None for `pad` with OpenAI's weights of OpenCLIP and with
+            `blip`, as in the reference, and for `model` with all others.
 
     Raises:
-        ConfigError: If the name is unknown.
+        ConfigError: If the name is unknown, or `preprocess` is neither.
         CheckpointError: If the weights cannot be loaded.
     """
+    if preprocess is not None:
+        check_choice("preprocess", preprocess, get_args(PreprocessChoice))
     path = None if weights is None else expand_user(weights)
     backbone = _load_backbone(name, path)
+    if preprocess == "pad":
+        backbone.preprocess = replace(backbone.preprocess, fit="pad")
+    elif preprocess == "model" and backbone.preprocess.fit == "pad":
+        if backbone.model_preprocess is None:
+            raise ConfigError(f"backbone {name!r} has no preprocessing that does not pad; leave out preprocess=model")
+        backbone.preprocess = backbone.model_preprocess
     if path is None:
         backbone.is_described_by_name = True
     return backbone

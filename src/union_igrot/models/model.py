@@ -19,7 +19,7 @@ from union_igrot.errors import CheckpointError, ConfigError, DataError, first_li
 from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import file_bytes
 from union_igrot.images.transforms import model_input
-from union_igrot.models.backbones.base import Backbone, Modality, weights_hash
+from union_igrot.models.backbones.base import Backbone, Modality, PreprocessChoice, weights_hash
 from union_igrot.models.checkpoint import (
     build_heads,
     load_backbone_weights,
@@ -314,6 +314,7 @@ class IGROTModel(nn.Module):
         return {
             "backbone": self.backbone.name,
             "backbone_fingerprint": self.backbone.fingerprint(),
+            "preprocess": self.backbone.preprocess_choice,
             "tuned": self.tuned,
             "heads": weights_hash(self.heads_state_dict()),
             "fusion": {"kind": self.fusion.kind, **self.fusion.options},
@@ -439,9 +440,9 @@ class IGROTModel(nn.Module):
         if weights_hash(saved.state) != saved.heads:
             raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
         if saved.backbone_weights is None:
-            backbone = backbone or build_backbone(saved.backbone, weights)
+            backbone = backbone or build_backbone(saved.backbone, weights, saved.preprocess)
         elif backbone is None:
-            backbone = restore_backbone(saved.backbone, saved.backbone_weights, folder)
+            backbone = restore_backbone(saved.backbone, saved.backbone_weights, folder, saved.preprocess)
         else:
             load_backbone_weights(backbone, folder)
         if not backbone.matches(saved.fingerprint):
@@ -528,6 +529,7 @@ def load(
     *,
     weights: str | Path | None = None,
     revision: str | None = None,
+    preprocess: PreprocessChoice | None = None,
 ) -> IGROTModel:
     """Load a model.
 
@@ -541,19 +543,26 @@ def load(
         device: `cpu`, `cuda`, `cuda:1`, `mps` or `auto`; None for the CPU.
         weights: Weights of the backbone; None for its default ones.
         revision: A branch, tag or commit on the hub; None for the latest of `main`.
+        preprocess: Preprocessing of a backbone without trained heads: `model` or `pad`, see `build_backbone`. Trained
+            heads keep the preprocessing that they were trained with.
 
     Returns:
         The model in evaluation mode, ready to encode.
 
     Raises:
         CheckpointError: If there is no such model; the error says what was tried.
-        ConfigError: If the device is not available.
+        ConfigError: If the device is not available, or trained heads have another preprocessing.
     """
     there = resolve_device(device) if isinstance(device, str) else device
     if str(name) in BUNDLED:
         model = IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / BUNDLED[str(name)]), weights=weights)
     elif names_backbone(str(name)):
-        model = baseline(build_backbone(str(name), weights), "sum")
+        model = baseline(build_backbone(str(name), weights, preprocess), "sum")
     else:
         model = IGROTModel.from_pretrained(name, weights=weights, revision=revision)
+    if preprocess not in (None, model.backbone.preprocess_choice):
+        raise ConfigError(
+            f"invalid value for preprocess: {preprocess} (the heads of {name} were trained with "
+            f"{model.backbone.preprocess_choice}); leave it out"
+        )
     return model if there is None else model.to(there)

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -18,7 +19,8 @@ from union_igrot.models.backbones.open_clip import (
     load_open_clip,
     model_config,
 )
-from union_igrot.models.factory import build_backbone
+from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
+from union_igrot.models.model import IGROTModel, load
 from union_igrot.types import Preprocess
 
 PLAIN = Preprocess(32, OPENAI_MEAN, OPENAI_STD)
@@ -64,16 +66,16 @@ def test_names_of_architectures_tags_and_activations():
     assert model_config("open_clip:ViT-B-32/openai") == model_config("base")
 
 
-def test_the_preprocessing_is_the_references_for_openai_and_the_tags_own_elsewhere():
+def test_the_preprocessing_is_that_of_the_tag():
     config = model_config("base")
-    openai = loading._tag_preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"), is_openai=True)
-    assert openai == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="pad", interpolation="bicubic", pad_ratio=1.25)
-    laion = loading._tag_preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"), is_openai=False)
+    openai = loading._tag_preprocess(config, get_pretrained_cfg("ViT-B-32", "openai"))
+    assert openai == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop", interpolation="bicubic")
+    laion = loading._tag_preprocess(config, get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k"))
     assert laion == Preprocess(224, OPENAI_MEAN, OPENAI_STD, fit="crop")
     with pytest.raises(ConfigError, match="resize_mode 'longest'"):
-        loading._tag_preprocess(config, {"resize_mode": "longest"}, is_openai=False)
+        loading._tag_preprocess(config, {"resize_mode": "longest"})
     with pytest.raises(ConfigError, match="square"):
-        loading._tag_preprocess(config, {"size": (224, 336)}, is_openai=False)
+        loading._tag_preprocess(config, {"size": (224, 336)})
 
 
 @torch.no_grad()
@@ -112,6 +114,33 @@ def test_a_file_of_openai_is_recognized_under_any_name(tmp_path, monkeypatch, im
     torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)
     torch.save(network.state_dict(), tmp_path / "other.pt")
     assert load_open_clip(name, tmp_path / "other.pt").preprocess.fit == "crop"
+
+
+def test_padding_is_a_choice(tmp_path, monkeypatch):
+    torch.save(small_base(monkeypatch).state_dict(), tmp_path / "w.pt")
+    usual, model, pad = (build_backbone("base", tmp_path / "w.pt", choice) for choice in (None, "model", "pad"))
+    crop = Preprocess(32, OPENAI_MEAN, OPENAI_STD, fit="crop")
+    assert usual.preprocess == pad.preprocess == replace(crop, fit="pad", pad_ratio=1.25)
+    assert model.preprocess == crop
+    assert usual.fingerprint() == pad.fingerprint() != model.fingerprint()
+    other = build_backbone("open_clip:ViT-B-16/laion2b_s34b_b88k", tmp_path / "w.pt", "pad")
+    assert other.preprocess == replace(crop, fit="pad")
+
+
+def test_heads_are_loaded_with_the_preprocessing_they_were_trained_with(tmp_path, monkeypatch):
+    torch.save(small_base(monkeypatch).state_dict(), tmp_path / "w.pt")
+    for choice in ("model", "pad"):
+        backbone = build_backbone("base", tmp_path / "w.pt", choice)
+        IGROTModel(backbone, build_query_head("sum", 32), build_target_head("residual", 32)).save(tmp_path / choice)
+        loaded = load(tmp_path / choice, weights=tmp_path / "w.pt")
+        assert loaded.backbone.preprocess == backbone.preprocess
+        assert loaded.describe()["preprocess"] == choice
+    with pytest.raises(ConfigError, match=r"preprocess: model \(the heads of .*pad were trained with pad\); leave it out"):
+        load(tmp_path / "pad", weights=tmp_path / "w.pt", preprocess="model")
+    note = tmp_path / "pad" / "model.json"
+    note.write_text(note.read_text().replace('"preprocess": "pad"', '"preprocess": "squash"'))
+    with pytest.raises(CheckpointError, match="preprocess in model.json is 'squash', not model or pad"):
+        load(tmp_path / "pad", weights=tmp_path / "w.pt")
 
 
 def test_code_in_a_repository_is_an_error_and_never_run(tmp_path, open_clip_resnet_folder, monkeypatch):
@@ -282,9 +311,7 @@ def test_a_damaged_tokenizer_is_named(open_clip_siglip_folder, tmp_path):
 
 def test_weights_without_a_tag_get_the_preprocessing_that_all_tags_agree_on():
     def preprocess(arch):
-        return loading._tag_preprocess(
-            model_config(f"open_clip:{arch}"), loading._common_preprocess(arch), is_openai=False
-        )
+        return loading._tag_preprocess(model_config(f"open_clip:{arch}"), loading._common_preprocess(arch))
 
     assert preprocess("ViT-B-16-SigLIP") == Preprocess(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), fit="squash")
     # OpenAI's and others' tags of one architecture differ in what they were trained with, not in means.

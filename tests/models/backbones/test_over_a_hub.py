@@ -91,6 +91,8 @@ def test_blip_equals_transformers(hub, photo):
     padded = build_backbone("blip")
     assert padded.preprocess.fit == "pad"  # the reference's recipe
     same(padded.encode_image(pixels).pooled, image)
+    plain = build_backbone("blip", preprocess="model")
+    check(plain, photo, pixels, image, network.text_proj(hidden[:, 0]))
 
 
 @torch.no_grad()
@@ -103,6 +105,7 @@ def test_models_of_open_clip_equal_it(hub, photo, kind, request):
         )
         tokenizer, backbone = open_clip.SimpleTokenizer(context_length=20), build_backbone("base")
         assert backbone.preprocess.fit == "pad"
+        backbone = build_backbone("base", preprocess="model")
     else:
         cache = huggingface_hub.constants.HF_HUB_CACHE
         network, _, transform = open_clip.create_model_and_transforms("hf-hub:some/siglip", cache_dir=cache)
@@ -111,9 +114,8 @@ def test_models_of_open_clip_equal_it(hub, photo, kind, request):
     pixels, network = transform(photo)[None], network.eval()
     same(backbone.encode_image(pixels).pooled, network.encode_image(pixels))
     same(backbone.encode_text(TEXTS).pooled, network.encode_text(tokenizer(TEXTS)))
-    if kind == "repository":
-        own = ImageToTensor(backbone.preprocess)(photo)[None]
-        assert 1 - F.cosine_similarity(backbone.encode_image(own).pooled, network.encode_image(pixels)).min() < 1e-4
+    own = ImageToTensor(backbone.preprocess)(photo)[None]
+    assert 1 - F.cosine_similarity(backbone.encode_image(own).pooled, network.encode_image(pixels)).min() < 1e-4
 
 
 @pytest.mark.parametrize("name", [f"hf:{CLIP}", "base", "hf-hub:some/siglip"])

@@ -22,6 +22,8 @@ from union_igrot.types import Features, Preprocess
 
 Modality = Literal["image", "text"]
 """The two encoders of a backbone."""
+PreprocessChoice = Literal["model", "pad"]
+"""`model`: as the authors of the weights preprocess images. `pad`: long images are padded first (TargetPad)."""
 
 log = logging.getLogger("union_igrot.models")
 PROBE_TEXTS = (
@@ -112,6 +114,7 @@ class Backbone(nn.Module, ABC):
         name: Name of the backbone in configurations and saved models.
         dim: Width of the joint space.
         preprocess: How an image becomes this model's input.
+        model_preprocess: The preprocessing of the authors of the weights, if `preprocess` is another one.
         tuned_encoders: The encoders whose weights are being trained; empty before `tune`.
         is_described_by_name: Whether the name or the folder of a saved model determines `settings`, which fingerprints
             of earlier versions did not cover.
@@ -120,12 +123,18 @@ class Backbone(nn.Module, ABC):
     name: str
     dim: int
     preprocess: Preprocess
+    model_preprocess: Preprocess | None = None
     tuned_encoders: frozenset[Modality] = frozenset()
     is_described_by_name: bool = False
 
     def __repr__(self) -> str:
         size = self.preprocess.size
         return f"{type(self).__name__}({self.name}, dim={self.dim}, image_size={size}, device={self.device})"
+
+    @property
+    def preprocess_choice(self) -> PreprocessChoice:
+        """Whether long images are padded first."""
+        return "pad" if self.preprocess.fit == "pad" else "model"
 
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:

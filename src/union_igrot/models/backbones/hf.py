@@ -7,9 +7,10 @@ import json
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -306,8 +307,14 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
         )
     model_class, kind = _model_class(name, source)
     network = _load_network(name, source, model_class)
-    preprocess = _load_preprocess(name, source, network.config.vision_config.image_size)
-    return kind(network, load_tokenizer(source, name), preprocess, name)
+    settings, size = _read_preprocess(name, source), network.config.vision_config.image_size
+    if name != "blip":
+        return kind(network, load_tokenizer(source, name), _parse_preprocess(settings, size, name), name)
+    padded = replace(_parse_preprocess(settings, size, name, sized=False), fit="pad")
+    backbone = kind(network, load_tokenizer(source, name), padded, name)
+    with suppress(CheckpointError):  # sizes that only matter without padding
+        backbone.model_preprocess = _parse_preprocess(settings, size, name)
+    return backbone
 
 
 def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Preprocess, folder: Path) -> HFBackbone:
@@ -398,7 +405,7 @@ def _no_bar() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _load_preprocess(name: str, source: str, size: int) -> Preprocess:
+def _read_preprocess(name: str, source: str) -> Mapping[str, Any]:
     from transformers.image_processing_base import ImageProcessingMixin  # noqa: PLC0415 - heavy
 
     try:
@@ -409,10 +416,11 @@ def _load_preprocess(name: str, source: str, size: int) -> Preprocess:
         raise CheckpointError(
             f"backbone {name!r}: preprocessor_config.json in {source} holds no settings; copy it again"
         )
-    return _parse_preprocess(settings, size, "pad" if name == "blip" else None, name)
+    return settings
 
 
-def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"] | None, name: str) -> Preprocess:
+def _parse_preprocess(settings: Mapping[str, Any], size: int, name: str, *, sized: bool = True) -> Preprocess:
+    """Return the preprocessing of a preprocessor_config.json; `sized` refuses sizes that it cannot follow."""
     resample = settings.get("resample", _BICUBIC)
     normalize = settings.get("do_normalize", True)
     missing = [key for key in ("image_mean", "image_std") if normalize and len(settings.get(key) or ()) != 3]
@@ -424,7 +432,7 @@ def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"
     elif not settings.get("do_rescale", True) or abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         problem = "does not rescale pixels to 0..1, which is not supported"
     else:
-        problem = None if fit else _size_problem(settings, size)
+        problem = _size_problem(settings, size) if sized else None
     if problem:
         raise CheckpointError(f"the preprocessor_config.json of {name!r} {problem}")
     (r, g, b), (s, t, u) = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -437,7 +445,7 @@ def _parse_preprocess(settings: Mapping[str, Any], size: int, fit: Literal["pad"
         size=size,
         mean=(r, g, b),
         std=(s, t, u),
-        fit=fit or ("crop" if crop or shortest else "squash"),
+        fit="crop" if crop or shortest else "squash",
         interpolation="bicubic" if resample == _BICUBIC else "bilinear",
     )
 

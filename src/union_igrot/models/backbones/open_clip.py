@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import open_clip
 from jaxtyping import Float, Int
@@ -205,10 +205,17 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     state = read_state_dict(path)
     is_openai = tag == "openai" or "input_resolution" in state
     config["quick_gelu"] |= is_openai
-    preprocess = _tag_preprocess(config, known or _common_preprocess(arch), is_openai=is_openai)
+    preprocess = _tag_preprocess(config, known or _common_preprocess(arch))
     local = _local_config(config)
     backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), str(path))
     backbone.config = config  # without the paths of this machine
+    return _padded(backbone) if is_openai else backbone
+
+
+def _padded(backbone: OpenClipBackbone) -> OpenClipBackbone:
+    """Give a backbone the reference's preprocessing."""
+    backbone.model_preprocess = backbone.preprocess
+    backbone.preprocess = replace(backbone.preprocess, fit="pad")
     return backbone
 
 
@@ -352,13 +359,13 @@ def _network_names(network: nn.Module, state: Mapping[str, Tensor], source: str)
     return {name: x for name, x in own.items() if name.endswith(".num_batches_tracked")} | named
 
 
-def _tag_preprocess(config: Mapping[str, Any], known: Mapping[str, Any], *, is_openai: bool) -> Preprocess:
+def _tag_preprocess(config: Mapping[str, Any], known: Mapping[str, Any]) -> Preprocess:
     """Return the preprocessing from OpenCLIP's settings of a tag."""
     size = known.get("size") or config["vision_cfg"].get("image_size", 224)
     height, width = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if height != width:
         raise ConfigError(f"images of {height} x {width} are not supported; choose a model of square images")
-    fits = {"shortest": "crop", "squash": "squash"}
+    fits: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}
     mode = known.get("resize_mode") or "shortest"
     if mode not in fits:
         raise ConfigError(f"resize_mode {mode!r} is not supported; choose a model with one of {', '.join(fits)}")
@@ -368,7 +375,7 @@ def _tag_preprocess(config: Mapping[str, Any], known: Mapping[str, Any], *, is_o
         size=int(height),
         mean=(r, g, b),
         std=(s, t, u),
-        fit="pad" if is_openai else fits[mode],  # type: ignore[arg-type]
+        fit=fits[mode],
         interpolation="bilinear" if known.get("interpolation") == "bilinear" else "bicubic",
     )
 
@@ -429,9 +436,10 @@ def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
     if arch in open_clip.list_models():
         _check_sizes(name, config, folder)
     config["quick_gelu"] = bool(config.get("quick_gelu"))
+    preprocess = _tag_preprocess(config, known)
+    backbone = restore_open_clip(name, config, preprocess, folder, read_state_dict(path), str(path))
     # The names of OpenAI's models stand for the reference's preprocessing; other weights keep their own.
-    preprocess = _tag_preprocess(config, known, is_openai=tag == "openai" and config["quick_gelu"])
-    return restore_open_clip(name, config, preprocess, folder, read_state_dict(path), str(path))
+    return _padded(backbone) if tag == "openai" and config["quick_gelu"] else backbone
 
 
 def _check_sizes(name: str, config: Mapping[str, Any], folder: Path) -> None:
