@@ -409,6 +409,18 @@ def test_only_trained_heads_have_an_overlap(model, tmp_path):
     assert [one.metrics for one in alone.methods] == [one.metrics for one in found.methods[:-1]]
 
 
+def test_texts_that_the_backbone_cuts_are_counted(tmp_path):
+    backbone, benchmark = LinearBackbone(), cir_benchmark(queries=8, gallery=10)
+    backbone.context, backbone.token_count = 4, lambda text: len(text.split()) + 1
+    found = evaluate_benchmark(trainable("sum", "frozen", backbone), benchmark, extractor(tmp_path, backbone))
+    expected = sum(len(query.text.split()) > 3 for query in benchmark.queries)
+    assert expected > 1
+    assert [one.n_truncated for one in found.methods] == [0, *[expected] * 4]
+    assert found.methods[-1].to_dict()["n_truncated"] == expected
+    assert f"{expected} query texts cut at the backbone's token limit" in " ".join(str(found).split())
+    assert average_parts([found, found], "both").methods[-1].n_truncated == 2 * expected
+
+
 def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     backbone = LinearBackbone()
     model, filled = trainable("sum", "frozen", backbone), extractor(tmp_path, backbone)

@@ -40,6 +40,7 @@ def test_every_field_survives():
         parts=("a", "b"),
         arithmetic={"device": "cpu"},
         n_skipped=3,
+        n_truncated=2,
     )
     text = result(one).to_json()
     assert "NaN" not in text
@@ -47,7 +48,7 @@ def test_every_field_survives():
     assert EvaluationResult((again,)).to_json() == text
     assert math.isnan(again.metrics["R@1"])
     assert (again.protocol, again.seen_images, again.differences) == (one.protocol, one.seen_images, one.differences)
-    assert (again.is_seen, again.parts, again.n_skipped) == (True, ("a", "b"), 3)
+    assert (again.is_seen, again.parts, again.n_skipped, again.n_truncated) == (True, ("a", "b"), 3, 2)
 
 
 @pytest.mark.parametrize("content", ["", "{", "3", '[{"method": "x"}]', '["x"]'])

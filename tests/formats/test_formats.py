@@ -44,6 +44,7 @@ def test_a_model_saved_again_keeps_its_files(data):
     IGROTModel.load(DATA / "model").save(data / "model", half=True)
     new, old = (json.loads((root / "model" / "model.json").read_text()) for root in (data, DATA))
     assert new.pop("backbone_fingerprint").startswith(old.pop("backbone_fingerprint") + "-")
+    assert new.pop("preprocess") == "model"  # which earlier versions did not record
     assert new == old
     for name in ("heads.safetensors", "backbone.safetensors"):
         with safe_open(DATA / "model" / name, "pt") as old, safe_open(data / "model" / name, "pt") as new:

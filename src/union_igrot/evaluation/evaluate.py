@@ -104,10 +104,12 @@ def evaluate_benchmark(
     if trained and checkpoint is not None:
         described["trained"]["checkpoint"] = checkpoint
     arithmetic = {"device": device_name(model.device), **extractor.describe()}
+    texts = [text for query in benchmark.queries for text in query.wordings if text]
+    truncated = model.backbone.count_truncated(texts)
     methods = []
     for name, one in scores.items():
         result = method_result(benchmark, name, one, described[name], seconds[name], seed)
-        methods.append(replace(result, arithmetic=arithmetic))
+        methods.append(replace(result, arithmetic=arithmetic, n_truncated=0 if name == "chance" else truncated))
     if trained:
         methods[-1] = replace(
             methods[-1],
@@ -299,6 +301,7 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
                 n_queries=sum(sizes),
                 n_gallery=sum(len(gallery) for gallery, new in zip(galleries, distinct, strict=True) if new),
                 n_skipped=sum(one.n_skipped for one in inner),
+                n_truncated=sum(one.n_truncated for one in inner),
                 protocol=replace(inner[0].protocol, note=_note_of_parts(inner)),
                 metrics={metric: averaging.mean(metric, x) for metric, x in columns.items()},
                 intervals=averaging.intervals(columns, seed),

@@ -72,6 +72,7 @@ class MethodResult:
         n_queries: Number of queries.
         n_gallery: Number of gallery images.
         n_skipped: Number of items left out on request.
+        n_truncated: Number of query texts that the backbone cuts at its token limit.
         protocol: How the metrics were computed.
         metrics: Metrics by name.
         intervals: 95 % bootstrap intervals over queries and their classes, by metric.
@@ -99,6 +100,7 @@ class MethodResult:
     metrics: Mapping[str, float]
     intervals: Mapping[str, Interval]
     n_skipped: int = 0
+    n_truncated: int = 0
     by_tag: Mapping[str, TagMetric] = field(default_factory=dict)
     seen_classes: tuple[str, ...] = ()
     seen_images: SeenImages | None = None
@@ -158,7 +160,7 @@ class MethodResult:
             **{name: getattr(self, name) for name in ("model", "seconds", "versions", "seed")},
         }
         optional = {"arithmetic": self.arithmetic, "gain95": self.differences, "parts": self.parts}
-        optional |= {name: getattr(self, name) for name in ("n_classes", "limits", "warnings")}
+        optional |= {name: getattr(self, name) for name in ("n_classes", "n_truncated", "limits", "warnings")}
         plain: dict[str, Any] = _plain(values | {name: value for name, value in optional.items() if value})
         return plain
 
@@ -171,7 +173,17 @@ class MethodResult:
         by_tag = values.get("by_tag", {}).items()
         gains = values.get("gain95", {}).items()
         plain = ("benchmark", "split", "method", "n_queries", "n_gallery")
-        optional = ("n_skipped", "model", "seconds", "versions", "seed", "arithmetic", "n_classes", "limits")
+        optional = (
+            "n_skipped",
+            "model",
+            "seconds",
+            "versions",
+            "seed",
+            "arithmetic",
+            "n_classes",
+            "n_truncated",
+            "limits",
+        )
         return cls(
             **{name: values[name] for name in plain},
             **{name: values[name] for name in optional if name in values},

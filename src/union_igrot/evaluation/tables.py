@@ -418,6 +418,11 @@ def tag_line(result: MethodResult) -> str:
     return f"{result.primary} of {name} by tag (queries): {', '.join(parts)}" if parts else ""
 
 
+def truncation_words(result: MethodResult) -> str:
+    """Return how many texts were cut, in words."""
+    return f"{result.n_truncated:,} query texts cut at the backbone's token limit"
+
+
 def untrained_words(result: BenchmarkResult) -> str:
     """Describe what the methods without heads owe to training: nothing, unless the encoders themselves were tuned."""
     tuned = any(one.model.get("tuned") for one in result.methods)
@@ -436,6 +441,8 @@ def notes(result: BenchmarkResult) -> Iterator[str]:
         caption.append(f"image alone, text alone and image + text are {untrained_words(result)}")
     if first.n_skipped:
         caption.append(f"{first.n_skipped} items left out")
+    if main.n_truncated:
+        caption.append(truncation_words(main))
     yield "; ".join(caption)
     yield from mark_lines(main)
     if tags := tag_line(main):

@@ -19,6 +19,7 @@ from union_igrot.evaluation.tables import (
     overlap_lines,
     resampled_words,
     tag_line,
+    truncation_words,
 )
 from union_igrot.storage.atomic import write_atomic
 
@@ -180,10 +181,10 @@ def _benchmark(result: BenchmarkResult, *, brief: bool) -> Iterator[str]:
     yield f"Percent; {protocol}. In brackets 95 % bootstrap intervals over {over}; of the last row: {bounds}."
     yield ""
     overlap = [line.removeprefix("* ") for line in (overlap_lines(main) if main.method == "trained" else [])]
-    left_out = f"{main.n_skipped} items left out" if main.n_skipped else ""
-    yield from (
-        f"- {line}" for line in [*difference_lines(main), *mark_lines(main), *overlap, tag_line(main), left_out] if line
-    )
+    left_out = [f"{main.n_skipped} items left out"] if main.n_skipped else []
+    cut = [truncation_words(main)] if main.n_truncated else []
+    lines = [*difference_lines(main), *mark_lines(main), *overlap, tag_line(main), *left_out, *cut]
+    yield from (f"- {line}" for line in lines if line)
     yield ""
 
 

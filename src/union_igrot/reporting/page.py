@@ -33,6 +33,7 @@ from union_igrot.evaluation.tables import (
     method_title,
     metrics_table,
     overlap_lines,
+    truncation_words,
     untrained_words,
 )
 from union_igrot.reporting.charts import Curve, layout_chart
@@ -207,6 +208,8 @@ def _notes(result: BenchmarkResult) -> Iterator[str]:
         yield f"{', '.join(untrained)}: {untrained_words(result)}; chance: random rankings"
     if result.main.n_skipped:
         yield f"{result.main.n_skipped:,} items left out"
+    if result.main.n_truncated:
+        yield truncation_words(result.main)
     if result.main.method == "trained":
         yield from overlap_lines(result.main)
 

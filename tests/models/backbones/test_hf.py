@@ -12,7 +12,7 @@ from transformers import BlipForImageTextRetrieval, CLIPImageProcessor, CLIPMode
 from small_backbones import write_notes
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.images.transforms import ImageToTensor
-from union_igrot.models.backbones import base
+from union_igrot.models.backbones import base, hf
 from union_igrot.models.backbones.hf import canonicalize, load_hf, load_tokenizer
 from union_igrot.models.factory import build_backbone
 from union_igrot.types import Preprocess
@@ -222,9 +222,58 @@ def test_code_and_adapters_in_a_folder_are_errors(clip_folder, tmp_path, monkeyp
         load_hf("hf:a/b", folder)
     (folder / "config.json").write_text(json.dumps(config | auto_map))
     load_hf("hf:a/b", folder)  # transformers' own code
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds a LoRA adapter, which is not supported; merge it"):
-        load_hf("hf:a/b", folder)
+
+
+def adapter_notes(folder, base, **changes):
+    folder.mkdir(exist_ok=True)
+    notes = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj", "v_proj"], "r": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(notes | changes))
+
+
+def test_adapters_without_peft_or_of_other_kinds_are_refused(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "find_spec", lambda _: None)
+    adapter_notes(tmp_path / "lora", "openai/clip")
+    line = (
+        r'LoRA adapter of openai/clip; pip install "union-igrot\[peft\]" to merge it on loading, or merge it \(merge_'
+    )
+    with pytest.raises(CheckpointError, match=line) as error:
+        load_hf("hf:a/b", tmp_path / "lora")
+    assert "\n" not in str(error.value)
+    adapter_notes(tmp_path / "lora", "openai/clip", peft_type="IA3")
+    with pytest.raises(CheckpointError, match="holds an adapter of type IA3; give one whole model"):
+        load_hf("hf:a/b", tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read .*; copy it again"):
+        load_hf("hf:a/b", tmp_path / "lora")
+    shutil.copytree(clip_folder, tmp_path / "both")
+    adapter_notes(tmp_path / "both", "openai/clip")
+    with pytest.raises(CheckpointError, match="holds both an adapter and a whole model"):
+        load_hf("hf:a/b", tmp_path / "both")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+def test_an_adapter_is_merged_as_by_peft(clip_folder, tmp_path, images):
+    peft = pytest.importorskip("peft", reason='needs pip install "union-igrot[peft]"')
+    base = CLIPModel.from_pretrained(clip_folder)
+    options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(base, peft.LoraConfig(**options))
+    tuned.save_pretrained(tmp_path / "lora")
+    expected = tuned.merge_and_unload().eval()
+    backbone = build_backbone("hf:some/clip", tmp_path / "lora")
+    plain = build_backbone("hf:some/clip", clip_folder)
+    ids, _ = backbone._tokenize(TEXTS)
+    outputs = expected(input_ids=ids, pixel_values=images)
+    for found, wanted in (
+        (backbone.encode_image(images).pooled, outputs.image_embeds),
+        (backbone.encode_text(TEXTS).pooled, outputs.text_embeds),
+    ):
+        torch.testing.assert_close(F.normalize(found, dim=-1), wanted, atol=1e-4, rtol=0)
+    assert (plain.encode_image(images).pooled - backbone.encode_image(images).pooled).abs().max() > 0.01
+    adapter_notes(tmp_path / "lora", clip_folder, target_modules=["k_proj"])
+    with pytest.raises(CheckpointError, match=r"the LoRA adapter .*lora does not fit its model: \["):
+        build_backbone("hf:some/clip", tmp_path / "lora")
 
 
 @pytest.mark.parametrize("name", ["tiny", "open_clip:mine", "blip", "siglip2", "hf:some/clip"])
@@ -233,7 +282,7 @@ def test_texts_that_are_cut_are_reported_once(request, caplog, monkeypatch, name
     folders = {"open_clip:mine": "open_clip_folder", "blip": "blip_folder", "siglip2": "siglip_folder"}
     folder = request.getfixturevalue(folders.get(name, "clip_folder"))
     backbone = build_backbone(name, None if name == "tiny" else folder)
-    limit = getattr(backbone, "context", 31)
+    limit = backbone.context
     backbone.encode_text(["", "make it red", "a " * (limit - 2)])
     assert not caplog.records
     backbone.encode_text(["make it red", "two cats " * limit, "two dogs " * limit])
@@ -242,6 +291,7 @@ def test_texts_that_are_cut_are_reported_once(request, caplog, monkeypatch, name
     message = record.getMessage()
     assert message.startswith(f"texts of more than {limit} tokens are cut by backbone {name}, such as 'two cats two")
     assert len(message) < 250
+    assert backbone.count_truncated(["make it red", "two cats " * limit, "two cats " * limit]) == 2
 
 
 def test_a_folder_of_sentence_transformers_loads(clip_folder, tmp_path):

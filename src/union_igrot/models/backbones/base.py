@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,31 +83,6 @@ def first_pooled(
     return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
 
 
-def warn_truncated(name: str, texts: Iterable[str], limit: int, count: Callable[[str], int]) -> None:
-    """Log, once per process, that texts of a backbone are cut.
-
-    Args:
-        name: Name of the backbone.
-        texts: Texts that may be too long.
-        limit: Most tokens of a text.
-        count: Returns the number of tokens of a text.
-    """
-    if _truncation_logged:
-        return
-    for text in texts:
-        if (length := count(text)) > limit:
-            _truncation_logged.add(name)
-            example = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}..."
-            log.warning(
-                "texts of more than %d tokens are cut by backbone %s, such as %r (%d tokens); reported once",
-                limit,
-                name,
-                example,
-                length,
-            )
-            return
-
-
 class Backbone(nn.Module, ABC):
     """A frozen vision-language model.
 
@@ -115,6 +91,7 @@ class Backbone(nn.Module, ABC):
         dim: Width of the joint space.
         preprocess: How an image becomes this model's input.
         model_preprocess: The preprocessing of the authors of the weights, if `preprocess` is another one.
+        context: Most tokens of a text, marks included; None if there is no limit.
         tuned_encoders: The encoders whose weights are being trained; empty before `tune`.
         is_described_by_name: Whether the name or the folder of a saved model determines `settings`, which fingerprints
             of earlier versions did not cover.
@@ -124,6 +101,7 @@ class Backbone(nn.Module, ABC):
     dim: int
     preprocess: Preprocess
     model_preprocess: Preprocess | None = None
+    context: int | None = None
     tuned_encoders: frozenset[Modality] = frozenset()
     is_described_by_name: bool = False
 
@@ -152,6 +130,32 @@ class Backbone(nn.Module, ABC):
             Pooled and token features in the joint space, not normalized; the mask is False after the end of each text,
             by position.
         """
+
+    def token_count(self, text: str) -> int:  # noqa: ARG002 - 0 if there is no limit
+        """Return the number of tokens of a text before it is cut."""
+        return 0
+
+    def count_truncated(self, texts: Iterable[str]) -> int:
+        """Return how many texts are cut at `context`."""
+        limit, each = self.context, Counter(texts)
+        return 0 if limit is None else sum(n for text, n in each.items() if self.token_count(text) > limit)
+
+    def warn_truncated(self, texts: Iterable[str]) -> None:
+        """Log, once per process, that texts are cut; `texts` are those that may be too long."""
+        if _truncation_logged or self.context is None:
+            return
+        for text in texts:
+            if (length := self.token_count(text)) > self.context:
+                _truncation_logged.add(self.name)
+                example = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}..."
+                log.warning(
+                    "texts of more than %d tokens are cut by backbone %s, such as %r (%d tokens); reported once",
+                    self.context,
+                    self.name,
+                    example,
+                    length,
+                )
+                return
 
     def architecture(self) -> dict[str, Any]:
         """Return how the model is built, in JSON values, without weights and tokenizer; empty if the name says it."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
@@ -24,11 +25,11 @@ from union_igrot.models.backbones.base import (
     first_pooled,
     json_hash,
     vocabulary_hash,
-    warn_truncated,
 )
 from union_igrot.models.backbones.weights import (
     LIBRARY_ERRORS,
     check_content,
+    read_state_dict,
     replace_advice,
     summarize_names,
 )
@@ -73,7 +74,6 @@ class _TransformersBackbone(Backbone):
 
     Attributes:
         kind: Name of the architecture in configurations of transformers.
-        context: Most token ids of a text.
     """
 
     kind: str
@@ -118,10 +118,11 @@ class _TransformersBackbone(Backbone):
         )
         mask = encoded["attention_mask"].bool()
         full = [text for text, whole in zip(texts, mask.all(1).tolist(), strict=True) if whole and report]
-        warn_truncated(self.name, full, self.context, self._token_count)
+        self.warn_truncated(full)
         return encoded["input_ids"].to(self.device), mask.to(self.device)
 
-    def _token_count(self, text: str) -> int:
+    def token_count(self, text: str) -> int:
+        """See `Backbone`."""
         return len(self.tokenizer(text, verbose=False)["input_ids"])
 
 
@@ -211,6 +212,10 @@ class SiglipBackbone(_TransformersBackbone):
     ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
         return super()._tokenize([canonicalize(text) for text in texts], report=report)
 
+    def token_count(self, text: str) -> int:
+        """See `Backbone`."""
+        return super().token_count(canonicalize(text))
+
     def earlier_fingerprint(self, own: str) -> None:
         """Return None: earlier versions kept capitals."""
 
@@ -276,7 +281,8 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     Args:
         name: `blip`, `siglip2`, `tinyclip` or `hf:<repository>`.
         weights: None to download on first use (kept by huggingface_hub), or a local folder with `config.json`, weights,
-            tokenizer and `preprocessor_config.json`.
+            tokenizer and `preprocessor_config.json`; or with a LoRA adapter, which is merged by `peft`, all else coming
+            from the folder or repository of its model.
 
     Raises:
         ConfigError: If the name or the kind of model is not supported.
@@ -300,13 +306,13 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
         raise CheckpointError(
             f"backbone {name!r}: {source} is a model of OpenCLIP; use the backbone open_clip:<any name> with it"
         )
-    if (Path(source) / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"backbone {name!r}: {source} holds a LoRA adapter, which is not supported; merge it into its model "
-            "(merge_and_unload() of peft) and save that"
-        )
+    adapter = Path(source) if (Path(source) / "adapter_config.json").is_file() else None
+    if adapter is not None:
+        source = _adapted_model(name, adapter)
     model_class, kind = _model_class(name, source)
     network = _load_network(name, source, model_class)
+    if adapter is not None:
+        network = _merge_adapter(name, network, adapter)
     settings, size = _read_preprocess(name, source), network.config.vision_config.image_size
     if name != "blip":
         return kind(network, load_tokenizer(source, name), _parse_preprocess(settings, size, name), name)
@@ -315,6 +321,50 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     with suppress(CheckpointError):  # sizes that only matter without padding
         backbone.model_preprocess = _parse_preprocess(settings, size, name)
     return backbone
+
+
+def _adapted_model(name: str, adapter: Path) -> str:
+    """Return the folder of the model that a LoRA adapter changes."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        base, kind = str(config["base_model_name_or_path"]), config["peft_type"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"backbone {name!r}: {adapter / 'adapter_config.json'} cannot be read ({first_line(error)}); copy it again"
+        ) from None
+    if kind != "LORA" or any((adapter / file).is_file() for file in _WEIGHTS):
+        found = "both an adapter and a whole model" if kind == "LORA" else f"an adapter of type {kind}"
+        raise CheckpointError(f"backbone {name!r}: {adapter} holds {found}; give one whole model, or one of type LORA")
+    if find_spec("peft") is None:
+        raise CheckpointError(
+            f'backbone {name!r}: {adapter} holds a LoRA adapter of {base}; pip install "union-igrot[peft]" to merge it '
+            "on loading, or merge it (merge_and_unload() of peft) and save that"
+        )
+    return base if Path(base).is_dir() else str(fetch_files(base, _NEEDED).parent)
+
+
+def _merge_adapter(name: str, network: Any, adapter: Path) -> Any:
+    """Add a LoRA adapter to the weights of its model."""
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict  # noqa: PLC0415 - an extra
+
+    files = [adapter / file for file in ("adapter_model.safetensors", "adapter_model.bin")]
+    state = read_state_dict(next((file for file in files if file.is_file()), files[0]))
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        merged = PeftModel(network, config)
+        loaded = set_peft_model_state_dict(merged, state)
+    except LIBRARY_ERRORS as error:
+        raise CheckpointError(
+            f"backbone {name!r}: the LoRA adapter {adapter} does not fit its model ({first_line(error)}); give the "
+            "model it was trained on as base_model_name_or_path in adapter_config.json"
+        ) from None
+    missing = [key for key in loaded.missing_keys if "lora_" in key]
+    if missing or loaded.unexpected_keys:
+        raise CheckpointError(
+            f"backbone {name!r}: the LoRA adapter {adapter} does not fit its model: "
+            f"{summarize_names([*missing, *loaded.unexpected_keys])}"
+        )
+    return merged.merge_and_unload()
 
 
 def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Preprocess, folder: Path) -> HFBackbone:

@@ -23,7 +23,6 @@ from union_igrot.models.backbones.base import (
     first_pooled,
     json_hash,
     vocabulary_hash,
-    warn_truncated,
 )
 from union_igrot.models.backbones.hf import tower_settings
 from union_igrot.models.backbones.towers import UnsupportedTowerError, image_tower, text_tower
@@ -128,13 +127,13 @@ class OpenClipBackbone(Backbone):
         """Encode texts; longer ones are cut to the context, their end mark kept."""
         ids = self.tokenize(list(texts))
         full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last != self._padding]
-        warn_truncated(self.name, full, self.context, self._token_count)
+        self.warn_truncated(full)
         return self._text_features(ids.to(self.device))
 
-    def _token_count(self, text: str) -> int:
-        hf_tokenizer = getattr(self.tokenize, "tokenizer", None)
-        if hf_tokenizer is not None:
-            return len(hf_tokenizer(text, verbose=False)["input_ids"])
+    def token_count(self, text: str) -> int:
+        """See `Backbone`; 0 if the tokenizer is a plain function."""
+        if isinstance(self.tokenize, HFTokenizer):
+            return len(self.tokenize.tokenizer(self.tokenize.clean_fn(text), verbose=False)["input_ids"])
         encode = getattr(self.tokenize, "encode", None)  # CLIP's byte pairs, without the two marks
         return 0 if encode is None else len(encode(text)) + 2
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from union_igrot.errors import CheckpointError, ConfigError
-from union_igrot.models.backbones.base import Backbone, first_pooled, warn_truncated
+from union_igrot.models.backbones.base import Backbone, first_pooled
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.types import Features, Preprocess
 
@@ -186,7 +186,7 @@ class PhotosBackbone(Backbone):
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
-        self.name, self.dim, self.preprocess = "photos", DIM, _PREPROCESS
+        self.name, self.dim, self.preprocess, self.context = "photos", DIM, _PREPROCESS, CONTEXT
         if weights is None:
             with as_file(files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as shipped:
                 state = read_state_dict(shipped)
@@ -210,10 +210,14 @@ class PhotosBackbone(Backbone):
         """Encode images of 224 x 224: fifty tokens, the image's first, then its cells in rows."""
         return first_pooled(self.network.image(images))
 
+    def token_count(self, text: str) -> int:
+        """Return the number of words."""
+        return len(_split_words(text))
+
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts: a token for the text, which is its embedding, and one per name in it."""
         long = [text for text in texts if len(text) > 2 * CONTEXT]  # shorter ones cannot hold too many words
-        warn_truncated(self.name, long, CONTEXT, lambda text: len(_split_words(text)))
+        self.warn_truncated(long)
         features: Features = self.network.text(texts)
         return features
 

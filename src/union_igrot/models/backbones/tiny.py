@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from union_igrot.models.backbones.base import PROBE_TEXTS, Backbone, first_pooled, json_hash, warn_truncated
+from union_igrot.models.backbones.base import PROBE_TEXTS, Backbone, first_pooled, json_hash
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.types import Features, Preprocess
 
@@ -144,7 +144,7 @@ class TinyBackbone(Backbone):
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
-        self.name, self.dim, self.preprocess = "tiny", 128, _PREPROCESS
+        self.name, self.dim, self.preprocess, self.context = "tiny", 128, _PREPROCESS, CONTEXT
         self.network = TinyVLM(self.dim)
         if weights is None:
             with as_file(files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as shipped:
@@ -164,10 +164,14 @@ class TinyBackbone(Backbone):
         """Encode images of 48 x 48: ten tokens, the class token first."""
         return first_pooled(self.network.image(images))
 
+    def token_count(self, text: str) -> int:
+        """Return the number of words, and one for the end."""
+        return len(_split_words(text)) + 1
+
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts: one token per word and one for the end, from which `pooled` is read."""
         long = [text for text in texts if len(text) >= 2 * CONTEXT - 1]  # shorter ones cannot hold too many words
-        warn_truncated(self.name, long, CONTEXT - 1, lambda text: len(_split_words(text)))
+        self.warn_truncated(long)
         ids = tokenize(texts).to(self.device)
         tokens, mask = self.network.text(ids), ids != _PAD
         end = mask.sum(1) - 1
