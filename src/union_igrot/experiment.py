@@ -47,6 +47,7 @@ from union_igrot.storage.paths import expand_user
 from union_igrot.terminal import print_line
 from union_igrot.training.data import mean_name, read_evaluated, read_training
 from union_igrot.training.datamodule import IGROTDataModule
+from union_igrot.training.distillation import can_distill, distill_target
 from union_igrot.training.learner import Learner, TrainerConfig, fit, load_best
 from union_igrot.training.loggers import open_loggers
 from union_igrot.training.losses import BankLoss, build_loss
@@ -338,6 +339,10 @@ def train_heads(
         model.tuned = bool(tuned)
     model.metadata["best"] = best
     if processes.is_main:
+        if isinstance(loss, BankLoss) and loss.distillation and can_distill(model):
+            # Another extractor: the weights of a tuned backbone have changed.
+            changed = open_extractor(settings, model.backbone) if tuned else extractor
+            distill_target(model, samples, changed, loss.distillation, settings["seed"])
         model.calibration = calibration_queries(model, samples, extractor, settings["seed"], tuned=bool(tuned))
     model.training_images = image_identities(side for one in samples.triplets for side in (one.image, one.target))
     return model

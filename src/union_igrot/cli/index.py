@@ -101,7 +101,8 @@ def _add_images(config: "DictConfig") -> None:
     _warn_about_photos(model.backbone.name, listing)
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
-    with open_or_create(config.index, model.backbone.dim, index_metadata(model, checkpoint, config.weights)) as index:
+    metadata = index_metadata(model, checkpoint, config.weights)
+    with open_or_create(config.index, model, metadata, config.calibration) as index:
         report = ingest_images(index, model, listing, options)
         _print_report(report, index.uri, len(index))
     if not report.added + report.updated + report.unchanged:

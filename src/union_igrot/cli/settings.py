@@ -126,6 +126,7 @@ class IndexSettings:
     )
     weights: str | None = _weights("the checkpoint's backbone")
     preprocess: Literal["model", "pad"] | None = _preprocess()
+    calibration: float | None = setting(None, "calibration of a new index's scores, such as 0.25; none if null", low=0)
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
     max_megapixels: float | None = setting(None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0)
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
@@ -512,7 +513,7 @@ COMMANDS: Mapping[str, Command] = {
         ),
         {**_DEVICES, "strategy": ("auto", "device: auto (a GPU if there is one) or cpu; for more see executor")},
         (
-            "run it again to update: new and changed images are embedded, moved ones recognized, missing ones removed",
+            "run it again to update: new and changed images are embedded, missing ones removed",
             "it resumes after an interruption, and the index can be searched all the time",
             "list files: .txt (a path per line), or .csv, .jsonl, .parquet with a column path and any other columns",
             "tar shards (WebDataset): .json, .txt and .cls files next to an image become columns",

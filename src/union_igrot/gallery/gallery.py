@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, final
 
 from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.gallery.calibration import stored_weight, widen_queries
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing, list_additions
@@ -17,6 +18,7 @@ from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.gallery.metadata import (
     check_backbone_name,
+    check_calibration,
     check_metadata,
     index_metadata,
     load_checkpoint,
@@ -56,6 +58,7 @@ class Gallery:
         uri: Location of the index.
         checkpoint: Where the model was loaded from, stored with the index.
         weights: Explicit weights of its backbone, stored with the index.
+        calibration: Weight of the calibration, see `open`.
     """
 
     def __init__(
@@ -65,10 +68,11 @@ class Gallery:
         uri: str,
         checkpoint: str | None = None,
         weights: str | Path | None = None,
+        calibration: float | None = None,
     ) -> None:
         self.model, self.uri = model.eval(), without_password(uri)
         self._full_uri, self._index = uri, index
-        self._checkpoint, self._weights = checkpoint, weights
+        self._checkpoint, self._weights, self._calibration = checkpoint, weights, calibration
         self._metadata: dict[str, Any] = {}
 
     @classmethod
@@ -81,6 +85,7 @@ class Gallery:
         weights: str | Path | None = None,
         device: str = "auto",
         preprocess: PreprocessChoice | None = None,
+        calibration: float | None = None,
     ) -> "Gallery":
         """Open a gallery.
 
@@ -95,11 +100,13 @@ class Gallery:
             device: Device of a model given by name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
             preprocess: `model` or `pad`, for a backbone given by name, see `load`; None for its usual one, or the one
                 recorded in the index.
+            calibration: Weight of a correction of the scores by the model's training queries, such as 0.25, stored with
+                a new index; 0 for none. None for that of the index. See `evaluation.calibration`.
 
         Raises:
             CheckpointError: If the index was made with another model; names both.
-            ConfigError: If there is no index and `create` is not set, the URI is invalid, the package of its engine is
-                not installed, or there is no such device.
+            ConfigError: If the index has another calibration, there is no index and `create` is not set, the URI is
+                invalid, the package of its engine is not installed, or there is no such device.
             DataError: If it cannot be read or reached.
         """
         path = local_path(str(uri))
@@ -114,7 +121,7 @@ class Gallery:
             model, checkpoint = load_default_model(uri, weights, preprocess)
             model.to(resolve_device(device))
         if model is not None and (absent or create):
-            gallery = cls(None, model, uri, checkpoint, weights)
+            gallery = cls(None, model, uri, checkpoint, weights, calibration)
             if not absent:
                 gallery._open_index()
             return gallery
@@ -123,8 +130,9 @@ class Gallery:
             if model is None:
                 model, checkpoint = load_recorded_model(index.metadata, uri, weights, preprocess)
                 model.to(resolve_device(device))
-            gallery = cls(index, model, uri, checkpoint, weights)
+            gallery = cls(index, model, uri, checkpoint, weights, calibration)
             check_metadata(index.metadata, gallery.metadata, index.uri)
+            check_calibration(index.metadata, calibration, index.uri)
         except BaseException:
             index.close()
             raise
@@ -146,7 +154,7 @@ class Gallery:
 
     def _open_index(self) -> VectorIndex:
         if self._index is None:
-            self._index = open_or_create(self._full_uri, self.model.backbone.dim, self.metadata)
+            self._index = open_or_create(self._full_uri, self.model, self.metadata, self._calibration)
         return self._index
 
     def add(
@@ -298,7 +306,9 @@ class Gallery:
             return []
         index = self.index
         parsed = resolve_queries(index, parsed)
-        embedded = embed_gallery_queries(self.model, parsed, read_feedback(index, parsed, names), names)
+        feedback = read_feedback(index, parsed, names, self.model.backbone.dim)
+        embedded = embed_gallery_queries(self.model, parsed, feedback, names)
+        embedded = widen_queries(embedded, [query.task for query in parsed], index.metadata)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
         groups: dict[int, list[int]] = {}
         for i, query in enumerate(parsed):
@@ -318,6 +328,7 @@ class Gallery:
             "uri": self.uri,
             "images": len(self),
             "dim": self.model.backbone.dim,
+            "calibration": (self._calibration or 0.0) if index is None else stored_weight(metadata),
             "columns": {} if index is None else dict(index.columns),
             **{name: metadata.get(name) for name in ("model", "fingerprint", "checkpoint", "weights")},
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.gallery.calibration import describe_calibration, extra_width, stored_weight
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
 from union_igrot.models.backbones.base import PreprocessChoice, without_settings
@@ -63,17 +64,53 @@ def _age(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return " (its version did not record activation and tokenizer, which may differ)" if same else ""
 
 
-def open_or_create(uri: str, dim: int, metadata: Mapping[str, Any]) -> VectorIndex:
-    """Open or create the index of a model; one that was made with another model is a CheckpointError."""
+def open_or_create(
+    uri: str, model: IGROTModel, metadata: Mapping[str, Any], calibration: float | None = None
+) -> VectorIndex:
+    """Open or create the index of a model.
+
+    Args:
+        uri: Its location.
+        model: The model.
+        metadata: Its `index_metadata`.
+        calibration: Weight of the calibration; None for that of an existing index, and for none in a new one.
+
+    Raises:
+        CheckpointError: If the index was made with another model.
+        ConfigError: If it has another calibration.
+        DataError: If the model has no training queries for calibration.
+    """
     uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is not a path
-    created = {name: value for name, value in metadata.items() if name != _EARLIER}
-    index = open_index(uri, dim=dim, metadata=created, create=True)
+    recorded = read_metadata(uri) or describe_calibration(model, calibration or 0.0)
+    created = {name: value for name, value in {**recorded, **metadata}.items() if name != _EARLIER}
+    index = open_index(uri, dim=model.backbone.dim + extra_width(recorded), metadata=created, create=True)
     try:
         check_metadata(index.metadata, metadata, index.uri)  # another process may have created it
+        check_calibration(index.metadata, calibration, index.uri)
     except BaseException:
         index.close()
         raise
     return index
+
+
+def check_calibration(stored: Mapping[str, Any], weight: float | None, uri: str) -> None:
+    """Compare the calibration of an index with a setting; a difference is a ConfigError."""
+    if weight is not None and weight != stored_weight(stored):
+        raise ConfigError(
+            f"{uri} was made with calibration={stored_weight(stored):g}, not {weight:g}; leave the setting out, or "
+            "index again under another name"
+        )
+
+
+def read_metadata(uri: str) -> dict[str, Any]:
+    """Return the metadata of an index, empty if it does not exist yet."""
+    if uri == MEMORY:
+        return {}
+    try:
+        with open_index(uri) as index:
+            return dict(index.metadata)
+    except ConfigError:  # it does not exist yet, or creating it raises this error
+        return {}
 
 
 def _model_name(described: Mapping[str, Any]) -> str:
@@ -87,13 +124,9 @@ def _model_name(described: Mapping[str, Any]) -> str:
 
 def check_backbone_name(uri: str, name: str) -> None:
     """Check the name of a backbone against that of an existing index, before its weights are fetched."""
-    if not names_backbone(name) or uri == MEMORY:
+    if not names_backbone(name):
         return
-    try:
-        with open_index(uri) as index:
-            described = index.metadata.get("model", {})
-    except ConfigError:  # it does not exist yet, or creating it raises this error
-        return
+    described = read_metadata(uri).get("model", {})
     if described.get("backbone") not in (name, None):
         raise CheckpointError(f"{uri} was made with {_model_name(described)}, not with backbone {name}; {_ADVICE}")
 
@@ -130,14 +163,8 @@ def load_default_model(
         ConfigError: If the index does not name its model, or the package of the default one is not installed.
         CheckpointError: If the model does not exist any more.
     """
-    if uri != MEMORY:
-        try:
-            with open_index(uri) as index:
-                recorded = dict(index.metadata)
-        except ConfigError:  # it does not exist yet, or creating it raises this error
-            recorded = {}
-        if recorded:
-            return load_recorded_model(recorded, uri, weights, preprocess)
+    if recorded := read_metadata(uri):
+        return load_recorded_model(recorded, uri, weights, preprocess)
     return load_checkpoint(DEFAULT_CHECKPOINT, weights, preprocess)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.gallery.calibration import QueryTask
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.entries import path_as_text
@@ -49,6 +50,11 @@ class GalleryQuery:
     liked: tuple[str, ...] = ()  # ids of results to move towards
     disliked: tuple[str, ...] = ()  # ids of results to move away from; they are not among the hits
     exclude: tuple[str, ...] = ()  # ids that are not among the hits
+
+    @property
+    def task(self) -> QueryTask:
+        """Its task, which decides how its scores are calibrated."""
+        return None if not self.images else "cir" if self.text else "sbir"
 
     @property
     def excluded(self) -> tuple[str, ...]:
@@ -146,9 +152,9 @@ def resolve_queries(index: VectorIndex, queries: Sequence[GalleryQuery]) -> list
 
 
 def read_feedback(
-    index: VectorIndex, queries: Sequence[GalleryQuery], names: Sequence[str]
+    index: VectorIndex, queries: Sequence[GalleryQuery], names: Sequence[str], dim: int
 ) -> Mapping[str, Float[Tensor, " dim"]]:
-    """Read the embeddings of liked and disliked results; one that does not exist is a DataError."""
+    """Read the embeddings, of width `dim`, of liked and disliked results; one that does not exist is a DataError."""
     wanted = list(dict.fromkeys(name for one in queries for name in (*one.liked, *one.disliked)))
     if not wanted:
         return {}
@@ -163,7 +169,7 @@ def read_feedback(
                         f"{missing[0]!r} is not in {index.uri} (expected an image of the gallery)"
                     ) from None
         raise
-    return dict(zip(rows.ids, rows.vectors, strict=True))
+    return dict(zip(rows.ids, rows.vectors[:, :dim], strict=True))
 
 
 @torch.inference_mode()

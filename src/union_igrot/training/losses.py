@@ -101,6 +101,7 @@ class BankLoss(nn.Module):
         scale: Factor of the cosine similarities.
         auxiliary: Weight of the second term for sketches.
         bank_size: Most images of the bank per step.
+        distillation: Weight of `training.distillation`, after training; 0 for none.
     """
 
     def __init__(
@@ -109,14 +110,16 @@ class BankLoss(nn.Module):
         *,
         auxiliary: float = BankSettings.auxiliary,
         bank_size: int = BankSettings.bank_size,
+        distillation: float = BankSettings.distillation,
     ) -> None:
         super().__init__()
-        self.scale, self.auxiliary, self.bank_size = scale, auxiliary, bank_size
+        self.scale, self.auxiliary, self.bank_size, self.distillation = scale, auxiliary, bank_size, distillation
         self.in_batch = InfoNCE(scale)
 
     def extra_repr(self) -> str:
         """Return the options for `repr`."""
-        return f"scale={self.scale}, auxiliary={self.auxiliary}, bank_size={self.bank_size}"
+        options = f"scale={self.scale}, auxiliary={self.auxiliary}, bank_size={self.bank_size}"
+        return f"{options}, distillation={self.distillation}"
 
     def forward(
         self,

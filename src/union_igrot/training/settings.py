@@ -70,6 +70,9 @@ class BankSettings:
         "most training images that a composed query is compared with per step; a sample if there are more",
         low=2,
     )
+    distillation: float = setting(
+        0.25, "weight of the query head's embedding of an image, which a residual target learns after training", low=0
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar, final
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from union_igrot.errors import DataError, ImageError, UnionError
+from union_igrot.gallery.calibration import widen_rows
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
 from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader, JpegBatchDecoder, require_codec
@@ -79,6 +81,7 @@ def ingest_images(
     options, start = options or IngestOptions(), time.perf_counter()
     timings = Timings()
     executors = _executors(model, options, timings)
+    widen = partial(widen_rows, model=model, metadata=index.metadata)
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
 
@@ -100,7 +103,7 @@ def ingest_images(
             if todo:
                 began = time.perf_counter()
                 with executors as executor:
-                    opened = _embed_all(executor, todo, rows.digests, writer, options, show_progress)
+                    opened = _embed_all(executor, todo, rows.digests, writer, options, widen, show_progress)
                 timings.working = time.perf_counter() - began
         bar.update(task, description="finishing")
         skips = [*plan.skip, *writer.broken]
@@ -147,6 +150,7 @@ def _embed_all(
     known: UInt64[np.ndarray, " digests"],
     writer: RowWriter,
     options: IngestOptions,
+    widen: Callable[[Tensor], Tensor],
     show_progress: Callable[[int, int], None],
 ) -> int:
     """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all."""
@@ -155,7 +159,7 @@ def _embed_all(
         done = 0
         with closing(executor(todo, known if attempt == 0 else None)) as batches:
             for entries, images, vectors in batches:
-                writer.add(entries, images, vectors)
+                writer.add(entries, images, widen(vectors))
                 done += len(entries)
                 show_progress(done, len(todo))
                 broken = next(
