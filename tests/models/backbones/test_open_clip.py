@@ -8,9 +8,13 @@ import open_clip
 import pytest
 import torch
 from open_clip.pretrained import get_pretrained_cfg
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
+from small_backbones import draw
 from union_igrot.errors import CheckpointError, ConfigError
+from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.backbones import open_clip as loading
 from union_igrot.models.backbones.open_clip import (
     OPENAI_MEAN,
@@ -141,6 +145,50 @@ def test_heads_are_loaded_with_the_preprocessing_they_were_trained_with(tmp_path
     note.write_text(note.read_text().replace('"preprocess": "pad"', '"preprocess": "squash"'))
     with pytest.raises(CheckpointError, match=r"preprocess in model.json is 'squash', not model or pad"):
         load(tmp_path / "pad", weights=tmp_path / "w.pt")
+
+
+def shrunk(name):
+    """The configuration of a name with small towers of the same kinds."""
+    config = deepcopy(OWN_CONFIG(name))
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    text |= {"width": 64, "heads": 2, "layers": 1}
+    if "timm_model_name" in vision:
+        kind, size = ("test_vit3", 160) if vision["timm_pool"] == "map" else ("test_convnext", 64)
+        vision |= {"timm_model_name": kind, "image_size": size}
+    else:
+        vision |= {"width": 64, "head_width": 32, "layers": 1, "image_size": 64, "attn_pooler_heads": 2}
+    if "multimodal_cfg" in config:
+        config["multimodal_cfg"] |= {"width": 64, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
+    return config | {"embed_dim": 64}
+
+
+OWN_CONFIG = open_clip.get_model_config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["coca_ViT-B-32", "MobileCLIP-S1", "MobileCLIP2-S0", "PE-Core-T-16-384"])
+def test_names_of_other_families_equal_open_clip(tmp_path, monkeypatch, name):
+    for module in (open_clip, open_clip.factory):
+        monkeypatch.setattr(module, "get_model_config", shrunk)
+    tag = open_clip.list_pretrained_tags_by_model(name)[0]
+    own = get_pretrained_cfg(name, tag)
+    chosen = ("mean", "std", "interpolation", "resize_mode")
+    options = {f"image_{key}": own[key] for key in chosen if own.get(key)}
+    torch.manual_seed(0)
+    network, _, transform = open_clip.create_model_and_transforms(name, **options)
+    torch.save(draw(network.eval(), 1).state_dict(), tmp_path / "w.pt")
+    # The size is that of the tag, of the whole model; here of the small one.
+    monkeypatch.setattr(loading, "get_pretrained_cfg", lambda *_: {k: x for k, x in own.items() if k != "size"})
+    backbone = build_backbone(f"open_clip:{name}/{tag}", tmp_path / "w.pt")
+    photo = Image.effect_noise((160, 120), 80).convert("RGB")
+    pixels = transform(photo)[None]
+    torch.testing.assert_close(ImageToTensor(backbone.preprocess)(photo)[None], pixels, atol=0.02, rtol=0)
+    texts = [*TEXTS, "Two Cats & a dog"]
+    for found, expected in (
+        (backbone.encode_image(pixels).pooled, network.encode_image(pixels)),
+        (backbone.encode_text(texts).pooled, network.encode_text(open_clip.get_tokenizer(name)(texts))),
+    ):
+        torch.testing.assert_close(F.normalize(found, dim=-1), F.normalize(expected, dim=-1), atol=1e-4, rtol=0)
 
 
 def test_code_in_a_repository_is_an_error_and_never_run(tmp_path, open_clip_resnet_folder, monkeypatch):
