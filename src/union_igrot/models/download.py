@@ -1,8 +1,8 @@
 """Files of the Hugging Face hub: from its cache without a request, else downloaded, with one-line errors.
 
 The cache, the requests and their settings (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`,
-`HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`) are those of huggingface_hub. Added are a short probe before the first
-download, checksums, and partial files that survive an interruption: huggingface_hub deletes its own.
+`HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`) are those of huggingface_hub. Its `hf_hub_download` is not called: it
+deletes partial files if it is interrupted, and asks a hub that fell silent again for minutes.
 """
 
 import errno
@@ -16,7 +16,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,11 +28,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.file_download import _create_symlink, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, logging as hub_logging  # type: ignore[attr-defined]
 
 from union_igrot.errors import CheckpointError, first_line
 from union_igrot.models.backbones.weights import WEIGHTS_OPTION
+from union_igrot.storage.atomic import write_atomic
 from union_igrot.storage.sizes import format_size
 
 log = logging.getLogger("union_igrot.models")
@@ -47,11 +48,16 @@ _FAILURES = (OSError, EntryNotFoundError, HFValidationError, JSONDecodeError, CL
 
 
 class _RemoteFile(NamedTuple):
-    """A file of a repository: its size in bytes and, if it is large, its SHA-256."""
+    """A file of a repository at a commit.
+
+    `digest` names its content in the cache: the SHA-256 of a file in LFS, else Git's hash.
+    """
 
     name: str
     size: int
-    sha256: str | None
+    digest: str
+    is_lfs: bool
+    commit: str
 
 
 def probe_timeout() -> Any:
@@ -117,10 +123,13 @@ def _list_files(repository: str) -> list[_RemoteFile]:
             if wait is None or error.response.status_code not in _BUSY:
                 raise
             time.sleep(wait)
-    return [
-        _RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs is not None else None)
-        for file in info.siblings or []
-    ]
+    commit, found = str(info.sha), []
+    for file in info.siblings or []:
+        digest = file.lfs.sha256 if file.lfs is not None else file.blob_id
+        if file.size is None or digest is None:
+            raise OSError(f"the list of its files lacks the size or hash of {file.rfilename}")
+        found.append(_RemoteFile(file.rfilename, file.size, digest, file.lfs is not None, commit))
+    return found
 
 
 def _choose(repository: str, group: Sequence[str], files: dict[str, _RemoteFile]) -> str:
@@ -136,55 +145,57 @@ def _choose(repository: str, group: Sequence[str], files: dict[str, _RemoteFile]
 
 
 def _download(repository: str, file: _RemoteFile) -> Path:
-    """Download a file into the cache, unless it is there."""
+    """Download a file into the cache, in the layout of huggingface_hub, unless it is there."""
+    storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    content, named = storage / "blobs" / file.digest, storage / "snapshots" / file.commit / file.name
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / storage.name / f"{file.digest}.lock"
+    main = storage / "refs" / "main"
     with hub_errors(repository, file=file.name):
-        if file.sha256 is not None and file.size > _LARGE:
-            _download_large(repository, file, file.sha256)
-        return Path(hf_hub_download(repository, file.name))
+        for path in (content, named, lock, main):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if not named.exists():
+                if not content.exists():
+                    _download_content(repository, file, content)
+                _create_symlink(str(content), str(named), new_blob=True)
+        write_atomic(main, file.commit)
+    return named
 
 
-def _download_large(repository: str, file: _RemoteFile, sha256: str) -> None:
-    """Download a large file to where huggingface_hub keeps its content, and resume a download that was interrupted."""
-    storage = repo_folder_name(repo_id=repository, repo_type="model")
-    cache = Path(constants.HF_HUB_CACHE)
-    content, partial = cache / storage / "blobs" / sha256, cache / storage / "blobs" / f"{sha256}.partial"
-    lock = cache / ".locks" / storage / f"{sha256}.lock"
-    for path in (content, lock):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        if content.exists():
-            return
-        done = partial.stat().st_size if partial.exists() else 0
-        if done > file.size:
-            partial.unlink()
-            done = 0
-        log.warning(
-            "downloading %s of %s, %s%s, to %s",
-            file.name,
-            repository,
-            format_size(file.size),
-            f" ({format_size(done)} are there)" if done else "",
-            cache,
+def _download_content(repository: str, file: _RemoteFile, content: Path) -> None:
+    """Download the content of a file; that of one in LFS resumes if it was interrupted before."""
+    partial = content.with_name(f"{content.name}.partial")
+    done = partial.stat().st_size if file.is_lfs and partial.exists() else 0
+    if done > file.size or not done:
+        partial.unlink(missing_ok=True)
+        done = 0
+    if file.is_lfs and file.size > _LARGE:
+        there = f" ({format_size(done)} are there)" if done else ""
+        size, cache = format_size(file.size), constants.HF_HUB_CACHE
+        log.warning("downloading %s of %s, %s%s, to %s", file.name, repository, size, there, cache)
+    url, headers = hf_hub_url(repository, file.name, revision=file.commit), build_hf_headers()
+    with partial.open("ab") as opened:
+        http_get(
+            url,
+            opened,
+            resume_size=done,
+            headers=headers,
+            expected_size=file.size,
+            displayed_filename=file.name,
+            _nb_retries=1,  # more once data came: 21 s if nothing does, 65 s if a hub falls silent later
         )
-        url, headers = hf_hub_url(repository, file.name), build_hf_headers()
-        with partial.open("ab") as opened:
-            http_get(
-                url,
-                opened,
-                resume_size=done,
-                headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
-        with partial.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != sha256:
-            partial.unlink()
-            raise CheckpointError(
-                f"{file.name} of {repository} was damaged on its way (SHA-256 {found[:12]}..., expected "
-                f"{sha256[:12]}...); run the command again"
-            )
-        partial.replace(content)
+    with partial.open("rb") as opened:
+        start = b"" if file.is_lfs else b"blob %d\0" % file.size
+        digest = hashlib.sha256() if file.is_lfs else hashlib.sha1(usedforsecurity=False)
+        digest.update(start)
+        found = hashlib.file_digest(opened, lambda: digest).hexdigest()
+    if found != file.digest:
+        partial.unlink()
+        raise CheckpointError(
+            f"{file.name} of {repository} was damaged on its way (hash {found[:12]}..., expected "
+            f"{file.digest[:12]}...); run the command again"
+        )
+    partial.replace(content)
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import huggingface_hub.hf_api
+import huggingface_hub.utils._http
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file
 from transformers import (
@@ -163,6 +167,10 @@ def hub(served_hub, repositories, tmp_path, monkeypatch):
     }
     (tmp_path / "harnesses.json").write_text('{"standardEnvVars": [], "harnesses": {}}')
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served_hub.address)
+    # transformers keeps one with the address of its first use; to another address it would wait for minutes.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    waiting = SimpleNamespace(sleep=lambda _: pytest.fail("huggingface_hub waits before it asks again"), time=time.time)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", waiting)
     for name, value in changes.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     yield served_hub

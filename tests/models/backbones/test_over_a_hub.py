@@ -171,9 +171,12 @@ def test_a_download_that_is_cut_resumes_within_a_run(hub, large):
     assert [span is not None for span in hub.gets("safetensors")] == [False, True, True]
 
 
-def test_a_download_that_stalls_is_an_error_and_resumes(hub, large, monkeypatch, capfd):
+@pytest.mark.parametrize("fault", ["cut", "stall"])
+def test_a_download_that_stalls_is_an_error_and_resumes(hub, large, monkeypatch, capfd, fault):
+    """The hub hangs up in the middle of a file, or sends nothing more; then it never answers."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    hub.faults = {"resolve/.*safetensors": {"cut": 50_000, "times": 1}, "(?=)resolve/.*safetensors": {"silent": 0.2}}
+    first = {fault: 50_000, "times": 1, "seconds": 0.3}
+    hub.faults = {"resolve/.*safetensors": first, "(?=)resolve/.*safetensors": {"silent": 0.2}}
     with pytest.raises(CheckpointError, match=r"cannot be reached for model.safetensors \(.*timed out"):
         build_backbone("siglip2")
     assert len(hub.gets("safetensors")) == 6
@@ -185,11 +188,21 @@ def test_a_download_that_stalls_is_an_error_and_resumes(hub, large, monkeypatch,
     assert int(span.removeprefix("bytes=").removesuffix("-")) > 40_000
 
 
-def test_damage_on_the_way_is_found_by_the_checksum(hub, large):
-    hub.faults = {"resolve/.*safetensors": {"corrupt": True}}
-    with pytest.raises(CheckpointError, match=r"was damaged on its way \(SHA-256 .*run the command again") as error:
+def test_a_hub_that_is_silent_after_its_list_is_asked_twice(hub, large, monkeypatch, capfd):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.faults = {"resolve": {"silent": 0.2}}
+    with pytest.raises(CheckpointError, match=r"cannot be reached for config.json \(.*timed out.*check the network"):
         build_backbone("siglip2")
-    assert "\n" not in str(error.value)
+    assert [method for method, _, _ in hub.requests] == ["GET"] * 3  # the list, and the file twice
+    assert "Trying to resume" not in capfd.readouterr().err
+
+
+def test_damage_on_the_way_is_found_by_the_checksum(hub, large):
+    for file in ("tokenizer.json", "safetensors"):
+        hub.faults = {f"resolve/.*{file}": {"corrupt": True}}
+        with pytest.raises(CheckpointError, match=rf"{file} of .* was damaged on its way .*run the command") as error:
+            build_backbone("siglip2")
+        assert "\n" not in str(error.value)
     hub.faults = {}
     build_backbone("siglip2")
 

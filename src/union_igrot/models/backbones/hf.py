@@ -390,17 +390,17 @@ def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Prep
 
 
 def load_tokenizer(source: str | Path, name: str) -> Any:
-    """Load a tokenizer from a repository, a folder or a BERT `vocab.txt`.
+    """Load a tokenizer from a folder or a BERT `vocab.txt`.
 
     Raises:
-        CheckpointError: If it cannot be downloaded or read.
+        CheckpointError: If it cannot be read.
     """
     from transformers import AutoTokenizer, BertTokenizer  # noqa: PLC0415 - heavy
 
     try:
         if Path(source).is_file():
             return BertTokenizer(vocab=str(source))
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         # The tokenizers library raises the plain base class for a damaged file.
         if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
@@ -412,7 +412,9 @@ def _model_class(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
     import transformers  # noqa: PLC0415 - heavy
 
     try:
-        model_type = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        model_type = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=True
+        ).model_type
     except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, "config.json", error) from None
     if model_type not in _KINDS:
@@ -428,7 +430,8 @@ def _load_network(name: str, source: str, model_class: Any) -> Any:
         check_content(Path(source) / file)
     try:
         with _no_bar():
-            network, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+            network, report = model_class.from_pretrained(source, **options)
     except LIBRARY_ERRORS as error:
         raise _unavailable(name, source, file, error) from None
     # transformers fills what a file lacks with random weights.

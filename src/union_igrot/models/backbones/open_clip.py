@@ -395,7 +395,7 @@ def _load_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
         return open_clip.SimpleTokenizer(context_length=length, **options) if options else None
     mode = text.get("tokenizer_mode")
     try:
-        options["trust_remote_code"] = False
+        options |= {"trust_remote_code": False, "local_files_only": True}
         tokenizer: Tokenizer = HFTokenizer(name, context_length=length, tokenizer_mode=mode, **options)
     except Exception as error:
         # The tokenizers library raises the plain base class for a damaged file.
