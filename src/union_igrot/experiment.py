@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.evaluation.calibration import calibrate
-from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, method_result, versions
+from union_igrot.evaluation.evaluate import (
+    average_parts,
+    describe_validation,
+    evaluate_benchmark,
+    method_result,
+    versions,
+)
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, write_query_values, write_results
 from union_igrot.evaluation.scoring import score, score_predictions
 from union_igrot.evaluation.tables import print_results
@@ -300,6 +306,7 @@ def train_heads(
     assert samples is not None
     hashed = hashed_settings(settings)
     facts = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
+    facts["validation"] = describe_validation(data.validation)
     model = build_model(settings, {**facts, "skipped": samples.skipped, "config": hashed}, backbone)
     extractor = open_extractor(settings, model.backbone, shown=processes.is_main)
     tuned = _ENCODERS[settings["model"]["finetune"]]
@@ -325,12 +332,14 @@ def train_heads(
         devices, nodes = processes.per_machine, processes.world // processes.per_machine
     trainer = TrainerConfig(where["accelerator"], devices, nodes, where["name"], settings["precision"]["trainer"])
     checkpoints, progress = folder / "checkpoints", settings["progress"]
-    begin = time.perf_counter()
+    begin, resumed = time.perf_counter(), (checkpoints / "last.ckpt").exists()
     with open_loggers(folder=folder, settings=hashed, main=processes.is_main, **settings["logger"]) as logger:
         best = fit(learner, batches, checkpoints, trainer=trainer, logger=logger, progress=progress)
     leave_process_group()
     if processes.is_main:
         seconds, device = timedelta(seconds=round(time.perf_counter() - begin)), device_name(model.device)
+        model.metadata["training"] = {"seconds": round(seconds.total_seconds()), "device": device, "processes": processes.world}
+        model.metadata["training"] |= {"resumed": True} if resumed else {}
         trained = f"trained on {samples.name} in {seconds} on {device}, best epoch {best['epoch'] + 1:.0f}"
         print_line(f"{trained} of {recipe.epochs}", stderr=True)
     if where["name"].startswith("fsdp") and processes.is_main:

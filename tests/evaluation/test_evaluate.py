@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,14 @@ from slow_metrics import slow_ap, slow_precision, slow_recall
 from small_world import DIM, LinearBackbone, Noise, cir_benchmark, extractor, sbir_benchmark, trainable
 from union_igrot.errors import CheckpointError, ConfigError, DataError
 from union_igrot.evaluation import scoring
-from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark, means, method_result, seen_images
+from union_igrot.evaluation.evaluate import (
+    average_parts,
+    describe_validation,
+    evaluate_benchmark,
+    means,
+    method_result,
+    seen_images,
+)
 from union_igrot.evaluation.ranking import rank_chunks
 from union_igrot.evaluation.results import EvaluationResult, SeenImages
 from union_igrot.evaluation.scoring import RANKING_DEPTH, Relevance, score
@@ -447,3 +455,42 @@ def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
     mean = average_parts(parts, "mean").methods[-1]
     assert mean.n_gallery == 22
     assert mean.seen_images is None
+
+
+def test_a_bar_follows_an_evaluation_to_its_end(tmp_path, monkeypatch, capsys):
+    """Of images whose features are in the store, too."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    model, filled = trainable(), extractor(tmp_path)
+    shown = []
+    for _ in range(2):
+        filled.progress = True
+        evaluate_benchmark(model, cir_benchmark(), filled)
+        shown.append(re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", capsys.readouterr().err))
+    assert "encoding noise_cir images" in shown[0]
+    assert "embedding noise_cir images" in shown[1]
+    for text in shown:
+        assert re.search(r"evaluating noise_cir .* 9/9", text)
+        assert text.index("evaluating") > text.rindex("noise_cir images")
+
+
+def test_other_galleries_and_classes_of_validation_are_noted(tmp_path):
+    model, filled = trainable(), extractor(tmp_path)
+    test = sbir_benchmark()
+
+    def noted(*validation):
+        model.metadata["validation"] = json.loads(json.dumps(describe_validation(validation)))
+        result = evaluate_benchmark(model, test, filled)
+        assert EvaluationResult.from_json(result.to_json()).methods == result.methods
+        assert all(one.validation_note == "" for one in result.methods[:-1])
+        found = result.methods[-1].validation_note.removeprefix("not comparable with the metrics of ")
+        assert found.removeprefix("validation in training, which has ") in " ".join(str(result).split())
+        return found.removeprefix("validation in training, which has ")
+
+    assert noted() == noted(cir_benchmark(gallery=7), test, replace(cir_benchmark(), name="more")) == ""
+    assert noted(sbir_benchmark(gallery=12)) == "12 gallery images instead of 29"
+    assert noted(sbir_benchmark(gallery=12, classes=3)) == (
+        "12 gallery images instead of 29 and 3 classes instead of 4"
+    )
+    renamed = [replace(query, label=f"{query.label}!") for query in test.queries]
+    assert noted(replace(test, queries=renamed)) == "the same number of other classes"

@@ -3,7 +3,8 @@
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from platform import python_version
@@ -41,6 +42,7 @@ from union_igrot.metrics.statistics import (
 )
 from union_igrot.models.devices import device_name
 from union_igrot.models.model import IGROTModel, baseline
+from union_igrot.terminal import progress_bar
 from union_igrot.types import Benchmark, Scores
 
 BASELINES = ("image", "text", "sum")
@@ -91,31 +93,35 @@ def evaluate_benchmark(
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
     used: Calibration | None = None
-    for name, embedded in embed_models(models, benchmark, extractor):
-        start = time.perf_counter()
-        queries, gallery = embedded.queries, embedded.gallery
-        if name == "trained" and calibration:
-            queries, gallery, used = calibrate(model, benchmark.task, queries, gallery, calibration)
-        scores[name] = score(benchmark, queries, gallery)
-        seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
-    described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
-    if used is not None:
-        described["trained"]["calibration"] = used.to_dict()
-    if trained and checkpoint is not None:
-        described["trained"]["checkpoint"] = checkpoint
-    arithmetic = {"device": device_name(model.device), **extractor.describe()}
-    texts = [text for query in benchmark.queries for text in query.wordings if text]
-    truncated = model.backbone.count_truncated(texts)
     methods = []
-    for name, one in scores.items():
-        result = method_result(benchmark, name, one, described[name], seconds[name], seed)
-        methods.append(replace(result, arithmetic=arithmetic, n_truncated=0 if name == "chance" else truncated))
+    with _progress(benchmark, 2 * len(models) + 1, shown=extractor.progress) as advance:
+        for name, embedded in embed_models(models, benchmark, extractor):
+            start = time.perf_counter()
+            queries, gallery = embedded.queries, embedded.gallery
+            if name == "trained" and calibration:
+                queries, gallery, used = calibrate(model, benchmark.task, queries, gallery, calibration)
+            scores[name] = score(benchmark, queries, gallery)
+            seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
+            advance()
+        described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
+        if used is not None:
+            described["trained"]["calibration"] = used.to_dict()
+        if trained and checkpoint is not None:
+            described["trained"]["checkpoint"] = checkpoint
+        arithmetic = {"device": device_name(model.device), **extractor.describe()}
+        texts = [text for query in benchmark.queries for text in query.wordings if text]
+        truncated = model.backbone.count_truncated(texts)
+        for name, one in scores.items():
+            result = method_result(benchmark, name, one, described[name], seconds[name], seed)
+            methods.append(replace(result, arithmetic=arithmetic, n_truncated=0 if name == "chance" else truncated))
+            advance()
     if trained:
         methods[-1] = replace(
             methods[-1],
             differences=_Averaging.of(benchmark).differences({name: x.values for name, x in scores.items()}, seed),
             seen_classes=tuple(seen_classes(model, benchmark)),
             seen_images=seen_images(model, benchmark),
+            validation_note=_validation_note(model, benchmark),
         )
     return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores),))
 
@@ -196,6 +202,22 @@ class _Averaging:
         return group_values(values, self.groups, family.reduction), labels, None
 
 
+@contextmanager
+def _progress(benchmark: Benchmark, steps: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function that advances a bar, which appears at the first step: encoding shows a bar of its own."""
+    bar = progress_bar(shown=shown)
+    task = bar.add_task(f"evaluating {benchmark.name}", total=steps)
+
+    def advance() -> None:
+        bar.start()
+        bar.advance(task)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
 def _resampled_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
     return query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
 
@@ -258,6 +280,27 @@ def seen_images(model: IGROTModel, benchmark: Benchmark) -> SeenImages | None:
         queries=sum(image_identity(query.image) in trained for query in benchmark.queries),
         gallery=sum(image_identity(item.image) in trained for item in benchmark.gallery),
     )
+
+
+def describe_validation(benchmarks: Sequence[Benchmark]) -> dict[str, dict[str, Any]]:
+    """Return what decides whether the metrics of validation and of another split are comparable, by benchmark."""
+    return {
+        one.name: {"gallery": len(one.gallery), "classes": sorted({query.label for query in one.queries if query.label})}
+        for one in benchmarks
+    }
+
+
+def _validation_note(model: IGROTModel, benchmark: Benchmark) -> str:
+    """Say how the validation of the training differs; empty if it does not, or is not recorded."""
+    validated = model.metadata.get("validation", {}).get(benchmark.name)
+    own = describe_validation([benchmark])[benchmark.name]
+    if validated is None or validated == own:
+        return ""
+    size = f"{validated['gallery']:,} gallery images instead of {own['gallery']:,}"
+    kinds = f"{len(validated['classes'])} classes instead of {len(own['classes'])}"
+    same = "the same number of other classes" if len(validated["classes"]) == len(own["classes"]) else kinds
+    differences = [size] * (validated["gallery"] != own["gallery"]) + [same] * (validated["classes"] != own["classes"])
+    return f"not comparable with the metrics of validation in training, which has {' and '.join(differences)}"
 
 
 def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0) -> EvaluationResult:

@@ -89,6 +89,7 @@ class MethodResult:
         n_classes: Number of classes of the queries, if the intervals resample these too; else 0.
         limits: Metrics that cannot vary or cannot reach 100 % here, with a phrase on each.
         warnings: Reasons why the metrics have no meaning.
+        validation_note: How the validation of the training differs, if its metrics are not comparable with these.
     """
 
     benchmark: str
@@ -114,6 +115,7 @@ class MethodResult:
     n_classes: int = 0
     limits: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    validation_note: str = ""
 
     def __repr__(self) -> str:
         return f"MethodResult({self.label})"
@@ -160,7 +162,8 @@ class MethodResult:
             **{name: getattr(self, name) for name in ("model", "seconds", "versions", "seed")},
         }
         optional = {"arithmetic": self.arithmetic, "gain95": self.differences, "parts": self.parts}
-        optional |= {name: getattr(self, name) for name in ("n_classes", "n_truncated", "limits", "warnings")}
+        names = ("n_classes", "n_truncated", "limits", "warnings", "validation_note")
+        optional |= {name: getattr(self, name) for name in names}
         plain: dict[str, Any] = _plain(values | {name: value for name, value in optional.items() if value})
         return plain
 
@@ -183,6 +186,7 @@ class MethodResult:
             "n_classes",
             "n_truncated",
             "limits",
+            "validation_note",
         )
         return cls(
             **{name: values[name] for name in plain},

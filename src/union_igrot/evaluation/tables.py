@@ -328,7 +328,7 @@ def _over_tags(protocol: Protocol) -> str:
 
 
 def overlap_lines(result: MethodResult) -> list[str]:
-    """Describe which images and classes of the benchmark the heads were trained on; `*` marks lines that affect it."""
+    """Describe how the benchmark relates to the training data of the heads; `*` marks images and classes in both."""
     images, classes = result.seen_images, result.seen_classes
     if images is None:
         lines = ["which images the heads were trained on is not recorded with this model"]
@@ -343,7 +343,7 @@ def overlap_lines(result: MethodResult) -> list[str]:
         more = ", ..." if len(classes) > _NAMED_CLASSES else ""
         named = ", ".join(classes[:_NAMED_CLASSES]) + more
         lines.append(f"* the heads were trained on {len(classes)} of the classes: these are not zero-shot ({named})")
-    return lines
+    return [*lines, result.validation_note] if result.validation_note else lines
 
 
 def difference_lines(result: MethodResult) -> list[str]:

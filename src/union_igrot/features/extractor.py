@@ -169,8 +169,11 @@ class FeatureExtractor:
         absent = set(self.store.missing(keys, tokens=True))
         blocks = self._batches(range(len(keys)))
         batches = [rows for block in blocks if (rows := [row for row in block if row in absent])]
-        with closing(self._encode_images(sources, keys, batches, token_budget, label)) as encoded:
-            for block in blocks:
+        with (
+            progress_bar(shown=self.progress and not absent) as bar,  # encoding shows a bar of its own
+            closing(self._encode_images(sources, keys, batches, token_budget, label)) as encoded,
+        ):
+            for block in bar.track(blocks, description=f"embedding {label}"):
                 old = [row for row in block if row not in absent]
                 rows, features, stored = old, None, True
                 if len(old) < len(block):

@@ -111,9 +111,9 @@ def check_index(uri: str) -> Model:
 def kill_once(uri: str, log: Path, seed: int, before: Model, tally: Tally) -> Model:
     """Start a writer, kill it at a random moment, and check what it left."""
     log.unlink(missing_ok=True)
-    process = FORKS.Process(target=write_forever, args=(uri, str(log), seed))
+    process = FORKS.Process(target=write_forever, args=(uri, str(log), seed), daemon=True)
     process.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not log.exists() or not log.stat().st_size:
         assert process.is_alive(), f"the writer ended with code {process.exitcode}"
         assert time.monotonic() < end, "the writer did not start"
