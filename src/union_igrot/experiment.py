@@ -338,7 +338,11 @@ def train_heads(
     leave_process_group()
     if processes.is_main:
         seconds, device = timedelta(seconds=round(time.perf_counter() - begin)), device_name(model.device)
-        model.metadata["training"] = {"seconds": round(seconds.total_seconds()), "device": device, "processes": processes.world}
+        model.metadata["training"] = {
+            "seconds": round(seconds.total_seconds()),
+            "device": device,
+            "processes": processes.world,
+        }
         model.metadata["training"] |= {"resumed": True} if resumed else {}
         trained = f"trained on {samples.name} in {seconds} on {device}, best epoch {best['epoch'] + 1:.0f}"
         print_line(f"{trained} of {recipe.epochs}", stderr=True)

@@ -1,10 +1,24 @@
+"""Charts of a report: layout, ticks, curves of a training, recall and weights."""
+
 import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
-from union_igrot.reporting.charts import MAX_POINTS, layout_chart, nice_ticks, read_curves, thin
+from small_world import Noise
+from union_igrot.evaluation.results import ScoredBenchmark
+from union_igrot.reporting.charts import (
+    MAX_POINTS,
+    layout_chart,
+    nice_ticks,
+    read_curves,
+    recall_chart,
+    thin,
+    weights_chart,
+)
+from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Ranking, Scores
 
 VALUES = st.floats(-1e9, 1e9) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0])
 CURVES = st.lists(VALUES, min_size=1, max_size=700).map(lambda values: [(float(n), y) for n, y in enumerate(values)])
@@ -71,3 +85,44 @@ def test_curves_of_an_interrupted_training_are_joined_by_step(tmp_path):
         "val/score": [(9, 40.0), (19, 50.0)],
     }
     assert read_curves([]) == {}
+
+
+def ranked(**firsts):
+    """Methods on queries whose first target has these ranks; 0 for none."""
+    count = len(next(iter(firsts.values())))
+    items = [GalleryItem(f"g{n}", Noise(n)) for n in range(12)]
+    queries = [Query(f"q{n}", Noise(n), "x", (f"g{n}", "g10")) for n in range(count)] + [Query("hidden", Noise(0), "x")]
+    scores = {}
+    for method, ranks in firsts.items():
+        positions = torch.full((count + 1, 10), 11)
+        for row, rank in enumerate(ranks):
+            if rank:
+                positions[row, rank - 1] = row
+                positions[row, rank:] = 10  # more targets change nothing
+        scores[method] = Scores({}, Ranking(positions, torch.zeros(positions.shape)))
+    return ScoredBenchmark(Benchmark("b", "val", "cir", queries, items, Protocol()), scores)
+
+
+def test_recall_is_drawn_over_k_for_every_method():
+    chart = recall_chart(ranked(chance=(0, 0, 0, 10), trained=(1, 3, 3, 0)))
+    assert chart.description.endswith("first k; trained 25.0 to 75.0, chance 0.0 to 25.0")
+    level = {float(tick.label): tick.at for tick in chart.rows}
+    assert level[0] - level[100] == pytest.approx(190)
+    heights = [(level[0] - y) / 1.9 for _, y in points(chart)]
+    assert heights == pytest.approx([25, 25] + 8 * [75], abs=0.1)
+    (other,) = chart.others
+    assert other[0] == "chance"
+    assert [float(pair.partition(",")[2]) for pair in other[1].split()] == pytest.approx(
+        9 * [level[0]] + [(3 * level[0] + level[100]) / 4], abs=0.1
+    )
+    assert [tick.label for tick in chart.columns] == ["1", "10"]
+    assert recall_chart(ranked(trained=(1, 1, 0))) is None
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.5, 0.5, -1.0, 2.0), tuple(n / 97 for n in range(500))])
+def test_a_histogram_has_a_bar_of_each_weight(weights):
+    chart = weights_chart(weights)
+    unit = (chart.rows[0].at - chart.rows[-1].at) / float(chart.rows[-1].label)
+    assert sum(height for *_, height in chart.bars) == pytest.approx(len(weights) * unit, abs=0.05 * len(chart.bars))
+    assert all(chart.left <= x and x + width <= chart.right for x, _, width, _ in chart.bars)
+    assert chart.description.startswith(f"{len(weights):,} gallery images, from {min(weights):.3g} to ")

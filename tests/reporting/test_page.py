@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
 
@@ -17,6 +18,7 @@ from small_world import Noise, cir_benchmark, extractor, sbir_benchmark, trainab
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, TagMetric
 from union_igrot.evaluation.tables import method_name
+from union_igrot.images.transforms import image_batch
 from union_igrot.reporting.page import (
     MAX_BYTES,
     MAX_GROUPS,
@@ -76,6 +78,7 @@ def test_the_page_of_a_training(small_run: Run):
     assert OmegaConf.create(page.all("pre", tabindex="0")[0]["text"]) == OmegaConf.create(written)
     facts = dict(map(tuple, page.lines_of("Training of the heads")[0]))
     assert facts["samples"] == "128"
+    assert re.fullmatch(r"\d:\d\d:\d\d h, on .+", facts["time"])
     assert facts["best epoch"].startswith("1 of 1 (val/score ")
     hashes = dict(map(tuple, page.lines_of("Hashes")[0]))
     assert hashes["heads"] == json.loads((small_run.folder / "model" / "model.json").read_text())["heads"]
@@ -85,6 +88,41 @@ def test_the_page_of_a_training(small_run: Run):
     curves = [text.partition(" by step: from ")[0] for text in shown]
     assert {"train/loss_cir", "train/loss_sbir", "val/score"} <= set(curves)
     assert len(page.all("li", **{"class": "example"})) == 2 * 3 * SHOWN
+    folded = page.all("details")[:-1]
+    assert [one.get("open", "no") for one in folded] == 2 * [None, "no", "no"]
+    assert [one["text"] for one in page.all("summary")[:3]] == ["Some queries", "The worst failures", "The best"]
+    assert sum("R@k by k: percent of the queries" in one["text"] for one in page.all("figcaption")) == 2
+
+
+def test_bars_at_a_glance_show_values_and_intervals(noise):
+    text = drawn(*noise)
+    rects = re.findall(
+        r'<rect class="(?:win|range)"( x="[^"]*")?[^>]* width="([^"]*)"', text.partition('id="benchmark-1"')[0]
+    )
+    bars = [(width, left.split('"')[1] if left else None) for left, width in rects]
+    expected = []
+    for one in noise:
+        for method in reversed(one.methods):
+            (low, high), value = method.intervals[method.primary], method.metrics[method.primary]
+            expected += [(round(value, 1), None), (round(high, 1) - round(low, 1), round(low, 1))]
+    assert len(bars) == len(expected)
+    for (width, left), (value, start) in zip(bars, expected, strict=True):
+        assert float(width) == pytest.approx(value, abs=0.051)
+        assert (left is None) == (start is None)
+        assert start is None or float(left) == start
+
+
+def test_weights_of_union_are_drawn_and_those_of_other_heads_not(noise, tmp_path):
+    (scored,), gallery = noise[0].scored, noise[0].scored[0].benchmark.gallery
+    assert len(scored.target_weights) == len(gallery)
+    model = trainable()
+    vectors = model.backbone.encode_image(image_batch([item.image for item in gallery], model.backbone.preprocess))
+    null = model.backbone.encode_text([""]).expand(len(gallery))
+    weights = model.eval().target.weight(vectors.pooled, null.pooled).flatten()
+    assert scored.target_weights == pytest.approx(weights.tolist(), abs=1e-4)
+    assert "weight of the image in UNION" in drawn(noise[0])
+    other = evaluate_benchmark(trainable("sum", "frozen"), scored.benchmark, extractor(tmp_path))
+    assert "weight of the image in UNION" not in drawn(other)
 
 
 def test_the_metrics_are_those_of_the_results(small_run: Run):
@@ -182,7 +220,9 @@ def test_the_worst_and_the_best_are_what_a_slow_search_finds():
                 taken.append(n)
         return taken
 
-    _, worst, best = example_groups(ScoredBenchmark(benchmark, scores), "trained")
+    some, worst, best = example_groups(ScoredBenchmark(benchmark, scores), "trained")
+    assert len(some.rows) == SHOWN
+    assert max(Counter(asked[n].label for n in some.rows).values()) <= 2
     assert worst.rows == few(sorted((n for n in known if own[n] < 1), key=lambda n: (own[n], -other[n], n)))
     assert best.rows == few(sorted((n for n in known if own[n] > 0), key=lambda n: (-own[n], other[n], n)))
     assert "At most 2 per class" in worst.description
@@ -243,7 +283,7 @@ def test_texts_are_escaped(noise):
     assert starred
     assert sum("*: the heads were trained on some of" in one["text"] for one in page.all("figcaption")) == 1
     images = page.all("img")
-    assert len(images) >= 10 * (1 + RESULTS)
+    assert len(images) >= 6 * (1 + RESULTS)
     assert all(NASTY[:40] in one["alt"] for one in images)
 
 

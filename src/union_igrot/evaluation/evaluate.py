@@ -1,6 +1,7 @@
 """A benchmark under its protocol: a model beside chance and the training-free baselines, with intervals."""
 
 import functools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,10 +42,13 @@ from union_igrot.metrics.statistics import (
     paired_interval,
 )
 from union_igrot.models.devices import device_name
+from union_igrot.models.heads.target import UnionTarget
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.terminal import progress_bar
 from union_igrot.types import Benchmark, Scores
 
+_WEIGHED = 500
+"""Most gallery images whose weights in UNION's target head are reported."""
 BASELINES = ("image", "text", "sum")
 
 
@@ -123,7 +127,8 @@ def evaluate_benchmark(
             seen_images=seen_images(model, benchmark),
             validation_note=_validation_note(model, benchmark),
         )
-    return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores),))
+    weights = _target_weights(model, benchmark, extractor) if trained else ()
+    return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores, weights),))
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,19 @@ def _progress(benchmark: Benchmark, steps: int, *, shown: bool) -> Iterator[Call
         bar.stop()
 
 
+@torch.inference_mode()
+def _target_weights(model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor) -> tuple[float, ...]:
+    """Return the weights of UNION's target head for gallery images from all over the gallery."""
+    if not isinstance(model.target, UnionTarget):
+        return ()
+    some = benchmark.gallery[:: math.ceil(len(benchmark.gallery) / _WEIGHED)]
+    images = extractor.lookup(extractor.extract_images([item.image for item in some], tokens=False), tokens=False)
+    if model.projector is not None:
+        images = model.projector(images)
+    weights = model.target.weight(images.pooled, model.null_text().expand(len(images)).pooled)
+    return tuple(weights.flatten().tolist())
+
+
 def _resampled_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
     return query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
 
@@ -285,7 +303,10 @@ def seen_images(model: IGROTModel, benchmark: Benchmark) -> SeenImages | None:
 def describe_validation(benchmarks: Sequence[Benchmark]) -> dict[str, dict[str, Any]]:
     """Return what decides whether the metrics of validation and of another split are comparable, by benchmark."""
     return {
-        one.name: {"gallery": len(one.gallery), "classes": sorted({query.label for query in one.queries if query.label})}
+        one.name: {
+            "gallery": len(one.gallery),
+            "classes": sorted({query.label for query in one.queries if query.label}),
+        }
         for one in benchmarks
     }
 

@@ -256,10 +256,13 @@ class ScoredBenchmark:
     Attributes:
         benchmark: The benchmark.
         scores: By method.
+        target_weights: Weights of the image embedding in UNION's target head, of some gallery images; empty for
+            other heads.
     """
 
     benchmark: Benchmark
     scores: Mapping[str, Scores]
+    target_weights: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         name, split, methods = self.benchmark.name, self.benchmark.split, ", ".join(self.scores)

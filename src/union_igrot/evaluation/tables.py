@@ -5,6 +5,7 @@ tables as values of the same kind.
 """
 
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,12 +64,14 @@ class Cell:
         kind: CSS class; in the header `primary` marks a column of primary metrics and `words` one of text, below it
             `best` marks the highest value of a column.
         bar: Shares of a bar, which add up to 100.
+        span: Value of a bar in percent, and the bounds of its interval.
     """
 
     text: str
     below: str = ""
     kind: str = ""
     bar: tuple[float, float, float] | None = None
+    span: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,21 @@ def _class(kind: str) -> str:
 
 def _html_cell(tag: str, cell: Cell, attributes: str = "") -> str:
     below = f'<span class="span">{escape(cell.below)}</span>' if cell.below else ""
-    bar = ""
+    shapes = ""
     if cell.bar is not None:
         wins, ties, losses = cell.bar
-        bar = (
-            '<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+        shapes = (
             f'<rect class="win" width="{wins}" height="8"/><rect class="tie" x="{wins}" width="{ties}" height="8"/>'
-            f'<rect class="loss" x="{wins + ties}" width="{losses}" height="8"/></svg>'
+            f'<rect class="loss" x="{wins + ties}" width="{losses}" height="8"/>'
         )
+    elif cell.span is not None and all(map(math.isfinite, cell.span)):
+        value, low, high = (round(one, 1) for one in cell.span)
+        shapes = (
+            f'<rect class="tie" width="100" height="8"/><rect class="win" width="{value}" height="8"/>'
+            f'<rect class="range" x="{low}" y="3" width="{max(0.6, high - low):.1f}" height="2"/>'
+        )
+    bar = f'<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
+    bar = bar if shapes else ""
     return f"<{tag}{attributes}{_class(cell.kind)}>{escape(cell.text)}{below}{bar}</{tag}>"
 
 

@@ -1,4 +1,4 @@
-"""Training curves: read from Lightning's logs, and laid out as points and ticks of an inline SVG."""
+"""Curves and histograms as points and ticks of an inline SVG; training curves are read from Lightning's logs."""
 
 import csv
 import math
@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
+from union_igrot.evaluation.results import ScoredBenchmark
+from union_igrot.evaluation.tables import format_percent, method_name
+
 Curve = list[tuple[float, float]]
 """(step, value) in the order of the steps."""
 
 MAX_POINTS = 300
 """Points of a drawn curve; of a longer one, neighbors are averaged."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420.0, 230.0, 58.0, 408.0, 12.0, 202.0
-_DOTTED = 40
+_DOTTED, _BINS = 40, 24
+_DRAWN_QUERIES = 5000  # queries of a recall curve
 _SMALLEST = 1e-300
 
 
@@ -27,10 +33,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """One curve, laid out in a drawing of `width` by `height` units, y downwards.
+    """Curves or a histogram, laid out in a drawing of `width` by `height` units, y downwards.
 
     `line` holds the points of an SVG polyline, `dots` the points again if they are few, so that a single one is
-    visible; `rows` and `columns` are marks of the values and steps.
+    visible; `others` are further lines by name, `bars` left, top, width and height of the bars of a histogram; `rows`
+    and `columns` are marks of the values and of `axis`.
     """
 
     name: str
@@ -39,6 +46,9 @@ class Chart:
     dots: tuple[tuple[float, float], ...]
     rows: tuple[Tick, ...]
     columns: tuple[Tick, ...]
+    axis: str = "step"
+    others: tuple[tuple[str, str], ...] = ()
+    bars: tuple[tuple[float, float, float, float], ...] = ()
     width: float = _WIDTH
     height: float = _HEIGHT
     left: float = _LEFT
@@ -82,6 +92,63 @@ def layout_chart(name: str, curve: Curve) -> Chart:
         tuple(placed) if len(placed) <= _DOTTED else (),
         tuple(Tick(round(upwards(value), 1), f"{value:.6g}") for value in rows),
         tuple(Tick(round(across(value), 1), f"{value:.6g}") for value in columns),
+    )
+
+
+def recall_chart(scored: ScoredBenchmark) -> Chart | None:
+    """Lay out R@k over k for every method, the last one first; None if no curve rises."""
+    queries = scored.benchmark.queries
+    at = {item.id: position for position, item in enumerate(scored.benchmark.gallery)}
+    rows = [row for row, query in enumerate(queries) if query.targets]
+    rows = rows[:: max(1, math.ceil(len(rows) / _DRAWN_QUERIES))]
+    targets = [torch.tensor([at[name] for name in queries[row].targets if name in at]) for row in rows]
+    curves: dict[str, list[float]] = {}
+    for method, one in reversed(list(scored.scores.items())):
+        ranked = one.ranking.positions.cpu()
+        hits = torch.stack([torch.isin(ranked[row], wanted) for row, wanted in zip(rows, targets, strict=True)])
+        curves[method_name(method)] = (100 * hits.cummax(1).values.double().mean(0)).tolist()
+    if all(curve[:1] == curve[-1:] for curve in curves.values()):
+        return None
+    last = max(map(len, curves.values()))
+    across, upwards = _scale(1.0, float(last), _LEFT, _RIGHT - 14), _scale(0.0, 100.0, _BOTTOM, _TOP)
+    lines = {
+        name: " ".join(f"{across(float(k)):.4g},{upwards(y):.4g}" for k, y in enumerate(curve, 1))
+        for name, curve in curves.items()
+    }
+    ends = (f"{name} {format_percent(curve[0])} to {format_percent(curve[-1])}" for name, curve in curves.items())
+    first, *rest = lines.items()
+    return Chart(
+        "R@k",
+        f"percent of the queries with a target among the first k; {', '.join(ends)}",
+        first[1],
+        (),
+        tuple(Tick(round(upwards(float(y)), 1), f"{y}") for y in range(0, 101, 20)),
+        tuple(Tick(round(across(float(k)), 1), f"{k}") for k in (1, *range(10, last, 10), last)),
+        axis="k",
+        others=tuple(rest),
+    )
+
+
+def weights_chart(weights: Sequence[float]) -> Chart:
+    """Lay out a histogram of the weights of the image embedding in UNION's target head."""
+    columns = nice_ticks(min(weights), max(weights))
+    counts = torch.histc(torch.tensor(weights, dtype=torch.float64), _BINS, columns[0], columns[-1]).tolist()
+    rows = nice_ticks(0.0, max(counts), whole=True)
+    across, upwards = _scale(columns[0], columns[-1], _LEFT, _RIGHT - 14), _scale(rows[0], rows[-1], _BOTTOM, _TOP)
+    width = (_RIGHT - 14 - _LEFT) / _BINS
+    return Chart(
+        "weight of the image in UNION's target",
+        f"{len(weights):,} gallery images, from {min(weights):.3g} to {max(weights):.3g}, median "
+        f"{torch.tensor(weights).median():.3g}; 1 is the image embedding alone, 0 the null text alone",
+        "",
+        (),
+        tuple(Tick(round(upwards(value), 1), f"{value:.6g}") for value in rows),
+        tuple(Tick(round(across(value), 1), f"{value:.4g}") for value in columns),
+        axis="images",
+        bars=tuple(
+            (round(_LEFT + number * width, 1), round(upwards(n), 1), round(width, 1), round(_BOTTOM - upwards(n), 1))
+            for number, n in enumerate(counts)
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def training_facts(card: Mapping[str, Any]) -> dict[str, Any]:
         "samples": f"{card['samples']:,}" if "samples" in card else None,
         "left out": f"{card['skipped']:,}" if card.get("skipped") else None,
         "classes": f"{len(classes)} ({named})" if classes else None,
+        "time": _training_time(card["training"]) if "training" in card else None,
         "tuned encoders": (config.get("model") or {}).get("finetune"),
         "data settings": settings["data"],
         "loss": settings["loss"],
@@ -158,6 +160,15 @@ def training_facts(card: Mapping[str, Any]) -> dict[str, Any]:
         "target in the original": card.get("reference_target"),
         "whole configuration": "in `model.json`" if config else None,
     }
+
+
+def _training_time(training: Mapping[str, Any]) -> str:
+    """Describe for how long and on what a model was trained."""
+    time = f"{timedelta(seconds=training['seconds'])} h"
+    if training.get("resumed"):
+        time += " since it was resumed"
+    several = f", {training['processes']} processes" if training["processes"] > 1 else ""
+    return f"{time}, on {training['device']}{several}"
 
 
 def _metrics(result: EvaluationResult) -> str:

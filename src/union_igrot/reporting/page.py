@@ -36,7 +36,7 @@ from union_igrot.evaluation.tables import (
     truncation_words,
     untrained_words,
 )
-from union_igrot.reporting.charts import Curve, layout_chart
+from union_igrot.reporting.charts import Chart, Curve, layout_chart, recall_chart, weights_chart
 from union_igrot.reporting.contact_sheets import Opener, query_text
 from union_igrot.reporting.model_card import model_facts, training_facts
 from union_igrot.storage.atomic import write_atomic
@@ -99,6 +99,7 @@ class _Section:
     differences: ResultTable | None = None
     differences_note: str = ""
     groups: Sequence[QueryGroups] = ()
+    charts: Sequence[Chart] = ()
     examples: "ExampleRenderer | None" = None
 
 
@@ -181,8 +182,15 @@ def _section(
         differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
         "equal or lower. The difference is paired, with its 95 % bootstrap interval.",
         groups=[group for group in groups if group is not None],
+        charts=_section_charts(parts[0]) if alone else [],
         examples=render(parts[0], main.method) if alone else None,
     )
+
+
+def _section_charts(scored: ScoredBenchmark) -> list[Chart]:
+    weights = scored.target_weights
+    charts = (recall_chart(scored), weights_chart(weights) if weights else None)
+    return [chart for chart in charts if chart is not None]
 
 
 def _hidden_section(
@@ -226,6 +234,7 @@ def overview_table(results: Sequence[BenchmarkResult]) -> ResultTable:
             Cell(
                 format_percent(one.metrics[primary]) + (" *" if one.is_seen else ""),
                 format_interval(one.intervals[primary]),
+                span=(one.metrics[primary], *one.intervals[primary]),
             )
             if (one := held.get(method))
             else Cell("-")
@@ -237,7 +246,7 @@ def overview_table(results: Sequence[BenchmarkResult]) -> ResultTable:
     head = [method_name(method) for method in methods]
     if gained:
         head.insert(1, "gain over the best untrained")
-    caption = "The primary metric of each benchmark in percent, with its 95 % interval"
+    caption = "The primary metric of each benchmark in percent, from 0 to 100, with its 95 % interval"
     if any(one.is_seen for result in results for one in result.methods):
         caption += "; *: the heads were trained on some of its images or classes, see below"
     return ResultTable(caption, [Cell("benchmark"), *map(Cell, head)], rows)
@@ -415,7 +424,8 @@ def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> 
     benchmark, scores, name = scored.benchmark, scored.scores, method_name(method)
     total = len(benchmark.queries)
     # Steps of the golden ratio spread evenly and never coincide with the period of alternating classes.
-    spread = sorted({int(total * (i * _GOLDEN % 1)) for i in range(min(count, total))})
+    places = dict.fromkeys(int(total * (i * _GOLDEN % 1)) for i in range(min(4 * count, total)))
+    spread = sorted(_few_per_class(benchmark, list(places), count))
     some = ExampleGroup(
         "Some queries", f"Queries from all over the benchmark, with the first results of “{name}”.", spread
     )
