@@ -105,7 +105,7 @@ def ranked(**firsts):
 
 def test_recall_is_drawn_over_k_for_every_method():
     chart = recall_chart(ranked(chance=(0, 0, 0, 10), trained=(1, 3, 3, 0)))
-    assert chart.description.endswith("first k; trained 25.0 to 75.0, chance 0.0 to 25.0")
+    assert chart.description.endswith("first k; trained 25.0 to 75.0, chance 0.0 to 25.0; full line: trained")
     level = {float(tick.label): tick.at for tick in chart.rows}
     assert level[0] - level[100] == pytest.approx(190)
     heights = [(level[0] - y) / 1.9 for _, y in points(chart)]
@@ -125,4 +125,4 @@ def test_a_histogram_has_a_bar_of_each_weight(weights):
     unit = (chart.rows[0].at - chart.rows[-1].at) / float(chart.rows[-1].label)
     assert sum(height for *_, height in chart.bars) == pytest.approx(len(weights) * unit, abs=0.05 * len(chart.bars))
     assert all(chart.left <= x and x + width <= chart.right for x, _, width, _ in chart.bars)
-    assert chart.description.startswith(f"{len(weights):,} gallery images, from {min(weights):.3g} to ")
+    assert chart.description.startswith(f"{len(weights):,} images, from {min(weights):.3g} to ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,8 +123,16 @@ def alive(number):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-@pytest.mark.parametrize("settings", [TWO, ["model.finetune=image", "features.workers=2", "strategy=cpu"]])
-def test_nothing_outlives_a_killed_run_by_five_seconds(tmp_path, settings):
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [
+        (signal.SIGKILL, TWO),
+        (signal.SIGKILL, ["model.finetune=image", "features.workers=2", "strategy=cpu"]),
+        (signal.SIGTERM, TWO),
+    ],
+)
+def test_nothing_outlives_a_killed_run(tmp_path, number, settings):
+    """All processes end within seconds, and SIGTERM is reported in one line."""
     command = [sys.executable, "-m", "union_igrot.cli.train", *SMALL, *settings, "recipe.epochs=500"]
     command += [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
     with subprocess.Popen(
@@ -136,11 +145,16 @@ def test_nothing_outlives_a_killed_run_by_five_seconds(tmp_path, settings):
             time.sleep(0.1)
         started = children_of(run.pid)
         assert len(started) >= 2
-        run.kill()
+        run.send_signal(number)
         begin = time.monotonic()
-        run.wait(10)
-        while any(map(alive, started)) and time.monotonic() - begin < 10:
+        code = run.wait(60)
+        while any(map(alive, started)) and time.monotonic() - begin < 60:
             time.sleep(0.1)
-        assert time.monotonic() - begin < 5
-        assert run.returncode == -9
+        # A process that is told to end may take 3 s for it, 4 s in all on a quiet machine.
+        assert time.monotonic() - begin < (5 if number == signal.SIGKILL else 20)
+        said = run.stderr.read().splitlines()[1:]
+    if number == signal.SIGTERM:
+        assert (code, said) == (143, ["union-train: terminated; run the same command again to resume"])
+    else:
+        assert code == -9
     torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

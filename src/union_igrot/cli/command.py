@@ -90,10 +90,13 @@ def exit_codes(command: str, advice: str = "") -> Iterator[None]:
         stop(EXIT_USAGE, error, f"{len(error.problems)} invalid arguments:", *map(one_line, error.problems))
     except UnionError as error:
         stop(EXIT_USAGE, error, one_line(str(error)))
-    except KeyboardInterrupt as error:
-        stop(EXIT_INTERRUPTED, error, f"interrupted{advice}")
-    except Terminated as error:
-        stop(EXIT_TERMINATED, error, f"terminated{advice}")
+    except (KeyboardInterrupt, Terminated) as error:
+        code, what = (
+            (EXIT_TERMINATED, "terminated") if isinstance(error, Terminated) else (EXIT_INTERRUPTED, "interrupted")
+        )
+        if _reports_for_others():
+            stop(code, error, f"{what}{advice}")
+        raise SystemExit(code) from error
     except BrokenPipeError as error:
         with suppress(OSError):  # or the interpreter's own flush fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,6 +104,12 @@ def exit_codes(command: str, advice: str = "") -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         stop(EXIT_INTERNAL, error, "internal error, please report this traceback")
+
+
+def _reports_for_others() -> bool:
+    """Return whether this process is the one of its run that reports a signal: the launcher, otherwise rank 0."""
+    launched = os.environ.get("UNION_LAUNCHER") == str(os.getppid())
+    return not launched and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _open_streams() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from union_igrot.cli.command import launch_of, run_command
+from union_igrot.cli.command import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, launch_of, run_command
 from union_igrot.cli.config import plain
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
 
             escaped = str(fresh).replace("\\", "\\\\").replace("'", "\\'")
             arguments = [*HydraConfig.get().overrides.task, f"hydra.run.dir='{escaped}'"]
-            launch_processes("union_igrot.cli.train", arguments, count)
+            try:
+                launch_processes("union_igrot.cli.train", arguments, count)
+            except SystemExit as end:
+                signals: dict[object, BaseException]
+                signals = {EXIT_TERMINATED: Terminated(), EXIT_INTERRUPTED: KeyboardInterrupt()}
+                raise signals.get(end.code, end) from None
             return None
     from union_igrot.experiment import run_training
     from union_igrot.models.devices import resolve_device

@@ -178,7 +178,8 @@ def _html_cell(tag: str, cell: Cell, attributes: str = "") -> str:
             f'<rect class="tie" width="100" height="8"/><rect class="win" width="{value}" height="8"/>'
             f'<rect class="range" x="{low}" y="3" width="{max(0.6, high - low):.1f}" height="2"/>'
         )
-    bar = f'<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
+    kind = "bar" if cell.span is None else "bar value"
+    bar = f'<svg class="{kind}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
     bar = bar if shapes else ""
     return f"<{tag}{attributes}{_class(cell.kind)}>{escape(cell.text)}{below}{bar}</{tag}>"
 

@@ -119,7 +119,7 @@ def recall_chart(scored: ScoredBenchmark) -> Chart | None:
     first, *rest = lines.items()
     return Chart(
         "R@k",
-        f"percent of the queries with a target among the first k; {', '.join(ends)}",
+        f"percent of the queries with a target among the first k; {', '.join(ends)}; full line: {first[0]}",
         first[1],
         (),
         tuple(Tick(round(upwards(float(y)), 1), f"{y}") for y in range(0, 101, 20)),
@@ -137,14 +137,14 @@ def weights_chart(weights: Sequence[float]) -> Chart:
     across, upwards = _scale(columns[0], columns[-1], _LEFT, _RIGHT - 14), _scale(rows[0], rows[-1], _BOTTOM, _TOP)
     width = (_RIGHT - 14 - _LEFT) / _BINS
     return Chart(
-        "weight of the image in UNION's target",
-        f"{len(weights):,} gallery images, from {min(weights):.3g} to {max(weights):.3g}, median "
+        "gallery images",
+        f"{len(weights):,} images, from {min(weights):.3g} to {max(weights):.3g}, median "
         f"{torch.tensor(weights).median():.3g}; 1 is the image embedding alone, 0 the null text alone",
         "",
         (),
         tuple(Tick(round(upwards(value), 1), f"{value:.6g}") for value in rows),
         tuple(Tick(round(across(value), 1), f"{value:.4g}") for value in columns),
-        axis="images",
+        axis="the weight of the image in UNION's target",
         bars=tuple(
             (round(_LEFT + number * width, 1), round(upwards(n), 1), round(width, 1), round(_BOTTOM - upwards(n), 1))
             for number, n in enumerate(counts)

@@ -36,6 +36,7 @@ from union_igrot.evaluation.tables import (
     truncation_words,
     untrained_words,
 )
+from union_igrot.metrics.names import scale_of
 from union_igrot.reporting.charts import Chart, Curve, layout_chart, recall_chart, weights_chart
 from union_igrot.reporting.contact_sheets import Opener, query_text
 from union_igrot.reporting.model_card import model_facts, training_facts
@@ -234,7 +235,7 @@ def overview_table(results: Sequence[BenchmarkResult]) -> ResultTable:
             Cell(
                 format_percent(one.metrics[primary]) + (" *" if one.is_seen else ""),
                 format_interval(one.intervals[primary]),
-                span=(one.metrics[primary], *one.intervals[primary]),
+                span=(one.metrics[primary], *one.intervals[primary]) if scale_of(primary) == 100 else None,
             )
             if (one := held.get(method))
             else Cell("-")
@@ -246,7 +247,7 @@ def overview_table(results: Sequence[BenchmarkResult]) -> ResultTable:
     head = [method_name(method) for method in methods]
     if gained:
         head.insert(1, "gain over the best untrained")
-    caption = "The primary metric of each benchmark in percent, from 0 to 100, with its 95 % interval"
+    caption = "The primary metric of each benchmark in percent, with its 95 % interval; bars from 0 to 100"
     if any(one.is_seen for result in results for one in result.methods):
         caption += "; *: the heads were trained on some of its images or classes, see below"
     return ResultTable(caption, [Cell("benchmark"), *map(Cell, head)], rows)

@@ -112,14 +112,16 @@ def launch_processes(module: str, arguments: Sequence[str], count: int) -> None:
         count: Number of processes.
 
     Raises:
-        SystemExit: With the exit code of the process that failed first; it has printed its error.
+        SystemExit: With the exit code of the process that failed first, which has printed its error; with 128 and the
+            number of a signal that ended this process or another, which print nothing then.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - slow
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415 - slow
 
-    # Its report of a failed process takes pages; the process itself has printed one line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Its report of a failed process takes pages; the process itself has printed one line. Each logger has a level.
+    for name in [one for one in logging.root.manager.loggerDict if one.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     launch = LaunchConfig(
         min_nodes=1,
