@@ -94,7 +94,7 @@ def milvus(session: nox.Session) -> None:
             port = server.stdout.readline().strip()
             if not port:
                 session.error(f"the Milvus server did not start; see above and {folder}/logs")
-            chosen = session.posargs or ["tests/gallery/engines", "tests/cli/test_far_galleries.py", "-k", "milvus"]
+            chosen = session.posargs or ["tests/gallery", "tests/cli/test_far_galleries.py", "-k", "milvus"]
             where = {"UNION_MILVUS": f"milvus://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
             try:
                 session.run(commands / "python", "-m", "pytest", *chosen, env=where, external=True)

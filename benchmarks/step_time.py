@@ -4,9 +4,11 @@
     python benchmarks/step_time.py --arch ViT-L-14 --device cuda --precision bf16 --batch 32
 
 Rows: the backbone's bare forward (images and texts of a batch), a training step that encodes
-everything, one on features encoded before, the same with the residual target head without and with
-a bank of 10,000 images, a gallery batch. Weights are random and images are noise: time does not
-depend on them. Widths: 128 with `--arch tiny`, 512 with the default.
+everything, one on features encoded before, forward and backward of its heads alone, the same with
+the residual target head without and with a bank of 10,000 images, a gallery batch, and each target
+head on the features of a gallery batch. Weights are random and images are noise: time does not
+depend on them. Widths: 128 with `--arch tiny`, 512 with the default. `--clock cpu` counts the
+seconds of this process, on a machine that does other work too.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ from union_igrot.types import Features, Preprocess
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BANK = 10_000
+TARGETS = ("frozen", "sum", "residual", "union", "shared")
 TEXT = "is a small dog with a hat, and it sits on the left of the sofa"
 
 
@@ -41,6 +45,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", default=16, type=int, help="samples per step, images per gallery batch")
     parser.add_argument("--steps", default=5, type=int, help="timed repeats; the fastest counts")
     parser.add_argument("--warmup", default=2, type=int, help="repeats that are not timed")
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="time that passes, or that the CPU works"
+    )
     parser.add_argument("--json", default=None, help="also write the metrics to this file")
     return parser.parse_args()
 
@@ -58,18 +65,28 @@ def build_model(arch: str) -> IGROTModel:
     return IGROTModel(backbone, fusion, target)
 
 
+def with_target(model: IGROTModel, kind: str) -> IGROTModel:
+    """Return a model with another target head."""
+    width = model.backbone.dim
+    head = (
+        build_target_head(kind, width, heads=max(1, width // 64)) if kind == "union" else build_target_head(kind, width)
+    )
+    return IGROTModel(model.backbone, model.fusion, head)
+
+
 def measure(planned: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Time each step in milliseconds, in turn, so that other load slows all of them alike."""
     on_gpu = arguments.device.startswith("cuda")
+    now = time.process_time if arguments.clock == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in planned}
     for repeat in range(arguments.warmup + arguments.steps):
         for name, work in planned.items():
-            start = time.perf_counter()
+            start = now()
             work()
             if on_gpu:
                 torch.cuda.synchronize()
             if repeat >= arguments.warmup:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (now() - start))
     return times
 
 
@@ -103,6 +120,12 @@ def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[C
             value = loss(model.embed_queries(reference, text), model.embed_gallery(target), groups)
         update(value)
 
+    def heads_alone(reference: Features, text: Features, target: Features) -> None:
+        optimizer.zero_grad()
+        with cast:
+            value = loss(model.embed_queries(reference, text), model.embed_gallery(target), groups)
+        value.backward()
+
     def residual_step(reference: Features, text: Features, target: Features, *, with_bank: bool) -> None:
         with cast:
             queries = other.embed_queries(reference, text)
@@ -123,14 +146,22 @@ def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[C
             model.embed_gallery(targets)
 
     kept = encode()
+    heads = {kind: with_target(model, kind).to(device) for kind in TARGETS}
+
+    def embed_cached(kind: str) -> None:
+        with torch.no_grad(), cast:
+            heads[kind].embed_gallery(kept[2])
+
     return {
         "backbone forward of a step": (encode, 2 * batch, batch),
         "training step, uncached": (lambda: step(images, texts, targets), 2 * batch, batch),
         "training step, cached": (lambda: step(*kept), 0, 0),
+        "heads' forward and backward, cached": (lambda: heads_alone(*kept), 0, 0),
         "residual target, cached": (lambda: residual_step(*kept, with_bank=False), 0, 0),
         f"residual target, cached, bank of {BANK:,}": (lambda: residual_step(*kept, with_bank=True), 0, 0),
         "backbone forward of a gallery batch": (encode_gallery, batch, 0),
         "gallery batch": (gallery, batch, 0),
+        **{f"gallery batch, cached, target {kind}": (partial(embed_cached, kind), 0, 0) for kind in TARGETS},
     }
 
 
