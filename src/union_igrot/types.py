@@ -41,6 +41,17 @@ class LazyImage(Interface):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class NoImage:
+    """The image of a query that is a text alone: models embed the text, people see white."""
+
+    key: str = "no image"
+
+    def open(self) -> Image.Image:
+        """Return a white image."""
+        return Image.new("RGB", (224, 224), "white")
+
+
 ImageSource = Path | LazyImage
 """Where an image comes from, a file or a `LazyImage`."""
 

@@ -17,6 +17,9 @@ from union_igrot.errors import ConfigError
 from union_igrot.experiment import submit
 
 EVALUATED = ["circo", "genecis", "lasco", "llavasco", "dtin", "tuberlin", "quickdraw", "fashioniq"]
+PARTS = {"fashioniq": 4, "genecis": 5, "dtin": 5, "mmeb": 3}
+ONE_PART = {"patterncom": ["data.attribute=color"], "circled": ["data.subset=cirr"]}  # which is faster
+NEWER = [name for name in WRITERS if name not in (*EVALUATED, "cirr", "sketchy", "training_sketchy")]
 
 
 def rows(folder):
@@ -24,18 +27,19 @@ def rows(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["cirr", "sketchy", *(pytest.param(name, marks=pytest.mark.slow) for name in EVALUATED)]
+    "name", ["cirr", "sketchy", *(pytest.param(name, marks=pytest.mark.slow) for name in (*EVALUATED, *NEWER))]
 )
 def test_each_is_evaluated(name, tmp_path, capsys):
     WRITERS[name](tmp_path / "data")
     out = tmp_path / "out"
-    evaluate([f"data={name}", f"data.root={tmp_path / 'data'}", f"output_dir={out}", "progress=false"])
+    given = [f"data={name}", f"data.root={tmp_path / 'data'}", *ONE_PART.get(name, [])]
+    evaluate([*given, f"output_dir={out}", "progress=false"])
     found = rows(out)
     assert {row["method"] for row in found} == {"chance", "image", "text", "sum", "trained"}
     parts = {row["benchmark"] for row in found}
-    if name in ("fashioniq", "genecis", "dtin"):
+    if name in PARTS:
         assert f"{name}_mean" in parts
-        assert len(parts) == {"fashioniq": 4, "genecis": 5, "dtin": 5}[name]
+        assert len(parts) == PARTS[name]
         trained = {row["benchmark"]: row["metrics"] for row in found if row["method"] == "trained"}
         whole = trained.pop(f"{name}_mean")
         for metric, value in whole.items():
@@ -43,7 +47,7 @@ def test_each_is_evaluated(name, tmp_path, capsys):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(f"{part} · " in page for part in parts)
     assert "the image cannot be opened" not in page
-    assert page.count("<img") > 20
+    assert page.count("<img") >= 10
     for row in found:
         assert row["n_queries"] > 0
         for metric, value in row["metrics"].items():

@@ -252,3 +252,202 @@ WRITERS = {
     "quickdraw": quickdraw,
     "training_sketchy": training_sketchy,
 }
+
+
+def _rows(root, path, rows, separator=" "):
+    write_lines(root, path, [separator.join(row) for row in rows])
+
+
+def _freedom(root, name, domains, with_images, query_classes=2):
+    rows = [
+        (f"{name}/{domain}/class{label}/{domain}_{label}_{number}.jpg", domain, f"class{label}")
+        for domain in domains
+        for label in range(3)
+        for number in range(2)
+    ]
+    if with_images:
+        write_images(root, [row[0] for row in rows])
+    return rows
+
+
+def nico(root, with_images=True):
+    rows = _freedom(root, "nico", ("autumn", "dim", "grass"), with_images)
+    _rows(root, "database_files.csv", rows)
+    _rows(root, "query_files.csv", rows[:7:2])
+    return [{}]
+
+
+def minidn(root, with_images=True):
+    rows = _freedom(root, "minidn", ("clipart", "painting", "real", "sketch"), with_images)
+    _rows(root, "database_files.csv", rows)
+    _rows(root, "query_files.csv", rows[:9:2])
+    return [{}]
+
+
+def ltll(root, with_images=True):
+    _rows(root, "full_files.csv", _freedom(root, "ltll", ("New", "Old"), with_images))
+    return [{}]
+
+
+def imagenet_r(root, with_images=True):
+    dtin(root, with_images)
+    return [{}]
+
+
+ATTRIBUTES = ("color", "context", "density", "existence", "quantity", "shape")
+
+
+def patterncom(root, with_images=True):
+    names = [f"{label}{number:03d}.jpg" for label in ("bridge", "overpass", "forest") for number in range(4)]
+    _rows(root, "patternnet.csv", [(f"images/{name}", "0", name[:-7]) for name in names])
+    for attribute in ATTRIBUTES:
+        values = [(name, attribute, ("red", "dark blue")[at % 2]) for at, name in enumerate(names[:10])]
+        _rows(root, f"PatternCom/{attribute}.csv", values, ",")
+    if with_images:
+        write_images(root, [f"images/{name}" for name in names])
+    return [{"attribute": attribute} for attribute in ATTRIBUTES]
+
+
+def icir(root, with_images=True):
+    database, queries = [], []
+    for instance in ("temple", "mug"):
+        for text in ("at night", "as a drawing"):
+            database += [(f"icir/database/{instance}/{text[:2]}{at}.jpg", text, instance) for at in range(2)]
+        database += [(f"icir/database/{instance}/hn/{at}.jpg", "none", instance) for at in range(3)]
+        texts = ("at night", "as a drawing")
+        queries += [(f"icir/query/{instance}/{at}.jpg", text, instance) for at in range(2) for text in texts]
+    _rows(root, "database_files.csv", database, ",")
+    _rows(root, "query_files.csv", queries, ",")
+    if with_images:
+        write_images(root, {row[0].removeprefix("icir/") for row in (*database, *queries)})
+    return [{}]
+
+
+def fscoco(root, with_images=True):
+    numbers = [100 + 7 * at for at in range(6)]
+    for at, number in enumerate(numbers):
+        name = f"{at % 2 + 1}/{number:012d}"
+        write_lines(root, f"text/{name}.txt", [f"A man near {number}"])
+        if with_images:
+            write_images(root, [f"images/{name}.jpg", f"raster_sketches/{name}.jpg"])
+    write_lines(root, "val_normal.txt", [f"{number:012d}" for number in numbers[:5]])
+    write_lines(root, "val_unseen_user.txt", numbers[::2])
+    return [{"query": "both"}, {"query": "sketch"}, {"query": "text"}, {"split": "val_unseen_user"}]
+
+
+def cstbir(root, with_images=True):
+    rows = []
+    for at in range(9):
+        label = ("camel", "hot dog")[at % 2]
+        rows.append({"sample_num": at, "text": f"[sketch] in front of {at}", "image": f"{at // 2}.jpg", "label": label})
+        rows[-1] |= {"sketch": f"{label}_{at}.jpg", "split": "val" if at == 8 else "test"}
+    write_json(root, "CSTBIR_dataset.json", rows)
+    if with_images:
+        write_images(root, {f"VG_100K/{row['image']}" for row in rows})
+        write_images(root, [f"sketches/{row['sketch']}" for row in rows])
+    return [{}, {"split": "val"}]
+
+
+def _qmul(root, name, with_images):
+    photos = [f"{1000 + at}.png" for at in range(5)]
+    sketches = [f"{photo[:-4]}_{number}.svg" for photo in photos[:4] for number in (1, 2)]
+    for split in ("test", "train"):
+        write_lines(root, f"photo_{split}.txt", photos)
+        write_lines(root, f"sketch_{split}.txt", sketches)
+    if with_images:
+        write_images(root, [f"{name}_photo/{photo}" for photo in photos])
+        write_images(root, [f"{name}_sketch_png/{sketch[:-4]}.png" for sketch in sketches])
+    return [{}]
+
+
+def shoev2(root, with_images=True):
+    return _qmul(root, "ShoeV2", with_images)
+
+
+def chairv2(root, with_images=True):
+    return _qmul(root, "ChairV2", with_images)
+
+
+def circled(root, with_images=True):
+    root = Path(root)
+    fashioniq(root / "fashioniq", with_images)
+    cirr(root / "cirr", with_images)
+    circo(root / "circo", with_images)
+    names = {category: [f"B{category[0].upper()}v{number:03d}" for number in range(8)] for category in CATEGORIES}
+    names |= {"cirr": [f"val-{at}-0-img0" for at in range(8)], "circo": [1000 + 7 * at for at in range(8)]}
+    for subset, images in names.items():
+        sessions = []
+        for at, turns in enumerate((3, 2)):
+            listed = [
+                {"turn": turn + 1, "reference_image_id": images[at + turn], "relative_caption": f"more {turn}"}
+                for turn in range(turns)
+            ]
+            session = {"session_id": f"{subset}_{at}", "subset": subset, "ground_truth_ids": [images[at + 4]]}
+            sessions.append(session | {"num_turns": turns, "turns": listed})
+        prefix = "" if subset in ("cirr", "circo") else "fashioniq_"
+        write_json(root, f"{prefix}{subset}_val.json", sessions)
+    return [{"subset": subset} for subset in names]
+
+
+def mmeb(root, with_images=True):
+    for task in ("CIRR", "FashionIQ"):
+        paths = [f"{task}/{at}.jpg" for at in range(6)]
+        rows = [
+            {
+                "qry_inst": "<|image_1|>\nGiven an image, find another:",
+                "qry_text": f"with {at} bottles",
+                "qry_img_path": paths[at],
+                "tgt_inst": "Represent the image",
+                "tgt_text": ["<|image_1|>"] * 3,
+                "tgt_img_path": paths[at + 1 : at + 4],
+            }
+            for at in range(3)
+        ]
+        write_lines(root, f"{task}.jsonl", map(json.dumps, rows))
+        if with_images:
+            write_images(root, [f"image-tasks/{path}" for path in paths])
+    return [{"task": "CIRR"}, {"task": "FashionIQ"}]
+
+
+def sketchy_instances(root, with_images=True):
+    lists = ("sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt")
+    for folder in ("zeroshot0", "zeroshot1"):
+        for kind in ("zero", "train"):
+            suffix = "_zero" if kind == "zero" else ""
+            write_lines(root, f"{folder}/cname_cid{suffix}.txt", [f"{name} {at}" for at, name in enumerate(CLASSES)])
+            place = "256x256/{}/tx_000000000000_ready/{}/n{}_{}"
+            photos = [(f"{place.format('photo', name, at, 7)}.jpg", at) for at, name in enumerate(CLASSES)]
+            photos += [(f"{place.format('photo', name, at, 9)}.jpg", at) for at, name in enumerate(CLASSES)]
+            sketches = [
+                (f"{place.format('sketch', name, at, 7)}-{n}.png", at)
+                for at, name in enumerate(CLASSES)
+                for n in (1, 2)
+            ]
+            extra = [(f"EXTEND_image_sketchy_ready/{name}/ext_{kind}.jpg", at) for at, name in enumerate(CLASSES)]
+            for listing, rows in zip(lists, (sketches, photos + extra), strict=True):
+                write_lines(root, f"{folder}/{listing.format(kind)}", [f"{path} {label}" for path, label in rows])
+                if with_images:
+                    write_images(root, [path for path, _ in rows])
+    return [{"gallery": "class"}, {"gallery": "all"}]
+
+
+GENERALIZED = ("all_seen", "seen_fifth", "seen_classes")
+
+
+def sketchy_generalized(root, with_images=True):
+    sketchy(root, with_images)
+    return [{"protocol": protocol} for protocol in GENERALIZED]
+
+
+def tuberlin_generalized(root, with_images=True):
+    tuberlin(root, with_images)
+    return [{"protocol": protocol} for protocol in GENERALIZED]
+
+
+WRITERS |= {
+    one.__name__: one
+    for one in (
+        *(nico, minidn, ltll, imagenet_r, patterncom, icir, fscoco, cstbir, shoev2, chairv2, circled, mmeb),
+        *(sketchy_instances, sketchy_generalized, tuberlin_generalized),
+    )
+}

@@ -24,7 +24,9 @@ def test_root_falls_back_to_the_environment(tmp_path, monkeypatch):
 def test_parts(tmp_path, name):
     official.WRITERS[name](tmp_path, with_images=False)
     found = load_parts(name, tmp_path, check_images=False)
-    assert len(found) == {"fashioniq": 3, "genecis": 4, "dtin": 4}.get(name, 1)
+    assert len(found) == {"fashioniq": 3, "genecis": 4, "dtin": 4, "patterncom": 6, "circled": 5, "mmeb": 2}.get(
+        name, 1
+    )
     assert len({benchmark.name for benchmark in found}) == len(found)
 
 

@@ -119,7 +119,7 @@ def test_split_option_and_preset(tmp_path):
         load_training("circo", "/")
     with pytest.raises(ConfigError, match=r"split of cirr: 'dev' .*one of val, train, test1"):
         load_benchmark("cirr", tmp_path, split="dev")
-    with pytest.raises(ConfigError, match=r"option of cirr: 'stride' .*one of prompt, preset"):
+    with pytest.raises(ConfigError, match=r"option of cirr: 'stride' .*one of targets, prompt, preset"):
         load_benchmark("cirr", tmp_path, stride=2)
     with pytest.raises(ConfigError, match="prompt of cirr: 3 "):
         load_benchmark("cirr", tmp_path, prompt=3)
@@ -201,7 +201,12 @@ def test_wording(benchmark, prompt, text):
 
 
 def test_the_authors_wording_is_the_default():
-    assert {find_benchmark(name).find_prompt().name for name in benchmark_names() if name != "genecis"} == {"union"}
+    prompts = {name: list(find_benchmark(name).prompts) for name in benchmark_names()}
+    worded = {name: given for name, given in prompts.items() if "union" in given}
+    assert {given[0] for given in worded.values()} == {"union"}
+    assert {"fashioniq", "cirr", "circo", "lasco", "llavasco", "dtin", "sketchy", "tuberlin", "quickdraw"} <= set(
+        worded
+    )
 
 
 @pytest.mark.parametrize(

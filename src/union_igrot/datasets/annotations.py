@@ -4,13 +4,14 @@ An error names the file and the row: `row 3` is an entry of a JSON list, counted
 counted from 1.
 """
 
+import ntpath
 import os
 import posixpath
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
 
 from union_igrot.errors import DataError, ImageError
@@ -20,6 +21,8 @@ from union_igrot.storage.paths import expand_user
 from union_igrot.storage.text import read_json, read_lines, refuse_repeated
 
 _Value = TypeVar("_Value")
+GENOME = ("VG_100K", "VG_100K_2", "VG_100K_all", "images/VG_100K", "images/VG_100K_2")
+"""Folders in which images of Visual Genome are found."""
 
 
 @final
@@ -189,7 +192,8 @@ def check_integer(value: object, name: str, place: str) -> int:
 def check_path(value: object, name: str, place: str) -> str:
     """Return a JSON value as a normalized path that stays inside the dataset's folder."""
     path = posixpath.normpath(check_name(value, name, place))
-    if path.startswith(("/", "../")) or path in (".", "..") or PureWindowsPath(path).is_absolute():
+    drive, rest = ntpath.splitdrive(path)
+    if path.startswith(("/", "../")) or path in (".", "..") or (drive and rest.startswith(("/", "\\"))):
         raise DataError(f"{place}: {name} is {reprlib.repr(path)}; expected a relative path inside the folder")
     return path
 
@@ -229,6 +233,31 @@ def read_labeled_paths(file: Path) -> list[LabeledPath]:
         refuse_repeated(path, place, seen)
         rows.append(LabeledPath(place, path, label))
     return rows
+
+
+def read_columns(
+    file: Path, *names: str, separator: str = ",", more: bool = False
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the place and the fields of each line of a list without header and quotes.
+
+    Args:
+        file: The file.
+        names: What the fields are.
+        separator: What is between the fields, which do not contain it.
+        more: Whether further fields may follow, which are left out.
+    """
+    empty = True
+    for place, line in read_lines(file):
+        fields = tuple(map(str.strip, line.strip().split(separator)))
+        if len(fields) < len(names) or (len(fields) > len(names) and not more):
+            expected = separator.join(names)
+            raise DataError(
+                f"{place}: {len(fields)} fields; expected '{expected}', where no field contains {separator!r}"
+            )
+        yield place, tuple(check_name(value, name, place) for name, value in zip(names, fields, strict=False))
+        empty = False
+    if empty:
+        raise DataError(f"{file}: is empty; download the file again")
 
 
 def read_classes(file: Path) -> dict[int, str]:

@@ -7,17 +7,23 @@ averages the embeddings of several texts (SEARLE and LinCIR on FashionIQ), the p
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from union_igrot.datasets.registry import BenchmarkDeclaration, BenchmarkOption
 
 CATEGORIES: Final = ("dress", "shirt", "toptee")
 TASKS: Final = ("focus_attribute", "change_attribute", "focus_object", "change_object")
+ATTRIBUTES: Final = ("color", "context", "density", "existence", "quantity", "shape")
 DOMAINS: Final = ("cartoon", "origami", "toy", "sculpture")
+GENERALIZED: Final = ("all_seen", "seen_fifth", "seen_classes")
 SKETCHY_SPLITS: Final = ("zeroshot1", "zeroshot0")
 LEAKING_PROMPT: Final = "union_llava"
 _PRESETS: Final = ("official", "union_reference")
 _READERS: Final = "union_igrot.datasets"
+_TARGETS: Final = BenchmarkOption(
+    "targets", str, for_training=False, help="file of SoFT in the folder that lists several targets of a query"
+)
 
 
 def _blip_caption(text: str, words: int) -> str:
@@ -52,6 +58,8 @@ FASHIONIQ = BenchmarkDeclaration(
             help="original, or val (the smaller galleries of VAL)",
         ),
         BenchmarkOption("captions", str, choices=("joined", "each"), is_setting=False),
+        BenchmarkOption("spelling", bool, default=False, help="correct captions by DQU-CIR's correction_dict files"),
+        _TARGETS,
     ),
     prompts={
         "union": "{c1} and {c2}".format_map,
@@ -74,6 +82,7 @@ CIRR = BenchmarkDeclaration(
     name="cirr",
     reader=f"{_READERS}.composed:read_cirr",
     splits=("val", "train", "test1"),
+    options=(_TARGETS,),
     prompts={
         "union": lambda fields: f"find a photo that {fields['caption'].lower()}",
         "clip4cir": "{caption}".format_map,
@@ -186,6 +195,126 @@ DTIN = BenchmarkDeclaration(
     source="lists: GitHub, google-research/composed_image_retrieval (Pic2Word); images: ImageNet val and ImageNet-R",
 )
 
+
+def _freedom(name: str, queries: int, gallery: int | None, summary: str, images: str) -> BenchmarkDeclaration:
+    """Declare a dataset of the FREEDOM suite; `queries` counts pairs of an image and another domain."""
+    return BenchmarkDeclaration(
+        name=name,
+        reader=f"{_READERS}.conversion:read_{name}",
+        splits=("test",),
+        prompts={"freedom": "{domain}".format_map, "photo": "a {domain} photo".format_map},
+        prompt_fields=("domain",),
+        folder="dtin" if name == "imagenet_r" else None,
+        counts={("test", ""): (queries, gallery)},
+        summary=summary,
+        source=f"lists: GitHub, NikosEfth/freedom (MIT); images: {images}",
+    )
+
+
+NICO = _freedom("nico", 43_615, 80_134, "NICO++ of FREEDOM: objects in six contexts, all ordered pairs.", "NICO++")
+MINIDN = _freedom(
+    "minidn", 7_560, None, "Mini-DomainNet of FREEDOM: four domains, all ordered pairs.", "DomainNet, cleaned version"
+)
+LTLL = _freedom("ltll", 488, 488, "LTLL of FREEDOM: landmarks today and in archives.", "the LTLL project's page")
+IMAGENET_R = _freedom(
+    "imagenet_r", 67_932, 16_983, "ImageNet-R of FREEDOM: five domains, all ordered pairs; DTIN's list.", "as for dtin"
+)
+ICIR = BenchmarkDeclaration(
+    name="icir",
+    reader=f"{_READERS}.instances:read_icir",
+    splits=("test",),
+    prompts={"icir": "{text_query}".format_map},
+    prompt_fields=("text_query",),
+    counts={("test", ""): (1_883, None)},
+    summary="i-CIR: instances among their own hard negatives, each query in a gallery of its own.",
+    source="https://vrg.fel.cvut.cz/icir (CC BY-NC-SA 4.0), or Hugging Face, billpsomas/icir",
+)
+FSCOCO = BenchmarkDeclaration(
+    name="fscoco",
+    reader=f"{_READERS}.instances:read_fscoco",
+    splits=("val_normal", "val_unseen_user"),
+    options=(BenchmarkOption("query", str, "both", ("both", "sketch", "text"), help="what a query consists of"),),
+    prompts={"fscoco": "{text}".format_map},
+    prompt_fields=("text",),
+    counts={("val_normal", ""): (None, None), ("val_unseen_user", ""): (None, None)},
+    summary="FS-COCO: freehand scene sketches, texts or both ask for a COCO photo.",
+    source="http://cvssp.org/data/fscoco/fscoco.tar.gz (CC BY-NC 4.0)",
+)
+CSTBIR = BenchmarkDeclaration(
+    name="cstbir",
+    reader=f"{_READERS}.instances:read_cstbir",
+    splits=("test", "val", "val_large", "train"),
+    options=(
+        BenchmarkOption("gallery", str, "targets", help="targets, or a file in the folder that lists photos"),
+        BenchmarkOption("annotations", str, help="file of the queries; CSTBIR_dataset.json or .csv if null"),
+        BenchmarkOption("oracle", bool, default=False, help="allow a prompt that tells the category"),
+    ),
+    prompts={
+        "keep": "{text}".format_map,
+        "drop": lambda fields: re.sub(r"\s*\[sketch\]\s*", " ", fields["text"]).strip(),
+        "label": lambda fields: fields["text"].replace("[sketch]", fields["label"]),
+    },
+    prompt_fields=("text", "label"),
+    counts={("test", ""): (4_001, None), ("val", ""): (1_000, None)},
+    summary="CSTBIR: a sketch of an object and a text about the rest of the scene.",
+    source="annotations: GitHub, vl2g/CSTBIR (MIT); photos: Visual Genome; sketches: QuickDraw's numpy_bitmap",
+)
+
+
+def _qmul(name: str, title: str) -> BenchmarkDeclaration:
+    return BenchmarkDeclaration(
+        name=name,
+        reader=f"{_READERS}.instances:read_{name}",
+        splits=("test", "train"),
+        prompts={"none": "".format_map, "photo": "a real image of sketch".format_map},
+        counts={("test", ""): (None, None)},
+        summary=f"QMUL {title}: the photo that a sketch was drawn of.",
+        source="the page of SketchX (QMUL), or its copies in the layout of pix2pix",
+    )
+
+
+SHOEV2 = _qmul("shoev2", "ShoeV2")
+CHAIRV2 = _qmul("chairv2", "ChairV2")
+CIRCLED = BenchmarkDeclaration(
+    name="circled",
+    reader=f"{_READERS}.sessions:read_circled",
+    splits=("val", "train"),
+    options=(BenchmarkOption("subset", str, choices=(*CATEGORIES, "cirr", "circo"), is_part=True, help="images of"),),
+    prompts={"caption": "{relative_caption}".format_map},
+    prompt_fields=("relative_caption",),
+    counts={
+        ("val", "dress"): (3_716, 3_817),
+        ("val", "shirt"): (3_773, 6_346),
+        ("val", "toptee"): (3_841, 5_373),
+        ("val", "cirr"): (2_279, 2_297),
+        ("val", "circo"): (141, 123_403),
+    },
+    summary="CIRCLED: sessions of several turns over FashionIQ, CIRR and CIRCO.",
+    source="Hugging Face, tk1441/CIRCLED (CC BY 4.0); images: as for fashioniq, cirr and circo",
+)
+MMEB = BenchmarkDeclaration(
+    name="mmeb",
+    reader=f"{_READERS}.sessions:read_mmeb",
+    splits=("test",),
+    options=(BenchmarkOption("task", str, choices=("CIRR", "FashionIQ"), is_part=True, help="task"),),
+    prompts={"mmeb": "{qry_inst} {qry_text}".format_map, "caption": "{qry_text}".format_map},
+    prompt_fields=("qry_inst", "qry_text"),
+    counts={("test", "CIRR"): (None, None), ("test", "FashionIQ"): (None, None)},
+    summary="MMEB's CIRR and FashionIQ: own candidates; not the official protocols.",
+    source="Hugging Face, ziyjiang/MMEB_Test_Instruct",
+)
+PATTERNCOM = BenchmarkDeclaration(
+    name="patterncom",
+    reader=f"{_READERS}.conversion:read_patterncom",
+    splits=("test",),
+    options=(BenchmarkOption("attribute", str, choices=ATTRIBUTES, is_part=True, help="attribute that is changed"),),
+    prompts={"rscir": "{value}".format_map},
+    prompt_fields=("value",),
+    counts={("test", attribute): (None, 30_400) for attribute in ATTRIBUTES},
+    summary="PatternCom: attributes of aerial images, six parts.",
+    source="lists: GitHub, billpsomas/rscir (Apache-2.0); images: PatternNet",
+)
+
 _SKETCHY_PROMPTS: Final = {"union": "a real image of sketch".format_map, "none": "".format_map}
 _NO_PROMPT: Final = {"union": "".format_map}
 _ZSE_SBIR: Final = "lists and images: the archive that ZSE-SBIR's README names"
@@ -240,6 +369,38 @@ TRAINING_SKETCHY = BenchmarkDeclaration(
     summary="Training-Sketchy: 5,000 sketch and photo pairs.",
     source="triplets: the UNION authors' Google Drive, or data.build=5000; images: as for sketchy",
 )
+SKETCHY_INSTANCES = BenchmarkDeclaration(
+    name="sketchy_instances",
+    reader=f"{_READERS}.sbir:read_sketchy_instances",
+    splits=("zeroshot0", "zeroshot1"),
+    options=(BenchmarkOption("gallery", str, "class", ("class", "all"), help="photos of the query's class, or all"),),
+    prompts=_SKETCHY_PROMPTS,
+    prompt_fields=("class",),
+    folder="sketchy",
+    counts={("zeroshot0", ""): (12_694, 2_100), ("zeroshot1", ""): (15_229, 2_500)},
+    summary="Sketchy, the very photo that was drawn, of unseen classes.",
+    source=_ZSE_SBIR,
+)
+
+
+def _generalized(base: BenchmarkDeclaration, photos: int) -> BenchmarkDeclaration:
+    return replace(
+        base,
+        name=f"{base.name}_generalized",
+        reader=f"{_READERS}.sbir:read_{base.name}_generalized",
+        options=(
+            BenchmarkOption("protocol", str, "all_seen", GENERALIZED, help="what seen classes add to the gallery"),
+            BenchmarkOption("seed", int, 0, help="seed of the drawn photos or classes"),
+        ),
+        presets=(),
+        folder=base.name,
+        counts={key: (count, photos) for key, (count, _) in base.counts.items()},
+        summary=f"{base.summary.partition(',')[0]}, generalized zero-shot: seen classes are in the gallery too.",
+    )
+
+
+SKETCHY_GENERALIZED = _generalized(SKETCHY, 85_502)
+TUBERLIN_GENERALIZED = _generalized(TUBERLIN, 204_489)
 BUILTIN: Final = (
     FASHIONIQ,
     CIRR,
@@ -248,8 +409,23 @@ BUILTIN: Final = (
     LASCO,
     LLAVASCO,
     DTIN,
+    NICO,
+    MINIDN,
+    LTLL,
+    IMAGENET_R,
+    PATTERNCOM,
+    ICIR,
+    FSCOCO,
+    CSTBIR,
+    SHOEV2,
+    CHAIRV2,
+    CIRCLED,
+    MMEB,
     SKETCHY,
     TUBERLIN,
     QUICKDRAW,
     TRAINING_SKETCHY,
+    SKETCHY_INSTANCES,
+    SKETCHY_GENERALIZED,
+    TUBERLIN_GENERALIZED,
 )

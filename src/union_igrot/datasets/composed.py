@@ -17,10 +17,12 @@
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from union_igrot.datasets.annotations import (
+    GENOME,
     DatasetFolder,
     LabeledPath,
     Record,
@@ -44,6 +46,7 @@ from union_igrot.datasets.builtin import (
     LEAKING_PROMPT,
     LLAVASCO,
 )
+from union_igrot.datasets.fixes import SeveralTargets, read_spelling
 from union_igrot.datasets.registry import Template, Text
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.images.identity import Crop
@@ -52,7 +55,6 @@ from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Que
 
 _COCO_UNLABELED = "COCO2017_unlabeled"
 _COCO_VAL = ("val2017", "coco/val2017", "coco2017/val2017", "images/val2017")
-_GENOME = ("VG_100K", "VG_100K_2", "VG_100K_all", "images/VG_100K", "images/VG_100K_2")
 _CIRCO_ASPECTS = (
     *("cardinality", "addition", "negation", "direct_addressing", "compare_change", "comparative_statement"),
     *("statement_with_conjunction", "spatial_relations_background", "viewpoint"),
@@ -79,6 +81,8 @@ def read_fashioniq(
     category: str,
     gallery: str,
     captions: str | None,
+    spelling: bool,
+    targets: str | None,
     prompt: str | None,
     preset: str,
 ) -> Benchmark:
@@ -99,17 +103,21 @@ def read_fashioniq(
     if val:
         places = {name: row.place for row in rows for name in (row.candidate, row.target) if name is not None}
         places = dict(sorted(places.items()))
+    several = SeveralTargets(folder, targets)
+    spelled = read_spelling(folder, category) if spelling else str
+    rows = [row._replace(captions=(spelled(row.captions[0]), spelled(row.captions[1]))) for row in rows]
     for row in rows:
         if row.target is not None and row.target not in places:
             raise DataError(f"{row.place}: target {row.target!r} is not in the split file; download both files again")
     items = [GalleryItem(name, _product_image(folder, name, place)) for name, place in places.items()]
     queries = [
-        Query(name, _product_image(folder, row.candidate, row.place), text, targets, (row.candidate,) if val else ())
+        Query(name, _product_image(folder, row.candidate, row.place), text, wanted, (row.candidate,) if val else ())
         for number, row in enumerate(rows)
-        for targets in [() if row.target is None else (row.target,)]
+        for wanted in [() if row.target is None else several.of(row.candidate, row.target, places)]
         for name, text in _caption_texts(f"{category}-{split}-{number}", row.captions, None if each else wording.text)
     ]
     note = f"gallery={gallery}; {'each caption asks' if each else 'both captions joined'}; FashionIQ {category}"
+    note += several.note + ("; spelling corrected" if spelling else "")
     averaged = any(len(query.wordings) > 1 for query in queries)
     name = f"{wording.name}, unit embeddings of both orders averaged" if averaged else wording.name
     protocol = Protocol(
@@ -171,7 +179,7 @@ def _caption_texts(name: str, captions: tuple[str, str], joined: Template | None
 # --- CIRR
 
 
-def read_cirr(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
+def read_cirr(folder: DatasetFolder, split: str, *, targets: str | None, prompt: str | None, preset: str) -> Benchmark:
     """Read one split of CIRR; query ids are the pairids, and a subset has the five members beside the reference."""
     wording = CIRR.find_prompt(prompt)
     records = read_records(folder.annotation(f"cirr/captions/cap.rc2.{split}.json"))
@@ -181,11 +189,14 @@ def read_cirr(folder: DatasetFolder, split: str, *, prompt: str | None, preset: 
     if not paths:
         raise DataError(f"{file}: names no image; download the file again")
     gallery = [GalleryItem(name, _cirr_image(folder, f"{file}, {name!r}", path)) for name, path in paths.items()]
+    several = SeveralTargets(folder, targets)
     seen: dict[str, str] = {}
     queries = []
     for record in records:
         refuse_repeated(record.name("pairid"), record.place, seen)
-        queries.append(_cirr_query(record, split, folder, paths, wording.text))
+        query = _cirr_query(record, split, folder, paths, wording.text)
+        wanted = [name for target in query.targets for name in several.of(query.exclude[0], target, paths)]
+        queries.append(replace(query, targets=tuple(wanted)))
     protocol = Protocol(
         name=preset,
         metrics=("R@1", "R@2", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3"),
@@ -194,7 +205,7 @@ def read_cirr(folder: DatasetFolder, split: str, *, prompt: str | None, preset: 
         ties="gallery order",
         means=(("R@5", "Rs@1"),),
         prompt=wording.name,
-        note=f"CIRR {split}; the reference is out of every ranking; subsets of five beside the reference",
+        note=f"CIRR {split}; the reference is out of every ranking; subsets of five beside the reference{several.note}",
     )
     return Benchmark("cirr", split, "cir", queries, gallery, protocol)
 
@@ -337,7 +348,7 @@ def _candidate(record: Record, folder: DatasetFolder, task: str) -> tuple[str, I
         number = record.integer("val_image_id")
         return str(number), folder.image(record.place, *(f"{name}/{number:012d}.jpg" for name in _COCO_VAL))
     number, box = record.integer("image_id"), record.box("instance_bbox")
-    path = folder.image(record.place, *(f"{name}/{number}.jpg" for name in _GENOME))
+    path = folder.image(record.place, *(f"{name}/{number}.jpg" for name in GENOME))
     return f"{number}:{','.join(map(str, box))}", Crop(path, box)
 
 

@@ -8,8 +8,9 @@ benchmark.
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from union_igrot.datasets.annotations import (
     DatasetFolder,
@@ -18,7 +19,15 @@ from union_igrot.datasets.annotations import (
     read_classes,
     read_labeled_paths,
 )
-from union_igrot.datasets.builtin import QUICKDRAW, SKETCHY, TRAINING_SKETCHY, TUBERLIN
+from union_igrot.datasets.builtin import (
+    QUICKDRAW,
+    SKETCHY,
+    SKETCHY_GENERALIZED,
+    SKETCHY_INSTANCES,
+    TRAINING_SKETCHY,
+    TUBERLIN,
+    TUBERLIN_GENERALIZED,
+)
 from union_igrot.datasets.registry import BenchmarkDeclaration
 from union_igrot.errors import DataError
 from union_igrot.storage.text import read_lines
@@ -35,6 +44,7 @@ class _ListFiles(NamedTuple):
     photos: str
 
 
+_Lists: TypeAlias = tuple[dict[int, str], list[LabeledPath], list[LabeledPath]]
 _SKETCHY_LISTS = "sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"
 _TUBERLIN_LISTS = _ListFiles("zeroshot", "png_ready_filelist_{}.txt", "ImageResized_ready_filelist_{}.txt")
 _QUICKDRAW_LISTS = _ListFiles("zeroshot", "sketch_{}.txt", "all_photo_{}.txt")
@@ -71,9 +81,10 @@ def _unseen_classes(
     prompt: str | None,
     preset: str,
     remark: str = "",
+    data: _Lists | None = None,
 ) -> Benchmark:
     name, wording = declaration.name, declaration.find_prompt(prompt)
-    classes, sketches, photos = _read_lists(folder, lists, "zero")
+    classes, sketches, photos = data or _read_lists(folder, lists, "zero")
     targets = {label: tuple(row.path for row in rows) for label, rows in _rows_by_class(photos).items()}
     gallery = [GalleryItem(row.path, folder.image(row.place, row.path), classes[row.label]) for row in photos]
     texts = {label: wording.text({"class": title}) for label, title in classes.items()}
@@ -93,9 +104,88 @@ def _unseen_classes(
         ap_rule="trapezoid" if reference else "step",
         ties="gallery order",
         prompt=wording.name,
-        note=f"{name} {split}: {len(set(targets))} unseen classes, whole lists{remark}{lenient}",
+        note=f"{name} {split}: " + (remark if data else f"{len(targets)} unseen classes, whole lists{remark}{lenient}"),
     )
     return Benchmark(name, split, "sbir", queries, gallery, protocol)
+
+
+def read_sketchy_generalized(
+    folder: DatasetFolder, split: str, *, protocol: str, seed: int, prompt: str | None
+) -> Benchmark:
+    """Read Sketchy with seen classes in the gallery; the three protocols are not comparable."""
+    primary = "mAP" if split == "zeroshot1" else "mAP@200"
+    lists = _ListFiles(split, *_SKETCHY_LISTS)
+    return _generalized(SKETCHY_GENERALIZED, folder, split, lists, primary, protocol, seed, prompt)
+
+
+def read_tuberlin_generalized(
+    folder: DatasetFolder, split: str, *, protocol: str, seed: int, prompt: str | None
+) -> Benchmark:
+    """Read TU-Berlin with seen classes in the gallery; the three protocols are not comparable."""
+    return _generalized(TUBERLIN_GENERALIZED, folder, split, _TUBERLIN_LISTS, "mAP@200", protocol, seed, prompt)
+
+
+def _generalized(
+    declaration: BenchmarkDeclaration,
+    folder: DatasetFolder,
+    split: str,
+    lists: _ListFiles,
+    primary: str,
+    protocol: str,
+    seed: int,
+    prompt: str | None,
+) -> Benchmark:
+    classes, sketches, photos = _read_lists(folder, lists, "zero")
+    seen, drawn, taken = _read_lists(folder, lists, "train")
+    first = max(classes) + 1  # numbers of seen classes start at 0 again
+    draw = random.Random(seed)
+    if protocol == "seen_classes":  # a fifth of the classes, whole, which are queried too (OCEAN, Dr.CLIP)
+        chosen = set(draw.sample(sorted(seen), round(0.2 * len(seen))))
+        drawn, taken = ([row for row in rows if row.label in chosen] for rows in (drawn, taken))
+        words = f"and {len(chosen)} whole seen classes, which are queried too"
+    elif protocol == "seen_fifth":  # a fifth of the photos of each class (SEM-PCYC)
+        by_class = _rows_by_class(taken)
+        taken = [row for label in by_class for row in draw.sample(by_class[label], round(0.2 * len(by_class[label])))]
+        drawn, words = [], "and a fifth of the photos of each seen class"
+    else:
+        drawn, words = [], "and all training photos of seen classes"
+    names = classes | {first + label: name for label, name in seen.items()}
+    sketches += [row._replace(label=first + row.label) for row in drawn]
+    photos += [row._replace(label=first + row.label) for row in taken]
+    remark = f"protocol={protocol}, gallery: unseen classes {words}" + f", seed {seed}" * (protocol != "all_seen")
+    found = _unseen_classes(
+        declaration, folder, split, lists, primary, prompt, "official", remark, (names, sketches, photos)
+    )
+    return replace(found, name=f"{declaration.name}_{protocol}")
+
+
+def read_sketchy_instances(folder: DatasetFolder, split: str, *, gallery: str, prompt: str | None) -> Benchmark:
+    """Read the sketches of Sketchy with the very photo that each was drawn of as the only target."""
+    wording = SKETCHY_INSTANCES.find_prompt(prompt)
+    classes, sketches, listed = _read_lists(folder, _ListFiles(split, *_SKETCHY_LISTS), "zero")
+    photos = {row.path: row for row in listed if row.path.startswith("256x256/photo/")}
+    groups = _rows_by_class(list(photos.values()))
+    own = {label: tuple(row.path for row in rows) for label, rows in groups.items()}
+    queries = []
+    for row in sketches:
+        target = f"{row.path.replace('/sketch/', '/photo/', 1).rpartition('-')[0]}.jpg"
+        if target not in photos or photos[target].label != row.label:
+            raise DataError(
+                f"{row.place}: its photo {target} is not in the list of the class; download both lists again"
+            )
+        text, image = wording.text({"class": classes[row.label]}), folder.image(row.place, row.path)
+        subset = own[row.label] if gallery == "class" else None
+        queries.append(Query(row.path, image, text, (target,), subset=subset, label=classes[row.label]))
+    items = [GalleryItem(row.path, folder.image(row.place, row.path), classes[row.label]) for row in photos.values()]
+    protocol = Protocol(
+        metrics=("R@1", "R@5"),
+        primary="R@1",
+        candidates="subset" if gallery == "class" else "gallery",
+        prompt=wording.name,
+        note=f"Sketchy instances {split}, gallery={gallery}: the drawn photo among the "
+        f"{'photos of its class' if gallery == 'class' else 'photos of all classes'}; R@k is Acc@k of the papers",
+    )
+    return Benchmark("sketchy_instances", split, "sbir", queries, items, protocol)
 
 
 def read_training_sketchy(
@@ -174,9 +264,7 @@ def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> l
     return pairs
 
 
-def _read_lists(
-    folder: DatasetFolder, lists: _ListFiles, kind: str
-) -> tuple[dict[int, str], list[LabeledPath], list[LabeledPath]]:
+def _read_lists(folder: DatasetFolder, lists: _ListFiles, kind: str) -> _Lists:
     """Return the names of the classes, the sketches and the photos."""
     names = "cname_cid_zero.txt" if kind == "zero" else "cname_cid.txt"
     classes = read_classes(folder.annotation(f"{lists.folder}/{names}"))

@@ -1,6 +1,6 @@
 """From embeddings, or rankings of other methods, to metrics under a benchmark's protocol."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -197,12 +197,15 @@ def _score_subsets(
     keep = min(RANKING_DEPTH, wide)
     ordered = torch.full((len(queries), keep), -1)
     cosines = torch.full(ordered.shape, -torch.inf)
-    step = max(1, min(1024, _SUBSET_BYTES // (4 * wide * gallery.shape[1])))
-    for begin in range(0, len(queries), step):
-        span = slice(begin, begin + step)
+    for at in _subset_blocks([relevance.subset[query] for query in rows.tolist()], 4 * wide * gallery.shape[1]):
+        span = torch.tensor(at)
         part = rows[span]
-        subset = _padded([relevance.subset[query] for query in part.tolist()]).to(queries.device)
-        scores = torch.einsum("qd,qsd->qs", queries[span].float(), gallery[subset.clamp(min=0)].float())
+        own = [relevance.subset[query] for query in part.tolist()]
+        subset, some = _padded(own).to(queries.device), queries[span.to(queries.device)].float()
+        if all(one is own[0] for one in own):
+            scores = some @ gallery[subset[0]].float().T
+        else:
+            scores = torch.einsum("qd,qsd->qs", some, gallery[subset.clamp(min=0)].float())
         if not scores.isfinite().all():
             raise DataError("an embedding contains nan or infinity; look for a broken model or image")
         scores = scores.masked_fill(subset < 0, float("-inf"))
@@ -219,6 +222,17 @@ def _score_subsets(
         ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
         cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()
     return Scores(metrics.values(), Ranking(ordered, cosines), ordered)
+
+
+def _subset_blocks(subsets: Sequence[Tensor], row_bytes: int) -> list[list[int]]:
+    """Divide queries into blocks that share their subset, and those of other queries that fit the budget."""
+    shared: defaultdict[int, list[int]] = defaultdict(list)
+    for row, subset in enumerate(subsets):
+        shared[id(subset)].append(row)
+    alone = [rows[0] for rows in shared.values() if len(rows) == 1]
+    step = max(1, min(1024, _SUBSET_BYTES // row_bytes))
+    blocks = [rows[at : at + 1024] for rows in shared.values() if len(rows) > 1 for at in range(0, len(rows), 1024)]
+    return blocks + [alone[at : at + step] for at in range(0, len(alone), step)]
 
 
 class HitMasks(NamedTuple):

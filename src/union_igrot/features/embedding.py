@@ -25,7 +25,7 @@ from union_igrot.features.store import FeatureStore
 from union_igrot.images.decode import image_key
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import feature_folder
-from union_igrot.types import Benchmark, Features, ImageSource
+from union_igrot.types import Benchmark, Features, ImageSource, NoImage
 
 TOKEN_BYTES: Final = 4 * 2**30
 """Bytes on disk that the tokens of a benchmark's images may take, enough for some 40,000 images at 50 tokens of 512
@@ -97,6 +97,7 @@ def embed_models(
         for side in both:
             if not side.needs_tokens:
                 side.embed_pooled(keys)
+            side.embed_texts()
         seconds = {"encode": encoding, "embed": sum(side.seconds for side in both)}
         result = EmbeddedBenchmark(both[0].per_item(), both[1].per_item(), seconds)
         del both, side
@@ -110,7 +111,7 @@ class _Side:
 
     Attributes:
         name: `queries` or `gallery`.
-        images: Number of each row's image.
+        images: Number of each row's image; -1 for a text alone.
         texts: Each row's text; empty for a gallery.
         names: Key of each row's embedding in a store.
         items: For each query or gallery item its rows: one, or one per wording.
@@ -135,7 +136,7 @@ def _sides(benchmark: Benchmark) -> tuple[list[ImageSource], _Side, _Side]:
     ]
     for side, source, wordings in items:
         key = image_key(source)
-        number = numbers.setdefault(key, len(numbers))
+        number = -1 if isinstance(source, NoImage) else numbers.setdefault(key, len(numbers))
         if number == len(sources):
             sources.append(source)
         side.items.append([])
@@ -164,10 +165,20 @@ class _SideEmbedding:
     def embed_pooled(self, keys: Sequence[str]) -> None:
         """Embed every row from pooled features, given the images' keys."""
         step = self._extractor.batch_size
-        for at in range(0, len(self.side.images), step):
-            rows = list(range(at, min(at + step, len(self.side.images))))
+        every = [row for row, image in enumerate(self.side.images) if image >= 0]
+        for at in range(0, len(every), step):
+            rows = every[at : at + step]
             images = self._extractor.lookup([keys[self.side.images[row]] for row in rows], tokens=False)
             self.embed(rows, images, list(range(len(rows))))
+
+    @torch.inference_mode()
+    def embed_texts(self) -> None:
+        """Embed every row that has no image."""
+        every = [row for row, image in enumerate(self.side.images) if image < 0]
+        for at in range(0, len(every), self._extractor.batch_size):
+            rows = every[at : at + self._extractor.batch_size]
+            texts = self._extractor.lookup([f"text/{self.side.texts[row]}" for row in rows], tokens=False)
+            self.put(rows, self.model.embed_queries(None, texts))
 
     @torch.inference_mode()
     def embed(self, rows: Sequence[int], images: Features, positions: Sequence[int]) -> None:
@@ -244,6 +255,7 @@ def _stream(
         waiting.append(defaultdict(list))
         for row in side.load():
             waiting[-1][side.side.images[row]].append(row)
+        waiting[-1].pop(-1, None)
     needed = sorted(set().union(*waiting))
     writers: dict[int, BufferedWriter] = {}
     with ExitStack() as stack:

@@ -5,8 +5,8 @@ order mark at the start of a file is skipped. `errors` is as for `bytes.decode`:
 are not UTF-8, which `surrogateescape` keeps.
 """
 
+import codecs
 import csv
-import io
 import json
 import re
 import reprlib
@@ -19,6 +19,8 @@ from union_igrot.errors import DataError
 
 _Value = TypeVar("_Value")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLOCK = 1 << 20
+_MARK = re.compile(r"\s*([\[\],])\s*")  # before, between and after the values of a list
 _SEPARATOR = re.compile(r"\s*,?\s*")  # some writers put commas between concatenated values
 
 
@@ -65,6 +67,35 @@ def read_json(path: str | Path, *, concatenated: bool = False) -> Any:
     return values
 
 
+def read_json_items(path: str | Path) -> Iterator[Any]:
+    """Yield the values of a JSON list one by one; of a file of millions of rows only a part is held at once."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    text, at, number, ended = "", 0, -1, False
+    with _readable(path), Path(path).open("rb") as file:
+        while True:
+            while not ended and len(text) - at < _BLOCK:  # no value may be longer
+                data = file.read(_BLOCK)
+                ended = not data
+                try:
+                    text, at = text[at:] + decoder.decode(data, final=ended), 0
+                except UnicodeDecodeError:
+                    raise DataError(f"{path}, row {max(number, 0)}: not UTF-8; save the file as UTF-8") from None
+            mark = _MARK.match(text, at)
+            sign, end = (mark[1], mark.end()) if mark else ("", at)
+            if number > 0 and sign == "]" and not text[end:].strip() and not file.read(1):
+                return
+            if sign != ("[" if number < 0 else ","):
+                raise DataError(f"{path}, row {max(number, 0)}: not JSON (no list of rows); download the file again")
+            number, at = max(number, 0), end
+            try:
+                value, at = _DECODER.raw_decode(text, at)
+            except (ValueError, RecursionError):
+                with _parsed(f"{path}, row {number}", lines=False):  # not always, as it is slow
+                    raise
+            yield value
+            number += 1
+
+
 def read_json_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, Any]]:
     """Yield the place and the JSON value of each line that is not blank."""
     for place, line in read_lines(path, errors):
@@ -73,15 +104,18 @@ def read_json_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[
 
 def read_csv(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, list[str]]]:
     """Yield the place and the cells of each CSV row that is not empty; a row may span several lines."""
-    reader = csv.reader(io.StringIO(read_text(path, errors), newline=""), strict=True)
     number = 1
-    try:
-        for row in reader:
-            if row:
-                yield _place(path, number), row
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{_place(path, number)}: not CSV ({error}); check the quotes") from None
+    with _readable(path), Path(path).open(encoding="utf-8-sig", errors=errors, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for row in reader:
+                if row:
+                    yield _place(path, number), row
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{_place(path, number)}: not CSV ({error}); check the quotes") from None
+        except UnicodeDecodeError:
+            read_text(path, errors)  # names the line
 
 
 def refuse_repeated(value: _Value, place: str, seen: dict[_Value, str]) -> None:
