@@ -167,6 +167,30 @@ def test_cirr(tmp_path):
     assert len(test.queries[0].subset) == 5
 
 
+def test_cirr_images_of_train_may_lie_in_one_folder(tmp_path):
+    """Where NLVR2's download has them; the folder that the split file names comes first."""
+    official.cirr(tmp_path, splits=("val", "train"))
+    listed = tmp_path / "train" / "34"
+    (tmp_path / "train" / "train-1-0-img0.png").write_bytes((listed / "train-1-0-img0.png").read_bytes())
+    for number in (0, 3, 4, 5, 6, 7):
+        (listed / f"train-{number}-0-img0.png").rename(tmp_path / "train" / f"train-{number}-0-img0.png")
+    triplets = load_training("cirr", tmp_path).triplets
+    assert len(triplets) == 6
+    found = {side.relative_to(tmp_path).as_posix() for one in triplets for side in (one.image, one.target)}
+    flat = {f"train/train-{number}-0-img0.png" for number in (0, 3, 4, 5, 6, 7)}
+    assert found == flat | {f"train/34/train-{number}-0-img0.png" for number in (1, 2)}
+    (tmp_path / "train" / "train-0-0-img0.png").unlink()
+    with pytest.raises(ImageError, match=r"train/34/train-0-0-img0\.png"):
+        load_training("cirr", tmp_path)
+
+
+def test_cirr_paths_without_a_folder_are_taken_as_they_are(tmp_path):
+    official.cirr(tmp_path, with_images=False)
+    file = tmp_path / "cirr/image_splits/split.rc2.val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"val-0-0-img0": "a.png"}))
+    assert read("cirr", tmp_path, check_images=False).queries[0].image == tmp_path / "a.png"
+
+
 def test_circo_keeps_or_drops_the_reference(tmp_path):
     official.circo(tmp_path)
     plain, reference = read("circo", tmp_path), read("circo", tmp_path, preset="union_reference")

@@ -233,8 +233,8 @@ def _cirr_query(record: Record, split: str, folder: DatasetFolder, paths: dict[s
 
 def _cirr_image(folder: DatasetFolder, place: str, path: str) -> Path:
     """Find an image; NLVR2's download has `train/NAME.png` if the split file says `train/34/NAME.png`."""
-    first, *_, last = path.split("/")
-    return folder.image(place, path, f"{first}/{last}") if path.count("/") > 1 else folder.image(place, path)
+    parts = path.split("/")
+    return folder.image(place, path, *([f"{parts[0]}/{parts[-1]}"] if len(parts) > 2 else []))
 
 
 # --- CIRCO

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, first_line
 from union_igrot.gallery.ingest.entries import (
     FILE_MISSING,
     RESERVED_COLUMNS,
@@ -252,7 +252,7 @@ def _read_list(file: str) -> list[Entry]:
     try:
         rows = list(reader(file))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file} ({getattr(error, 'strerror', None) or error})") from None
+        raise DataError(f"cannot read {file} ({getattr(error, 'strerror', None) or first_line(error)})") from None
     entries = []
     for name, values in rows:
         check_column_names(values, file)
