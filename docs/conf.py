@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import union_igrot
 from union_igrot import __version__
 from union_igrot.cli.help import help_text
 from union_igrot.cli.settings import COMMANDS
@@ -87,20 +86,10 @@ MODULES = {
 
 
 def write_reference() -> None:
-    """Write a page per module, one that lists them, and one of the public names."""
+    """Write a page per module, and one that lists them."""
     place = HERE / "reference" / "modules"
     place.mkdir(parents=True, exist_ok=True)
-    index = ["# Modules\n", "```{toctree}\n:maxdepth: 1\n", "union_igrot", "```\n"]
-    lines = ["# union_igrot\n", "What `import union_igrot` offers; each is imported when it is first used.\n"]
-    lines += ["| name | what it is | described under |", "| --- | --- | --- |"]
-    for name in sorted(dir(union_igrot), key=str.lower):
-        if name in ("picture_batch", "Encoder"):  # deprecated
-            continue
-        found = getattr(union_igrot, name)
-        summary = str(found.__doc__).strip().partition("\n")[0].replace("|", "\\|")
-        kind = "class" if isinstance(found, type) else "func"
-        lines.append(f"| `{name}` | {summary} | {{py:{kind}}}`~{found.__module__}.{found.__qualname__}` |")
-    (place / "union_igrot.md").write_text("\n".join(lines) + "\n")
+    index = ["# Modules\n"]
     for theme, modules in MODULES.items():
         index += [f"## {theme}\n", "```{toctree}\n:maxdepth: 1\n", *modules, "```\n"]
         for module in modules:

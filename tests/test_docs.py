@@ -77,3 +77,10 @@ def test_python_runs(page, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_page_of_the_api_is_what_the_docstrings_say():
+    spec = importlib.util.spec_from_file_location("write_api", DOCS / "write_api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.api_page(), "run python docs/write_api.py"

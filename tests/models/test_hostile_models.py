@@ -93,6 +93,7 @@ CHANGES = [
     ("fusion.feedforward", 10**30, "fusion.feedforward in model.json is out of range"),
     ("fusion.feedforward", 64, "shapes of weights differ"),
     ("fusion.heads", 0, "heads"),
+    ("fusion.dropout", 10**400, "fusion.dropout in model.json is out of range"),
     ("fusion.dropout", float("nan"), "fusion.dropout in model.json is out of range"),
     ("fusion.dropout", "much", "dropout"),
     ("fusion.width", 4, "must not set width"),

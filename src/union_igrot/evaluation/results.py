@@ -347,7 +347,7 @@ class EvaluationResult:
         """
         try:
             return cls(tuple(MethodResult.from_dict(one) for one in json.loads(text)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"not a results.json ({type(error).__name__}: {first_line(error)}); pass one of union-train"
             ) from None

@@ -5,7 +5,6 @@ came with a checkpoint of the reference.
 """
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -177,9 +176,7 @@ def _check_options(options: Mapping[str, Any], path: str) -> None:
             continue
         numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
         most = _MOST_LAYERS if _LAYERS.search(name) else _MOST
-        if not all(math.isfinite(x) and abs(x) <= most for x in numbers) or (
-            isinstance(value, list) and len(value) > _MOST_LAYERS
-        ):
+        if not all(abs(x) <= most for x in numbers) or (isinstance(value, list) and len(value) > _MOST_LAYERS):
             raise ValueError(f"{path}.{name} in {MODEL_FILE} is out of range")
 
 
@@ -402,7 +399,7 @@ def _saved_preprocess(saved: Mapping[str, Any]) -> Preprocess:
     numbers = (*preprocess.mean, *preprocess.std, preprocess.pad_ratio)
     if not (isinstance(preprocess.size, int) and 1 <= preprocess.size <= _MOST_PIXELS):
         raise ValueError(f"size {preprocess.size!r} of the preprocessing is out of range")
-    if len(numbers) != 7 or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+    if len(numbers) != 7 or not all(isinstance(x, int | float) and abs(x) <= _MOST for x in numbers):
         raise ValueError("mean, std or pad_ratio of the preprocessing are not numbers")
     if preprocess.fit not in ("squash", "crop", "pad") or preprocess.interpolation not in ("bicubic", "bilinear"):
         raise ValueError("fit or interpolation of the preprocessing is unknown")
