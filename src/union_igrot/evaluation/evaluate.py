@@ -115,8 +115,9 @@ def evaluate_benchmark(
         arithmetic = {"device": device_name(model.device), **extractor.describe()}
         texts = [text for query in benchmark.queries for text in query.wordings if text]
         truncated = model.backbone.count_truncated(texts)
+        limits = metric_limits(benchmark)
         for name, one in scores.items():
-            result = method_result(benchmark, name, one, described[name], seconds[name], seed)
+            result = method_result(benchmark, name, one, described[name], seconds[name], seed, limits)
             methods.append(replace(result, arithmetic=arithmetic, n_truncated=0 if name == "chance" else truncated))
             advance()
     if trained:
@@ -247,8 +248,9 @@ def method_result(
     model: Mapping[str, Any],
     seconds: Mapping[str, float],
     seed: int,
+    limits: Mapping[str, str] | None = None,
 ) -> MethodResult:
-    """Return the result of a method without training, from its scores."""
+    """Return the result of a method without training, from its scores; `limits` are the benchmark's if None."""
     classes, warning = _resampled_classes(benchmark), benchmark_warning(benchmark)
     return MethodResult(
         benchmark=benchmark.name,
@@ -266,7 +268,7 @@ def method_result(
         versions=versions(),
         seed=seed,
         n_classes=0 if classes is None else len(classes.unique()),
-        limits=metric_limits(benchmark),
+        limits=metric_limits(benchmark) if limits is None else limits,
         warnings=(warning,) if warning else (),
     )
 
