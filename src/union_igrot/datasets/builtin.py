@@ -75,7 +75,7 @@ FASHIONIQ = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", "dress"): (2017, 3817), ("val", "shirt"): (2038, 6346), ("val", "toptee"): (1961, 5373)},
-    summary="FashionIQ: clothes with two sentences, three categories; the targets of split test are not published.",
+    summary="FashionIQ: clothes with two texts per pair, three categories; the targets of split test are not published.",
     source="annotations: GitHub, XiaoxiaoGuo/fashion-iq; images: its product links, many dead, or a mirror",
 )
 CIRR = BenchmarkDeclaration(
@@ -95,7 +95,7 @@ CIRR = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", ""): (4181, 2297), ("test1", ""): (4148, 2315)},
-    summary="CIRR: natural photos with a sentence, and subsets of look-alikes; split test1 writes submission files.",
+    summary="CIRR: natural photos with a text, and subsets of look-alikes; split test1 writes submission files.",
     source="annotations: GitHub, Cuberick-Orion/CIRR, branch cirr_dataset; images: NLVR2's request form",
 )
 CIRCO = BenchmarkDeclaration(
@@ -140,7 +140,7 @@ LASCO = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", ""): (30_037, 39_826)},
-    summary="LaSCo: generated sentences on COCO photos.",
+    summary="LaSCo: generated texts on COCO photos.",
     source="annotations: GitHub, levymsn/LaSCo; images: COCO 2014 train and val, cocodataset.org",
 )
 LLAVASCO = BenchmarkDeclaration(

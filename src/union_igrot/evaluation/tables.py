@@ -381,7 +381,7 @@ def compare_queries(
         seed: Seed of the bootstrap and the draws.
 
     Returns:
-        A table of both means, their paired difference and its p-value by metric, and a sentence on the primary metric.
+        A table of both means, their paired difference and its p-value by metric, and a line on the primary metric.
 
     Raises:
         DataError: If a run has no values of the method.

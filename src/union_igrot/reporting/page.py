@@ -80,7 +80,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class QueryGroups:
-    """A table of groups of queries, below a heading and a sentence."""
+    """A table of groups of queries, below a heading and a line of text."""
 
     title: str
     description: str

@@ -32,7 +32,7 @@ CIR_PROTOCOL = Protocol(
     primary="mAP@10",
     exclude_reference=True,
     ties="gallery order",
-    note="generated world; every gallery picture whose scene obeys the sentence is a target; subsets of six as in CIRR",
+    note="generated world; every gallery image whose scene satisfies the text is a target; subsets of six as in CIRR",
 )
 SBIR_PROTOCOL = Protocol(
     metrics=("mAP", "mAP@200", "P@100", "P@200", "R@1", "R@10"),
