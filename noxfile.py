@@ -21,6 +21,8 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
 SHARED = ROOT / ".nox" / "shared"
+# One thread for each of two workers, for two cores.
+TESTING = {"OMP_NUM_THREADS": "1"}
 SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
 
 
@@ -38,9 +40,8 @@ def environment(session: nox.Session, *groups: str, package: str = ".") -> Path:
 def tests(session: nox.Session) -> None:
     """Run the tests; further arguments go to pytest."""
     commands = environment(session, "test", package=".[gallery]")
-    # Two workers of one thread each, for two cores.
     chosen = session.posargs or ["--numprocesses=2", "--dist=worksteal"]
-    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+    session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -48,7 +49,7 @@ def coverage(session: nox.Session) -> None:
     """Run the tests and report uncovered lines; takes nearly twice as long."""
     commands = environment(session, "test", package=".[gallery]")
     chosen = ["--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered", *session.posargs]
-    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+    session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -56,7 +57,7 @@ def slow(session: nox.Session) -> None:
     """Run the tests that are marked slow."""
     commands = environment(session, "test", package=".[gallery]")
     chosen = ["-m", "slow", "--numprocesses=2", "--dist=worksteal", *session.posargs]
-    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+    session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -69,7 +70,7 @@ def browser(session: nox.Session) -> None:
         session.run("apt-get", "update", external=True, silent=True)
         session.run("apt-get", "install", "--yes", "--no-install-recommends", "chromium", external=True, silent=True)
     chosen = ["-m", "browser", "tests/browser", *session.posargs]
-    session.run(commands / "python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"}, external=True)
+    session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
 
 MILVUS = """

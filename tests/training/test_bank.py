@@ -63,6 +63,7 @@ class Oracle:
 
     def __init__(self, model):
         self.model, self.transform = model, ImageToTensor(model.backbone.preprocess)
+        self.embeddings = {}
         self.triplets = samples().triplets
         self.of_target = {}
         for one in self.triplets:
@@ -72,13 +73,17 @@ class Oracle:
     def pixels(self, image):
         return self.transform(image.open())[None]
 
-    @torch.no_grad()
-    def query(self, image, text=None):
-        return self.model.embed_queries(self.pixels(image), [text])[0].double().tolist()
+    def once(self, key, embed):
+        if key not in self.embeddings:
+            with torch.no_grad():
+                self.embeddings[key] = embed()[0].double().tolist()
+        return self.embeddings[key]
 
-    @torch.no_grad()
+    def query(self, image, text=None):
+        return self.once((image.key, text), lambda: self.model.embed_queries(self.pixels(image), [text]))
+
     def target(self, image):
-        return self.model.embed_gallery(self.pixels(image))[0].double().tolist()
+        return self.once(image.key, lambda: self.model.embed_gallery(self.pixels(image)))
 
     def shown(self, one):
         """The content of a reference, as a group of targets."""
