@@ -75,7 +75,7 @@ FASHIONIQ = BenchmarkDeclaration(
     presets=_PRESETS,
     trainable=True,
     counts={("val", "dress"): (2017, 3817), ("val", "shirt"): (2038, 6346), ("val", "toptee"): (1961, 5373)},
-    summary="FashionIQ: clothes with two texts per pair, three categories; the targets of split test are not published.",
+    summary="FashionIQ: clothes with two texts per pair, three categories; targets of split test are not public.",
     source="annotations: GitHub, XiaoxiaoGuo/fashion-iq; images: its product links, many dead, or a mirror",
 )
 CIRR = BenchmarkDeclaration(
