@@ -32,6 +32,7 @@ CONTEXT: Final = 32
 """Most words of a text; longer texts are cut."""
 WIDTH: Final = 1280
 """Channels of EfficientNet-Lite0's last map."""
+_AT_ONCE: Final = 4
 _MOST_WORDS, _LEAST_LETTERS, _SIMILAR, _MIXED = 4, 5, 0.5, 3
 _STOP = frozenset(
     ("a", "an", "the", "of", "and", "or", "in", "on", "at", "to", "with", "without", "for", "from", "by", "is", "are")
@@ -156,7 +157,9 @@ class PhotoNetwork(nn.Module):
 
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
         """Return the embedding of each image and of its 7 x 7 cells."""
-        cells = self.trunk.forward_features(images.contiguous(memory_format=torch.channels_last))
+        # On a CPU a few images at once are a third faster: their maps stay in its caches.
+        parts = images.contiguous(memory_format=torch.channels_last).split(_AT_ONCE if images.is_cpu else len(images))
+        cells = torch.cat([self.trunk.forward_features(part) for part in parts])
         cells = cells.flatten(2).transpose(1, 2)
         return self.embed(cells.mean(1), cells)
 
