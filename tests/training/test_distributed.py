@@ -113,7 +113,9 @@ def runs_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     for loss in LOSSES:
         extractor(folder / loss / "cache")  # makes the folder, before both processes do
-    here = {**os.environ, "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    # An earlier test's seed in the environment would seed the processes under DDP, but not the training alone.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
+    here = {**inherited, "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD]
     tests = str(Path(__file__).parents[1])
     children = [
