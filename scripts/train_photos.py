@@ -9,7 +9,8 @@ the split `train` is read. Beside it: Debian's `wordnet-base` and `fonts-symbola
 1. Every noun of WordNet that can be photographed gets a vector: a mixture of ImageNet's classes (`wordnet.py`).
 2. The joint space are the main directions of the classes. Photos reach it centered by their mean; sketches by a linear
    map that is fitted to sketches, edge maps of photos, and pictographs of a font, whose names say what they show.
-3. The text tower holds the vectors of the surest and most common names. Nothing is drawn at random.
+3. Two small residual networks, of photos and of drawings, are trained by gradient descent on the training classes.
+4. The text tower holds the vectors of the surest and most common names.
 """
 
 import argparse
@@ -52,6 +53,8 @@ NAMES, COMMON = 11000, 0.6
 """Names of the text tower, and how much more likely one is in it whose senses were counted in a corpus."""
 MAP_RIDGE, MAP_START = 30.0, 0.5
 """Regularization of the sketches' map, and the share of the photos' map in it; chosen on held-out training classes."""
+STEPS, RATE, DECAY = 150, 3e-4, 0.5
+"""Training of the residual networks; longer or faster, they learn the training classes at the cost of others."""
 
 
 def edge_map(image: Image.Image, number: int) -> Image.Image:
@@ -163,6 +166,43 @@ def sketch_part(network: PhotoNetwork, sketches: Tensor, center: Tensor, targets
     size = (x @ basis.T).norm(dim=1).mean()
     weight = (MAP_START / size * basis + change.T) / length
     network.sketch.weight.data, network.sketch.bias.data = weight, -weight @ center
+
+
+def residual_part(network: PhotoNetwork, features: dict[str, Tensor], labels: dict[str, list[str]]) -> None:
+    """Train the residual networks: drawings and photos against photos of all classes, equal classes being positive."""
+    generator = torch.Generator().manual_seed(0)
+    trained = [network.photo_residual, network.sketch_residual]
+    optimizer = torch.optim.AdamW([x for one in trained for x in one.parameters()], lr=RATE, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
+    names = sorted(set(labels["photo"]))
+    classes = {kind: torch.tensor([names.index(x) for x in some]) for kind, some in labels.items()}
+    classes["edges"] = classes["photo"]
+    shares = {"sketch": 51, "edges": 51, "photo": 26}
+
+    def embed(x: Tensor) -> Tensor:
+        return F.normalize(network.embed(x, x[:, None])[:, 0], dim=1)
+
+    def draw(kind: str, count: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(features[kind]), (count,), generator=generator)
+        return features[kind][rows], classes[kind][rows]
+
+    for _ in range(STEPS):
+        drawn = [draw(kind, count) for kind, count in shares.items()]
+        asked, wanted = torch.cat([x for x, _ in drawn]), torch.cat([labelled for _, labelled in drawn])
+        # Photos at random, and one of each query's class.
+        order = torch.randperm(len(classes["photo"]), generator=generator)
+        own = torch.stack([order[(classes["photo"][order] == name).int().argmax()] for name in wanted])
+        rows = torch.cat([own, order[:512]])
+        logits = 30 * embed(asked) @ embed(features["photo"][rows]).T
+        same = classes["photo"][rows] == wanted[:, None]
+        positive = logits.masked_fill(~same, float("-inf")).logsumexp(1) - same.sum(1).log()
+        loss = (logits.logsumexp(1) - positive).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for weight in network.parameters():
+        weight.grad = None
 
 
 def text_part(network: PhotoNetwork, nouns: Nouns, names: Sequence[str], vectors: Tensor) -> PhotoText:
@@ -285,6 +325,7 @@ def main() -> None:
     labels = {domain: [row["class"] for row in manifest[domain]] for domain in manifest}
     at = {name: i for i, name in enumerate(names)}
     fit_images(network, features, labels, named[[at[name] for name in shown]])
+    residual_part(network, features, labels)
 
     network.text = text_part(network, nouns, names, named)
     state = {

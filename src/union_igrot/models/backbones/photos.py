@@ -33,6 +33,7 @@ CONTEXT: Final = 32
 WIDTH: Final = 1280
 """Channels of EfficientNet-Lite0's last map."""
 _AT_ONCE: Final = 4
+_HIDDEN: Final = 64
 _MOST_WORDS, _LEAST_LETTERS, _SIMILAR, _MIXED = 4, 5, 0.5, 3
 _STOP = frozenset(
     ("a", "an", "the", "of", "and", "or", "in", "on", "at", "to", "with", "without", "for", "from", "by", "is", "are")
@@ -135,11 +136,24 @@ class PhotoText(nn.Module):
         return first_pooled(torch.cat([names.sum(1, keepdim=True), names], dim=1), mask)
 
 
+class _Residual(nn.Module):
+    """A unit vector plus a small network of it, of unit length again; changes nothing before it is trained."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, _HIDDEN), nn.Linear(_HIDDEN, dim)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        return F.normalize(x + self.down(F.gelu(self.up(self.norm(x)))), dim=-1)
+
+
 class PhotoNetwork(nn.Module):
     """The network of `PhotosBackbone`.
 
     A photo is where its centered feature lies, plus the mixture of the classes it is classified as. A sketch has a map
-    of its own into the joint space; `gate` tells sketches from photos.
+    of its own into the joint space; `gate` tells sketches from photos. Both then pass a small residual network.
 
     Args:
         dim: Width of the joint space.
@@ -153,6 +167,7 @@ class PhotoNetwork(nn.Module):
         self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(WIDTH, dim)
         self.gate = nn.Linear(WIDTH, 1)
         self.prototypes = nn.Linear(1000, dim, bias=False)
+        self.photo_residual, self.sketch_residual = _Residual(dim), _Residual(dim)
         self.text = PhotoText(dim, names, characters)
 
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
@@ -170,7 +185,9 @@ class PhotoNetwork(nn.Module):
         is_sketch = torch.sigmoid(self.gate(pooled))
         classes = self.trunk.classifier(pooled).softmax(-1).sqrt()
         photo = F.normalize(self.photo(pooled), dim=-1) + 0.7 * F.normalize(self.prototypes(classes), dim=-1)
-        first = torch.lerp(F.normalize(photo, dim=-1), F.normalize(self.sketch(pooled), dim=-1), is_sketch)
+        photo = self.photo_residual(F.normalize(photo, dim=-1))
+        sketch = self.sketch_residual(F.normalize(self.sketch(pooled), dim=-1))
+        first = torch.lerp(photo, sketch, is_sketch)
         inner = torch.lerp(self.photo(cells), self.sketch(cells), is_sketch[:, None])
         return torch.cat([first[:, None], F.normalize(inner, dim=-1)], dim=1)
 
