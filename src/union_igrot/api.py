@@ -34,13 +34,15 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Precisions of a training, with their names in Lightning."""
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
     model: IGROTModel,
     benchmark: str | Benchmark | Sequence[Benchmark],
     root: str | Path | None = None,
     *,
     seed: int = 0,
     calibration: float = 0.0,
+    fusions: Sequence[str] = ("product",),
+    corpora: Sequence[str | Path] = (),
     batch_size: int = 256,
     workers: int | None = None,
     cache_dir: str | Path | None = None,
@@ -56,6 +58,8 @@ def evaluate(
         seed: Seed of the random baseline and of the bootstrap.
         calibration: Weight of the calibration by training queries, such as 0.25; 0, as zero-shot protocols ask, for
             none. See `evaluation.calibration`.
+        fusions: Further baselines without training, any of `product`, `weicom`, `slerp` and `basic`.
+        corpora: For `basic` a file of texts about subjects and one of texts about styles, one text a line.
         batch_size: Images encoded at once.
         workers: Processes that decode images; chosen by the device if None.
         cache_dir: Folder of the feature store; the default one if None.
@@ -84,7 +88,8 @@ def evaluate(
                     f"the targets of {one.name} {one.split} are not published; choose another split, or write a "
                     "submission file with union-eval"
                 )
-            parts.append(evaluate_benchmark(model, one, extractor, seed, calibration=calibration))
+            chosen: dict[str, Any] = {"calibration": calibration, "fusions": fusions, "corpora": corpora}
+            parts.append(evaluate_benchmark(model, one, extractor, seed, **chosen))
             result += parts[-1]
     return result + average_parts(parts, mean, seed) if mean and len(parts) > 1 else result
 

@@ -402,8 +402,8 @@ def evaluate_and_report(
     mean: str = "",
     *,
     checkpoint: str | None,
-    calibration: float = 0.0,
     shown: bool = True,
+    **options: Any,
 ) -> EvaluationResult:
     """Evaluate on each benchmark, write the results after each, print the tables.
 
@@ -420,14 +420,16 @@ def evaluate_and_report(
         seed: Seed of the random baseline and of the bootstrap.
         mean: Name of the mean over the benchmarks, if they are parts of one.
         checkpoint: Where the trained heads were loaded from; None evaluates the baselines of the backbone alone.
-        calibration: Weight of the calibration of the trained heads' scores, see `evaluation.calibration`; 0 for none.
         shown: Whether to print the tables.
+        **options: `calibration`, `fusions` and `corpora` of `evaluate_benchmark`.
     """
     result, parts = EvaluationResult(), []
     opener = partial(open_image, at_least=TILE_SIDE)
     for benchmark in benchmarks:
         if not any(query.targets for query in benchmark.queries):
-            result += EvaluationResult(scored=(submit(model, benchmark, extractor, folder, calibration),))
+            result += EvaluationResult(
+                scored=(submit(model, benchmark, extractor, folder, options.get("calibration", 0)),)
+            )
             continue
         found = evaluate_benchmark(
             model,
@@ -436,7 +438,7 @@ def evaluate_and_report(
             seed,
             trained=checkpoint is not None,
             checkpoint=checkpoint,
-            calibration=calibration,
+            **options,
         )
         parts.append(found)
         result += found

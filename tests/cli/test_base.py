@@ -64,7 +64,7 @@ def test_base_is_trained_evaluated_and_loaded_again(tmp_path, weights, images):
     saved = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     assert saved["backbone"] == "base"
     rows = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {row["method"] for row in rows} == {"chance", "image", "text", "sum", "trained"}
+    assert {row["method"] for row in rows} == {"chance", "image", "text", "sum", "product", "trained"}
     assert (tmp_path / "run" / "model" / "backbone.safetensors").exists()
     again = [f"checkpoint={tmp_path / 'run'}", "data=folder", f"data.root={images}", f"weights={weights}"]
     evaluate([*again, "progress=false", f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'again'}"])

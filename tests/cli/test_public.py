@@ -35,7 +35,7 @@ def test_each_is_evaluated(name, tmp_path, capsys):
     given = [f"data={name}", f"data.root={tmp_path / 'data'}", *ONE_PART.get(name, [])]
     evaluate([*given, f"output_dir={out}", "progress=false"])
     found = rows(out)
-    assert {row["method"] for row in found} == {"chance", "image", "text", "sum", "trained"}
+    assert {row["method"] for row in found} == {"chance", "image", "text", "sum", "product", "trained"}
     parts = {row["benchmark"] for row in found}
     if name in PARTS:
         assert f"{name}_mean" in parts

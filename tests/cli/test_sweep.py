@@ -114,7 +114,7 @@ def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
     WRITERS["sketchy"](place / "data")
     evaluate(["model=tiny", "data=sketchy", f"data.root={place / 'data'}", "progress=false", "output_dir=out"])
     rows = json.loads((place / "out" / "results.json").read_text())
-    assert [row["method"] for row in rows] == ["chance", "image", "text", "sum"]
+    assert [row["method"] for row in rows] == ["chance", "image", "text", "sum", "product"]
     assert (place / "out" / "contact-sketchy.png").is_file()
     assert "checkpoint: null" in (place / "out" / "config.yaml").read_text()
     assert "trained - " not in capsys.readouterr().out

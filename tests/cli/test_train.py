@@ -13,7 +13,7 @@ from union_igrot.cli.train import main as train
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import IGROTModel
 
-METHODS = ["chance", "image", "text", "sum", "trained"]
+METHODS = ["chance", "image", "text", "sum", "product", "trained"]
 
 
 def test_everything_a_reader_needs_is_written(small_run: Run):

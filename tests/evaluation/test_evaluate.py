@@ -150,8 +150,8 @@ def test_chunks_change_nothing(monkeypatch):
     whole = score(benchmark, *sides)
     chunks = []
 
-    def few_at_once(queries, gallery, exclude):
-        for chunk in rank_chunks(queries, gallery, exclude, chunk_bytes=7 * 8 * len(gallery)):
+    def few_at_once(queries, gallery, exclude, fused):
+        for chunk in rank_chunks(queries, gallery, exclude, 7 * 8 * len(gallery), fused):
             chunks.append(chunk.queries)
             yield chunk
 
@@ -287,7 +287,7 @@ def found(tmp_path_factory):
 
 def test_results_have_the_documented_fields(found):
     for result in found:
-        (scored,), methods = result.scored, ["chance", "image", "text", "sum", "trained"]
+        (scored,), methods = result.scored, ["chance", "image", "text", "sum", "product", "trained"]
         benchmark = scored.benchmark
         assert [one.method for one in result.methods] == list(scored.scores) == methods
         for one in result.methods:
@@ -311,7 +311,7 @@ def test_results_have_the_documented_fields(found):
 def test_differences_are_those_of_the_methods(found):
     for result in found:
         trained = result.methods[-1]
-        assert set(trained.differences) == {"chance", "image", "text", "sum"}
+        assert set(trained.differences) == {"chance", "image", "text", "sum", "product"}
         for other in result.methods[:-1]:
             for name, (mean, low, high) in trained.differences[other.method].items():
                 assert low - 1e-9 <= mean <= high + 1e-9
@@ -409,10 +409,10 @@ def test_only_trained_heads_have_an_overlap(model, tmp_path):
     model.training_images = image_identities([benchmark.gallery[0].image])
     filled = extractor(tmp_path, model.backbone)
     found = evaluate_benchmark(model, benchmark, filled)
-    assert [one.seen_images for one in found.methods[:-1]] == [None] * 4
+    assert [one.seen_images for one in found.methods[:-1]] == [None] * 5
     assert found.methods[-1].seen_images.gallery == 1
     alone = evaluate_benchmark(model, benchmark, filled, trained=False)
-    assert list(alone.scored[0].scores) == ["chance", "image", "text", "sum"]
+    assert list(alone.scored[0].scores) == ["chance", "image", "text", "sum", "product"]
     assert not any(one.differences for one in alone.methods)
     assert [one.metrics for one in alone.methods] == [one.metrics for one in found.methods[:-1]]
 
@@ -423,7 +423,7 @@ def test_texts_that_the_backbone_cuts_are_counted(tmp_path):
     found = evaluate_benchmark(trainable("sum", "frozen", backbone), benchmark, extractor(tmp_path, backbone))
     expected = sum(len(query.text.split()) > 3 for query in benchmark.queries)
     assert expected > 1
-    assert [one.n_truncated for one in found.methods] == [0, *[expected] * 4]
+    assert [one.n_truncated for one in found.methods] == [0, *[expected] * 5]
     assert found.methods[-1].to_dict()["n_truncated"] == expected
     assert f"{expected} query texts cut at the backbone's token limit" in " ".join(str(found).split())
     assert average_parts([found, found], "both").methods[-1].n_truncated == 2 * expected
@@ -442,7 +442,7 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     assert shared.seen_images == SeenImages(2 * first.methods[-1].seen_images.queries, 2)
     assert shared.parts == ("a", "b")
     assert shared.metrics["mAP"] == pytest.approx(first.methods[-1].metrics["mAP"])
-    assert set(shared.differences) == {"chance", "image", "text", "sum"}
+    assert set(shared.differences) == {"chance", "image", "text", "sum", "product"}
     mean, low, high = shared.differences["image"]["mAP"]
     assert mean == pytest.approx(shared.metrics["mAP"] - methods[1].metrics["mAP"])
     assert low <= mean <= high
@@ -470,7 +470,7 @@ def test_a_bar_follows_an_evaluation_to_its_end(tmp_path, monkeypatch, capsys):
     assert "encoding noise_cir images" in shown[0]
     assert "embedding noise_cir images" in shown[1]
     for text in shown:
-        assert re.search(r"evaluating noise_cir .* 9/9", text)
+        assert re.search(r"evaluating noise_cir .* 11/11", text)
         assert text.index("evaluating") > text.rindex("noise_cir images")
 
 

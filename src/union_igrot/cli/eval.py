@@ -57,6 +57,8 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
         mean,
         checkpoint=checkpoint,
         calibration=config.calibration,
+        fusions=settings["fusions"],
+        corpora=[expand_user(path) for path in settings["corpora"]],
     )
     return folder
 

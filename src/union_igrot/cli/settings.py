@@ -18,6 +18,9 @@ from union_igrot.training.settings import BankSettings, FolderSettings, LossSett
 # Settings that several commands share.
 
 
+_FUSIONS = ("product", "weicom", "slerp", "basic")  # evaluation.fusion.FUSIONS, which imports torch
+
+
 def _seed(of: str) -> Any:
     return setting(0, f"seed of {of}", low=0, high=2**32 - 1)
 
@@ -98,6 +101,15 @@ class EvalSettings(ExtractionSettings):
     device: str = _device("encoding and ranking")
     calibration: float = setting(
         0.0, "weight of a correction by training queries, such as 0.25; 0, as zero-shot protocols ask, for none", low=0
+    )
+    fusions: tuple[str, ...] = setting(
+        ("product",),
+        "further baselines without training: product, weicom, slerp, basic",
+        accepts=lambda value: set(value) <= set(_FUSIONS),
+        expected=f"a list of {', '.join(_FUSIONS)}",
+    )
+    corpora: tuple[str, ...] = setting(
+        (), "files of texts about subjects and about styles, one text a line, for fusions=[basic]"
     )
     predictions: str | None = setting(None, "submission file of any method, scored without a model", path="file")
     seed: int = _seed("random baseline and bootstrap")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -19,6 +20,7 @@ import union_igrot
 from union_igrot.datasets.loading import benchmark_warning
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.calibration import Calibration, calibrate
+from union_igrot.evaluation.fusion import embed_corpora, fuse
 from union_igrot.evaluation.results import (
     EvaluationResult,
     MethodResult,
@@ -67,6 +69,8 @@ def evaluate_benchmark(
     trained: bool = True,
     checkpoint: str | None = None,
     calibration: float = 0.0,
+    fusions: Sequence[str] = ("product",),
+    corpora: Sequence[str | Path] = (),
 ) -> EvaluationResult:
     """Evaluate a model beside chance and the training-free baselines.
 
@@ -78,6 +82,8 @@ def evaluate_benchmark(
         trained: Whether to evaluate the model's own heads, or the baselines of its backbone alone.
         checkpoint: Where the trained heads were loaded from, for the description of the model.
         calibration: Weight of the calibration of the trained heads' scores; 0 for none, as zero-shot protocols ask.
+        fusions: Further baselines without training, of `fusion.FUSIONS`.
+        corpora: Files of texts about subjects and about styles, for the fusion `basic`.
 
     Returns:
         Metrics in percent with 95 % bootstrap intervals over queries and their classes, `chance` first; the values and
@@ -98,7 +104,8 @@ def evaluate_benchmark(
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
     used: Calibration | None = None
     methods = []
-    with _progress(benchmark, 2 * len(models) + 1, shown=extractor.progress) as advance:
+    sides_of: dict[str, Tensor] = {}
+    with _progress(benchmark, 2 * len(models) + 1 + 2 * len(fusions), shown=extractor.progress) as advance:
         for name, embedded in embed_models(models, benchmark, extractor):
             start = time.perf_counter()
             queries, gallery = embedded.queries, embedded.gallery
@@ -107,15 +114,16 @@ def evaluate_benchmark(
             scores[name] = score(benchmark, queries, gallery)
             seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
             advance()
-        described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
-        if used is not None:
-            described["trained"]["calibration"] = used.to_dict()
-        if trained and checkpoint is not None:
-            described["trained"]["checkpoint"] = checkpoint
+            sides_of[name] = queries
+            for fusion in fusions if name == BASELINES[-1] else ():  # the other methods' embeddings are known then
+                texts = embed_corpora(model, corpora if fusion == "basic" else ())
+                scores[fusion] = score(benchmark, *fuse(fusion, sides_of["image"], sides_of["text"], gallery, texts))
+                seconds[fusion] = {"rank": time.perf_counter() - start}
+                advance()
+        described = _descriptions(models, fusions, used, checkpoint)
         arithmetic = {"device": device_name(model.device), **extractor.describe()}
-        texts = [text for query in benchmark.queries for text in query.wordings if text]
-        truncated = model.backbone.count_truncated(texts)
-        limits = metric_limits(benchmark)
+        words = [text for query in benchmark.queries for text in query.wordings if text]
+        truncated, limits = model.backbone.count_truncated(words), metric_limits(benchmark)
         for name, one in scores.items():
             result = method_result(benchmark, name, one, described[name], seconds[name], seed, limits)
             methods.append(replace(result, arithmetic=arithmetic, n_truncated=0 if name == "chance" else truncated))
@@ -130,6 +138,18 @@ def evaluate_benchmark(
         )
     weights = _target_weights(model, benchmark, extractor) if trained else ()
     return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores, weights),))
+
+
+def _descriptions(
+    models: Mapping[str, IGROTModel], fusions: Sequence[str], used: Calibration | None, checkpoint: str | None
+) -> dict[str, dict[str, Any]]:
+    described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
+    described |= {fusion: models["image"].describe() | {"fusion": {"kind": fusion}} for fusion in fusions}
+    if used is not None:
+        described["trained"]["calibration"] = used.to_dict()
+    if "trained" in models and checkpoint is not None:
+        described["trained"]["checkpoint"] = checkpoint
+    return described
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from union_igrot.errors import DataError
 from union_igrot.evaluation.exact import CHUNK_BYTES, blocks, check_exclusions, not_finite, products
+from union_igrot.evaluation.fusion import FusedQueries
 from union_igrot.models.devices import full_precision
 
 _FEW_TIES = 64
@@ -123,6 +124,7 @@ def rank_chunks(
     gallery: Float[Tensor, "gallery dim"],
     exclude: Sequence[Sequence[int]] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    fused: FusedQueries | None = None,
 ) -> Iterator[RankedChunk]:
     """Rank the whole gallery for each query, a few queries at a time.
 
@@ -133,6 +135,7 @@ def rank_chunks(
             gallery order.
         chunk_bytes: Bound on what is held at once, 8 bytes per score: the scores and about as much working memory.
             Ranks on an accelerator temporarily need about four times that. At least one query's scores are held.
+        fused: If given, `queries` are its first embeddings, and scores are combined with those of the second.
 
     Returns:
         An iterator over chunks that cover the queries in order. Arguments are checked immediately, not at the first
@@ -147,7 +150,7 @@ def rank_chunks(
     chunks = blocks(len(queries), len(gallery), chunk_bytes)
     if len(queries) and not (_longest(queries) * _longest(gallery) < torch.finfo(torch.float32).max):
         raise DataError(not_finite(queries, gallery))
-    return _ranked(queries, gallery, excluded, chunks)
+    return _ranked(queries, gallery, excluded, chunks, fused)
 
 
 def _longest(embeddings: Float[Tensor, "rows dim"]) -> float:
@@ -161,6 +164,7 @@ def _ranked(
     gallery: Float[Tensor, "gallery dim"],
     excluded: list[list[int]] | None,
     chunks: Sequence[slice],
+    fused: FusedQueries | None,
 ) -> Iterator[RankedChunk]:
     if not chunks:
         return
@@ -173,6 +177,10 @@ def _ranked(
         count = rows.stop - rows.start
         scores = buffer[:count]
         _fill(scores, queries, gallery, rows)
+        if fused is not None:
+            other = torch.empty_like(scores)
+            _fill(other, fused.texts, gallery, rows)
+            scores.copy_(fused.combine(scores, other, torch.ones_like(scores, dtype=torch.bool))).add_(0.0)
         out = [[] for _ in range(count)] if excluded is None else excluded[rows]
         pairs = [(row, item) for row, items in enumerate(out) for item in items]
         if pairs:

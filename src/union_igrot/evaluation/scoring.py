@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.evaluation.fusion import FusedQueries
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
 from union_igrot.evaluation.results import query_classes
 from union_igrot.metrics.names import ParsedMetric, is_rank, parse_metric
@@ -117,7 +118,7 @@ def _limit(metric: ParsedMetric, sizes: Mapping[tuple[int, int], int], protocol:
 
 def score(
     benchmark: Benchmark,
-    queries: Float[Tensor, "queries dim"],
+    queries: Float[Tensor, "queries dim"] | FusedQueries,
     gallery: Float[Tensor, "gallery dim"],
     positions: Int[Tensor, " queries"] | None = None,
 ) -> Scores:
@@ -129,7 +130,7 @@ def score(
 
     Args:
         benchmark: Whose queries and gallery were embedded.
-        queries: Query embeddings.
+        queries: Query embeddings; of a fusion of scores both embeddings of each query.
         gallery: Gallery embeddings, in the gallery's order.
         positions: Which queries of the benchmark the rows are; None means all, in order. Under distributed training
             each process passes its own rows and gets the metrics of all queries.
@@ -145,14 +146,20 @@ def score(
     if is_rank(benchmark.protocol.primary):
         raise ConfigError(f"invalid value for primary: {benchmark.protocol.primary!r} (expected a metric in percent)")
     relevance = Relevance.of(benchmark)
+    fused, queries = (queries, queries.images) if isinstance(queries, FusedQueries) else (None, queries)
     rows = torch.arange(len(queries)) if positions is None else positions.cpu()
     if benchmark.protocol.candidates == "subset":
-        return _score_subsets(benchmark.protocol, relevance, queries, gallery, rows)
-    return _score_gallery(benchmark.protocol, relevance, queries, gallery, rows)
+        return _score_subsets(benchmark.protocol, relevance, queries, gallery, rows, fused)
+    return _score_gallery(benchmark.protocol, relevance, queries, gallery, rows, fused)
 
 
 def _score_gallery(
-    protocol: Protocol, relevance: Relevance, queries: Tensor, gallery: Tensor, rows: Int[Tensor, " queries"]
+    protocol: Protocol,
+    relevance: Relevance,
+    queries: Tensor,
+    gallery: Tensor,
+    rows: Int[Tensor, " queries"],
+    fused: FusedQueries | None,
 ) -> Scores:
     metrics = MetricAccumulator(protocol, queries.device, len(queries))
     # The minimum over all queries, so that every process keeps equally many.
@@ -164,7 +171,7 @@ def _score_gallery(
     own = None if relevance.subset is None else _TargetTable(relevance.subset, queries.device)
     targets = _TargetTable(relevance.targets, queries.device)
     depth = _depth(protocol, len(gallery))
-    for chunk in rank_chunks(queries, gallery, [relevance.exclude[row] for row in rows.tolist()]):
+    for chunk in rank_chunks(queries, gallery, [relevance.exclude[row] for row in rows.tolist()], fused=fused):
         part = rows[chunk.queries]
         items = targets.of(part)
         find = _find_late if protocol.ties == "pessimistic" else _find
@@ -187,7 +194,12 @@ def _score_gallery(
 
 
 def _score_subsets(
-    protocol: Protocol, relevance: Relevance, queries: Tensor, gallery: Tensor, rows: Int[Tensor, " queries"]
+    protocol: Protocol,
+    relevance: Relevance,
+    queries: Tensor,
+    gallery: Tensor,
+    rows: Int[Tensor, " queries"],
+    fused: FusedQueries | None,
 ) -> Scores:
     """Rank each query's own candidates alone (GeneCIS, i-CIR)."""
     if relevance.subset is None:
@@ -201,11 +213,12 @@ def _score_subsets(
         span = torch.tensor(at)
         part = rows[span]
         own = [relevance.subset[query] for query in part.tolist()]
-        subset, some = _padded(own).to(queries.device), queries[span.to(queries.device)].float()
-        if all(one is own[0] for one in own):
-            scores = some @ gallery[subset[0]].float().T
-        else:
-            scores = torch.einsum("qd,qsd->qs", some, gallery[subset.clamp(min=0)].float())
+        subset, here = _padded(own).to(queries.device), span.to(queries.device)
+        shared = all(one is own[0] for one in own)
+        items = gallery[subset[0] if shared else subset.clamp(min=0)].float()
+        sides = (queries, fused.texts) if fused else (queries,)
+        found = [torch.einsum("qd,sd->qs" if shared else "qd,qsd->qs", side[here].float(), items) for side in sides]
+        scores = fused.combine(found[0], found[1], subset >= 0) if fused else found[0]
         if not scores.isfinite().all():
             raise DataError("an embedding contains nan or infinity; look for a broken model or image")
         scores = scores.masked_fill(subset < 0, float("-inf"))

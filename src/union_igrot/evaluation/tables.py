@@ -39,6 +39,7 @@ from union_igrot.terminal import TerminalConsole
 from union_igrot.types import Protocol
 
 _METHOD_NAMES = {"image": "image alone", "text": "text alone", "sum": "image + text"}
+_METHOD_NAMES |= {"product": "image x text", "weicom": "WeiCom", "slerp": "slerp", "basic": "BASIC's projection"}
 UNTRAINED = tuple(_METHOD_NAMES)
 """Methods that use no trained heads, without chance."""
 _PARAGRAPH, _TEXT_WIDTH, _WORDS_WIDTH = 80, 100, 36
