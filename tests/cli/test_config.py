@@ -261,7 +261,8 @@ def test_the_yaml_of_a_command_agrees_with_its_settings(name):
     }
     for one in declared(COMMANDS[name].settings):
         section, _, key = one.key.rpartition(".")
-        assert (values[section] if section else values)[key] == one.default
+        default = list(one.default) if isinstance(one.default, tuple) else one.default
+        assert (values[section] if section else values)[key] == default
         assert f"# {one.help}\n" in text
 
 

@@ -233,7 +233,9 @@ FSCOCO = BenchmarkDeclaration(
     name="fscoco",
     reader=f"{_READERS}.instances:read_fscoco",
     splits=("val_normal", "val_unseen_user"),
-    options=(BenchmarkOption("query", str, "both", ("both", "sketch", "text"), help="what a query consists of"),),
+    options=(
+        BenchmarkOption("query", str, "both", ("both", "sketch", "text"), help="what a query is: both, sketch or text"),
+    ),
     prompts={"fscoco": "{text}".format_map},
     prompt_fields=("text",),
     counts={("val_normal", ""): (None, None), ("val_unseen_user", ""): (None, None)},
@@ -389,7 +391,9 @@ def _generalized(base: BenchmarkDeclaration, photos: int) -> BenchmarkDeclaratio
         name=f"{base.name}_generalized",
         reader=f"{_READERS}.sbir:read_{base.name}_generalized",
         options=(
-            BenchmarkOption("protocol", str, "all_seen", GENERALIZED, help="what seen classes add to the gallery"),
+            BenchmarkOption(
+                "protocol", str, "all_seen", GENERALIZED, help="seen classes: all_seen, seen_fifth or seen_classes"
+            ),
             BenchmarkOption("seed", int, 0, help="seed of the drawn photos or classes"),
         ),
         presets=(),
