@@ -302,9 +302,8 @@ def train_heads(
         The model with the best epoch's weights, in evaluation mode; complete on rank 0.
     """
     lightning.seed_everything(settings["seed"], workers=True, verbose=False)
-    samples, recipe = data.samples, Recipe(**settings["recipe"])
+    samples, recipe, hashed = data.samples, Recipe(**settings["recipe"]), hashed_settings(settings)
     assert samples is not None
-    hashed = hashed_settings(settings)
     facts = {"data": samples.name, "classes": list(samples.classes), "samples": len(samples.triplets)}
     facts["validation"] = describe_validation(data.validation)
     model = build_model(settings, {**facts, "skipped": samples.skipped, "config": hashed}, backbone)
@@ -338,12 +337,8 @@ def train_heads(
     leave_process_group()
     if processes.is_main:
         seconds, device = timedelta(seconds=round(time.perf_counter() - begin)), device_name(model.device)
-        model.metadata["training"] = {
-            "seconds": round(seconds.total_seconds()),
-            "device": device,
-            "processes": processes.world,
-        }
-        model.metadata["training"] |= {"resumed": True} if resumed else {}
+        spent = {"seconds": round(seconds.total_seconds()), "device": device, "processes": processes.world}
+        model.metadata["training"] = spent | ({"resumed": True} if resumed else {})
         trained = f"trained on {samples.name} in {seconds} on {device}, best epoch {best['epoch'] + 1:.0f}"
         print_line(f"{trained} of {recipe.epochs}", stderr=True)
     if where["name"].startswith("fsdp") and processes.is_main:
@@ -353,8 +348,7 @@ def train_heads(
     model.metadata["best"] = best
     if processes.is_main:
         if isinstance(loss, BankLoss) and loss.distillation and can_distill(model):
-            # Another extractor: the weights of a tuned backbone have changed.
-            changed = open_extractor(settings, model.backbone) if tuned else extractor
+            changed = open_extractor(settings, model.backbone) if tuned else extractor  # as its weights have changed
             distill_target(model, samples, changed, loss.distillation, settings["seed"])
         model.calibration = calibration_queries(model, samples, extractor, settings["seed"], tuned=bool(tuned))
     model.training_images = image_identities(side for one in samples.triplets for side in (one.image, one.target))

@@ -22,7 +22,7 @@ TASKS: Final = ("cir", "sbir")
 """Tasks, in the order of their dimensions."""
 
 QueryTask = Literal["cir", "sbir"] | None
-"""The task of a query: an image with text, an image alone, or neither, which is not calibrated."""
+"""The task of a query with an image and a text, an image alone, or neither, which is not calibrated."""
 
 
 def describe_calibration(model: IGROTModel, weight: float) -> dict[str, Any]:

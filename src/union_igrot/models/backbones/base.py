@@ -24,7 +24,7 @@ from union_igrot.types import Features, Preprocess
 Modality = Literal["image", "text"]
 """The two encoders of a backbone."""
 PreprocessChoice = Literal["model", "pad"]
-"""`model`: as the authors of the weights preprocess images. `pad`: long images are padded first (TargetPad)."""
+"""`model` is as the authors of the weights preprocess images; `pad` pads long images first (TargetPad)."""
 
 log = logging.getLogger("union_igrot.models")
 PROBE_TEXTS = (
