@@ -92,7 +92,8 @@ def run(main, settings: list[str]) -> int:
 
 def metrics(folder: Path) -> list[object]:
     rows = json.loads((folder / "results.json").read_text())
-    return [(row["benchmark"], row["method"], row["metrics"], row["ci95"]) for row in rows]
+    written = (row for row in rows if row["method"] != "product")  # a baseline that came later
+    return [(row["benchmark"], row["method"], row["metrics"], row["ci95"]) for row in written]
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_the_page_of_a_backbone_alone(noise):
     assert not page.lines_of("Training of the heads")
     assert "“image + text”" in "".join(one["text"] for one in page.all("p"))
     (table,) = page.lines_of("The primary metric")
-    assert table[0] == ["benchmark", "image + text", "text alone", "image alone", "chance"]
+    assert table[0] == ["benchmark", "image x text", "image + text", "text alone", "image alone", "chance"]
 
 
 def test_tiles_mark_relevant_results_by_words_and_frame(noise):
