@@ -132,7 +132,7 @@ def test_the_same_command_resumes_after_each_kill(tmp_path):
     assert run() == first
     assert heads.stat().st_mtime_ns == trained, "the model was trained again"
     rows = json.loads((first / "results.json").read_text())
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert json.loads((first / "run.json").read_text())["stage"] == "done"
     for image in first.glob("*.png"):
         with Image.open(image) as opened:

@@ -102,7 +102,7 @@ def test_checkpoints_and_benchmarks_in_one_table(small_run: Run, place, monkeypa
         (row,) = (row for row in rows if row["method"] == line["method"])
         if "[" not in line["metric"]:
             assert float(line["percent"]) == pytest.approx(row["metrics"][line["metric"]], abs=1e-4)
-    assert {line["benchmark"] for line in found if line["source"].startswith("published")} == {"circo"}
+    assert {line["benchmark"] for line in found if line["source"].startswith("published")} == {"circo", "sketchy"}
     shown = capsys.readouterr().out
     last = shown[shown.index("model ") :]
     assert last.count("image alone") == last.count("chance") == 1

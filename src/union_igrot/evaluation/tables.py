@@ -449,8 +449,8 @@ def notes(result: BenchmarkResult) -> Iterator[str]:
         describe_protocol(result.protocol, parts=bool(result.parts)),
         f"[low, high]: 95 % bootstrap interval of {main.primary} over {resampled_words(main)}",
     ]
-    if any(one.method in UNTRAINED for one in result.methods):
-        caption.append(f"image alone, text alone and image + text are {untrained_words(result)}")
+    if untrained := [method_name(one.method) for one in result.methods if one.method in UNTRAINED]:
+        caption.append(f"{untrained_words(result)}: {', '.join(untrained)}")
     if first.n_skipped:
         caption.append(f"{first.n_skipped} items left out")
     if main.n_truncated:
