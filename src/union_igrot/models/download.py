@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ _LARGE = 10**7
 _CONNECT_SECONDS = 4.0
 _FORBIDDEN, _BUSY = (401, 403), (429, 500, 502, 503, 504)
 _PAUSES = (1.0, 2.0)
+_HASH = re.compile(r"[0-9a-f]{40,64}")
 # The library passes on errors of its HTTP client, whose base class is the base of its own.
 CLIENT_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[1])
 _FAILURES = (OSError, EntryNotFoundError, HFValidationError, JSONDecodeError, CLIENT_ERROR)
@@ -128,6 +130,12 @@ def _list_files(repository: str) -> list[_RemoteFile]:
         digest = file.lfs.sha256 if file.lfs is not None else file.blob_id
         if file.size is None or digest is None:
             raise OSError(f"the list of its files lacks the size or hash of {file.rfilename}")
+        unsafe = ".." in re.split(r"[/\\]", file.rfilename) or file.rfilename.startswith(("/", "\\"))
+        if unsafe or not all(_HASH.fullmatch(one) for one in (commit, digest)):  # they become paths of the cache
+            raise CheckpointError(
+                f"{constants.ENDPOINT}/{repository} lists a file {file.rfilename!r} with hash {digest!r} at commit "
+                f"{commit!r}; expected a path inside the repository and hexadecimal hashes; use another hub or mirror"
+            )
         found.append(_RemoteFile(file.rfilename, file.size, digest, file.lfs is not None, commit))
     return found
 

@@ -1,5 +1,6 @@
 """Backbones over a loopback hub by the download code of huggingface_hub, transformers and OpenCLIP."""
 
+import json
 import shutil
 import time
 from copy import deepcopy
@@ -240,6 +241,26 @@ def test_failures_say_what_they_are(hub, monkeypatch, capfd, kind):
     assert "\n" not in str(error.value)
     assert hub.address in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rfilename": "model-/../../../../../outside.safetensors"},
+        {"rfilename": "/outside"},
+        {"rfilename": "..\\outside"},
+        {"blobId": "../../../outside"},
+        {"sha": "../../../outside"},
+    ],
+)
+def test_a_hub_cannot_name_files_outside_the_cache(hub, tmp_path, changed):
+    file = {"rfilename": "config.json", "size": 2, "blobId": "a" * 40} | changed
+    listed = {"id": CLIP, "modelId": CLIP, "sha": changed.get("sha", "b" * 40), "siblings": [file], "tags": []}
+    hub.faults = {"^/api/models": {"status": 200, "content": json.dumps(listed).encode()}}
+    with pytest.raises(CheckpointError, match="expected a path inside the repository") as error:
+        build_backbone(f"hf:{CLIP}")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("outside*"))
 
 
 def test_a_busy_hub_is_asked_again(hub, monkeypatch):
