@@ -44,7 +44,7 @@ PACKAGES = {
     "reporting": {"evaluation", "metrics", "images", "storage"},
 }
 LEAVES = {"types", "errors", "terminal", "settings", "_lazy"}
-TOP = {"experiment", "api", "cli", "demo", "__init__"}
+TOP = {"experiment", "api", "cli", "demo", "service", "__init__"}
 # Functions of one protocol, which several modules implement.
 SHARED_NAMES = {"main", "filter_text"}
 LINES, FUNCTION_LINES = 600, 60

@@ -14,7 +14,7 @@ from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.settings import COMMANDS
 from union_igrot.cli.train import main as train
-from union_igrot.demo import server as serving
+from union_igrot.service import http as serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

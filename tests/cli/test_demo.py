@@ -13,10 +13,11 @@ import uvicorn
 from demo_backends import Squares
 from union_igrot.cli import demo as command
 from union_igrot.cli.demo import PASSWORD, main as demo
-from union_igrot.demo import server as serving
 from union_igrot.demo.controller import DemoController
-from union_igrot.demo.server import listen, make_app, serve
+from union_igrot.demo.server import make_app
 from union_igrot.errors import ConfigError
+from union_igrot.service import http as serving
+from union_igrot.service.http import listen, serve
 
 
 @pytest.fixture

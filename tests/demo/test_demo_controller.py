@@ -10,8 +10,9 @@ from demo_backends import Squares
 from union_igrot.demo import controller as module
 from union_igrot.demo.controller import MARK_REMOVED, MAX_TEXT, MAX_WHERE, SESSION_LOST, DemoController
 from union_igrot.demo.session import Reference
-from union_igrot.demo.uploads import Limits, decode_photo
+from union_igrot.demo.uploads import photo_reference
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.service.uploads import Limits, decode_upload
 
 STROKES = [[[0, 500], [1000, 500]]]
 
@@ -29,7 +30,7 @@ def photo(name: str, size: int = 50) -> Reference:
     image = Image.effect_noise((size, size), 90) if size > 50 else Image.new("RGB", (size, size), (9, 200, 9))
     file = io.BytesIO()
     image.save(file, "PNG")
-    return decode_photo(file.getvalue(), name, Limits())
+    return photo_reference(decode_upload(file.getvalue(), name, Limits()), name)
 
 
 def test_the_start_page_shows_a_sample(controller):

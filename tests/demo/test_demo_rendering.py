@@ -9,7 +9,7 @@ from demo_backends import Squares
 from union_igrot.demo import server
 from union_igrot.demo.controller import DemoController
 from union_igrot.demo.server import PageRenderer, data_uri, show_controls
-from union_igrot.demo.uploads import Limits
+from union_igrot.service.uploads import Limits
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 

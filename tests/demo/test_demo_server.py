@@ -14,8 +14,10 @@ from PIL import Image
 from demo_backends import Squares
 from union_igrot.demo import server
 from union_igrot.demo.controller import DemoController
-from union_igrot.demo.server import MAX_REQUEST_BYTES, Login, listen, make_app, serve
-from union_igrot.demo.uploads import Limits, decode_photo
+from union_igrot.demo.server import MAX_REQUEST_BYTES, Login, make_app
+from union_igrot.service import http
+from union_igrot.service.http import listen, serve
+from union_igrot.service.uploads import Limits, decode_upload
 
 SESSION = {"X-Session": "new"}
 LIMITS = Limits(megabytes=0.05)
@@ -27,7 +29,7 @@ WRONG = {"Authorization": "Basic " + base64.b64encode(b"anna:geheim").decode()}
 
 def app_of(controller, **options):
     """An application that decodes photos in this process."""
-    return make_app(controller, limits=LIMITS, decode=lambda data, name: decode_photo(data, name, LIMITS), **options)
+    return make_app(controller, limits=LIMITS, decode=lambda data, name: decode_upload(data, name, LIMITS), **options)
 
 
 def request(app, *requests, base="http://127.0.0.1:7860", at_once=False, client="127.0.0.1"):
@@ -137,7 +139,7 @@ def test_large_slow_and_foreign_requests_are_refused(app, monkeypatch):
         read = 0
         unnamed = request(app, ("POST", address, {"content": endless(), "headers": SESSION}))
         assert (named.status_code, unnamed.status_code, read <= most + 2000) == (413, 413, True)
-    monkeypatch.setattr(server, "REQUEST_TIMEOUT", 0.05)
+    monkeypatch.setattr(http, "REQUEST_TIMEOUT", 0.05)
     assert request(app, ("POST", "/act", {"content": stalled(), "headers": SESSION})).status_code == 408
     # A form of another site cannot set the header.
     assert request(app, ("POST", "/act", {"json": {"action": "show", "given": {}}})).status_code == 403
@@ -223,8 +225,8 @@ def test_actions_are_bounded_and_never_overlap(controller, monkeypatch):
 
 @pytest.mark.enable_socket
 def test_silent_connections_are_closed_and_shut_nobody_out(app, monkeypatch):
-    monkeypatch.setattr(server, "HEAD_TIMEOUT", 1.5)
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(http, "HEAD_TIMEOUT", 1.5)
+    monkeypatch.setattr(http, "MAX_CONNECTIONS", 8)
     running: list[uvicorn.Server] = []
     monkeypatch.setattr(uvicorn.Server, "install_signal_handlers", lambda _: None, raising=False)
     plain = uvicorn.Server.__init__

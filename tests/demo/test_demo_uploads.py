@@ -10,19 +10,21 @@ from PIL import Image
 
 from union_igrot.demo.uploads import (
     GRID,
-    KEPT_SIDE,
     MAX_STROKES,
     THUMBNAIL_SIDE,
-    Limits,
-    PhotoDecoder,
-    decode_photo,
     decode_thumbnail,
     draw_strokes,
     encode_thumbnail,
+    photo_reference,
     read_sketch,
     short_file_name,
 )
 from union_igrot.errors import DataError, ImageError
+from union_igrot.service.uploads import KEPT_SIDE, Limits, UploadDecoder, decode_upload
+
+
+def decode_photo(data, name, limits):
+    return photo_reference(decode_upload(data, name, limits), name)
 
 
 def as_file(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -162,13 +164,13 @@ def test_thumbnails_are_lossless_if_small(side):
 
 
 def test_photos_are_decoded_in_another_process_within_a_time_limit():
-    decode = PhotoDecoder(Limits(megabytes=0.5), seconds=60.0)
+    decode = UploadDecoder(Limits(megabytes=0.5), seconds=60.0)
     data = as_file(Image.new("RGB", (30, 20), "red"))
-    assert decode(data, "a.png") == decode_photo(data, "a.png", Limits())
+    assert decode(data, "a.png").tobytes() == decode_upload(data, "a.png", Limits()).tobytes()
     for broken, message in ((b"broken", "Cannot decode a"), (bytes(600_000), "larger than 0.5 MB")):
         with pytest.raises(ImageError, match=message):
             decode(broken, "a.png")
     children = set(multiprocessing.active_children())
     with pytest.raises(ImageError, match=r"^b\.png took longer than 0 s to decode; use another file"):
-        PhotoDecoder(Limits(), seconds=0.0)(as_file(Image.effect_noise((2000, 2000), 90)), "x/b.png")
+        UploadDecoder(Limits(), seconds=0.0)(as_file(Image.effect_noise((2000, 2000), 90)), "b.png")
     assert set(multiprocessing.active_children()) == children

@@ -2,7 +2,6 @@
 
 import getpass
 import importlib.util
-import ipaddress
 import os
 import sys
 from collections.abc import Sequence
@@ -35,20 +34,19 @@ def demo(config: "DictConfig", _: Path) -> None:
     if missing:
         raise ConfigError(f'the demo needs {", ".join(missing)}; pip install "union-igrot[demo]"')
     from union_igrot.demo.controller import DemoController
-    from union_igrot.demo.server import LOOPBACK, listen, make_app, serve
-    from union_igrot.demo.uploads import Limits
+    from union_igrot.demo.server import make_app
+    from union_igrot.service.http import accepted_hosts, listen, serve
+    from union_igrot.service.uploads import Limits
     from union_igrot.terminal import print_line
 
     _check(config)
     login = _login(config.user)
     bound = listen(config.host, config.port)  # first, so that a port in use is reported at once
     backends = _synthetic_backends(config) if config.index is None else _gallery_backends(config)
-    # Against DNS rebinding; with a public address any name may belong to this machine.
-    names = [*LOOPBACK, config.host, *([config.name] if config.name else [])] if _is_loopback(config.host) else None
     app = make_app(
         DemoController(backends, page=config.page),
         bound=config.waiting,
-        hosts=names and list(dict.fromkeys(names)),
+        hosts=accepted_hosts(config.host, config.name),
         login=login,
         limits=Limits(float(config.megabytes), float(config.megapixels)),
     )
@@ -61,22 +59,16 @@ def demo(config: "DictConfig", _: Path) -> None:
 
 def _check(config: "DictConfig") -> None:
     """Refuse contradictory settings, and an address that others reach without a password."""
+    from union_igrot.service.http import is_loopback
+
     if config.index is None and config.second_index is not None:
         raise ConfigError("second_index needs index=PATH, which it is compared with")
     if config.index is not None and config.second_index is None and config.second_checkpoint is not None:
         raise ConfigError("second_checkpoint needs second_index=PATH: an index made with that model")
     if config.user is not None and (":" in config.user or not config.user.strip()):
         raise ConfigError(f"invalid value for user: {config.user} (expected a name without a colon)")
-    if not _is_loopback(config.host) and config.user is None:
+    if not is_loopback(config.host) and config.user is None:
         raise ConfigError(f"host={config.host} is reachable from other machines; set user=NAME to require a login")
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether an address is reachable from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _login(user: str | None) -> "Login | None":

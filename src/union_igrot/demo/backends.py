@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from union_igrot.demo.uploads import KEPT_SIDE, decode_thumbnail, encode_thumbnail
+from union_igrot.demo.uploads import decode_thumbnail, encode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.gallery.engines.base import ColumnValue, Rows
@@ -22,6 +22,7 @@ from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, file_of
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
+from union_igrot.service.uploads import KEPT_SIDE
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
 from union_igrot.types import GalleryItem, ImageSource
 

@@ -10,16 +10,9 @@ from PIL import Image
 
 from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequest
 from union_igrot.demo.session import Mark, Reference, Session, Stroke, read_link
-from union_igrot.demo.uploads import (
-    KEPT_SIDE,
-    VIEW_SIDE,
-    decode_thumbnail,
-    downscale,
-    draw_strokes,
-    encode_thumbnail,
-    read_sketch,
-)
+from union_igrot.demo.uploads import VIEW_SIDE, decode_thumbnail, draw_strokes, encode_thumbnail, read_sketch
 from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.service.uploads import KEPT_SIDE, downscale
 
 MAX_SESSIONS: Final = 256  # sessions kept; the least recently used are dropped first
 MAX_BYTES: Final = 2**30  # bytes of images kept for all sessions together

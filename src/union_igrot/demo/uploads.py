@@ -1,26 +1,15 @@
-"""Validated user input: uploaded photos and sketch strokes."""
+"""User input of the page: photos and sketch strokes."""
 
 import io
-import math
-import multiprocessing
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final
 
 from PIL import Image, ImageDraw
 
 from union_igrot.demo.session import Reference, Stroke
-from union_igrot.errors import DataError, ImageError
-from union_igrot.images.decode import as_image
+from union_igrot.errors import DataError
+from union_igrot.service.uploads import downscale
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Accepted formats (MPO of some cameras is JPEG); none starts another program, as PostScript would."""
-KEPT_SIDE: Final = 1024  # longest side in pixels to which photos are reduced
 THUMBNAIL_SIDE, VIEW_SIDE = 160, 480
 """Longest sides of a thumbnail and of the query image, in pixels."""
 GRID: Final = 1000  # stroke coordinates are 0..GRID
@@ -32,88 +21,10 @@ _PEN: Final = 0.028  # stroke width relative to the pad's side
 _INK, _PAPER = (24, 24, 24), "white"
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of uploaded photos."""
-
-    megabytes: float = 10.0  # file size in 10^6 bytes
-    megapixels: float = 50.0  # number of pixels in 10^6
-
-    @property
-    def bytes(self) -> int:
-        """Largest file size in bytes."""
-        return round(self.megabytes * 1e6)
-
-
-def decode_photo(data: bytes, name: str, limits: Limits) -> Reference:
-    """Decode an uploaded photo.
-
-    Pixels are counted before decoding. The photo is turned upright, transparency becomes white, and larger ones are
-    reduced to 1,024 pixels.
-
-    Raises:
-        ImageError: If it is too large or has no accepted format; with a message for the page.
-    """
-    name = short_file_name(name)
-    if len(data) > limits.bytes:
-        raise ImageError(f"{name} is larger than {limits.megabytes:g} MB; use a smaller file.")
-    if _pixel_count(data, name) > limits.megapixels * 1e6:
-        raise ImageError(f"{name} has more than {limits.megapixels:g} million pixels; use a smaller image.")
-    try:
-        image = as_image(data, at_least=KEPT_SIDE)
-    except ImageError:
-        raise ImageError(_unreadable(name)) from None
-    image = downscale(image, KEPT_SIDE)
+def photo_reference(image: Image.Image, name: str) -> Reference:
+    """Return an uploaded photo as a query image."""
     small, view = (encode_thumbnail(downscale(image, side)) for side in (THUMBNAIL_SIDE, VIEW_SIDE))
     return Reference("photo", name, small, view, image=encode_thumbnail(image))
-
-
-@final
-class PhotoDecoder:
-    """Decodes each photo in a process of its own, which is killed after a time limit."""
-
-    def __init__(self, limits: Limits, seconds: float = 20.0) -> None:
-        self._limits, self._seconds = limits, seconds
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self._context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":  # imports once, in the background; a process then starts in milliseconds
-            self._context.set_forkserver_preload([__name__])
-            import_module("multiprocessing.forkserver").ensure_running()
-
-    def __call__(self, data: bytes, name: str) -> Reference:
-        """Decode a photo; one that takes too long is an ImageError."""
-        if len(data) > self._limits.bytes:
-            return decode_photo(data, name, self._limits)  # raises without decoding
-        receiver, sender = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_decode_into, args=(sender, data, name, self._limits), daemon=True)
-        process.start()
-        sender.close()
-        try:
-            receiver.recv_bytes()  # it has started
-            if not receiver.poll(self._seconds):
-                raise ImageError(
-                    f"{short_file_name(name)} took longer than {self._seconds:g} s to decode; use another file."
-                )
-            result = receiver.recv()
-        except (EOFError, OSError):  # the process crashed
-            raise ImageError(_unreadable(short_file_name(name))) from None
-        finally:
-            process.kill()
-            process.join()
-            process.close()
-            receiver.close()
-        if isinstance(result, Reference):
-            return result
-        raise ImageError(str(result))
-
-
-def _decode_into(sender: "Connection", data: bytes, name: str, limits: Limits) -> None:
-    """Send the photo, or the message of its error."""
-    sender.send_bytes(b"started")
-    try:
-        sender.send(decode_photo(data, name, limits))
-    except ImageError as error:
-        sender.send(str(error))
 
 
 def read_sketch(given: Any) -> Reference | None:
@@ -162,15 +73,6 @@ def _fit(strokes: Sequence[Stroke], scale: float) -> list[list[tuple[float, floa
     return [[(GRID / 2 + by * (x - middle[0]), GRID / 2 + by * (y - middle[1])) for x, y in s] for s in strokes]
 
 
-def downscale(image: Image.Image, side: int) -> Image.Image:
-    """Reduce an image to a longest side of at most `side` pixels; smaller ones are unchanged."""
-    if max(image.size) <= side:
-        return image
-    smaller = image.copy()
-    smaller.thumbnail((side, side))
-    return smaller
-
-
 def encode_thumbnail(image: Image.Image) -> bytes:
     """Encode an image: PNG if it is small, else JPEG."""
     file = io.BytesIO()
@@ -191,23 +93,6 @@ def short_file_name(name: str) -> str:
     """Return a file name without folders and control characters, cut to 60 characters."""
     plain = "".join(letter for letter in name.replace("\\", "/").rsplit("/", 1)[-1] if letter.isprintable()).strip()
     return (plain if len(plain) <= MAX_NAME else f"{plain[: MAX_NAME - 1]}…") or "The photo"
-
-
-def _pixel_count(data: bytes, name: str) -> float:
-    """Read the number of pixels from the header."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warning about large images
-            with Image.open(io.BytesIO(data), formats=FORMATS) as found:
-                return float(found.width * found.height)
-    except Image.DecompressionBombError:
-        return math.inf  # more than Pillow accepts
-    except Exception:  # Pillow's readers raise nearly any exception for a broken file
-        raise ImageError(_unreadable(name)) from None
-
-
-def _unreadable(name: str) -> str:
-    return f"Cannot decode {name}; use a JPEG, PNG, WebP, GIF, BMP or TIFF file."
 
 
 def _point(given: Any) -> tuple[int, int]:
