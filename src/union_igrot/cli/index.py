@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from union_igrot.gallery.ingest.entries import Listing
-    from union_igrot.gallery.ingest.report import IngestReport
+    from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 
 _NAMES = 5
 """Names of files and folders left out that are shown."""
@@ -91,8 +91,9 @@ def _add_images(config: "DictConfig") -> None:
         executor=config.executor,
         ray_address=config.ray.address,
         actors=config.ray.actors,
+        file_columns=config.file_columns,
     )
-    listing = _list_images(config.images, config.exclude, shown=config.progress)
+    listing = _list_images(config.images, options)
     if config.checkpoint is None:
         model, checkpoint = load_default_model(config.index, config.weights, config.preprocess)
     else:
@@ -128,13 +129,13 @@ def _device(accelerator: str) -> "torch.device":
     return resolve_device("cuda" if accelerator == "gpu" else accelerator)
 
 
-def _list_images(images: str, exclude: Sequence[str], *, shown: bool) -> "Listing":
-    from union_igrot.gallery.ingest.sources import list_images
+def _list_images(images: str, options: "IngestOptions") -> "Listing":
+    from union_igrot.gallery.ingest.sources import list_source
     from union_igrot.terminal import progress_bar
 
-    with progress_bar(shown=shown) as bar:
+    with progress_bar(shown=options.progress) as bar:
         task = bar.add_task("listing images", total=None)
-        return list_images(images, lambda count: bar.update(task, completed=count), exclude)
+        return list_source(images, options, lambda count: bar.update(task, completed=count))
 
 
 def _print_report(report: "IngestReport", name: str, rows: int) -> None:

@@ -128,19 +128,20 @@ class RaySettings:
 class IndexSettings:
     """Settings of `union-index`."""
 
-    images: str | None = setting(
-        None, 'a folder, a pattern ("photos/**/*.jpg"), a list file, or tar shards ("s-{0000..0009}.tar")'
-    )
+    images: str | None = setting(None, 'a folder, a pattern ("p/**/*.jpg"), a list, tar shards ("s-{00..99}.tar")')
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
     remove: str | None = setting(None, "filter of rows to remove, such as id like '/photos/old/%'", verbatim=True)
     checkpoint: str | None = setting(
-        None, "photos, tiny, a backbone (untrained), a run, or a hub repository; that of the index, or photos, if null"
+        None, "photos, tiny, a backbone, a run, a hub repository; null: the index's, or photos"
     )
     weights: str | None = _weights("the checkpoint's backbone")
     preprocess: Literal["model", "pad"] | None = _preprocess()
     calibration: float | None = setting(None, "calibration of a new index's scores, such as 0.25; none if null", low=0)
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
     max_megapixels: float | None = setting(None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0)
+    file_columns: Literal["new", "all", "none"] = setting(
+        "new", "columns from EXIF, folders, captions: of new files, all, or none"
+    )
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
     prune: bool = setting(True, "remove rows of this source whose images are gone")
     batch_size: int = setting(256, "images per batch", low=1)
@@ -527,11 +528,10 @@ COMMANDS: Mapping[str, Command] = {
         (
             "run it again to update: new and changed images are embedded, missing ones removed",
             "it resumes after an interruption, and the index can be searched all the time",
-            "list files: .txt (a path per line), or .csv, .jsonl, .parquet with a column path and any other columns",
+            "lists: .txt (a path per line), or .csv, .jsonl, .parquet with a column path and any others",
             "tar shards (WebDataset): .json, .txt and .cls files next to an image become columns",
             "broken images are listed in INDEX.skipped.jsonl; delete it to try them again",
-            "several sources may share an index, one run each; after a source folder was renamed, remove its rows by "
-            "remove=\"source = '/its/old/path'\"",
+            "several sources may share an index; remove=\"source = '/old/path'\" removes one that was renamed",
         ),
     ),
     "search": Command(

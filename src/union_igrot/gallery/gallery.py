@@ -15,7 +15,7 @@ from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing, list_additions
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
-from union_igrot.gallery.ingest.sources import list_images
+from union_igrot.gallery.ingest.sources import list_source
 from union_igrot.gallery.metadata import (
     check_backbone_name,
     check_calibration,
@@ -193,7 +193,7 @@ class Gallery:
                     f"ids and columns cannot be given for {images}; pass single images, or a list file with columns"
                 )
             options = options or IngestOptions()
-            listing = list_images(str(images), exclude=options.exclude)
+            listing = list_source(str(images), options)
         else:
             listing = list_additions(as_items(images), ids, columns)
             options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
@@ -218,7 +218,7 @@ class Gallery:
             Numbers of images added, updated, unchanged, removed and skipped as they cannot be read.
         """
         options = options or IngestOptions()
-        listing = list_images(str(images), exclude=options.exclude)
+        listing = list_source(str(images), options)
         return self._ingest(listing, replace(options, executor=executor or options.executor))
 
     def _ingest(self, listing: Listing, options: IngestOptions, *, wait: float = 0.1) -> IngestReport:

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, ImageError
+from union_igrot.images.exif import ExifColumns, read_exif
 from union_igrot.images.formats import decoded_formats, describe_name, is_raw, unknown_format
 from union_igrot.storage.paths import expand_user, find_path, is_web_address
 from union_igrot.types import ImageSource, LazyImage
@@ -135,7 +136,10 @@ def _decode(source: Path | io.BytesIO, named: str, at_least: int | None) -> Imag
 
 
 def decode_image(
-    source: Path | ByteFile, at_least: int | None = None, largest: float | int | None = None
+    source: Path | ByteFile,
+    at_least: int | None = None,
+    largest: float | int | None = None,
+    exif: dict[str, str | float] | None = None,
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image as `open_image` does, and return its width and height at full size, too.
 
@@ -143,6 +147,7 @@ def decode_image(
         source: A file, or its bytes as a stream.
         at_least: As for `open_image`.
         largest: Largest number of pixels; None for `max_pixels`.
+        exif: Gets the columns of `read_exif`.
 
     Raises:
         Exception: Nearly any, if the file is broken; `image_fault` describes it.
@@ -153,9 +158,20 @@ def decode_image(
             image.draft(None, (at_least, at_least))  # a square bounds the short side in any orientation
         _check_pixels(image, size, max_pixels() if largest is None else largest)
         turned = _turned(image)
+        if exif is not None:
+            exif.update(read_exif(image))
         if _orientation(image) in _ON_ITS_SIDE:
             size = size[::-1]
         return turned.copy() if turned is image else turned, size  # without the closed file
+
+
+def file_exif(data: bytes) -> ExifColumns:
+    """Return the columns of `read_exif` for the bytes of an image file; most formats are not decoded for them."""
+    try:
+        with _opened(io.BytesIO(data)) as image:
+            return read_exif(image)
+    except Exception:  # a broken file makes Pillow's readers raise nearly anything
+        return {}
 
 
 def max_pixels() -> float | int:

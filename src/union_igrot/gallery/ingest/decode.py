@@ -22,7 +22,8 @@ from torchvision.transforms import InterpolationMode
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.ingest.entries import UNREACHABLE, Entry
 from union_igrot.gallery.ingest.plan import digest_prefix
-from union_igrot.images.decode import decode_image, image_fault, plain_jpeg
+from union_igrot.images.decode import decode_image, file_exif, image_fault, plain_jpeg
+from union_igrot.images.exif import ExifColumns
 from union_igrot.images.formats import describe_name
 from union_igrot.images.transforms import ImageToPixels
 from union_igrot.types import Preprocess
@@ -48,6 +49,7 @@ class DecodedImage(NamedTuple):
     thumbnail: bytes | None = None
     reason: str | None = None  # why it is broken, or None
     jpeg: tuple[int, int] | None = None  # pixels and bytes of a JPEG that `JpegBatchDecoder` has yet to decode, or None
+    exif: ExifColumns | None = None  # see `read_exif`; None if it was not read
 
 
 @final
@@ -78,7 +80,7 @@ class DecodedBatch:
         for image in self.images:
             repeated = bool(image.digest) and (image.digest in seen or image.digest in digests)
             seen.add(image.digest)
-            images.append(DecodedImage(image.digest) if repeated else image)
+            images.append(DecodedImage(image.digest, exif=image.exif) if repeated else image)
             if image.thumbnail is not None:
                 keep_rows += [] if repeated else [rows]
                 rows += 1
@@ -101,8 +103,10 @@ class ImageReader:
         *,
         defer_jpegs: bool = False,
         largest: float | int | None = None,
+        exif: bool = True,
     ) -> None:
         self.preprocess, self.known, self.largest, self._defer_jpegs = preprocess, known, largest, defer_jpegs
+        self.exif = exif
         self._to_pixels = ImageToPixels(preprocess)
         self._shard: io.BufferedReader | None = None
         self._idle_since: float | None = None
@@ -144,18 +148,20 @@ class ImageReader:
         data = self._read_bytes(entry)
         digest = hashlib.sha256(data).hexdigest()[:32]
         if self._is_known(digest):
-            return DecodedImage(digest), None
+            return DecodedImage(digest, exif=file_exif(data) if self.exif else None), None
         if self._defer_jpegs and (count := plain_jpeg(data)) is not None and count <= MAX_PIXELS:
-            return DecodedImage(digest, jpeg=(count, len(data))), data
-        (width, height), thumbnail, pixels = decode_with_thumbnail(data, self._to_pixels, self.largest)
-        return DecodedImage(digest, width, height, thumbnail), pixels
+            return DecodedImage(digest, jpeg=(count, len(data)), exif=file_exif(data) if self.exif else None), data
+        exif: dict[str, str | float] | None = {} if self.exif else None
+        (width, height), thumbnail, pixels = decode_with_thumbnail(data, self._to_pixels, self.largest, exif)
+        return DecodedImage(digest, width, height, thumbnail, exif=exif), pixels
 
     def _read_large(self, entry: Entry) -> tuple[DecodedImage, Tensor]:
         """Decode before hashing, which fails at once if it is no image; hash without reading all bytes into memory."""
-        image, (width, height) = decode_image(Path(entry.path), self.preprocess.size, self.largest)
+        exif: dict[str, str | float] | None = {} if self.exif else None
+        image, (width, height) = decode_image(Path(entry.path), self.preprocess.size, self.largest, exif)
         with open(entry.path, "rb") as file:  # noqa: PTH123 - undecodable bytes in a name
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        return DecodedImage(digest, width, height, make_thumbnail(image)), self._to_pixels(image)
+        return DecodedImage(digest, width, height, make_thumbnail(image), exif=exif), self._to_pixels(image)
 
     def _read_bytes(self, entry: Entry) -> bytes:
         if entry.data is not None:
@@ -180,10 +186,13 @@ class ImageReader:
 
 
 def decode_with_thumbnail(
-    data: bytes, to_pixels: ImageToPixels, largest: float | int | None = None
+    data: bytes,
+    to_pixels: ImageToPixels,
+    largest: float | int | None = None,
+    exif: dict[str, str | float] | None = None,
 ) -> tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]:
-    """Decode an image with Pillow."""
-    image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size, largest)
+    """Decode an image with Pillow; `exif` gets the columns of `read_exif`."""
+    image, size = decode_image(io.BytesIO(data), to_pixels.preprocess.size, largest, exif)
     large = image
     if max(image.size) < min(THUMBNAIL_SIZE, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
         large, _ = decode_image(io.BytesIO(data), THUMBNAIL_SIZE, largest)
@@ -258,7 +267,7 @@ class JpegBatchDecoder:
                     images[at] = DecodedImage(reason=result)
                 else:
                     (width, height), thumbnail, own = result
-                    images[at] = DecodedImage(image.digest, width, height, thumbnail)
+                    images[at] = DecodedImage(image.digest, width, height, thumbnail, exif=image.exif)
                     pixels.append(own)
         size = self._to_pixels.preprocess.size
         stacked = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8, device=self._device)

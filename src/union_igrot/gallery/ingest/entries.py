@@ -46,6 +46,7 @@ class Entry:
     columns: dict[str, UserValue] = field(default_factory=dict)  # the user's columns
     fault: str | None = None  # why it cannot be an image, if that is known without opening it
     data: bytes | None = None  # the bytes of an image in memory
+    found: dict[str, UserValue] = field(default_factory=dict)  # columns that were found in or beside the file
 
 
 @dataclass(frozen=True, slots=True)

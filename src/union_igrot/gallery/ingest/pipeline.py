@@ -91,7 +91,7 @@ def ingest_images(
         rows = read_index(index, listing, prune=options.prune)
         gone, emptied = find_gone(listing, rows.by_id) if options.prune else ([], {})
         skipped = SkippedFile(skipped_file, listing.source)
-        plan = make_plan(listing, rows.by_id, skipped.own)
+        plan = make_plan(listing, rows.by_id, skipped.own, read_again=options.file_columns == "all")
         if plan.skip and options.on_broken == "fail":
             raise _broken_image_error(plan.skip[0].path, plan.skip[0].reason)
         skipped.add(plan.skip)
@@ -214,7 +214,8 @@ def decode_entries(
     workers = max(1, default_workers(device)) if options.workers is None else options.workers
     codec = options.decoder == "torchcodec" and known is not None
     largest = None if options.max_megapixels is None else options.max_megapixels * 1e6
-    reader = ImageReader(model.preprocess, known, defer_jpegs=codec, largest=largest)
+    exif = options.file_columns != "none"
+    reader = ImageReader(model.preprocess, known, defer_jpegs=codec, largest=largest, exif=exif)
     batches = _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
     return _decode_ahead(batches, JpegBatchDecoder(model.preprocess, device), timings) if codec else batches
 
@@ -281,7 +282,7 @@ def _read_parts(
 def _read_one_by_one(reader: ImageReader, entries: Sequence[Entry]) -> DecodedBatch:
     """Decode images in a process that may die; an image that kills it is broken."""
     found: list[DecodedBatch] = []
-    reader = ImageReader(reader.preprocess, reader.known, largest=reader.largest)
+    reader = ImageReader(reader.preprocess, reader.known, largest=reader.largest, exif=reader.exif)
     while len(found) < len(entries):
         try:
             # `+=` keeps what came before an error; with one image ahead the next one is at work.

@@ -33,21 +33,26 @@ class IndexedImage(NamedTuple):
     own: bool  # whether that is the present source, which updates and removes the row
     columns: Mapping[str, UserValue]  # the user's columns that are not None
 
-    def merged(self, given: Mapping[str, UserValue], named: Collection[str]) -> tuple[dict[str, UserValue], str]:
+    def merged(
+        self, given: Mapping[str, UserValue], found: Mapping[str, UserValue], named: Collection[str]
+    ) -> tuple[dict[str, UserValue], str]:
         """Return the columns and the source of the row after an update.
 
         Columns that the present source does not name stay: another source gave them. Columns that it names for other
         images are removed from its own rows. An image that was added alone keeps its source, and a source without
-        new values does not take the row over.
+        new values does not take the row over. What was found in or beside the file never replaces what people gave.
 
         Args:
             given: The columns of the image.
+            found: Columns that were found in or beside the file; None if there is none any more.
             named: The columns that the source gives to any image.
         """
-        dropped = named if self.own and self.source != ADDED_SOURCE else ()
-        kept = {name: value for name, value in self.columns.items() if name not in dropped}
+        synchronized = self.own and self.source != ADDED_SOURCE
+        kept = {name: value for name, value in self.columns.items() if not synchronized or name not in named}
+        found = {name: value for name, value in found.items() if name not in named}
+        columns = {**kept, **found} if synchronized else {**found, **kept}
         keeps_source = self.source == ADDED_SOURCE or all(self.columns.get(name) == given[name] for name in given)
-        return {**kept, **given}, self.source if keeps_source else ""
+        return {**columns, **given}, self.source if keeps_source else ""
 
 
 @final
@@ -105,15 +110,21 @@ def digest_prefix(digest: str) -> int:
     return int(digest[:16], 16)
 
 
-def make_plan(listing: Listing, rows: Mapping[str, IndexedImage], skipped_before: Mapping[str, SkippedImage]) -> Plan:
-    """Decide what to do with each image."""
+def make_plan(
+    listing: Listing,
+    rows: Mapping[str, IndexedImage],
+    skipped_before: Mapping[str, SkippedImage],
+    *,
+    read_again: bool = False,
+) -> Plan:
+    """Decide what to do with each image; with `read_again`, unchanged files are read for their EXIF data."""
     plan, named = Plan(), columns_of(listing.entries)
     for entry in listing.entries:
         row, skip = rows.get(entry.id), skipped_before.get(entry.id)
         if entry.fault is not None:
             plan.skip.append(SkippedImage(entry.id, entry.fault, entry.size, entry.mtime))
-        elif row is not None and row.digest and _has_same_content(entry, row):
-            columns, _ = row.merged(entry.columns, named)
+        elif row is not None and row.digest and not read_again and _has_same_content(entry, row):
+            columns, _ = row.merged(entry.columns, entry.found, named)
             if {name: value for name, value in columns.items() if value is not None} == row.columns:
                 plan.unchanged += 1
             else:
@@ -202,6 +213,8 @@ def _match_column_types(listing: Listing, kinds: Mapping[str, ColumnKind], dim: 
                 if kinds.get(name) == "str" and not isinstance(value, str):
                     entry.columns[name] = str(value).lower() if isinstance(value, bool) else str(value)
                 first.setdefault(name, entry.columns[name])
+        for name in entry.found.keys() - (name for name in entry.found if kinds.get(name, "str") == "str"):
+            del entry.found[name]  # people use the column for something else
     try:
         validate_rows(Rows(["a"], torch.zeros(1, dim), {name: [value] for name, value in first.items()}), dim, kinds)
     except DataError as error:

@@ -123,7 +123,7 @@ def _drop_repeated(
     for at, image in enumerate(images):
         row = next(rows) if image.thumbnail is not None else None
         if image.digest in seen:
-            images[at] = DecodedImage(image.digest)
+            images[at] = DecodedImage(image.digest, exif=image.exif)
         elif row is not None:
             kept.append(row)
             seen.add(image.digest)

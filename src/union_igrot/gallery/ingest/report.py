@@ -17,6 +17,7 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "on_broken": ("skip", "fail"),
     "precision": ("32-true", "bf16-mixed", "16-mixed"),
     "executor": ("local", "ray"),
+    "file_columns": ("new", "all", "none"),
 }
 
 
@@ -42,6 +43,8 @@ class IngestOptions:
         actors: Number of Ray actors; None for one per GPU, or one per two CPU cores without GPUs.
         exclude: Patterns of files and folders in a folder that are left out, see `list_images`.
         max_megapixels: Largest image in 10^6 pixels; None for `$UNION_MAX_MEGAPIXELS` or 179.
+        file_columns: Which images get columns from EXIF data (see `read_exif`), class folders and caption files: `new`,
+            those that are read anyway; `all`, for which unchanged files are opened again but not embedded; or `none`.
 
     Raises:
         ConfigError: If a value is invalid.
@@ -60,6 +63,7 @@ class IngestOptions:
     actors: int | None = None
     exclude: Sequence[str] = ()
     max_megapixels: float | int | None = None
+    file_columns: Literal["new", "all", "none"] = "new"
 
     def __post_init__(self) -> None:
         """Validate the values."""

@@ -30,6 +30,8 @@ from union_igrot.gallery.ingest.entries import (
     unify_column_types,
     unique_entries,
 )
+from union_igrot.gallery.ingest.report import IngestOptions
+from union_igrot.gallery.ingest.sidecars import add_found_columns
 from union_igrot.images.formats import describe_name, is_ignored, is_raw
 from union_igrot.storage.paths import absolute_path, find_path, is_web_address
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines
@@ -69,7 +71,13 @@ class _Exclusions:
         return found
 
 
-def list_images(images: str, on_progress: Callable[[int], None] | None = None, exclude: Sequence[str] = ()) -> Listing:
+def list_images(
+    images: str,
+    on_progress: Callable[[int], None] | None = None,
+    exclude: Sequence[str] = (),
+    *,
+    file_columns: bool = True,
+) -> Listing:
     """List the images of a source.
 
     Hidden files and folders, and those of storage devices such as `@eaDir` and `#recycle`, are left out. Links are
@@ -80,6 +88,7 @@ def list_images(images: str, on_progress: Callable[[int], None] | None = None, e
         on_progress: Called now and then with the number of images found so far.
         exclude: Patterns of files and folders to leave out of a folder or pattern. One without `/` is compared with
             each name; any other with the path within the folder, in which `*` also stands for `/`.
+        file_columns: Whether images of a folder or pattern get the columns of `sidecars.add_found_columns`.
 
     Raises:
         ConfigError: If nothing matches.
@@ -92,10 +101,13 @@ def list_images(images: str, on_progress: Callable[[int], None] | None = None, e
     path = find_path(absolute_path(images))
     unreadable: list[Entry] = []
     exclusions = _Exclusions(exclude)
-    if os.path.isdir(path):  # noqa: PTH112
+    is_folder = os.path.isdir(path)  # noqa: PTH112
+    if is_folder:
         found = _walk(path, unreadable, exclusions)
     else:
-        found = _read_files(_expand(path, images, exclusions), unreadable)
+        files = _expand(path, images, exclusions)
+        found = _read_files(files, unreadable)
+        file_columns = file_columns and not all(Path(file).suffix.lower() in _LIST_READERS for file in files)
     entries = []
     for entry in itertools.chain(found, unreadable):
         entries.append(entry)
@@ -104,7 +116,16 @@ def list_images(images: str, on_progress: Callable[[int], None] | None = None, e
     unify_column_types([entry.columns for entry in entries if entry.columns])
     excluded = {name: count for name, count in exclusions.counts.items() if count}
     entries = unique_entries(entries, images)
+    if file_columns:
+        listed = {entry.path for entry in entries if entry.fault is None}
+        exists = listed.__contains__ if is_folder else os.path.isfile
+        entries = add_found_columns(entries, exists, path if is_folder else None)
     return Listing(path_as_text(path), entries, [entry.id for entry in unreadable], excluded)
+
+
+def list_source(images: str, options: IngestOptions, on_progress: Callable[[int], None] | None = None) -> Listing:
+    """List the images of a source as the options say; see `list_images`."""
+    return list_images(images, on_progress, options.exclude, file_columns=options.file_columns != "none")
 
 
 def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry]:

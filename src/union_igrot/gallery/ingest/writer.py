@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, NamedTuple, final
 
@@ -23,6 +24,7 @@ from union_igrot.gallery.ingest.decode import DecodedImage
 from union_igrot.gallery.ingest.entries import ADDED_SOURCE, OWN_COLUMNS, UNREACHABLE, Entry, Listing
 from union_igrot.gallery.ingest.plan import IndexedImage, columns_of
 from union_igrot.gallery.ingest.report import SkippedFile, SkippedImage
+from union_igrot.images.exif import EXIF_COLUMNS
 
 BATCH_ROWS: Final = 2048  # rows per write
 BATCH_SECONDS: Final = 15.0  # age at which a smaller batch is written; the most work that a kill can lose
@@ -50,6 +52,8 @@ class RowWriter:
     ) -> None:
         self._index, self._source, self._rows, self._skipped = index, listing.source, rows, skipped
         self._named_columns = columns_of(listing.entries)
+        kinds = index.columns  # people may use a column for something else
+        self._exif_names = [name for name, kind in EXIF_COLUMNS.items() if kinds.get(name, kind) == kind]
         self._buffer: list[_Item] = []
         self._buffered_since = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="row-writer")
@@ -110,7 +114,7 @@ class RowWriter:
             for _, image, vector in items
             if vector is not None
         }
-        sound = [(entry, image.digest) for entry, image, _ in items if image.reason is None]
+        sound = [(self._with_exif(entry, image), image.digest) for entry, image, _ in items if image.reason is None]
         contents |= self._find_contents({digest for _, digest in sound} - contents.keys())
         self._missing += [entry for entry, digest in sound if digest not in contents]
         ready = [(entry, digest) for entry, digest in sound if digest in contents]
@@ -121,6 +125,11 @@ class RowWriter:
         updated = sum(entry.id in self._rows for entry, _ in ready)
         self.updated += updated
         self.added += len(ready) - updated
+
+    def _with_exif(self, entry: Entry, image: DecodedImage) -> Entry:
+        if image.exif is None:
+            return entry
+        return replace(entry, found=entry.found | {name: image.exif.get(name) for name in self._exif_names})
 
     def _keep_replaced(self, ready: Sequence[tuple[Entry, str]]) -> None:
         """Keep the contents that a write replaces: they may belong to images that come later."""
@@ -177,8 +186,9 @@ class RowWriter:
     def _columns_and_source(self, entry: Entry) -> tuple[Mapping[str, ColumnValue], str]:
         row = self._rows.get(entry.id)
         if row is None:
-            return entry.columns, self._source
-        columns, source = row.merged(entry.columns, self._named_columns)
+            found = {name: value for name, value in entry.found.items() if name not in self._named_columns}
+            return {**found, **entry.columns}, self._source
+        columns, source = row.merged(entry.columns, entry.found, self._named_columns)
         if self._source == ADDED_SOURCE:  # a row that belongs to another source stays with it
             return columns, row.source or ADDED_SOURCE
         return columns, source or self._source
