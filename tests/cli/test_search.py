@@ -92,6 +92,8 @@ def test_format_table(gallery, capsys):
     assert "▀" not in output
     for hit in expected_hits:
         assert any(f"{hit.score:.4f}" in line and hit.id in line for line in output.splitlines())
+    run("terms=2:red", "terms=-a.png", "k=3", "format=table", "contact=terms.png")
+    assert "2 * 'red' + -1 * a.png" in capsys.readouterr().out
     run("image=a.png", "k=3", "format=table", "thumbnails=on")
     output = capsys.readouterr().out
     assert output.count("▀") == 3 * 16 * 8
@@ -113,6 +115,11 @@ def test_format_table(gallery, capsys):
         (["text=red", "liked=[p1,p2]", "disliked=p3"], {"text": "red", "liked": ["p1", "p2"], "disliked": ["p3"]}),
         (["liked=p1", "liked=p2", "exclude=p1"], {"liked": ["p1", "p2"], "exclude": "p1"}),
         (["text=red", "search=exact"], {"text": "red", "mode": "exact"}),
+        (["terms=2:red", "terms=./a.png", "terms=-blue"], {"terms": [("red", 2), ("./a.png", 1), ("blue", -1)]}),
+        (["terms=[2:red,-a.png + large]"], {"terms": [("red", 2), (("a.png", "large"), -1)]}),
+        (["image=a.png", "text=red", "terms=-blue"], {"image": "a.png", "text": "red", "terms": [("blue", -1)]}),
+        (["image=a.png#1,2,5,4"], {"image": "a.png#1,2,5,4"}),
+        (["image=['a.png#0,0,50%,50%',a.png]"], {"image": ["a.png#0,0,50%,50%", "a.png"]}),
     ],
 )
 def test_arguments_are_passed_to_the_search(gallery, capsys, arguments, expected):
@@ -168,6 +175,12 @@ MISTAKES = [
     (["text=red", "checkpoint=no/such"], "no/such"),
     (["text=red", "format=xml"], "format: xml"),
     (["txt=red"], "txt"),
+    (["terms=-red"], "only negative terms; add one positive term"),
+    (["terms=2:"], "the term '2:' is empty"),
+    (["terms=b.png"], "b.png: the image is missing"),
+    (["terms=red", "queries=q.csv"], "terms= and queries= are both given"),
+    (["image=a.png#1,2,99,4"], "invalid region of a.png: #1,2,99,4"),
+    (["image=a.png#1,2,3"], "expected FILE#x,y,width,height"),
 ]
 
 

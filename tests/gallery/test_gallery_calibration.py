@@ -58,6 +58,13 @@ def test_scores_are_those_of_an_evaluation(calibrated, engine, tmp_path):
         assert agrees(gallery.search(text="small", k=COUNT), slow_ranking(calibrated, text))
         (liked,) = calibrated.encode_gallery([noise_image(2)])
         assert agrees(gallery.search(liked="p2", k=COUNT), slow_ranking(calibrated, liked))
+        # The calibrated scores of terms add up.
+        length = float((2 * sketch + composed - text).norm())
+        parts = (evaluated_ranking(calibrated, task, one) for task, one in (("sbir", sketch), ("cir", composed)))
+        first, second, third = (dict(part) for part in (*parts, slow_ranking(calibrated, text)))
+        added = [(name, (2 * first[name] + second[name] - third[name]) / length) for name in first]
+        found = gallery.search(terms=[(noise_image(40), 2), (noise_image(40), "small"), ("small", -1)], k=COUNT)
+        assert agrees(found, sorted(added, key=lambda pair: -pair[1]))
     location.remove()
 
 

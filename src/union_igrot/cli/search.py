@@ -79,11 +79,13 @@ def search(config: "DictConfig", _: Path) -> None:
 
 def _check(config: "DictConfig") -> None:
     """Refuse settings that contradict each other."""
-    single = [name for name in ("image", "text", "liked", "disliked", "exclude") if config[name]]
+    single = [name for name in ("image", "text", "terms", "liked", "disliked", "exclude") if config[name]]
     if config.queries is not None and single:
         raise ConfigError(f"{single[0]}= and queries= are both given; put {single[0]} into the lines of the file")
-    if config.queries is None and not (config.image or config.text or config.liked):
-        raise ConfigError("the query is empty (expected image=FILE, text=TEXT, both, liked=ID or queries=FILE)")
+    if config.queries is None and not (config.image or config.text or config.terms or config.liked):
+        raise ConfigError(
+            "the query is empty (expected image=FILE, text=TEXT, both, terms=TERM, liked=ID or queries=FILE)"
+        )
     if config.contact is not None and not config.contact.lower().endswith(".png"):
         raise ConfigError(f"invalid value for contact: {config.contact} (expected a .png file)")
     if config.contact is not None and not (folder := expand_user(config.contact).absolute().parent).is_dir():
@@ -92,15 +94,17 @@ def _check(config: "DictConfig") -> None:
 
 def _query_lines(config: "DictConfig") -> "list[QueryLine]":
     from union_igrot.gallery.queries import QueryLine, read_queries
+    from union_igrot.gallery.terms import parse_term
     from union_igrot.images.decode import check_image
+    from union_igrot.images.regions import split_region
 
     if config.queries is not None:
         return read_queries(expand_user(config.queries))
-    images = [expand_user(image) for image in config.image]
-    for image in images:
-        check_image(image)
+    images, terms = [expand_user(image) for image in config.image], [parse_term(term) for term in config.terms]
+    for image in (*images, *(image for term in terms for image in term.images)):
+        check_image(expand_user(split_region(image)[0]))
     ids = {name: list(config[name]) for name in ("liked", "disliked", "exclude")}
-    return [QueryLine(1, {"image": images, "text": config.text, **ids})]
+    return [QueryLine(1, {"image": images, "text": config.text, "terms": terms, **ids})]
 
 
 def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult") -> None:
@@ -142,17 +146,21 @@ def _is_gone(hit: "Hit") -> bool:
 
 
 def _describe(query: dict[str, Any]) -> str:
+    from union_igrot.gallery.terms import describe_term
+
     parts = [str(image) for image in query.get("image", ())]
     parts += [f"{query['text']!r}"] if query.get("text") else []
+    parts += [describe_term(term) for term in query.get("terms", ())]
     parts += [f"{len(query[name])} {name}" for name in ("liked", "disliked") if query.get(name)]
     return " + ".join(parts)
 
 
 def _sheet_line(line: "QueryLine", result: "SearchResult") -> "SheetRow":
-    from union_igrot.images.decode import as_image
+    from union_igrot.images.regions import open_region
     from union_igrot.reporting.contact_sheets import SheetRow
 
-    images = [as_image(image, at_least=256) for image in line.query.get("image", ())]
+    given = (*line.query.get("image", ()), *(image for term in line.query.get("terms", ()) for image in term.images))
+    images = [open_region(image, at_least=256) for image in given]
     return SheetRow(_describe({**line.query, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in result])
 
 

@@ -160,8 +160,13 @@ class SearchSettings:
     """Settings of `union-search`."""
 
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
-    image: tuple[str, ...] = setting((), "photo or sketch; repeat for several, which are averaged")
+    image: tuple[str, ...] = setting(
+        (), "photo or sketch, or a region of it (a.jpg#10%,20%,50%,50%); repeat for several, which are averaged"
+    )
     text: str | None = setting(None, "modification text with an image, or a text query alone", verbatim=True)
+    terms: tuple[str, ...] = setting(
+        (), 'weighted texts and images ("2:a dog", -fruit, ./a.jpg, "a.jpg + in red"); see docs/searching.md'
+    )
     k: int = setting(20, "results per query", low=1)
     offset: int = setting(0, "best results to leave out, for the next page", low=0)
     min_score: float | None = setting(None, "lowest score of a result; see docs/searching.md")
@@ -541,6 +546,7 @@ COMMANDS: Mapping[str, Command] = {
             "union-search index=photos.lance image=sketch.png",
             'union-search index=photos.lance image=a.jpg text="in blue" k=5',
             'union-search index=photos.lance text="a red car" where="year > 2020"',
+            'union-search index=photos.lance terms="2:golden retriever" terms=./pool.jpg terms="-fruit"',
         ),
         notes=("exit code: 0 results, 1 no results, 2 usage error, 130 interrupted, 141 broken pipe",),
     ),

@@ -1,10 +1,11 @@
 """Calibration of a gallery's scores: two further dimensions in its index, one per task, and in its queries.
 
 A row holds its embedding and, for composed queries and for sketches, minus the weighted mean of its greatest cosines to
-training queries; a query holds a 1 for its own task. Their dot product is the calibrated score of an evaluation.
+training queries; a query holds a 1 for its own task, and a query of several terms their weighted sum. The dot product
+is the calibrated score of an evaluation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -84,13 +85,10 @@ def widen_rows(
 
 
 def widen_queries(
-    embeddings: Float[Tensor, "queries dim"], tasks: Sequence[QueryTask], metadata: Mapping[str, Any]
+    embeddings: Float[Tensor, "queries dim"], tasks: Float[Tensor, "queries tasks"], metadata: Mapping[str, Any]
 ) -> Float[Tensor, "queries wide"]:
-    """Append the tasks of queries to their embeddings, if the index is calibrated."""
-    if KEY not in metadata:
-        return embeddings
-    own = [[float(task == one) for one in TASKS] for task in tasks]
-    return torch.cat([embeddings, embeddings.new_tensor(own).reshape(-1, len(TASKS))], dim=1)
+    """Append the tasks of queries, as `embed_gallery_queries` returns them, if the index is calibrated."""
+    return torch.cat([embeddings, tasks], dim=1) if KEY in metadata else embeddings
 
 
 def _hash(queries: Mapping[str, Tensor]) -> str:

@@ -241,6 +241,7 @@ class Gallery:
         k: int = 10,
         where: str | None = None,
         *,
+        terms: object = (),
         liked: object = (),
         disliked: object = (),
         exclude: object = (),
@@ -252,11 +253,15 @@ class Gallery:
         """Find images.
 
         Args:
-            image: A photo or sketch, or several, in any form that `as_image` accepts. Several are combined into the
-                mean of their embeddings.
+            image: A photo or sketch, or several, in any form that `as_image` accepts, or the path of a file with a
+                region, such as `a.jpg#10%,20%,50%,50%` (x, y, width, height). Several are combined into the mean of
+                their embeddings.
             text: The modification text of an image, or a text query alone.
             k: Number of hits.
             where: A filter on columns, such as `class = 'dog' and year > 2020`; see `gallery.engines.filters`.
+            terms: Further images and texts with weights, such as `[("golden retriever", 2), (image, 1), ("fruit",
+                -1)]`, or `((image, text), 2)`: the query is the normalized weighted sum of the unit embeddings, in
+                which `image` and `text` count with weight 1. For the forms see `gallery.terms.parse_term`.
             liked: Results to move towards: ids, paths or hits. They are a query of their own too.
             disliked: Results to move away from; they are not among the hits.
             exclude: Images that are not among the hits, such as the query itself.
@@ -274,7 +279,7 @@ class Gallery:
             ImageError: If an image cannot be read.
             DataError: If a liked or disliked image is not in the gallery.
         """
-        query = {"image": image, "text": text, "liked": liked, "disliked": disliked, "exclude": exclude}
+        query = {"image": image, "text": text, "terms": terms, "liked": liked, "disliked": disliked, "exclude": exclude}
         return self.search_many(
             [query], k, where, mode=mode, thumbnails=thumbnails, min_score=min_score, offset=offset
         )[0]
@@ -293,8 +298,8 @@ class Gallery:
     ) -> list[SearchResult]:
         """Find images for many queries at once; returns one result per query.
 
-        Each query has some of `image`, `text`, `liked`, `disliked` and `exclude`, which are, like all other arguments,
-        those of `search`. `names` are names of the queries in errors, by default `query 1` and so on.
+        Each query has some of `image`, `text`, `terms`, `liked`, `disliked` and `exclude`, which are, like all other
+        arguments, those of `search`. `names` are names of the queries in errors, by default `query 1` and so on.
         """
         for name, number, least in (("k", k, 1), ("offset", offset, 0)):
             if type(number) is not int or number < least:
@@ -307,8 +312,7 @@ class Gallery:
         index = self.index
         parsed = resolve_queries(index, parsed)
         feedback = read_feedback(index, parsed, names, self.model.backbone.dim)
-        embedded = embed_gallery_queries(self.model, parsed, feedback, names)
-        embedded = widen_queries(embedded, [query.task for query in parsed], index.metadata)
+        embedded = widen_queries(*embed_gallery_queries(self.model, parsed, feedback, names), index.metadata)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
         groups: dict[int, list[int]] = {}
         for i, query in enumerate(parsed):

@@ -1,4 +1,4 @@
-"""Queries of a gallery: images, text, and liked or disliked results; their embeddings; and files of queries."""
+"""Queries of a gallery: weighted terms, and liked or disliked results; their embeddings; and files of queries."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from union_igrot.errors import ConfigError, DataError, UnionError
-from union_igrot.gallery.calibration import QueryTask
+from union_igrot.gallery.calibration import TASKS
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.entries import path_as_text
 from union_igrot.gallery.results import Hit
-from union_igrot.images.decode import as_image, check_image
+from union_igrot.gallery.terms import Term, parse_term
+from union_igrot.images.decode import check_image
+from union_igrot.images.regions import open_region, split_region
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.devices import full_precision
 from union_igrot.models.model import IGROTModel
@@ -36,25 +38,20 @@ Introduction to Information Retrieval (2008), section 9.1.1, call reasonable, fo
 feedback in information retrieval (1971)."""
 BATCH: Final = 256  # queries embedded at once, as in an evaluation
 
-_FIELDS: Final = ("image", "text", "liked", "disliked", "exclude")
+_FIELDS: Final = ("image", "text", "terms", "liked", "disliked", "exclude")
 _CSV_FIELDS: Final = ("id", "image", "text")
 _IDS_PER_FILTER: Final = 500
+_CANCELED: Final = 1e-6  # length of a weighted sum of unit vectors below which its direction is rounding
 
 
 @dataclass(frozen=True)
 class GalleryQuery:
     """One query."""
 
-    images: tuple[Any, ...] = ()  # photos or sketches, in any form that `as_image` accepts
-    text: str | None = None  # the modification text of the images, or a text query alone; None for none
+    terms: tuple[Term, ...] = ()  # first its images with its text, if it has any
     liked: tuple[str, ...] = ()  # ids of results to move towards
     disliked: tuple[str, ...] = ()  # ids of results to move away from; they are not among the hits
     exclude: tuple[str, ...] = ()  # ids that are not among the hits
-
-    @property
-    def task(self) -> QueryTask:
-        """Its task, which decides how its scores are calibrated."""
-        return None if not self.images else "cir" if self.text else "sbir"
 
     @property
     def excluded(self) -> tuple[str, ...]:
@@ -69,13 +66,15 @@ def parse_query(given: Mapping[str, Any]) -> GalleryQuery:
     text = given.get("text")
     if text is not None and not isinstance(text, str):
         raise ConfigError(f"invalid value for text: {type(text).__name__} (expected str)")
+    own = Term(as_items(given.get("image")), text if text and text.strip() else None)
     query = GalleryQuery(
-        as_items(given.get("image")),
-        text if text and text.strip() else None,
+        ((own,) if own.images or own.text else ()) + tuple(parse_term(one) for one in as_items(given.get("terms"))),
         *(row_ids(given.get(name)) for name in ("liked", "disliked", "exclude")),
     )
-    if not (query.images or query.text or query.liked):
-        raise ConfigError("the query is empty (expected an image, a text, both, or liked results)")
+    if not (query.terms or query.liked):
+        raise ConfigError("the query is empty (expected an image, a text, both, terms, or liked results)")
+    if query.terms and not any(term.weight > 0 for term in query.terms):
+        raise ConfigError("the query has only negative terms; add one positive term: an image or a text")
     if both := set(query.liked) & set(query.disliked):
         raise ConfigError(f"{min(both)!r} is both liked and disliked")
     return query
@@ -178,34 +177,59 @@ def embed_gallery_queries(
     queries: Sequence[GalleryQuery],
     feedback: Mapping[str, Float[Tensor, " dim"]],
     names: Sequence[str],
-) -> Float[Tensor, "queries dim"]:
-    """Embed queries, refined by liked and disliked results.
+) -> tuple[Float[Tensor, "queries dim"], Float[Tensor, "queries tasks"]]:
+    """Embed queries: the normalized weighted sum of their terms, refined by liked and disliked results.
 
     An image without text is embedded with the null text, as in training; a text alone is its own embedding. Several
-    images give the normalized mean of their unit embeddings, each with the text.
+    images of a term give the normalized mean of their unit embeddings, each with the text.
 
     Returns:
-        Unit embeddings, float32, on the CPU.
+        Unit embeddings, float32, on the CPU; and how much of each task's calibration belongs to a query: 1 for the
+        task of a single term, for several terms the same weighted sum over their tasks as over their embeddings, so
+        that their calibrated scores add up.
+
+    Raises:
+        ConfigError: If the terms of a query cancel each other out.
     """
-    pairs = [(i, image) for i, one in enumerate(queries) for image in one.images]
-    text_only = [i for i, one in enumerate(queries) if one.text and not one.images]
-    mean = torch.zeros(len(queries), model.backbone.dim)
+    numbered = [(i, term) for i, one in enumerate(queries) for term in one.terms]
+    embedded = _embed_terms(model, [term for _, term in numbered], [names[i] for i, _ in numbered])
+    own = torch.tensor([[float(term.task == task) for task in TASKS] for _, term in numbered]).reshape(-1, len(TASKS))
+    sums, tasks = torch.zeros(len(queries), model.backbone.dim), torch.zeros(len(queries), len(TASKS))
+    at = 0
+    for i, one in enumerate(queries):
+        rows = slice(at, at := at + len(one.terms))
+        if len(one.terms) == 1:
+            sums[i], tasks[i] = embedded[rows][0], own[rows][0]
+        elif one.terms:
+            weights = torch.tensor([term.weight for term in one.terms])
+            total = weights @ normalize(embedded[rows], dim=-1)
+            if float(length := total.norm()) < _CANCELED * float(weights.abs().sum()):
+                with _named(names[i]):
+                    raise ConfigError("the terms of the query cancel each other out; change a weight or a term")
+            sums[i], tasks[i] = total / length, weights @ own[rows] / length
+        if one.liked or one.disliked:
+            query = sums[i] if one.terms else None
+            sums[i] = refine_query(query, [feedback[id_] for id_ in one.liked], [feedback[id_] for id_ in one.disliked])
+    return sums, tasks
+
+
+def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str]) -> Float[Tensor, "terms dim"]:
+    pairs = [(i, image) for i, one in enumerate(terms) for image in one.images]
+    text_only = [i for i, one in enumerate(terms) if not one.images]
+    mean = torch.zeros(len(terms), model.backbone.dim)
     with full_precision(model.device):
         for at in range(0, len(pairs), BATCH):
             some = pairs[at : at + BATCH]
-            embedded = model.embed_queries(_load_images(some, model, names), [queries[i].text for i, _ in some])
+            embedded = model.embed_queries(_load_images(some, model, names), [terms[i].text for i, _ in some])
             for (i, _), row in zip(some, embedded.float().cpu(), strict=True):
                 # The embedding of a single image is unchanged, to the last bit as in an evaluation.
-                mean[i] += row if len(queries[i].images) == 1 else normalize(row, dim=-1)
+                mean[i] += row if len(terms[i].images) == 1 else normalize(row, dim=-1)
         for at in range(0, len(text_only), BATCH):
             chosen = text_only[at : at + BATCH]
-            mean[chosen] = model.embed_queries(None, [queries[i].text for i in chosen]).float().cpu()
-    for i, one in enumerate(queries):
+            mean[chosen] = model.embed_queries(None, [terms[i].text for i in chosen]).float().cpu()
+    for i, one in enumerate(terms):
         if len(one.images) > 1:
             mean[i] = normalize(mean[i], dim=-1)
-        if one.liked or one.disliked:
-            query = mean[i] if one.images or one.text else None
-            mean[i] = refine_query(query, [feedback[id_] for id_ in one.liked], [feedback[id_] for id_ in one.disliked])
     return mean
 
 
@@ -217,7 +241,7 @@ def _load_images(
     def load(one: tuple[int, Any]) -> Tensor:
         i, image = one
         with _named(names[i]):
-            return to_tensor(as_image(image, at_least=size))
+            return to_tensor(open_region(image, at_least=size))
 
     if len(numbered) == 1:
         return load(numbered[0])[None]
@@ -256,8 +280,9 @@ def read_queries(path: Path) -> list[QueryLine]:
     """Read a file of queries. Paths in it are relative to the file.
 
     Args:
-        path: `.jsonl`, with objects of `image` (a path or a list of paths), `text`, `id`, `liked`, `disliked` and
-            `exclude` (lists of ids), all optional; or `.csv`, with a header of `image`, `text` and `id` in any order.
+        path: `.jsonl`, with objects of `image` (a path or a list of paths), `text`, `terms`, `id`, `liked`, `disliked`
+            and `exclude` (lists of ids), all optional; or `.csv`, with a header of `image`, `text` and `id` in any
+            order.
     """
     readers = {".jsonl": _read_json_queries, ".csv": _read_csv_queries}
     if path.suffix.lower() not in readers:
@@ -301,6 +326,12 @@ def _check_fields(location: str, names: list[str], allowed: tuple[str, ...]) -> 
         raise DataError(f"{location}: a name is repeated in the header")
 
 
+def _located(term: Term, path: Path) -> Term:
+    if not all(isinstance(image, str) for image in term.images):
+        raise DataError(f"invalid image of a term: {term.images[0]!r} (expected a path)")
+    return replace(term, images=tuple(path.parent / expand_user(image) for image in term.images))
+
+
 def _query_line(path: Path, location: str, default_name: int, fields: dict[str, Any]) -> QueryLine:
     name = fields.pop("id", default_name)
     if not isinstance(name, str | int):
@@ -308,13 +339,12 @@ def _query_line(path: Path, location: str, default_name: int, fields: dict[str, 
     for field in ("image", "liked", "disliked", "exclude"):
         if not all(isinstance(one, str) for one in as_items(fields.get(field))):
             raise DataError(f"{location}: invalid {field} {fields[field]!r} (expected text, or a list of texts)")
-    if "image" in fields:
-        fields["image"] = [path.parent / expand_user(image) for image in as_items(fields["image"])]
     try:
         with _named(location):
-            parse_query(fields)
-            for image in fields.get("image", ()):
-                check_image(image)
+            fields["terms"] = [_located(parse_term(one), path) for one in as_items(fields.get("terms"))]
+            fields["image"] = [path.parent / expand_user(image) for image in as_items(fields.get("image"))]
+            for image in (*fields["image"], *(image for term in parse_query(fields).terms for image in term.images)):
+                check_image(Path(split_region(image)[0]))
     except ConfigError as error:
         raise DataError(str(error)) from None
     return QueryLine(name, fields, location)
