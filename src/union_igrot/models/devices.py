@@ -1,11 +1,13 @@
 """Devices and precision: where a model runs, how many processes decode images for it, and exact float32."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from union_igrot.errors import ConfigError
 
@@ -49,6 +51,26 @@ def default_workers(device: torch.device, processes: int = 1) -> int:
 def device_name(device: torch.device) -> str:
     """Return the name of a device for people, with the model of a GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def map_in_threads(compute: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Compute each part without gradients, several at once on a CPU, each in a thread of its own.
+
+    Threads that share every layer wait for each other after each, and for whatever else the machine does.
+
+    Args:
+        compute: What is computed; a small convolutional network.
+        parts: Tensors of one device.
+    """
+    threads = torch.get_num_threads()
+    alone = len(parts) < 2 or threads < 2 or not parts[0].is_cpu
+    if alone or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):  # both are settings of this thread
+        return [compute(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(torch.no_grad()(compute), parts))
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is also the default of later ones
 
 
 @contextmanager
