@@ -193,22 +193,39 @@ class SearchSettings:
 
 
 @dataclass
-class DemoSettings(ExtractionSettings):
+class ServerSettings:
+    """Settings of commands that serve a gallery."""
+
+    device: str = _device("the query encoder")
+    host: str = setting("127.0.0.1", "address to bind to; any but localhost requires a login")
+    port: int = setting(7860, "port, or 0 for any free one", low=0, high=65_535)
+    name: str | None = setting(None, "host name of a proxy in front, such as one that adds TLS")
+    megabytes: float = setting(10, "upload limit in MB", above=0, high=1000)
+    megapixels: float = setting(50, "upload limit in megapixels, checked before decoding", above=0, high=1000)
+    waiting: int = setting(64, "searches that may wait; further ones are rejected", low=1, high=10_000)
+
+
+@dataclass
+class DemoSettings(ServerSettings, ExtractionSettings):
     """Settings of `union-demo`."""
 
     index: str | None = setting(None, "index made by union-index; the generated world if null")
     checkpoint: str | None = setting(None, "model of the index, as in union-index; the recorded one, or tiny, if null")
     second_index: str | None = setting(None, "second index of the same images, shown side by side")
     second_checkpoint: str | None = setting(None, "model of the second index, or second model on the generated world")
-    device: str = _device("the query encoder")
-    host: str = setting("127.0.0.1", "address to bind to; any but localhost requires user=NAME")
-    port: int = setting(7860, "port, or 0 for any free one", low=0, high=65_535)
-    name: str | None = setting(None, "host name of a proxy in front, such as one that adds TLS")
     user: str | None = setting(None, "user name for the login; the password is $UNION_DEMO_PASSWORD, or prompted for")
     page: int = setting(24, "images per page", low=2, high=200)
-    megabytes: float = setting(10, "upload limit in MB", above=0, high=1000)
-    megapixels: float = setting(50, "upload limit in megapixels, checked before decoding", above=0, high=1000)
-    waiting: int = setting(64, "searches that may wait; further ones are rejected", low=1, high=10_000)
+
+
+@dataclass
+class ServeSettings(ServerSettings):
+    """Settings of `union-serve`."""
+
+    index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
+    checkpoint: str | None = setting(None, "model of the queries; the one recorded in the index if null")
+    key_file: str | None = setting(None, "file with the API key; $UNION_SERVE_KEY, or none, if null", path="file")
+    page: bool = setting(True, "serve the page of union-demo, too")
+    mcp: Literal["stdio"] | None = setting(None, "stdio: serve an assistant by standard input and output, not HTTP")
 
 
 @dataclass
@@ -555,6 +572,12 @@ COMMANDS: Mapping[str, Command] = {
         DemoSettings,
         ("union-demo", "union-demo index=photos.lance", "union-demo index=photos.lance host=0.0.0.0 user=anna"),
         notes=("page and password travel unencrypted; for other machines use a proxy with TLS and name=ITS.NAME",),
+    ),
+    "serve": Command(
+        "Serve searches of a gallery over HTTP, as JSON and as a page, or for an assistant by MCP.",
+        ServeSettings,
+        ("union-serve index=photos.lance", "union-serve index=photos.lance mcp=stdio"),
+        notes=("requests are described by /openapi.json; for other machines set a key, and use a proxy with TLS",),
     ),
     "check": Command(
         "Check whether the files of a dataset are complete, and show what would be trained and tested on.",

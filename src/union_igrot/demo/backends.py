@@ -163,12 +163,18 @@ class GalleryBackend:
         return [self._show(name, row, _thumbnail(row)) for name, row in zip(names, rows, strict=True)]
 
 
-def open_backend(uri: str, checkpoint: str | None = None, device: str = "auto") -> GalleryBackend:
-    """Open an index for the page."""
+def open_gallery(uri: str, checkpoint: str | None = None, device: str = "auto") -> Gallery:
+    """Open an index that has images."""
     gallery = Gallery.open(uri, checkpoint, create=False, device=device)
     if not len(gallery):
         gallery.close()
         raise DataError(f"{uri} contains no images; add some with union-index")
+    return gallery
+
+
+def open_backend(uri: str, checkpoint: str | None = None, device: str = "auto") -> GalleryBackend:
+    """Open an index for the page."""
+    gallery = open_gallery(uri, checkpoint, device)
     return GalleryBackend(gallery, Path(gallery.uri).name)
 
 

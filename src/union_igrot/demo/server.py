@@ -7,7 +7,6 @@ mistake is answered with status 200 and a message, because browsers log any othe
 
 import asyncio
 import base64
-import binascii
 import hmac
 import ipaddress
 import json
@@ -31,18 +30,9 @@ from starlette.staticfiles import StaticFiles
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
 from union_igrot.demo.uploads import photo_reference, short_file_name
 from union_igrot.errors import UnionError, escape_controls
-from union_igrot.service.http import (
-    LOOPBACK,
-    MAX_UPLOADS,
-    App,
-    BodyReader,
-    Gate,
-    RequestQueue,
-    error_response,
-    json_response,
-    make_application,
-)
-from union_igrot.service.uploads import Limits, UploadDecoder
+from union_igrot.service import http
+from union_igrot.service.http import BodyReader, RequestQueue, UploadQueue, error_response, json_response
+from union_igrot.service.uploads import Limits
 
 MAX_REQUEST_BYTES: Final = 2**20  # largest request body of an action in bytes; mostly strokes
 LOGIN_DELAY: Final = 1.0  # seconds before a wrong password is refused
@@ -152,29 +142,16 @@ class Login:
 
     def opens(self, header: str) -> bool:
         """Whether an Authorization header (RFC 7617) holds these credentials."""
-        kind, _, given = header.partition(" ")
-        try:
-            sent = base64.b64decode(given, validate=True)
-        except (binascii.Error, ValueError):
-            return False
-        return kind.lower() == "basic" and hmac.compare_digest(sent, f"{self.user}:{self.password}".encode())
+        return hmac.compare_digest(http.basic_credentials(header), f"{self.user}:{self.password}".encode())
 
 
 @final
 class Routes:
     """Request handlers."""
 
-    def __init__(
-        self,
-        controller: DemoController,
-        queue: RequestQueue,
-        uploads: RequestQueue,
-        limits: Limits,
-        decode: Callable[[bytes, str], Image.Image],
-    ) -> None:
-        self._controller, self._renderer = controller, PageRenderer(controller, limits)
-        self._limits, self._decode, self._bodies = limits, decode, BodyReader()
-        self._queue, self._uploads = queue, uploads
+    def __init__(self, controller: DemoController, queue: RequestQueue, uploads: UploadQueue) -> None:
+        self._controller, self._renderer = controller, PageRenderer(controller, uploads.limits)
+        self._queue, self._uploads, self._bodies = queue, uploads, BodyReader()
         self._page = self._renderer.page()
 
     def routes(self) -> list[BaseRoute]:
@@ -205,12 +182,12 @@ class Routes:
 
     async def photo(self, request: Request) -> Response:
         """Receive a photo."""
-        body = await self._body(request, self._limits.bytes)
+        body = await self._body(request, self._uploads.limits.bytes)
         token, name = request.headers.get("x-session", ""), short_file_name(request.query_params.get("name", ""))
 
         async def upload() -> dict[str, Any]:
-            photo = await self._uploads.run(lambda: photo_reference(self._decode(body, name), name))
-            return await self._act(lambda: self._controller.set_photo(token, photo))
+            image = await self._uploads.decode(body, name)
+            return await self._act(lambda: self._controller.set_photo(token, photo_reference(image, name)))
 
         return await self._respond(upload())
 
@@ -237,20 +214,19 @@ def make_app(
     controller: DemoController,
     *,
     bound: int = 64,
-    hosts: Sequence[str] | None = LOOPBACK,
+    hosts: Sequence[str] | None = http.LOOPBACK,
     login: Login | None = None,
     limits: Limits | None = None,
     decode: Callable[[bytes, str], Image.Image] | None = None,
-) -> App:
+) -> http.App:
     """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
-    limits = limits or Limits()
-    queues = RequestQueue(bound), RequestQueue(min(bound, MAX_UPLOADS), threads=2)
-    routes = Routes(controller, *queues, limits, decode or UploadDecoder(limits))
-    return make_application(routes.routes(), hosts, None if login is None else _LoginGate(login))
+    uploads = UploadQueue(limits or Limits(), min(bound, http.MAX_UPLOADS), decode)
+    routes = Routes(controller, RequestQueue(bound), uploads)
+    return http.make_application(routes.routes(), hosts, None if login is None else _LoginGate(login))
 
 
 @final
-class _LoginGate(Gate):
+class _LoginGate(http.Gate):
     """Checks passwords; a browser that has logged in is remembered by a cookie and never waits.
 
     An address may have few wrong attempts waiting at a time, so that passwords cannot be tried out quickly and nobody

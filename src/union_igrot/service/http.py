@@ -1,6 +1,7 @@
 """The HTTP server of the demo and of the service: limits, checks of requests, security headers, start and end."""
 
 import asyncio
+import base64
 import errno
 import ipaddress
 import json
@@ -12,6 +13,7 @@ from typing import Any, Final, TypeVar, final
 from urllib.parse import urlsplit
 
 import uvicorn
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -20,12 +22,13 @@ from starlette.routing import BaseRoute
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from union_igrot.errors import ConfigError, UnionError
+from union_igrot.service.uploads import Limits, UploadDecoder
 
 REQUEST_TIMEOUT: Final = 60.0  # seconds within which a request body has to arrive
 HEAD_TIMEOUT: Final = 10.0  # seconds within which the head of a request has to arrive
 MAX_CONNECTIONS: Final = 200  # concurrent connections; for a further one the oldest that sends no request is closed
 MAX_BODIES: Final = 2**28  # bytes of all request bodies that are being received
-MAX_UPLOADS: Final = 8  # images that may wait or be decoded, two at a time
+MAX_UPLOADS: Final = 32  # images that may wait or be decoded, two at a time
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")  # host names that only this machine reaches
 
 HEADERS: Final = {
@@ -75,6 +78,21 @@ class RequestQueue:
             return await asyncio.get_running_loop().run_in_executor(self._threads, step)
         finally:
             self._waiting -= 1
+
+
+@final
+class UploadQueue:
+    """Decodes uploaded images, two at a time, within limits."""
+
+    def __init__(
+        self, limits: Limits, bound: int = MAX_UPLOADS, decode: Callable[[bytes, str], Image.Image] | None = None
+    ) -> None:
+        self.limits, self._queue = limits, RequestQueue(bound, threads=2)
+        self._decode = decode or UploadDecoder(limits)
+
+    async def decode(self, data: bytes, name: str) -> Image.Image:
+        """Decode a file, called `name` in errors; a BusyError if too many wait."""
+        return await self._queue.run(lambda: self._decode(data, name))
 
 
 @final
@@ -173,6 +191,15 @@ def _host(header: str) -> str:
         return ""
 
 
+def basic_credentials(header: str) -> bytes:
+    """Return the user:password of an Authorization header (RFC 7617); empty if it holds none."""
+    kind, _, given = header.partition(" ")
+    try:
+        return base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
+    except ValueError:
+        return b""
+
+
 def is_loopback(host: str) -> bool:
     """Return whether an address is reachable from this machine only."""
     try:
@@ -267,6 +294,7 @@ def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
         log_level="warning",
         access_log=False,
         lifespan="off",
+        loop="asyncio",  # whose signal handling SIGTERM's time limit relies on
         ws="none",
         http=_Connection,
         timeout_keep_alive=15,
