@@ -19,7 +19,7 @@ from union_igrot.service import http
 from union_igrot.service.api import BODIES, EXAMPLES, KeyGate, ServiceRoutes
 from union_igrot.service.uploads import Limits, decode_upload
 
-LIMITS = Limits(megabytes=0.02)
+LIMITS = Limits(megabytes=0.02)  # of an image
 KEY = "a-key-of-24-characters-!"
 
 
@@ -151,6 +151,7 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         (b'{"liked": ["/etc/passwd"]}', "'/etc/passwd' is not in memory:"),
         (b'{"liked": "p1"}', "liked: 'p1'"),
         (json.dumps({"liked": ["p1"] * 101}).encode(), "liked"),
+        (b'{"liked": [' + b"0," * 60_000 + b"0]}", "more than 50,000 values"),
         (b'{"text": "a", "where": "year >"}', "year >"),
         (b'{"text": "a", "where": "1 = 1; drop table x"}', ""),
         (b'{"text": "a", "where": "year in (select 1)"}', ""),

@@ -19,10 +19,10 @@ _SHORTEST_KEY = 16
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `union-serve`."""
-    run_command("serve", serve, argv)
+    run_command("serve", serve_gallery, argv)
 
 
-def serve(config: "DictConfig", _: Path) -> None:
+def serve_gallery(config: "DictConfig", _: Path) -> None:
     """Serve the gallery as configured, until it is stopped."""
     extra, needed = ("mcp", ("mcp",)) if config.mcp else ("serve", ("starlette", "uvicorn", "pydantic", "jinja2"))
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:

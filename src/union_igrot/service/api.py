@@ -25,6 +25,8 @@ from union_igrot.gallery.results import Hit
 from union_igrot.service import http
 from union_igrot.service.http import BodyReader, BusyError, RequestQueue, UploadQueue, error_response, json_response
 
+MAX_VALUES: Final = 50_000  # values of a JSON body
+
 log: Final = logging.getLogger("union_igrot.service")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -135,6 +137,8 @@ class ServiceRoutes:
         try:
             if sent == "application/json":
                 body = await self._bodies.read(request, 2**20 + self._uploads.limits.bytes * 4 // 3)
+                if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:  # else seconds and gigabytes
+                    raise ConfigError(f"the request has more than {MAX_VALUES:,} values; send fewer")
                 given = kind.model_validate_json(body, strict=True)
                 held = getattr(given, "image", None)
                 files: list[bytes] = [held] if isinstance(held, bytes) else held or []
