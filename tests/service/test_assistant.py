@@ -12,6 +12,7 @@ from small_gallery import fill_gallery, noise_image
 from small_world import trainable
 
 mcp = pytest.importorskip("mcp", reason='the extra "mcp" is not installed')
+assistant = pytest.importorskip("union_igrot.service.assistant", reason="as above")
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,8 @@ def gallery():
 
 def ask(gallery, *calls):
     """Call the tool; return the tools, and the result of each call."""
-    from union_igrot.service.assistant import make_assistant_server
-
     async def session():
-        async with mcp.Client(make_assistant_server(gallery)) as client:
+        async with mcp.Client(assistant.make_assistant_server(gallery)) as client:
             return (await client.list_tools()).tools, [await client.call_tool("search_images", one) for one in calls]
 
     return asyncio.run(session())
