@@ -22,6 +22,7 @@ def gallery():
 
 def ask(gallery, *calls):
     """Call the tool; return the tools, and the result of each call."""
+
     async def session():
         async with mcp.Client(assistant.make_assistant_server(gallery)) as client:
             return (await client.list_tools()).tools, [await client.call_tool("search_images", one) for one in calls]
