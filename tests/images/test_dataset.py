@@ -4,7 +4,10 @@ import hashlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +133,40 @@ def test_without_shared_memory_batches_pass_through_pipes():
     batches = list(read_batches(loader))
     expected = [np.random.default_rng(seed).random((100, 100)) for seed in (1, 2, 3)]
     np.testing.assert_array_equal(torch.cat(batches).numpy(), expected)
+
+
+LEFT = """
+import sys
+from multiprocessing import active_children
+from union_igrot.images.dataset import ImageDataset, image_loader, read_batches
+if __name__ == "__main__":
+    loader = image_loader(ImageDataset(None, abs), ([n] for n in range(10**9)), list, workers=2,
+                          start_method=sys.argv[1])
+    batches = read_batches(loader)
+    print(next(batches), next(batches), *(worker.pid for worker in active_children()), flush=True)
+    sys.stdin.read()
+"""
+
+
+def is_running(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_of_any_start_method_end_after_their_killed_main_process(tmp_path, start_method):
+    script = tmp_path / "main.py"
+    script.write_text(LEFT)
+    with subprocess.Popen(
+        [sys.executable, str(script), start_method], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        first, second, *workers = process.stdout.readline().split()
+        assert (first, second, len(workers)) == ("[0]", "[1]", 2)
+        process.kill()
+    end = time.monotonic() + 30  # they look for it every second; without that they would stay for good
+    while alive := [pid for pid in workers if is_running(pid)]:
+        assert time.monotonic() < end, f"still alive: {alive}"
+        time.sleep(0.1)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType
@@ -281,10 +282,10 @@ def _start_worker(_: int) -> None:
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGPROF, _raise_timeout)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
-    parent = os.getppid()
+    parent, main = os.getppid(), parent_process()  # the parent may be a fork server, which outlives the main process
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and (main is None or main.is_alive()):
             time.sleep(_PARENT_CHECK)
         os._exit(1)
 
