@@ -109,6 +109,7 @@ def test_rank_takes_tensors_and_arrays(model, files):
             ui.rank(queries, gallery)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_a_name_a_benchmark_or_several(model, tmp_path):
     options = {"cache_dir": tmp_path, "progress": False, "workers": 0}
     named = ui.evaluate(model, "shapes", queries=20, **options)
@@ -153,6 +154,7 @@ def test_train_does_what_the_command_does(small_run: Run, tmp_path, capsys):
         ui.train("shapes", backbone="tiny", recipe=recipe, output_dir=folder, seed=1, **options)
 
 
+@pytest.mark.slow
 def test_train_takes_read_data_and_built_parts(tmp_path):
     backbone, loss = ui.load("tiny").backbone, ui.InfoNCE(10.0, symmetric=True)
     model = ui.train(

@@ -206,6 +206,7 @@ def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
             assert any(weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_is_composed_and_its_heads_are_built(path):
     name = path.stem.split("_")

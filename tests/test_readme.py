@@ -94,6 +94,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     assert (tmp_path / "outputs" / "small" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_notebook_lines_of_the_readme_run(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})

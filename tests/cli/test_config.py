@@ -124,6 +124,7 @@ def test_heads_without_weights_are_not_trained(fusion, target):
     assert "nothing to train" in message(f"fusion={fusion}", f"target={target}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "eval"])
 @pytest.mark.parametrize("name", ["hf:some/clip", "hf-hub:some/clip", "open_clip:ViT-B-16/laion2b_s34b_b88k"])
 def test_a_backbone_of_a_hub_is_a_model(command, name):
@@ -161,6 +162,7 @@ FOLDERS = ["José", "图片", "a (1)", "R&D", "O'Brien", "a#b", "a,b", "x=y", "[
 """Names of folders that Hydra's grammar does not take as they are."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_folders_of_any_name_in_every_setting_of_every_command(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -179,6 +181,7 @@ def test_folders_of_any_name_in_every_setting_of_every_command(name, tmp_path, m
             assert (values[section] if section else values)[last] == folder, key
 
 
+@pytest.mark.slow
 def test_folders_of_any_name_in_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in FOLDERS:
@@ -266,6 +269,7 @@ def test_the_yaml_of_a_command_agrees_with_its_settings(name):
         assert f"# {one.help}\n" in text
 
 
+@pytest.mark.slow
 def test_each_value_of_a_sweep_is_validated_before_the_first_run():
     check_sweep("train", parse_arguments("train", ["target=frozen,union", "seed=0,1", "recipe.rate=1e-3"]))
     check_sweep("train", parse_arguments("train", ["seed=1", "output_dir=here"]))
@@ -287,6 +291,7 @@ _KEYS += ["+x", "~fusion", "--recipe", "++recipe.epochs", "features", "model@her
 _TEXTS = ["null", "true", "[]", "{a:1}", "[1,2]", "${seed}", "${nope}", "???", "''", "tiny", "1.5", "nan", "-3"]
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     name=st.sampled_from(SWEPT),

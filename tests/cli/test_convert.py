@@ -31,6 +31,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["union", "sum_reference"])
 def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, target, capsys):
     folder = tmp_path / "converted"
@@ -56,6 +57,7 @@ def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, t
     assert notes["heads"] in card
 
 
+@pytest.mark.slow
 def test_transagg_checkpoints_have_no_target_head(mini, tmp_path, capsys):
     state = {key: x for key, x in golden_state("mini").items() if not key.startswith(("t5_layers", "union_weighted"))}
     path = tmp_path / "transagg.pth"

@@ -11,6 +11,7 @@ def cache_of(run: Run) -> str:
     return next(setting for setting in run.settings if setting.startswith("cache_dir="))
 
 
+@pytest.mark.slow
 def test_a_run_folder_gives_the_metrics_of_its_training(small_run: Run, tmp_path, capsys):
     evaluate([f"checkpoint={small_run.folder}", *SMALL_DATA, cache_of(small_run), f"output_dir={tmp_path / 'out'}"])
     assert figures(rows_of(tmp_path / "out")) == figures(small_run.rows)

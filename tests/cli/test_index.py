@@ -136,6 +136,7 @@ def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     assert "remove=\"sauce = 'x'\": there is no column 'sauce'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, monkeypatch):
     fill(tmp_path / "pictures", 120)
     uri = tmp_path / "photos.lance"

@@ -26,6 +26,7 @@ def rows(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cirr", "sketchy", *(pytest.param(name, marks=pytest.mark.slow) for name in (*EVALUATED, *NEWER))]
 )
@@ -124,6 +125,7 @@ def test_a_file_of_predictions_is_scored_as_the_official_evaluator_does(tmp_path
     assert row["method"] == "predictions"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "split"), [("cirr", "test1"), ("circo", "test")])
 def test_hidden_splits_write_submission_files(name, split, tmp_path):
     WRITERS[name](tmp_path / "data", size=60)

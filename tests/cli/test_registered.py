@@ -68,6 +68,7 @@ def registered(tmp_path, monkeypatch):
         names.clear()
 
 
+@pytest.mark.slow
 def test_their_settings_are_validated_and_described():
     config = compose("eval", ["model=linear", "data=theirs", "data.root=images"])
     assert (config.model.name, config.data.side, config.data.split) == ("linear", "all", "val")
@@ -99,6 +100,7 @@ def test_a_command_evaluates_them(tmp_path):
     assert all(row["metrics"]["R@1"] == 100 for row in rows if row["method"] == "image")
 
 
+@pytest.mark.slow
 def test_a_sweep_evaluates_them(tmp_path, capsys):
     words = ["model=tiny,linear", "data=theirs", "data.root=images", "data.side=left,right", "cache_dir=cache"]
     evaluate(["-m", *words, "features.workers=0", "progress=false"])

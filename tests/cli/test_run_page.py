@@ -4,6 +4,7 @@ import html
 import json
 import shlex
 
+import pytest
 from official import WRITERS
 
 from union_igrot.cli.eval import main as evaluate
@@ -21,6 +22,7 @@ def command_in(text):
     return html.unescape(text.partition('<pre class="command"><code>')[2].partition("</code>")[0])
 
 
+@pytest.mark.slow
 def test_a_hidden_split_is_shown_without_a_verdict(tmp_path, capsys):
     WRITERS["circo"](tmp_path / "data", size=60)
     settings = ["data=circo", f"data.root={tmp_path / 'data'}", "data.split=test", "progress=false"]
@@ -52,6 +54,7 @@ def test_rankings_of_another_method_are_shown_even_without_images(tmp_path):
     assert set(row["by_tag"]["addition"]) == {"n_queries", "mAP@10"}
 
 
+@pytest.mark.slow
 def test_the_command_names_where_public_data_were_found(tmp_path, monkeypatch):
     home = tmp_path / "it's data"
     WRITERS["tuberlin"](home / "tuberlin")

@@ -42,6 +42,7 @@ def job(config, fresh):
     return fresh
 
 
+@pytest.mark.slow
 def test_a_failed_job_loses_no_other(place, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command("eval", job, ["-m", "seed=range(4)"])
@@ -58,6 +59,7 @@ def test_a_failed_job_loses_no_other(place, capsys):
     assert [path.name for path in folder.iterdir() if "partial" in path.name] == []
 
 
+@pytest.mark.slow
 def test_an_internal_error_in_a_job_is_noted_and_loses_no_other(place, capsys):
     def buggy(config, fresh):
         if config.seed == 0:
@@ -80,6 +82,7 @@ def test_results_in_another_folder_are_found(place):
     assert [(line["run"], line["percent"]) for line in table(swept(place))] == [(str(other), "3.0000")]
 
 
+@pytest.mark.slow
 def test_a_sweep_without_metrics_writes_no_table(place):
     run_command("eval", lambda *_: None, ["-m", "seed=0,1"])
     assert {path.name for path in swept(place).iterdir()} == {"jobs", "multirun.yaml", "0", "1"}
@@ -110,6 +113,7 @@ def test_checkpoints_and_benchmarks_in_one_table(small_run: Run, place, monkeypa
     assert "4 of 6 jobs done" in last
 
 
+@pytest.mark.slow
 def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
     WRITERS["sketchy"](place / "data")
     evaluate(["model=tiny", "data=sketchy", f"data.root={place / 'data'}", "progress=false", "output_dir=out"])
@@ -120,6 +124,7 @@ def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
     assert "trained - " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "printed"),
     [

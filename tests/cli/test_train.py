@@ -141,6 +141,7 @@ def images(root: Path, broken: bool = False) -> Path:
 FOLDER = ("data=folder", "data.pairs=40", "recipe.epochs=1", "strategy=cpu", "progress=false", "features.workers=0")
 
 
+@pytest.mark.slow
 def test_own_pictures_are_trained_on_and_reported_beside_chance(tmp_path, capsys):
     root = images(tmp_path / "mine")
     train([*FOLDER, f"data.root={root}", f"output_dir={tmp_path / 'run'}"])
@@ -151,6 +152,7 @@ def test_own_pictures_are_trained_on_and_reported_beside_chance(tmp_path, capsys
     assert "chance" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_broken_pictures_end_the_run_in_one_line_or_are_counted(tmp_path, capsys):
     root = images(tmp_path / "mine", broken=True)
     options = [*FOLDER, f"data.root={root}", f"output_dir={tmp_path / 'run'}"]

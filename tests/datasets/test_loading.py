@@ -77,6 +77,7 @@ def test_groups_are_held_out(triplets, pairs, task):
         assert len(query.exclude) == (1 if task == "cir" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "held"), [(3, 1), (4, 2), (20, 2)])
 def test_two_classes_of_sketches_are_held_out_if_two_remain(classes, held):
     whole = shapes_training(0, 400)

@@ -135,6 +135,7 @@ def synthetic(small, tmp_path_factory) -> SyntheticBackend:
     return small.backend("sum", model, extractor(tmp_path_factory.mktemp("features"), model.backbone))
 
 
+@pytest.mark.slow
 def test_the_generated_world_is_ranked_as_literally(small, tmp_path):
     model = trainable()
     backend = small.backend("trained", model, extractor(tmp_path, model.backbone))

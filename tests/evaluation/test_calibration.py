@@ -61,6 +61,7 @@ def test_mistakes():
         calibrate(model, "cir", rows(2, 0), rows(3, 1), -1.0)
 
 
+@pytest.mark.slow
 def test_only_the_trained_method_is_calibrated_and_says_so(tmp_path):
     model, benchmark = trainable("transagg", "residual").eval(), sbir_benchmark(25, 40)
     filled = extractor(tmp_path, model.backbone)
@@ -125,6 +126,7 @@ def test_a_damaged_file_is_one_line(tmp_path, tensors):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_calibrates_what_training_saved(small_run: Run, tmp_path, capsys):
     cache = next(setting for setting in small_run.settings if setting.startswith("cache_dir="))
     common = [f"checkpoint={small_run.folder}", *SMALL_DATA, cache]

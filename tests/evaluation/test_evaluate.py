@@ -474,6 +474,7 @@ def test_a_bar_follows_an_evaluation_to_its_end(tmp_path, monkeypatch, capsys):
         assert text.index("evaluating") > text.rindex("noise_cir images")
 
 
+@pytest.mark.slow
 def test_other_galleries_and_classes_of_validation_are_noted(tmp_path):
     model, filled = trainable(), extractor(tmp_path)
     test = sbir_benchmark()

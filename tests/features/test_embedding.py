@@ -48,6 +48,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "target", "budget"), [*CASES, *OTHERS])
 def test_an_evaluation_encodes_each_image_text_and_the_null_text_once(tmp_path, monkeypatch, make, target, budget):
     monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, token_budget=budget))
@@ -83,6 +84,7 @@ def test_embeddings_of_a_stream_equal_those_of_stored_tokens(tmp_path, target):
     assert len(backbone.image_batches) == before
 
 
+@pytest.mark.slow
 def test_embeddings_are_those_of_the_model_for_each_query_and_image(tmp_path):
     backbone, benchmark = LinearBackbone(), repeated_images()
     benchmark = replace(benchmark, queries=benchmark.queries[:6] + benchmark.queries[-5:])
@@ -133,6 +135,7 @@ class Stopped(Backbone):
         return self.inner.encode_text(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "killed"), [("union", False), ("shared", False), ("shared", True)])
 def test_an_interrupted_stream_resumes_after_its_finished_blocks(tmp_path, monkeypatch, target, killed):
     benchmark = cir_benchmark(40, 60)

@@ -101,6 +101,7 @@ def settings(tmp_path) -> list[str]:
     return [*EXPECTED["train"], "loss=infonce_small", f"cache_dir={tmp_path / 'cache'}"]
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_evaluated_without_training(data, settings, monkeypatch):
     """The settings hash to the identity that was written, and the results are equal to the last digit."""
     folder = data / "run"
@@ -120,6 +121,7 @@ def test_a_run_of_other_settings_is_refused_in_one_line(data, settings, capsys):
     assert metrics(data / "run") == metrics(DATA / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["run", "run/model"])
 def test_a_run_is_a_checkpoint(data, tmp_path, part):
     out = tmp_path / "out"

@@ -166,6 +166,7 @@ def test_exact_search_equals_the_ranking_of_the_evaluation_on_real_images(tmp_pa
     assert count_differences(union_igrot.load("tiny"), folder_benchmark(REAL, "test"), tmp_path, uri) == 0
 
 
+@pytest.mark.slow
 def test_a_backbone_without_heads_is_found_with_its_weights(tmp_path, monkeypatch):
     pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
     (tmp_path / "clip").mkdir()

@@ -103,6 +103,7 @@ def compute(interruptible):
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interruptible", [True, False])
 def test_a_slow_image_is_an_error_that_names_it(tmp_path, monkeypatch, interruptible):
     sources = [tmp_path / f"{number}.png" for number in range(3)]

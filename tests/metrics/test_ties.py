@@ -68,6 +68,7 @@ def test_expected_values_are_means_over_every_order(ranking, k):
                 assert found.item() == pytest.approx(mean, abs=1e-12), (compute.__name__, options, depth)
 
 
+@pytest.mark.slow
 def test_what_has_no_closed_form_is_averaged_over_seeded_orders(monkeypatch):
     monkeypatch.setattr(ties, "SAMPLED_ORDERS", 400)
     scores, relevant = [2.0, 1.0, 1.0, 1.0, 0.0], [False, True, False, True, True]

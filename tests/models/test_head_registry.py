@@ -167,6 +167,7 @@ def test_a_foreign_backbone_and_query_head_are_known_by_name(tmp_path):
         build_query_head("wrong", DIM)
 
 
+@pytest.mark.slow
 def test_names_are_known_without_torch_and_t5_is_imported_for_union_alone(tmp_path):
     model = IGROTModel(build_backbone("tiny"), build_query_head("sum", 128), build_target_head("frozen", 128))
     code = (

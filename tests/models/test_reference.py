@@ -276,6 +276,7 @@ def test_a_given_backbone_gets_the_files_weights(mini):
     assert torch.equal(backbone.network.visual.proj, mini["model.visual.proj"])
 
 
+@pytest.mark.slow
 def test_missing_unknown_and_ill_shaped_tensors_are_listed(mini):
     cases = [
         ({"sep_token": None}, r"missing \[sep_token\]"),

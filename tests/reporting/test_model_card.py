@@ -37,6 +37,7 @@ GAIN = {"chance": {"R@1": Difference(1.0, 1.0, 1.0), "mAP": Difference(36.0, 33.
 METHODS = [one("chance", 4.0), one("trained", 40.0, differences=GAIN)]
 
 
+@pytest.mark.slow
 def test_a_training_leaves_a_card_with_every_metric(small_run: Run):
     text = (small_run.folder / "model" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)

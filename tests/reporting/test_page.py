@@ -94,6 +94,7 @@ def test_the_page_of_a_training(small_run: Run):
     assert sum("R@k by k: percent of the queries" in one["text"] for one in page.all("figcaption")) == 2
 
 
+@pytest.mark.slow
 def test_bars_at_a_glance_show_values_and_intervals(noise):
     text = drawn(*noise)
     rects = re.findall(
@@ -299,6 +300,7 @@ class Static:
         return Image.fromarray(noise)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [48_000, 200_000, 600_000])
 def test_a_page_stays_within_its_bound(noise, limit):
     photos = {}

@@ -160,6 +160,7 @@ def check_scene(scene):
         assert len(scene.things) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EDIT_KINDS)
 def test_single_edit_text_and_targets_agree(kind):
     rng = random.Random(f"single {kind}")
@@ -174,6 +175,7 @@ def test_single_edit_text_and_targets_agree(kind):
     assert done > 50
 
 
+@pytest.mark.slow
 def test_double_edit_text_and_targets_agree():
     rng = random.Random("double")
     pairs = Counter()

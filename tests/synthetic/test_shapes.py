@@ -52,6 +52,7 @@ def test_same_seed_same_world_for_any_hash_seed():
     assert run.stdout.strip() == GOLDEN
 
 
+@pytest.mark.slow
 def test_targets_are_all_images_that_satisfy_the_text(cir):
     shown = {item.id: item.image.scene for item in cir.gallery}
     several = 0
@@ -150,6 +151,7 @@ def test_training_samples():
     assert len({sample.image.key for sample in data.triplets}) == 150
 
 
+@pytest.mark.slow
 def test_scenes_never_cross_splits(cir, sbir):
     train = {s.code for t in shapes_training(150, 100).triplets for s in (t.image.scene, t.target.scene)}
     val = {

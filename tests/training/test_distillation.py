@@ -40,6 +40,7 @@ def mixtures(model, samples):
     return images, torch.tensor(wanted)
 
 
+@pytest.mark.slow
 def test_the_target_head_learns_the_mixture_and_keeps_everything_else(trained, tmp_path):
     samples = triplets()
     images, wanted = mixtures(trained, samples)
@@ -52,12 +53,14 @@ def test_the_target_head_learns_the_mixture_and_keeps_everything_else(trained, t
     assert not found.training
 
 
+@pytest.mark.slow
 def test_it_follows_from_the_seed(trained, tmp_path):
     first, again, other = (distilled(trained, tmp_path, seed=seed).target.state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(x, again[name]) for name, x in first.items())
     assert not all(torch.equal(x, other[name]) for name, x in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["cir", "sbir"])
 def test_one_task_is_enough(trained, tmp_path, task):
     samples = triplets()

@@ -156,6 +156,7 @@ def test_the_model_is_left_ready_to_evaluate(trained):
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_on_few_samples(tmp_path):
     model = trainable("transagg", "union")
     learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=15, rate=5e-3), [sbir_benchmark(6, 8)], 20)
@@ -180,6 +181,7 @@ class Ruin(Callback):
                         p.copy_(5 * torch.randn(p.shape, generator=noise))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("monitor", ["val/score", "val/noise_sbir/mAP"])
 def test_the_best_epoch_is_kept_where_the_last_is_worse(tmp_path, monitor):
     model = trainable("transagg", "union")
@@ -261,6 +263,7 @@ def test_the_schedule_ends_at_its_floor_and_vectors_do_not_decay(tmp_path):
     assert held == sum(p.numel() for p in model.fusion.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dropout", "epoch"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.3, 2)])
 def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, dropout, epoch):
     def run(folder, callbacks=(), seed=7):
@@ -283,6 +286,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, dropout, ep
     assert all(x.equal(finals[1]["state_dict"][name]) for name, x in finals[0]["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_dropout_follows_from_the_seed(tmp_path):
     def losses(seed):
         model = trainable("transagg", "union", dropout=0.3)
@@ -406,6 +410,7 @@ def replace_by_foreign(path):
     torch.save({"state_dict": {"weight": torch.zeros(2)}, "loops": {}, "epoch": 1, "global_step": 6, "seed": 0}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "names"),
     [

@@ -36,6 +36,7 @@ def parts(folder, sides, recipe=None, *, tuned=True, batch_size=10, benchmarks=B
     return model, Learner(model, InfoNCE(scale=20.0), recipe or Recipe(epochs=1, rate=0.0), benchmarks), data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("text", "image")), "both"])
 def test_what_is_encoded_in_each_step_gives_the_losses_of_what_was_encoded_once(tmp_path, live):
     def run(sides, name):
@@ -51,6 +52,7 @@ def test_what_is_encoded_in_each_step_gives_the_losses_of_what_was_encoded_once(
         assert one == pytest.approx(other, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", ["text", "image", "both"])
 def test_a_tuned_encoder_learns_at_its_own_rate_and_the_other_does_not(tmp_path, sides):
     recipe = Recipe(epochs=1, rate=1e-3, backbone_rate=1e-2, weight_decay=0.1, warmup=0.0)
@@ -96,6 +98,7 @@ def test_without_a_cache_a_frozen_null_text_is_encoded_once(tmp_path):
     assert model.backbone.text_batches.count([""]) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_tuning_ends_like_an_uninterrupted_one(tmp_path):
     def run(folder, callbacks=()):
         recipe = Recipe(epochs=3, rate=3e-3, backbone_rate=1e-3, accumulate=2)
@@ -112,6 +115,7 @@ def test_a_resumed_tuning_ends_like_an_uninterrupted_one(tmp_path):
     assert weights_hash(whole.backbone.state_dict()) != weights_hash(LinearBackbone().state_dict())
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_one_step(tmp_path):
     def run(accumulate):
         recipe = Recipe(epochs=1, rate=1e-3, warmup=0.0, accumulate=accumulate)
@@ -156,6 +160,7 @@ def test_restarts_follow_the_published_loop():
             step += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 def test_groups_hold_every_trained_weight_once(tmp_path, decay):
     recipe = Recipe(epochs=1, rate=1e-3, backbone_rate=1e-5, weight_decay=0.05, decay=decay, eps=1e-6)

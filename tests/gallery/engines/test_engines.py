@@ -243,6 +243,7 @@ def test_filters_agree_with_a_slow_evaluation(kind, tmp_path_factory):
     location.remove()
 
 
+@pytest.mark.slow
 def test_approximate_search_agrees_with_exact_search(location, monkeypatch):
     if location.engine == "toy":
         pytest.skip("has no approximate index")

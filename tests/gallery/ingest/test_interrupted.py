@@ -159,6 +159,7 @@ def test_a_disk_that_fails_costs_no_row_and_its_pictures_are_tried_again(lance_w
     world.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", range(0, 7, 2))
 def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
     """Ended at the n-th write to the index, as if killed just after it."""

@@ -160,6 +160,7 @@ def test_every_weight_of_a_tuned_encoder_learns_and_no_other_does(backbone):
     assert (trainable(backbone), backbone.tuned_encoders) == (set(), frozenset())
 
 
+@pytest.mark.slow
 def test_saving_memory_changes_no_gradient(backbone):
     def saved_numbers(side):
         held = []

@@ -28,6 +28,7 @@ def state():
     return OpenClipBackbone(CONFIG, PREPROCESS, "mine").network.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -108,6 +108,7 @@ def test_activation_and_preprocessing_follow_the_weights_not_the_name(tmp_path, 
     torch.testing.assert_close(backbone.encode_image(images).pooled, network.encode_image(images), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-32", "open_clip:ViT-B-32/laion2b_s34b_b79k"])
 def test_a_file_of_openai_is_recognized_under_any_name(tmp_path, monkeypatch, images, name):
@@ -120,6 +121,7 @@ def test_a_file_of_openai_is_recognized_under_any_name(tmp_path, monkeypatch, im
     assert load_open_clip(name, tmp_path / "other.pt").preprocess.fit == "crop"
 
 
+@pytest.mark.slow
 def test_padding_is_a_choice(tmp_path, monkeypatch):
     torch.save(small_base(monkeypatch).state_dict(), tmp_path / "w.pt")
     usual, model, pad = (build_backbone("base", tmp_path / "w.pt", choice) for choice in (None, "model", "pad"))
@@ -131,6 +133,7 @@ def test_padding_is_a_choice(tmp_path, monkeypatch):
     assert other.preprocess == replace(crop, fit="pad")
 
 
+@pytest.mark.slow
 def test_heads_are_loaded_with_the_preprocessing_they_were_trained_with(tmp_path, monkeypatch):
     torch.save(small_base(monkeypatch).state_dict(), tmp_path / "w.pt")
     for choice in ("model", "pad"):
@@ -165,6 +168,7 @@ def shrunk(name):
 OWN_CONFIG = open_clip.get_model_config
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["coca_ViT-B-32", "MobileCLIP-S1", "MobileCLIP2-S0", "PE-Core-T-16-384"])
 def test_names_of_other_families_equal_open_clip(tmp_path, monkeypatch, name):
@@ -217,6 +221,7 @@ def small_base(monkeypatch):
     return open_clip.CLIP(**changed(quick_gelu=True)).eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["safetensors", "state dict", "wrapped", "half", "torchscript"])
@@ -394,6 +399,7 @@ def test_a_model_of_transformers_is_named(tmp_path, monkeypatch):
         load_open_clip("base", tmp_path / "weights.pt")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "clip."])
 def test_files_of_training_programs_load(tmp_path, monkeypatch, images, prefix):

@@ -119,6 +119,7 @@ def test_models_of_open_clip_equal_it(hub, photo, kind, request):
     assert 1 - F.cosine_similarity(backbone.encode_image(own).pooled, network.encode_image(pixels)).min() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"hf:{CLIP}", "base", "hf-hub:some/siglip"])
 def test_what_is_cached_is_used_without_a_request(hub, small_base, name):
     first = build_backbone(name).fingerprint()

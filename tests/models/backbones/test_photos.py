@@ -84,6 +84,7 @@ def test_another_file_of_the_trunk_is_refused(monkeypatch, tmp_path):
         PhotosBackbone()
 
 
+@pytest.mark.slow
 @needs_trunk
 def test_weights_of_a_file_are_the_weights_with_and_without_the_trunk(backbone, tmp_path):
     state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in backbone.network.state_dict().items()}
@@ -181,6 +182,7 @@ def test_folded_normalizations_change_no_feature():
     assert features.std() > 1e-3
 
 
+@pytest.mark.slow
 @needs_trunk
 def test_a_new_gallery_uses_it(tmp_path):
     with union_igrot.Gallery.open("memory:") as gallery:

@@ -31,6 +31,7 @@ def backbone(request):
     return made
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_backbone_is_built_again_from_its_own_files_alone(backbone, tmp_path):
     fingerprint, saved = save_backbone(backbone, tmp_path)

@@ -123,6 +123,7 @@ def test_description_agrees_with_the_shipped_weights(tiny):
     assert all(0 < metric <= 100 for metric in saved["held_out_percent"].values())
 
 
+@pytest.mark.slow
 def test_shapes_are_recognized_far_above_chance(tiny):
     """Floors on a few validation scenes; chance is 5 for a shape and 0.4 for a caption."""
     network = TinyVLM()
