@@ -193,6 +193,22 @@ class SearchSettings:
 
 
 @dataclass
+class DuplicatesSettings:
+    """Settings of `union-duplicates`."""
+
+    index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
+    threshold: float | None = setting(
+        0.95, "lowest cosine similarity of similar images; null: same files and images only", above=0, high=1
+    )
+    where: str | None = setting(None, "filter of the images to compare, such as width > 500", verbatim=True)
+    format: Literal["auto", "table", "jsonl"] = setting(
+        "auto", "table, jsonl (one object per group), or auto: table on a terminal, else jsonl"
+    )
+    html: str | None = setting(None, "page (.html) of the first groups with thumbnails")
+    progress: bool = _progress()
+
+
+@dataclass
 class ServerSettings:
     """Settings of commands that serve a gallery."""
 
@@ -566,6 +582,18 @@ COMMANDS: Mapping[str, Command] = {
             'union-search index=photos.lance terms="2:golden retriever" terms=./pool.jpg terms="-fruit"',
         ),
         notes=("exit code: 0 results, 1 no results, 2 usage error, 130 interrupted, 141 broken pipe",),
+    ),
+    "duplicates": Command(
+        "List groups of near duplicates: the same file, the same image saved again, similar images.",
+        DuplicatesSettings,
+        (
+            "union-duplicates index=photos.lance html=duplicates.html",
+            "union-duplicates index=photos.lance threshold=null where=\"id like '/photos/2024/%'\"",
+        ),
+        notes=(
+            "nothing is removed; the first image of a group has most pixels, and all others duplicate it",
+            "exit code: 0 duplicates, 1 none, 2 usage error",
+        ),
     ),
     "demo": Command(
         "Serve a web page that searches a gallery, or the generated world, by sketch, photo and text.",

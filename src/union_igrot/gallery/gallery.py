@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, final
 
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.calibration import stored_weight, widen_queries
+from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing, list_additions
@@ -323,6 +324,10 @@ class Gallery:
             for i, hits in zip(members, found, strict=True):
                 results[i] = make_result(hits, k, parsed[i].excluded, min_score, offset)
         return [results[i] for i in range(len(parsed))]
+
+    def duplicates(self, threshold: float | int | None = THRESHOLD, where: str | None = None) -> list[SearchResult]:
+        """Find groups of near duplicates, see `find_duplicates`; nothing is removed."""
+        return find_duplicates(self.index, threshold, where)
 
     def describe(self) -> dict[str, Any]:
         """Return the location of the gallery, its number of images, its columns and its model."""

@@ -21,6 +21,9 @@ from union_igrot.gallery.engines.base import ColumnValue, IndexHits
 THUMBNAIL: Final = "thumbnail"
 """The column with a small JPEG."""
 
+DUPLICATE: Final = "duplicate"
+"""Column of the hits in a group of near duplicates: why an image duplicates the first; None for the first."""
+
 _CELLS: Final = 16
 _HTML_SIZE: Final = 112
 
@@ -174,6 +177,12 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def _reason(hit: Hit) -> str:
+    """Return why a hit duplicates the first of its group, as HTML; empty for the hit of a search."""
+    reason = hit.columns.get(DUPLICATE)
+    return f"{html.escape(str(reason))}<br>" if reason else ""
+
+
 def hits_html(hits: Sequence[Hit]) -> str:
     """Return the hits of one query as a row of thumbnails with rank, score and name."""
     cells = []
@@ -188,7 +197,7 @@ def hits_html(hits: Sequence[Hit]) -> str:
             )
         cells.append(
             f'<figure style="width:{_HTML_SIZE}px;margin:4px;font-size:11px" title="{html.escape(name)}">{image}'
-            f'<figcaption style="overflow-wrap:anywhere"><b>{rank}</b> · {hit.score:.3f}<br>'
+            f'<figcaption style="overflow-wrap:anywhere"><b>{rank}</b> · {hit.score:.3f}<br>{_reason(hit)}'
             f"{html.escape(PurePath(name).name or name)}</figcaption></figure>"
         )
     return f'<div style="display:flex;flex-wrap:wrap">{"".join(cells) or "no hits"}</div>'

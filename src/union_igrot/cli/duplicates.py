@@ -1,0 +1,77 @@
+"""`union-duplicates`: list groups of near duplicates in an index; nothing is removed."""
+
+import html
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from union_igrot.cli.command import run_command
+from union_igrot.errors import DataError
+from union_igrot.storage.paths import expand_user
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from union_igrot.gallery.results import SearchResult
+
+EXIT_NONE = 1  # exit code if there are no duplicates
+_SHOWN = 200  # groups on the page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-duplicates`."""
+    run_command("duplicates", duplicates, argv)
+
+
+def duplicates(config: "DictConfig", _: Path) -> None:
+    """List groups as configured; exit with 1 if there are none."""
+    from union_igrot.gallery.duplicates import find_duplicates
+    from union_igrot.gallery.engines.factory import open_index
+    from union_igrot.gallery.results import hit_table
+    from union_igrot.terminal import TerminalConsole, progress_bar
+
+    with open_index(config.index) as index, progress_bar(shown=config.progress) as bar:
+        task = bar.add_task("comparing images", total=None)
+        groups = find_duplicates(
+            index,
+            config.threshold,
+            config.where,
+            thumbnails=_SHOWN if config.html is not None else 0,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    as_lines = config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty())
+    for number, group in enumerate(groups, 1):
+        if as_lines:
+            images = [{"id": hit.id, "score": round(hit.score, 6), **hit.columns} for hit in group]
+            sys.stdout.write(json.dumps({"group": number, "images": images}) + "\n")
+        else:
+            TerminalConsole().print(hit_table(group, list(group[0].columns), title=f"group {number} of {len(groups)}"))
+    if config.html is not None:
+        _write_page(expand_user(config.html), config.index, groups)
+    if not groups:
+        sys.stderr.write("no duplicates\n")
+        raise SystemExit(EXIT_NONE)
+
+
+def _write_page(path: Path, index: str, groups: "Sequence[SearchResult]") -> None:
+    """Write the first groups as a page that needs no network, no script and no other file."""
+    from union_igrot.gallery.results import hits_html
+    from union_igrot.storage.atomic import write_atomic
+
+    title = html.escape(f"{len(groups):,} groups of duplicates in {index}")
+    more = f"<p>The first {_SHOWN} are shown.</p>" if len(groups) > _SHOWN else ""
+    parts = [f"<h2>{len(group)} images</h2>{hits_html(group)}" for group in groups[:_SHOWN]]
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<body style="font-family:sans-serif"><h1>{title}</h1>{more}{"".join(parts)}</body></html>\n'
+    )
+    try:
+        write_atomic(path, page)
+    except OSError as error:
+        raise DataError(f"cannot write html={path} ({error.strerror}); use another path") from error
+
+
+if __name__ == "__main__":
+    main()
