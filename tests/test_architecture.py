@@ -15,7 +15,8 @@ import yaml
 
 import union_igrot
 from union_igrot.cli.config import compose, conf_dir, plain
-from union_igrot.cli.settings import COMMANDS, GROUPS
+from union_igrot.cli.groups import GROUPS
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.experiment import build_model
 from union_igrot.models.registry import QUERY_HEADS, TARGET_HEADS
 from union_igrot.settings import declared

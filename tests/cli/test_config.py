@@ -21,8 +21,9 @@ from union_igrot.cli.config import (
     plain,
     read_option,
 )
+from union_igrot.cli.groups import GROUPS
 from union_igrot.cli.help import help_text
-from union_igrot.cli.settings import COMMANDS, GROUPS
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.cli.sweep import _read_override, check_sweep
 from union_igrot.errors import ConfigError
 from union_igrot.settings import declared, show

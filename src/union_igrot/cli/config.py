@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from union_igrot.cli.settings import COMMANDS, GROUPS, UNTRAINED_HEADS
+from union_igrot.cli.groups import GROUPS, UNTRAINED_HEADS
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.errors import ConfigError
 from union_igrot.models.registry import BACKBONE_FORMS, BACKBONE_PREFIXES
 from union_igrot.settings import REQUIRED, Setting, declared, show

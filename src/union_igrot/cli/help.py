@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from textwrap import wrap
 
 from union_igrot.cli.config import conf_dir, has_file, options_of, read_option, suggestion
-from union_igrot.cli.settings import COMMANDS, GROUPS
+from union_igrot.cli.groups import GROUPS
+from union_igrot.cli.settings import COMMANDS
 from union_igrot.datasets.registry import find_benchmark
 from union_igrot.errors import ConfigError
 from union_igrot.settings import Setting, declared, show
