@@ -22,7 +22,7 @@ THUMBNAIL: Final = "thumbnail"
 """The column with a small JPEG."""
 
 DUPLICATE: Final = "duplicate"
-"""Column of the hits in a group of near duplicates: why an image duplicates the first; None for the first."""
+"""Column of the hits in a group of near duplicates, which says why an image duplicates the first."""
 
 _CELLS: Final = 16
 _HTML_SIZE: Final = 112
