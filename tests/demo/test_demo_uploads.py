@@ -171,6 +171,7 @@ def test_photos_are_decoded_in_another_process_within_a_time_limit():
         with pytest.raises(ImageError, match=message):
             decode(broken, "a.png")
     children = set(multiprocessing.active_children())
+    assert len(decode._idle) == 1  # one process decodes again and again
     with pytest.raises(ImageError, match=r"^b\.png took longer than 0 s to decode; use another file"):
         UploadDecoder(Limits(), seconds=0.0)(as_file(Image.effect_noise((2000, 2000), 90)), "b.png")
     assert set(multiprocessing.active_children()) == children

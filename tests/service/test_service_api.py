@@ -80,6 +80,10 @@ def test_hits_are_those_of_the_gallery(app, gallery):
         ({"image": text_of(png(3)), **paged}, {"image": image, **paged}),
         ({"image": [text_of(png(3)), "data:image/png;base64," + text_of(png(4))]}, {"image": [image, noise_image(4)]}),
         ({"liked": ["p1"], "disliked": ["p2"], "exclude": ["p5"]}, {"liked": "p1", "disliked": "p2", "exclude": "p5"}),
+        (
+            {"text": "red", "terms": [{"image": text_of(png(3)), "text": "large", "weight": 2}, {"text": "./a.jpg"}]},
+            {"text": "red", "terms": [((image, "large"), 2), {"text": "./a.jpg"}]},
+        ),
         ({"text": "red", "where": where, "min_score": -1}, {"text": "red", "where": where}),
     )
     for body, given in searches:
@@ -147,6 +151,11 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         (b'{"image": {"path": "/etc/passwd"}}', "image"),
         (b'{"image": ""}', "Cannot decode image"),
         (json.dumps({"image": ["QQ=="] * 17}).encode(), "image"),
+        (b'{"terms": ["/etc/passwd"]}', "terms: '/etc/passwd'"),
+        (b'{"terms": [{"image": "/etc/passwd"}]}', "terms: '/etc/passwd'"),
+        (b'{"terms": [{"text": "a", "weight": 1e9}]}', "terms: 1000000000.0"),
+        (b'{"terms": [{"text": "a", "weight": -1}]}', "only negative terms"),
+        (b'{"terms": [{}]}', "is empty"),
         (b'{"liked": ["p99"]}', "'p99' is not in memory:"),
         (b'{"liked": ["/etc/passwd"]}', "'/etc/passwd' is not in memory:"),
         (b'{"liked": "p1"}', "liked: 'p1'"),

@@ -3,11 +3,12 @@
 Images come as bytes alone, so that a request names no file; ids are looked up in the index.
 """
 
+import asyncio
 import base64
 import hmac
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar, final
 
 from PIL import Image
@@ -26,6 +27,7 @@ from union_igrot.service import http
 from union_igrot.service.http import BodyReader, BusyError, RequestQueue, UploadQueue, error_response, json_response
 
 MAX_VALUES: Final = 50_000  # values of a JSON body
+DECODE_TIMEOUT: Final = 25.0  # seconds within which all images of a request have to be decoded
 
 log: Final = logging.getLogger("union_igrot.service")
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -46,11 +48,21 @@ _FILES: Final = "content of an image file in base64 or as a data URI, or a list 
 
 
 @final
+class TermBody(BaseModel, extra="forbid"):
+    """A further part of a query: a text, an image, or both."""
+
+    text: Text | None = Field(None, description="modification text of the image, or a text alone")
+    image: File | None = Field(None, description="content of an image file in base64 or as a data URI")
+    weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative to move away from it")
+
+
+@final
 class SearchRequestBody(BaseModel, extra="forbid"):
     """Fields of `/search`, those of `Gallery.search`."""
 
     text: Text | None = Field(None, description="modification text of an image, or a text query alone")
     image: Files | None = Field(None, description=_FILES)
+    terms: list[TermBody] = Field([], max_length=16, description="further weighted texts and images")
     liked: Ids = Field([], description="ids of images to move towards; they are a query of their own too")
     disliked: Ids = Field([], description="ids of images to move away from; they are not among the hits")
     exclude: Ids = Field([], description="ids that are not among the hits")
@@ -73,7 +85,10 @@ class EmbedRequestBody(BaseModel, extra="forbid"):
 
 
 BODIES: Final[dict[str, type[BaseModel]]] = {"/search": SearchRequestBody, "/embed": EmbedRequestBody}
-EXAMPLES: Final = {"/search": {"text": "a red car", "k": 3, "where": "width >= 1"}, "/embed": {"text": ["a red car"]}}
+EXAMPLES: Final = {
+    "/search": {"text": "a car", "terms": [{"text": "red", "weight": -0.5}], "k": 3, "where": "width >= 1"},
+    "/embed": {"text": ["a red car"]},
+}
 
 
 @final
@@ -115,13 +130,17 @@ class ServiceRoutes:
         return openapi({name: kind for name, kind in columns.items() if kind != "bytes"})
 
     async def _search(self, request: Request) -> dict[str, Any]:
-        given, images = await self._read(request, SearchRequestBody)
-        options = given.model_dump(exclude={"image"})
-        found = await self._queue.run(lambda: self._gallery.search(images or None, **options))
+        given, files = await self._read(request, SearchRequestBody)
+        images = await self._decode([*files, *(one.image for one in given.terms if one.image is not None)])
+        of_terms = iter(images[len(files) :])
+        terms = [{**one.model_dump(), "image": None if one.image is None else next(of_terms)} for one in given.terms]
+        options = {**given.model_dump(exclude={"image", "terms"}), "terms": terms}
+        found = await self._queue.run(lambda: self._gallery.search(images[: len(files)] or None, **options))
         return {"hits": [{"rank": rank, **_show(hit)} for rank, hit in enumerate(found, given.offset + 1)]}
 
     async def _embed(self, request: Request) -> dict[str, Any]:
-        given, images = await self._read(request, EmbedRequestBody)
+        given, files = await self._read(request, EmbedRequestBody)
+        images = await self._decode(files)
         model = self._gallery.model
         if given.kind == "gallery" and (given.text is not None or not images):
             raise ConfigError("kind=gallery needs images without text")
@@ -131,7 +150,7 @@ class ServiceRoutes:
             rows = await self._queue.run(lambda: model.encode_queries(images or None, given.text, workers=0))
         return {"embeddings": rows.tolist(), "dim": rows.shape[1]}
 
-    async def _read(self, request: Request, kind: type[ModelT]) -> tuple[ModelT, list[Image.Image]]:
+    async def _read(self, request: Request, kind: type[ModelT]) -> tuple[ModelT, list[bytes]]:
         """Read a request; other sites cannot send these types without a permission, which none gets."""
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
@@ -153,7 +172,14 @@ class ServiceRoutes:
             first = error.errors(include_url=False)[0]
             name = first["loc"][0] if first["loc"] else "the request"
             raise ConfigError(f"invalid value for {name}: {repr(first['input'])[:80]} ({first['msg']})") from None
-        return given, [await self._uploads.decode(one, "image") for one in files]
+        return given, files
+
+    async def _decode(self, files: Sequence[bytes]) -> list[Image.Image]:
+        try:
+            async with asyncio.timeout(DECODE_TIMEOUT):
+                return [await self._uploads.decode(one, "image") for one in files]
+        except TimeoutError:
+            raise BusyError(f"decoding the images took longer than {DECODE_TIMEOUT:g} s; send fewer") from None
 
 
 def _answering(handler: Callable[[Request], Awaitable[dict[str, Any]]]) -> Callable[[Request], Awaitable[Response]]:

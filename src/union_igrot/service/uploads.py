@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted formats (MPO of some cameras is JPEG); none starts another program, as PostScript would."""
 KEPT_SIDE: Final = 1024  # longest side in pixels to which photos are reduced
+_REUSES: Final = 100  # images that a process decodes before it is replaced, so that none grows
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,11 @@ def decode_upload(data: bytes, name: str, limits: Limits) -> Image.Image:
 
 @final
 class UploadDecoder:
-    """Decodes each image in a process of its own, which is killed after a time limit."""
+    """Decodes images in processes of their own, one at a time each; after a time limit or a crash one is replaced."""
 
     def __init__(self, limits: Limits, seconds: float = 20.0) -> None:
         self._limits, self._seconds = limits, seconds
+        self._idle: list[tuple[Any, Connection, int]] = []  # processes, their pipes, and what they have decoded
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":  # imports once, in the background; a process then starts in milliseconds
@@ -69,34 +71,47 @@ class UploadDecoder:
         """Decode an image; one that takes too long is an ImageError."""
         if len(data) > self._limits.bytes:
             return decode_upload(data, name, self._limits)  # raises without decoding
-        receiver, sender = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_decode_into, args=(sender, data, name, self._limits), daemon=True)
-        process.start()
-        sender.close()
+        result: object = None
+        process, pipe, count = self._idle.pop() if self._idle else self._start()
         try:
-            receiver.recv_bytes()  # it has started
-            if not receiver.poll(self._seconds):
+            pipe.send((data, name))
+            if not pipe.poll(self._seconds):
                 raise ImageError(f"{name} took longer than {self._seconds:g} s to decode; use another file.")
-            result = receiver.recv()
+            result = pipe.recv()
         except (EOFError, OSError):  # the process crashed
             raise ImageError(_unreadable(name)) from None
         finally:
-            process.kill()
-            process.join()
-            process.close()
-            receiver.close()
+            if result is not None and count < _REUSES:
+                self._idle.append((process, pipe, count + 1))
+            else:
+                process.kill()
+                process.join()
+                process.close()
+                pipe.close()
         if isinstance(result, Image.Image):
             return result
         raise ImageError(str(result))
 
+    def _start(self) -> "tuple[Any, Connection, int]":
+        pipe, other = self._context.Pipe()
+        process = self._context.Process(target=_decode_all, args=(other, self._limits), daemon=True)
+        process.start()
+        other.close()
+        pipe.recv()  # it has started
+        return process, pipe, 0
 
-def _decode_into(sender: "Connection", data: bytes, name: str, limits: Limits) -> None:
-    """Send the image, or the message of its error."""
-    sender.send_bytes(b"started")
-    try:
-        sender.send(decode_upload(data, name, limits))
-    except ImageError as error:
-        sender.send(str(error))
+
+def _decode_all(pipe: "Connection", limits: Limits) -> None:
+    """Send each image, or the message of its error, until the server has ended."""
+    pipe.send(None)
+    while True:
+        try:
+            data, name = pipe.recv()
+            pipe.send(decode_upload(data, name, limits))
+        except ImageError as error:
+            pipe.send(str(error))
+        except (EOFError, KeyboardInterrupt):
+            return
 
 
 def downscale(image: Image.Image, side: int) -> Image.Image:
