@@ -16,7 +16,7 @@ from union_igrot.cli.settings import COMMANDS
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 NAMES = {f"union-{name}" for name in COMMANDS}
-NEEDS_SERVER = {"scale.md"}
+NEEDS_SERVER = {"scale.md", "service.md"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -33,10 +33,11 @@ def commands(page: Path) -> list[list[str]]:
 def test_every_command_is_known_and_composed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "finetuned.pt").touch()
+    (tmp_path / "key.txt").touch()
     for folder in ("my_images", "my_photos", "DIR"):
         (tmp_path / folder).mkdir()
     for name, *arguments in commands(page):
-        assert name in {"pip", *NAMES}, name
+        assert name in {"pip", "curl", "docker", *NAMES}, name
         if name in NAMES and "-m" not in arguments:
             compose(name.removeprefix("union-"), arguments)
 
