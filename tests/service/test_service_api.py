@@ -224,7 +224,7 @@ def test_the_key_is_asked_for_everywhere_but_for_health(gallery, capsys, caplog)
     app = app_of(gallery, key=KEY, page=True)
     for path in ("/", "/search", "/embed", "/openapi.json", "/static/page.js", "/act", "/nothing"):
         response = ask(app, ("GET", path, {}))
-        assert (response.status_code, "Bearer" in response.headers["www-authenticate"]) == (401, True)
+        assert (response.status_code, response.headers["www-authenticate"][:5]) == (401, "Basic")
     basic = base64.b64encode(f"any:{KEY}".encode()).decode()
     for given in (f"Bearer {KEY}", f"bearer {KEY}", f"Basic {basic}"):
         assert hits(ask(app, post("/search", {"text": "red"}, Authorization=given)))

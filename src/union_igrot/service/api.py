@@ -105,7 +105,7 @@ class KeyGate(http.Gate):
         sent = sent or http.basic_credentials(header).partition(b":")[2]
         if request.scope["path"] == "/health" or hmac.compare_digest(sent, self._key):
             return "", None
-        ask = {"WWW-Authenticate": 'Bearer realm="union-serve", Basic realm="union-serve", charset="UTF-8"'}
+        ask = {"WWW-Authenticate": 'Basic realm="union-serve", charset="UTF-8"'}  # Chromium reads one scheme alone
         return "", error_response(401, "wrong or missing API key (expected Authorization: Bearer KEY)", ask)
 
 
