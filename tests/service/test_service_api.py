@@ -104,7 +104,10 @@ def test_an_uploaded_file_with_fields_in_the_address(app, gallery):
     upload = {"content": png(3), "headers": {"Content-Type": "image/png"}}
     expected = gallery.search(noise_image(3), "in red", 3, "year > 1")
     assert hits(ask(app, ("POST", "/search?k=3&text=in+red&where=year+%3E+1", upload))) == expected.ids
-    assert ask(app, ("POST", "/search?k=many", upload)).status_code == 400
+    expected = gallery.search(noise_image(3), exclude=["p1", "p2"], disliked="p5")
+    assert hits(ask(app, ("POST", "/search?exclude=p1&exclude=p2&disliked=p5", upload))) == expected.ids
+    for fields in ("k=many", "image=QQ==", "where=year+%3E", "tekst=a", "terms=x", "k=1&k=0"):
+        assert ask(app, ("POST", f"/search?{fields}", upload)).status_code == 400, fields
 
 
 def test_embeddings_of_queries_and_of_gallery_images(app, gallery):

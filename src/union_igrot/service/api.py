@@ -26,6 +26,7 @@ from union_igrot.gallery.results import Hit
 from union_igrot.service import http
 from union_igrot.service.http import BodyReader, BusyError, RequestQueue, UploadQueue, error_response, json_response
 
+_LISTS: Final = ("liked", "disliked", "exclude")
 MAX_VALUES: Final = 50_000  # values of a JSON body
 DECODE_TIMEOUT: Final = 25.0  # seconds within which all images of a request have to be decoded
 
@@ -163,14 +164,18 @@ class ServiceRoutes:
                 files: list[bytes] = [held] if isinstance(held, bytes) else held or []
             elif sent.startswith("image/"):
                 files = [await self._bodies.read(request, self._uploads.limits.bytes)]
-                given = kind.model_validate(dict(request.query_params))
+                address = request.query_params
+                if "image" in address:
+                    raise ConfigError("image is given in the body and in the address; leave out one of them")
+                lists = [name for name in _LISTS if name in address]
+                given = kind.model_validate({**address, **{name: address.getlist(name) for name in lists}})
             else:
                 raise HTTPException(
                     415, "expected Content-Type application/json, or image/jpeg and fields in the address"
                 )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            name = first["loc"][0] if first["loc"] else "the request"
+            name = next(iter(first["loc"]), "the request")
             raise ConfigError(f"invalid value for {name}: {repr(first['input'])[:80]} ({first['msg']})") from None
         return given, files
 

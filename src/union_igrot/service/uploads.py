@@ -72,7 +72,10 @@ class UploadDecoder:
         if len(data) > self._limits.bytes:
             return decode_upload(data, name, self._limits)  # raises without decoding
         result: object = None
-        process, pipe, count = self._idle.pop() if self._idle else self._start()
+        try:
+            process, pipe, count = self._idle.pop()
+        except IndexError:
+            process, pipe, count = self._start()
         try:
             pipe.send((data, name))
             if not pipe.poll(self._seconds):
