@@ -15,7 +15,7 @@ from small_world import Noise, trainable
 from union_igrot.cli import search as command
 from union_igrot.cli.config import compose
 from union_igrot.cli.search import main as search
-from union_igrot.errors import DataError, ImageError, UnionError
+from union_igrot.errors import ConfigError, DataError, ImageError, UnionError
 from union_igrot.gallery import gallery as gallery_module
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import read_queries
@@ -140,6 +140,30 @@ def test_pages_lowest_scores_and_narrow_tables(gallery, capsys, monkeypatch):
     assert whole[0]["id"] in narrow
     assert "class" not in narrow
     exits(1, "text=red", "min_score=1.1")
+
+
+def test_nothing_near_is_one_line_and_exits_with_1(gallery, capsys, tmp_path, monkeypatch):
+    run("text=red", "k=9")
+    whole = rows(capsys)
+    exits(1, "text=red", "min_score=1.1")
+    nothing = f"nothing near: the best score is {whole[0]['score']:.4f}, below min_score=1.1000\n"
+    assert capsys.readouterr() == ("", nothing)
+    kinds = []
+    limit = whole[2]["score"] - 1e-6
+    monkeypatch.setattr(Gallery, "near_score", lambda _, kind: kinds.append(kind) or limit)
+    run("text=red", "min_score=auto")
+    assert [row["id"] for row in rows(capsys)] == [row["id"] for row in whole[:3]]
+    assert kinds == ["text"]
+    limit = 1.1
+    (tmp_path / "q.jsonl").write_text('{"text": "blue", "id": "b"}\n{"text": "red", "liked": ["p1"]}\n')
+    with pytest.raises(ConfigError, match=r"^q.jsonl, line 2: min_score=auto is for queries of an image"):
+        run("queries=q.jsonl", "min_score=auto")
+    (tmp_path / "q.jsonl").write_text('{"text": "blue", "id": "b"}\n{"text": "red"}\n')
+    exits(1, "queries=q.jsonl", "min_score=auto")
+    assert capsys.readouterr().err.startswith("nothing near for 2 of 2 queries, such as b: the best score is ")
+    for value in ("nan", "high"):
+        with pytest.raises(ConfigError, match=f"min_score: {value} .expected a number, auto or null"):
+            run("text=red", f"min_score={value}")
 
 
 def test_results_without_a_file_are_reported(gallery, capsys, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def search(config: "DictConfig", _: Path) -> None:
 
     lines = _query_lines(config)
     count, missing = 0, list[str]()
+    far: list[tuple[QueryLine, SearchResult]] = []
     sheet: list[SheetRow] = []
     options = {"create": False, **{name: config[name] for name in ("weights", "device", "preprocess")}}
     with Gallery.open(config.index, config.checkpoint, **options) as gallery:
@@ -58,6 +59,7 @@ def search(config: "DictConfig", _: Path) -> None:
                 )
                 for line, result in zip(some, results, strict=True):
                     count += len(result)
+                    far += [(line, result)] if result.nothing_near else []
                     missing += [hit.id for hit in result if _is_gone(hit)]
                     _print_result(config, line, result)
                     if config.contact is not None and len(sheet) < SHEET_QUERIES:
@@ -72,8 +74,14 @@ def search(config: "DictConfig", _: Path) -> None:
             f"{len(missing):,} results no longer exist on this disk, such as {missing[0]!r}; run union-index on their "
             "folder again, or remove their rows with union-index remove=FILTER\n"
         )
-    if not count:
+    if far:
+        line, result = far[0]
+        of = "" if config.queries is None else f" for {len(far)} of {len(lines)} queries, such as {line.name}"
+        best = f"the best score is {result.best_score:.4f}, below min_score={result.min_score:.4f}"
+        sys.stderr.write(f"nothing near{of}: {best}\n")
+    elif not count:
         sys.stderr.write("no hits\n")
+    if not count:
         raise SystemExit(EXIT_NO_HITS)
 
 

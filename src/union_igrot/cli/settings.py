@@ -1,5 +1,6 @@
 """The commands and their settings."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,12 @@ class SearchSettings:
     )
     k: int = setting(20, "results per query", low=1)
     offset: int = setting(0, "best results to leave out, for the next page", low=0)
-    min_score: float | None = setting(None, "lowest score of a result; see docs/searching.md")
+    min_score: float | Literal["auto"] | None = setting(
+        None,
+        "lowest score of a result; auto: what 1% of random queries exceed; see docs/searching.md",
+        accepts=lambda value: value == "auto" or (not isinstance(value, str) and math.isfinite(value)),
+        expected="a number, auto",
+    )
     where: str | None = setting(None, "filter on columns, such as class = 'dog' and year > 2020", verbatim=True)
     search: Literal["auto", "exact", "ann"] = setting(
         "auto", "exact, ann (approximate), or auto: exact up to 200,000 images"

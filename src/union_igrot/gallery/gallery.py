@@ -27,10 +27,12 @@ from union_igrot.gallery.metadata import (
     load_recorded_model,
     open_or_create,
 )
+from union_igrot.gallery.near import QueryKind, near_score, query_kind
 from union_igrot.gallery.queries import (
     GalleryQuery,
     as_items,
     embed_gallery_queries,
+    named_errors,
     parse_queries,
     read_feedback,
     resolve_ids,
@@ -75,6 +77,7 @@ class Gallery:
         self._full_uri, self._index = uri, index
         self._checkpoint, self._weights, self._calibration = checkpoint, weights, calibration
         self._metadata: dict[str, Any] = {}
+        self._near: dict[str, Any] = {}  # see `near.near_score`
 
     @classmethod
     def open(
@@ -248,7 +251,7 @@ class Gallery:
         exclude: object = (),
         mode: SearchMode = "auto",
         thumbnails: bool = True,
-        min_score: float | None = None,
+        min_score: float | Literal["auto"] | None = None,
         offset: int = 0,
     ) -> SearchResult:
         """Find images.
@@ -268,12 +271,13 @@ class Gallery:
             exclude: Images that are not among the hits, such as the query itself.
             mode: `exact`, `ann` (approximate) or `auto`.
             thumbnails: Whether hits have thumbnails.
-            min_score: Lowest score of a hit. Scores of images, texts and both differ in range; see docs/searching.md.
+            min_score: Lowest score of a hit; `auto` for `near_score`. Scores of images, texts and both are not
+                comparable; see docs/searching.md.
             offset: Number of best hits to leave out, for the next page of the same search.
 
         Returns:
-            The hits, best first; fewer than k if fewer images pass the filter and `min_score`. Equal scores are ordered
-            by the first addition of the images.
+            The hits, best first; fewer than k if fewer images pass the filter and `min_score`; `nothing_near` if
+            none has the score. Equal scores are ordered by the first addition of the images.
 
         Raises:
             ConfigError: If the query is empty or the filter invalid.
@@ -294,7 +298,7 @@ class Gallery:
         mode: SearchMode = "auto",
         thumbnails: bool = True,
         names: Sequence[str] | None = None,
-        min_score: float | None = None,
+        min_score: float | Literal["auto"] | None = None,
         offset: int = 0,
     ) -> list[SearchResult]:
         """Find images for many queries at once; returns one result per query.
@@ -314,6 +318,7 @@ class Gallery:
         parsed = resolve_queries(index, parsed)
         feedback = read_feedback(index, parsed, names, self.model.backbone.dim)
         embedded = widen_queries(*embed_gallery_queries(self.model, parsed, feedback, names), index.metadata)
+        lowest = self._lowest_scores(parsed, names, min_score)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
         groups: dict[int, list[int]] = {}
         for i, query in enumerate(parsed):
@@ -322,8 +327,38 @@ class Gallery:
         for extra, members in groups.items():
             found = index.search(embedded[members], offset + k + extra, where=where, mode=mode, columns=columns)
             for i, hits in zip(members, found, strict=True):
-                results[i] = make_result(hits, k, parsed[i].excluded, min_score, offset)
+                results[i] = make_result(hits, k, parsed[i].excluded, lowest[i], offset)
         return [results[i] for i in range(len(parsed))]
+
+    def _lowest_scores(
+        self, queries: Sequence[GalleryQuery], names: Sequence[str], min_score: float | Literal["auto"] | None
+    ) -> Sequence[float | None]:
+        if isinstance(min_score, str) and min_score != "auto":
+            raise ConfigError(f"invalid value for min_score: {min_score!r} (expected a number or auto)")
+        if min_score != "auto":
+            return [min_score] * len(queries)
+        kinds = []
+        for query, name in zip(queries, names, strict=True):
+            with named_errors(name):
+                kinds.append(query_kind(query))
+        scores = {kind: self.near_score(kind) for kind in dict.fromkeys(kinds)}
+        return [scores[kind] for kind in kinds]
+
+    def near_score(self, kind: QueryKind) -> float:
+        """Return the score that random queries of a kind exceed in 1 % of the cases, for `min_score="auto"`.
+
+        It is measured at the first use, for which some hundred images or texts are embedded, and again when the number
+        of images has changed by a tenth. Beside an index on this disk it is stored as `INDEX.min_score.json`.
+
+        Args:
+            kind: `text`, `image` or `image + text`. Thresholds of kinds are not comparable.
+
+        Raises:
+            ConfigError: If the kind is unknown, or there are fewer than 100 images or no images of theirs.
+        """
+        path = local_path(self._full_uri)
+        stored = None if path is None else Path(f"{path}.min_score.json")
+        return near_score(self.index, self.model, kind, self._near, stored)
 
     def duplicates(self, threshold: float | int | None = THRESHOLD, where: str | None = None) -> list[SearchResult]:
         """Find groups of near duplicates, see `find_duplicates`; nothing is removed."""

@@ -84,13 +84,13 @@ def parse_queries(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     """Validate queries; `names` are theirs in errors, or empty."""
     parsed = []
     for given, name in zip(queries, names, strict=True):
-        with _named(name):
+        with named_errors(name):
             parsed.append(parse_query(given))
     return parsed
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named_errors(name: str) -> Iterator[None]:
     """Begin an error with the name of a query, if it has one."""
     try:
         yield
@@ -163,7 +163,7 @@ def read_feedback(
         existing = _existing_ids(index, wanted)
         for one, query_name in zip(queries, names, strict=True):
             if missing := [name for name in (*one.liked, *one.disliked) if name not in existing]:
-                with _named(query_name):
+                with named_errors(query_name):
                     raise DataError(
                         f"{missing[0]!r} is not in {index.uri} (expected an image of the gallery)"
                     ) from None
@@ -204,7 +204,7 @@ def embed_gallery_queries(
             weights = torch.tensor([term.weight for term in one.terms])
             total = weights @ normalize(embedded[rows], dim=-1)
             if float(length := total.norm()) < _CANCELED * float(weights.abs().sum()):
-                with _named(names[i]):
+                with named_errors(names[i]):
                     raise ConfigError("the terms of the query cancel each other out; change a weight or a term")
             sums[i], tasks[i] = total / length, weights @ own[rows] / length
         if one.liked or one.disliked:
@@ -240,7 +240,7 @@ def _load_images(
 
     def load(one: tuple[int, Any]) -> Tensor:
         i, image = one
-        with _named(names[i]):
+        with named_errors(names[i]):
             return to_tensor(open_region(image, at_least=size))
 
     if len(numbered) == 1:
@@ -340,7 +340,7 @@ def _query_line(path: Path, location: str, default_name: int, fields: dict[str, 
         if not all(isinstance(one, str) for one in as_items(fields.get(field))):
             raise DataError(f"{location}: invalid {field} {fields[field]!r} (expected text, or a list of texts)")
     try:
-        with _named(location):
+        with named_errors(location):
             fields["terms"] = [_located(parse_term(one), path) for one in as_items(fields.get("terms"))]
             fields["image"] = [path.parent / expand_user(image) for image in as_items(fields.get("image"))]
             for image in (*fields["image"], *(image for term in parse_query(fields).terms for image in term.images)):

@@ -57,10 +57,20 @@ class Hit:
 
 @final
 class SearchResult(Sequence[Hit]):
-    """The hits of one query, best first; notebooks show their thumbnails."""
+    """The hits of one query, best first; notebooks show their thumbnails.
 
-    def __init__(self, hits: Sequence[Hit]) -> None:
-        self._hits = tuple(hits)
+    Attributes:
+        min_score: The lowest score of a hit that was searched with, or None.
+        best_score: The score of the best image whether it is a hit or not; None if no image passed the filter.
+    """
+
+    def __init__(self, hits: Sequence[Hit], min_score: float | None = None, best_score: float | None = None) -> None:
+        self._hits, self.min_score, self.best_score = tuple(hits), min_score, best_score
+
+    @property
+    def nothing_near(self) -> bool:
+        """Whether there are images, but all of them score below `min_score`."""
+        return self.min_score is not None and self.best_score is not None and self.best_score < self.min_score
 
     @property
     def ids(self) -> list[str]:
@@ -83,9 +93,13 @@ class SearchResult(Sequence[Hit]):
     @overload
     def __getitem__(self, index: slice) -> "SearchResult": ...
     def __getitem__(self, index: int | slice) -> "Hit | SearchResult":
-        return SearchResult(self._hits[index]) if isinstance(index, slice) else self._hits[index]
+        if isinstance(index, slice):
+            return SearchResult(self._hits[index], self.min_score, self.best_score)
+        return self._hits[index]
 
     def __repr__(self) -> str:
+        if self.nothing_near:
+            return f"SearchResult(nothing near: best score {self.best_score:.4f}, min_score {self.min_score:.4f})"
         best = f", best {self._hits[0].score:.4f} {self._hits[0].id}" if self._hits else ""
         return f"SearchResult({len(self)} hits{best})"
 
@@ -94,7 +108,7 @@ class SearchResult(Sequence[Hit]):
         return "\n".join([f"{len(lines)} hits", *lines])
 
     def _repr_html_(self) -> str:
-        return hits_html(self._hits)
+        return f"<p>{html.escape(repr(self))}</p>" if self.nothing_near else hits_html(self._hits)
 
 
 def make_result(
@@ -104,13 +118,16 @@ def make_result(
     left_out = set(excluded)
     thumbnails = found.columns.get(THUMBNAIL)
     others = {name: values for name, values in found.columns.items() if name != THUMBNAIL}
-    hits = []
+    hits, best_score = [], None
     for i, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True)):
-        if name not in left_out and (min_score is None or score >= min_score):
+        if name in left_out:
+            continue
+        best_score = score if best_score is None else max(score, best_score)
+        if min_score is None or score >= min_score:
             jpeg = None if thumbnails is None else thumbnails[i]
             columns = {column: values[i] for column, values in others.items()}
             hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
-    return SearchResult(hits[offset : offset + k])
+    return SearchResult(hits[offset : offset + k], min_score, best_score)
 
 
 def file_of(name: str) -> Path | None:
