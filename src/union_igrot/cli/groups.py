@@ -102,8 +102,8 @@ class UnionSettings(TargetSettings):
 class PrecisionSettings:
     """Numeric precision."""
 
-    trainer: Literal["32-true", "bf16-mixed", "16-mixed"] = setting(
-        "32-true", "precision as Lightning names it: 32-true, bf16-mixed or 16-mixed"
+    trainer: Literal["32-true", "bf16-mixed", "16-mixed", "onnx", "int8"] = setting(
+        "32-true", "precision: 32-true, bf16-mixed or 16-mixed, as in Lightning; of union-index also onnx or int8"
     )
 
 

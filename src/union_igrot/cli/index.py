@@ -103,7 +103,7 @@ def _add_images(config: "DictConfig") -> None:
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
     metadata = index_metadata(model, checkpoint, config.weights)
-    with open_or_create(config.index, model, metadata, config.calibration) as index:
+    with open_or_create(config.index, model, metadata, config.calibration, options.precision) as index:
         report = ingest_images(index, model, listing, options)
         _print_report(report, index.uri, len(index))
     if not report.added + report.updated + report.unchanged:

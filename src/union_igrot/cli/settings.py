@@ -257,6 +257,17 @@ class ConvertSettings:
 
 
 @dataclass
+class ExportSettings:
+    """Settings of `union-export`."""
+
+    output: str = setting(REQUIRED, "folder of the ONNX files, new or empty")
+    checkpoint: str = setting("photos", "photos, tiny, a backbone (untrained), a run, or a hub repository")
+    precision: Literal["fp32", "int8"] = setting("fp32", "fp32, or int8: linear layers in 8 bits")
+    weights: str | None = _weights("the checkpoint's backbone")
+    preprocess: Literal["model", "pad"] | None = _preprocess()
+
+
+@dataclass
 class CompareSettings:
     """Settings of `union-compare`."""
 
@@ -430,6 +441,15 @@ COMMANDS: Mapping[str, Command] = {
             "model": ("base", "backbone in the file; its weights and sizes are the file's"),
             "target": ("union", "target head in the file; frozen for TransAgg, which has none"),
         },
+    ),
+    "export": Command(
+        "Export the towers and heads of a model to ONNX, for other programs.",
+        ExportSettings,
+        (
+            "union-export output=photos-onnx",
+            "union-export checkpoint=base output=base-int8 precision=int8",
+        ),
+        notes=("union-index precision=onnx|int8 exports by itself, to the cache",),
     ),
     "cache": Command(
         "List the cache of features, and prune it.",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, launch_of, run_command
 from union_igrot.cli.config import plain
+from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,6 +23,8 @@ def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
     Returns:
         The run's folder, in the process that prints and writes.
     """
+    if config.precision.trainer in ("onnx", "int8"):
+        raise ConfigError(f"precision={config.precision.trainer} is for union-index; choose fp32, bf16 or fp16")
     # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.training.loggers import require_logger
     from union_igrot.training.processes import count_processes, detect_processes, launch_processes

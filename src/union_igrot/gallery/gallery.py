@@ -156,9 +156,9 @@ class Gallery:
             raise DataError(f"there is no gallery at {self.uri} yet; add images first, or check its name")
         return self._index
 
-    def _open_index(self) -> VectorIndex:
+    def _open_index(self, precision: str = "32-true") -> VectorIndex:
         if self._index is None:
-            self._index = open_or_create(self._full_uri, self.model, self.metadata, self._calibration)
+            self._index = open_or_create(self._full_uri, self.model, self.metadata, self._calibration, precision)
         return self._index
 
     def add(
@@ -228,7 +228,7 @@ class Gallery:
     def _ingest(self, listing: Listing, options: IngestOptions, *, wait: float = 0.1) -> IngestReport:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
-        return ingest_images(self._open_index(), self.model, listing, options, wait=wait)
+        return ingest_images(self._open_index(options.precision), self.model, listing, options, wait=wait)
 
     def ids(self, where: str | None = None) -> list[str]:
         """Return the ids of images that pass a filter, in the order in which they were added."""

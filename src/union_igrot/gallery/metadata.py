@@ -65,7 +65,11 @@ def _age(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 
 def open_or_create(
-    uri: str, model: IGROTModel, metadata: Mapping[str, Any], calibration: float | None = None
+    uri: str,
+    model: IGROTModel,
+    metadata: Mapping[str, Any],
+    calibration: float | None = None,
+    precision: str = "32-true",
 ) -> VectorIndex:
     """Open or create the index of a model.
 
@@ -74,6 +78,7 @@ def open_or_create(
         model: The model.
         metadata: Its `index_metadata`.
         calibration: Weight of the calibration; None for that of an existing index, and for none in a new one.
+        precision: Precision of the rows of a new index; `int8` is recorded, see `IngestOptions`.
 
     Raises:
         CheckpointError: If the index was made with another model.
@@ -81,7 +86,10 @@ def open_or_create(
         DataError: If the model has no training queries for calibration.
     """
     uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is not a path
-    recorded = read_metadata(uri) or describe_calibration(model, calibration or 0.0)
+    recorded = read_metadata(uri)
+    if not recorded:
+        recorded = describe_calibration(model, calibration or 0.0)
+        recorded |= {"precision": precision} if precision == "int8" else {}
     created = {name: value for name, value in {**recorded, **metadata}.items() if name != _EARLIER}
     index = open_index(uri, dim=model.backbone.dim + extra_width(recorded), metadata=created, create=True)
     try:

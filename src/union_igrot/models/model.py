@@ -149,11 +149,10 @@ class IGROTModel(nn.Module):
             # Without an image the text embedding is the query: no head was trained for it.
             return nn.functional.normalize(self._text_features(texts, 0).pooled, dim=-1)
         encoded = self._image_features(images, "encode_queries")
-        text_features = self._text_features(texts, len(encoded))
-        if len(text_features) != len(encoded):
-            raise DataError(
-                f"got {len(encoded)} images and {len(text_features)} texts (expected one text per image, or none)"
-            )
+        count = encoded.pooled.shape[0]  # len() would be a constant of an exported model
+        text_features = self._text_features(texts, count)
+        if (given := text_features.pooled.shape[0]) != count:
+            raise DataError(f"got {count} images and {given} texts (expected one text per image, or none)")
         return self._fuse(encoded, text_features)
 
     def embed_gallery(self, images: Tensor | Features) -> Float[Tensor, "batch dim"]:
@@ -169,7 +168,7 @@ class IGROTModel(nn.Module):
             ConfigError: If the images have a wrong type, dtype or shape.
         """
         encoded = self._image_features(images, "encode_gallery")
-        embedded: Tensor = self.target(encoded, self.null_text().expand(len(encoded)), self._fuse)
+        embedded: Tensor = self.target(encoded, self.null_text().expand(encoded.pooled.shape[0]), self._fuse)
         return embedded
 
     def encode_queries(

@@ -1,7 +1,7 @@
 """The cache folder: where it is, what it holds, and how it is kept below its limit.
 
-Under the root are `features/<fingerprint>`, the feature stores. Earlier versions also wrote folders in `indexing` and
-`vectors`; they are listed and can be pruned.
+Under the root are `features/<fingerprint>`, the feature stores, and `onnx/<fingerprint>`, exported models. Earlier
+versions also wrote folders in `indexing` and `vectors`; they are listed and can be pruned.
 """
 
 import errno
@@ -24,8 +24,8 @@ from union_igrot.storage.atomic import log, move_aside, write_atomic
 from union_igrot.storage.locks import acquire_exclusive, is_locked, lock_path
 from union_igrot.storage.sizes import format_size, parse_size
 
-Part = Literal["features", "indexing", "vectors"]
-PARTS: Final[tuple[Part, ...]] = ("features", "indexing", "vectors")
+Part = Literal["features", "indexing", "vectors", "onnx"]
+PARTS: Final[tuple[Part, ...]] = ("features", "indexing", "vectors", "onnx")
 ADVICE: Final = "set cache_dir or UNION_CACHE to a folder on another disk"
 
 _FINGERPRINT: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -44,7 +44,7 @@ class Usage:
         backbone: Name of the backbone or of the index; empty if not recorded.
         dtype: Type of the stored numbers; empty if it cannot be read.
         in_use: Whether a living process has it open.
-        part: `features`, or `indexing` or `vectors` of an earlier version.
+        part: `features` or `onnx`, or `indexing` or `vectors` of an earlier version.
     """
 
     fingerprint: str

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8, UInt64
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from union_igrot.errors import DataError, ImageError, UnionError
+from union_igrot.errors import CheckpointError, ConfigError, DataError, ImageError, UnionError
 from union_igrot.gallery.calibration import widen_rows
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
@@ -79,6 +79,7 @@ def ingest_images(
         DataError: If columns are invalid, all images are gone, or a disk is full.
     """
     options, start = options or IngestOptions(), time.perf_counter()
+    options = _with_precision_of(index, options)
     timings = Timings()
     executors = _executors(model, options, timings)
     widen = partial(widen_rows, model=model, metadata=index.metadata)
@@ -133,6 +134,19 @@ def ingest_images(
     )
 
 
+def _with_precision_of(index: VectorIndex, options: IngestOptions) -> IngestOptions:
+    """Return options that embed as the rows of an index were; rows in 8 bits and others are not mixed."""
+    stored = index.metadata.get("precision")
+    if stored == "int8" and options.precision == IngestOptions.precision:
+        return replace(options, precision=stored)
+    if (stored == "int8") != (options.precision == "int8"):
+        raise CheckpointError(
+            f"{index.uri} was made with precision={stored or 'fp32'}, not {options.precision}; leave precision out, or "
+            "index again under another name"
+        )
+    return options
+
+
 def _executors(model: IGROTModel, options: IngestOptions, timings: Timings) -> AbstractContextManager[_Executor]:
     if options.decoder == "torchcodec":
         require_codec()
@@ -183,14 +197,27 @@ def embed_entries(
 ) -> Generator[EmbeddedBatch, None, None]:
     """Decode images in worker processes and embed them on the device of the model."""
     decoded = decode_entries(model, entries, options, known, timings or Timings())
-    embedded = ((batch, parts, _embed_parts(model, parts, options.precision)) for batch, parts in decoded)
+    embed = _embedder(model, options.precision)
+    embedded = ((batch, parts, embed(_join_parts(model, parts))) for batch, parts in decoded)
     for batch, parts, vectors in _one_behind(embedded):
         yield batch, [image for part in parts for image in part.images], vectors.cpu()
 
 
-def _embed_parts(model: IGROTModel, parts: Sequence[DecodedBatch], precision: str) -> Float[Tensor, "embedded dim"]:
-    pixels = torch.cat([part.pixels.to(model.device, non_blocking=True) for part in parts])
-    return embed_pixels(model, pixels, precision)
+def _join_parts(model: IGROTModel, parts: Sequence[DecodedBatch]) -> UInt8[Tensor, "embedded 3 size size"]:
+    return torch.cat([part.pixels.to(model.device, non_blocking=True) for part in parts])
+
+
+def _embedder(model: IGROTModel, precision: str) -> Callable[[Tensor], Tensor]:
+    """Return the function that embeds gallery images in a precision."""
+    if precision not in ("onnx", "int8"):
+        return partial(embed_pixels, model, precision=precision)
+    if model.device.type != "cpu":
+        raise ConfigError(f"precision={precision} runs on a CPU, not on {model.device}; pass strategy=cpu, or fp16")
+    from union_igrot.models.onnx import open_gallery_session  # noqa: PLC0415 - an extra
+
+    session = open_gallery_session(model, "int8" if precision == "int8" else "fp32")
+    empty = torch.empty(0, model.backbone.dim)
+    return lambda pixels: session(model_input(pixels, model.preprocess)) if len(pixels) else empty
 
 
 def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:

@@ -15,7 +15,7 @@ _log: Final = logging.getLogger("union_igrot.indexing")
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "decoder": ("pillow", "torchcodec"),
     "on_broken": ("skip", "fail"),
-    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed", "onnx", "int8"),
     "executor": ("local", "ray"),
     "file_columns": ("new", "all", "none"),
 }
@@ -37,7 +37,8 @@ class IngestOptions:
         prune: Whether rows of this source whose image is gone are removed.
         cache: Cache folder, for the lock; None for `$UNION_CACHE` or its default.
         progress: Whether a progress bar is shown.
-        precision: Precision of the backbone: `32-true`, `bf16-mixed` or `16-mixed`.
+        precision: Precision of the backbone: `32-true`, `bf16-mixed` or `16-mixed`; or, on a CPU with the extra `onnx`,
+            `onnx` for 32 bits in ONNX Runtime and `int8` for 8 bits, which is recorded in the index.
         executor: `local`, on the device of the model, or `ray`, on the actors of a Ray cluster.
         ray_address: Address of the cluster, `auto` for one that runs on this machine; None starts a local one.
         actors: Number of Ray actors; None for one per GPU, or one per two CPU cores without GPUs.

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from union_igrot.errors import ConfigError
 from union_igrot.types import Features, Preprocess
 
 Modality = Literal["image", "text"]
@@ -80,7 +81,7 @@ def first_pooled(
     """Return features whose pooled embedding is the first token; without a mask all tokens are real."""
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return Features(tokens[:, 0], tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
+    return Features(tokens[:, 0], tokens, mask, torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device))
 
 
 class Backbone(nn.Module, ABC):
@@ -130,6 +131,18 @@ class Backbone(nn.Module, ABC):
             Pooled and token features in the joint space, not normalized; the mask is False after the end of each text,
             by position.
         """
+
+    def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:  # noqa: ARG002 - optional
+        """Return what `text_features` takes: token ids of texts, and whatever else its network needs.
+
+        Raises:
+            ConfigError: If the backbone only has `encode_text`.
+        """
+        raise ConfigError(f"backbone {self.name!r} has no text_inputs; add it and text_features, see models.backbones")
+
+    def text_features(self, *inputs: Tensor) -> Features:
+        """Return the features of texts given as tensors: `encode_text` without the tokenizer."""
+        raise NotImplementedError
 
     def token_count(self, text: str) -> int:  # noqa: ARG002 - 0 if there is no limit
         """Return the number of tokens of a text before it is cut."""

@@ -121,6 +121,14 @@ class _TransformersBackbone(Backbone):
         self.warn_truncated(full)
         return encoded["input_ids"].to(self.device), mask.to(self.device)
 
+    def encode_text(self, texts: Sequence[str]) -> Features:
+        """Encode texts, padded or cut to the context."""
+        return self.text_features(*self.text_inputs(texts))
+
+    def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return token ids, and a mask of the tokens."""
+        return self._tokenize(texts)
+
     def token_count(self, text: str) -> int:
         """See `Backbone`."""
         return len(self.tokenizer(text, verbose=False)["input_ids"])
@@ -155,9 +163,9 @@ class BlipBackbone(_TransformersBackbone):
         hidden = self.network.vision_model(pixel_values=images).last_hidden_state
         return first_pooled(self.network.vision_proj(hidden))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; longer ones are cut to the context."""
-        ids, mask = self._tokenize(texts)
+    def text_features(self, *inputs: Tensor) -> Features:
+        """See `Backbone`."""
+        ids, mask = inputs
         hidden = self.network.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return first_pooled(self.network.text_proj(hidden), mask)
 
@@ -198,9 +206,9 @@ class SiglipBackbone(_TransformersBackbone):
         tokens = tokens + head.mlp(head.layernorm(tokens))
         return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts, padded or cut to the context."""
-        ids, mask = self._tokenize(texts)
+    def text_features(self, *inputs: Tensor) -> Features:
+        """See `Backbone`."""
+        ids, mask = inputs
         # Without an attention mask: the model was trained with its padding.
         outputs = self.network.text_model(input_ids=ids)
         tokens = self.network.text_model.head(outputs.last_hidden_state)
@@ -242,14 +250,18 @@ class HFClipBackbone(_TransformersBackbone):
         hidden = vision.post_layernorm(vision(pixel_values=images).last_hidden_state)
         return first_pooled(self.network.visual_projection(hidden))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; longer ones are cut to the context, their end mark kept."""
-        ids, _ = self._tokenize(texts)
+    def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return token ids; longer texts are cut to the context, their end mark kept."""
+        return self._tokenize(texts)[:1]
+
+    def text_features(self, *inputs: Tensor) -> Features:
+        """See `Backbone`."""
+        (ids,) = inputs
         tokens = self.network.text_projection(self.network.text_model(input_ids=ids).last_hidden_state)
         # The padding may share the end mark's id: the first one counts.
         end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
-        return Features(tokens[torch.arange(len(ids), device=ids.device), end], tokens, mask, end)
+        return Features(tokens[torch.arange(ids.shape[0], device=ids.device), end], tokens, mask, end)
 
 
 HFBackbone = BlipBackbone | SiglipBackbone | HFClipBackbone

@@ -125,10 +125,18 @@ class OpenClipBackbone(Backbone):
 
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts; longer ones are cut to the context, their end mark kept."""
+        return self.text_features(*self.text_inputs(texts))
+
+    def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return token ids."""
         ids = self.tokenize(list(texts))
         full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last != self._padding]
         self.warn_truncated(full)
-        return self._text_features(ids.to(self.device))
+        return (ids.to(self.device),)
+
+    def text_features(self, *inputs: Tensor) -> Features:
+        """See `Backbone`."""
+        return self._text_features(*inputs)
 
     def token_count(self, text: str) -> int:
         """See `Backbone`; 0 if the tokenizer is a plain function."""

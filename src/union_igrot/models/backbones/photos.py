@@ -15,7 +15,7 @@ from typing import Any, Final, final
 
 import timm
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,9 +121,11 @@ class PhotoText(nn.Module):
         total = sum(score for score, _ in best)
         return [(self._rows[name], score * score / total) for score, name in best]
 
-    def forward(self, texts: Sequence[str]) -> Features:
-        """Return all tokens in the joint space: one for the text, which is its embedding, then one per name."""
-        weight = self.names.weight
+    def inputs(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[Tensor, "batch names mixed"], Float[Tensor, "batch names mixed"]]:
+        """Return the rows of each name in texts, padded with 0, and their shares."""
+        device = self.names.weight.device
         rows = [self.tokenize(text) for text in texts]
         longest = max((len(row) for row in rows), default=0)
         ids = torch.zeros(len(rows), longest, _MIXED, dtype=torch.long)
@@ -132,8 +134,12 @@ class PhotoText(nn.Module):
             for j, mixed in enumerate(row):
                 ids[i, j, : len(mixed)] = torch.tensor([name for name, _ in mixed])
                 shares[i, j, : len(mixed)] = torch.tensor([share for _, share in mixed])
-        names = (self.names(ids.to(weight.device)) * shares[..., None].to(weight)).sum(2)
-        mask = F.pad(shares.sum(2) > 0, (1, 0), value=True).to(weight.device)
+        return ids.to(device), shares.to(device)
+
+    def forward(self, ids: Int[Tensor, "batch names mixed"], shares: Float[Tensor, "batch names mixed"]) -> Features:
+        """Return all tokens in the joint space: one for the text, which is its embedding, then one per name."""
+        names = (self.names(ids) * shares[..., None]).sum(2)
+        mask = F.pad(shares.sum(2) > 0, (1, 0), value=True)
         return first_pooled(torch.cat([names.sum(1, keepdim=True), names], dim=1), mask)
 
 
@@ -174,7 +180,9 @@ class PhotoNetwork(nn.Module):
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
         """Return the embedding of each image and of its 7 x 7 cells."""
         # On a CPU a few images at once are a third faster: their maps stay in its caches.
-        parts = images.contiguous(memory_format=torch.channels_last).split(_AT_ONCE if images.is_cpu else len(images))
+        split = images.is_cpu and not torch.compiler.is_compiling()  # an exported network takes batches of any size
+        images = images.contiguous(memory_format=torch.channels_last)
+        parts = images.split(_AT_ONCE) if split else [images]
         cells = torch.cat(map_in_threads(self.trunk.forward_features, parts))
         cells = cells.flatten(2).transpose(1, 2)
         return self.embed(cells.mean(1), cells)
@@ -237,9 +245,17 @@ class PhotosBackbone(Backbone):
 
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts: a token for the text, which is its embedding, and one per name in it."""
+        return self.text_features(*self.text_inputs(texts))
+
+    def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the rows of each name, and their shares."""
         long = [text for text in texts if len(text) > 2 * CONTEXT]  # shorter ones cannot hold too many words
         self.warn_truncated(long)
-        features: Features = self.network.text(texts)
+        return self.network.text.inputs(texts)
+
+    def text_features(self, *inputs: Tensor) -> Features:
+        """See `Backbone`."""
+        features: Features = self.network.text(*inputs)
         return features
 
 

@@ -113,10 +113,10 @@ class TinyVLM(nn.Module):
     def image(self, images: Float[Tensor, "batch 3 48 48"]) -> Float[Tensor, "batch 10 dim"]:
         """Return the class token and 3 x 3 averaged patch tokens, projected."""
         patches = self.stem(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.image_class.expand(len(images), -1, -1), patches], 1) + self.image_places
+        x = torch.cat([self.image_class.expand(images.shape[0], -1, -1), patches], 1) + self.image_places
         for block in self.image_blocks:
             x = block(x)
-        grid = x[:, 1:].reshape(len(images), 3, 2, 3, 2, x.shape[-1]).mean((2, 4)).flatten(1, 2)
+        grid = x[:, 1:].reshape(images.shape[0], 3, 2, 3, 2, x.shape[-1]).mean((2, 4)).flatten(1, 2)
         projected: Tensor = self.image_projection(self.image_norm(torch.cat([x[:, :1], grid], 1)))
         return projected
 
@@ -170,12 +170,20 @@ class TinyBackbone(Backbone):
 
     def encode_text(self, texts: Sequence[str]) -> Features:
         """Encode texts: one token per word and one for the end, from which `pooled` is read."""
+        return self.text_features(*self.text_inputs(texts))
+
+    def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return token ids."""
         long = [text for text in texts if len(text) >= 2 * CONTEXT - 1]  # shorter ones cannot hold too many words
         self.warn_truncated(long)
-        ids = tokenize(texts).to(self.device)
+        return (tokenize(texts).to(self.device),)
+
+    def text_features(self, *inputs: Tensor) -> Features:
+        """See `Backbone`."""
+        (ids,) = inputs
         tokens, mask = self.network.text(ids), ids != _PAD
         end = mask.sum(1) - 1
-        return Features(tokens[torch.arange(len(ids), device=tokens.device), end], tokens, mask, end)
+        return Features(tokens[torch.arange(ids.shape[0], device=tokens.device), end], tokens, mask, end)
 
 
 def load_tiny(name: str, weights: Path | None = None) -> TinyBackbone:

@@ -161,7 +161,7 @@ def text_tower(network: Any, end: int | None, padding: int, *, padding_is_end: b
         if pooled_at == "end":
             at = ids.argmax(1) if end is None else (ids == end).int().argmax(1)
             mask = torch.arange(ids.shape[1], device=ids.device) <= at[:, None]
-            return Features(tokens[torch.arange(len(ids), device=ids.device), at], tokens, mask, at)
+            return Features(tokens[torch.arange(ids.shape[0], device=ids.device), at], tokens, mask, at)
         mask = before_padding(ids, padding, padding_is_end=padding_is_end)
         if pooled_at == "apart":
             tokens = torch.cat([pooled[:, None], tokens], dim=1)

@@ -210,7 +210,7 @@ class TransAggFusion(QueryHead):
         """
         if images.tokens is None or texts.tokens is None or images.pooled_at is None or texts.pooled_at is None:
             raise ValueError("TransAgg needs token features; got pooled embeddings only")
-        separator = self.sep_token.expand(len(images), 1, -1)
+        separator = self.sep_token.expand(images.pooled.shape[0], 1, -1)
         x = torch.cat([texts.tokens, separator, images.tokens], dim=1)
         at = texts.tokens.shape[1] + 1
         rows = torch.stack([images.pooled_at + at, texts.pooled_at], dim=1)

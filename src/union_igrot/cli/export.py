@@ -1,0 +1,39 @@
+"""`union-export`: write the towers and heads of a model as ONNX files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from union_igrot.cli.command import run_command
+from union_igrot.errors import ConfigError
+from union_igrot.storage.paths import expand_user
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `union-export`."""
+    run_command("export", export, argv)
+
+
+def export(config: "DictConfig", _: Path) -> None:
+    """Export a model as configured."""
+    folder = expand_user(config.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"output {folder} is not an empty folder; give a new one")
+    # Heavy imports are delayed so that --help and usage errors are fast.
+    from union_igrot.gallery.metadata import load_checkpoint
+    from union_igrot.models.onnx import export_onnx
+    from union_igrot.storage.sizes import format_size
+    from union_igrot.terminal import print_line
+
+    model, _name = load_checkpoint(config.checkpoint, config.weights, config.preprocess)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in export_onnx(model, folder, config.precision):
+        size = sum(path.stat().st_size for path in folder.glob(f"{file}*"))
+        print_line(f"{folder / file}: {format_size(size)}")
+
+
+if __name__ == "__main__":
+    main()
