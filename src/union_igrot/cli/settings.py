@@ -264,7 +264,7 @@ class ExportSettings:
     checkpoint: str = setting("photos", "photos, tiny, a backbone (untrained), a run, or a hub repository")
     precision: Literal["fp32", "int8"] = setting("fp32", "fp32, or int8: linear layers in 8 bits")
     weights: str | None = _weights("the checkpoint's backbone")
-    preprocess: Literal["model", "pad"] | None = _preprocess()
+    preprocess: Literal["model", "pad"] | None = preprocess_setting()
 
 
 @dataclass
