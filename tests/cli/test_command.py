@@ -8,9 +8,11 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
+import union_igrot
 from union_igrot import __version__
 from union_igrot.cli.command import run_command
 from union_igrot.cli.settings import COMMANDS
@@ -76,6 +78,14 @@ def test_help_and_version(name, folder, capsys):
     main(name)(["--version"])
     assert capsys.readouterr().out.strip() == __version__
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_module_of_a_command_runs_it(name, folder, capsys, monkeypatch):
+    """As torchrun and `python -m` start it."""
+    monkeypatch.setattr(sys, "argv", [f"union-{name}", "--version"])
+    run_path(str(Path(union_igrot.__file__).parent / "cli" / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip() == __version__
 
 
 def test_a_task_gets_the_settings_and_a_run_folder_below_the_current_one(folder):

@@ -131,3 +131,7 @@ def _broken(root: Path, paths: set[str]) -> dict[str, str]:
             reasons[path] = str(error)
     present = {root / path: path for path in sorted(paths - reasons.keys())}
     return reasons | {present[file]: reason for file, reason in broken_images(present)}
+
+
+if __name__ == "__main__":
+    main()

@@ -51,3 +51,7 @@ def _distinct_names(first: Path, second: Path) -> tuple[str, str]:
     longest = max(map(len, parts))
     depth = next((n for n in range(1, longest) if parts[0][-n:] != parts[1][-n:]), 1)
     return "/".join(parts[0][-depth:]), "/".join(parts[1][-depth:])
+
+
+if __name__ == "__main__":
+    main()

@@ -46,3 +46,7 @@ def convert(config: "DictConfig", fresh: Path) -> None:
     print_line(f"backbone {described['backbone']}, {backbone:,} weights of the file, images of {model.preprocess.size}")
     print_line(f"heads {described['fusion']['kind']} and {described['target']['kind']}, {heads:,} weights")
     print_line(f'written to {folder}; union_igrot.load("{folder}"), or union-eval checkpoint={folder}')
+
+
+if __name__ == "__main__":
+    main()

@@ -78,3 +78,7 @@ def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     if names_backbone(str(config.checkpoint)):
         raise ConfigError(f"checkpoint={config.checkpoint} has no trained heads; model=... evaluates a backbone alone")
     return load(checkpoint, weights=config.weights), str(config.checkpoint)
+
+
+if __name__ == "__main__":
+    main()
