@@ -95,6 +95,9 @@ def test_hits_are_those_of_the_gallery(app, gallery):
         assert found[0]["rank"] == body.get("offset", 0) + 1
         assert found[0]["columns"]["year"] == expected[0].columns["year"]
         assert "thumbnail" not in found[0]
+    far = ask(app, post("/search", {"text": "red", "min_score": 2})).json()
+    assert (far["hits"], far["nothing_near"]) == ([], True)
+    assert far["best_score"] == pytest.approx(gallery.search(text="red").scores[0], abs=1e-4)
     (first,) = ask(app, post("/search", {"text": "red", "k": 1, "thumbnails": True})).json()["hits"]
     with Image.open(io.BytesIO(base64.b64decode(first["thumbnail"]))) as small:
         assert small.format == "JPEG"
@@ -146,6 +149,8 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         (b'{"text": "a", "offset": -1}', "offset: -1"),
         (b'{"text": "a", "min_score": NaN}', "min_score: nan"),
         (b'{"text": "a", "min_score": 1e999}', "min_score: inf"),
+        (b'{"text": "a", "min_score": "auto"}', "min_score=auto"),
+        (b'{"text": "a", "min_score": "high"}', "min_score: 'high'"),
         (json.dumps({"text": "a" * 1001}).encode(), "text: "),
         (b'{"image": "/etc/passwd"}', "image: '/etc/passwd'"),
         (b'{"image": "/etc/hostname+"}', "image"),

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar, final
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, WithJsonSchema
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -70,7 +70,9 @@ class SearchRequestBody(BaseModel, extra="forbid"):
     where: str | None = Field(None, max_length=2000, description="filter on columns")
     k: int = Field(10, ge=1, le=1000, description="number of hits")
     offset: int = Field(0, ge=0, le=10_000, description="number of best hits to leave out, for the next page")
-    min_score: float | None = Field(None, allow_inf_nan=False, description="lowest score of a hit")
+    min_score: FiniteFloat | Literal["auto"] | None = Field(
+        None, description="lowest score of a hit, or auto: what random queries of the kind exceed in 1 % of the cases"
+    )
     thumbnails: bool = Field(False, description="whether hits have a thumbnail, a JPEG in base64")
 
 
@@ -137,7 +139,8 @@ class ServiceRoutes:
         terms = [{**one.model_dump(), "image": None if one.image is None else next(of_terms)} for one in given.terms]
         options = {**given.model_dump(exclude={"image", "terms"}), "terms": terms}
         found = await self._queue.run(lambda: self._gallery.search(images[: len(files)] or None, **options))
-        return {"hits": [{"rank": rank, **_show(hit)} for rank, hit in enumerate(found, given.offset + 1)]}
+        hits = [{"rank": rank, **_show(hit)} for rank, hit in enumerate(found, given.offset + 1)]
+        return {"hits": hits, "nothing_near": found.nothing_near, "best_score": found.best_score}
 
     async def _embed(self, request: Request) -> dict[str, Any]:
         given, files = await self._read(request, EmbedRequestBody)
