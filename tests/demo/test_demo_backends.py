@@ -19,6 +19,7 @@ from union_igrot.demo.uploads import decode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.terms import parse_term
 from union_igrot.images.decode import open_image
 from union_igrot.images.transforms import image_batch
 
@@ -47,6 +48,9 @@ def test_results_are_the_gallerys(backend, folder):
     assert [(one.id, one.score) for one in found] == [(hit.id, hit.score) for hit in expected]
     assert [one.thumbnail for one in found] == [hit.jpeg for hit in expected]
     assert [one.id for one in backend.search(SearchRequest(image, "in red"), 3, 2)] == expected.ids[3:]
+    terms = [parse_term(("large", -0.5))]
+    weighted = backend.search(SearchRequest(image, "in red", terms=terms), 0, 12)
+    assert [one.id for one in weighted] == backend._gallery.search(image, "in red", 12, terms=[("large", -0.5)]).ids
     without = backend.search(SearchRequest(image, "in red", exclude=expected.ids[:1]), 0, 12)
     assert [one.id for one in without][:4] == expected.ids[1:]
     assert (len(backend), backend.gallery, backend.warning) == (12, "photos.lance", "")

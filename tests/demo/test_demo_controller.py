@@ -12,6 +12,7 @@ from union_igrot.demo.controller import MARK_REMOVED, MAX_TEXT, MAX_WHERE, SESSI
 from union_igrot.demo.session import Reference
 from union_igrot.demo.uploads import photo_reference
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.gallery.terms import Term
 from union_igrot.service.uploads import Limits, decode_upload
 
 STROKES = [[[0, 500], [1000, 500]]]
@@ -73,6 +74,29 @@ def test_search_pages_pick_refine_undo(controller):
     assert (start.session.present, start.strokes, start.text) == (None, None, None)  # the pad is not cleared
     over = controller.act(token, "restart", {})
     assert (over.session.turns, over.strokes, over.text) == ((), (), "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "text", "terms"),
+    [
+        ("a beach", "a beach", []),
+        ("-5 degrees", "-5 degrees", []),
+        ("a beach; -people; 2:sunset", "a beach", [("people", -1.0), ("sunset", 2.0)]),
+        ("-people;", None, [("people", -1.0)]),
+        ("0.5:a beach; sea", None, [("a beach", 0.5), ("sea", 1.0)]),
+        # A file of the server is a text here.
+        ("./secret.jpg; -/photos/a.png + red", "./secret.jpg", [("/photos/a.png + red", -1.0)]),
+        ("image:a.png; 2:text:b", "image:a.png", [("text:b", 2.0)]),
+        (" ; ", None, []),
+    ],
+)
+def test_a_text_with_semicolons_has_weighted_terms(controller, typed, text, terms):
+    token = controller.act("new", "show", {}).token
+    found = controller.act(token, "search", {"text": typed, "strokes": STROKES})
+    request = controller.backends[0].requests[-1]
+    assert (request.text, list(request.terms)) == (text, [Term((), word, weight) for word, weight in terms])
+    assert request.image is not None
+    assert found.session.present.text == " ".join(typed.split())
 
 
 def test_the_last_page():

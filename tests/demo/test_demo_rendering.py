@@ -38,6 +38,13 @@ def test_no_input_becomes_markup(controller, view):
     assert "square &lt;s" in whole
 
 
+def test_weighted_terms_are_chips(controller, view):
+    found = view.regions(controller.act("new", "search", {"text": f"a beach; -2:{HOSTILE};"}))["results"]
+    assert "<img src=x" not in found
+    assert [html.unescape(one) for one in re.findall("<li>(.*?)</li>", found)] == ["a beach", f"-2:{HOSTILE}"]
+    assert 'class="chips"' not in view.regions(controller.act("new", "search", {"text": "a beach"}))["results"]
+
+
 def test_control_and_bidi_characters_are_shown(controller, view):
     assert show_controls("a\u202egpj.exe \x1b[2J\x00") == "a\\u202egpj.exe \\x1b[2J\\x00"
     assert show_controls("שלום 日本語\u3000é 👩‍💻\n") == "שלום 日本語\u3000é 👩‍💻\n"

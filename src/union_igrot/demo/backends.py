@@ -20,6 +20,7 @@ from union_igrot.gallery.engines.base import ColumnValue, Rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, file_of
+from union_igrot.gallery.terms import Term
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.service.uploads import KEPT_SIDE
@@ -58,6 +59,7 @@ class SearchRequest:
     liked: Sequence[str] = ()  # ids of images to move towards
     disliked: Sequence[str] = ()  # ids of images to move away from; never among the results
     exclude: Sequence[str] = ()  # further ids to leave out of the results
+    terms: Sequence[Term] = ()  # further texts with weights
 
 
 class GalleryBackend:
@@ -103,6 +105,7 @@ class GalleryBackend:
                 request.text,
                 skip + count,
                 request.where,
+                terms=request.terms,
                 liked=request.liked,
                 disliked=request.disliked,
                 exclude=request.exclude,

@@ -12,6 +12,7 @@ from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequ
 from union_igrot.demo.session import Mark, Reference, Session, Stroke, read_link
 from union_igrot.demo.uploads import VIEW_SIDE, decode_thumbnail, draw_strokes, encode_thumbnail, read_sketch
 from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.gallery.terms import Term, parse_term
 from union_igrot.service.uploads import KEPT_SIDE, downscale
 
 MAX_SESSIONS: Final = 256  # sessions kept; the least recently used are dropped first
@@ -267,7 +268,8 @@ class DemoController:
             backend = self.backends[number]
             image = None if turn.reference is None else self._query_image(turn.reference, backend)
             exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
-            request = SearchRequest(image, turn.text or None, turn.where or None, turn.liked, turn.disliked, exclude)
+            text, terms = _split_terms(turn.text)
+            request = SearchRequest(image, text, turn.where or None, turn.liked, turn.disliked, exclude, terms)
             found = backend.search(request, skip, per_page + 1)
             columns.append(ResultColumn(number, backend.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
@@ -300,6 +302,14 @@ def _checked_text(given: Parameters) -> tuple[str, str]:
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise DataError(f"The {name} contains invalid Unicode; type it again.")
     return text, where
+
+
+def _split_terms(text: str) -> tuple[str | None, Sequence[Term]]:
+    """Split a text with semicolons: a first part without a weight is the text, the others are weighted terms."""
+    if ";" not in text:
+        return text or None, ()
+    first, *others = [parse_term(part, images=False) for part in text.split(";") if part.strip()] or [Term()]
+    return (first.text, others) if first.weight == 1 else (None, [first, *others])
 
 
 def _integer(given: Parameters, name: str) -> int:

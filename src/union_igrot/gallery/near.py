@@ -65,15 +65,7 @@ def near_score(
 ) -> float:
     """Return the threshold of a kind of query; it is measured if it is not known for this index and about its size.
 
-    Args:
-        index: The index.
-        model: Its model.
-        kind: The kind of query.
-        known: What this function knew before, empty at first; it is changed.
-        stored: File of what is known, between processes; None, or one that cannot be written, is not used.
-
-    Raises:
-        ConfigError: If the kind is unknown, or the index has too few different images.
+    `known` is what this function knew before, empty at first, and is changed; `stored` is its file, None for none.
     """
     check_choice("kind", kind, get_args(QueryKind))
     of = {"version": _VERSION, "fingerprint": index.metadata.get("fingerprint"), KEY: index.metadata.get(KEY)}

@@ -34,7 +34,7 @@ class Term:
         return None if not self.images else "cir" if self.text else "sbir"
 
 
-def parse_term(given: object) -> Term:
+def parse_term(given: object, *, images: bool = True) -> Term:
     """Validate one term.
 
     Args:
@@ -43,24 +43,25 @@ def parse_term(given: object) -> Term:
             `weight`. The content of the first two forms of text is an image if it begins with `image:`, ends with the
             suffix of an image (and a region), or begins like a path (`./`, `../`, `/`, `~/`, `C:/`), whether the file
             exists or not; `IMAGE + TEXT` is an image with a text; `text:` makes anything a text.
+        images: Whether a text can name an image; not if it is from somebody else, who must not open files.
 
     Raises:
         ConfigError: If it is none of these, empty, or its weight is not a number of at most a million.
     """
     if isinstance(given, Term):
         return given
-    image, text, weight = _read_parts(given)
+    image, text, weight = _read_parts(given, images)
     if not isinstance(text, str | None) or isinstance(image, Real):
         raise ConfigError(f"invalid term: {given!r} (expected {TERM_FORMAT})")
     if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(float(weight)) <= _LARGEST:
         raise ConfigError(f"invalid weight of a term: {weight!r} (expected a number up to {_LARGEST:,})")
-    images, text = (() if image is None or (isinstance(image, str) and not image) else (image,)), (text or "").strip()
-    if not (images or text):
+    found, text = (() if image is None or (isinstance(image, str) and not image) else (image,)), (text or "").strip()
+    if not (found or text):
         raise ConfigError(f"the term {given!r} is empty (expected {TERM_FORMAT})")
-    return Term(images, text or None, float(weight))
+    return Term(found, text or None, float(weight))
 
 
-def _read_parts(given: object) -> tuple[Any, Any, Any]:
+def _read_parts(given: object, images: bool) -> tuple[Any, Any, Any]:
     """Return the image, the text and the weight of a term, not yet validated."""
     if isinstance(given, str):
         weight, content = 1.0, given.strip()
@@ -68,7 +69,7 @@ def _read_parts(given: object) -> tuple[Any, Any, Any]:
             weight, content = float(found[1]), found[2]
         elif content.startswith("-"):
             weight, content = -1.0, content[1:]
-        return *_read_content(content), weight
+        return *(_read_content(content) if images else (None, content)), weight
     if isinstance(given, Mapping):
         if unknown := [name for name in given if name not in ("image", "text", "weight")]:
             raise ConfigError(f"unknown field of a term: {unknown[0]!r} (expected image, text, weight)")
