@@ -64,7 +64,7 @@ def measure_quality(folder: Path, checkpoint: str, photos: int, others: int) -> 
             files |= {f"{number}/{kind}": data for kind, data in versions(files[f"{number}/original"], rng).items()}
     gallery = Gallery.open("memory:", checkpoint)
     gallery.add(list(files.values()), list(files))
-    for threshold in (None, 0.9, 0.95, 0.98):
+    for threshold in (0.9, 0.95, 0.98):
         found, right, wrong = Counter(), Counter(), []
         for group in gallery.duplicates(threshold):
             origins = Counter(hit.id.split("/")[0] for hit in group)
@@ -79,7 +79,7 @@ def measure_quality(folder: Path, checkpoint: str, photos: int, others: int) -> 
             print(f"  {kind}: {100 * found[kind] / photos:.1f} % found")
         for reason in dict.fromkeys([*right, *(reason for reason, *_ in wrong)]):
             bad = [pair for why, *pair in wrong if why == reason]
-            print(f"  {reason}: {right[reason]} pairs right, {len(bad)} wrong {bad[:8]}")
+            print(f"  {reason}: {right[reason]} pairs right, {len(bad)} wrong {bad[:40]}")
 
 
 def measure_cost(rows: int, dim: int) -> None:

@@ -65,13 +65,16 @@ def test_the_strongest_reason_counts_and_the_best_copy_is_first():
         ("again.jpg", "same file"),
         ("copy.jpg", "same image"),
         ("small.jpg", "same image"),
-        ("burst.jpg", "similar"),
     ]
-    assert shown(found) == [expected]
-    assert found[0].scores == pytest.approx([1, 1, 1, math.cos(math.pi / 6), math.cos(math.pi / 18)])
+    similar = [("first.jpg", None), ("burst.jpg", "similar")]
+    assert shown(found) == [expected, similar], (
+        "copies are in one group, and only the best of them is similar to others"
+    )
+    assert found[0].scores == pytest.approx([1, 1, 1, math.cos(math.pi / 6)])
+    assert found[1].scores == pytest.approx([1, math.cos(math.pi / 18)])
     assert dict(found[0][3].columns) == {"duplicate": "same image", "width": 80, "height": 80, "size": 7}
     assert all(hit.thumbnail is not None for hit in found[0])
-    assert shown(find_duplicates(index, None)) == [expected[:4]]
+    assert shown(find_duplicates(index, None)) == [expected]
     assert shown(find_duplicates(index, 0.95, "width < 600 and width > 100")) == [
         [("burst.jpg", None), ("copy.jpg", "similar")]
     ]
@@ -131,20 +134,14 @@ def test_perceptual_hashes_are_signs_of_low_frequencies():
     assert bits.tolist() == [slow_hash(one.tolist()) for one in small]
 
 
-def slow_groups(rows, threshold):
-    """Literal: rows by decreasing width; a pair of equal bytes or of near vectors."""
-    order = sorted(range(len(rows)), key=lambda at: -rows[at][2])
+def slow_groups(rows, duplicates_of):
+    """Literal: by decreasing width, each row that is in no group takes the duplicates that are in none."""
     groups, grouped = [], set()
-    for first in order:
-        members = []
-        for other in order[order.index(first) + 1 :]:
-            cosine = sum(a * b for a, b in zip(rows[first][4], rows[other][4], strict=True))
-            reason = "same file" if rows[first][1] == rows[other][1] else "similar" if cosine >= threshold else None
-            if reason and other not in grouped:
-                members.append((rows[other][0], reason))
-        if members and first not in grouped:
-            grouped |= {first, *(at for at in order if rows[at][0] in dict(members))}
-            groups.append([(rows[first][0], None), *members])
+    for at, first in enumerate(rows):
+        members = [other[0] for other in rows[at + 1 :] if other[0] not in grouped and duplicates_of(first, other)]
+        if members and first[0] not in grouped:
+            grouped |= {first[0], *members}
+            groups.append([first[0], *members])
     return groups
 
 
@@ -158,16 +155,24 @@ def test_groups_equal_a_slow_search_in_blocks_of_any_size(given_rows, block):
         (f"{at}", f"{digest}" if digest < 4 else f"own {at}", width, b"", angle(5 * step + 0.1))
         for at, (digest, width, step) in enumerate(given_rows)
     ]
+    limit = math.cos(math.radians(12.5))
     index = fill(MemoryIndex(2), *rows) if rows else MemoryIndex(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "BLOCK_BYTES", block)
-        found = find_duplicates(index, math.cos(math.radians(12.5)))
-    assert sorted(sorted(group[1:]) for group in shown(found)) == sorted(
-        sorted(group[1:]) for group in slow_groups(rows, math.cos(math.radians(12.5)))
-    )
-    assert {group[0][0] for group in shown(found)} == {
-        group[0][0] for group in slow_groups(rows, math.cos(math.radians(12.5)))
-    }
+        found = find_duplicates(index, limit)
+    ordered = sorted(rows, key=lambda row: -row[2])
+    copies = slow_groups(ordered, lambda a, b: a[1] == b[1])
+    left = [row for row in ordered if not any(row[0] in group[1:] for group in copies)]
+    similar = slow_groups(left, lambda a, b: sum(x * y for x, y in zip(a[4], b[4], strict=True)) >= limit)
+    expected = [
+        (group[0], sorted(group[1:]), reason)
+        for groups, reason in ((copies, "same file"), (similar, "similar"))
+        for group in groups
+    ]
+    reasons = [{hit.columns["duplicate"] for hit in group[1:]} for group in found]
+    assert sorted(
+        (group.ids[0], sorted(group.ids[1:]), *why) for group, why in zip(found, reasons, strict=True)
+    ) == sorted(expected)
 
 
 # The command

@@ -1,8 +1,9 @@
 """Near duplicates in a gallery: equal files, one image saved in several ways, and similar images.
 
 A group is an image and its duplicates: of the images without a group, the one of most pixels, then of most bytes,
-takes all others that duplicate it. Each member is therefore near the first image itself; nothing is chained, unlike
-in connected components. Pairs are compared in blocks of rows; they are never held all at once.
+takes all others that duplicate it. Each member is therefore near the first image itself; nothing is chained, unlike in
+connected components. Copies are grouped before similar images, of which only the best copies are compared. Pairs are
+compared in blocks of rows; they are never held all at once.
 """
 
 import io
@@ -71,12 +72,13 @@ def find_duplicates(
         threshold: Lowest cosine similarity of similar images, above 0 and at most 1; None for none of them.
         where: A filter on columns for the images that are compared.
         thumbnails: How many groups, from the first on, have thumbnails.
-        on_progress: Called with the number of steps done, and of all.
+        on_progress: Called with the number of images done, and of all, for each of up to three passes.
 
     Returns:
-        Groups of at least two images, those with most images first. The column `duplicate` of each hit after the first
-        says why it duplicates the first, by the strongest reason: `same file`, equal bytes; `same image`, saved again,
-        in another format or size; `similar`. Its score is the cosine similarity to the first.
+        Groups of at least two images: first those of copies, then those of similar images, which hold only the first
+        image of a group of copies; of each kind those with most images first. The column `duplicate` of each hit after
+        the first says how it duplicates the first: `same file`, equal bytes; `same image`, saved again, in another
+        format or size; or `similar`. Its score is the cosine similarity to the first.
 
     Raises:
         ConfigError: If the threshold or the filter is invalid.
@@ -84,7 +86,7 @@ def find_duplicates(
     if threshold is not None and not 0 < threshold <= 1:
         raise ConfigError(f"invalid value for threshold: {threshold} (expected a number above 0 and at most 1)")
     contents = _read_contents(index, where, on_progress)
-    groups = sorted(_group(contents, threshold, on_progress), key=len, reverse=True)
+    groups = _find_groups(contents, threshold, on_progress)
     shown = [contents.ids[one.position] for group in groups[:thumbnails] for one in group]
     jpegs: dict[str, ColumnValue] = {}
     for at in range(0, len(shown), _READ):
@@ -112,7 +114,7 @@ def _read_contents(index: VectorIndex, where: str | None, on_progress: _OnProgre
     digests: list[str] = []
     sizes: list[tuple[int, ...]] = []
     for at in range(0, len(ids), _READ):
-        on_progress(at, 2 * len(ids))
+        on_progress(at, len(ids))
         rows = index.fetch(ids[at : at + _READ])
         vectors[at : at + len(rows.ids)] = normalize(rows.vectors[:, :dim], dim=-1)
         none = [None] * len(rows.ids)
@@ -138,35 +140,53 @@ def _small_gray(jpeg: bytes) -> UInt8[np.ndarray, "32 32"]:
         return np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX))
 
 
-def _group(contents: _Contents, threshold: float | int | None, on_progress: _OnProgress) -> list[list[_Member]]:
+def _find_groups(contents: _Contents, threshold: float | int | None, on_progress: _OnProgress) -> list[list[_Member]]:
     count = len(contents.ids)
+    copies = _stars(contents, np.arange(count), lambda block: _compare_contents(contents, block), on_progress)
+    copies.sort(key=len, reverse=True)
+    if threshold is None:
+        return copies
+    left = np.setdiff1d(np.arange(count), [one.position for group in copies for one in group[1:]])
+    vectors = contents.vectors[left]
+
+    def compare(block: slice) -> UInt8[np.ndarray, "block rest"]:
+        return ((vectors[block] @ vectors[block.start :].T) >= threshold).byte().numpy()
+
+    similar = _stars(contents, left, compare, on_progress)
+    return [*copies, *sorted(similar, key=len, reverse=True)]
+
+
+def _stars(
+    contents: _Contents,
+    positions: Int64[np.ndarray, " some"],
+    compare: Callable[[slice], UInt8[np.ndarray, "block rest"]],
+    on_progress: _OnProgress,
+) -> list[list[_Member]]:
+    """Group some images; `compare` returns the levels of a block of them and of all from its first one on."""
+    count, groups = len(positions), []
     free = np.ones(count, dtype=bool)
-    groups = []
     size = max(1, BLOCK_BYTES // (16 * max(1, count)))
     for start in range(0, count, size):
-        on_progress(count + start, 2 * count)
-        block = slice(start, min(start + size, count))
-        cosines = (contents.vectors[block] @ contents.vectors[start:].T).numpy()
-        levels = _levels(contents, block, cosines, threshold)
+        on_progress(start, count)
+        levels = compare(slice(start, min(start + size, count)))
         levels[:, :size] = np.triu(levels[:, :size], 1)  # each pair once
         for row in np.flatnonzero(levels.any(axis=1)).tolist():
             found = np.flatnonzero((levels[row] > 0) & free[start:])
             if free[start + row] and len(found):
                 free[start + found] = free[start + row] = False
-                others = [_Member(start + at, int(levels[row, at]), float(cosines[row, at])) for at in found.tolist()]
-                others.sort(key=lambda one: (-one.level, -one.cosine))
-                groups.append([_Member(start + row, 0, 1.0), *others])
+                first, others = int(positions[start + row]), positions[start + found]
+                cosines = (contents.vectors[others] @ contents.vectors[first]).tolist()
+                members = map(_Member, others.tolist(), levels[row, found].tolist(), cosines)
+                groups.append([_Member(first, 0, 1.0), *sorted(members, key=lambda one: (-one.level, -one.cosine))])
     return groups
 
 
-def _levels(
-    contents: _Contents, block: slice, cosines: Float32[np.ndarray, "block rest"], threshold: float | int | None
-) -> UInt8[np.ndarray, "block rest"]:
-    """Return how strongly each image of a block duplicates each image from its first one on, 0 for not at all."""
+def _compare_contents(contents: _Contents, block: slice) -> UInt8[np.ndarray, "block rest"]:
+    """Return 3 for equal files, 2 for equal images and 0 for others."""
     rest = slice(block.start, None)
-    levels = (cosines >= (math.inf if threshold is None else threshold)).astype(np.uint8)
     rows, columns = np.nonzero(np.bitwise_count(contents.hashes[block][:, None] ^ contents.hashes[rest]) <= BITS)
     small, others = contents.small[block], contents.small[rest]
+    levels = np.zeros((len(small), len(others)), dtype=np.uint8)
     for at in range(0, len(rows), _PAIRS):
         left, right = rows[at : at + _PAIRS], columns[at : at + _PAIRS]
         difference = np.abs(small[left].astype(np.int16) - others[right]).mean(axis=1)
