@@ -69,6 +69,7 @@ def _add_images(config: "DictConfig") -> None:
     # Imported here, so that --help and mistakes in the configuration are fast.
     from union_igrot.gallery.ingest.pipeline import ingest_images
     from union_igrot.gallery.ingest.report import IngestOptions
+    from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
     from union_igrot.gallery.metadata import (
         check_backbone_name,
         index_metadata,
@@ -76,6 +77,7 @@ def _add_images(config: "DictConfig") -> None:
         load_default_model,
         open_or_create,
     )
+    from union_igrot.models.foreign import FOREIGN
 
     options = IngestOptions(
         exclude=config.exclude,
@@ -94,7 +96,12 @@ def _add_images(config: "DictConfig") -> None:
         file_columns=config.file_columns,
     )
     listing = _list_images(config.images, options)
-    if config.checkpoint is None:
+    vectors = None if config.vectors is None else read_vectors(config.vectors)
+    if config.vectors_from is not None:
+        if vectors is None or config.checkpoint is not None:
+            raise ConfigError("vectors_from= names another program's model: give vectors=, and no checkpoint")
+        model, checkpoint = load_checkpoint(f"{FOREIGN}{config.vectors_from}/{vectors.shape[1]}")
+    elif config.checkpoint is None:
         model, checkpoint = load_default_model(config.index, config.weights, config.preprocess)
     else:
         check_backbone_name(config.index, config.checkpoint)
@@ -103,8 +110,9 @@ def _add_images(config: "DictConfig") -> None:
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
     metadata = index_metadata(model, checkpoint, config.weights)
+    given = None if vectors is None else vectors_by_id(config.vectors, vectors, listing, model)
     with open_or_create(config.index, model, metadata, config.calibration, options.precision) as index:
-        report = ingest_images(index, model, listing, options)
+        report = ingest_images(index, model, listing, options, vectors=given)
         _print_report(report, index.uri, len(index))
     if not report.added + report.updated + report.unchanged:
         found = f"none of its {report.skipped:,} files could be used" if report.skipped else "it holds no images"

@@ -87,10 +87,10 @@ def search(config: "DictConfig", _: Path) -> None:
 
 def _check(config: "DictConfig") -> None:
     """Refuse settings that contradict each other."""
-    single = [name for name in ("image", "text", "terms", "liked", "disliked", "exclude") if config[name]]
+    single = [name for name in ("image", "text", "vector", "terms", "liked", "disliked", "exclude") if config[name]]
     if config.queries is not None and single:
         raise ConfigError(f"{single[0]}= and queries= are both given; put {single[0]} into the lines of the file")
-    if config.queries is None and not (config.image or config.text or config.terms or config.liked):
+    if config.queries is None and not set(single) - {"disliked", "exclude"}:
         raise ConfigError(
             "the query is empty (expected image=FILE, text=TEXT, both, terms=TERM, liked=ID or queries=FILE)"
         )
@@ -112,7 +112,7 @@ def _query_lines(config: "DictConfig") -> "list[QueryLine]":
     for image in (*images, *(image for term in terms for image in term.images)):
         check_image(expand_user(split_region(image)[0]))
     ids = {name: list(config[name]) for name in ("liked", "disliked", "exclude")}
-    return [QueryLine(1, {"image": images, "text": config.text, "terms": terms, **ids})]
+    return [QueryLine(1, {"image": images, "text": config.text, "vector": config.vector, "terms": terms, **ids})]
 
 
 def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult") -> None:
@@ -158,6 +158,7 @@ def _describe(query: dict[str, Any]) -> str:
 
     parts = [str(image) for image in query.get("image", ())]
     parts += [f"{query['text']!r}"] if query.get("text") else []
+    parts += ["an embedding"] if query.get("vector") is not None else []
     parts += [describe_term(term) for term in query.get("terms", ())]
     parts += [f"{len(query[name])} {name}" for name in ("liked", "disliked") if query.get(name)]
     return " + ".join(parts)

@@ -17,6 +17,7 @@ from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, 
 from union_igrot.gallery.ingest.entries import Listing, list_additions
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_source
+from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
 from union_igrot.gallery.metadata import (
     check_backbone_name,
     check_calibration,
@@ -169,6 +170,7 @@ class Gallery:
         *,
         on_broken: Literal["fail", "skip"] | None = None,
         options: IngestOptions | None = None,
+        vectors: object = None,
     ) -> IngestReport:
         """Add images, or update those with the same id.
 
@@ -182,6 +184,8 @@ class Gallery:
             on_broken: Whether an image that cannot be read is an error or skipped. By default it is an error among
                 single images, and skipped in a folder, which may hold other files.
             options: Options for large additions.
+            vectors: Embeddings of single images or of a list, in order, instead of computed ones: a file or an array,
+                see `read_vectors`. A few of them are compared with the model's own.
 
         Returns:
             Numbers of images added, updated, unchanged and skipped. Unchanged images are not embedded again.
@@ -202,7 +206,7 @@ class Gallery:
             listing = list_additions(as_items(images), ids, columns)
             options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
         options = replace(options, on_broken=on_broken or options.on_broken, prune=False)
-        return self._ingest(listing, options, wait=_ADD_WAIT_SECONDS)
+        return self._ingest(listing, options, vectors, wait=_ADD_WAIT_SECONDS)
 
     def update(
         self,
@@ -210,6 +214,7 @@ class Gallery:
         options: IngestOptions | None = None,
         *,
         executor: Literal["local", "ray"] | None = None,
+        vectors: object = None,
     ) -> IngestReport:
         """Synchronize the gallery with a folder: embed new and changed files, remove the rows of deleted files.
 
@@ -217,18 +222,20 @@ class Gallery:
             images: A folder with its subfolders, a pattern, a list or tar shards, as for `union-index images=`.
             options: Options such as the batch size.
             executor: `local` or `ray`; None for that of the options.
+            vectors: Embeddings of the images of a list, as for `add`.
 
         Returns:
             Numbers of images added, updated, unchanged, removed and skipped as they cannot be read.
         """
         options = options or IngestOptions()
         listing = list_source(str(images), options)
-        return self._ingest(listing, replace(options, executor=executor or options.executor))
+        return self._ingest(listing, replace(options, executor=executor or options.executor), vectors)
 
-    def _ingest(self, listing: Listing, options: IngestOptions, *, wait: float = 0.1) -> IngestReport:
+    def _ingest(self, listing: Listing, options: IngestOptions, vectors: object, *, wait: float = 0.1) -> IngestReport:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
-        return ingest_images(self._open_index(options.precision), self.model, listing, options, wait=wait)
+        given = None if vectors is None else vectors_by_id(vectors, read_vectors(vectors), listing, self.model)
+        return ingest_images(self._open_index(options.precision), self.model, listing, options, wait=wait, vectors=given)
 
     def ids(self, where: str | None = None) -> list[str]:
         """Return the ids of images that pass a filter, in the order in which they were added."""
@@ -245,6 +252,7 @@ class Gallery:
         k: int = 10,
         where: str | None = None,
         *,
+        vector: object = None,
         terms: object = (),
         liked: object = (),
         disliked: object = (),
@@ -263,6 +271,8 @@ class Gallery:
             text: The modification text of an image, or a text query alone.
             k: Number of hits.
             where: A filter on columns, such as `class = 'dog' and year > 2020`; see `gallery.engines.filters`.
+            vector: An embedding of the model, as an array or a file (see `read_vectors`). It counts as a term of
+                weight 1, and its scores are not calibrated.
             terms: Further images and texts with weights, such as `[("golden retriever", 2), (image, 1), ("fruit",
                 -1)]`, or `((image, text), 2)`: the query is the normalized weighted sum of the unit embeddings, in
                 which `image` and `text` count with weight 1. For the forms see `gallery.terms.parse_term`.
@@ -284,7 +294,8 @@ class Gallery:
             ImageError: If an image cannot be read.
             DataError: If a liked or disliked image is not in the gallery.
         """
-        query = {"image": image, "text": text, "terms": terms, "liked": liked, "disliked": disliked, "exclude": exclude}
+        query = {"image": image, "text": text, "vector": vector, "terms": terms, "liked": liked}
+        query |= {"disliked": disliked, "exclude": exclude}
         return self.search_many(
             [query], k, where, mode=mode, thumbnails=thumbnails, min_score=min_score, offset=offset
         )[0]
@@ -303,8 +314,9 @@ class Gallery:
     ) -> list[SearchResult]:
         """Find images for many queries at once; returns one result per query.
 
-        Each query has some of `image`, `text`, `terms`, `liked`, `disliked` and `exclude`, which are, like all other
-        arguments, those of `search`. `names` are names of the queries in errors, by default `query 1` and so on.
+        Each query has some of `image`, `text`, `vector`, `terms`, `liked`, `disliked` and `exclude`, which are, like
+        all other arguments, those of `search`. `names` are names of the queries in errors, by default `query 1` and so
+        on.
         """
         for name, number, least in (("k", k, 1), ("offset", offset, 0)):
             if type(number) is not int or number < least:

@@ -11,6 +11,7 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
 from union_igrot.models.backbones.base import PreprocessChoice, without_settings
 from union_igrot.models.factory import build_backbone
+from union_igrot.models.foreign import FOREIGN, foreign_model
 from union_igrot.models.model import BUNDLED, IGROTModel, baseline, load, model_fingerprint
 from union_igrot.models.registry import is_backbone, names_backbone
 from union_igrot.storage.paths import expand_user
@@ -145,8 +146,8 @@ def load_checkpoint(
     """Load a model by name.
 
     Args:
-        checkpoint: `photos`, `tiny`, the folder of a run, its `model/` or any saved model, a model on a hub, or a
-            backbone.
+        checkpoint: `photos`, `tiny`, the folder of a run, its `model/` or any saved model, a model on a hub, a
+            backbone, or `foreign:NAME/WIDTH`.
         weights: Weights of its backbone; None for the default ones.
         preprocess: Preprocessing of a backbone, see `build_backbone`.
 
@@ -156,6 +157,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: If there is no such model.
     """
+    if str(checkpoint).startswith(FOREIGN):
+        return foreign_model(str(checkpoint)), str(checkpoint)
     folder = expand_user(checkpoint)
     if str(checkpoint) in BUNDLED or not folder.is_dir() or names_backbone(str(checkpoint)):
         return load(str(checkpoint), weights=weights, preprocess=preprocess), str(checkpoint)

@@ -20,6 +20,7 @@ from union_igrot.gallery.calibration import TASKS
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.entries import path_as_text
+from union_igrot.gallery.ingest.vectors import read_vectors
 from union_igrot.gallery.results import Hit
 from union_igrot.gallery.terms import Term, parse_term
 from union_igrot.images.decode import check_image
@@ -38,7 +39,7 @@ Introduction to Information Retrieval (2008), section 9.1.1, call reasonable, fo
 feedback in information retrieval (1971)."""
 BATCH: Final = 256  # queries embedded at once, as in an evaluation
 
-_FIELDS: Final = ("image", "text", "terms", "liked", "disliked", "exclude")
+_FIELDS: Final = ("image", "text", "vector", "terms", "liked", "disliked", "exclude")
 _CSV_FIELDS: Final = ("id", "image", "text")
 _IDS_PER_FILTER: Final = 500
 _CANCELED: Final = 1e-6  # length of a weighted sum of unit vectors below which its direction is rounding
@@ -68,16 +69,27 @@ def parse_query(given: Mapping[str, Any]) -> GalleryQuery:
         raise ConfigError(f"invalid value for text: {type(text).__name__} (expected str)")
     own = Term(as_items(given.get("image")), text if text and text.strip() else None)
     query = GalleryQuery(
-        ((own,) if own.images or own.text else ()) + tuple(parse_term(one) for one in as_items(given.get("terms"))),
+        ((own,) if own.images or own.text else ())
+        + _vector_terms(given.get("vector"))
+        + tuple(parse_term(one) for one in as_items(given.get("terms"))),
         *(row_ids(given.get(name)) for name in ("liked", "disliked", "exclude")),
     )
     if not (query.terms or query.liked):
-        raise ConfigError("the query is empty (expected an image, a text, both, terms, or liked results)")
+        raise ConfigError("the query is empty (expected an image, a text, both, a vector, terms, or liked results)")
     if query.terms and not any(term.weight > 0 for term in query.terms):
         raise ConfigError("the query has only negative terms; add one positive term: an image or a text")
     if both := set(query.liked) & set(query.disliked):
         raise ConfigError(f"{min(both)!r} is both liked and disliked")
     return query
+
+
+def _vector_terms(given: object) -> tuple[Term, ...]:
+    if given is None:
+        return ()
+    vectors = read_vectors(given)
+    if len(vectors) > 1:
+        raise ConfigError(f"invalid value for vector: {len(vectors)} rows (expected one; search_many takes several)")
+    return (Term(vector=vectors[0]),)
 
 
 def parse_queries(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[GalleryQuery]:
@@ -215,8 +227,14 @@ def embed_gallery_queries(
 
 def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str]) -> Float[Tensor, "terms dim"]:
     pairs = [(i, image) for i, one in enumerate(terms) for image in one.images]
-    text_only = [i for i, one in enumerate(terms) if not one.images]
+    text_only = [i for i, one in enumerate(terms) if one.text and not one.images]
     mean = torch.zeros(len(terms), model.backbone.dim)
+    for i, one in enumerate(terms):
+        if one.vector is not None:
+            if one.vector.shape != mean[i].shape:
+                with _named(names[i]):
+                    raise ConfigError(f"vector= has width {len(one.vector)} (expected {mean.shape[1]}, the model's)")
+            mean[i] = one.vector
     with full_precision(model.device):
         for at in range(0, len(pairs), BATCH):
             some = pairs[at : at + BATCH]

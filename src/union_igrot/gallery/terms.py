@@ -27,6 +27,7 @@ class Term:
     images: tuple[Any, ...] = ()  # photos or sketches, in any form that `open_region` accepts
     text: str | None = None  # the modification text of the images, or a text alone; None for none
     weight: float = 1.0  # of its unit embedding in the query
+    vector: Any = None  # the embedding itself, [dim] of unit length, instead of images and a text
 
     @property
     def task(self) -> QueryTask:
@@ -104,5 +105,5 @@ def _is_path(text: str) -> bool:
 def describe_term(term: Term) -> str:
     """Return a term as a title shows it, such as `2 * a.jpg + 'in red'`; several images are joined by `+` too."""
     shown = [str(image) for image in term.images if isinstance(image, str | Path)]
-    content = " + ".join([*shown, *([repr(term.text)] if term.text else [])])
+    content = " + ".join([*shown, *([repr(term.text)] if term.text else [])]) or "an embedding"
     return content if term.weight == 1 else f"{term.weight:g} * {content}"

@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -64,13 +64,20 @@ class Timings:
 
 
 def ingest_images(
-    index: VectorIndex, model: IGROTModel, listing: Listing, options: IngestOptions | None = None, *, wait: float = 0.1
+    index: VectorIndex,
+    model: IGROTModel,
+    listing: Listing,
+    options: IngestOptions | None = None,
+    *,
+    wait: float = 0.1,
+    vectors: Mapping[str, Float[Tensor, " dim"]] | None = None,
 ) -> IngestReport:
     """Bring an index up to date with images.
 
     Images with the size and modification time of their row are not opened. Others are read; one whose bytes are in
     the index already, under whatever id, reuses its embedding. Finished images are in the index within seconds, and
-    readers see them meanwhile. An interrupted run is resumed by the same call.
+    readers see them meanwhile. An interrupted run is resumed by the same call. With `vectors`, embeddings by id, images
+    are decoded for their thumbnails alone.
 
     Raises:
         UnionError: If another process is still putting images into the index.
@@ -81,7 +88,7 @@ def ingest_images(
     options, start = options or IngestOptions(), time.perf_counter()
     options = _with_precision_of(index, options)
     timings = Timings()
-    executors = _executors(model, options, timings)
+    executors = _executors(model, options, timings, vectors)
     widen = partial(widen_rows, model=model, metadata=index.metadata)
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
@@ -147,15 +154,17 @@ def _with_precision_of(index: VectorIndex, options: IngestOptions) -> IngestOpti
     return options
 
 
-def _executors(model: IGROTModel, options: IngestOptions, timings: Timings) -> AbstractContextManager[_Executor]:
+def _executors(
+    model: IGROTModel, options: IngestOptions, timings: Timings, vectors: Mapping[str, Float[Tensor, " dim"]] | None
+) -> AbstractContextManager[_Executor]:
     if options.decoder == "torchcodec":
         require_codec()
     model.eval()
-    if options.executor == "ray":
+    if options.executor == "ray" and vectors is None:
         from union_igrot.gallery.ingest.ray_executor import ray_executor  # noqa: PLC0415 - an extra
 
         return ray_executor(model, options, timings)
-    return nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings))
+    return nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings, vectors))
 
 
 def _embed_all(
@@ -194,13 +203,23 @@ def embed_entries(
     options: IngestOptions,
     known: UInt64[np.ndarray, " digests"] | None = None,
     timings: Timings | None = None,
+    vectors: Mapping[str, Float[Tensor, " dim"]] | None = None,
 ) -> Generator[EmbeddedBatch, None, None]:
-    """Decode images in worker processes and embed them on the device of the model."""
+    """Decode images in worker processes and embed them on the device of the model, or look their embeddings up."""
     decoded = decode_entries(model, entries, options, known, timings or Timings())
-    embed = _embedder(model, options.precision)
-    embedded = ((batch, parts, embed(_join_parts(model, parts))) for batch, parts in decoded)
-    for batch, parts, vectors in _one_behind(embedded):
-        yield batch, [image for part in parts for image in part.images], vectors.cpu()
+    embed = _embedder(model, options.precision) if vectors is None else None
+
+    def embed_parts(batch: Sequence[Entry], parts: Sequence[DecodedBatch]) -> Float[Tensor, "embedded dim"]:
+        if embed is not None:
+            return embed(_join_parts(model, parts))
+        assert vectors is not None
+        images = [image for part in parts for image in part.images]
+        rows = [vectors[entry.id] for entry, one in zip(batch, images, strict=True) if one.thumbnail is not None]
+        return torch.stack(rows) if rows else torch.empty(0, model.backbone.dim)
+
+    embedded = ((batch, parts, embed_parts(batch, parts)) for batch, parts in decoded)
+    for batch, parts, found in _one_behind(embedded):
+        yield batch, [image for part in parts for image in part.images], found.cpu()
 
 
 def _join_parts(model: IGROTModel, parts: Sequence[DecodedBatch]) -> UInt8[Tensor, "embedded 3 size size"]:
