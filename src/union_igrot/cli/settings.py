@@ -122,12 +122,10 @@ class IndexSettings:
     images: str | None = setting(None, 'folder, pattern ("p/**/*.jpg"), list, tar shards ("s-{00..99}.tar")')
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
     remove: str | None = setting(None, "filter of rows to remove, such as id like '/photos/old/%'", verbatim=True)
-    checkpoint: str | None = setting(
-        None, "photos, tiny, a backbone, run or hub repository; null: the index's"
-    )
+    checkpoint: str | None = setting(None, "photos, tiny, a backbone, run or hub repository; null: the index's")
     weights: str | None = _weights("the checkpoint's backbone")
     preprocess: Literal["model", "pad"] | None = preprocess_setting()
-    vectors: str | None = setting(None, "embeddings of a list, in order: .npy, .safetensors, .parquet", path="file")
+    vectors: str | None = setting(None, "embeddings of a list, in order: .npy, .safetensors, .parquet")
     vectors_from: str | None = setting(None, "name of the model of vectors=, if it is not available here")
     calibration: float | None = setting(None, "calibration of a new index's scores, such as 0.25; none if null", low=0)
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
@@ -160,7 +158,7 @@ class SearchSettings:
     terms: tuple[str, ...] = setting(
         (), 'weighted texts and images ("2:a dog", -fruit, ./a.jpg, "a.jpg + in red"); see docs/searching.md'
     )
-    vector: str | None = setting(None, "embedding of the index's model: .npy, .safetensors or .parquet", path="file")
+    vector: str | None = setting(None, "embedding of the index's model: .npy, .safetensors or .parquet")
     k: int = setting(20, "results per query", low=1)
     offset: int = setting(0, "best results to leave out, for the next page", low=0)
     min_score: float | Literal["auto"] | None = setting(

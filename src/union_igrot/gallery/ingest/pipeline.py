@@ -92,10 +92,7 @@ def ingest_images(
     widen = partial(widen_rows, model=model, metadata=index.metadata)
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
-
-        def show_progress(done: int, total: int) -> None:
-            bar.update(task, description="embedding images", completed=done, total=total)
-
+        show_progress = partial(bar.update, task, description="embedding images")
         rows = read_index(index, listing, prune=options.prune)
         gone, emptied = find_gone(listing, rows.by_id) if options.prune else ([], {})
         skipped = SkippedFile(skipped_file, listing.source)
@@ -174,7 +171,7 @@ def _embed_all(
     writer: RowWriter,
     options: IngestOptions,
     widen: Callable[[Tensor], Tensor],
-    show_progress: Callable[[int, int], None],
+    show_progress: Callable[..., None],
 ) -> int:
     """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all."""
     opened = 0
@@ -184,7 +181,7 @@ def _embed_all(
             for entries, images, vectors in batches:
                 writer.add(entries, images, widen(vectors))
                 done += len(entries)
-                show_progress(done, len(todo))
+                show_progress(completed=done, total=len(todo))
                 broken = next(
                     ((entry, image) for entry, image in zip(entries, images, strict=True) if image.reason), None
                 )
