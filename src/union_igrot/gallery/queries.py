@@ -232,7 +232,7 @@ def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str])
     for i, one in enumerate(terms):
         if one.vector is not None:
             if one.vector.shape != mean[i].shape:
-                with named(names[i]):
+                with named_errors(names[i]):
                     raise ConfigError(f"vector= has width {len(one.vector)} (expected {mean.shape[1]}, the model's)")
             mean[i] = one.vector
     with full_precision(model.device):
