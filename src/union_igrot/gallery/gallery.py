@@ -235,7 +235,8 @@ class Gallery:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
         given = None if vectors is None else vectors_by_id(vectors, read_vectors(vectors), listing, self.model)
-        return ingest_images(self._open_index(options.precision), self.model, listing, options, wait=wait, vectors=given)
+        index = self._open_index(options.precision)
+        return ingest_images(index, self.model, listing, options, wait=wait, vectors=given)
 
     def ids(self, where: str | None = None) -> list[str]:
         """Return the ids of images that pass a filter, in the order in which they were added."""
