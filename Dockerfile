@@ -6,7 +6,7 @@ COPY src src
 COPY conf conf
 RUN pip install --no-cache-dir ".[gallery,serve]" && useradd --uid 10001 --no-create-home union
 # Only /tmp is written: run with --read-only --tmpfs /tmp.
-ENV HF_HUB_OFFLINE=1 HOME=/tmp UNION_CACHE=/tmp/union-cache
+ENV HF_HUB_OFFLINE=1 HOME=/tmp UNION_CACHE=/tmp
 USER 10001
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/health', timeout=4)"]
