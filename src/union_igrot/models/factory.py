@@ -24,7 +24,7 @@ def build_backbone(
     Args:
         name: `tiny` (bundled), `base` (OpenAI's CLIP ViT-B/32), `large` (ViT-L/14), `openclip_h`, `blip`, `siglip2`,
             `tinyclip`, `open_clip:<architecture>/<tag>`, `hf-hub:<repository>` (OpenCLIP), `hf:<repository>`
-            (transformers), or a registered name.
+            (transformers), `st:<repository>` (sentence-transformers), or a registered name.
         weights: A file or folder to load instead of the default weights, which are bundled (`tiny`) or downloaded on
             first use.
         preprocess: `model` preprocesses images as the authors of the weights do; `pad` pads an image longer than 1.25
@@ -60,6 +60,10 @@ def _load_backbone(name: str, path: Path | None) -> Backbone:
         from union_igrot.models.backbones.hf import load_hf  # noqa: PLC0415
 
         return load_hf(name, path)
+    if name.startswith("st:"):
+        from union_igrot.models.backbones.sentence import load_sentence  # noqa: PLC0415
+
+        return load_sentence(name, path)
     if name not in BACKBONES:
         raise ConfigError(BACKBONES.unknown(name, BACKBONE_FORMS))
     backbone: Backbone = BACKBONES.get(name)(name, path)

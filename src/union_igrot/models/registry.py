@@ -13,9 +13,12 @@ from union_igrot._lazy import entry_points_of
 from union_igrot.errors import ConfigError
 
 T = TypeVar("T", bound=Callable[..., Any])
-BACKBONE_PREFIXES = ("open_clip:", "hf-hub:", "hf:")
+BACKBONE_PREFIXES = ("open_clip:", "hf-hub:", "hf:", "st:")
 """What the names of further backbones begin with."""
-BACKBONE_FORMS = "open_clip:<architecture>/<tag>, hf-hub:<repository> (OpenCLIP) or hf:<repository> (transformers)"
+BACKBONE_FORMS = (
+    "open_clip:<architecture>/<tag>, hf-hub:<repository> (OpenCLIP), hf:<repository> (transformers) or st:<repository> "
+    "(sentence-transformers)"
+)
 
 
 @final

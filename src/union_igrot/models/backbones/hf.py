@@ -327,11 +327,11 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
         network = _merge_adapter(name, network, adapter)
     settings, size = _read_preprocess(name, source), network.config.vision_config.image_size
     if name != "blip":
-        return kind(network, load_tokenizer(source, name), _parse_preprocess(settings, size, name), name)
-    padded = replace(_parse_preprocess(settings, size, name, sized=False), fit="pad")
+        return kind(network, load_tokenizer(source, name), parse_preprocess(settings, size, name), name)
+    padded = replace(parse_preprocess(settings, size, name, sized=False), fit="pad")
     backbone = kind(network, load_tokenizer(source, name), padded, name)
     with suppress(CheckpointError):  # sizes that only matter without padding
-        backbone.model_preprocess = _parse_preprocess(settings, size, name)
+        backbone.model_preprocess = parse_preprocess(settings, size, name)
     return backbone
 
 
@@ -484,7 +484,7 @@ def _read_preprocess(name: str, source: str) -> Mapping[str, Any]:
     return settings
 
 
-def _parse_preprocess(settings: Mapping[str, Any], size: int, name: str, *, sized: bool = True) -> Preprocess:
+def parse_preprocess(settings: Mapping[str, Any], size: int, name: str, *, sized: bool = True) -> Preprocess:
     """Return the preprocessing of a preprocessor_config.json; `sized` refuses sizes that it cannot follow."""
     resample = settings.get("resample", _BICUBIC)
     normalize = settings.get("do_normalize", True)
