@@ -170,6 +170,10 @@ def test_photos_are_decoded_in_another_process_within_a_time_limit():
     for broken, message in ((b"broken", "Cannot decode a"), (bytes(600_000), "larger than 0.5 MB")):
         with pytest.raises(ImageError, match=message):
             decode(broken, "a.png")
+    (idle,) = decode._idle
+    idle[0].kill()
+    idle[0].join()
+    assert decode(data, "a.png").size == (30, 20)  # by another process
     children = set(multiprocessing.active_children())
     assert len(decode._idle) == 1  # one process decodes again and again
     with pytest.raises(ImageError, match=r"^b\.png took longer than 0 s to decode; use another file"):

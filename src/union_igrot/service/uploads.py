@@ -4,6 +4,7 @@ import io
 import math
 import multiprocessing
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, final
@@ -72,10 +73,7 @@ class UploadDecoder:
         if len(data) > self._limits.bytes:
             return decode_upload(data, name, self._limits)  # raises without decoding
         result: object = None
-        try:
-            process, pipe, count = self._idle.pop()
-        except IndexError:
-            process, pipe, count = self._start()
+        process, pipe, count = self._take()
         try:
             pipe.send((data, name))
             if not pipe.poll(self._seconds):
@@ -95,7 +93,11 @@ class UploadDecoder:
             return result
         raise ImageError(str(result))
 
-    def _start(self) -> "tuple[Any, Connection, int]":
+    def _take(self) -> "tuple[Any, Connection, int]":
+        with suppress(IndexError):  # two threads may take the last one
+            while not (taken := self._idle.pop())[0].is_alive():
+                taken[1].close()
+            return taken
         pipe, other = self._context.Pipe()
         process = self._context.Process(target=_decode_all, args=(other, self._limits), daemon=True)
         process.start()
