@@ -201,7 +201,7 @@ def build(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build; a broken link or a missing page is an error."""
-    commands = environment(session, "docs", "test", package=".[gallery,serve]")
+    commands = environment(session, "docs", package=".[gallery,serve]")
     place = ROOT / "docs"
     chosen = ["--fail-on-warning", "--keep-going", "--quiet", place, place / "_build"]
     session.run(commands / "python", "-m", "sphinx", *chosen, external=True)
