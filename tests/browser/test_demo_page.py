@@ -241,6 +241,29 @@ def test_photos_are_chosen_dropped_and_pasted(visit):
     assert user.page.locator("#pad").is_visible()
 
 
+def test_a_rectangle_on_the_query_image(visit):
+    user = visit()
+    user.page.set_input_files("#file", files=[{"name": "m.png", "mimeType": "image/png", "buffer": png(200, 100)}])
+    shown = user.page.wait_for_selector("#reference img[alt='m.png']")
+    box = shown.bounding_box()  # a square, with the image across its middle
+    x, y, side = box["x"], box["y"], box["width"]
+    user.page.mouse.move(x + 0.5 * side, y + 0.1 * side)  # above the image
+    user.page.mouse.down()
+    user.page.mouse.move(x + 0.8 * side, y + 0.4 * side)
+    assert user.page.locator("#reference .frame").is_visible()
+    user.page.mouse.move(x + side, y + 0.5 * side)
+    user.page.mouse.up()
+    part = user.page.wait_for_selector("#reference img[alt='part of m.png']")
+    width, height = part.evaluate(
+        "async (one) => { await one.decode(); return [one.naturalWidth, one.naturalHeight]; }"
+    )
+    assert abs(width - 100) <= 2
+    assert abs(height - 50) <= 2
+    assert user.page.locator("#reference .frame").count() == 0
+    user.search("")
+    assert len(user.turns()) == 1
+
+
 def test_undo_and_erase_strokes(visit):
     user = visit()
     assert user.page.get_by_role("button", name="Undo stroke").is_disabled()

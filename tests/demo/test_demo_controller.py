@@ -99,6 +99,37 @@ def test_a_text_with_semicolons_has_weighted_terms(controller, typed, text, term
     assert found.session.present.text == " ".join(typed.split())
 
 
+def test_a_rectangle_of_the_query_image(controller):
+    token = controller.act("new", "show", {}).token
+    image = Image.new("RGB", (60, 40), "red")
+    image.paste("blue", (30, 0, 60, 40))
+    controller.set_photo(token, photo_reference(image, "mine.png"))
+    right = {"left": 500, "top": 250, "right": 1000, "bottom": 750}
+    cropped = controller.act(token, "crop", right)
+    assert (cropped.session.reference.kind, cropped.session.reference.name) == ("photo", "part of mine.png")
+    controller.act(token, "search", {"text": ""})
+    request = controller.backends[0].requests[-1]
+    assert request.image.size == (30, 20)
+    assert request.image.getcolors() == [(600, (0, 0, 255))]
+    again = controller.act(token, "crop", {"left": 0, "top": 0, "right": 1, "bottom": 1})
+    assert again.session.reference.name == "part of mine.png"
+    assert controller.act(token, "undo", {}).session.reference == cropped.session.reference
+    controller.act(token, "search", {"text": "", "strokes": STROKES})
+    for wrong in ({**right, "left": 1000}, {**right, "bottom": 1001}, {**right, "top": -1}, {**right, "top": 750}):
+        with pytest.raises(DataError, match="not a part of a query image"):
+            controller.act(token, "crop", wrong)
+    for wrong in ({}, {**right, "left": "0"}, {**right, "left": 0.5}):
+        with pytest.raises(DataError, match="unexpected value"):
+            controller.act(token, "crop", wrong)
+    controller.act(token, "drop", {})
+    with pytest.raises(DataError, match="not a part of a query image"):
+        controller.act(token, "crop", right)
+    picked = controller.act(token, "pick", {"backend": 0, "id": "s3"})
+    assert picked.session.reference.kind == "result"
+    part = controller.act(token, "crop", right).session.reference
+    assert (part.kind, part.id, part.name) == ("photo", None, "part of square <s3>")
+
+
 def test_the_last_page():
     controller = DemoController([Squares(count=25)], page=10)
     token = controller.act("new", "search", {"text": "a"}).token

@@ -10,7 +10,15 @@ from PIL import Image
 
 from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequest
 from union_igrot.demo.session import Mark, Reference, Session, Stroke, read_link
-from union_igrot.demo.uploads import VIEW_SIDE, decode_thumbnail, draw_strokes, encode_thumbnail, read_sketch
+from union_igrot.demo.uploads import (
+    GRID,
+    VIEW_SIDE,
+    decode_thumbnail,
+    draw_strokes,
+    encode_thumbnail,
+    photo_reference,
+    read_sketch,
+)
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.terms import Term, parse_term
 from union_igrot.service.uploads import KEPT_SIDE, downscale
@@ -94,6 +102,7 @@ class DemoController:
             "show": self._show,
             "search": self._search,
             "pick": self._pick,
+            "crop": self._crop,
             "drop": self._drop,
             "mark": self._mark,
             "unmark": self._unmark,
@@ -191,6 +200,18 @@ class DemoController:
         number, one = self._displayed(token, given)
         message = "Selected. Type what should change, or search for similar images."
         return Screen(token, session.set_reference(self._reference(number, one)), message, text="")
+
+    def _crop(self, token: str, session: Session, given: Parameters) -> Screen:
+        """Replace the query image by a rectangle of it, given in thousandths of its width and height."""
+        held = session.reference
+        left, top, right, bottom = (_integer(given, name) for name in ("left", "top", "right", "bottom"))
+        if held is None or not (0 <= left < right <= GRID and 0 <= top < bottom <= GRID):
+            raise DataError("This is not a part of a query image; choose an image and draw the rectangle again.")
+        image = self._query_image(held, self.backends[held.backend])
+        x, y = (left * image.width // GRID, top * image.height // GRID)
+        part = image.crop((x, y, max(x + 1, right * image.width // GRID), max(y + 1, bottom * image.height // GRID)))
+        name = f"part of {held.name.removeprefix('part of ')}"
+        return Screen(token, session.set_reference(photo_reference(part, name)), "The next search uses this part.")
 
     def _drop(self, token: str, session: Session, _: Parameters) -> Screen:
         return Screen(token, session.set_reference(None), "Back to the sketch pad.")

@@ -161,6 +161,46 @@ $("clear").addEventListener("click", () => {
   canvas.focus();
 });
 
+// ---- a rectangle on the query image ------------------------------------------------------------
+
+// The place of a pointer on the query image, in thousandths of its sides.
+function placeOn(image, event) {
+  const box = image.getBoundingClientRect();
+  const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
+  const at = (value, low, size, natural) => (value - low - (size - natural * scale) / 2) / (natural * scale);
+  const x = at(event.clientX, box.left, box.width, image.naturalWidth);
+  const y = at(event.clientY, box.top, box.height, image.naturalHeight);
+  return [x, y].map((one) => Math.max(0, Math.min(GRID, Math.round(one * GRID))));
+}
+
+let rectangle = null; // the image, its frame, and the first corner on it and on the window
+$("reference").addEventListener("dragstart", (event) => event.preventDefault());
+$("reference").addEventListener("pointerdown", (event) => {
+  if (!event.target.matches(".square img") || event.button !== 0 || event.pointerType === "touch") return; // a finger scrolls
+  event.preventDefault();
+  const frame = event.target.parentElement.appendChild(document.createElement("div"));
+  frame.className = "frame";
+  rectangle = { image: event.target, frame, corner: placeOn(event.target, event), x: event.clientX, y: event.clientY };
+});
+addEventListener("pointermove", (event) => {
+  if (!rectangle) return;
+  const box = rectangle.frame.parentElement.getBoundingClientRect();
+  const { style } = rectangle.frame;
+  style.left = `${Math.min(rectangle.x, event.clientX) - box.left}px`;
+  style.top = `${Math.min(rectangle.y, event.clientY) - box.top}px`;
+  style.width = `${Math.abs(event.clientX - rectangle.x)}px`;
+  style.height = `${Math.abs(event.clientY - rectangle.y)}px`;
+});
+for (const end of ["pointerup", "pointercancel"])
+  addEventListener(end, (event) => {
+    if (!rectangle) return;
+    const [[ax, ay], [bx, by]] = [rectangle.corner, placeOn(rectangle.image, event)];
+    rectangle.frame.remove();
+    rectangle = null;
+    const [left, top, right, bottom] = [Math.min(ax, bx), Math.min(ay, by), Math.max(ax, bx), Math.max(ay, by)];
+    if (end === "pointerup" && right - left >= 20 && bottom - top >= 20) act("crop", { left, top, right, bottom });
+  });
+
 // ---- steps -----------------------------------------------------------------------------------
 
 let waiting = 0; // steps without a response
