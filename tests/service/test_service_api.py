@@ -75,6 +75,7 @@ def hits(response):
 
 def test_hits_are_those_of_the_gallery(app, gallery):
     image, where, paged = noise_image(3), "class = 'cat' and year > 2", {"text": "blue", "k": 4, "offset": 2}
+    vector = gallery.model.encode_queries(noise_image(3), "red")[0]
     searches = (
         ({"text": "red"}, {"text": "red"}),
         ({"image": text_of(png(3)), **paged}, {"image": image, **paged}),
@@ -84,6 +85,7 @@ def test_hits_are_those_of_the_gallery(app, gallery):
             {"text": "red", "terms": [{"image": text_of(png(3)), "text": "large", "weight": 2}, {"text": "./a.jpg"}]},
             {"text": "red", "terms": [((image, "large"), 2), {"text": "./a.jpg"}]},
         ),
+        ({"vector": vector.tolist(), "k": 4}, {"vector": vector, "k": 4}),
         ({"text": "red", "where": where, "min_score": -1}, {"text": "red", "where": where}),
     )
     for body, given in searches:
@@ -164,6 +166,14 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         (b'{"terms": [{"text": "a", "weight": 1e9}]}', "terms: 1000000000.0"),
         (b'{"terms": [{"text": "a", "weight": -1}]}', "only negative terms"),
         (b'{"terms": [{}]}', "is empty"),
+        (b'{"vector": "/etc/passwd"}', "vector: '/etc/passwd'"),
+        (b'{"vector": ["/etc/passwd"]}', "vector: '/etc/passwd'"),
+        (b'{"vector": []}', "zero"),
+        (b'{"vector": [0, 0]}', "zero"),
+        (b'{"vector": [1e300, 1]}', "not finite"),
+        (b'{"vector": [NaN]}', "vector: nan"),
+        (b'{"vector": [1, 2]}', "width 2"),
+        (json.dumps({"vector": [1] * 9000}).encode(), "vector: ["),
         (b'{"liked": ["p99"]}', "'p99' is not in memory:"),
         (b'{"liked": ["/etc/passwd"]}', "'/etc/passwd' is not in memory:"),
         (b'{"liked": "p1"}', "liked: 'p1'"),

@@ -63,6 +63,9 @@ class SearchRequestBody(BaseModel, extra="forbid"):
 
     text: Text | None = Field(None, description="modification text of an image, or a text query alone")
     image: Files | None = Field(None, description=_FILES)
+    vector: Annotated[list[FiniteFloat], Field(max_length=8192)] | None = Field(
+        None, description="embedding of the query, such as one from /embed"
+    )
     terms: list[TermBody] = Field([], max_length=16, description="further weighted texts and images")
     liked: Ids = Field([], description="ids of images to move towards; they are a query of their own too")
     disliked: Ids = Field([], description="ids of images to move away from; they are not among the hits")
