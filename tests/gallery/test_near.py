@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from small_gallery import noise_image
-from small_world import trainable
+from small_world import DIM, trainable
 from union_igrot.errors import ConfigError
 from union_igrot.gallery import near
 from union_igrot.gallery.engines import Rows
@@ -89,6 +89,7 @@ def test_every_kind_has_its_own_threshold(classes):
         {"text": "red", "liked": "3-1"},
         {"text": "red", "disliked": "3-1"},
         {"liked": "3-1"},
+        {"vector": np.ones(DIM)},
     ],
 )
 def test_queries_without_a_kind_are_refused(classes, query):

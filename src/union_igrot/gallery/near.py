@@ -51,12 +51,12 @@ _VERSION: Final = 1
 
 def query_kind(query: GalleryQuery) -> QueryKind:
     """Return the kind of a query; a ConfigError if its scores are comparable to those of no kind."""
-    if query.liked or query.disliked or len(query.terms) != 1 or len(query.terms[0].images) > 1:
+    own = query.terms[0] if len(query.terms) == 1 else None
+    if own is None or own.vector is not None or len(own.images) > 1 or query.liked or query.disliked:
         raise ConfigError(
-            "min_score=auto is for queries of an image, a text, or both, without other terms, liked or disliked "
-            "results; pass a number"
+            "min_score=auto is for queries of an image, a text, or both, without a vector, other terms, liked or "
+            "disliked results; pass a number"
         )
-    own = query.terms[0]
     return "text" if not own.images else "image + text" if own.text else "image"
 
 
