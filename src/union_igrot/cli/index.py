@@ -94,6 +94,7 @@ def _add_images(config: "DictConfig") -> None:
         ray_address=config.ray.address,
         actors=config.ray.actors,
         file_columns=config.file_columns,
+        embed_text=config.embed_text,
     )
     listing = _list_images(config.images, options)
     vectors = None if config.vectors is None else read_vectors(config.vectors)
@@ -111,7 +112,9 @@ def _add_images(config: "DictConfig") -> None:
         model.to(_device(config.strategy.accelerator))
     metadata = index_metadata(model, checkpoint, config.weights)
     given = None if vectors is None else vectors_by_id(config.vectors, vectors, listing, model)
-    with open_or_create(config.index, model, metadata, config.calibration, options.precision) as index:
+    with open_or_create(
+        config.index, model, metadata, config.calibration, options.precision, options.embed_text
+    ) as index:
         report = ingest_images(index, model, listing, options, vectors=given)
         _print_report(report, index.uri, len(index))
     if not report.added + report.updated + report.unchanged:

@@ -133,6 +133,7 @@ class IndexSettings:
     file_columns: Literal["new", "all", "none"] = setting(
         "new", "columns from EXIF, folders, captions: of new files, all, or none"
     )
+    embed_text: str | None = setting(None, "text column to embed with images in a new index, such as caption")
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
     prune: bool = setting(True, "remove rows of this source whose images are gone")
     batch_size: int = setting(256, "images per batch", low=1)

@@ -157,9 +157,10 @@ class Gallery:
             raise DataError(f"there is no gallery at {self.uri} yet; add images first, or check its name")
         return self._index
 
-    def _open_index(self, precision: str = "32-true") -> VectorIndex:
+    def _open_index(self, precision: str = "32-true", embed_text: str | None = None) -> VectorIndex:
         if self._index is None:
-            self._index = open_or_create(self._full_uri, self.model, self.metadata, self._calibration, precision)
+            settings = self._calibration, precision, embed_text
+            self._index = open_or_create(self._full_uri, self.model, self.metadata, *settings)
         return self._index
 
     def add(
@@ -235,7 +236,7 @@ class Gallery:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
         given = None if vectors is None else vectors_by_id(vectors, read_vectors(vectors), listing, self.model)
-        index = self._open_index(options.precision)
+        index = self._open_index(options.precision, options.embed_text)
         return ingest_images(index, self.model, listing, options, wait=wait, vectors=given)
 
     def ids(self, where: str | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.calibration import describe_calibration, extra_width, stored_weight
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
+from union_igrot.gallery.ingest.report import EMBED_TEXT
 from union_igrot.models.backbones.base import PreprocessChoice, without_settings
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.foreign import FOREIGN, foreign_model
@@ -71,6 +72,7 @@ def open_or_create(
     metadata: Mapping[str, Any],
     calibration: float | None = None,
     precision: str = "32-true",
+    embed_text: str | None = None,
 ) -> VectorIndex:
     """Open or create the index of a model.
 
@@ -80,6 +82,7 @@ def open_or_create(
         metadata: Its `index_metadata`.
         calibration: Weight of the calibration; None for that of an existing index, and for none in a new one.
         precision: Precision of the rows of a new index; `int8` is recorded, see `IngestOptions`.
+        embed_text: Column whose text is embedded with images in a new index, see `IngestOptions`.
 
     Raises:
         CheckpointError: If the index was made with another model.
@@ -91,6 +94,7 @@ def open_or_create(
     if not recorded:
         recorded = describe_calibration(model, calibration or 0.0)
         recorded |= {"precision": precision} if precision == "int8" else {}
+        recorded |= {EMBED_TEXT: embed_text} if embed_text is not None else {}
     created = {name: value for name, value in {**recorded, **metadata}.items() if name != _EARLIER}
     index = open_index(uri, dim=model.backbone.dim + extra_width(recorded), metadata=created, create=True)
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from union_igrot.errors import ConfigError
-from union_igrot.gallery.ingest.entries import UNREACHABLE, Entry
+from union_igrot.gallery.ingest.entries import UNREACHABLE, Entry, content_digest
 from union_igrot.gallery.ingest.plan import digest_prefix
 from union_igrot.images.decode import decode_image, file_exif, image_fault, plain_jpeg
 from union_igrot.images.exif import ExifColumns
@@ -42,7 +42,7 @@ _Decoded = tuple[tuple[int, int], bytes, UInt8[Tensor, "3 height width"]]
 class DecodedImage(NamedTuple):
     """What is known of an image after it was read."""
 
-    digest: str = ""  # first 32 hex digits of the SHA-256 of its bytes; "" if it could not be read
+    digest: str = ""  # see `content_digest`; "" if it could not be read
     width: int = 0  # width in pixels, upright
     height: int = 0
     # JPEG bytes. None if it was not decoded: it is broken, or equal bytes have been embedded already.
@@ -146,7 +146,7 @@ class ImageReader:
         if entry.size > _LARGE_FILE and entry.offset is None and entry.data is None:
             return self._read_large(entry)
         data = self._read_bytes(entry)
-        digest = hashlib.sha256(data).hexdigest()[:32]
+        digest = content_digest(hashlib.sha256(data), entry.text)
         if self._is_known(digest):
             return DecodedImage(digest, exif=file_exif(data) if self.exif else None), None
         if self._defer_jpegs and (count := plain_jpeg(data)) is not None and count <= MAX_PIXELS:
@@ -160,7 +160,7 @@ class ImageReader:
         exif: dict[str, str | float] | None = {} if self.exif else None
         image, (width, height) = decode_image(Path(entry.path), self.preprocess.size, self.largest, exif)
         with open(entry.path, "rb") as file:  # noqa: PTH123 - undecodable bytes in a name
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            digest = content_digest(hashlib.file_digest(file, "sha256"), entry.text)
         return DecodedImage(digest, width, height, make_thumbnail(image), exif=exif), self._to_pixels(image)
 
     def _read_bytes(self, entry: Entry) -> bytes:

@@ -47,6 +47,7 @@ class Entry:
     fault: str | None = None  # why it cannot be an image, if that is known without opening it
     data: bytes | None = None  # the bytes of an image in memory
     found: dict[str, UserValue] = field(default_factory=dict)  # columns that were found in or beside the file
+    text: str = ""  # the text that is embedded with it, see `IngestOptions.embed_text`
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,12 @@ def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os
 def data_entry(name: str, data: bytes, columns: dict[str, UserValue] | None = None) -> Entry:
     """Make the entry of an encoded image (JPEG, PNG, ...) in memory."""
     return Entry(name, size=len(data), columns=columns or {}, data=data)
+
+
+def content_digest(digest: "hashlib._Hash", text: str) -> str:
+    """Return the first 32 hex digits of a SHA-256 of an image's bytes, followed by the text embedded with it."""
+    digest.update(text.encode())
+    return digest.hexdigest()[:32]
 
 
 def path_as_text(path: str) -> str:

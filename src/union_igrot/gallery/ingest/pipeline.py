@@ -28,8 +28,15 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
 from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader, JpegBatchDecoder, require_codec
 from union_igrot.gallery.ingest.entries import Entry, Listing
-from union_igrot.gallery.ingest.plan import find_broken, find_gone, find_lost_sources, make_plan, read_index
-from union_igrot.gallery.ingest.report import IngestOptions, IngestReport, SkippedFile
+from union_igrot.gallery.ingest.plan import (
+    find_broken,
+    find_gone,
+    find_lost_sources,
+    make_plan,
+    read_index,
+    with_texts,
+)
+from union_igrot.gallery.ingest.report import EMBED_TEXT, IngestOptions, IngestReport, SkippedFile
 from union_igrot.gallery.ingest.writer import RowWriter
 from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, read_batches
 from union_igrot.images.transforms import model_input
@@ -86,17 +93,19 @@ def ingest_images(
         DataError: If columns are invalid, all images are gone, or a disk is full.
     """
     options, start = options or IngestOptions(), time.perf_counter()
-    options = _with_precision_of(index, options)
-    timings = Timings()
+    options, timings = _with_text_of(index, _with_precision_of(index, options), vectors), Timings()
     executors = _executors(model, options, timings, vectors)
     widen = partial(widen_rows, model=model, metadata=index.metadata)
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
         show_progress = partial(bar.update, task, description="embedding images")
         rows = read_index(index, listing, prune=options.prune)
+        if options.embed_text is not None:
+            listing = with_texts(listing, rows.by_id, options.embed_text)
         gone, emptied = find_gone(listing, rows.by_id) if options.prune else ([], {})
         skipped = SkippedFile(skipped_file, listing.source)
-        plan = make_plan(listing, rows.by_id, skipped.own, read_again=options.file_columns == "all")
+        read_again = options.file_columns == "all"
+        plan = make_plan(listing, rows.by_id, skipped.own, read_again=read_again, embed_text=options.embed_text)
         if plan.skip and options.on_broken == "fail":
             raise _broken_image_error(plan.skip[0].path, plan.skip[0].reason)
         skipped.add(plan.skip)
@@ -149,6 +158,21 @@ def _with_precision_of(index: VectorIndex, options: IngestOptions) -> IngestOpti
             "index again under another name"
         )
     return options
+
+
+def _with_text_of(index: VectorIndex, options: IngestOptions, vectors: object) -> IngestOptions:
+    """Return options that embed the text of the column that the index was made with."""
+    stored = index.metadata.get(EMBED_TEXT)
+    if options.embed_text not in (None, stored):
+        raise ConfigError(
+            f"{index.uri} was made with embed_text={stored or 'null'}, not {options.embed_text}; leave embed_text out, or "
+            "index again under another name"
+        )
+    if stored is not None and (vectors is not None or options.precision in ("onnx", "int8")):
+        raise ConfigError(
+            f"embed_text={stored} needs the model itself; leave vectors and precision={options.precision} out"
+        )
+    return replace(options, embed_text=stored)
 
 
 def _executors(
@@ -207,11 +231,15 @@ def embed_entries(
     embed = _embedder(model, options.precision) if vectors is None else None
 
     def embed_parts(batch: Sequence[Entry], parts: Sequence[DecodedBatch]) -> Float[Tensor, "embedded dim"]:
+        images = [image for part in parts for image in part.images]
+        decoded = [entry for entry, one in zip(batch, images, strict=True) if one.thumbnail is not None]
+        if embed is not None and any(entry.text for entry in decoded):
+            texts = [entry.text for entry in decoded]
+            return embed_pixels(model, _join_parts(model, parts), options.precision, texts)
         if embed is not None:
             return embed(_join_parts(model, parts))
         assert vectors is not None
-        images = [image for part in parts for image in part.images]
-        rows = [vectors[entry.id] for entry, one in zip(batch, images, strict=True) if one.thumbnail is not None]
+        rows = [vectors[entry.id] for entry in decoded]
         return torch.stack(rows) if rows else torch.empty(0, model.backbone.dim)
 
     embedded = ((batch, parts, embed_parts(batch, parts)) for batch, parts in decoded)
@@ -265,9 +293,15 @@ def decode_entries(
 
 @torch.inference_mode()
 def embed_pixels(
-    model: IGROTModel, pixels: UInt8[Tensor, "batch 3 size size"], precision: str = "32-true"
+    model: IGROTModel,
+    pixels: UInt8[Tensor, "batch 3 size size"],
+    precision: str = "32-true",
+    texts: Sequence[str] = (),
 ) -> Float[Tensor, "batch dim"]:
-    """Embed gallery images, the backbone in a given precision and the heads in float32."""
+    """Embed gallery images, the backbone in a given precision and the heads in float32.
+
+    With `texts`, one per image, those that are not empty are embedded with their images by the query head.
+    """
     device = pixels.device
     if not len(pixels):
         return torch.empty(0, model.backbone.dim)
@@ -281,7 +315,12 @@ def embed_pixels(
         features = model.backbone.encode_image(model_input(pixels, model.preprocess))
     with full_precision(device):
         tokens = None if features.tokens is None else features.tokens.float()
-        return model.embed_gallery(replace(features, pooled=features.pooled.float(), tokens=tokens))
+        features = replace(features, pooled=features.pooled.float(), tokens=tokens)
+        rows = model.embed_gallery(features)
+        if not any(texts):
+            return rows
+        has_text = torch.tensor([bool(text) for text in texts], device=device)[:, None]
+        return torch.where(has_text, model.embed_queries(features, texts), rows)
 
 
 def _read_in_batches(

@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Final, NamedTuple, final
 
@@ -16,7 +16,15 @@ from jaxtyping import UInt64
 from union_igrot.errors import DataError
 from union_igrot.gallery.engines.base import Rows, VectorIndex, validate_rows
 from union_igrot.gallery.engines.filters import ColumnKind, match_any
-from union_igrot.gallery.ingest.entries import ADDED_SOURCE, FILE_MISSING, OWN_COLUMNS, Entry, Listing, UserValue
+from union_igrot.gallery.ingest.entries import (
+    ADDED_SOURCE,
+    FILE_MISSING,
+    OWN_COLUMNS,
+    Entry,
+    Listing,
+    UserValue,
+    content_digest,
+)
 from union_igrot.gallery.ingest.report import SkippedImage
 
 SMALL_ADDITION: Final = 256
@@ -116,14 +124,23 @@ def make_plan(
     skipped_before: Mapping[str, SkippedImage],
     *,
     read_again: bool = False,
+    embed_text: str | None = None,
 ) -> Plan:
-    """Decide what to do with each image; with `read_again`, unchanged files are read for their EXIF data."""
+    """Decide what to do with each image.
+
+    Args:
+        listing: The images.
+        rows: Their rows.
+        skipped_before: Images that could not be read.
+        read_again: Whether unchanged files are read for their EXIF data.
+        embed_text: Column of the text that is embedded with an image.
+    """
     plan, named = Plan(), columns_of(listing.entries)
     for entry in listing.entries:
         row, skip = rows.get(entry.id), skipped_before.get(entry.id)
         if entry.fault is not None:
             plan.skip.append(SkippedImage(entry.id, entry.fault, entry.size, entry.mtime))
-        elif row is not None and row.digest and not read_again and _has_same_content(entry, row):
+        elif row is not None and row.digest and not read_again and _has_same_content(entry, row, embed_text):
             columns, _ = row.merged(entry.columns, entry.found, named)
             if {name: value for name, value in columns.items() if value is not None} == row.columns:
                 plan.unchanged += 1
@@ -198,9 +215,22 @@ def columns_of(entries: Iterable[Entry]) -> set[str]:
     return {name for entry in entries for name in entry.columns}
 
 
-def _has_same_content(entry: Entry, row: IndexedImage) -> bool:
+def with_texts(listing: Listing, rows: Mapping[str, IndexedImage], column: str) -> Listing:
+    """Give each image the text of a column, which may be that of its row, to be embedded with it."""
+    named, entries = columns_of(listing.entries), []
+    for entry in listing.entries:
+        row = rows.get(entry.id)
+        columns = {**entry.found, **entry.columns} if row is None else row.merged(entry.columns, entry.found, named)[0]
+        value = columns.get(column)
+        entries.append(replace(entry, text=" ".join(str("" if value is None else value).split())))
+    return replace(listing, entries=entries)
+
+
+def _has_same_content(entry: Entry, row: IndexedImage, embed_text: str | None) -> bool:
+    if embed_text is not None and " ".join(str(row.columns.get(embed_text, "")).split()) != entry.text:
+        return False
     if entry.data is not None:
-        return hashlib.sha256(entry.data).hexdigest()[:32] == row.digest
+        return content_digest(hashlib.sha256(entry.data), entry.text) == row.digest
     return (entry.size, entry.mtime) == (row.size, row.mtime)
 
 

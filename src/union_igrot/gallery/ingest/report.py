@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
 from union_igrot.errors import ConfigError, DataError, check_choice
+from union_igrot.images.exif import EXIF_COLUMNS
 from union_igrot.storage.cache import write_cached
+
+EMBED_TEXT: Final = "embed_text"
+"""Name of that option in the metadata of an index; an index without it embeds images alone."""
 
 _log: Final = logging.getLogger("union_igrot.indexing")
 
@@ -46,6 +50,8 @@ class IngestOptions:
         max_megapixels: Largest image in 10^6 pixels; None for `$UNION_MAX_MEGAPIXELS` or 179.
         file_columns: Which images get columns from EXIF data (see `read_exif`), class folders and caption files: `new`,
             those that are read anyway; `all`, for which unchanged files are opened again but not embedded; or `none`.
+        embed_text: Column of a list, or `caption` or `class`, whose text is embedded with its image by the query head,
+            where there is one; recorded in a new index, and None for what an index records.
 
     Raises:
         ConfigError: If a value is invalid.
@@ -65,6 +71,7 @@ class IngestOptions:
     exclude: Sequence[str] = ()
     max_megapixels: float | int | None = None
     file_columns: Literal["new", "all", "none"] = "new"
+    embed_text: str | None = None
 
     def __post_init__(self) -> None:
         """Validate the values."""
@@ -73,6 +80,10 @@ class IngestOptions:
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None and count < least:
                 raise ConfigError(f"invalid value for {name}: {count} (expected an integer >= {least})")
+        if self.embed_text in EXIF_COLUMNS:
+            raise ConfigError(
+                f"invalid value for embed_text: {self.embed_text} (expected a column of a list, or caption)"
+            )
         if self.max_megapixels is not None and not self.max_megapixels > 0:
             raise ConfigError(f"invalid value for max_megapixels: {self.max_megapixels} (expected a number above 0)")
 
