@@ -91,7 +91,7 @@ def test_another_column_than_that_of_the_index_is_refused(model, folder):
         with pytest.raises(ConfigError, match="made with embed_text=caption, not class"):
             gallery.update(folder, replace(QUIET, embed_text="class"))
         with pytest.raises(ConfigError, match="needs the model itself"):
-            gallery.add([picture(1)], ["a"], vectors=torch.ones(1, model.backbone.dim), options=QUIET)
+            gallery.add([picture(1)], ["a"], vectors=model.encode_gallery([picture(1)]), options=QUIET)
 
 
 def test_data_of_the_file_itself_cannot_be_embedded():

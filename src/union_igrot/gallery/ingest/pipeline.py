@@ -165,13 +165,11 @@ def _with_text_of(index: VectorIndex, options: IngestOptions, vectors: object) -
     stored = index.metadata.get(EMBED_TEXT)
     if options.embed_text not in (None, stored):
         raise ConfigError(
-            f"{index.uri} was made with embed_text={stored or 'null'}, not {options.embed_text}; leave embed_text out, or "
-            "index again under another name"
+            f"{index.uri} was made with embed_text={stored or 'null'}, not {options.embed_text}; leave it out, or index "
+            "again under another name"
         )
     if stored is not None and (vectors is not None or options.precision in ("onnx", "int8")):
-        raise ConfigError(
-            f"embed_text={stored} needs the model itself; leave vectors and precision={options.precision} out"
-        )
+        raise ConfigError(f"embed_text={stored} needs the model itself; leave out vectors, and precision=onnx or int8")
     return replace(options, embed_text=stored)
 
 

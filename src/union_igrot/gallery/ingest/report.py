@@ -81,9 +81,7 @@ class IngestOptions:
             if (count := getattr(self, name)) is not None and count < least:
                 raise ConfigError(f"invalid value for {name}: {count} (expected an integer >= {least})")
         if self.embed_text in EXIF_COLUMNS:
-            raise ConfigError(
-                f"invalid value for embed_text: {self.embed_text} (expected a column of a list, or caption)"
-            )
+            raise ConfigError(f"invalid value for embed_text: {self.embed_text} (expected caption, or a list's column)")
         if self.max_megapixels is not None and not self.max_megapixels > 0:
             raise ConfigError(f"invalid value for max_megapixels: {self.max_megapixels} (expected a number above 0)")
 
