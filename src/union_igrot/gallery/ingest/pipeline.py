@@ -100,12 +100,10 @@ def ingest_images(
         task = bar.add_task("reading the index", total=None)
         show_progress = partial(bar.update, task, description="embedding images")
         rows = read_index(index, listing, prune=options.prune)
-        if options.embed_text is not None:
-            listing = with_texts(listing, rows.by_id, options.embed_text)
+        listing = with_texts(listing, rows.by_id, options.embed_text)
         gone, emptied = find_gone(listing, rows.by_id) if options.prune else ([], {})
         skipped = SkippedFile(skipped_file, listing.source)
-        read_again = options.file_columns == "all"
-        plan = make_plan(listing, rows.by_id, skipped.own, read_again=read_again, embed_text=options.embed_text)
+        plan = make_plan(listing, rows.by_id, skipped.own, options.embed_text, read_again=options.file_columns == "all")
         if plan.skip and options.on_broken == "fail":
             raise _broken_image_error(plan.skip[0].path, plan.skip[0].reason)
         skipped.add(plan.skip)
@@ -165,8 +163,8 @@ def _with_text_of(index: VectorIndex, options: IngestOptions, vectors: object) -
     stored = index.metadata.get(EMBED_TEXT)
     if options.embed_text not in (None, stored):
         raise ConfigError(
-            f"{index.uri} was made with embed_text={stored or 'null'}, not {options.embed_text}; leave it out, or index "
-            "again under another name"
+            f"{index.uri} was made with embed_text={stored or 'null'}, not {options.embed_text}; leave it out, or "
+            "index again under another name"
         )
     if stored is not None and (vectors is not None or options.precision in ("onnx", "int8")):
         raise ConfigError(f"embed_text={stored} needs the model itself; leave out vectors, and precision=onnx or int8")

@@ -122,9 +122,9 @@ def make_plan(
     listing: Listing,
     rows: Mapping[str, IndexedImage],
     skipped_before: Mapping[str, SkippedImage],
+    embed_text: str | None = None,
     *,
     read_again: bool = False,
-    embed_text: str | None = None,
 ) -> Plan:
     """Decide what to do with each image.
 
@@ -132,8 +132,8 @@ def make_plan(
         listing: The images.
         rows: Their rows.
         skipped_before: Images that could not be read.
-        read_again: Whether unchanged files are read for their EXIF data.
         embed_text: Column of the text that is embedded with an image.
+        read_again: Whether unchanged files are read for their EXIF data.
     """
     plan, named = Plan(), columns_of(listing.entries)
     for entry in listing.entries:
@@ -215,8 +215,10 @@ def columns_of(entries: Iterable[Entry]) -> set[str]:
     return {name for entry in entries for name in entry.columns}
 
 
-def with_texts(listing: Listing, rows: Mapping[str, IndexedImage], column: str) -> Listing:
-    """Give each image the text of a column, which may be that of its row, to be embedded with it."""
+def with_texts(listing: Listing, rows: Mapping[str, IndexedImage], column: str | None) -> Listing:
+    """Give each image the text of a column, if there is one, which may be that of its row, to be embedded with it."""
+    if column is None:
+        return listing
     named, entries = columns_of(listing.entries), []
     for entry in listing.entries:
         row = rows.get(entry.id)
