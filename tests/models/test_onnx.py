@@ -9,6 +9,7 @@ import torch
 from jaxtyping import config
 
 from indexing_world import QUIET
+from union_igrot.cli.train import main
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing
@@ -73,3 +74,12 @@ def test_rows_in_eight_bits_and_others_are_not_mixed(stored, given):
     index = MemoryIndex(128, {} if stored is None else {"precision": stored})
     with pytest.raises(CheckpointError, match=f"made with precision={stored or 'fp32'}, not {given};"):
         ingest_images(index, load("tiny"), Listing("here", []), replace(QUIET, precision=given))
+
+
+def test_training_has_no_eight_bits(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["precision=int8"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip() == (
+        "union-train: precision=int8 is for union-index; choose fp32, bf16 or fp16"
+    )
