@@ -46,7 +46,7 @@ def fuse(
     images: Float[Tensor, "queries dim"],
     texts: Float[Tensor, "queries dim"],
     gallery: Float[Tensor, "gallery dim"],
-    corpora: Sequence[Float[Tensor, "texts dim"]] = (),
+    corpora: Sequence[Float[Tensor, "_ dim"]] = (),
 ) -> tuple[Tensor | FusedQueries, Float[Tensor, "gallery dim"]]:
     """Return what is ranked by a fusion: queries and gallery.
 
@@ -103,7 +103,7 @@ def projection(subjects: Float[Tensor, "texts dim"], styles: Float[Tensor, "othe
     return onto
 
 
-def embed_corpora(model: IGROTModel, files: Sequence[str | Path]) -> list[Float[Tensor, "texts dim"]]:
+def embed_corpora(model: IGROTModel, files: Sequence[str | Path]) -> list[Float[Tensor, "_ dim"]]:
     """Return the unit embeddings of the texts of each file, one a line.
 
     Raises:
