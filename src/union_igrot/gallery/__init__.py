@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from union_igrot._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from union_igrot.gallery.duplicates import find_duplicates as find_duplicates
     from union_igrot.gallery.engines import open_index as open_index, register_engine as register_engine
     from union_igrot.gallery.gallery import Gallery as Gallery
     from union_igrot.gallery.ingest.report import IngestOptions as IngestOptions, IngestReport as IngestReport
@@ -19,7 +18,6 @@ __getattr__, __dir__ = lazy_exports(
         "IngestOptions": "ingest.report",
         "IngestReport": "ingest.report",
         "SearchResult": "results",
-        "find_duplicates": "duplicates",
         "open_index": "engines",
         "register_engine": "engines",
     },
