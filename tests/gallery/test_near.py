@@ -115,6 +115,12 @@ def test_too_small_galleries_are_refused(gallery):
         equal.near_score("image")
 
 
+def test_a_threshold_above_every_score_is_refused(classes, monkeypatch):
+    monkeypatch.setattr("union_igrot.gallery.near.fit_threshold", lambda _: 1.17)
+    with pytest.raises(ConfigError, match="cannot tell which scores are near for text here; pass a number"):
+        near.measure_near_score(classes.index, classes.model, "text")
+
+
 def test_results_say_that_nothing_is_near(classes):
     best = classes.search(text="red", k=1)
     assert (best.min_score, best.nothing_near, best.best_score) == (None, False, best.scores[0])

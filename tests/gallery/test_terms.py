@@ -185,7 +185,7 @@ def check_other_settings(model, gallery):
     [
         ({"terms": ["-red", ("blue", -2)]}, "only negative terms; add one positive term"),
         ({"terms": ["-red"], "liked": "p1"}, "only negative terms; add one positive term"),
-        ({"terms": [("red", 0)]}, "only negative terms"),
+        ({"terms": [("red", 0)]}, "no term of positive weight"),
         ({"terms": ["red", "-red"]}, "cancel each other out"),
         ({"terms": []}, "the query is empty"),
         ({"terms": ["red", 3]}, "invalid term: 3"),
@@ -196,6 +196,25 @@ def test_invalid_terms_name_their_query(gallery, query, part):
         gallery.search(**query)
     with pytest.raises(ConfigError, match=f"^query 2: .*{part}"):
         gallery.search_many([{"text": "red"}, query])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"queries": [{"text": "red"}], "names": ["a", "b"]}, "got 2 names for 1 queries"),
+        ({"queries": [{"text": "red"}], "min_score": float("nan")}, "invalid value for min_score: nan"),
+    ],
+)
+def test_arguments_of_many_queries_are_validated(gallery, arguments, part):
+    with pytest.raises(ConfigError, match=part):
+        gallery.search_many(**arguments)
+
+
+def test_a_text_of_which_the_model_knows_nothing_is_refused(model, gallery, monkeypatch):
+    unknown = model.encode_queries(texts="red") * 0
+    monkeypatch.setattr(model, "embed_queries", lambda *_: unknown)
+    with pytest.raises(ConfigError, match=r"knows no word of 'xyzzy'; use other words"):
+        gallery.search(text="xyzzy")
 
 
 def test_a_file_of_queries_has_terms(model, gallery, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
-from union_igrot.errors import DataError
+from union_igrot.errors import ConfigError, DataError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def duplicates(config: "DictConfig", _: Path) -> None:
     from union_igrot.gallery.results import hit_table
     from union_igrot.terminal import TerminalConsole, progress_bar
 
+    if config.html is not None:
+        _check_page(expand_user(config.html))
     with open_index(config.index) as index, progress_bar(shown=config.progress) as bar:
         task = bar.add_task("comparing images", total=None)
         groups = find_duplicates(
@@ -53,6 +55,13 @@ def duplicates(config: "DictConfig", _: Path) -> None:
     if not groups:
         sys.stderr.write("no duplicates\n")
         raise SystemExit(EXIT_NONE)
+
+
+def _check_page(path: Path) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"invalid value for html: {path} (expected an .html file)")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"html={path}: its folder does not exist; make it first")
 
 
 def _write_page(path: Path, index: str, groups: "Sequence[SearchResult]") -> None:

@@ -24,10 +24,11 @@ def export(config: "DictConfig", _: Path) -> None:
         raise ConfigError(f"output {folder} is not an empty folder; give a new one")
     # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.gallery.metadata import load_checkpoint
-    from union_igrot.models.onnx import export_onnx
+    from union_igrot.models.onnx import export_onnx, require_packages
     from union_igrot.storage.sizes import format_size
     from union_igrot.terminal import print_line
 
+    require_packages()
     model, _name = load_checkpoint(config.checkpoint, config.weights, config.preprocess)
     folder.mkdir(parents=True, exist_ok=True)
     for file in export_onnx(model, folder, config.precision):

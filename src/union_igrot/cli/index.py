@@ -78,6 +78,7 @@ def _add_images(config: "DictConfig") -> None:
         open_or_create,
     )
     from union_igrot.models.foreign import FOREIGN
+    from union_igrot.models.onnx import require_packages
 
     options = IngestOptions(
         exclude=config.exclude,
@@ -96,6 +97,8 @@ def _add_images(config: "DictConfig") -> None:
         file_columns=config.file_columns,
         embed_text=config.embed_text,
     )
+    if options.precision in ("onnx", "int8"):
+        require_packages()
     listing = _list_images(config.images, options)
     vectors = None if config.vectors is None else read_vectors(config.vectors)
     if config.vectors_from is not None:

@@ -1,10 +1,12 @@
 """`Gallery`: your own images, indexed with a model and searched with images, sketches and text."""
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, final
@@ -323,6 +325,10 @@ class Gallery:
         for name, number, least in (("k", k, 1), ("offset", offset, 0)):
             if type(number) is not int or number < least:
                 raise ConfigError(f"invalid value for {name}: {number} (expected an integer >= {least})")
+        if isinstance(queries, str | Mapping) or not isinstance(queries, Sequence):
+            raise ConfigError("invalid value for queries (expected a list of fields such as {'text': 'a dog'})")
+        if names is not None and len(names) != len(queries):
+            raise ConfigError(f"got {len(names)} names for {len(queries)} queries (expected one for each)")
         if names is None:
             names = [""] if len(queries) == 1 else [f"query {number}" for number in range(1, len(queries) + 1)]
         parsed = parse_queries(queries, names)
@@ -347,7 +353,8 @@ class Gallery:
     def _lowest_scores(
         self, queries: Sequence[GalleryQuery], names: Sequence[str], min_score: float | Literal["auto"] | None
     ) -> Sequence[float | None]:
-        if isinstance(min_score, str) and min_score != "auto":
+        number = isinstance(min_score, Real) and not isinstance(min_score, bool) and math.isfinite(min_score)
+        if min_score not in (None, "auto") and not number:
             raise ConfigError(f"invalid value for min_score: {min_score!r} (expected a number or auto)")
         if min_score != "auto":
             return [min_score] * len(queries)

@@ -108,7 +108,9 @@ def measure_near_score(index: VectorIndex, model: IGROTModel, kind: QueryKind) -
         best = torch.cat([_best(queries, vectors, clusters[rows][:, None] == clusters) for clusters in several])
     if not len(best):
         raise ConfigError("min_score=auto needs different images, these are all alike; pass a number")
-    return fit_threshold(best)
+    if (score := fit_threshold(best)) >= 1:
+        raise ConfigError(f"min_score=auto cannot tell which scores are near for {kind} here; pass a number")
+    return score
 
 
 def fit_threshold(best: Float[Tensor, " queries"]) -> float:

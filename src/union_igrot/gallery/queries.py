@@ -62,6 +62,8 @@ class GalleryQuery:
 
 def parse_query(given: Mapping[str, Any]) -> GalleryQuery:
     """Validate one query."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"invalid query: {given!r} (expected fields such as {{'text': 'a dog'}})")
     if unknown := [name for name in given if name not in _FIELDS]:
         raise ConfigError(f"unknown field of a query: {unknown[0]!r} (expected {', '.join(_FIELDS)})")
     text = given.get("text")
@@ -77,7 +79,8 @@ def parse_query(given: Mapping[str, Any]) -> GalleryQuery:
     if not (query.terms or query.liked):
         raise ConfigError("the query is empty (expected an image, a text, both, a vector, terms, or liked results)")
     if query.terms and not any(term.weight > 0 for term in query.terms):
-        raise ConfigError("the query has only negative terms; add one positive term: an image or a text")
+        found = "only negative terms" if all(term.weight for term in query.terms) else "no term of positive weight"
+        raise ConfigError(f"the query has {found}; add one positive term: an image or a text")
     if both := set(query.liked) & set(query.disliked):
         raise ConfigError(f"{min(both)!r} is both liked and disliked")
     return query
@@ -245,10 +248,17 @@ def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str])
         for at in range(0, len(text_only), BATCH):
             chosen = text_only[at : at + BATCH]
             mean[chosen] = model.embed_queries(None, [terms[i].text for i in chosen]).float().cpu()
+    _check_known(mean, terms, names, model.backbone.name)
     for i, one in enumerate(terms):
         if len(one.images) > 1:
             mean[i] = normalize(mean[i], dim=-1)
     return mean
+
+
+def _check_known(embedded: Float[Tensor, "terms dim"], terms: Sequence[Term], names: Sequence[str], model: str) -> None:
+    for i in (~embedded.any(1)).nonzero().flatten().tolist():
+        with named_errors(names[i]):
+            raise ConfigError(f"{model} knows no word of {terms[i].text!r}; use other words")
 
 
 def _load_images(

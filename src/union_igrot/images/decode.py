@@ -320,7 +320,8 @@ def check_image(path: Path) -> os.stat_result:
     try:
         found = os.stat(path)  # noqa: PTH116  (Path.stat is slower, and whole lists are checked)
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError(f"{path}: the image is missing; check the path") from None
+        advice = "check the path" if path.suffix else "check the path, or give a text as text="
+        raise ImageError(f"{path}: the image is missing; {advice}") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: the image cannot be reached ({image_fault(error)}); check the path") from None
     if not stat.S_ISREG(found.st_mode):

@@ -409,8 +409,8 @@ class IGROTModel(nn.Module):
         named = split_name(str(name))
         if named is None:
             raise CheckpointError(
-                f"no model {str(name)!r}{did_you_mean(str(name), BACKBONES.names())}; give a folder with model.json and"
-                " heads.safetensors, owner/name on the Hugging Face hub, tiny, tiny-union, or a backbone such as base"
+                f"no model {str(name)!r}{did_you_mean(str(name), BACKBONES.names())}; give a folder with model.json"
+                " and heads.safetensors, owner/name of the hub, photos, tiny, tiny-union, or a backbone such as base"
             )
         return cls.load(fetch_model(named[0], revision or named[1], **options), backbone, weights)
 

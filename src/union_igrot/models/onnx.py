@@ -63,7 +63,7 @@ def export_onnx(model: IGROTModel, folder: Path, precision: Precision = "fp32", 
         ConfigError: If a package is missing, or the backbone does not say how its texts become tensors.
         CheckpointError: If the exporter cannot convert the model, or the folder cannot be written.
     """
-    _require_packages()
+    require_packages()
     model.to("cpu").eval()
     size = model.preprocess.size
     images = torch.zeros(2, 3, size, size)
@@ -99,7 +99,8 @@ def export_onnx(model: IGROTModel, folder: Path, precision: Precision = "fp32", 
     return list(jobs)
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise a ConfigError if a package of the extra `onnx` is missing."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ConfigError(f'ONNX needs {", ".join(missing)}; pip install "union-igrot[onnx]"')
 
@@ -150,7 +151,7 @@ class OnnxSession:
     """
 
     def __init__(self, path: Path) -> None:
-        _require_packages()
+        require_packages()
         import onnxruntime  # noqa: PLC0415 - an extra
 
         options = onnxruntime.SessionOptions()

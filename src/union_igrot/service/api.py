@@ -155,6 +155,8 @@ class ServiceRoutes:
             rows = await self._queue.run(lambda: model.encode_gallery(images, workers=0))
         else:
             rows = await self._queue.run(lambda: model.encode_queries(images or None, given.text, workers=0))
+            if not rows.any(1).all():
+                raise ConfigError(f"{model.backbone.name} knows no word of a text; use other words")
         return {"embeddings": rows.tolist(), "dim": rows.shape[1]}
 
     async def _read(self, request: Request, kind: type[ModelT]) -> tuple[ModelT, list[bytes]]:

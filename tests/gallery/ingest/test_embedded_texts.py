@@ -94,6 +94,13 @@ def test_another_column_than_that_of_the_index_is_refused(model, folder):
             gallery.add([picture(1)], ["a"], vectors=model.encode_gallery([picture(1)]), options=QUIET)
 
 
+def test_a_column_that_no_image_has_is_refused_before_an_index_is_made(model, folder):
+    gallery = Gallery.open("memory:", model)
+    with pytest.raises(ConfigError, match=r"invalid value for embed_text: captions \(columns of .*: caption"):
+        gallery.update(folder, replace(QUIET, embed_text="captions"))
+    gallery.update(folder, TEXTS)
+
+
 def test_data_of_the_file_itself_cannot_be_embedded():
     with pytest.raises(ConfigError, match="embed_text: camera"):
         IngestOptions(embed_text="camera")

@@ -108,6 +108,8 @@ def parse_filter(text: str, kinds: Mapping[str, ColumnKind]) -> Condition:
         ConfigError: If the filter is not in the language, names an unknown column, or compares a column with a
             constant of another kind; the message names the position.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"invalid value for where: {text!r} (expected text such as width >= 100)")
     shown = repr(text if len(text) <= 200 else f"{text[:197]}...")
     try:
         text.encode()
