@@ -353,8 +353,9 @@ class Gallery:
     def _lowest_scores(
         self, queries: Sequence[GalleryQuery], names: Sequence[str], min_score: float | Literal["auto"] | None
     ) -> Sequence[float | None]:
-        number = isinstance(min_score, Real) and not isinstance(min_score, bool) and math.isfinite(min_score)
-        if min_score not in (None, "auto") and not number:
+        given: object = min_score
+        number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
+        if given not in (None, "auto") and not number:
             raise ConfigError(f"invalid value for min_score: {min_score!r} (expected a number or auto)")
         if min_score != "auto":
             return [min_score] * len(queries)
