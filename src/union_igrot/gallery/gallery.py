@@ -354,7 +354,7 @@ class Gallery:
         self, queries: Sequence[GalleryQuery], names: Sequence[str], min_score: float | Literal["auto"] | None
     ) -> Sequence[float | None]:
         given: object = min_score
-        number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
+        number = not isinstance(given, bool) and isinstance(given, Real) and math.isfinite(given)
         if given not in (None, "auto") and not number:
             raise ConfigError(f"invalid value for min_score: {min_score!r} (expected a number or auto)")
         if min_score != "auto":
