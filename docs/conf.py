@@ -14,7 +14,7 @@ copyright = f"2026, {author}"  # noqa: A001 - Sphinx wants this name
 version = release = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"union-igrot {version}"
 html_favicon = "../src/union_igrot/demo/static/icon.svg"
