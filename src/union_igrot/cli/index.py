@@ -72,6 +72,7 @@ def _add_images(config: "DictConfig") -> None:
     from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
     from union_igrot.gallery.metadata import (
         check_backbone_name,
+        check_text_column,
         index_metadata,
         load_checkpoint,
         load_default_model,
@@ -100,6 +101,7 @@ def _add_images(config: "DictConfig") -> None:
     if options.precision in ("onnx", "int8"):
         require_packages()
     listing = _list_images(config.images, options)
+    check_text_column(config.index, listing, options.embed_text)
     vectors = None if config.vectors is None else read_vectors(config.vectors)
     if config.vectors_from is not None:
         if vectors is None or config.checkpoint is not None:

@@ -24,6 +24,7 @@ from union_igrot.gallery.metadata import (
     check_backbone_name,
     check_calibration,
     check_metadata,
+    check_text_column,
     index_metadata,
     load_checkpoint,
     load_default_model,
@@ -237,6 +238,8 @@ class Gallery:
     def _ingest(self, listing: Listing, options: IngestOptions, vectors: object, *, wait: float = 0.1) -> IngestReport:
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
+        if self._index is None:
+            check_text_column(self._full_uri, listing, options.embed_text)
         given = None if vectors is None else vectors_by_id(vectors, read_vectors(vectors), listing, self.model)
         index = self._open_index(options.precision, options.embed_text)
         return ingest_images(index, self.model, listing, options, wait=wait, vectors=given)

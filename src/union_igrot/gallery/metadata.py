@@ -9,6 +9,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.gallery.calibration import describe_calibration, extra_width, stored_weight
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
+from union_igrot.gallery.ingest.entries import Listing
 from union_igrot.gallery.ingest.report import EMBED_TEXT
 from union_igrot.models.backbones.base import PreprocessChoice, without_settings
 from union_igrot.models.factory import build_backbone
@@ -124,6 +125,17 @@ def read_metadata(uri: str) -> dict[str, Any]:
             return dict(index.metadata)
     except ConfigError:  # it does not exist yet, or creating it raises this error
         return {}
+
+
+def check_text_column(uri: str, listing: Listing, column: str | None) -> None:
+    """Refuse a column to embed, of an index that does not exist yet, if no listed image has a text in it."""
+    if column is None or read_metadata(uri):
+        return
+    columns = ({**entry.found, **entry.columns} for entry in listing.entries)
+    named = {name for values in columns for name, value in values.items() if value is not None}
+    if column not in named:
+        known = ", ".join(sorted(named)) or "none"
+        raise ConfigError(f"invalid value for embed_text: {column} (columns of {listing.source}: {known})")
 
 
 def _model_name(described: Mapping[str, Any]) -> str:

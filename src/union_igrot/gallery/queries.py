@@ -256,7 +256,8 @@ def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str])
 
 
 def _check_known(embedded: Float[Tensor, "terms dim"], terms: Sequence[Term], names: Sequence[str], model: str) -> None:
-    for i in (~embedded.any(1)).nonzero().flatten().tolist():
+    texts = torch.tensor([one.text is not None and not one.images for one in terms], dtype=torch.bool)
+    for i in (texts & ~embedded.any(1)).nonzero().flatten().tolist():
         with named_errors(names[i]):
             raise ConfigError(f"{model} knows no word of {terms[i].text!r}; use other words")
 

@@ -96,8 +96,10 @@ def test_another_column_than_that_of_the_index_is_refused(model, folder):
 
 def test_a_column_that_no_image_has_is_refused_before_an_index_is_made(model, folder):
     gallery = Gallery.open("memory:", model)
-    with pytest.raises(ConfigError, match=r"invalid value for embed_text: captions \(columns of .*: caption"):
+    with pytest.raises(ConfigError, match=r"invalid value for embed_text: captions \(columns of .*: caption\)"):
         gallery.update(folder, replace(QUIET, embed_text="captions"))
+    with pytest.raises(ConfigError, match=r"invalid value for embed_text: class \(columns of"):
+        gallery.update(folder, replace(QUIET, embed_text="class"))
     gallery.update(folder, TEXTS)
 
 

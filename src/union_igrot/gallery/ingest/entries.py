@@ -158,7 +158,7 @@ def check_column_names(names: Iterable[str], source: str) -> None:
 
 
 def unify_column_types(rows: Sequence[MutableMapping[str, UserValue]]) -> None:
-    """Give each column one type in all rows: integers and floats become floats, any other mixture text."""
+    """Convert each column to one type in all rows: integers and floats become floats, any other mixture text."""
     types: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():

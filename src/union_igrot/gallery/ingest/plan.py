@@ -216,7 +216,7 @@ def columns_of(entries: Iterable[Entry]) -> set[str]:
 
 
 def with_texts(listing: Listing, rows: Mapping[str, IndexedImage], column: str | None) -> Listing:
-    """Give each image the text of a column, if there is one, which may be that of its row, to be embedded with it."""
+    """Set the text that is embedded with each image: that of a column, which may be its row's; empty without one."""
     if column is None:
         return listing
     named, entries = columns_of(listing.entries), []

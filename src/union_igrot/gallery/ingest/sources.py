@@ -124,15 +124,8 @@ def list_images(
 
 
 def list_source(images: str, options: IngestOptions, on_progress: Callable[[int], None] | None = None) -> Listing:
-    """List the images of a source as the options say; see `list_images`. The text to embed must be a column."""
-    listing = list_images(images, on_progress, options.exclude, file_columns=options.file_columns != "none")
-    named = {name for entry in listing.entries for name in (*entry.columns, *entry.found)}
-    if options.embed_text is not None and options.embed_text not in named:
-        raise ConfigError(
-            f"invalid value for embed_text: {options.embed_text} (columns of {listing.source}: "
-            f"{', '.join(sorted(named)) or 'none'})"
-        )
-    return listing
+    """List the images of a source as the options say; see `list_images`."""
+    return list_images(images, on_progress, options.exclude, file_columns=options.file_columns != "none")
 
 
 def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry]:

@@ -220,7 +220,7 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
 
 
 def _padded(backbone: OpenClipBackbone) -> OpenClipBackbone:
-    """Give a backbone the preprocessing of the published code."""
+    """Set the preprocessing of a backbone to that of the published code."""
     backbone.model_preprocess = backbone.preprocess
     backbone.preprocess = replace(backbone.preprocess, fit="pad")
     return backbone
