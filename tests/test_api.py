@@ -1,23 +1,23 @@
 """The Python interface: each documented call, short reprs, and the public names with their types."""
 
-import ast
 import json
-from dataclasses import asdict, replace
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 import union_igrot as ui
 from small_runs import Run, figures, rows_of
 from small_world import cir_benchmark, sbir_benchmark, triplets
-from union_igrot.cli.config import compose, conf_dir, plain
+from union_igrot.cli.config import compose, plain, read_option
 from union_igrot.errors import UnionError
 from union_igrot.experiment import NOT_HASHED, build_model, hashed_settings, head_sizes
-from union_igrot.training.settings import BankSettings
 from union_igrot.types import Ranking, Scores
 
 NAMES = (
@@ -46,19 +46,8 @@ def files(images, tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def test_names_for_editors_are_those_imported_lazily():
-    tree = ast.parse(Path(ui.__file__).read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    typed = {
-        alias.asname: node.module.removeprefix("union_igrot.")
-        for node in imports
-        for alias in node.names
-        if alias.asname == alias.name
-    }
-    call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "lazy_exports")
-    assert ast.literal_eval(call.args[1]) == typed
-    assert typed.keys() >= set(NAMES.split())
+def test_public_names():
+    assert set(dir(ui)) >= set(NAMES.split())
 
 
 def test_an_unknown_name_suggests_close_ones():
@@ -95,6 +84,81 @@ def test_a_gallery_is_encoded_in_batches_by_workers_with_a_bar(model, files, cap
         torch.testing.assert_close(model.encode_gallery([file], workers=1), found[:1], atol=1e-5, rtol=0)
 
 
+def test_images_and_texts_come_from_tables_and_generators(model, files):
+    expected = model.encode_queries(files[:2], ["in red", None])
+    tables = (np.array([str(one) for one in files[:2]]), np.array(["in red", np.nan], dtype=object))
+    assert model.encode_queries(*tables).equal(expected)
+    assert model.encode_queries(iter(files[:2]), (text for text in ("in red", None))).equal(expected)
+
+
+WRONG = """
+from pathlib import Path
+
+import torch
+
+import union_igrot as ui
+
+model = ui.load("tiny", torch.device("cpu"))
+vectors, world = torch.eye(3, model.backbone.dim), ui.shapes_cir("val", 2)
+calls = {
+    "k: 2.5 (expected an integer >= 1)": lambda: ui.rank(vectors, vectors, 2.5),
+    "k: True": lambda: ui.rank(vectors, vectors, True),
+    "list of gallery positions": lambda: ui.rank(vectors, vectors, exclude=[0, 1, 2]),
+    "excludes position 9": lambda: ui.rank(vectors, vectors, exclude=[[9], [], []]),
+    "queries: list": lambda: ui.rank([1.0], vectors),
+    "name: NoneType": lambda: ui.load(None),
+    "weights: int": lambda: ui.load("tiny", weights=3),
+    "device: int": lambda: ui.load("tiny", 0),
+    "'CLIP' (did you mean base?)": lambda: ui.load("CLIP"),
+    "'openai/clip-vit-large-patch14' (did you mean large?)": lambda: ui.load("openai/clip-vit-large-patch14"),
+    "'Tiny_Union' (did you mean tiny-union?)": lambda: ui.load("Tiny_Union"),
+    "is a folder": lambda: model.encode_gallery("."),
+    "is a web address": lambda: model.encode_gallery([Path("https://host/a.jpg")]),
+    "path of the image is empty": lambda: model.encode_gallery(""),
+    "images: dict": lambda: model.encode_gallery({"a": "a.png"}),
+    "images: int": lambda: model.encode_gallery(3),
+    "an image: tuple": lambda: model.encode_queries([("a.png", "in red")]),
+    "pass its .image": lambda: model.encode_gallery(world.gallery),
+    "batch_size: '8'": lambda: model.encode_gallery([], batch_size="8"),
+    "workers: -1": lambda: model.encode_gallery([], workers=-1),
+    "texts: bytes": lambda: model.encode_queries(texts=b"red"),
+    "texts: int": lambda: model.encode_queries(texts=["red", 3]),
+    "got 1 images and 2 texts": lambda: model.encode_queries(torch.zeros(3, 9, 9), ["a", "b"]),
+    "model: str": lambda: ui.evaluate("tiny", "shapes"),
+    "benchmark: str": lambda: ui.evaluate(model, ["shapes"]),
+    "is empty": lambda: ui.evaluate(model, []),
+    "seed: 'a'": lambda: ui.evaluate(model, world, seed="a"),
+    "data: NoneType": lambda: ui.train(None),
+    "'clip' (did you mean base?)": lambda: ui.train("shapes", "clip"),
+    "backbone: IGROTModel": lambda: ui.train("shapes", model),
+    "recipe: dict": lambda: ui.train("shapes", recipe={"epochs": 1}),
+    "epochs of the recipe: 0": lambda: ui.train("shapes", recipe=ui.Recipe(epochs=0)),
+    "uri: NoneType": lambda: ui.Gallery.open(None),
+    "model: int": lambda: ui.Gallery.open("memory:", 3),
+    "images: NoneType": lambda: ui.Gallery.open("memory:", model).add(None),
+    "http:/host/a.jpg: is a web address": lambda: ui.Gallery.open("memory:", model).add("http://host/a.jpg"),
+    "command trian (did you mean train?)": lambda: ui.compose("trian"),
+}
+for expected, call in calls.items():
+    try:
+        print("no error, but expected:", expected, call())
+    except ui.UnionError as error:
+        if expected not in str(error):
+            print(f"{error} / {expected}")
+    except Exception as error:
+        print(f"{error!r} / {expected}")
+"""
+
+
+def test_what_cannot_be_meant_is_one_line_that_names_it(tmp_path):
+    # In a process without the checks of types that tests have.
+    path = {"PYTHONPATH": str(Path(ui.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG], cwd=tmp_path, env=os.environ | path, capture_output=True, check=False
+    )
+    assert (done.stdout + done.stderr, done.returncode) == (b"", 0)
+
+
 def test_rank_takes_tensors_and_arrays(model, files):
     gallery = model.encode_gallery(files)
     hits = ui.rank(gallery, gallery, k=3)
@@ -103,6 +167,8 @@ def test_rank_takes_tensors_and_arrays(model, files):
     assert arrays.positions.equal(hits.positions)
     assert arrays.scores.equal(hits.scores)
     assert ui.rank(gallery.numpy()[0], gallery, k=1).positions.tolist() == [[0]]
+    assert ui.rank(gallery[:6], gallery[:6]).positions.shape == (6, 6)
+    assert ui.rank(gallery[:2], gallery[:6], exclude=[[0, 1], []]).positions.shape == (2, 4)
     wrong = (gallery[None], gallery[:, :3], gallery.int(), gallery.int().numpy())
     for queries in wrong:
         with pytest.raises(UnionError):
@@ -208,13 +274,11 @@ def test_a_wrong_argument_of_train_is_named_and_leaves_no_folder(tmp_path, data,
     ],
 )
 def test_heads_have_the_sizes_of_the_configuration(name, dim):
-    values = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())
-    assert head_sizes(name, dim).items() <= values.items()
+    assert head_sizes(name, dim).items() <= read_option("model", name).items()
 
 
 def test_defaults_are_those_of_the_command():
-    assert ui.Recipe(**yaml.safe_load((conf_dir() / "recipe" / "default.yaml").read_text())) == ui.Recipe()
-    assert yaml.safe_load((conf_dir() / "loss" / "bank.yaml").read_text()) == asdict(BankSettings())
+    assert ui.Recipe(**read_option("recipe", "default")) == ui.Recipe()
     chosen = compose("train")
     assert (chosen.target.kind, chosen.loss.kind) == (signature(ui.train).parameters["target"].default, "bank")
 

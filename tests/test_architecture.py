@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import union_igrot
-from union_igrot.cli.config import compose, conf_dir, plain
+from union_igrot.cli.config import compose, conf_dir, plain, read_option
 from union_igrot.cli.groups import GROUPS
 from union_igrot.cli.settings import COMMANDS
 from union_igrot.experiment import build_model
@@ -161,10 +161,8 @@ LAZY = [path.parent for path in FILES if path.name == "__init__.py" and "if TYPE
 
 
 @pytest.mark.parametrize("folder", LAZY, ids=lambda folder: folder.name)
-def test_lazy_names_are_those_of_type_checkers(folder):
+def test_lazy_names_exist(folder):
     module = importlib.import_module(".".join(folder.relative_to(SRC.parent).parts))
-    (block,) = (node for node in ast.parse((folder / "__init__.py").read_text()).body if isinstance(node, ast.If))
-    assert sorted(name.asname or name.name for line in block.body for name in line.names) == dir(module)
     assert all(hasattr(module, name) for name in dir(module))
 
 
@@ -181,7 +179,7 @@ PARTNER = {"fusion": "target=union", "target": "fusion=transagg"}
 def chosen(path: Path, place: Path, command: str) -> list[str]:
     """Return the settings that choose an option, with the required ones and a head that can be trained."""
     group, option = path.parent.name, path.stem
-    needed = [f"{group}.{key}={place}" for key, value in yaml.safe_load(path.read_text()).items() if value == "???"]
+    needed = [f"{group}.{key}={place}" for key, value in read_option(group, option).items() if value == "???"]
     required = [one.key for one in declared(COMMANDS[command].settings) if one.default == "???"]
     partner = [PARTNER[group]] if group in PARTNER and command == "train" else []
     return [f"{group}={option}", *needed, *(f"{key}={place}" for key in required), *partner]
@@ -196,7 +194,7 @@ def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
         if command == "convert" and path.stem in ("shared", "residual"):
             continue  # the published code has no such target
         config = compose(command, chosen(path, tmp_path, command))
-        assert config[group] == yaml.safe_load(path.read_text().replace("???", str(tmp_path)))
+        assert plain(config)[group].items() >= yaml.safe_load(path.read_text()).items()
         if command == "train" and (group != "model" or path.stem == "tiny"):
             Recipe(**config.recipe)
             build_loss(**config.loss)

@@ -1,42 +1,37 @@
 """What is imported when it is first used: public names of packages (PEP 562), and entry points of other packages."""
 
-from collections.abc import Callable, Mapping
+import ast
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from union_igrot.errors import did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 
-def lazy_exports(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make the `__getattr__` and `__dir__` of a package whose imports are heavy.
 
-    Use it as `__getattr__, __dir__ = lazy_exports(__name__, {"Gallery": "gallery"})`, beside a `TYPE_CHECKING` block
-    that imports the same names for editors and mypy.
-
-    Args:
-        package: Full name of the package, its `__name__`.
-        names: For each public name the module that holds it, relative to the package; `module:name` if it has another
-            name there.
+    Use it as `__getattr__, __dir__ = lazy_exports(__name__, __file__)` in an `__init__.py` whose `if TYPE_CHECKING:`
+    block imports the public names, for editors and mypy; they are read from there.
     """
+    block = next(node for node in ast.parse(Path(file).read_text(encoding="utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    modules = {alias.name: str(node.module) for node in imports for alias in node.names}
 
     def get(name: str) -> Any:
-        if name in names:
-            module, _, inner = names[name].partition(":")
-            return getattr(import_module(f"{package}.{module}"), inner or name)
+        if name in modules:
+            return getattr(import_module(modules[name]), name)
         if name.startswith("_"):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        from difflib import get_close_matches  # noqa: PLC0415 - only needed for the error
+        near = did_you_mean(name, modules) or f"it has {', '.join(sorted(modules))}"
+        raise AttributeError(f"module {package!r} has no attribute {name!r}; {near}", name=name)
 
-        close = get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(sorted(names))}"
-        raise AttributeError(f"module {package!r} has no attribute {name!r}; {hint}", name=name)
-
-    def list_names() -> list[str]:
-        return sorted(names)
-
-    return get, list_names
+    return get, lambda: sorted(modules)
 
 
 def entry_points_of(group: str) -> "dict[str, EntryPoint]":

@@ -1,7 +1,7 @@
 """The functions of the Python interface that join several packages."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from inspect import signature
@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from union_igrot.errors import ConfigError, check_choice
+from union_igrot.errors import ConfigError, check_choice, check_integer, wrong_type
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult
 from union_igrot.experiment import Launch, RunData, run_training
@@ -22,6 +22,8 @@ from union_igrot.images.decode import image_key
 from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
+from union_igrot.models.registry import BACKBONE_FORMS, BACKBONE_PREFIXES, BACKBONES, QUERY_HEADS, TARGET_HEADS
+from union_igrot.settings import declared
 from union_igrot.storage.cache import chosen_limit, default_root
 from union_igrot.storage.paths import expand_user
 from union_igrot.training.data import data_settings, mean_name, read_evaluated
@@ -32,11 +34,12 @@ from union_igrot.types import Benchmark, TrainingSet
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Precisions of a training, with their names in Lightning."""
+_HEADS = {"fusion": QUERY_HEADS, "target": TARGET_HEADS}
 
 
 def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
     model: IGROTModel,
-    benchmark: str | Benchmark | Sequence[Benchmark],
+    benchmark: str | Path | Benchmark | Sequence[Benchmark],
     root: str | Path | None = None,
     *,
     seed: int = 0,
@@ -72,12 +75,19 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
     Raises:
         ConfigError: If there is no such benchmark or option.
     """
-    if isinstance(benchmark, str):
-        settings = data_settings(benchmark, root, **options)
+    if not isinstance(model, IGROTModel):
+        raise wrong_type("model", model, "a model, such as that of union_igrot.load")
+    check_integer("seed", seed, 0)
+    check_integer("batch_size", batch_size)
+    if isinstance(benchmark, str | Path):
+        settings = data_settings(str(benchmark), root, **options)
         benchmarks, mean = read_evaluated(settings), mean_name(settings)
     else:
         _check_no_options(root, options)
-        benchmarks, mean = [benchmark] if isinstance(benchmark, Benchmark) else list(benchmark), ""
+        benchmarks, mean = _benchmarks("benchmark", benchmark), ""
+    if not benchmarks:
+        raise ConfigError("the list of benchmarks is empty; pass a name or a Benchmark")
+    fusions = [fusions] if isinstance(fusions, str) else fusions
     cache = default_root() if cache_dir is None else expand_user(cache_dir)
     result, parts = EvaluationResult(), []
     with FeatureStore.for_backbone(model.backbone, cache, limit=chosen_limit(None)) as store:
@@ -185,11 +195,21 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
     return model
 
 
+def _benchmarks(name: str, given: object) -> list[Benchmark]:
+    """Return one benchmark or several as a list."""
+    several: list[Any] = [given] if isinstance(given, Benchmark) or not isinstance(given, Iterable) else list(given)
+    if odd := [one for one in several if not isinstance(one, Benchmark)]:
+        raise wrong_type(name, odd[0], "a Benchmark, or several")
+    return several
+
+
 def _training_data(
     data: object, validation: Benchmark | Sequence[Benchmark], root: str | Path | None, options: Mapping[str, Any]
 ) -> tuple[RunData | None, dict[str, Any]]:
     """Return the data if they are already read, and the settings of the dataset."""
-    benchmarks = [validation] if isinstance(validation, Benchmark) else list(validation)
+    benchmarks = _benchmarks("validation", validation)
+    if not isinstance(data, TrainingSet | str | Path):
+        raise wrong_type("data", data, "the name of a dataset, the path of a folder, or a TrainingSet")
     if not isinstance(data, TrainingSet):
         if benchmarks:
             raise ConfigError(f"invalid argument validation: {data} has its own validation data (expected none)")
@@ -213,8 +233,20 @@ def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device
     backbone, loss = given["backbone"], given["loss"]
     if not isinstance(backbone, str) and given["preprocess"] is not None:
         raise ConfigError("invalid argument preprocess for a backbone that is already built (expected none)")
+    if not isinstance(backbone, str | Backbone):
+        raise wrong_type("backbone", backbone, "a name or a Backbone; to go on from trained heads use checkpoint=")
+    if isinstance(backbone, str) and backbone not in BACKBONES and not backbone.startswith(BACKBONE_PREFIXES):
+        raise ConfigError(BACKBONES.unknown(backbone, BACKBONE_FORMS))
+    recipe = Recipe() if given["recipe"] is None else given["recipe"]
+    if not isinstance(recipe, Recipe):
+        raise wrong_type("recipe", recipe, "a Recipe, such as Recipe(epochs=1)")
+    for one in declared(Recipe):
+        if not one.allows(value := getattr(recipe, one.key)):
+            raise ConfigError(f"invalid value for {one.key} of the recipe: {value!r} (expected {one.expected})")
     known = {} if isinstance(backbone, str) else {"name": backbone.name, "fingerprint": backbone.fingerprint()}
-    heads = {name: given[name] for name in ("fusion", "target")}
+    heads = {name: {"kind": given[name]} if isinstance(given[name], str) else dict(given[name]) for name in _HEADS}
+    for name, registry in _HEADS.items():
+        registry.get(str(heads[name].get("kind")))  # an error if there is none
     accelerator = "gpu" if device.type == "cuda" else device.type
     devices = 1 if device.index is None else [device.index]
     return {
@@ -222,9 +254,9 @@ def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device
         | {name: given[name] for name in ("preprocess", "projector", "finetune")}
         | known,
         "data": {name: str(value) if isinstance(value, Path) else value for name, value in data.items()},
-        **{name: {"kind": head} if isinstance(head, str) else dict(head) for name, head in heads.items()},
+        **heads,
         "loss": asdict(BankSettings()) if loss is None else {"module": repr(loss)},
-        "recipe": asdict(given["recipe"] or Recipe()),
+        "recipe": asdict(recipe),
         "precision": {"trainer": PRECISIONS[given["precision"]]},
         "strategy": {"accelerator": accelerator, "devices": devices, "nodes": 1, "name": "auto"},
         "logger": {"name": given["logger"]},

@@ -1,7 +1,8 @@
 """Errors that a user can cause, and the helpers that word them; each message is one clear line."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from operator import index
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -44,11 +45,34 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
     """
     if isinstance(value, str) and value in allowed:
         return value
-    from difflib import get_close_matches  # noqa: PLC0415 - only needed for the error
+    near = did_you_mean(str(value), allowed)
+    raise ConfigError(
+        f"invalid value for {name}: {value!r} (expected one of {', '.join(allowed)}){'; ' * bool(near)}{near}"
+    )
 
-    close = get_close_matches(str(value), allowed, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"invalid value for {name}: {value!r} (expected one of {', '.join(allowed)}){hint}")
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean ...?` for an unknown word, in any case; empty if no known one is similar."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only needed for errors
+
+    plain = {one.lower().replace("_", "-"): one for one in known}
+    near = get_close_matches(word.lower().replace("_", "-"), plain, 1)
+    return f"did you mean {plain[near[0]]}?" if near else ""
+
+
+def check_integer(name: str, value: object, least: int = 1) -> int:
+    """Return a value as an integer if it is one, of Python or NumPy, that is not below `least`; else a ConfigError."""
+    try:
+        if not isinstance(value, bool) and (number := index(value)) >= least:  # type: ignore[arg-type]  # else TypeError
+            return number
+    except TypeError:
+        pass
+    raise ConfigError(f"invalid value for {name}: {value!r} (expected an integer >= {least})")
+
+
+def wrong_type(name: str, value: object, expected: str) -> ConfigError:
+    """Return the error for an argument of a wrong type."""
+    return ConfigError(f"invalid type for {name}: {type(value).__name__} (expected {expected})")
 
 
 def escape_controls(text: str) -> str:

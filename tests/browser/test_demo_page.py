@@ -260,8 +260,26 @@ def test_a_rectangle_on_the_query_image(visit):
     assert abs(width - 100) <= 2
     assert abs(height - 50) <= 2
     assert user.page.locator("#reference .frame").count() == 0
+    shown = user.page.wait_for_selector("#reference img[alt='part of m.png']")
+    x, y, before = shown.bounding_box()["x"], shown.bounding_box()["y"], shown.get_attribute("src")
+    finger = user.page.context.new_cdp_session(user.page)  # sideways first; up and down it scrolls
+    for kind, at in (("touchStart", (0.1, 0.4)), ("touchMove", (0.5, 0.4)), ("touchMove", (0.9, 0.6))):
+        points = [{"x": x + at[0] * side, "y": y + at[1] * side}]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    user.page.wait_for_function("(old) => document.querySelector('#reference img').src !== old", arg=before)
+    part = user.page.locator("#reference img")
+    assert part.evaluate("(one) => one.naturalWidth") < width
     user.search("")
     assert len(user.turns()) == 1
+
+
+def test_a_term_is_removed(visit):
+    user = visit()
+    user.search("on sand; 2:red; red")
+    user.page.get_by_role("button", name="Remove term: 2:red").click()
+    user.page.wait_for_selector("#history button:has-text('on sand; red')")
+    assert user.page.locator("[data-term]").all_inner_texts() == ["on sand", "red"]
 
 
 def test_undo_and_erase_strokes(visit):

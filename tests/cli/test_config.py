@@ -14,7 +14,6 @@ from union_igrot.cli.config import (
     _known,
     compose,
     conf_dir,
-    has_file,
     options_of,
     parse_arguments,
     parseable,
@@ -147,7 +146,7 @@ def test_compose_keeps_the_state_of_a_program_under_hydra():
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("train", ["seed=3"])
         message("model=nope")
-        assert outer_compose("eval").checkpoint == "tiny"
+        assert outer_compose("eval").data.name == "shapes"
     assert not GlobalHydra.instance().is_initialized()
 
 
@@ -241,33 +240,24 @@ def test_positional_values():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_yaml_files_agree_with_the_declared_settings(group):
+def test_options_hold_declared_settings(group):
     for option in options_of(group):
         values = read_option(group, option)
         schema = {one.key: one for one in GROUPS[group].settings(values.get(GROUPS[group].key))}
         assert values.keys() == schema.keys(), option
-        text = (conf_dir() / group / f"{option}.yaml").read_text() if has_file(group, option) else ""
         for key, one in schema.items():
-            place = f"{group}={option}: {key}"
-            assert values[key] == "???" or one.allows(values[key]), place
-            assert f"# {one.help}\n" in text or not (text and one.help), place
-            assert one.help or key in ("name", "kind"), place
-            assert all(show(choice) in f"{one.help} null" for choice in one.choices if one.help), place
+            assert values[key] == "???" or one.allows(values[key]), f"{group}={option}: {key}"
+            assert one.help or key in ("name", "kind"), key
+            assert all(show(choice) in f"{one.help} null" for choice in one.choices if one.help), key
 
 
 @pytest.mark.parametrize("name", SWEPT)
-def test_the_yaml_of_a_command_agrees_with_its_settings(name):
-    text = (conf_dir() / f"{name}.yaml").read_text()
-    values = yaml.safe_load(text)
+def test_groups_have_one_default(name):
+    values = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text())
     groups = {key: option for one in values["defaults"] if isinstance(one, dict) for key, option in one.items()}
     assert {key: one for key, one in groups.items() if not key.startswith("override")} == {
         group: default for group, (default, _) in COMMANDS[name].groups.items()
     }
-    for one in declared(COMMANDS[name].settings):
-        section, _, key = one.key.rpartition(".")
-        default = list(one.default) if isinstance(one.default, tuple) else one.default
-        assert (values[section] if section else values)[key] == default
-        assert f"# {one.help}\n" in text
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_no_input_becomes_markup(controller, view):
 def test_weighted_terms_are_chips(controller, view):
     found = view.regions(controller.act("new", "search", {"text": f"a beach; -2:{HOSTILE};"}))["results"]
     assert "<img src=x" not in found
-    assert [html.unescape(one) for one in re.findall("<li>(.*?)</li>", found)] == ["a beach", f"-2:{HOSTILE}"]
+    assert [html.unescape(one) for one in re.findall('data-term="(.*?)"', found)] == ["a beach", f"-2:{HOSTILE}"]
     assert 'class="chips"' not in view.regions(controller.act("new", "search", {"text": "a beach"}))["results"]
 
 

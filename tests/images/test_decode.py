@@ -204,7 +204,7 @@ def test_missing_empty_and_other_things(tmp_path):
         "empty.png": r"empty \(0 bytes\)",
         "text.png": "no known image format",
         "pipe.png": "not a regular file",  # opening it would wait for ever
-        ".": "not a regular file",
+        ".": "is a folder",
         "a\0b.png": "cannot be reached",
         "x" * 5000: "cannot be reached",
     }

@@ -44,10 +44,12 @@ def test_an_assistant_searches_by_text_image_and_filter(gallery):
         {"where": "year > 8", "k": 2, "offset": 1},
         {"where": "year > 99"},
         {"k": 10**9},
+        {"text": "red", "min_score": 2},
+        {"text": "red", "min_score": -1, "k": 1},
     )
     assert tool.annotations.read_only_hint
     assert "class" in tool.description
-    assert set(tool.input_schema["properties"]) == {"text", "similar_to", "where", "k", "offset"}
+    assert set(tool.input_schema["properties"]) == {"text", "similar_to", "where", "k", "offset", "min_score"}
     found = [[row["id"] for row in rows(one)] for one in results[:4]]
     similar = gallery.search(noise_image(4), exclude=["p4"], where="class = 'dog'").ids
     assert found[0] == gallery.search(text="red", k=3).ids
@@ -57,6 +59,8 @@ def test_an_assistant_searches_by_text_image_and_filter(gallery):
     assert found[3] == ["p10", "p11"]
     assert [part.text for part in results[4].content] == ["no image found"]
     assert [row["id"] for row in rows(results[5])] == gallery.ids()
+    assert results[6].content[0].text.startswith("nothing near: the best score is ")
+    assert [row["id"] for row in rows(results[7])] == found[0][:1]
     first, image = results[0].content[:2]
     assert json.loads(first.text)["rank"] == 1
     assert rows(results[1])[0]["rank"] == 2
@@ -70,6 +74,7 @@ def test_an_assistant_searches_by_text_image_and_filter(gallery):
         ({"similar_to": "/etc/passwd"}, "/etc/passwd"),
         ({"text": "a", "where": "year >"}, "year >"),
         ({"text": "a", "k": "many"}, "k"),
+        ({"text": "a", "min_score": "auto"}, "at least 100 images"),
     ],
 )
 def test_a_mistake_is_told_to_the_assistant(gallery, call, said):

@@ -85,6 +85,10 @@ def test_hits_are_those_of_the_gallery(app, gallery):
             {"text": "red", "terms": [{"image": text_of(png(3)), "text": "large", "weight": 2}, {"text": "./a.jpg"}]},
             {"text": "red", "terms": [((image, "large"), 2), {"text": "./a.jpg"}]},
         ),
+        (
+            {"terms": ["2:red", "-blue", ["large", 0.5], "image:/etc/passwd"]},
+            {"terms": [("red", 2), ("blue", -1), ("large", 0.5), "text:image:/etc/passwd"]},
+        ),
         ({"vector": vector.tolist(), "k": 4}, {"vector": vector, "k": 4}),
         ({"text": "red", "where": where, "min_score": -1}, {"text": "red", "where": where}),
     )
@@ -109,9 +113,11 @@ def test_an_uploaded_file_with_fields_in_the_address(app, gallery):
     upload = {"content": png(3), "headers": {"Content-Type": "image/png"}}
     expected = gallery.search(noise_image(3), "in red", 3, "year > 1")
     assert hits(ask(app, ("POST", "/search?k=3&text=in+red&where=year+%3E+1", upload))) == expected.ids
+    expected = gallery.search(noise_image(3), terms=[("red", -0.5), "blue"])
+    assert hits(ask(app, ("POST", "/search?terms=-.5:red&terms=blue", upload))) == expected.ids
     expected = gallery.search(noise_image(3), exclude=["p1", "p2"], disliked="p5")
     assert hits(ask(app, ("POST", "/search?exclude=p1&exclude=p2&disliked=p5", upload))) == expected.ids
-    for fields in ("k=many", "image=QQ==", "where=year+%3E", "tekst=a", "terms=x", "k=1&k=0"):
+    for fields in ("k=many", "image=QQ==", "where=year+%3E", "tekst=a", "terms=", "k=1&k=0"):
         assert ask(app, ("POST", f"/search?{fields}", upload)).status_code == 400, fields
 
 
@@ -126,6 +132,9 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         found = ask(app, post("/embed", body)).json()
         assert found["dim"] == model.backbone.dim
         assert torch.allclose(torch.tensor(found["embeddings"]), expected, atol=1e-5)
+    for empty in ({}, {"text": None}, {"text": ""}, {"text": []}, {"image": []}, {"image": [], "text": []}):
+        response = ask(app, post("/embed", empty))
+        assert (response.status_code, "nothing to embed" in response.json()["error"]) == (400, True), empty
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,10 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         (b'{"image": {"path": "/etc/passwd"}}', "image"),
         (b'{"image": ""}', "Cannot decode image"),
         (json.dumps({"image": ["QQ=="] * 17}).encode(), "image"),
-        (b'{"terms": ["/etc/passwd"]}', "terms: '/etc/passwd'"),
+        (b'{"terms": [5]}', "terms: 5"),
+        (b'{"terms": [["a", "b"]]}', "terms: ['a', 'b']"),
+        (b'{"terms": [["a", 1e9]]}', "terms: "),
+        (b'{"terms": [""]}', "is empty"),
         (b'{"terms": [{"image": "/etc/passwd"}]}', "terms: '/etc/passwd'"),
         (b'{"terms": [{"text": "a", "weight": 1e9}]}', "terms: 1000000000.0"),
         (b'{"terms": [{"text": "a", "weight": -1}]}', "only negative terms"),

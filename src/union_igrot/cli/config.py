@@ -4,7 +4,6 @@ Every command composes here, once. `union-train` and `union-eval` compose their 
 Nothing heavy is imported before the settings are known to be valid.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from union_igrot.cli.groups import GROUPS, UNTRAINED_HEADS
 from union_igrot.cli.settings import COMMANDS
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, did_you_mean
 from union_igrot.models.registry import BACKBONE_FORMS, BACKBONE_PREFIXES
 from union_igrot.settings import REQUIRED, Setting, declared, show
 
@@ -50,31 +49,34 @@ def options_of(group: str) -> list[str]:
 
 
 def has_file(group: str, option: str) -> bool:
-    """Return whether the values of an option are in `conf/`; else they are the declared defaults."""
+    """Return whether an option has a file in `conf/`, with its values that differ from the declared defaults."""
     return (conf_dir() / group / f"{option}.yaml").is_file()
 
 
 def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the values of an option of a group."""
     if has_file(group, option):
-        return dict(_read_yaml(conf_dir() / group / f"{option}.yaml"))
-    return {one.key: one.default for one in GROUPS[group].settings(option)} | {GROUPS[group].key: option}
+        return _with_defaults(group, _read_yaml(conf_dir() / group / f"{option}.yaml"))
+    return _with_defaults(group, {GROUPS[group].key: option})
+
+
+def _with_defaults(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a group, and the declared defaults of the settings that they leave out."""
+    return {one.key: one.default for one in GROUPS[group].settings(values.get(GROUPS[group].key))} | dict(values)
 
 
 @cache
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return values
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `did you mean ...?` for an unknown word; empty if no known one is similar."""
     known = list(known)
     ending = [one for one in known if one.endswith(f".{word}")]
-    near = ending or difflib.get_close_matches(word, known, 1, 0.6)
-    return f"did you mean {' or '.join(near[:3])}?" if near else ""
+    return f"did you mean {' or '.join(ending[:3])}?" if ending else did_you_mean(word, known)
 
 
 def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
@@ -263,16 +265,17 @@ def _wrong_option(name: str, group: str, option: str) -> str:
 
 def _composed(name: str, chosen: Mapping[str, str], hydra: Sequence[str]) -> "tuple[dict[str, Any], DictConfig | None]":
     """Return the values of the chosen options and the defaults of the command, and Hydra's configuration."""
+    own: dict[str, Any] = {}
+    for one in declared(COMMANDS[name].settings):
+        _put(own, one.key, list(one.default) if isinstance(one.default, tuple) else one.default)
     if COMMANDS[name].hydra:
         # Without the defaults: an experiment chooses options too.
-        return _compose_with_hydra(name, [*(f"{group}={option}" for group, option in chosen.items()), *hydra])
+        words = [*(f"{group}={option}" for group, option in chosen.items()), *hydra]
+        composed, config = _compose_with_hydra(name, words)
+        return {group: _with_defaults(group, values) for group, values in composed.items()} | own, config
     options = {**{group: default for group, (default, _) in COMMANDS[name].groups.items()}, **chosen}
-    values: dict[str, Any] = {
-        group: read_option(group, option) for group, option in options.items() if option and option != REQUIRED
-    }
-    for one in declared(COMMANDS[name].settings):
-        _put(values, one.key, list(one.default) if isinstance(one.default, tuple) else one.default)
-    return values, None
+    known = {group: option for group, option in options.items() if option and option != REQUIRED}
+    return {group: read_option(group, option) for group, option in known.items()} | own, None
 
 
 def _compose_with_hydra(name: str, overrides: list[str]) -> "tuple[dict[str, Any], DictConfig]":
@@ -451,7 +454,7 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> "DictConfig":
 
     Args:
         name: The command, such as `train`, `eval` or `search`.
-        overrides: As on the command line, such as `["data=folder", "data.root=images"]`.
+        overrides: As on the command line, such as `["data=folder", "data.root=images"]`, one or several.
 
     Returns:
         The settings.
@@ -460,5 +463,6 @@ def compose(name: str = "train", overrides: Sequence[str] = ()) -> "DictConfig":
         ConfigError: With all unknown settings, options and values, one per line.
     """
     if name not in COMMANDS:
-        raise ConfigError(_unknown("command", name, COMMANDS, "") + f" (expected {', '.join(COMMANDS)})")
-    return as_config(resolve(name, parse_arguments(name, overrides))[0])
+        raise ConfigError(_unknown("command", name, COMMANDS, f"expected {', '.join(COMMANDS)}"))
+    words = [overrides] if isinstance(overrides, str) else overrides
+    return as_config(resolve(name, parse_arguments(name, words))[0])

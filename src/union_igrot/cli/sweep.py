@@ -92,8 +92,9 @@ def check_sweep(name: str, arguments: Arguments) -> list[str]:
     for key, text in arguments.settings:
         if "glob(" in text:
             raise ConfigError(f"{key}={text}: glob is not supported; list the values, or use a range")
-    # `++` adds options of registered heads, which Hydra does not know.
-    overrides = [parseable(f"++{key}" if "." in key else key, text) for key, text in arguments.settings]
+    # `++` adds settings, which `conf/` does not contain.
+    groups = COMMANDS[name].groups
+    overrides = [parseable(key if key in groups else f"++{key}", text) for key, text in arguments.settings]
     values = [_read_override(override) for override in overrides]
     first = [(key, choices[0]) for key, choices in values]
     if any(len(choices) > 1 for _, choices in values) and any(key == "output_dir" for key, _ in first):

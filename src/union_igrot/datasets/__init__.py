@@ -15,17 +15,4 @@ if TYPE_CHECKING:
         register_benchmark as register_benchmark,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "BenchmarkDeclaration": "registry",
-        "BenchmarkOption": "registry",
-        "DatasetFolder": "annotations",
-        "benchmark_names": "registry",
-        "folder_benchmark": "folder",
-        "folder_training": "folder",
-        "load_benchmark": "loading",
-        "load_training": "loading",
-        "register_benchmark": "registry",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -19,7 +19,7 @@ from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.gallery.engines.base import ColumnValue, Rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.results import THUMBNAIL, file_of
+from union_igrot.gallery.results import THUMBNAIL, Hit, file_of
 from union_igrot.gallery.terms import Term
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
@@ -113,7 +113,11 @@ class GalleryBackend:
             )
         except ConfigError as error:
             raise ConfigError(str(error).replace("where=", "Filter ", 1)) from None
-        return [self._show(hit.id, hit.columns, hit.jpeg, hit.score) for hit in found[skip:]]
+        return [self.show(hit) for hit in found[skip:]]
+
+    def show(self, hit: Hit) -> DisplayedImage:
+        """Return a hit as the page shows it."""
+        return self._show(hit.id, hit.columns, hit.jpeg, hit.score)
 
     def sample(self, count: int, seed: int) -> list[DisplayedImage]:
         """Return some images to start from; deterministic in `seed`."""

@@ -23,14 +23,4 @@ if TYPE_CHECKING:
     )
     from union_igrot.evaluation.scoring import score as score, score_predictions as score_predictions
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        **dict.fromkeys(("average_parts", "evaluate_benchmark", "means"), "evaluate"),
-        **dict.fromkeys(("exact_topk", "rank"), "exact"),
-        "rank_chunks": "ranking",
-        **dict.fromkeys(("BenchmarkResult", "EvaluationResult", "MethodResult", "ScoredBenchmark"), "results"),
-        **dict.fromkeys(("read_query_values", "write_query_values", "write_results"), "results"),
-        **dict.fromkeys(("score", "score_predictions"), "scoring"),
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -15,6 +15,7 @@ Guarantees for the order, with `TILE` the fixed shape of the products below:
 """
 
 from collections.abc import Iterator, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, check_integer
 from union_igrot.models.devices import full_precision
 from union_igrot.types import Ranking
 
@@ -50,22 +51,24 @@ def rank(
         queries: Query embeddings, one per row, or a single one: a tensor or an array. Their order and that of the
             gallery is that of the positions in the result.
         gallery: Gallery embeddings, one per row.
-        k: Number of results per query, at most the size of the gallery.
+        k: Number of results per query; fewer if a query has fewer candidates.
         exclude: For each query the gallery positions to leave out.
 
     Returns:
         Gallery positions and scores (dot products) of the first k, best first.
 
     Raises:
-        ConfigError: If k is out of range.
-        DataError: If the embeddings have the wrong type or shape, or contain nan or infinity.
+        ConfigError: If k is not an integer from 1.
+        DataError: If the embeddings have the wrong type or shape or contain nan or infinity, or an exclusion is not a
+            gallery position.
     """
     rows, items = _embeddings("queries", queries), _embeddings("gallery", gallery)
     if rows.shape[1] != items.shape[1]:
         raise DataError(
             f"queries and gallery have {rows.shape[1]} and {items.shape[1]} dimensions; encode both with the same model"
         )
-    return exact_topk(rows, items, k, exclude)
+    excluded = check_exclusions(len(rows), len(items), exclude)
+    return exact_topk(rows, items, min(check_integer("k", k), _candidates(len(items), excluded)), excluded)
 
 
 def _embeddings(name: str, given: object) -> Tensor:
@@ -134,7 +137,10 @@ def check_exclusions(n_queries: int, n_gallery: int, exclude: Sequence[Sequence[
         raise DataError(
             f"there are {len(exclude)} lists of exclusions for {n_queries} queries; pass one list per query"
         )
-    excluded = [sorted(set(one)) for one in exclude]
+    try:
+        excluded = [sorted({index(position) for position in one}) for one in exclude]
+    except TypeError:
+        raise DataError(f"invalid exclusions: {exclude!r} (expected a list of gallery positions per query)") from None
     for query, one in enumerate(excluded):
         if one and not 0 <= one[0] <= one[-1] < n_gallery:
             wrong = one[0] if one[0] < 0 else one[-1]
@@ -145,8 +151,13 @@ def check_exclusions(n_queries: int, n_gallery: int, exclude: Sequence[Sequence[
     return excluded
 
 
+def _candidates(n_gallery: int, excluded: list[list[int]] | None) -> int:
+    """Return the smallest number of candidates of a query."""
+    return n_gallery - max((len(one) for one in excluded or ()), default=0)
+
+
 def _check_k(k: int, n_gallery: int, excluded: list[list[int]] | None) -> None:
-    most = n_gallery - max((len(one) for one in excluded or ()), default=0)
+    most = _candidates(n_gallery, excluded)
     if not 1 <= k <= most:
         size = f"the gallery has {n_gallery} items and a query excludes up to {n_gallery - most} of them"
         raise ConfigError(f"invalid value for k: {k} (expected 1 to {most}; {size})")

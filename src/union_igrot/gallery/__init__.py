@@ -10,15 +10,4 @@ if TYPE_CHECKING:
     from union_igrot.gallery.ingest.report import IngestOptions as IngestOptions, IngestReport as IngestReport
     from union_igrot.gallery.results import Hit as Hit, SearchResult as SearchResult
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "Gallery": "gallery",
-        "Hit": "results",
-        "IngestOptions": "ingest.report",
-        "IngestReport": "ingest.report",
-        "SearchResult": "results",
-        "open_index": "engines",
-        "register_engine": "engines",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, final
 
-from union_igrot.errors import ConfigError, DataError, UnionError
+from union_igrot.errors import ConfigError, DataError, UnionError, check_integer, wrong_type
 from union_igrot.gallery.calibration import stored_weight, widen_queries
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
@@ -117,6 +117,10 @@ class Gallery:
                 invalid, the package of its engine is not installed, or there is no such device.
             DataError: If it cannot be read or reached.
         """
+        if not isinstance(uri, str | Path):
+            raise wrong_type("uri", uri, "a location such as photos.lance")
+        if not isinstance(model, IGROTModel | str | Path | None):
+            raise wrong_type("model", model, "a model, or the name of one")
         path = local_path(str(uri))
         uri = str(uri) if path is None else path  # absolute, so that the working directory may change
         checkpoint = None
@@ -199,6 +203,8 @@ class Gallery:
             DataError: If ids repeat, or ids or columns are not as many as images.
             UnionError: If another process is adding images to the gallery, and has not finished after ten minutes.
         """
+        if images is None:
+            raise wrong_type("images", images, "images, a folder, a pattern or a list file")
         if _is_source(images):
             if ids is not None or columns is not None:
                 raise DataError(
@@ -326,8 +332,7 @@ class Gallery:
         on.
         """
         for name, number, least in (("k", k, 1), ("offset", offset, 0)):
-            if type(number) is not int or number < least:
-                raise ConfigError(f"invalid value for {name}: {number} (expected an integer >= {least})")
+            check_integer(name, number, least)
         if isinstance(queries, str | Mapping) or not isinstance(queries, Sequence):
             raise ConfigError("invalid value for queries (expected a list of fields such as {'text': 'a dog'})")
         if names is not None and len(names) != len(queries):

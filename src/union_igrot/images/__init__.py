@@ -14,16 +14,4 @@ if TYPE_CHECKING:
         model_input as model_input,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "Crop": "identity",
-        "ImageToPixels": "transforms",
-        "ImageToTensor": "transforms",
-        "as_image": "decode",
-        "image_batch": "transforms",
-        "image_identity": "identity",
-        "model_input": "transforms",
-        "open_image": "decode",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

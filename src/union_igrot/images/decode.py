@@ -94,6 +94,8 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
     """
     if isinstance(image, str) and is_web_address(image):
         raise ImageError(f"{image} is a web address; download the image and pass its path")
+    if isinstance(image, str) and not image:
+        raise ImageError("the path of the image is empty; check the list of paths")
     if isinstance(image, str | Path):
         return open_image(Path(find_path(str(expand_user(image)))), at_least)
     if isinstance(image, Image.Image):
@@ -105,8 +107,9 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
         return _decode(io.BytesIO(data), named, at_least)
     if isinstance(image, LazyImage):
         return open_image(image)
+    hint = "; pass its .image" if hasattr(image, "image") else ""
     raise ImageError(
-        f"not an image: {type(image).__name__} (expected a path, PIL image, bytes, open file, array or tensor)"
+        f"not an image: {type(image).__name__} (expected a path, PIL image, bytes, open file, array or tensor){hint}"
     )
 
 
@@ -320,10 +323,15 @@ def check_image(path: Path) -> os.stat_result:
     try:
         found = os.stat(path)  # noqa: PTH116  (Path.stat is slower, and whole lists are checked)
     except (FileNotFoundError, NotADirectoryError):
-        advice = "check the path" if path.suffix else "check the path, or give a text as text="
+        if is_web_address(str(path)):
+            raise ImageError(f"{path} is a web address; download the image and pass its path") from None
+        advice = "check the path" if path.suffix else "check the path; a text is given as text= or texts="
         raise ImageError(f"{path}: the image is missing; {advice}") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: the image cannot be reached ({image_fault(error)}); check the path") from None
+    if stat.S_ISDIR(found.st_mode):
+        advice = "pass a list of its image files, or index it (union-index, Gallery.add)"
+        raise ImageError(f"{path} is a folder, not an image file; {advice}")
     if not stat.S_ISREG(found.st_mode):
         raise ImageError(f"{path}: not a regular file; pass an image file")
     if found.st_size == 0:

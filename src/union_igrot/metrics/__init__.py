@@ -25,14 +25,4 @@ if TYPE_CHECKING:
         randomization_test as randomization_test,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        **dict.fromkeys(("average", "average_precision", "precision_at_k", "recall_at_k"), "functional"),
-        **dict.fromkeys(("MetricFamily", "metric_families", "parse_metric", "register_metric"), "names"),
-        "RetrievalMetrics": "retrieval",
-        **dict.fromkeys(
-            ("bootstrap_interval", "bootstrap_intervals", "paired_interval", "randomization_test"), "statistics"
-        ),
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -22,22 +22,4 @@ if TYPE_CHECKING:
         register_target_head as register_target_head,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "Backbone": "backbones.base",
-        "IGROTModel": "model",
-        "QueryHead": "heads.query",
-        "TargetHead": "heads.target",
-        "baseline": "model",
-        "build_backbone": "factory",
-        "build_query_head": "factory",
-        "build_target_head": "factory",
-        "load": "model",
-        "load_reference_checkpoint": "reference",
-        "register_backbone": "registry",
-        "register_query_head": "registry",
-        "register_target_head": "registry",
-        "resolve_checkpoint": "checkpoint",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -9,21 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, wrong_type
 
 _MOST_WORKERS = {"cpu": 8}
 _MOST_WORKERS_ELSEWHERE = 32
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Return the device of a name.
 
     Args:
-        name: `auto` (the first GPU of CUDA or ROCm, else Apple's, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        name: `auto` (the first GPU of CUDA or ROCm, else Apple's, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`; or a
+            device.
 
     Raises:
         ConfigError: If the device is not available.
     """
+    if isinstance(name, torch.device):
+        return name
+    if not isinstance(name, str):
+        raise wrong_type("device", name, "a name such as auto, cpu or cuda:0")
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")

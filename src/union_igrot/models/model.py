@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import Any, final
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError, ConfigError, DataError, first_line
+from union_igrot.errors import CheckpointError, ConfigError, DataError, check_integer, first_line, wrong_type
 from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import file_bytes
 from union_igrot.images.transforms import model_input
@@ -36,7 +37,7 @@ from union_igrot.models.heads.projector import VisionProjector
 from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.hub import check_repository, fetch_model, push_folder, short_card, split_name
-from union_igrot.models.registry import BACKBONES, did_you_mean, names_backbone
+from union_igrot.models.registry import BACKBONES, USUAL_NAMES, names_backbone, near_name
 from union_igrot.storage.paths import expand_user
 from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
@@ -174,7 +175,7 @@ class IGROTModel(nn.Module):
     def encode_queries(
         self,
         images: object = None,
-        texts: str | Sequence[str | None] | None = None,
+        texts: str | Iterable[str | None] | None = None,
         *,
         batch_size: int = 64,
         workers: int | None = None,
@@ -187,7 +188,7 @@ class IGROTModel(nn.Module):
             images: One image or several: paths, PIL images, arrays, tensors, bytes, open files or `LazyImage`s, see
                 `images.decode.as_image`. A single array or tensor of at most 3 dimensions is one image. A float
                 tensor of 4 dimensions is a preprocessed batch, as for `embed_queries`. None encodes the texts alone.
-            texts: One modification text per image, or None; a `str` is one text.
+            texts: One modification text per image, or None; a `str` is one text. Missing values of a table are None.
             batch_size: Queries per forward pass.
             workers: Processes that decode images, 0 for this one. None starts some from 4 batches on.
             progress: Whether to show a progress bar.
@@ -206,7 +207,10 @@ class IGROTModel(nn.Module):
             raise ConfigError("encode_queries needs images, texts or both")
         count = len(some_texts or ()) if some_images is None else len(some_images)
         if some_texts is not None and len(some_texts) != count:
-            raise DataError(f"got {count} images and {len(some_texts)} texts (expected one text per image, or none)")
+            raise DataError(
+                f"got {count} images and {len(some_texts)} texts (expected one text per image, or none); repeat a "
+                "text or an image that belongs to several: [text] * count"
+            )
 
         def embed(span: slice, loaded: Tensor | None) -> Tensor:
             return self.embed_queries(loaded, None if some_texts is None else some_texts[span])
@@ -242,9 +246,10 @@ class IGROTModel(nn.Module):
         device: str | torch.device | None,
     ) -> Tensor:
         """Embed items batch by batch in evaluation mode, and normalize the embeddings."""
-        if batch_size < 1:
-            raise ConfigError(f"invalid value for batch_size: {batch_size} (expected an integer >= 1)")
-        there = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
+        check_integer("batch_size", batch_size)
+        if workers is not None:
+            check_integer("workers", workers, 0)
+        there = resolve_device("cpu" if device is None else device)
         spans = [slice(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
         embeddings, training = [torch.empty(0, self.backbone.dim, device=there)], self.training
         self.eval()
@@ -407,9 +412,10 @@ class IGROTModel(nn.Module):
         if expand_user(name).is_dir():
             return cls.load(name, backbone, weights)
         named = split_name(str(name))
-        if named is None:
+        if named is None or named[0].lower().replace("/", "-") in USUAL_NAMES:
+            known = [*BUNDLED, *BACKBONES.names()]
             raise CheckpointError(
-                f"no model {str(name)!r}{did_you_mean(str(name), BACKBONES.names())}; give a folder with model.json"
+                f"no model {str(name)!r}{near_name(str(name), known)}; give a folder with model.json"
                 " and heads.safetensors, owner/name of the hub, photos, tiny, tiny-union, or a backbone such as base"
             )
         return cls.load(fetch_model(named[0], revision or named[1], **options), backbone, weights)
@@ -481,26 +487,34 @@ def _as_texts(texts: object) -> list[str | None] | None:
         return None
     if isinstance(texts, str):
         return [texts]
-    if isinstance(texts, list | tuple) and all(text is None or isinstance(text, str) for text in texts):
-        return list(texts)
-    odd = texts if not isinstance(texts, list | tuple) else next(t for t in texts if not isinstance(t, str | None))
-    raise ConfigError(f"texts must be a str or a list of str and None (got {type(odd).__name__})")
+    several = [] if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable) else list(texts)
+    # A missing value of a table is a nan, which differs from itself.
+    several = [None if isinstance(text, float) and text != text else text for text in several]  # noqa: PLR0124
+    odd = [text for text in several if not isinstance(text, str | None)]
+    if odd or not (several or isinstance(texts, list | tuple)):
+        raise wrong_type("texts", [*odd, texts][0], "a str, or several str and None")
+    return several
 
 
 def _as_images(images: object) -> Sequence[object] | Tensor:
     """Return images as a sequence, or as the batch they are; a single image becomes a list of one."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OU":  # paths, images
+        return list(images.flat)
     if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
         batch = isinstance(images, Tensor) and images.is_floating_point()
         return images if isinstance(images, Tensor) and batch else list(images)
     single = (str, Path, Image.Image, np.ndarray, Tensor, bytes, bytearray, memoryview, LazyImage)
     if isinstance(images, single) or hasattr(images, "read"):
         return [images]
-    try:
-        return list(images)  # type: ignore[call-overload, no-any-return]
-    except TypeError:
-        raise ConfigError(
-            f"images must be paths, PIL images, arrays or tensors, one or several (got {type(images).__name__})"
-        ) from None
+    expected = "paths, PIL images, arrays or tensors, one or several"
+    if isinstance(images, Mapping) or hasattr(images, "columns"):
+        raise wrong_type("images", images, f"{expected}; pass the values, or a column")
+    if not isinstance(images, Iterable):
+        raise wrong_type("images", images, expected)
+    several = list(images)
+    if odd := [one for one in several if isinstance(one, list | tuple | NoneType)]:
+        raise wrong_type("an image", odd[0], f"{expected}; texts are passed as texts=, one per image")
+    return several
 
 
 def model_fingerprint(description: Mapping[str, Any]) -> str:
@@ -552,7 +566,10 @@ def load(
         CheckpointError: If there is no such model; the error says what was tried.
         ConfigError: If the device is not available, or trained heads have another preprocessing.
     """
-    there = resolve_device(device) if isinstance(device, str) else device
+    for argument, value in (("name", name), ("weights", weights), ("revision", revision)):
+        if not isinstance(value, str | Path) and (value is not None or argument == "name"):
+            raise wrong_type(argument, value, "a name or a path")
+    there = None if device is None else resolve_device(device)
     if str(name) in BUNDLED:
         model = IGROTModel.load(str(files("union_igrot") / "weights" / "tiny" / BUNDLED[str(name)]), weights=weights)
     elif names_backbone(str(name)):

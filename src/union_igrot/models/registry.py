@@ -4,13 +4,12 @@ Imports nothing heavy, so that a configuration is checked without torch.
 """
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from union_igrot._lazy import entry_points_of
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
 BACKBONE_PREFIXES = ("open_clip:", "hf-hub:", "hf:", "st:")
@@ -19,6 +18,13 @@ BACKBONE_FORMS = (
     "open_clip:<architecture>/<tag>, hf-hub:<repository> (OpenCLIP), hf:<repository> (transformers) or st:<repository> "
     "(sentence-transformers)"
 )
+
+USUAL_NAMES = {
+    **dict.fromkeys(("clip", "vit-b-32", "clip-vit-b-32", "openai-clip-vit-base-patch32"), "base"),
+    **dict.fromkeys(("vit-l-14", "clip-vit-l-14", "openai-clip-vit-large-patch14"), "large"),
+    **dict.fromkeys(("siglip", "google-siglip2-base-patch16-224"), "siglip2"),
+}
+"""Names that backbones have elsewhere, with `-` for `/`."""
 
 
 @final
@@ -75,13 +81,14 @@ class Registry:
     def unknown(self, name: str, more: str = "") -> str:
         """Return the error line for an unknown name; `more` names further forms that are allowed."""
         choices = ", ".join(self.names()) + (f", {more}" if more else "")
-        return f"unknown {self.what} {name!r}{did_you_mean(name, self.names())}; choose one of {choices}"
+        return f"unknown {self.what} {name!r}{near_name(name, self.names())}; choose one of {choices}"
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
+def near_name(name: str, known: list[str]) -> str:
     """Return ` (did you mean X?)` for the nearest of some names, or an empty text if none is near."""
-    near = get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    usual = USUAL_NAMES.get(name.lower().replace("/", "-"))
+    near = f"did you mean {usual}?" if usual in known else did_you_mean(name, known)
+    return f" ({near})" if near else ""
 
 
 BACKBONES = Registry(

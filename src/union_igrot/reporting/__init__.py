@@ -16,12 +16,4 @@ if TYPE_CHECKING:
         published_results as published_results,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        **dict.fromkeys(("SheetRow", "contact_sheet"), "contact_sheets"),
-        **dict.fromkeys(("render_model_card", "write_model_card"), "model_card"),
-        **dict.fromkeys(("Provenance", "write_page"), "page"),
-        **dict.fromkeys(("published_for", "published_results"), "sweep_results"),
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -8,7 +8,7 @@ import base64
 import hmac
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar, final
 
 from PIL import Image
@@ -23,10 +23,11 @@ from union_igrot import __version__
 from union_igrot.errors import ConfigError, UnionError, one_line
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import Hit
+from union_igrot.gallery.terms import Term, parse_term
 from union_igrot.service import http
 from union_igrot.service.http import BodyReader, BusyError, RequestQueue, UploadQueue, error_response, json_response
 
-_LISTS: Final = ("liked", "disliked", "exclude")
+_LISTS: Final = ("terms", "liked", "disliked", "exclude")
 MAX_VALUES: Final = 50_000  # values of a JSON body
 DECODE_TIMEOUT: Final = 25.0  # seconds within which all images of a request have to be decoded
 
@@ -45,6 +46,7 @@ Text = Annotated[str, Field(max_length=1000)]
 File = Annotated[bytes, BeforeValidator(_from_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
 Ids = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=100)]
 Files = File | Annotated[list[File], Field(max_length=16)]
+TermWeight = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 _FILES: Final = "content of an image file in base64 or as a data URI, or a list of several; paths are not read"
 
 
@@ -54,7 +56,7 @@ class TermBody(BaseModel, extra="forbid"):
 
     text: Text | None = Field(None, description="modification text of the image, or a text alone")
     image: File | None = Field(None, description="content of an image file in base64 or as a data URI")
-    weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative to move away from it")
+    weight: TermWeight = Field(1.0, description="negative to move away from it")
 
 
 @final
@@ -66,7 +68,9 @@ class SearchRequestBody(BaseModel, extra="forbid"):
     vector: Annotated[list[FiniteFloat], Field(max_length=8192)] | None = Field(
         None, description="embedding of the query, such as one from /embed"
     )
-    terms: list[TermBody] = Field([], max_length=16, description="further weighted texts and images")
+    terms: list[TermBody | Text | tuple[Text, TermWeight]] = Field(
+        [], max_length=16, description="further weighted texts and images; a text such as 2:a dog, or [a dog, 2], too"
+    )
     liked: Ids = Field([], description="ids of images to move towards; they are a query of their own too")
     disliked: Ids = Field([], description="ids of images to move away from; they are not among the hits")
     exclude: Ids = Field([], description="ids that are not among the hits")
@@ -137,9 +141,10 @@ class ServiceRoutes:
 
     async def _search(self, request: Request) -> dict[str, Any]:
         given, files = await self._read(request, SearchRequestBody)
-        images = await self._decode([*files, *(one.image for one in given.terms if one.image is not None)])
+        bodies = [one for one in given.terms if isinstance(one, TermBody)]
+        images = await self._decode([*files, *(one.image for one in bodies if one.image is not None)])
         of_terms = iter(images[len(files) :])
-        terms = [{**one.model_dump(), "image": None if one.image is None else next(of_terms)} for one in given.terms]
+        terms = [_read_term(one, of_terms) for one in given.terms]
         options = {**given.model_dump(exclude={"image", "terms"}), "terms": terms}
         found = await self._queue.run(lambda: self._gallery.search(images[: len(files)] or None, **options))
         hits = [{"rank": rank, **_show(hit)} for rank, hit in enumerate(found, given.offset + 1)]
@@ -149,6 +154,8 @@ class ServiceRoutes:
         given, files = await self._read(request, EmbedRequestBody)
         images = await self._decode(files)
         model = self._gallery.model
+        if not images and not given.text:
+            raise ConfigError("nothing to embed (expected text, image or both)")
         if given.kind == "gallery" and (given.text is not None or not images):
             raise ConfigError("kind=gallery needs images without text")
         if given.kind == "gallery":
@@ -210,6 +217,15 @@ def _answering(handler: Callable[[Request], Awaitable[dict[str, Any]]]) -> Calla
             return error_response(500, "internal error; the log of the server shows the details")
 
     return answer
+
+
+def _read_term(given: TermBody | str | tuple[str, float], images: Iterator[Image.Image]) -> Term:
+    """Return a term, with the next image if it has one; no text names a file."""
+    if isinstance(given, str):
+        return parse_term(given, images=False)
+    if isinstance(given, tuple):
+        return parse_term({"text": given[0], "weight": given[1]})
+    return parse_term({**given.model_dump(), "image": None if given.image is None else next(images)})
 
 
 def _show(hit: Hit) -> dict[str, Any]:

@@ -13,16 +13,4 @@ if TYPE_CHECKING:
         acquire_shared as acquire_shared,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "HeldLock": "locks",
-        "Usage": "cache",
-        "acquire_exclusive": "locks",
-        "acquire_shared": "locks",
-        "default_root": "cache",
-        "prune": "cache",
-        "usage": "cache",
-        "write_atomic": "atomic",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -17,8 +17,8 @@ def absolute_path(path: str | Path) -> str:
 
 
 def is_web_address(text: str) -> bool:
-    """Return whether a text is an address such as `https://host/a.jpg`, which is no path."""
-    return re.match(r"(https?|ftp)://", text, re.IGNORECASE) is not None
+    """Return whether a text is an address such as `https://host/a.jpg`, which is no path; also as part of a path."""
+    return re.search(r"(?:^|[/\\])(?:https?|ftp):/", text, re.IGNORECASE) is not None
 
 
 def find_path(path: str) -> str:

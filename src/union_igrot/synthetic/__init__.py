@@ -13,15 +13,4 @@ if TYPE_CHECKING:
         shapes_training as shapes_training,
     )
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "Edit": "scenes",
-        "Scene": "scenes",
-        "ShapesImage": "shapes",
-        "Thing": "scenes",
-        "shapes_cir": "shapes",
-        "shapes_sbir": "shapes",
-        "shapes_training": "shapes",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -176,7 +176,7 @@ function placeOn(image, event) {
 let rectangle = null; // the image, its frame, and the first corner on it and on the window
 $("reference").addEventListener("dragstart", (event) => event.preventDefault());
 $("reference").addEventListener("pointerdown", (event) => {
-  if (!event.target.matches(".square img") || event.button !== 0 || event.pointerType === "touch") return; // a finger scrolls
+  if (!event.target.matches(".square img") || event.button !== 0) return;
   event.preventDefault();
   const frame = event.target.parentElement.appendChild(document.createElement("div"));
   frame.className = "frame";
@@ -325,6 +325,15 @@ function show(shown) {
 // A folded filter is still active, so its text stays visible.
 const folded = () => ($("filtered").textContent = (!$("filter").open && $("where").value) || "(optional)");
 $("filter")?.addEventListener("toggle", folded);
+
+// Search without one of the terms that the text field holds.
+document.addEventListener("click", (event) => {
+  const removed = event.target.closest("[data-term]")?.dataset.term;
+  if (removed === undefined) return;
+  const terms = $("text").value.split(";").map((term) => term.trim()).filter(Boolean);
+  $("text").value = terms.filter((term, at) => at !== terms.indexOf(removed)).join("; ");
+  $("query").requestSubmit();
+});
 
 const wide = matchMedia("(min-width: 60rem)");
 

@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from union_igrot.gallery.engines.factory import open_index as open_index, register_engine as register_engine
     from union_igrot.gallery.engines.filters import matching as matching, parse_filter as parse_filter
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "IndexHits": "base",
-        "Rows": "base",
-        "VectorIndex": "base",
-        "matching": "filters",
-        "open_index": "factory",
-        "parse_filter": "filters",
-        "register_engine": "factory",
-        "topk_of_rows": "base",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError, check_choice
+from union_igrot.errors import ConfigError, DataError, check_choice, check_integer
 from union_igrot.evaluation import exact
 from union_igrot.gallery.engines.filters import ColumnKind, Condition, parse_filter
 from union_igrot.types import Ranking
@@ -245,8 +245,7 @@ class VectorIndex(ABC):
             DataError: If the queries have another width or are not finite.
         """
         check_choice("mode", mode, get_args(SearchMode))
-        if k < 1:
-            raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
+        check_integer("k", k)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise DataError(
                 f"invalid shape of queries: {_shape(queries)} (index of width {self.dim}); embed them with its model"

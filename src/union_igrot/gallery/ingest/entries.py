@@ -17,7 +17,7 @@ import numpy as np
 from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import as_image, file_bytes
 from union_igrot.images.formats import describe_name, is_raw
-from union_igrot.storage.paths import absolute_path
+from union_igrot.storage.paths import absolute_path, is_web_address
 
 UserValue = str | int | float | bool | None  # a value of a user's column
 OWN_COLUMNS: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
@@ -68,7 +68,7 @@ def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os
     try:
         found = found or os.stat(path)  # noqa: PTH116 - undecodable bytes, and speed
     except (FileNotFoundError, NotADirectoryError):
-        fault = FILE_MISSING
+        fault = WEB_ADDRESS if is_web_address(path) else FILE_MISSING
     except (OSError, ValueError) as error:
         fault = f"{UNREACHABLE} ({getattr(error, 'strerror', None) or error})"
     if found is None:

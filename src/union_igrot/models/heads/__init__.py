@@ -9,6 +9,4 @@ if TYPE_CHECKING:
     from union_igrot.models.heads.query import QueryHead as QueryHead
     from union_igrot.models.heads.target import TargetHead as TargetHead
 
-__getattr__, __dir__ = lazy_exports(
-    __name__, {"QueryHead": "query", "TargetHead": "target", "VisionProjector": "projector"}
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)
