@@ -4,7 +4,7 @@ Commands parse, validate and describe settings by these declarations; nothing he
 
 The metadata may hold `help`; `choices`; the bounds `low`, `high` and `above` (excluded); `path` (`file` or `folder`,
 which must exist); or `accepts`, a test of the value, with `expected`, its description or a function that returns it.
-`verbatim` text is never null.
+`verbatim` text is never null; `rare` settings are left out of the short help.
 """
 
 import math

@@ -207,15 +207,15 @@ def test_lists_are_repeated_or_bracketed():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_two_screens_and_help_all_lists_every_setting(name):
     short, whole = help_text(name), help_text(name, "all")
-    assert len(short.splitlines()) <= 50
-    assert max(map(len, whole.splitlines())) <= 100
+    assert len(short.splitlines()) <= 48
+    assert max(map(len, whole.splitlines())) <= 80
     assert f"usage: union-{name}" in short
     assert all(f"\n  {example}" in short for example in COMMANDS[name].examples)
     for word in ("--version", "--help"):
         assert word in short
     for one in declared(COMMANDS[name].settings):
         assert f"{one.key}={show(one.default)}" in whole
-        assert "." in one.key or f"{one.key}={show(one.default)}" in short
+        assert "." in one.key or one.key in short
     for group in COMMANDS[name].groups:
         text = help_text(name, group)
         assert all(option in text for option in options_of(group))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,21 +19,14 @@ EXIT_IN_USE = 1
 """Exit code if more is left than `prune=` allows, since other processes use it."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-cache`."""
-    run_command("cache", cache, argv)
-
-
-def cache(config: "DictConfig", fresh: Path) -> None:
+def cache(config: "DictConfig", _: Path) -> None:
     """Prune the cache if configured, and list what is left."""
-    # Heavy imports are delayed so that --help and usage errors are fast.
     import shutil
 
     from union_igrot.storage.cache import PARTS, chosen_limit, default_root, prune, usage
     from union_igrot.storage.sizes import format_size, parse_duration, parse_size
     from union_igrot.terminal import TerminalConsole, print_line
 
-    del fresh
     root = default_root() if config.cache_dir is None else expand_user(config.cache_dir)
     limit = chosen_limit()  # an invalid one is an error before anything is removed
     size = 0 if config.prune in (None, "all") else parse_size(config.prune)
@@ -80,5 +74,6 @@ def _table(left: "Sequence[Usage]") -> "Table":
     return table
 
 
+main = partial(run_command, "cache", cache)
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """`union-check`: check whether the files of a dataset are complete, and show what would be trained and tested on."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +20,14 @@ _Row = tuple[Sequence[str], str]
 """The cells of a row, and what is wrong with it."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-check`."""
-    run_command("check", check, argv)
-
-
-def check(config: "DictConfig", fresh: Path) -> None:
+def check(config: "DictConfig", _: Path) -> None:
     """Print a row for each split and part of a dataset; exit with 1 if one is not complete."""
-    # Heavy imports are delayed so that --help and usage errors are fast.
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from union_igrot.terminal import TerminalConsole, print_line
 
-    del fresh
     data = plain(config.data)
     if data["name"] == "shapes":
         print_line("shapes is generated; it has no files to check")
@@ -133,5 +127,6 @@ def _broken(root: Path, paths: set[str]) -> dict[str, str]:
     return reasons | {present[file]: reason for file, reason in broken_images(present)}
 
 
+main = partial(run_command, "check", check)
 if __name__ == "__main__":
     main()

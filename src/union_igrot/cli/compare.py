@@ -1,6 +1,6 @@
 """`union-compare`: the statistical significance of the difference between two runs, query by query."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +11,13 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-compare`."""
-    run_command("compare", compare, argv)
-
-
-def compare(config: "DictConfig", fresh: Path) -> None:
+def compare(config: "DictConfig", _: Path) -> None:
     """Print a table of paired differences, first - second, and a verdict for each benchmark of both runs."""
-    # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.errors import DataError
     from union_igrot.evaluation.results import read_query_values
     from union_igrot.evaluation.tables import compare_queries, print_table
     from union_igrot.terminal import TerminalConsole, print_line
 
-    del fresh
     folders = [expand_user(config[side]) for side in ("first", "second")]
     held = [{path.name for path in folder.glob("queries-*.safetensors")} for folder in folders]
     for folder, files in zip(folders, held, strict=True):
@@ -37,7 +30,7 @@ def compare(config: "DictConfig", fresh: Path) -> None:
         first, second = (read_query_values(folder / file) for folder in folders)
         if first.identity != second.identity:
             raise DataError(f"{file}: the queries of the two runs differ; evaluate both on the same data")
-        benchmark, _, split = file.removeprefix("queries-").removesuffix(".safetensors").rpartition("-")
+        benchmark, split = file.removeprefix("queries-").removesuffix(".safetensors").rsplit("-", 1)
         table, verdict = compare_queries(first, second, names, config.method, config.rounds, config.seed)
         count = len(next(iter(first.values.values())))
         print_line(f"{benchmark} · {split} · {count:,} queries · {config.method}\n", style="bold")
@@ -53,5 +46,6 @@ def _distinct_names(first: Path, second: Path) -> tuple[str, str]:
     return "/".join(parts[0][-depth:]), "/".join(parts[1][-depth:])
 
 
+main = partial(run_command, "compare", compare)
 if __name__ == "__main__":
     main()

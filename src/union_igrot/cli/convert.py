@@ -1,6 +1,6 @@
 """`union-convert`: convert a checkpoint of the published code into a model of this package."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +11,13 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-convert`."""
-    run_command("convert", convert, argv)
-
-
-def convert(config: "DictConfig", fresh: Path) -> None:
+def convert(config: "DictConfig", _: Path) -> None:
     """Read the authors' file and write heads, the backbone's weights, `model.json` and a model card."""
-    # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.errors import ConfigError
     from union_igrot.models.reference import load_reference_checkpoint
     from union_igrot.reporting.model_card import write_model_card
     from union_igrot.terminal import print_line
 
-    del fresh
     folder = expand_user(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir {folder} is not an empty folder; give a new one")
@@ -48,5 +41,6 @@ def convert(config: "DictConfig", fresh: Path) -> None:
     print_line(f'written to {folder}; union_igrot.load("{folder}"), or union-eval checkpoint={folder}')
 
 
+main = partial(run_command, "convert", convert)
 if __name__ == "__main__":
     main()

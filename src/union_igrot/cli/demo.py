@@ -4,7 +4,7 @@ import getpass
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 PASSWORD = "UNION_DEMO_PASSWORD"  # the environment variable that holds the password
 UNTRAINED = {"image + text": "sum", "image alone": "image"}
 """Baselines that a model is compared with on the generated world, name on the page to kind."""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-demo`."""
-    run_command("demo", demo, argv)
 
 
 def demo(config: "DictConfig", _: Path) -> None:
@@ -118,5 +113,6 @@ def _synthetic_backends(config: "DictConfig") -> "list[GalleryBackend]":
     return backends
 
 
+main = partial(run_command, "demo", demo)
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ import html
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
 
 EXIT_NONE = 1  # exit code if there are no duplicates
 _SHOWN = 200  # groups on the page
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-duplicates`."""
-    run_command("duplicates", duplicates, argv)
 
 
 def duplicates(config: "DictConfig", _: Path) -> None:
@@ -82,5 +78,6 @@ def _write_page(path: Path, index: str, groups: "Sequence[SearchResult]") -> Non
         raise DataError(f"cannot write html={path} ({error.strerror}); use another path") from error
 
 
+main = partial(run_command, "duplicates", duplicates)
 if __name__ == "__main__":
     main()

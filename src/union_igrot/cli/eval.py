@@ -1,6 +1,6 @@
 """`union-eval`: a trained model, or a backbone alone, on benchmarks next to a random and untrained baselines."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +15,12 @@ if TYPE_CHECKING:
     from union_igrot.models.model import IGROTModel
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-eval`."""
-    run_command("eval", evaluate_checkpoint, argv, resumes=True)
-
-
 def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
     """Evaluate as configured; `fresh` is used if no folder is named.
 
     Returns:
         The folder of the results.
     """
-    # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.experiment import check_writable, evaluate_and_report, open_extractor, report_predictions
     from union_igrot.models.devices import resolve_device
     from union_igrot.storage.atomic import write_atomic
@@ -80,5 +74,6 @@ def _model(config: "DictConfig") -> "tuple[IGROTModel, str | None]":
     return load(checkpoint, weights=config.weights), str(config.checkpoint)
 
 
+main = partial(run_command, "eval", evaluate_checkpoint, resumes=True)
 if __name__ == "__main__":
     main()

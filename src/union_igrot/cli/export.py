@@ -1,6 +1,6 @@
 """`union-export`: write the towers and heads of a model as ONNX files."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-export`."""
-    run_command("export", export, argv)
-
-
 def export(config: "DictConfig", _: Path) -> None:
     """Export a model as configured."""
     folder = expand_user(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output {folder} is not an empty folder; give a new one")
-    # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.gallery.metadata import load_checkpoint
     from union_igrot.models.onnx import export_onnx, require_packages
     from union_igrot.storage.sizes import format_size
@@ -36,5 +30,6 @@ def export(config: "DictConfig", _: Path) -> None:
         print_line(f"{folder / file}: {format_size(size)}")
 
 
+main = partial(run_command, "export", export)
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from union_igrot.training.settings import BankSettings, FolderSettings, LossSett
 
 def preprocess_setting() -> Any:
     """Declare a setting `preprocess`, see `build_backbone`."""
-    return setting(None, "model: as the weights' authors; pad: long images padded; null: usual")
+    return setting(None, "model: as the weights' authors; pad: long images padded; null: usual", rare=True)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from textwrap import wrap
+from typing import Any
 
 from union_igrot.cli.config import conf_dir, has_file, options_of, read_option, suggestion
 from union_igrot.cli.groups import GROUPS
@@ -10,8 +11,9 @@ from union_igrot.datasets.registry import find_benchmark
 from union_igrot.errors import ConfigError
 from union_igrot.settings import Setting, declared, show
 
-_WIDTH = 100
-_COLUMN = 30
+_WIDTH = 80
+_COLUMN = 25
+_INDENTED: Any = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
 def help_text(name: str, topic: str = "") -> str:
@@ -30,6 +32,8 @@ def help_text(name: str, topic: str = "") -> str:
     if topic not in ("", "all"):
         return "\n".join(_topic(name, topic))
     lines = _short(name, sections)
+    if topic:
+        lines += ["", *_settings(one for one in declared(command.settings) if one.options.get("rare"))]
     for one in (*command.groups, *sections) if topic else ():
         lines += ["", *_topic(name, one)]
     return "\n".join(lines)
@@ -53,8 +57,10 @@ def _short(name: str, sections: list[str]) -> list[str]:
     own = vars(command.settings).get("__annotations__", {})
     settings = sorted(declared(command.settings), key=lambda one: ("." in one.key, one.key not in own))
     lines += ["", "settings:"] if settings else []
-    lines += _settings(one for one in settings if "." not in one.key)
-    lines += [f"  {section}.*  (--help {section})" for section in sections]
+    own_settings = [one for one in settings if "." not in one.key]
+    lines += _settings(one for one in own_settings if not one.options.get("rare"))
+    more = [one.key for one in own_settings if one.options.get("rare")] + [f"{section}.*" for section in sections]
+    lines += wrap(f"further ones, see --help all: {', '.join(more)}", _WIDTH, **_INDENTED) if more else []
     lines += [
         "",
         "options:",
@@ -76,7 +82,7 @@ def _topic(name: str, topic: str) -> list[str]:
         inner = [one for one in declared(COMMANDS[name].settings) if one.key.startswith(f"{topic}.")]
         return [f"{topic}.*", *_settings(inner)]
     default, meaning = COMMANDS[name].groups[topic]
-    lines, described = [f"{topic}=OPTION  {meaning}; default {show(default)}"], set()
+    lines, described = wrap(f"{topic}=OPTION  {meaning}; default {show(default)}", _WIDTH), set()
     for option in options_of(topic):
         lines += _entry(f"  {option}", summary_of(topic, option), 20)
     for option in options_of(topic) if topic in GROUPS else ():

@@ -1,7 +1,7 @@
 """`union-index`: put images into an index, or remove rows from it."""
 
 import os
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,6 @@ _NAMES = 5
 """Names of files and folders left out that are shown."""
 _CAMERA_SUFFIXES = (".jpg", ".jpeg", ".heic", ".heif")
 _USE_RAY = "union-index uses one device of one machine; for more pass executor=ray ray.actors=N"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-index`."""
-    run_command("index", index_images, argv, resumes=True)
 
 
 def index_images(config: "DictConfig", _: Path) -> None:
@@ -187,5 +182,6 @@ def _print_report(report: "IngestReport", name: str, rows: int) -> None:
         print_line(line)
 
 
+main = partial(run_command, "index", index_images, resumes=True)
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,9 @@ _BATCH = 256
 _NARROW = 50  # a terminal with fewer characters shows no columns beside the image
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-search`."""
-    run_command("search", search, argv)
-
-
 def search(config: "DictConfig", _: Path) -> None:
     """Search as configured; exit with 1 if there are no hits."""
     _check(config)
-    # Heavy modules are imported here, so that --help and errors in the configuration are fast.
     from union_igrot.gallery.engines.factory import uri_scheme
     from union_igrot.gallery.gallery import Gallery
     from union_igrot.terminal import progress_bar
@@ -182,5 +176,6 @@ def _write_sheet(path: Path, sheet: "list[SheetRow]") -> None:
         raise DataError(f"cannot write contact={path} ({error.strerror}); use another path") from error
 
 
+main = partial(run_command, "search", search)
 if __name__ == "__main__":
     main()

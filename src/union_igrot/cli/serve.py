@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 
 KEY = "UNION_SERVE_KEY"  # the environment variable that holds the API key
 _SHORTEST_KEY = 16
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-serve`."""
-    run_command("serve", serve_gallery, argv)
 
 
 def serve_gallery(config: "DictConfig", _: Path) -> None:
@@ -73,5 +68,6 @@ def _key(file: str | None) -> str | None:
     return key
 
 
+main = partial(run_command, "serve", serve_gallery)
 if __name__ == "__main__":
     main()

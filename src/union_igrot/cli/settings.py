@@ -30,7 +30,7 @@ def _device(of: str) -> Any:
 
 
 def _cache_dir() -> Any:
-    return setting(None, "cache folder; $UNION_CACHE or ~/.cache/union-igrot if null")
+    return setting(None, "cache folder; $UNION_CACHE or ~/.cache/union-igrot if null", rare=True)
 
 
 def _progress() -> Any:
@@ -38,11 +38,11 @@ def _progress() -> Any:
 
 
 def _weights(of: str, or_else: str = "the usual ones if null") -> Any:
-    return setting(None, f"weights of {of}; {or_else}", path="file")
+    return setting(None, f"weights of {of}; {or_else}", path="file", rare=True)
 
 
 def _workers() -> Any:
-    return setting(None, "decoding processes; cores - 1 (8 at most without a GPU) if null", low=0)
+    return setting(None, "decoding processes; cores - 1 (8 at most without a GPU) if null", low=0, rare=True)
 
 
 @dataclass
@@ -67,6 +67,7 @@ class ExtractionSettings:
         "size limit of the cache, such as 50GB; $UNION_CACHE_LIMIT or no limit if null",
         accepts=readable(parse_size),
         expected=SIZE_FORMAT,
+        rare=True,
     )
     progress: bool = _progress()
     features: FeatureSettings = field(default_factory=FeatureSettings)
@@ -125,24 +126,30 @@ class IndexSettings:
     checkpoint: str | None = setting(None, "photos, tiny, a backbone, run or hub repository; null: the index's")
     weights: str | None = _weights("the checkpoint's backbone")
     preprocess: Literal["model", "pad"] | None = preprocess_setting()
-    vectors: str | None = setting(None, "embeddings of a list, in order: .npy, .safetensors, .parquet")
-    vectors_from: str | None = setting(None, "name of the model of vectors=, if it is not available here")
-    calibration: float | None = setting(None, "calibration of a new index's scores, such as 0.25; none if null", low=0)
+    vectors: str | None = setting(None, "embeddings of a list, in order: .npy, .safetensors, .parquet", rare=True)
+    vectors_from: str | None = setting(None, "name of the model of vectors=, if it is not available here", rare=True)
+    calibration: float | None = setting(
+        None, "calibration of a new index's scores, such as 0.25; none if null", low=0, rare=True
+    )
     exclude: tuple[str, ...] = setting((), "patterns to leave out, such as drafts or '*.gif'")
-    max_megapixels: float | None = setting(None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0)
+    max_megapixels: float | None = setting(
+        None, "largest image; $UNION_MAX_MEGAPIXELS or 179 if null", above=0, rare=True
+    )
     file_columns: Literal["new", "all", "none"] = setting(
-        "new", "columns from EXIF, folders, captions: of new files, all, or none"
+        "new", "columns from EXIF, folders, captions: of new files, all, or none", rare=True
     )
     embed_text: str | None = setting(None, "text column to embed with images in a new index, such as caption")
     on_broken: Literal["skip", "fail"] = setting("skip", "broken images: skip (and list), or fail")
     prune: bool = setting(True, "remove rows of this source whose images are gone")
-    batch_size: int = setting(256, "images per batch", low=1)
+    batch_size: int = setting(256, "images per batch", low=1, rare=True)
     workers: int | None = _workers()
     executor: Literal["local", "ray"] = setting(
-        "local", "local: one device of this machine, or ray: actors of a cluster"
+        "local", "local: one device of this machine, or ray: actors of a cluster", rare=True
     )
     ray: RaySettings = field(default_factory=RaySettings)
-    decoder: Literal["pillow", "torchcodec"] = setting("pillow", "decoder of JPEGs: pillow, or torchcodec on the GPU")
+    decoder: Literal["pillow", "torchcodec"] = setting(
+        "pillow", "decoder of JPEGs: pillow, or torchcodec on the GPU", rare=True
+    )
     cache_dir: str | None = _cache_dir()
     progress: bool = _progress()
 
@@ -153,18 +160,16 @@ class SearchSettings:
 
     index: str = setting(REQUIRED, "photos.lance, s3://bucket/photos.lance, milvus://host:19530/collection")
     image: tuple[str, ...] = setting(
-        (), "photo or sketch, or a region of it (a.jpg#10%,20%,50%,50%); repeat for several, which are averaged"
+        (), "photo or sketch, or a region of it (a.jpg#10%,20%,50%,50%); repeat for a mean"
     )
     text: str | None = setting(None, "modification text with an image, or a text query alone", verbatim=True)
-    terms: tuple[str, ...] = setting(
-        (), 'weighted texts and images ("2:a dog", -fruit, ./a.jpg, "a.jpg + in red"); see docs/searching.md'
-    )
-    vector: str | None = setting(None, "embedding of the index's model: .npy, .safetensors or .parquet")
+    terms: tuple[str, ...] = setting((), 'weighted texts and images ("2:a dog", -fruit, ./a.jpg, "a.jpg + in red")')
+    vector: str | None = setting(None, "embedding of the index's model: .npy, .safetensors or .parquet", rare=True)
     k: int = setting(20, "results per query", low=1)
     offset: int = setting(0, "best results to leave out, for the next page", low=0)
     min_score: float | Literal["auto"] | None = setting(
         None,
-        "lowest score of a result; auto: what 1% of random queries exceed; see docs/searching.md",
+        "lowest score of a result; auto: what 1% of random queries exceed",
         accepts=lambda value: value == "auto" or (not isinstance(value, str) and math.isfinite(value)),
         expected="a number, auto",
     )
@@ -184,9 +189,9 @@ class SearchSettings:
         "auto", "table, jsonl (one object per result), or auto: table on a terminal, else jsonl"
     )
     thumbnails: Literal["auto", "on", "off"] = setting(
-        "auto", "images in the table: on, off, or auto: on if the terminal has 16 million colors"
+        "auto", "images in the table: on, off, or auto: on if the terminal has 16 million colors", rare=True
     )
-    contact: str | None = setting(None, "contact sheet (.png) of the first queries and their results")
+    contact: str | None = setting(None, "contact sheet (.png) of the first queries and their results", rare=True)
     progress: bool = _progress()
 
 
@@ -376,12 +381,11 @@ COMMANDS: Mapping[str, Command] = {
         ),
         {**_DEVICES, "strategy": ("auto", "device: auto (a GPU if there is one) or cpu; for more see executor")},
         (
-            "run it again to update: new and changed images are embedded, missing ones removed",
-            "it resumes after an interruption, and the index can be searched all the time",
-            "lists: .txt (a path per line), or .csv, .jsonl, .parquet with a column path and any others",
-            "tar shards (WebDataset): .json, .txt and .cls files next to an image become columns",
+            "run it again to update, or to resume; the index can be searched all the time",
+            "lists: .txt (paths), or .csv, .jsonl, .parquet with a column path and others",
+            "tar shards (WebDataset): .json, .txt and .cls files beside images become columns",
             "broken images are listed in INDEX.skipped.jsonl; delete it to try them again",
-            "several sources may share an index; remove=\"source = '/old/path'\" removes one that was renamed",
+            "several sources may share an index; remove=\"source = '/old'\" removes one",
         ),
     ),
     "search": Command(
@@ -391,7 +395,7 @@ COMMANDS: Mapping[str, Command] = {
             "union-search index=photos.lance image=sketch.png",
             'union-search index=photos.lance image=a.jpg text="in blue" k=5',
             'union-search index=photos.lance text="a red car" where="year > 2020"',
-            'union-search index=photos.lance terms="2:golden retriever" terms=./pool.jpg terms="-fruit"',
+            'union-search index=photos.lance terms="2:a dog" terms=./a.jpg terms="-grass"',
         ),
         notes=("exit code: 0 results, 1 no results, 2 usage error, 130 interrupted, 141 broken pipe",),
     ),
@@ -400,7 +404,7 @@ COMMANDS: Mapping[str, Command] = {
         DuplicatesSettings,
         (
             "union-duplicates index=photos.lance html=duplicates.html",
-            "union-duplicates index=photos.lance threshold=null where=\"id like '/photos/2024/%'\"",
+            "union-duplicates index=photos.lance threshold=null where=\"id like '%/2024/%'\"",
         ),
         notes=(
             "nothing is removed; the first image of a group has most pixels, and all others duplicate it",
@@ -437,7 +441,7 @@ COMMANDS: Mapping[str, Command] = {
         ConvertSettings,
         (
             "union-convert checkpoint=union.pth output_dir=converted",
-            "union-convert checkpoint=transagg.pth target=frozen model=blip output_dir=converted",
+            "union-convert checkpoint=a.pth target=frozen model=blip output_dir=converted",
         ),
         {
             "model": ("base", "backbone in the file; its weights and sizes are the file's"),

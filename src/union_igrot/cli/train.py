@@ -1,6 +1,6 @@
 """`union-train`: train the heads, evaluate them, write the results."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `union-train`."""
-    run_command("train", train_from_config, argv, resumes=True)
-
-
 def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
     """Train as configured; `fresh` is used if no folder is named and no run is resumed.
 
@@ -25,7 +20,6 @@ def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
     """
     if config.precision.trainer in ("onnx", "int8"):
         raise ConfigError(f"precision={config.precision.trainer} is for union-index; choose fp32, bf16 or fp16")
-    # Heavy imports are delayed so that --help and usage errors are fast.
     from union_igrot.training.loggers import require_logger
     from union_igrot.training.processes import count_processes, detect_processes, launch_processes
 
@@ -54,5 +48,6 @@ def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
     return folder if processes.is_main else None
 
 
+main = partial(run_command, "train", train_from_config, resumes=True)
 if __name__ == "__main__":
     main()
