@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from union_igrot.errors import ConfigError, check_choice, check_integer, wrong_type
+from union_igrot.errors import ConfigError, check_choice, check_count, wrong_type
 from union_igrot.evaluation.evaluate import average_parts, evaluate_benchmark
 from union_igrot.evaluation.results import EvaluationResult
 from union_igrot.experiment import Launch, RunData, run_training
@@ -77,8 +77,8 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
     """
     if not isinstance(model, IGROTModel):
         raise wrong_type("model", model, "a model, such as that of union_igrot.load")
-    check_integer("seed", seed, 0)
-    check_integer("batch_size", batch_size)
+    check_count("seed", seed, 0)
+    check_count("batch_size", batch_size)
     if isinstance(benchmark, str | Path):
         settings = data_settings(str(benchmark), root, **options)
         benchmarks, mean = read_evaluated(settings), mean_name(settings)

@@ -60,7 +60,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {plain[near[0]]}?" if near else ""
 
 
-def check_integer(name: str, value: object, least: int = 1) -> int:
+def check_count(name: str, value: object, least: int = 1) -> int:
     """Return a value as an integer if it is one, of Python or NumPy, that is not below `least`; else a ConfigError."""
     try:
         if not isinstance(value, bool) and (number := index(value)) >= least:  # type: ignore[arg-type]  # else TypeError

@@ -70,18 +70,12 @@ def test_files_of_older_runs_are_compared(two_runs, capsys):
     assert "new is better than old: +20.0" in capsys.readouterr().out
 
 
-def test_runs_that_cannot_be_compared(two_runs, tmp_path, capsys):
-    def refused(*words):
-        with pytest.raises(SystemExit) as stop:
-            compare(list(map(str, words)))
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-
+def test_runs_that_cannot_be_compared(two_runs, tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    assert "empty: has no queries-*.safetensors" in refused(two_runs[0], tmp_path / "empty")
+    assert "empty: has no queries-*.safetensors" in refused(compare, two_runs[0], tmp_path / "empty")
     other = run(tmp_path / "other", sbir_benchmark())
-    assert "no benchmark in common" in refused(two_runs[0], other)
+    assert "no benchmark in common" in refused(compare, two_runs[0], other)
     changed = cir_benchmark()
     changed = replace(changed, queries=tuple(replace(query, text="x") for query in changed.queries))
-    assert "the queries of the two runs differ" in refused(two_runs[0], run(tmp_path / "changed", changed))
-    assert "method=image in common (expected one of chance, trained)" in refused(*two_runs, "method=image")
+    assert "the queries of the two runs differ" in refused(compare, two_runs[0], run(tmp_path / "changed", changed))
+    assert "method=image in common (expected one of chance, trained)" in refused(compare, *two_runs, "method=image")

@@ -44,15 +44,6 @@ def told(monkeypatch):
     return found
 
 
-def mistake(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        demo(arguments)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
-
-
 def test_without_arguments_it_opens_the_world_on_this_machine_alone(told, capsys):
     demo([])
     assert (told.port, told.opened) == (("127.0.0.1", 7860), ["world"])
@@ -88,15 +79,15 @@ def test_an_index_is_taken_as_typed(told):
         (["wating=3"], "wating"),
     ],
 )
-def test_a_mistake_is_one_line(told, arguments, said, capsys):
-    assert said in mistake(arguments, capsys)
+def test_a_mistake_is_one_line(told, arguments, said, refused):
+    assert said in refused(demo, *arguments)
     assert told.app is None
 
 
-def test_the_password_comes_from_the_environment_or_a_prompt(told, capsys, monkeypatch):
+def test_the_password_comes_from_the_environment_or_a_prompt(told, refused, monkeypatch):
     monkeypatch.delenv(PASSWORD, raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert f"set {PASSWORD}" in mistake(["user=anna"], capsys)
+    assert f"set {PASSWORD}" in refused(demo, "user=anna")
     monkeypatch.setenv(PASSWORD, "geheim")
     demo(["user=anna", "host=0.0.0.0"])
     assert (told.app._gate._login.user, told.app._gate._login.password, told.app._hosts) == ("anna", "geheim", None)
@@ -107,10 +98,10 @@ def test_the_password_comes_from_the_environment_or_a_prompt(told, capsys, monke
     assert told.app._gate._login.password == "typed for password for bo: "
 
 
-def test_what_is_not_installed_is_named_with_the_command_that_installs_it(told, capsys, monkeypatch):
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(told, refused, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else real(name))
-    assert 'the demo needs uvicorn; pip install "union-igrot[demo]"' in mistake([], capsys)
+    assert 'the demo needs uvicorn; pip install "union-igrot[demo]"' in refused(demo)
 
 
 @pytest.mark.enable_socket

@@ -38,32 +38,23 @@ def test_the_embedded_default_is_used_where_no_checkpoint_is_given(small_run: Ru
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, capsys):
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, refused):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SystemExit) as stopped:
-        evaluate([f"output_dir={tmp_path / place}"])
-    assert stopped.value.code == 2
-    assert "cannot write output_dir" in capsys.readouterr().err
+    assert "cannot write output_dir" in refused(evaluate, f"output_dir={tmp_path / place}")
 
 
-def test_a_backbone_alone_is_no_checkpoint(small_run: Run, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate(["checkpoint=base", *SMALL_DATA, cache_of(small_run)])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
+def test_a_backbone_alone_is_no_checkpoint(refused):
+    said = refused(evaluate, "checkpoint=base", *SMALL_DATA)
     assert said == "union-eval: checkpoint=base has no trained heads; model=... evaluates a backbone alone\n"
 
 
 @pytest.mark.parametrize("damage", ["missing", "description", "weights"])
-def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(small_run: Run, tmp_path, damage, capsys):
+def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(small_run: Run, tmp_path, damage, refused):
     folder = tmp_path / "model"
     if damage != "missing":
         shutil.copytree(small_run.folder / "model", folder)
         name = "model.json" if damage == "description" else "heads.safetensors"
         (folder / name).write_bytes((folder / name).read_bytes()[:100])
-    with pytest.raises(SystemExit) as stopped:
-        evaluate([f"checkpoint={folder}", *SMALL_DATA, cache_of(small_run)])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refused(evaluate, f"checkpoint={folder}", *SMALL_DATA, cache_of(small_run))
     assert line.startswith("union-eval: ")
     assert str(folder) in line

@@ -110,16 +110,10 @@ def test_a_run_that_could_use_no_image_fails(tmp_path, capsys):
     assert "1 removed, 3 skipped" in fails()[0]
 
 
-def test_what_is_missing_is_asked_for(capsys):
-    with pytest.raises(SystemExit):
-        main([])
-    assert "index is required" in capsys.readouterr().err
+def test_what_is_missing_is_asked_for(refused):
+    assert "index is required" in refused(main)
     for both in ([], ["images=a", "remove=size > 3"]):
-        with pytest.raises(SystemExit):
-            main(["index=x.lance", *both])
-        said = capsys.readouterr().err
-        assert said.startswith("union-index: give either images=SOURCE")
-        assert len(said.splitlines()) == 1
+        assert refused(main, "index=x.lance", *both).startswith("union-index: give either images=SOURCE")
 
 
 def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
@@ -210,7 +204,7 @@ def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_
 
 
 @pytest.mark.slow  # imports Ray
-def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, refused, monkeypatch):
     ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
 
     def refuse(*_, **__):
@@ -218,11 +212,8 @@ def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, capsys, monk
 
     monkeypatch.setattr(ray, "init", refuse)
     fill(tmp_path / "pictures", 1)
-    ray = ["checkpoint=tiny", "executor=ray", "ray.address=auto"]
-    with pytest.raises(SystemExit) as ended:
-        main([f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", *ray])
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    ray = ("checkpoint=tiny", "executor=ray", "ray.address=auto")
+    line = refused(main, f"images={tmp_path / 'pictures'}", f"index={tmp_path / 'a.lance'}", *ray)
     assert "Ray cluster auto (Could not find any running Ray instance.)" in line
 
 

@@ -84,13 +84,11 @@ def test_averaged_texts_are_named_with_the_metrics(tmp_path, capsys):
     assert "gallery=original" in printed
 
 
-def test_invalid_data_is_one_line(tmp_path, capsys):
+def test_invalid_data_is_one_line(tmp_path, refused):
     WRITERS["tuberlin"](tmp_path / "data")
     next((tmp_path / "data" / "png_ready").rglob("zero0.png")).unlink()
-    with pytest.raises(SystemExit) as stop:
-        evaluate(["data=tuberlin", f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}"])
-    printed = capsys.readouterr().err.strip()
-    assert stop.value.code == 2
+    given = (f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'out'}")
+    printed = refused(evaluate, "data=tuberlin", *given)
     assert printed.startswith("union-eval: ")
     assert "zero0.png" in printed
 

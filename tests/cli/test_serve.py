@@ -35,14 +35,6 @@ def told(monkeypatch, gallery):
     return found
 
 
-def mistake(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        union_serve(arguments)
-    said = capsys.readouterr().err
-    assert (stop.value.code, said.count("\n")) == (2, 1)
-    return said
-
-
 def test_it_serves_this_machine_alone_without_a_key(told, capsys):
     union_serve(["index=a.lance"])
     assert (told.port, told.opened) == (("127.0.0.1", 7860), ("a.lance", None, "auto"))
@@ -75,10 +67,10 @@ def test_the_key_comes_from_a_file_or_the_environment_and_is_not_shown(told, cap
         (["index=a", "mcp=http"], None, "mcp: http"),
     ],
 )
-def test_a_mistake_is_one_line(told, arguments, key, said, capsys, monkeypatch):
+def test_a_mistake_is_one_line(told, arguments, key, said, refused, monkeypatch):
     if key is not None:
         monkeypatch.setenv(KEY, key)
-    shown = mistake(arguments, capsys)
+    shown = refused(union_serve, *arguments)
     assert said in shown
     assert told.app is None
     assert not key or key not in shown
@@ -86,9 +78,9 @@ def test_a_mistake_is_one_line(told, arguments, key, said, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("more", "package", "extra"), [("port=0", "pydantic", "serve"), ("mcp=stdio", "mcp", "mcp")])
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
-    told, capsys, monkeypatch, more, package, extra
+    told, refused, monkeypatch, more, package, extra
 ):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
-    said = mistake(["index=a", more], capsys)
+    said = refused(union_serve, "index=a", more)
     assert f'union-serve needs {package}; pip install "union-igrot[{extra}]"' in said

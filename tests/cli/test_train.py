@@ -108,14 +108,9 @@ def test_a_run_interrupted_at_its_evaluation_goes_on_without_training(small_run:
     assert figures(rows_of(folder)) == figures(small_run.rows)
 
 
-def test_a_folder_of_other_settings_is_refused_untouched(small_run: Run, capsys):
+def test_a_folder_of_other_settings_is_refused_untouched(small_run: Run, refused):
     before = sorted((path, path.stat().st_mtime_ns) for path in small_run.folder.rglob("*") if path.name != ".lock")
-    with pytest.raises(SystemExit) as stopped:
-        train([*small_run.settings, "seed=1"])
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert "contains a run of other settings" in lines[0]
+    assert "contains a run of other settings" in refused(train, *small_run.settings, "seed=1")
     after = sorted((path, path.stat().st_mtime_ns) for path in small_run.folder.rglob("*") if path.name != ".lock")
     assert after == before
 

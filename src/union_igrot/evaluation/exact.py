@@ -24,7 +24,7 @@ from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError, check_integer
+from union_igrot.errors import ConfigError, DataError, check_count
 from union_igrot.models.devices import full_precision
 from union_igrot.types import Ranking
 
@@ -68,7 +68,7 @@ def rank(
             f"queries and gallery have {rows.shape[1]} and {items.shape[1]} dimensions; encode both with the same model"
         )
     excluded = check_exclusions(len(rows), len(items), exclude)
-    return exact_topk(rows, items, min(check_integer("k", k), _candidates(len(items), excluded)), excluded)
+    return exact_topk(rows, items, min(check_count("k", k), _candidates(len(items), excluded)), excluded)
 
 
 def _embeddings(name: str, given: object) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, final
 
-from union_igrot.errors import ConfigError, DataError, UnionError, check_integer, wrong_type
+from union_igrot.errors import ConfigError, DataError, UnionError, check_count, wrong_type
 from union_igrot.gallery.calibration import stored_weight, widen_queries
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
@@ -332,7 +332,7 @@ class Gallery:
         on.
         """
         for name, number, least in (("k", k, 1), ("offset", offset, 0)):
-            check_integer(name, number, least)
+            check_count(name, number, least)
         if isinstance(queries, str | Mapping) or not isinstance(queries, Sequence):
             raise ConfigError("invalid value for queries (expected a list of fields such as {'text': 'a dog'})")
         if names is not None and len(names) != len(queries):

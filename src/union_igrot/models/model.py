@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError, ConfigError, DataError, check_integer, first_line, wrong_type
+from union_igrot.errors import CheckpointError, ConfigError, DataError, check_count, first_line, wrong_type
 from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import file_bytes
 from union_igrot.images.transforms import model_input
@@ -246,9 +246,9 @@ class IGROTModel(nn.Module):
         device: str | torch.device | None,
     ) -> Tensor:
         """Embed items batch by batch in evaluation mode, and normalize the embeddings."""
-        check_integer("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if workers is not None:
-            check_integer("workers", workers, 0)
+            check_count("workers", workers, 0)
         there = resolve_device("cpu" if device is None else device)
         spans = [slice(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
         embeddings, training = [torch.empty(0, self.backbone.dim, device=there)], self.training

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError, check_choice, check_integer
+from union_igrot.errors import ConfigError, DataError, check_choice, check_count
 from union_igrot.evaluation import exact
 from union_igrot.gallery.engines.filters import ColumnKind, Condition, parse_filter
 from union_igrot.types import Ranking
@@ -245,7 +245,7 @@ class VectorIndex(ABC):
             DataError: If the queries have another width or are not finite.
         """
         check_choice("mode", mode, get_args(SearchMode))
-        check_integer("k", k)
+        check_count("k", k)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise DataError(
                 f"invalid shape of queries: {_shape(queries)} (index of width {self.dim}); embed them with its model"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
-from union_igrot.errors import ConfigError, DataError, check_choice, check_integer
+from union_igrot.errors import ConfigError, DataError, check_choice, check_count
 from union_igrot.images.exif import EXIF_COLUMNS
 from union_igrot.storage.cache import write_cached
 
@@ -79,7 +79,7 @@ class IngestOptions:
             check_choice(name, getattr(self, name), allowed)
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None:
-                check_integer(name, count, least)
+                check_count(name, count, least)
         if self.embed_text in EXIF_COLUMNS:
             raise ConfigError(f"invalid value for embed_text: {self.embed_text} (expected caption, or a list's column)")
         if self.max_megapixels is not None and not self.max_megapixels > 0:
