@@ -24,8 +24,6 @@ fi
 autocast=bf16 mixed=bf16-mixed ray=--ray
 [ "$device" = cpu ] && autocast=fp32 mixed=32-true
 "$python" -c "import ray" 2>/dev/null || ray=
-decoders=pillow
-"$python" -c "import torchcodec" 2>/dev/null && decoders="pillow torchcodec"
 
 # part NAME SECONDS COMMAND...: run one part with a time limit and note its status; tiny sizes check that the parts
 # run, also on a busy machine, so that their limits are wider
@@ -46,7 +44,7 @@ for model in $models; do
 done
 model=${models%% *}
 part index 210 "$python" indexing.py --arch "$model" --device "$device" --precision $mixed --repeats 1 \
-  --decoders $decoders $images $ray --json "$out/index.json"
+  $images $ray --json "$out/index.json"
 part evaluation 60 "$python" evaluation_scale.py --alone --sizes $sizes --device "$device"
 if [ "$device" = cpu ]; then
   echo "skipped: FSDP needs a GPU" >"$out/fsdp.log"

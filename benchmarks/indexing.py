@@ -1,10 +1,10 @@
 """Images a second from files to rows, beside the bare forward of the backbone on the same images.
 
     python benchmarks/indexing.py                                     # CLIP ViT-B/32, random weights, CPU
-    python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed --decoders pillow torchcodec
+    python benchmarks/indexing.py --arch ViT-L-14 --device cuda --precision bf16-mixed
     python benchmarks/indexing.py --arch tiny --images 5000 --side 4000
 
-Rows: the backbone's bare forward on batches that are on its device, the whole model on them, and for each decoder
+Rows: the backbone's bare forward on batches that are on its device, the whole model on them,
 decoding alone, in as many worker processes, and indexing from the first file to the last row (Lance if it is installed,
 else in memory), new and unchanged; with --ray also on one Ray actor. A line splits Pillow's time into steps. Images are
 generated JPEGs with detail at all scales, so that they decode as photos do. Weights are random: time does not depend on
@@ -55,7 +55,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--images", default=256, type=int)
     parser.add_argument("--side", default=1280, type=int, help="longer side of the images in pixels; 4:3")
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 1), type=int)
-    parser.add_argument("--decoders", default=["pillow"], nargs="+", choices=["pillow", "torchcodec"])
     parser.add_argument("--sample", default=None, type=int, help="images of the rows without indexing; default all")
     parser.add_argument("--ray", action="store_true", help="also index on one Ray actor")
     parser.add_argument("--repeats", default=3, type=int, help="the fastest of these counts")
@@ -96,11 +95,9 @@ def fastest(repeats: int, work: Callable[[], object], device: str) -> float:
     return min(times)
 
 
-def decoded(
-    model: IGROTModel, folder: Path, arguments: argparse.Namespace, decoder: str = "pillow"
-) -> Iterator[torch.Tensor]:
+def decoded(model: IGROTModel, folder: Path, arguments: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Decode the sample as indexing does."""
-    options = IngestOptions(arguments.batch, arguments.workers, decoder)
+    options = IngestOptions(arguments.batch, arguments.workers)
     entries = list_images(str(folder)).entries[: arguments.sample]
     batches = decode_entries(model, entries, options, np.empty(0, dtype=np.uint64), Timings())
     return (torch.cat([part.pixels for part in parts]) for _, parts in batches)
@@ -127,13 +124,12 @@ def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str,
 
 
 def index(
-    model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, decoder: str, executor: str = "local"
+    model: IGROTModel, folder: Path, uri: str, arguments: argparse.Namespace, executor: str = "local"
 ) -> IngestReport:
     """Index the images."""
     options = IngestOptions(
         arguments.batch,
         arguments.workers,
-        decoder,
         progress=False,
         cache=folder.parent / "cache",
         precision=arguments.precision,
@@ -170,19 +166,16 @@ def main() -> None:
         seconds["whole model"] = fastest(repeats, lambda: forward(whole=True), device)
         del batches[1:]
         steps = decoder_steps(model, folder)
-        reports, again = {}, None
-        for name in arguments.decoders:
-            alone = fastest(repeats, lambda name=name: list(decoded(model, folder, arguments, name)), device)
-            seconds[f"decoding alone, {name}"] = alone
-            uris = [engine if engine == "memory:" else f"{place}/{name}{number}.lance" for number in range(repeats)]
-            made = [index(model, folder, uri, arguments, name) for uri in uris]
-            reports[name] = min(made, key=lambda report: report.working)
-            seconds[f"reading and embedding, {name}"] = reports[name].working
-            seconds[f"indexing, {name}"] = min(report.seconds for report in made)
-            again = None if engine == "memory:" else index(model, folder, uris[0], arguments, name)
+        seconds["decoding alone"] = fastest(repeats, lambda: list(decoded(model, folder, arguments)), device)
+        uris = [engine if engine == "memory:" else f"{place}/{number}.lance" for number in range(repeats)]
+        made = [index(model, folder, uri, arguments) for uri in uris]
+        reports = {"indexing": min(made, key=lambda report: report.working)}
+        seconds["reading and embedding"] = reports["indexing"].working
+        seconds["indexing"] = min(report.seconds for report in made)
+        again = None if engine == "memory:" else index(model, folder, uris[0], arguments)
         if arguments.ray:
             uri = engine if engine == "memory:" else f"{place}/ray.lance"
-            reports["Ray"] = index(model, folder, uri, arguments, arguments.decoders[0], "ray")
+            reports["Ray"] = index(model, folder, uri, arguments, "ray")
             seconds["indexing, one Ray actor"] = reports["Ray"].seconds
     print_results(arguments, seconds, steps, reports, again, size)
 

@@ -33,6 +33,8 @@ ROWS = 32
 EVERY = 5
 """Kills between two runs that are left to their end."""
 PATIENCE = 120.0
+WORKER_SECONDS = 5.0
+"""Within which decoding workers end after their command was killed."""
 
 
 def indexing(settings: list[str]) -> None:
@@ -129,8 +131,10 @@ class Trial:
         writes = self.random.randint(1, 8)
         while process.is_alive() and (time.monotonic() - start < moment if by_time else self._writes(before) < writes):
             self._look()
+        workers = _children(process.pid)
         process.kill()
         process.join()
+        self._wait_for_end(workers)
         now = self._state()
         if process.exitcode == -9:
             self.seen["before the first write" if now == before else "after writes"] += 1
@@ -178,11 +182,25 @@ class Trial:
         except ConfigError:  # not made yet
             time.sleep(0.01)
 
+    def _wait_for_end(self, workers: list[int]) -> None:
+        end = time.monotonic() + WORKER_SECONDS
+        while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < end, f"decoding workers outlive the command: {alive}"
+            time.sleep(0.05)
+        self.seen["workers ended"] += len(workers)
+
     def _state(self) -> frozenset[str]:
         return frozenset(path.name for path in Path(self.uri).glob("_versions/*"))
 
     def _writes(self, before: frozenset[str]) -> int:
         return len(self._state() - before)
+
+
+def _children(pid: int | None) -> list[int]:
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # ended by itself
+        return []
 
 
 def _rows(index: VectorIndex) -> list[tuple[str, str]]:

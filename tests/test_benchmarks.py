@@ -22,7 +22,7 @@ def test_the_time_limits_of_all_parts_add_up_to_eight_minutes():
 @pytest.mark.slow
 def test_every_part_runs(tmp_path, monkeypatch, capsys):
     """The script names the commands; they run in this process, which has imported what they need."""
-    for module in ("lance", "ray", "torchcodec"):
+    for module in ("lance", "ray"):
         pytest.importorskip(module)
     settings = {"TINY": "1", "DEVICE": "cpu", "PYTHON": "true"}
     script = [FOLDER / "gpu.sh", tmp_path]

@@ -10,7 +10,6 @@ from PIL import Image
 from test_reference import HERE, TEXTS, golden_images, golden_state
 from torch.nn.functional import normalize
 
-from codec_pictures import PICTURES, entries_of, indexed
 from small_runs import SMALL, rows_of
 from small_world import cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.cli.eval import main as evaluate
@@ -22,7 +21,6 @@ from union_igrot.features.embedding import embed_benchmark
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
 from union_igrot.gallery.engines.memory import MemoryIndex
-from union_igrot.gallery.ingest.entries import data_entry
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.ingest.sources import list_images
@@ -152,17 +150,9 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "decoder", "near"),
-    [
-        ("32-true", "pillow", 1e-5),
-        ("bf16-mixed", "pillow", 0.03),
-        ("16-mixed", "pillow", 0.03),
-        ("32-true", "torchcodec", 0.01),  # a step in a pixel is 0.004
-    ],
+    ("precision", "near"), [("32-true", 1e-5), ("bf16-mixed", 0.03), ("16-mixed", 0.03)]
 )
-def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, near):
-    if decoder == "torchcodec":
-        pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
+def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, near):
     images = tmp_path / "pictures"
     images.mkdir()
     for number, item in enumerate(shapes_cir("val", 10).gallery):
@@ -171,36 +161,14 @@ def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, decoder, nea
     for device in ("cpu", "cuda"):
         model = load("tiny").to(device)
         index = MemoryIndex(model.backbone.dim)
-        chosen = decoder if device == "cuda" else "pillow"
-        work = IngestOptions(
-            batch_size=16,
-            workers=2,
-            decoder=chosen,
-            progress=False,
-            precision=precision if device == "cuda" else "32-true",
-        )
+        chosen = precision if device == "cuda" else "32-true"
+        work = IngestOptions(batch_size=16, workers=2, progress=False, precision=chosen)
         report = ingest_images(index, model, list_images(str(images)), work)
         assert report.added == report.embedded == len(index) > 40
         rows = index.fetch(sorted(str(path) for path in images.iterdir()))
         found[device] = rows.vectors
         assert {Image.open(io.BytesIO(small)).size for small in rows.columns["thumbnail"]} == {(160, 120)}
     torch.testing.assert_close(found["cuda"], found["cpu"], atol=near, rtol=0)
-
-
-def test_the_gpus_own_decoder_takes_what_the_cpus_takes():
-    """Turned, gray, progressive, cut off: the same sizes and nearly the same pixels, the same reasons."""
-    pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
-    entries = [*entries_of(**PICTURES), data_entry("cut", PICTURES["large"][:-500])]
-    found = {}
-    for device in ("cpu", "cuda"):
-        report, index = indexed(entries, "torchcodec", load("tiny").to(device))
-        assert (report.added, report.skipped) == (len(PICTURES), 1)
-        found[device] = index.fetch(list(PICTURES)), report.reasons
-    (here, said), (there, said_there) = found["cpu"], found["cuda"]
-    assert said == said_there
-    for name in ("width", "height", "hash"):
-        assert here.columns[name] == there.columns[name]
-    assert (here.vectors * there.vectors).sum(1).min() > 0.99
 
 
 def test_an_encoder_is_tuned_on_a_gpu():

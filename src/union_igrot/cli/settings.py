@@ -148,7 +148,7 @@ class IndexSettings:
     )
     ray: RaySettings = field(default_factory=RaySettings)
     decoder: Literal["pillow", "torchcodec"] = setting(
-        "pillow", "decoder of JPEGs: pillow, or torchcodec on the GPU", rare=True
+        "pillow", "pillow; torchcodec was slower and was removed", rare=True
     )
     cache_dir: str | None = _cache_dir()
     progress: bool = _progress()

@@ -271,30 +271,6 @@ def _count_scans(data: bytes) -> int:
     return scans
 
 
-def plain_jpeg(data: bytes) -> int | None:
-    """Return the number of pixels of a JPEG that all decoders decode alike: complete, 8 bits, gray or three colors.
-
-    None for any other file.
-    """
-    try:
-        with _opened(io.BytesIO(data)) as image:
-            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _has_end_marker(data)
-            return image.width * image.height if plain else None
-    except Exception:  # a broken file makes Pillow's readers raise nearly anything
-        return None
-
-
-def _has_end_marker(jpeg: bytes) -> bool:
-    """Return whether an end marker follows the first scan (ITU-T T.81, B.1), so that one within the EXIF is ignored."""
-    at = 2
-    while at + 4 <= len(jpeg) and jpeg[at] == _MARK:
-        kind = jpeg[at + 1]
-        if kind == _SCAN:
-            return jpeg.rfind(b"\xff\xd9", at) >= 0
-        at += 1 if kind == _MARK else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return False
-
-
 def _upright(image: Image.Image) -> Image.Image:
     """Convert an image that a caller opened or made; its file may not have been read yet."""
     if not (image.width and image.height):

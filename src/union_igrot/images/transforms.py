@@ -51,14 +51,6 @@ class ImageToPixels:
         pixels: Tensor = F.pil_to_tensor(image)
         return pixels
 
-    def resize_batch(self, pixels: UInt8[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 size size"]:
-        """Resize decoded images of equal size on their device.
-
-        Values differ from those of `__call__` by a gray level or two, as tensors are resized with other rounding.
-        """
-        size = self.preprocess.size
-        return pixels if pixels.shape[-2:] == (size, size) else self._fit(pixels)
-
     def _fit(self, image: Pixels) -> Pixels:
         size, resample = self.preprocess.size, _FILTERS[self.preprocess.interpolation]
         if self.preprocess.fit == "squash":

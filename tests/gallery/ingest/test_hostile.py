@@ -35,16 +35,13 @@ def rows_of(index):
     }
 
 
-@pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
-def test_some_hostile_files(tmp_path, decoder):
-    if decoder == "torchcodec":
-        pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
+def test_some_hostile_files(tmp_path):
     fates = hostile_folder(tmp_path / "p", 60)
     model = trainable("sum", "frozen")
     index = MemoryIndex(model.backbone.dim)
     listing = list_images(str(tmp_path / "p"))
     # One by one, so that one reason a file is told.
-    work = IngestOptions(batch_size=16, workers=0, decoder=decoder, progress=False)
+    work = IngestOptions(batch_size=16, workers=0, progress=False)
     report = ingest_images(index, model, listing, work)
     listed = {entry.id: entry.fault for entry in listing.entries if entry.fault}
     assert report.skipped == sum(fate == "listed" for fate in fates.values())
@@ -55,10 +52,7 @@ def test_some_hostile_files(tmp_path, decoder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
-def test_a_thousand_hostile_files(tmp_path, capsys, decoder):
-    if decoder == "torchcodec":
-        pytest.importorskip("torchcodec", reason='the extra "codec" is not installed')
+def test_a_thousand_hostile_files(tmp_path, capsys):
     pytest.importorskip("lance", reason='the extra "gallery" is not installed')
     fates = hostile_folder(tmp_path / "p", 1000)
     assert len(fates) == 1000
@@ -71,7 +65,6 @@ def test_a_thousand_hostile_files(tmp_path, capsys, decoder):
         "batch_size=64",
         "strategy=cpu",
     ]
-    settings.append(f"decoder={decoder}")
     index_images(settings)
     with open_index(uri) as index:
         rows = rows_of(index)

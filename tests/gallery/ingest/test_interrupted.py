@@ -60,7 +60,7 @@ def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(w
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "decode_with_thumbnail", short)
+        patched.setattr(decoding, "decode_image", short)
         report = world.run()
     assert (report.skipped, report.removed, len(world.index)) == (1, 0, 2)
     assert "MemoryError" in report.reasons[0][1]

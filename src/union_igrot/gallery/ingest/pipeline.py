@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from union_igrot.errors import CheckpointError, ConfigError, DataError, ImageErr
 from union_igrot.gallery.calibration import widen_rows
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
-from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader, JpegBatchDecoder, require_codec
+from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
 from union_igrot.gallery.ingest.entries import Entry, Listing
 from union_igrot.gallery.ingest.plan import (
     find_broken,
@@ -174,8 +173,6 @@ def _with_text_of(index: VectorIndex, options: IngestOptions, vectors: object) -
 def _executors(
     model: IGROTModel, options: IngestOptions, timings: Timings, vectors: Mapping[str, Float[Tensor, " dim"]] | None
 ) -> AbstractContextManager[_Executor]:
-    if options.decoder == "torchcodec":
-        require_codec()
     model.eval()
     if options.executor == "ray" and vectors is None:
         from union_igrot.gallery.ingest.ray_executor import ray_executor  # noqa: PLC0415 - an extra
@@ -279,12 +276,9 @@ def decode_entries(
     """Decode images in batches of several parts; see `embed_entries`."""
     device = model.device
     workers = max(1, default_workers(device)) if options.workers is None else options.workers
-    codec = options.decoder == "torchcodec" and known is not None
     largest = None if options.max_megapixels is None else options.max_megapixels * 1e6
-    exif = options.file_columns != "none"
-    reader = ImageReader(model.preprocess, known, defer_jpegs=codec, largest=largest, exif=exif)
-    batches = _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
-    return _decode_ahead(batches, JpegBatchDecoder(model.preprocess, device), timings) if codec else batches
+    reader = ImageReader(model.preprocess, known, largest=largest, exif=options.file_columns != "none")
+    return _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
 
 
 @torch.inference_mode()
@@ -334,8 +328,7 @@ def _read_in_batches(
             part = next(decoded)
             timings.decoding_wait += time.perf_counter() - start
             timings.decoding_idle += part.idle / max(1, workers)
-            found.append(part.without(digests))
-            digests.update(image.digest for image in part.images if image.digest)
+            found.append(part.without_repeated(digests))
         yield batch, found
 
 
@@ -385,20 +378,6 @@ def _loader(
         prefetch=prefetch,
         start_method=_START_METHOD,
     )
-
-
-def _decode_ahead(
-    batches: Iterator[tuple[Sequence[Entry], list[DecodedBatch]]], decoder: JpegBatchDecoder, timings: Timings
-) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
-    """Decode JPEGs on the device, one batch ahead of the model."""
-    with closing(decoder), ThreadPoolExecutor(1, thread_name_prefix="jpegs") as thread:
-        submitted = ((batch, thread.submit(decoder.decode, parts)) for batch, parts in batches)
-        for batch, decoding in _one_behind(submitted):
-            start = time.perf_counter()
-            decoded = decoding.result()
-            timings.decoding_wait += time.perf_counter() - start
-            decoder.mark_used(decoded)
-            yield batch, decoded
 
 
 def delete_rows(index: VectorIndex, ids: Iterable[str]) -> int:

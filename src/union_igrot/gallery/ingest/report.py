@@ -34,9 +34,7 @@ class IngestOptions:
         batch_size: Images per forward pass.
         workers: Decoding processes, of each actor with Ray. None for all cores but one, at least one, see
             `models.devices`; 0 decodes in the main process, which a file that crashes the decoder ends.
-        decoder: Decoder of plain JPEGs: `pillow`, in the worker processes, or `torchcodec`, in batches on the device
-            of the model, for GPUs with a decoding engine. Other formats use Pillow. Pixels of one image differ by a
-            few steps between the two.
+        decoder: `pillow`. `torchcodec`, which earlier versions had, is accepted with a warning.
         on_broken: Whether an image that cannot be read is listed and skipped, or an error.
         prune: Whether rows of this source whose image is gone are removed.
         cache: Cache folder, for the lock; None for `$UNION_CACHE` or its default.
@@ -80,6 +78,8 @@ class IngestOptions:
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None:
                 check_count(name, count, least)
+        if self.decoder == "torchcodec":
+            _log.warning("decoder=torchcodec was removed, as it was slower than pillow, which is used; leave it out")
         if self.embed_text in EXIF_COLUMNS:
             raise ConfigError(f"invalid value for embed_text: {self.embed_text} (expected caption, or a list's column)")
         if self.max_megapixels is not None and not self.max_megapixels > 0:
