@@ -5,7 +5,7 @@ import json
 import pytest
 from test_index import CPU, fill
 
-from index_helpers import REMOTE, new_location
+from index_locations import REMOTE, new_location
 from union_igrot.cli.index import main as union_index
 from union_igrot.cli.search import main as union_search
 from union_igrot.demo.backends import SearchRequest, open_backend

@@ -44,7 +44,8 @@ def gallery(shared_gallery, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gallery_module, "open_index", opened)
     # The model is loaded once; that an index loads its own is tested elsewhere.
-    monkeypatch.setattr(gallery_module, "load_recorded_model", lambda *_: (shared_gallery.model, "linear"))
+    by_name, own = gallery_module.model_of_index, (shared_gallery.model, "linear")
+    monkeypatch.setattr(gallery_module, "model_of_index", lambda *given: by_name(*given) if given[2] else own)
     monkeypatch.chdir(tmp_path)
     Noise(40, 1).open().save(tmp_path / "a.png")
     Noise(41, 2).open().save(tmp_path / "it's b, c=[1].png")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from index_helpers import MILVUS, new_location, random_rows
+from index_locations import MILVUS, new_location, random_rows
 from small_gallery import COUNT, agrees, embed_images, names, noise_image, slow_ranking
 from small_world import DIM, trainable
 from union_igrot.errors import CheckpointError, ConfigError, DataError

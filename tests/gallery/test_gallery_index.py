@@ -104,7 +104,7 @@ class TestOnDisk:
         monkeypatch.setattr(metadata, "load", None)
         for create in (True, False):
             with pytest.raises(
-                CheckpointError, match=r"was made with backbone linear .*, not with backbone base; search"
+                CheckpointError, match=r"was made with backbone linear .*, not with backbone base; use that"
             ):
                 Gallery.open(tmp_path / "x.lance", "base", create=create)
 

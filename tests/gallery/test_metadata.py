@@ -20,7 +20,7 @@ def test_an_earlier_index_opens_only_if_the_name_of_its_model_proves_the_setting
     model = baseline(build_backbone("tiny"), "sum")
     metadata = index_metadata(model, "tiny")
     check_metadata(earlier(metadata), metadata, "a.lance")
-    with pytest.raises(CheckpointError, match=r"did not record activation and tokenizer, which may differ\); search"):
+    with pytest.raises(CheckpointError, match=r"did not record activation and tokenizer, which may differ\); use that"):
         check_metadata({**earlier(metadata), "weights": "mine.pt"}, metadata, "a.lance")
     own = index_metadata(model, "tiny", "mine.pt")
     model.backbone.is_described_by_name = False

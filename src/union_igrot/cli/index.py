@@ -62,17 +62,10 @@ def _remove_rows(config: "DictConfig") -> None:
 
 def _add_images(config: "DictConfig") -> None:
     # Imported here, so that --help and mistakes in the configuration are fast.
-    from union_igrot.gallery.ingest.pipeline import ingest_images
+    from union_igrot.gallery.gallery import Gallery
     from union_igrot.gallery.ingest.report import IngestOptions
-    from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
-    from union_igrot.gallery.metadata import (
-        check_backbone_name,
-        check_text_column,
-        index_metadata,
-        load_checkpoint,
-        load_default_model,
-        open_or_create,
-    )
+    from union_igrot.gallery.ingest.vectors import read_vectors
+    from union_igrot.gallery.metadata import model_of_index, read_metadata
     from union_igrot.models.foreign import FOREIGN
     from union_igrot.models.onnx import require_packages
 
@@ -96,27 +89,20 @@ def _add_images(config: "DictConfig") -> None:
     if options.precision in ("onnx", "int8"):
         require_packages()
     listing = _list_images(config.images, options)
-    check_text_column(config.index, listing, options.embed_text)
-    vectors = None if config.vectors is None else read_vectors(config.vectors)
+    chosen = config.checkpoint
     if config.vectors_from is not None:
-        if vectors is None or config.checkpoint is not None:
+        if config.vectors is None or chosen is not None:
             raise ConfigError("vectors_from= names another program's model: give vectors=, and no checkpoint")
-        model, checkpoint = load_checkpoint(f"{FOREIGN}{config.vectors_from}/{vectors.shape[1]}")
-    elif config.checkpoint is None:
-        model, checkpoint = load_default_model(config.index, config.weights, config.preprocess)
-    else:
-        check_backbone_name(config.index, config.checkpoint)
-        model, checkpoint = load_checkpoint(config.checkpoint, config.weights, config.preprocess)
+        chosen = f"{FOREIGN}{config.vectors_from}/{read_vectors(config.vectors).shape[1]}"
+    recorded = read_metadata(config.index)
+    model, checkpoint = model_of_index(recorded, config.index, chosen, config.weights, config.preprocess)
     _warn_about_photos(model.backbone.name, listing)
     if config.executor == "local":
         model.to(_device(config.strategy.accelerator))
-    metadata = index_metadata(model, checkpoint, config.weights)
-    given = None if vectors is None else vectors_by_id(config.vectors, vectors, listing, model)
-    with open_or_create(
-        config.index, model, metadata, config.calibration, options.precision, options.embed_text
-    ) as index:
-        report = ingest_images(index, model, listing, options, vectors=given)
-        _print_report(report, index.uri, len(index))
+    with Gallery(None, model, config.index, checkpoint, config.weights, config.calibration) as gallery:
+        report = gallery.ingest(listing, options, config.vectors)
+        if recorded or listing.entries:
+            _print_report(report, gallery.index.uri, len(gallery))
     if not report.added + report.updated + report.unchanged:
         found = f"none of its {report.skipped:,} files could be used" if report.skipped else "it holds no images"
         raise DataError(f"images={config.images}: {found}")

@@ -21,15 +21,13 @@ from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_source
 from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
 from union_igrot.gallery.metadata import (
-    check_backbone_name,
     check_calibration,
     check_metadata,
     check_text_column,
     index_metadata,
-    load_checkpoint,
-    load_default_model,
-    load_recorded_model,
+    model_of_index,
     open_or_create,
+    read_metadata,
 )
 from union_igrot.gallery.near import QueryKind, near_score, query_kind
 from union_igrot.gallery.queries import (
@@ -123,31 +121,29 @@ class Gallery:
             raise wrong_type("model", model, "a model, or the name of one")
         path = local_path(str(uri))
         uri = str(uri) if path is None else path  # absolute, so that the working directory may change
-        checkpoint = None
-        if isinstance(model, str | Path):
-            check_backbone_name(uri, str(model))
-            model, checkpoint = load_checkpoint(model, weights, preprocess)
-            model.to(resolve_device(device))
         absent = uri == MEMORY or (create and path is not None and not os.path.exists(path))  # noqa: PTH110 - Path's raises for long names
-        if absent and model is None:
-            model, checkpoint = load_default_model(uri, weights, preprocess)
-            model.to(resolve_device(device))
-        if model is not None and (absent or create):
-            gallery = cls(None, model, uri, checkpoint, weights, calibration)
-            if not absent:
-                gallery._open_index()
-            return gallery
-        index = open_index(uri)
         try:
-            if model is None:
-                model, checkpoint = load_recorded_model(index.metadata, uri, weights, preprocess)
+            index = None if absent else open_index(uri)
+        except ConfigError:
+            if path is not None or not create:
+                raise
+            index = None  # created below, which repeats any other error
+        try:
+            checkpoint = None
+            if not isinstance(model, IGROTModel):
+                recorded = {} if index is None else index.metadata
+                model, checkpoint = model_of_index(recorded, uri, model, weights, preprocess)
                 model.to(resolve_device(device))
             gallery = cls(index, model, uri, checkpoint, weights, calibration)
-            check_metadata(index.metadata, gallery.metadata, index.uri)
-            check_calibration(index.metadata, calibration, index.uri)
+            if index is not None:
+                check_metadata(index.metadata, gallery.metadata, index.uri)
+                check_calibration(index.metadata, calibration, index.uri)
         except BaseException:
-            index.close()
+            if index is not None:
+                index.close()
             raise
+        if not absent:
+            gallery._open_index()
         return gallery
 
     @property
@@ -216,7 +212,7 @@ class Gallery:
             listing = list_additions(as_items(images), ids, columns)
             options = options or IngestOptions(workers=0, progress=False, on_broken="fail")
         options = replace(options, on_broken=on_broken or options.on_broken, prune=False)
-        return self._ingest(listing, options, vectors, wait=_ADD_WAIT_SECONDS)
+        return self.ingest(listing, options, vectors, wait=_ADD_WAIT_SECONDS)
 
     def update(
         self,
@@ -239,13 +235,17 @@ class Gallery:
         """
         options = options or IngestOptions()
         listing = list_source(str(images), options)
-        return self._ingest(listing, replace(options, executor=executor or options.executor), vectors)
+        return self.ingest(listing, replace(options, executor=executor or options.executor), vectors)
 
-    def _ingest(self, listing: Listing, options: IngestOptions, vectors: object, *, wait: float = 0.1) -> IngestReport:
+    def ingest(self, listing: Listing, options: IngestOptions, vectors: object, *, wait: float = 0.1) -> IngestReport:
+        """Bring the gallery up to date with listed images; see `update`. `wait` is how long others may add images."""
         from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
 
-        if self._index is None:
-            check_text_column(self._full_uri, listing, options.embed_text)
+        if self._index is None and not read_metadata(self._full_uri):
+            if not listing.entries:  # no empty index
+                return IngestReport(excluded=listing.excluded)
+            if options.embed_text is not None:
+                check_text_column(listing, options.embed_text)
         given = None if vectors is None else vectors_by_id(vectors, read_vectors(vectors), listing, self.model)
         index = self._open_index(options.precision, options.embed_text)
         return ingest_images(index, self.model, listing, options, wait=wait, vectors=given)

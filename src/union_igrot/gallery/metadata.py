@@ -22,7 +22,6 @@ FORMAT: Final = 1
 _EARLIER: Final = "earlier_fingerprint"  # of the same model by an earlier version; not stored
 DEFAULT_CHECKPOINT: Final = "photos"
 """Model of a new index."""
-_ADVICE: Final = "search it with the model it was made with, or index again under another name"
 
 
 def index_metadata(model: IGROTModel, checkpoint: str | None, weights: str | Path | None = None) -> dict[str, Any]:
@@ -52,43 +51,33 @@ def check_metadata(stored: Mapping[str, Any], expected: Mapping[str, Any], uri: 
         raise CheckpointError(f"{uri} does not say which model it was made with; make it again with union-index")
     if "weights" not in stored and stored["fingerprint"] == expected.get(_EARLIER):
         return
-    checkpoint = stored.get("checkpoint")
-    raise CheckpointError(
-        f"{uri} was made with {_model_name(stored.get('model', {}))}"
-        + (f" (checkpoint {checkpoint})" if checkpoint else "")
-        + f", not with {_model_name(expected['model'])}{_age(stored, expected)}; {_ADVICE}"
-    )
-
-
-def _age(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Return a remark if both models have the same weights, as far as an earlier version recorded it."""
     before, now = (str(one.get("model", {}).get("backbone_fingerprint")) for one in (stored, expected))
-    same = before == without_settings(now)
-    return " (its version did not record activation and tokenizer, which may differ)" if same else ""
+    same = before == without_settings(now)  # as far as an earlier version recorded it
+    age = " (its version did not record activation and tokenizer, which may differ)" if same else ""
+    raise _other_model(uri, stored, f"{_model_name(expected['model'])}{age}")
+
+
+def _other_model(uri: str, stored: Mapping[str, Any], given: str) -> CheckpointError:
+    name, made_with = stored.get("checkpoint"), _model_name(stored.get("model", {}))
+    made_with = f"checkpoint={name} ({made_with})" if name else made_with
+    return CheckpointError(
+        f"{uri} was made with {made_with}, not with {given}; use that model, which needs no checkpoint, or index again "
+        "under another name"
+    )
 
 
 def open_or_create(
     uri: str,
     model: IGROTModel,
     metadata: Mapping[str, Any],
-    calibration: float | None = None,
-    precision: str = "32-true",
-    embed_text: str | None = None,
+    calibration: float | None,
+    precision: str,
+    embed_text: str | None,
 ) -> VectorIndex:
-    """Open or create the index of a model.
+    """Open or create the index of a model, given with its `index_metadata`.
 
-    Args:
-        uri: Its location.
-        model: The model.
-        metadata: Its `index_metadata`.
-        calibration: Weight of the calibration; None for that of an existing index, and for none in a new one.
-        precision: Precision of the rows of a new index; `int8` is recorded, see `IngestOptions`.
-        embed_text: Column whose text is embedded with images in a new index, see `IngestOptions`.
-
-    Raises:
-        CheckpointError: If the index was made with another model.
-        ConfigError: If it has another calibration.
-        DataError: If the model has no training queries for calibration.
+    The last three are recorded in a new index, see `Gallery.open` and `IngestOptions`. Raises as `Gallery.open`, and a
+    DataError if the model has no training queries for calibration.
     """
     uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is not a path
     recorded = read_metadata(uri)
@@ -127,10 +116,8 @@ def read_metadata(uri: str) -> dict[str, Any]:
         return {}
 
 
-def check_text_column(uri: str, listing: Listing, column: str | None) -> None:
-    """Refuse a column to embed, of an index that does not exist yet, if no listed image has a text in it."""
-    if column is None or read_metadata(uri):
-        return
+def check_text_column(listing: Listing, column: str) -> None:
+    """Refuse a column to embed in a new index if no listed image has a text in it."""
     columns = ({**entry.found, **entry.columns} for entry in listing.entries)
     named = {name for values in columns for name, value in values.items() if value is not None}
     if column not in named:
@@ -145,15 +132,6 @@ def _model_name(described: Mapping[str, Any]) -> str:
         f"and heads {' + '.join(kinds)} {described.get('heads')}"
         + (f", preprocess={described['preprocess']}" if "preprocess" in described else "")
     )
-
-
-def check_backbone_name(uri: str, name: str) -> None:
-    """Check the name of a backbone against that of an existing index, before its weights are fetched."""
-    if not names_backbone(name):
-        return
-    described = read_metadata(uri).get("model", {})
-    if described.get("backbone") not in (name, None):
-        raise CheckpointError(f"{uri} was made with {_model_name(described)}, not with backbone {name}; {_ADVICE}")
 
 
 def load_checkpoint(
@@ -181,40 +159,41 @@ def load_checkpoint(
     return load(folder, weights=weights, preprocess=preprocess), str(folder.absolute())
 
 
-def load_default_model(
-    uri: str, weights: str | Path | None = None, preprocess: PreprocessChoice | None = None
-) -> tuple[IGROTModel, str]:
-    """Load the model that an index was made with; `DEFAULT_CHECKPOINT` for one that does not exist yet.
-
-    Raises:
-        ConfigError: If the index does not name its model, or the package of the default one is not installed.
-        CheckpointError: If the model does not exist any more.
-    """
-    if recorded := read_metadata(uri):
-        return load_recorded_model(recorded, uri, weights, preprocess)
-    return load_checkpoint(DEFAULT_CHECKPOINT, weights, preprocess)
-
-
-def load_recorded_model(
-    metadata: Mapping[str, Any],
+def model_of_index(
+    recorded: Mapping[str, Any],
     uri: str,
+    checkpoint: str | Path | None = None,
     weights: str | Path | None = None,
     preprocess: PreprocessChoice | None = None,
 ) -> tuple[IGROTModel, str]:
-    """Load the model that an index was made with.
+    """Load a model for an index by name; without one the model it was made with, or that of a new index.
+
+    Args:
+        recorded: The metadata of the index; empty if it does not exist yet.
+        uri: Its location.
+        checkpoint: As for `load_checkpoint`, or None.
+        weights: Weights of the backbone; None for the recorded or default ones.
+        preprocess: Preprocessing of a backbone; None for the recorded or default one.
+
+    Returns:
+        As `load_checkpoint`.
 
     Raises:
-        ConfigError: If the index does not name it.
-        CheckpointError: If it does not exist any more.
+        ConfigError: If the index does not name its model, or the package of the default one is not installed.
+        CheckpointError: If the model does not exist, or is another backbone than that of the index.
     """
-    name = metadata.get("checkpoint")
-    if not name:
-        made_with = _model_name(metadata.get("model", {}))
-        raise ConfigError(f"{uri} does not say where its model is ({made_with}); pass the model")
-    if name == "tiny" and metadata.get("model", {}).get("target", {}).get("kind") == "union":
+    described = recorded.get("model", {})
+    if checkpoint is not None or not recorded:
+        checkpoint = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
+        if names_backbone(str(checkpoint)) and described.get("backbone") not in (str(checkpoint), None):
+            raise _other_model(uri, recorded, f"backbone {checkpoint}")  # before its weights are fetched
+        return load_checkpoint(checkpoint, weights, preprocess)
+    if not (name := recorded.get("checkpoint")):
+        raise ConfigError(f"{uri} does not say where its model is ({_model_name(described)}); pass the model")
+    if name == "tiny" and described.get("target", {}).get("kind") == "union":
         name = "tiny-union"  # the heads that were bundled as tiny when the index was made
-    weights = weights or metadata.get("weights")
-    preprocess = preprocess or metadata.get("model", {}).get("preprocess")
+    weights = weights or recorded.get("weights")
+    preprocess = preprocess or described.get("preprocess")
     if is_backbone(str(name)):  # not a folder of that name, as folders are stored by their absolute path
         return baseline(build_backbone(str(name), weights, preprocess), "sum"), str(name)
     return load_checkpoint(str(name), weights, preprocess)

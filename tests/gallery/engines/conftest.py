@@ -2,7 +2,7 @@
 
 import pytest
 
-from index_helpers import ENGINES, new_location
+from index_locations import ENGINES, new_location
 
 
 @pytest.fixture(params=ENGINES)

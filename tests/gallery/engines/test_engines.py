@@ -10,7 +10,7 @@ from filter_cases import KINDS, ROWS, filters
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
 
-from index_helpers import ENGINES, new_location, random_rows, read_column
+from index_locations import ENGINES, new_location, random_rows, read_column
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import exact
 from union_igrot.evaluation.exact import exact_topk

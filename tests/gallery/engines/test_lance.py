@@ -16,7 +16,7 @@ lance = pytest.importorskip("lance", reason='the extra "gallery" is not installe
 pa = pytest.importorskip("pyarrow")
 from killing import FORKS, kill_many  # noqa: E402 - after importorskip
 
-from index_helpers import random_rows, read_column  # noqa: E402
+from index_locations import random_rows, read_column  # noqa: E402
 from union_igrot.gallery.engines import lance as engine  # noqa: E402
 
 KILLS = 25

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from index_helpers import MILVUS, SERVER, new_location
+from index_locations import MILVUS, SERVER, new_location
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.exact import exact_topk
 from union_igrot.gallery.engines.base import Rows

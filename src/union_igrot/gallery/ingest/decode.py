@@ -125,7 +125,7 @@ class ImageReader:
         exif: dict[str, str | float] | None = {} if self.exif else None
         image, size = decode_image(io.BytesIO(data), self.preprocess.size, self.largest, exif)
         large = image
-        if max(image.size) < min(THUMBNAIL_SIZE, max(size)):  # a JPEG decoded smaller than a thumbnail for a small model
+        if max(image.size) < min(THUMBNAIL_SIZE, max(size)):  # a JPEG decoded small for the model
             large, _ = decode_image(io.BytesIO(data), THUMBNAIL_SIZE, self.largest)
         return DecodedImage(digest, *size, make_thumbnail(large), exif=exif), self._to_pixels(image)
 
