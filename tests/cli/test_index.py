@@ -95,6 +95,7 @@ def test_a_run_that_could_use_no_image_fails(tmp_path, capsys):
         return said.out, line
 
     assert fails()[1].endswith("it holds no images")
+    assert not uri.exists()
     (folder / "a.nef").write_bytes(bytes(4000))
     (folder / "b.png").write_bytes(b"no image")
     (tmp_path / "list.txt").write_text("pictures/b.png\npictures/gone.png\n")

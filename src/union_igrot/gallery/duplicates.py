@@ -68,7 +68,8 @@ def find_duplicates(
     """Find groups of near duplicates; nothing is removed.
 
     Args:
-        index: The index. Perceptual hashes are computed from its thumbnails.
+        index: The index, which holds what is compared: hashes, thumbnails and embeddings. For a folder, index it first,
+            such as in `memory:`.
         threshold: Lowest cosine similarity of similar images, above 0 and at most 1; None for none of them.
         where: A filter on columns for the images that are compared.
         thumbnails: How many groups, from the first on, have thumbnails.

@@ -15,7 +15,8 @@ from union_igrot.storage.paths import expand_user, find_path, is_web_address
 
 TERM_FORMAT: Final = "a text, an image, (image, text), or one of them with a weight, as in ('fruit', -1)"
 _LARGEST: Final = 1_000_000  # weight, whatever its sign
-_WEIGHT: Final = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)):(.*)", re.DOTALL)
+_WEIGHT: Final = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+|nan|inf|infinity)):(.*)", re.DOTALL | re.IGNORECASE)
+_WEIGHT_BEHIND: Final = re.compile(r"(?!-?(?:text|image):)(.*[^\W\d_]):\s*([+-]?\d+\.?\d*)", re.DOTALL)
 _REGION: Final = re.compile(r"#[\d.,%\s]+$")
 _PATH: Final = re.compile(r"\.{0,2}[/\\]|~[/\\]|[A-Za-z]:[/\\]")
 
@@ -68,6 +69,11 @@ def _read_parts(given: object, images: bool) -> tuple[Any, Any, Any]:
         weight, content = 1.0, given.strip()
         if found := _WEIGHT.fullmatch(content):
             weight, content = float(found[1]), found[2]
+        elif images and (found := _WEIGHT_BEHIND.fullmatch(content)):
+            raise ConfigError(
+                f"the term {given!r} ends like a weight, which comes first: {found[2]}:{found[1]}; for this text write "
+                f"text:{given}"
+            )
         elif content.startswith("-"):
             weight, content = -1.0, content[1:]
         return *(_read_content(content) if images else (None, content)), weight

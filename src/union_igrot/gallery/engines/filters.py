@@ -254,7 +254,8 @@ def _check_only(node: Any, *names: str) -> None:
 
 
 def _column(node: Any) -> str:
-
+    if isinstance(node, exp.Func | exp.Binary):
+        raise _unsupported(node)
     if not isinstance(node, exp.Column) or not isinstance(node.this, exp.Identifier) or len(node.parts) != 1:
         raise ConfigError(
             f'expected a column name instead of {_shown(node)}; quote a name that is not a single word: "my name"'
@@ -263,7 +264,6 @@ def _column(node: Any) -> str:
 
 
 def _constant(node: Any) -> Constant:
-
     if isinstance(node, exp.Null):
         raise ConfigError("nothing equals null; write: is null")
     if isinstance(node, exp.Boolean):
@@ -293,7 +293,7 @@ def _parse_number(text: str) -> int | float:
 def _unsupported(node: Any) -> ConfigError:
     return ConfigError(
         f"{_shown(node)} is not supported (expected =, !=, <, <=, >, >=, in, between, like and is null on a column and "
-        "constants, joined by and, or, not)"
+        "constants, joined by and, or, not; there are no functions and no arithmetic)"
     )
 
 
