@@ -149,9 +149,7 @@ def test_a_training_ends_where_the_cpu_s_does(tmp_path, strategy, precision):
     assert best["cuda"]["val/score"] == pytest.approx(best["cpu"]["val/score"], abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("precision", "near"), [("32-true", 1e-5), ("bf16-mixed", 0.03), ("16-mixed", 0.03)]
-)
+@pytest.mark.parametrize(("precision", "near"), [("32-true", 1e-5), ("bf16-mixed", 0.03), ("16-mixed", 0.03)])
 def test_rows_of_an_index_are_those_of_the_cpu(tmp_path, precision, near):
     images = tmp_path / "pictures"
     images.mkdir()

@@ -169,20 +169,14 @@ def read_feedback(
     index: VectorIndex, queries: Sequence[GalleryQuery], names: Sequence[str], dim: int
 ) -> Mapping[str, Float[Tensor, " dim"]]:
     """Read the embeddings, of width `dim`, of liked and disliked results; one that does not exist is a DataError."""
-    wanted = list(dict.fromkeys(name for one in queries for name in (*one.liked, *one.disliked)))
+    wanted = {row_id: name for one, name in zip(queries, names, strict=True) for row_id in (*one.liked, *one.disliked)}
     if not wanted:
         return {}
-    try:
-        rows = index.fetch(wanted)
-    except DataError:
-        existing = _existing_ids(index, wanted)
-        for one, query_name in zip(queries, names, strict=True):
-            if missing := [name for name in (*one.liked, *one.disliked) if name not in existing]:
-                with named_errors(query_name):
-                    raise DataError(
-                        f"{missing[0]!r} is not in {index.uri} (expected an image of the gallery)"
-                    ) from None
-        raise
+    existing = _existing_ids(index, list(wanted))
+    if missing := [row_id for row_id in wanted if row_id not in existing]:
+        with named_errors(wanted[missing[0]]):
+            raise DataError(f"{missing[0]!r} is not in {index.uri} (expected an image of the gallery)")
+    rows = index.fetch(list(wanted))
     return dict(zip(rows.ids, rows.vectors[:, :dim], strict=True))
 
 

@@ -43,7 +43,6 @@ _REDUCED_LIMIT: Final = 4
 _BLOCK: Final = 2**20
 _CHANNELS: Final = (1, 3, 4)
 _DTYPES: Final = "uint8 (0..255), uint16 (0..65535), float (0..1) or bool"
-_SHAPES: Final = {"array": "HxW, HxWx1, HxWx3 or HxWx4", "tensor": "HxW, 1xHxW, 3xHxW or 4xHxW"}
 _TOLERANCE: Final = 1e-4  # of rounding, beyond 0..1; a tenth of a gray level is 4e-4
 ByteFile = io.BytesIO | io.BufferedReader
 _Source = TypeVar("_Source", bound=ImageSource)
@@ -101,7 +100,7 @@ def as_image(image: object, at_least: int | None = None) -> Image.Image:
     if isinstance(image, Image.Image):
         return _upright(image)
     if isinstance(image, np.ndarray | Tensor):
-        return as_rgb(image_from_tensor(image) if isinstance(image, Tensor) else image_from_array(image))
+        return as_rgb(image_from_array(image))
     if (data := file_bytes(image)) is not None:
         named = str(getattr(image, "name", "an open file")) if hasattr(image, "read") else f"{len(data):,} bytes"
         return _decode(io.BytesIO(data), named, at_least)
@@ -377,11 +376,11 @@ def image_fault(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def image_from_array(array: np.ndarray) -> Image.Image:
-    """Convert an array of shape HxW or HxWxC, gray, RGB or RGBA, to an image.
+def image_from_array(given: np.ndarray | Tensor) -> Image.Image:
+    """Convert an array of shape HxW or HxWxC, or a tensor of shape HxW or CxHxW, gray, RGB or RGBA, to an image.
 
     Args:
-        array: uint8, uint16, bool, or floats in 0..1, which are rounded to 256 levels.
+        given: uint8, uint16, bool, or floats in 0..1, which are rounded to 256 levels.
 
     Returns:
         An image in mode L, RGB or RGBA.
@@ -389,38 +388,25 @@ def image_from_array(array: np.ndarray) -> Image.Image:
     Raises:
         ImageError: If the shape, type or range is invalid.
     """
-    _check_shape("array", array.shape, last=True)
-    return _from_levels(array, _named("array", array.shape, str(array.dtype)))
-
-
-def image_from_tensor(tensor: Tensor) -> Image.Image:
-    """Convert a tensor of shape HxW or CxHxW, gray, RGB or RGBA, to an image; see `image_from_array`."""
-    shape = tuple(tensor.shape)
-    _check_shape("tensor", shape, last=False)
-    here = tensor.detach().cpu()
-    numbers = (here.float() if here.is_floating_point() else here).numpy()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return _from_levels(numbers if numbers.ndim == 2 else numbers.transpose(1, 2, 0), _named("tensor", shape, dtype))
-
-
-def _named(kind: str, shape: tuple[int, ...], dtype: str = "") -> str:
-    sizes = "x".join(map(str, shape)) or "no dimension"
-    return f"{kind} of {sizes}" + (f", {dtype}" if dtype else "")
-
-
-def _check_shape(kind: str, shape: tuple[int, ...], *, last: bool) -> None:
-    place, other = (-1, 0) if last else (0, -1)
-    if (len(shape) == 2 or (len(shape) == 3 and shape[place] in _CHANNELS)) and 0 not in shape:
-        return
-    advice = f"expected {_SHAPES[kind]}"
-    if 0 in shape:
-        advice = "it has no pixel"
-    elif len(shape) == 4:
-        advice = "pass one image at a time, or a list of images"
-    elif len(shape) == 3 and shape[other] in _CHANNELS:
-        turned = "transpose(1, 2, 0)" if last else "permute(2, 0, 1)"
-        advice += f"; its channels are {'first' if last else 'last'}: use {turned}"
-    raise ImageError(f"invalid image: {_named(kind, shape)} ({advice})")
+    shape, is_tensor = tuple(given.shape), isinstance(given, Tensor)
+    named = f"{'tensor' if is_tensor else 'array'} of {'x'.join(map(str, shape)) or 'no dimension'}"
+    channels, others = (shape[:1], shape[-1:]) if is_tensor else (shape[-1:], shape[:1])
+    if 0 in shape or not (len(shape) == 2 or (len(shape) == 3 and channels[0] in _CHANNELS)):
+        advice = "expected HxW, 1xHxW, 3xHxW or 4xHxW" if is_tensor else "expected HxW, HxWx1, HxWx3 or HxWx4"
+        if 0 in shape:
+            advice = "it has no pixel"
+        elif len(shape) == 4:
+            advice = "pass one image at a time, or a list of images"
+        elif len(shape) == 3 and others[0] in _CHANNELS:
+            turned = "last: use permute(2, 0, 1)" if is_tensor else "first: use transpose(1, 2, 0)"
+            advice += f"; its channels are {turned}"
+        raise ImageError(f"invalid image: {named} ({advice})")
+    named += f", {str(given.dtype).removeprefix('torch.')}"
+    if isinstance(given, Tensor):
+        here = given.detach().cpu()
+        here = here.float() if here.is_floating_point() else here
+        given = (here if here.ndim == 2 else here.permute(1, 2, 0)).numpy()
+    return _from_levels(given, named)
 
 
 def _from_levels(numbers: np.ndarray, named: str) -> Image.Image:
