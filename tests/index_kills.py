@@ -33,8 +33,8 @@ ROWS = 32
 EVERY = 5
 """Kills between two runs that are left to their end."""
 PATIENCE = 120.0
-WORKER_SECONDS = 5.0
-"""Within which decoding workers end after their command was killed."""
+WORKER_SECONDS = 30.0
+"""Within which decoding workers end after their command was killed, also on a busy machine."""
 
 
 def indexing(settings: list[str]) -> None:
