@@ -7,6 +7,7 @@ counted from 1.
 import ntpath
 import os
 import posixpath
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from union_igrot.storage.paths import expand_user
 from union_igrot.storage.text import read_json, read_lines, refuse_repeated
 
 _Value = TypeVar("_Value")
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
 GENOME = ("VG_100K", "VG_100K_2", "VG_100K_all", "images/VG_100K", "images/VG_100K_2")
 """Folders in which images of Visual Genome are found."""
 
@@ -174,6 +176,8 @@ def check_name(value: object, name: str, place: str) -> str:
     """Return a JSON value, a string or an integer, as a text that is neither blank nor has control characters."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(check_integer(value, name, place))
+    if isinstance(value, str) and value.isprintable() and value.strip():  # the usual case, of millions of rows
+        return value
     text = check_text(value, name, place)
     if not text.strip() or any(letter < " " for letter in text):
         raise DataError(f"{place}: {name} is {reprlib.repr(text)}; expected a text without control characters")
@@ -191,7 +195,10 @@ def check_integer(value: object, name: str, place: str) -> int:
 
 def check_path(value: object, name: str, place: str) -> str:
     """Return a JSON value as a normalized path that stays inside the dataset's folder."""
-    path = posixpath.normpath(check_name(value, name, place))
+    given = check_name(value, name, place)
+    if _PLAIN_NAME.fullmatch(given):
+        return given
+    path = posixpath.normpath(given)
     drive, rest = ntpath.splitdrive(path)
     if path.startswith(("/", "../")) or path in (".", "..") or (drive and rest.startswith(("/", "\\"))):
         raise DataError(f"{place}: {name} is {reprlib.repr(path)}; expected a relative path inside the folder")

@@ -6,15 +6,17 @@
 - ShoeV2 and ChairV2 (QMUL): a sketch asks for the photo that it was drawn of.
 """
 
+import gc
 import json
 import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 from PIL import Image
@@ -209,16 +211,6 @@ class QuickDrawBitmap:
         return Image.fromarray(255 - strokes).resize((224, 224), Image.Resampling.BICUBIC).convert("RGB")
 
 
-class _SketchRow(NamedTuple):
-    file: Path
-    number: int
-    values: tuple[str, ...]
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}, row {self.number}"
-
-
 _CSV_KEYS = ("split", "text", "object_category", "image_filename", "sketch_filename")
 _JSON_KEYS = ("split", "text", "label", "image", "sketch")
 
@@ -229,31 +221,34 @@ def read_cstbir(
     """Read one split of CSTBIR, row by row: `CSTBIR_dataset.json` or a CSV file of the authors' loader.
 
     Query ids are the rows' numbers in the file. Sketches are files in `sketches/`, or are rendered from
-    `numpy_bitmap/<category>.npy`.
+    `numpy_bitmap/<category>.npy`. The split `open` has the rows whose split contains `open`.
     """
     wording = CSTBIR.find_prompt(prompt)
     blank, told = (wording.text({"text": "[sketch]", "label": label}) for label in ("", "cat"))
     if blank != told and not oracle:
         raise ConfigError(f"prompt {wording.name!r} tells the category of the sketch; set oracle=true to allow that")
     file = folder.annotation(*([annotations] if annotations else ["CSTBIR_dataset.json", "CSTBIR_dataset.csv"]))
-    photos: dict[str, tuple[str, ...]] = {}
-    words: dict[tuple[str, str], tuple[Text, str]] = {}
+    queries: list[Query] = []
+    photos: dict[str, GalleryItem] = {}
+    targets: dict[str, tuple[str, ...]] = {}
+    sketches: dict[str, ImageSource] = {}
     labels: dict[str, str] = {}
-    sources: dict[str, ImageSource] = {}
-    queries, items = [], []
-    for row in _sketch_rows(file, split):
-        _, text, label, photo, sketch = row.values
-        if photo not in photos:
-            name = check_path(photo, "image", row.place)
-            items.append(GalleryItem(photo, folder.image(row.place, *(f"{top}/{name}" for top in GENOME))))
-            photos[photo] = (photo,)
-        if sketch not in sources:
-            sources[sketch] = _sketch(folder, sketch, row.place)
-        if (text, label) not in words:  # nearly two million rows have few texts
-            fields = {"text": check_name(text, "text", row.place), "label": check_name(label, "label", row.place)}
-            words[text, label] = wording.text(fields), labels.setdefault(label, label)
-        worded, label = words[text, label]
-        queries.append(Query(str(row.number), sources[sketch], worded, photos[photo], label=label))
+    texts: dict[tuple[str, str], Text] = {}
+    with _no_collection():
+        for number, (_, text, label, photo, sketch) in _sketch_rows(file, split):
+            if photo not in photos:
+                photos[photo] = GalleryItem(photo, _genome_photo(folder, photo, f"{file}, row {number}"))
+                targets[photo] = (photo,)
+            if sketch not in sketches:
+                sketches[sketch] = _sketch(folder, sketch, f"{file}, row {number}")
+            if label not in labels:
+                labels[label] = check_name(label, "label", f"{file}, row {number}")
+            key = text, label if blank != told else ""
+            if key not in texts:
+                words = check_name(text, "text", f"{file}, row {number}")
+                texts[key] = wording.text({"text": words, "label": label})
+            queries.append(Query(str(number), sketches[sketch], texts[key], targets[photo], label=labels[label]))
+    items = list(photos.values())
     if gallery != "targets":
         items = _listed_gallery(folder, gallery, photos)
     protocol = Protocol(
@@ -266,14 +261,35 @@ def read_cstbir(
     return Benchmark("cstbir", split, "cir", queries, items, protocol)
 
 
-def _sketch_rows(file: Path, split: str) -> Iterator[_SketchRow]:
-    """Yield the rows of a split: split, text, label, photo and sketch, all of them texts."""
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the search for cycles: it takes a quarter of the time in which millions of queries are made."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
+
+
+def _sketch_rows(file: Path, split: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield the rows of a split with their numbers: split, text, label, photo and sketch, all of them texts."""
+    others = set()
+    empty = True
     for number, values in enumerate(_csv_values(file) if file.suffix == ".csv" else _json_values(file)):
-        if values[0] == split or type(values[0]) is not str:
-            for key, one in zip(_JSON_KEYS, values, strict=True):
-                if type(one) is not str:
+        name = values[0]
+        if name == split or type(name) is not str or (split == "open" and "open" in name):
+            if set(map(type, values)) != {str}:
+                for key, one in zip(_JSON_KEYS, values, strict=True):
                     check_text(one, key, f"{file}, row {number}")
-            yield _SketchRow(file, number, values)
+            empty = False
+            yield number, values
+        else:
+            others.add(name)
+    if empty:
+        names = ", ".join(sorted(others)[:10]) or "none"
+        raise DataError(f"{file}: has no row of split {split!r} (its splits: {names}); pass data.annotations=FILE")
 
 
 def _csv_values(file: Path) -> Iterator[tuple[Any, ...]]:
@@ -309,6 +325,10 @@ def _sketch(folder: DatasetFolder, name: str, place: str) -> ImageSource:
     return folder.image(place, *names)
 
 
+def _genome_photo(folder: DatasetFolder, name: str, place: str) -> Path:
+    return folder.image(place, *[f"{top}/{check_path(name, 'image', place)}" for top in GENOME])
+
+
 def _listed_gallery(folder: DatasetFolder, name: str, photos: Iterable[str]) -> list[GalleryItem]:
     file = folder.annotation(name)
     places: dict[str, str] = {}
@@ -318,7 +338,7 @@ def _listed_gallery(folder: DatasetFolder, name: str, photos: Iterable[str]) -> 
         raise DataError(
             f"{file}: lacks {missing[0]!r}, a target ({len(missing)} targets are missing); complete the list"
         )
-    return [GalleryItem(one, folder.image(place, *(f"{top}/{one}" for top in GENOME))) for one, place in places.items()]
+    return [GalleryItem(one, _genome_photo(folder, one, place)) for one, place in places.items()]
 
 
 # --- ShoeV2 and ChairV2
