@@ -10,7 +10,8 @@ import torch
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.metrics.functional import average, average_precision, precision_at_k, recall_at_k
-from union_igrot.metrics.retrieval import RetrievalMetrics
+from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
+from union_igrot.types import Protocol
 
 NAMES = ("R@1", "R@5", "Rs@1", "P@5", "mAP", "mAP@5")
 
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from union_igrot.metrics.retrieval import RetrievalMetrics
+from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
 
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -33,18 +34,16 @@ dist.init_process_group(
 )
 data = torch.load(folder / "data.pt", weights_only=True)
 results = {}
-for averaging in ("micro", "macro"):
-    for shares in ("padded", "lopsided"):
-        metrics = RetrievalMetrics(data["names"], averaging=averaging)
-        for batch in data[shares][rank]:
-            some = torch.tensor(batch)
-            metrics.update(
-                data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some]
-            )
-        results[f"{averaging} {shares}"] = {
-            "means": {name: float(x) for name, x in metrics.compute().items()},
-            "values": {name: x.tolist() for name, x in metrics.values().items()},
-        }
+for shares in ("padded", "lopsided"):
+    metrics = RetrievalMetrics(data["names"])
+    for batch in data[shares][rank]:
+        some = torch.tensor(batch)
+        hits, subset = data["hits"][some], data["subset"][some]
+        metrics.update(RankedHits(hits, hits.sum(1)), some, RankedHits(subset, subset.sum(1)))
+    results[shares] = {
+        "means": {name: float(x) for name, x in metrics.compute().items()},
+        "values": {name: x.tolist() for name, x in metrics.values().items()},
+    }
 (folder / f"{rank}.json").write_text(json.dumps(results))
 dist.destroy_process_group()
 # Gone at once: the threads of a backend may outlive the interpreter and end it with an abort.
@@ -61,19 +60,23 @@ def world(queries=23, gallery=31, seed=0):
     subset = torch.zeros(queries, 5, dtype=torch.bool)
     subset[torch.arange(queries), torch.randint(0, 5, (queries,), generator=generator)] = True
     subset[7] = False
-    labels = torch.randint(0, 4, (queries,), generator=generator)
-    return {"hits": hits, "n_relevant": hits.sum(1), "subset": subset, "labels": labels}
+    return {"hits": hits, "subset": subset}
+
+
+def ranked(hits):
+    return RankedHits(hits, hits.sum(1))
 
 
 def feed(metrics, data, batches):
     for batch in batches:
         some = torch.tensor(batch)
-        metrics.update(data["hits"][some], data["n_relevant"][some], some, data["subset"][some], data["labels"][some])
+        metrics.update(ranked(data["hits"][some]), some, ranked(data["subset"][some]))
     return metrics
 
 
 def expected_values(data):
-    hits, n_relevant, subset = data["hits"], data["n_relevant"], data["subset"]
+    hits, subset = data["hits"], data["subset"]
+    n_relevant = hits.sum(1)
     return {
         "R@1": recall_at_k(hits, n_relevant, 1),
         "R@5": recall_at_k(hits, n_relevant, 5),
@@ -90,14 +93,13 @@ def assert_same(given, expected):
         torch.testing.assert_close(given[name], values, rtol=0, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("averaging", ["micro", "macro"])
-def test_batches_in_any_order_equal_all_at_once(averaging):
+def test_batches_in_any_order_equal_all_at_once():
     data = world()
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1)).tolist()
-    metrics = feed(RetrievalMetrics(NAMES, averaging=averaging), data, [order[:9], order[9:10], order[10:]])
+    metrics = feed(RetrievalMetrics(NAMES), data, [order[:9], order[9:10], order[10:]])
     expected = expected_values(data)
     assert_same(metrics.values(), expected)
-    assert_same(metrics.compute(), {n: average(x, data["labels"], averaging) for n, x in expected.items()})
+    assert_same(metrics.compute(), {n: average(x) for n, x in expected.items()})
     assert expected["Rs@1"][7].isnan()
     assert expected["mAP"][4].isnan()
 
@@ -112,10 +114,10 @@ def test_a_query_that_comes_twice_counts_once():
 
 def test_conventions_reach_the_metrics():
     data = world()
-    metrics = RetrievalMetrics(
-        ("R@5", "P@5", "mAP@5"), ap_norm="hits", ap_rule="trapezoid", recall="fraction", precision_cut="attainable"
-    )
-    hits, n_relevant = data["hits"], data["n_relevant"]
+    names = ("R@5", "P@5", "mAP@5")
+    protocol = Protocol(ap_norm="hits", ap_rule="trapezoid", recall="fraction", precision_cut="attainable")
+    metrics, hits = RetrievalMetrics(names, protocol), data["hits"]
+    n_relevant = hits.sum(1)
     expected = {
         "R@5": recall_at_k(hits, n_relevant, 5, "fraction"),
         "P@5": precision_at_k(hits, n_relevant, 5, "attainable"),
@@ -130,9 +132,9 @@ def test_states_are_few_preallocated_blocks():
     batches = [range(at, at + 10) for at in range(0, 200, 10)]
     expecting, growing = RetrievalMetrics(NAMES, expected=200), RetrievalMetrics(NAMES)
     feed(expecting, data, batches[:1])
-    places = [states[0].data_ptr() for states in (expecting.rows, expecting.positions, expecting.labels)]
+    places = [states[0].data_ptr() for states in (expecting.rows, expecting.positions)]
     feed(expecting, data, batches[1:])
-    assert [states[0].data_ptr() for states in (expecting.rows, expecting.positions, expecting.labels)] == places
+    assert [states[0].data_ptr() for states in (expecting.rows, expecting.positions)] == places
     assert len(expecting.rows) == 1
     feed(growing, data, batches)
     assert len(growing.rows) <= 6
@@ -145,21 +147,18 @@ def test_metrics_of_a_batch_do_not_change_the_total():
     metrics, own = RetrievalMetrics(NAMES, expected=23), []
     for at in (0, 8, 16):
         some = torch.arange(at, min(at + 8, 23))
-        own.append(metrics(data["hits"][some], data["n_relevant"][some], some, data["subset"][some]))
+        own.append(metrics(ranked(data["hits"][some]), some, ranked(data["subset"][some])))
     assert_same(metrics.values(), expected_values(data))
     assert_same(own[1], {name: average(x[8:16]) for name, x in expected_values(data).items()})
 
 
 def test_what_is_missing_is_an_error():
-    hits, one = torch.tensor([[True, False]]), torch.tensor([1])
     with pytest.raises(ConfigError, match="there is no metric"):
         RetrievalMetrics(())
     with pytest.raises(ConfigError, match="unknown metric 'recall'"):
         RetrievalMetrics(("recall",))
     with pytest.raises(DataError, match="subset rankings"):
-        RetrievalMetrics(("Rs@1",)).update(hits, one, one)
-    with pytest.raises(DataError, match="labels"):
-        RetrievalMetrics(("R@1",), averaging="macro").update(hits, one, one)
+        RetrievalMetrics(("Rs@1",)).update(ranked(torch.tensor([[True, False]])), torch.tensor([1]))
     with pytest.raises(DataError, match="no query to average"):
         RetrievalMetrics(("R@1",)).values()
 
@@ -197,9 +196,8 @@ def test_two_processes_equal_one(tmp_path):
     expected = expected_values(data)
     for rank in range(2):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
-        for averaging in ("micro", "macro"):
-            means = {name: average(x, data["labels"], averaging).item() for name, x in expected.items()}
-            for share in shares:
-                given = results[f"{averaging} {share}"]
-                assert given["means"] == pytest.approx(means, abs=1e-6)
-                assert_same({n: torch.tensor(x, dtype=torch.float64) for n, x in given["values"].items()}, expected)
+        for share in shares:
+            means = {name: average(x).item() for name, x in expected.items()}
+            assert results[share]["means"] == pytest.approx(means, abs=1e-6)
+            values = {n: torch.tensor(x, dtype=torch.float64) for n, x in results[share]["values"].items()}
+            assert_same(values, expected)

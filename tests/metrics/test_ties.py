@@ -13,7 +13,7 @@ from union_igrot.evaluation.scoring import score
 from union_igrot.metrics import ties
 from union_igrot.metrics.functional import average_precision, precision_at_k, recall_at_k
 from union_igrot.metrics.names import MetricFamily
-from union_igrot.metrics.retrieval import RetrievalMetrics
+from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
 from union_igrot.metrics.statistics import paired_interval
 from union_igrot.metrics.ties import (
     TieGroups,
@@ -128,9 +128,8 @@ def test_a_metric_of_another_package_is_averaged_over_orders():
     family = MetricFamily("MRR", lambda hits, _, k: (hits[:, :k] / torch.arange(1, k + 1)).amax(1).double())
     groups = groups_of([1.0, 1.0], [True, False])
     metrics = RetrievalMetrics(("R@1",))
-    parsed = metrics.metrics["R@1"]
-    found = metrics._with_ties(parsed, torch.ones(1, dtype=torch.float64), groups)
-    assert found.item() == pytest.approx(0.5)
+    metrics.update(RankedHits(torch.tensor([[True, False]]), torch.tensor([1]), groups), torch.tensor([0]))
+    assert metrics.values()["R@1"].item() == pytest.approx(0.5)
     assert sampled_values(family.function(), groups, 2, {}).item() == pytest.approx(0.75, abs=0.05)
     with pytest.raises(ConfigError):
         RetrievalMetrics(("R@0",))

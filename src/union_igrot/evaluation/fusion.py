@@ -28,17 +28,22 @@ _STYLE_WEIGHT, _COMPONENTS = 0.2, 250  # of BASIC's projection
 
 @dataclass(frozen=True)
 class FusedQueries:
-    """Queries whose scores are made of two scores.
+    """Queries whose scores are made of two scores, or of one.
 
     Attributes:
         images: Embeddings that are compared with the gallery first.
-        texts: Embeddings that are compared with it second.
+        texts: Embeddings that are compared with it second; None if the first scores are all.
         combine: Takes both scores of some queries and which of their entries are candidates; returns the scores.
     """
 
     images: Float[Tensor, "queries dim"]
-    texts: Float[Tensor, "queries dim"]
-    combine: Callable[[Tensor, Tensor, Tensor], Tensor]
+    texts: Float[Tensor, "queries dim"] | None = None
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda image, _text, _valid: image
+
+    def scores(self, compare: Callable[[Tensor], Tensor], valid: Bool[Tensor, "queries items"]) -> Tensor:
+        """Return the scores; `compare` returns those of one side's embeddings, `valid` tells candidates."""
+        first = compare(self.images)
+        return first if self.texts is None else self.combine(first, compare(self.texts), valid)
 
 
 def fuse(

@@ -177,7 +177,7 @@ def _ranked(
         count = rows.stop - rows.start
         scores = buffer[:count]
         _fill(scores, queries, gallery, rows)
-        if fused is not None:
+        if fused is not None and fused.texts is not None:
             other = torch.empty_like(scores)
             _fill(other, fused.texts, gallery, rows)
             scores.copy_(fused.combine(scores, other, torch.ones_like(scores, dtype=torch.bool))).add_(0.0)

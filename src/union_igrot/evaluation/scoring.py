@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.fusion import FusedQueries
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
-from union_igrot.evaluation.results import query_classes
 from union_igrot.metrics.names import ParsedMetric, is_rank, parse_metric
-from union_igrot.metrics.retrieval import RetrievalMetrics
+from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
 from union_igrot.metrics.ties import TieGroups
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 
@@ -33,13 +31,11 @@ class Relevance:
         targets: For each query the positions of its targets, without repetitions, in the benchmark's order.
         exclude: For each query the positions that are not ranked.
         subset: For each query its subset without excluded items, in gallery order; None if no query has one.
-        labels: The class index of each query; None if a query has no class.
     """
 
     targets: list[Int[Tensor, " _"]]
     exclude: list[list[int]]
     subset: list[Int[Tensor, " _"]] | None
-    labels: Int[Tensor, " queries"] | None
 
     @classmethod
     def of(cls, benchmark: Benchmark) -> "Relevance":
@@ -61,7 +57,7 @@ class Relevance:
                 inside = {at[name] for name in query.subset or ()} - excluded
                 narrowed[key] = torch.tensor(sorted(inside), dtype=torch.long)
             subsets.append(narrowed[key])
-        return cls(targets, exclude, subsets if any(map(len, subsets)) else None, query_classes(benchmark))
+        return cls(targets, exclude, subsets if any(map(len, subsets)) else None)
 
 
 def metric_limits(benchmark: Benchmark) -> dict[str, str]:
@@ -88,9 +84,7 @@ def metric_limits(benchmark: Benchmark) -> dict[str, str]:
         metric = parse_metric(name)
         if metric.family.unit == "rank":
             continue
-        first = metric.family.first_target and protocol.recall_targets == "first"
-        kind = "subset" if metric.family.ranking == "subset" else "first" if first else "gallery"
-        sizes = Counter(pair for pair in found[kind] if pair[1])
+        sizes = Counter(pair for pair in found[metric.ranking(protocol)] if pair[1])
         if sizes and (limit := _limit(metric, sizes, protocol)):
             limits[name] = limit
     return limits
@@ -98,7 +92,7 @@ def metric_limits(benchmark: Benchmark) -> dict[str, str]:
 
 def _limit(metric: ParsedMetric, sizes: Mapping[tuple[int, int], int], protocol: Protocol) -> str:
     """Compare a metric of the worst and the best rankings; `sizes` counts pairs of candidates and relevant ones."""
-    options = {option: getattr(protocol, convention) for option, convention in metric.family.conventions.items()}
+    options = metric.family.options(protocol)
     widest = max(size for size, _ in sizes)
     rank = torch.arange(widest)
     bounds = []
@@ -145,96 +139,87 @@ def score(
     """
     if is_rank(benchmark.protocol.primary):
         raise ConfigError(f"invalid value for primary: {benchmark.protocol.primary!r} (expected a metric in percent)")
-    relevance = Relevance.of(benchmark)
-    fused, queries = (queries, queries.images) if isinstance(queries, FusedQueries) else (None, queries)
-    rows = torch.arange(len(queries)) if positions is None else positions.cpu()
-    if benchmark.protocol.candidates == "subset":
-        return _score_subsets(benchmark.protocol, relevance, queries, gallery, rows, fused)
-    return _score_gallery(benchmark.protocol, relevance, queries, gallery, rows, fused)
+    if not isinstance(queries, FusedQueries):
+        queries = FusedQueries(queries)
+    rows = torch.arange(len(queries.images)) if positions is None else positions.cpu()
+    scorer = _Scorer(benchmark.protocol, Relevance.of(benchmark), queries, gallery, rows)
+    return scorer.over_subsets() if benchmark.protocol.candidates == "subset" else scorer.over_gallery()
 
 
-def _score_gallery(
-    protocol: Protocol,
-    relevance: Relevance,
-    queries: Tensor,
-    gallery: Tensor,
-    rows: Int[Tensor, " queries"],
-    fused: FusedQueries | None,
-) -> Scores:
-    metrics = MetricAccumulator(protocol, queries.device, len(queries))
-    # The minimum over all queries, so that every process keeps equally many.
-    keep = min(RANKING_DEPTH, len(gallery) - max(map(len, relevance.exclude)))
-    first = torch.empty(len(queries), keep, dtype=torch.long)
-    cosines = torch.empty(len(queries), keep)
-    wide = 0 if relevance.subset is None else max(map(len, relevance.subset))
-    subsets = torch.full((len(queries), wide), -1)
-    own = None if relevance.subset is None else _TargetTable(relevance.subset, queries.device)
-    targets = _TargetTable(relevance.targets, queries.device)
-    depth = _depth(protocol, len(gallery))
-    for chunk in rank_chunks(queries, gallery, [relevance.exclude[row] for row in rows.tolist()], fused=fused):
-        part = rows[chunk.queries]
-        items = targets.of(part)
-        find = _find_late if protocol.ties == "pessimistic" else _find
-        found = find(items, chunk, depth)
-        single = None if protocol.recall_targets == "all" else find(items[:, :1], chunk, depth)
-        tied = TiedRankings() if protocol.ties != "expected" else _find_ties(items, chunk)
-        best = chunk.first(keep)
-        subset_hits = None
-        if own is not None:
-            ordered = _ordered_subset(chunk, own.of(part))
-            subsets[chunk.queries, : ordered.shape[1]] = ordered.cpu()
-            subset_hits = _within(ordered, items) & (ordered >= 0)
-            if protocol.ties == "expected":
-                scores = chunk.scores.gather(1, ordered.clamp(min=0)).masked_fill(ordered < 0, -torch.inf)
-                tied = tied._replace(subset=_subset_ties(scores, subset_hits))
-        metrics.add(found, part, relevance.labels, subset_hits, single, tied)
-        first[chunk.queries] = best[:, :keep].cpu()
-        cosines[chunk.queries] = chunk.scores.gather(1, best[:, :keep]).cpu()
-    return Scores(metrics.values(), Ranking(first, cosines), subsets if wide else None)
+@dataclass(frozen=True)
+class _Scorer:
+    """Ranks some queries of a benchmark, `rows`, and computes the protocol's metrics."""
 
+    protocol: Protocol
+    relevance: Relevance
+    queries: FusedQueries
+    gallery: Tensor
+    rows: Int[Tensor, " queries"]
 
-def _score_subsets(
-    protocol: Protocol,
-    relevance: Relevance,
-    queries: Tensor,
-    gallery: Tensor,
-    rows: Int[Tensor, " queries"],
-    fused: FusedQueries | None,
-) -> Scores:
-    """Rank each query's own candidates alone (GeneCIS, i-CIR)."""
-    if relevance.subset is None:
-        raise DataError("the protocol ranks each query's own subset, but no query has one; set Query.subset")
-    metrics = MetricAccumulator(protocol, queries.device, len(queries))
-    wide = max(map(len, relevance.subset))
-    keep = min(RANKING_DEPTH, wide)
-    ordered = torch.full((len(queries), keep), -1)
-    cosines = torch.full(ordered.shape, -torch.inf)
-    for at in _subset_blocks([relevance.subset[query] for query in rows.tolist()], 4 * wide * gallery.shape[1]):
-        span = torch.tensor(at)
-        part = rows[span]
-        own = [relevance.subset[query] for query in part.tolist()]
-        subset, here = _padded(own).to(queries.device), span.to(queries.device)
-        shared = all(one is own[0] for one in own)
-        items = gallery[subset[0] if shared else subset.clamp(min=0)].float()
-        sides = (queries, fused.texts) if fused else (queries,)
-        found = [torch.einsum("qd,sd->qs" if shared else "qd,qsd->qs", side[here].float(), items) for side in sides]
-        scores = fused.combine(found[0], found[1], subset >= 0) if fused else found[0]
-        if not scores.isfinite().all():
-            raise DataError("an embedding contains nan or infinity; look for a broken model or image")
-        scores = scores.masked_fill(subset < 0, float("-inf"))
-        hits = torch.zeros(subset.shape, dtype=torch.bool, device=subset.device)
-        for row, query in enumerate(part.tolist()):
-            hits[row] = torch.isin(subset[row], relevance.targets[query].to(subset.device))
-        # Two stable sorts: by what decides ties, then by score.
-        ties = hits.long() if protocol.ties == "pessimistic" else subset
-        by_tie = ties.argsort(dim=1, stable=True)
-        order = by_tie.gather(1, scores.gather(1, by_tie).argsort(dim=1, descending=True, stable=True))
-        tied = TiedRankings(_subset_ties(scores, hits)) if protocol.ties == "expected" else TiedRankings()
-        metrics.add(HitMasks(hits.gather(1, order), hits.sum(1)), part, relevance.labels, tied=tied)
-        order = order[:, :keep]
-        ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
-        cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()
-    return Scores(metrics.values(), Ranking(ordered, cosines), ordered)
+    def over_gallery(self) -> Scores:
+        """Rank the whole gallery."""
+        protocol, relevance, count = self.protocol, self.relevance, len(self.rows)
+        device = self.queries.images.device
+        metrics = _metrics(protocol, device, count)
+        # The minimum over all queries, so that every process keeps equally many.
+        keep = min(RANKING_DEPTH, len(self.gallery) - max(map(len, relevance.exclude)))
+        ranking = Ranking(torch.empty(count, keep, dtype=torch.long), torch.empty(count, keep))
+        own = None if relevance.subset is None else _TargetTable(relevance.subset, device)
+        subsets = torch.full((count, max(map(len, relevance.subset or [()]))), -1)
+        targets, depth = _TargetTable(relevance.targets, device), _depth(protocol, len(self.gallery))
+        exclude = [relevance.exclude[row] for row in self.rows.tolist()]
+        for chunk in rank_chunks(self.queries.images, self.gallery, exclude, fused=self.queries):
+            part = self.rows[chunk.queries]
+            items = targets.of(part)
+            found = _find(items, chunk, depth, protocol.ties)
+            first = _find(items[:, :1], chunk, depth, protocol.ties) if protocol.recall_targets == "first" else None
+            within = None
+            if own is not None:
+                subset = own.of(part)
+                scores = chunk.scores.gather(1, subset.clamp(min=0)).masked_fill(subset < 0, -torch.inf)
+                order, within = _rank_small(scores, _among(subset, items.unbind()) & (subset >= 0), protocol.ties)
+                subsets[chunk.queries, : subset.shape[1]] = subset.gather(1, order).cpu()
+            metrics.update(found, part.to(device), within, first)
+            best = chunk.first(keep)
+            ranking.positions[chunk.queries] = best.cpu()
+            ranking.scores[chunk.queries] = chunk.scores.gather(1, best).cpu()
+        return Scores(_values(metrics, protocol), ranking, subsets if subsets.shape[1] else None)
+
+    def over_subsets(self) -> Scores:
+        """Rank each query's own candidates alone (GeneCIS, i-CIR)."""
+        protocol, subsets, queries = self.protocol, self.relevance.subset, self.queries
+        if subsets is None:
+            raise DataError("the protocol ranks each query's own subset, but no query has one; set Query.subset")
+        device, count, wide = queries.images.device, len(self.rows), max(map(len, subsets))
+        metrics = _metrics(protocol, device, count)
+        ordered = torch.full((count, min(RANKING_DEPTH, wide)), -1)
+        cosines = torch.full(ordered.shape, -torch.inf)
+        blocks = _subset_blocks([subsets[query] for query in self.rows.tolist()], 4 * wide * self.gallery.shape[1])
+        for at in blocks:
+            span = torch.tensor(at)
+            part = self.rows[span]
+            own = [subsets[query] for query in part.tolist()]
+            subset, here = _padded(own).to(device), span.to(device)
+            shared = all(one is own[0] for one in own)
+            items = self.gallery[subset[0] if shared else subset.clamp(min=0)].float()
+            scores = queries.scores(
+                lambda side, items=items, here=here, shared=shared: torch.einsum(
+                    "qd,sd->qs" if shared else "qd,qsd->qs", side[here].float(), items
+                ),
+                subset >= 0,
+            )
+            if not scores.isfinite().all():
+                raise DataError("an embedding contains nan or infinity; look for a broken model or image")
+            scores = scores.masked_fill(subset < 0, -torch.inf)
+            targets = [self.relevance.targets[query].to(device) for query in part.tolist()]
+            order, found = _rank_small(scores, _among(subset, targets), protocol.ties)
+            single = _among(subset, [one[:1] for one in targets]) if protocol.recall_targets == "first" else None
+            first = None if single is None else _rank_small(scores, single, protocol.ties)[1]
+            metrics.update(found, part.to(device), found, first)
+            order = order[:, : ordered.shape[1]]
+            ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
+            cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()
+        return Scores(_values(metrics, protocol), Ranking(ordered, cosines), ordered)
 
 
 def _subset_blocks(subsets: Sequence[Tensor], row_bytes: int) -> list[list[int]]:
@@ -248,83 +233,19 @@ def _subset_blocks(subsets: Sequence[Tensor], row_bytes: int) -> list[list[int]]
     return blocks + [alone[at : at + step] for at in range(0, len(alone), step)]
 
 
-class HitMasks(NamedTuple):
-    """Where some rankings contain relevant candidates.
-
-    Attributes:
-        hits: True at relevant candidates, for whole rankings or to the depth that the metrics need.
-        n_relevant: Number of relevant candidates of each query, at any rank.
-    """
-
-    hits: Bool[Tensor, "chunk depth"]
-    n_relevant: Int[Tensor, " chunk"]
+def _metrics(protocol: Protocol, device: torch.device, queries: int) -> RetrievalMetrics:
+    return RetrievalMetrics(protocol.metrics, protocol, queries, sync_on_compute=True).to(device)
 
 
-class TiedRankings(NamedTuple):
-    """Ties with all targets, with the first target alone and within the subset, if orders are averaged over."""
-
-    all: TieGroups | None = None
-    first: TieGroups | None = None
-    subset: TieGroups | None = None
-
-
-class MetricAccumulator:
-    """The protocol's metrics over any number of chunks and processes."""
-
-    def __init__(self, protocol: Protocol, device: torch.device, queries: int) -> None:
-        self._protocol = protocol
-        parsed = {name: parse_metric(name) for name in protocol.metrics}
-        first = protocol.recall_targets == "first"
-        single = tuple(name for name, metric in parsed.items() if first and metric.family.first_target)
-        rest = tuple(name for name in parsed if name not in single)
-        self._parsed = parsed
-        self._all, self._first = (
-            RetrievalMetrics(
-                names,
-                protocol.ap_norm,
-                protocol.ap_rule,
-                recall=protocol.recall,
-                precision_cut=protocol.precision_cut,
-                expected=queries,
-                sync_on_compute=True,
-            ).to(device)
-            if names
-            else None
-            for names in (rest, single)
-        )
-
-    def add(
-        self,
-        found: HitMasks,
-        part: Int[Tensor, " chunk"],
-        labels: Int[Tensor, " queries"] | None,
-        subset_hits: Bool[Tensor, "chunk subset"] | None = None,
-        first: HitMasks | None = None,
-        tied: TiedRankings = TiedRankings(),  # noqa: B008 - immutable
-    ) -> None:
-        """Add the rankings of some queries: with all targets, within the subsets, with the first target alone."""
-        at = part.to(found.hits.device)
-        classes = None if labels is None else labels[part].to(at.device)
-        if self._all is not None:
-            self._all.update(found.hits, found.n_relevant, at, subset_hits, classes, tied.all, tied.subset)
-        if self._first is not None and first is not None:
-            self._first.update(first.hits, first.n_relevant, at, None, classes, tied.first)
-
-    def _in_subset(self, name: str) -> bool:
-        return self._parsed[name].family.ranking == "subset"
-
-    def values(self) -> dict[str, Float[Tensor, " queries"]]:
-        """Return the values of every query of all processes, in the protocol's order, followed by its means."""
-        found: dict[str, Tensor] = {}
-        for metrics in (self._all, self._first):
-            found |= {} if metrics is None else metrics.values()
-        protocol = self._protocol
-        values = {name: found[name].double().cpu() for name in protocol.metrics}
-        if protocol.unanswered == "zero":
-            values = {name: x if self._in_subset(name) else x.nan_to_num(0.0) for name, x in values.items()}
-        for names in protocol.means:
-            values[f"({' + '.join(names)})/{len(names)}"] = torch.stack([values[name] for name in names]).mean(0)
-        return values
+def _values(metrics: RetrievalMetrics, protocol: Protocol) -> dict[str, Float[Tensor, " queries"]]:
+    """Return the values of every query of all processes, in the protocol's order, followed by its means."""
+    values = {name: values.double().cpu() for name, values in metrics.values().items()}
+    if protocol.unanswered == "zero":
+        inside = {name for name in values if parse_metric(name).family.ranking == "subset"}
+        values = {name: x if name in inside else x.nan_to_num(0.0) for name, x in values.items()}
+    for names in protocol.means:
+        values[f"({' + '.join(names)})/{len(names)}"] = torch.stack([values[name] for name in names]).mean(0)
+    return values
 
 
 def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -> tuple[Benchmark, Scores]:
@@ -365,18 +286,17 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
     relevance = Relevance.of(benchmark)
     at = {item.id: position for position, item in enumerate(benchmark.gallery)}
     positions = torch.tensor([[at[name] for name in names[:depth]] for names in rankings])
-    metrics = MetricAccumulator(protocol, positions.device, len(pairs))
+    metrics = _metrics(protocol, positions.device, len(pairs))
     for row, (query, _) in enumerate(pairs):
         excluded = [at[name] for name in query.exclude] if protocol.exclude_reference else []
         targets = relevance.targets[row]
         ranked = positions[row][~torch.isin(positions[row], torch.tensor(excluded, dtype=torch.long))]
-        hits = torch.isin(ranked, targets)[None]
-        part = torch.tensor([row])
-        first = (ranked == targets[0])[None] if len(targets) else torch.zeros_like(hits)
+        hits, first = torch.isin(ranked, targets)[None], torch.isin(ranked, targets[:1])[None]
         counts = torch.tensor([len(targets)])
-        single = HitMasks(first, counts.clamp(max=1))
-        metrics.add(HitMasks(hits, counts), part, relevance.labels, hits if subsets else None, single)
-    scores = Scores(metrics.values(), Ranking(positions, torch.zeros(positions.shape)))
+        within = RankedHits(hits, hits.sum(1)) if subsets else None
+        single = RankedHits(first, counts.clamp(max=1))
+        metrics.update(RankedHits(hits, counts), torch.tensor([row]), within, single)
+    scores = Scores(_values(metrics, protocol), Ranking(positions, torch.zeros(positions.shape)))
     return replace(benchmark, protocol=protocol), scores
 
 
@@ -409,57 +329,50 @@ def _depth(protocol: Protocol, gallery: int) -> int | None:
     return None if None in cuts else min(gallery, max((k for k in cuts if k is not None), default=1))
 
 
-def _find(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | None) -> HitMasks:
-    """Find items, padded with -1, in each ranking to a depth, or in the whole ranking."""
+def _find(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | None, ties: str) -> RankedHits:
+    """Find items, padded with -1, in each ranking to a depth, or in the whole ranking.
+
+    Pessimistic ties put each item behind all other candidates with its score.
+    """
     n, width = chunk.scores.shape
     inside = items.clamp(min=0)
     counted = (items >= 0) & (chunk.scores.gather(1, inside) > -torch.inf)  # neither padding nor excluded
+    groups = None if ties == "gallery order" else TieGroups.of(*chunk.better_and_equal(inside), counted)
+    count, by_rank = counted.sum(1), depth is None or ties == "pessimistic"
+    where = inside
+    if ties == "pessimistic" and groups is not None:
+        # The j-th of h hits among n tied candidates after `start` others is at start + n - h + j.
+        nth = torch.arange(items.shape[1], device=items.device).expand_as(items)
+        before = groups.hits.cumsum(1) - groups.hits
+        group = torch.searchsorted(before + groups.hits, nth.contiguous(), right=True).clamp(max=items.shape[1] - 1)
+        where = (groups.start + groups.size - groups.hits - before).gather(1, group) + nth
+        counted = nth < count[:, None]
+    elif by_rank:
+        where = chunk.ranks(inside) - 1
     # Whatever does not count is marked in an additional column, which is cut off.
     marks = torch.zeros(n, width + 1, dtype=torch.bool, device=items.device)
-    where = inside if depth is not None else chunk.ranks(inside) - 1
     marks.scatter_(1, torch.where(counted, where, width), value=True)
-    return HitMasks(marks[:, :width] if depth is None else marks.gather(1, chunk.first(depth)), counted.sum(1))
+    hits = marks[:, : width if depth is None else depth] if by_rank else marks.gather(1, chunk.first(depth or width))
+    return RankedHits(hits, count, groups if ties == "expected" else None)
 
 
-def _find_late(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | None) -> HitMasks:
-    """Find items as `_find` does, each behind all other candidates with its score."""
-    n, width = chunk.scores.shape
-    counted = (items >= 0) & (chunk.scores.gather(1, items.clamp(min=0)) > -torch.inf)
-    ties = TieGroups.of(*chunk.better_and_equal(items.clamp(min=0)), counted)
-    # The j-th of h hits among n tied candidates after `start` others is at start + n - h + j.
-    nth = torch.arange(items.shape[1], device=items.device).expand_as(items)
-    before = ties.hits.cumsum(1) - ties.hits
-    group = torch.searchsorted(before + ties.hits, nth.contiguous(), right=True).clamp(max=items.shape[1] - 1)
-    last = (ties.start + ties.size - ties.hits - before).gather(1, group)
-    marks = torch.zeros(n, width + 1, dtype=torch.bool, device=items.device)
-    marks.scatter_(1, torch.where(nth < ties.n_relevant[:, None], last + nth, width), value=True)
-    return HitMasks(marks[:, : width if depth is None else depth], counted.sum(1))
+def _rank_small(
+    scores: Float[Tensor, "chunk subset"], hits: Bool[Tensor, "chunk subset"], ties: str
+) -> tuple[Int[Tensor, "chunk subset"], RankedHits]:
+    """Order subsets, which are in gallery order; padding has the score minus infinity and is no hit."""
+    if ties == "pessimistic":  # two stable sorts: by relevance, then by score
+        late = hits.long().argsort(dim=1, stable=True)
+        order = late.gather(1, scores.gather(1, late).argsort(dim=1, descending=True, stable=True))
+    else:
+        order = scores.argsort(dim=1, descending=True, stable=True)
+    groups = None
+    if ties == "expected":
+        rising = scores.sort(dim=1).values
+        below, not_above = torch.searchsorted(rising, scores), torch.searchsorted(rising, scores, right=True)
+        groups = TieGroups.of(scores.shape[1] - not_above, not_above - below, hits)
+    return order, RankedHits(hits.gather(1, order), hits.sum(1), groups)
 
 
-def _find_ties(items: Int[Tensor, "chunk most"], chunk: RankedChunk) -> TiedRankings:
-    """Count the ties of items, padded with -1, in each whole ranking."""
-    inside = items.clamp(min=0)
-    counted = (items >= 0) & (chunk.scores.gather(1, inside) > -torch.inf)
-    better, equal = chunk.better_and_equal(inside)
-    first = TieGroups.of(better[:, :1], equal[:, :1], counted[:, :1])
-    return TiedRankings(TieGroups.of(better, equal, counted), first)
-
-
-def _subset_ties(scores: Float[Tensor, "chunk subset"], hits: Bool[Tensor, "chunk subset"]) -> TieGroups:
-    """Count the ties of the relevant candidates of small rankings; other entries have the score minus infinity."""
-    rising = scores.sort(dim=1).values
-    below, not_above = torch.searchsorted(rising, scores), torch.searchsorted(rising, scores, right=True)
-    return TieGroups.of(scores.shape[1] - not_above, not_above - below, hits & (scores > -torch.inf))
-
-
-def _within(ordered: Int[Tensor, "chunk subset"], items: Int[Tensor, "chunk most"]) -> Bool[Tensor, "chunk subset"]:
+def _among(subset: Int[Tensor, "chunk subset"], items: Sequence[Int[Tensor, " _"]]) -> Bool[Tensor, "chunk subset"]:
     """Return which positions of each row are among its items."""
-    found: Tensor = (ordered[:, :, None] == items[:, None, :]).any(2)
-    return found
-
-
-def _ordered_subset(chunk: RankedChunk, subset: Int[Tensor, "chunk subset"]) -> Int[Tensor, "chunk subset"]:
-    """Order each query's subset as in its whole ranking; a smaller subset is padded with -1."""
-    subset = subset.to(chunk.scores.device)
-    scores = chunk.scores.gather(1, subset.clamp(min=0)).masked_fill(subset < 0, -torch.inf)
-    return subset.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+    return torch.stack([torch.isin(row, wanted) for row, wanted in zip(subset, items, strict=True)])

@@ -65,6 +65,10 @@ class MetricFamily:
         """Return `compute`, imported if necessary."""
         return _imported(self.compute)
 
+    def options(self, protocol: Any) -> dict[str, Any]:
+        """Return the options of `compute` under a protocol."""
+        return {option: getattr(protocol, convention) for option, convention in self.conventions.items()}
+
     def expected_function(self) -> Callable[..., Any] | None:
         """Return `expected`, imported if necessary."""
         return None if self.expected is None else _imported(self.expected)
@@ -88,6 +92,11 @@ class ParsedMetric(NamedTuple):
     def family(self) -> MetricFamily:
         """The family of this metric."""
         return _FAMILIES[self.kind]
+
+    def ranking(self, protocol: Any) -> Literal["gallery", "subset", "first"]:
+        """Return what is ranked: the gallery, each query's subset, or the gallery for its first target alone."""
+        first = self.family.first_target and protocol.recall_targets == "first"
+        return "first" if first else self.family.ranking
 
 
 def _recall(protocol: Any) -> str:

@@ -1,7 +1,7 @@
 """Registered metrics as one `torchmetrics.Metric`, accumulated over batches and processes."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,22 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.metrics.functional import average
 from union_igrot.metrics.names import ParsedMetric, parse_metric
 from union_igrot.metrics.ties import TieGroups, sampled_values
-from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
+from union_igrot.types import Protocol
+
+
+class RankedHits(NamedTuple):
+    """Where some rankings contain relevant candidates.
+
+    Attributes:
+        hits: True at relevant candidates, at least as deep as the largest k (whole rankings for mAP).
+        n_relevant: Number of relevant candidates of each query, at any rank.
+        ties: The ties of the rankings; a query with relevant and other candidates of one score then gets the expected
+            value over all orders of these.
+    """
+
+    hits: Bool[Tensor, "queries depth"]
+    n_relevant: Int[Tensor, " queries"]
+    ties: TieGroups | None = None
 
 
 @final
@@ -25,7 +40,13 @@ class RetrievalMetrics(Metric):
 
     The states are the queries' values and positions, so that a query which a distributed sampler repeats to fill the
     last batch is counted once. They are stored in preallocated blocks: small tensors that live on between the large
-    ones of each batch would fragment the heap. `expected` is a hint at the number of queries.
+    ones of each batch would fragment the heap.
+
+    Args:
+        metrics: Names of the metrics.
+        protocol: Its conventions hold; its own metrics do not matter here.
+        expected: A hint at the number of queries.
+        **options: Options of `torchmetrics.Metric`.
 
     Raises:
         ConfigError: If there is no metric, or one that is unknown.
@@ -38,74 +59,50 @@ class RetrievalMetrics(Metric):
     # While synchronized, each of these is one tensor, which dim_zero_cat passes through.
     rows: list[Tensor]
     positions: list[Tensor]
-    labels: list[Tensor]
 
     def __init__(
-        self,
-        metrics: Sequence[str],
-        ap_norm: ApNorm = "min",
-        ap_rule: ApRule = "step",
-        averaging: Average = "micro",
-        recall: RecallMode = "any",
-        precision_cut: PrecisionCut = "k",
-        expected: int = 0,
-        **options: Any,
+        self, metrics: Sequence[str], protocol: Protocol | None = None, expected: int = 0, **options: Any
     ) -> None:
         super().__init__(**options)
         if not metrics:
             raise ConfigError("there is no metric to compute; pass at least one, such as R@10")
         self.metrics: dict[str, ParsedMetric] = {name: parse_metric(name) for name in metrics}
-        self.ap_norm: ApNorm = ap_norm
-        self.ap_rule: ApRule = ap_rule
-        self.averaging: Average = averaging
-        self.recall: RecallMode = recall
-        self.precision_cut: PrecisionCut = precision_cut
+        self.protocol = protocol or Protocol()
         self.expected = expected
-        for state in ("rows", "positions", "labels"):
+        for state in ("rows", "positions"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(
         self,
-        hits: Bool[Tensor, "queries depth"],
-        n_relevant: Int[Tensor, " queries"],
+        found: RankedHits,
         positions: Int[Tensor, " queries"],
-        subset_hits: Bool[Tensor, "queries subset"] | None = None,
-        labels: Int[Tensor, " queries"] | None = None,
-        ties: TieGroups | None = None,
-        subset_ties: TieGroups | None = None,
+        subset: RankedHits | None = None,
+        first: RankedHits | None = None,
     ) -> None:
         """Add the rankings of some queries.
 
         Args:
-            hits: Rankings as hit masks, at least as deep as the largest k (whole for mAP).
-            n_relevant: Number of relevant candidates of each query in its whole ranking.
+            found: Where all targets are.
             positions: Positions of the queries in the benchmark, which identify them.
-            subset_hits: Whole rankings of the queries' subsets, needed for `Rs@k`. A query whose row has no hit gets
-                nan.
-            labels: The class index of each query, needed for `macro`.
-            ties: The ties of the whole rankings; a query with relevant and other candidates of one score then gets the
-                expected value over all orders of these.
-            subset_ties: The ties of the subset rankings.
+            subset: Whole rankings of the queries' subsets, needed for `Rs@k`. A query whose row has no hit gets nan.
+            first: Where the first target of each query is, for protocols whose recall counts it alone.
 
         Raises:
-            DataError: If subset rankings or labels are missing, or the masks are too short for a metric.
+            DataError: If a ranking is missing, or the masks are too short for a metric.
         """
-        within = [name for name, parsed in self.metrics.items() if parsed.family.ranking == "subset"]
-        if subset_hits is None and within:
-            raise DataError(f"{within[0]} needs subset rankings; pass subset_hits or drop {within[0]}")
-        if labels is None and self.averaging == "macro":
-            raise DataError("a macro average needs the classes of the queries; pass labels or use micro")
+        rankings = {"gallery": found, "subset": subset, "first": first}
         columns = []
-        for metric in self.metrics.values():
-            in_subset = metric.family.ranking == "subset"
-            values = self._values_of(metric, hits, n_relevant, subset_hits)
-            columns.append(self._with_ties(metric, values, subset_ties if in_subset else ties))
+        for name, metric in self.metrics.items():
+            kind = metric.ranking(self.protocol)
+            ranked = rankings[kind]
+            if ranked is None:
+                raise DataError(f"{name} needs {kind} rankings; pass {kind} or drop {name}")
+            columns.append(self._values_of(metric, ranked))
         begin = self._reserve(len(positions))
         rows = slice(begin, begin + len(positions))
         for i, column in enumerate(columns):
             self.rows[-1][rows, i] = column
         self.positions[-1][rows] = positions
-        self.labels[-1][rows] = 0 if labels is None else labels
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Return the mean of each metric over the queries of all processes, 0..1; queries with nan are skipped.
@@ -113,8 +110,8 @@ class RetrievalMetrics(Metric):
         Raises:
             DataError: If there is no query.
         """
-        rows, labels = self._by_position()
-        return {name: average(rows[:, i], labels, self.averaging) for i, name in enumerate(self.metrics)}
+        rows = self._by_position()
+        return {name: average(rows[:, i]) for i, name in enumerate(self.metrics)}
 
     def values(self) -> dict[str, Float[Tensor, " queries"]]:
         """Return each query's values, 0..1 or nan, in the order of the queries' positions.
@@ -127,7 +124,7 @@ class RetrievalMetrics(Metric):
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         ):
-            rows, _ = self._by_position()
+            rows = self._by_position()
         return {name: rows[:, i] for i, name in enumerate(self.metrics)}
 
     def sync(self, *args: Any, **options: Any) -> None:
@@ -136,7 +133,7 @@ class RetrievalMetrics(Metric):
         # queries could not exchange with the others.
         empty = torch.empty(0, dtype=torch.int64, device=self.device)
         values = torch.empty(0, len(self.metrics), dtype=self._real, device=self.device)
-        for state, filler in ((self.rows, values), (self.positions, empty), (self.labels, empty)):
+        for state, filler in ((self.rows, values), (self.positions, empty)):
             if isinstance(state, list) and not state:
                 state.append(filler)
         super().sync(*args, **options)
@@ -157,41 +154,21 @@ class RetrievalMetrics(Metric):
         size = max(more, self.expected, sum(map(len, self.positions)))
         self.rows.append(torch.full((size, len(self.metrics)), torch.nan, dtype=self._real, device=self.device))
         self.positions.append(torch.full((size,), -1, dtype=torch.int64, device=self.device))
-        self.labels.append(torch.zeros(size, dtype=torch.int64, device=self.device))
         return 0
 
-    def _values_of(
-        self,
-        metric: ParsedMetric,
-        hits: Bool[Tensor, "queries depth"],
-        n_relevant: Int[Tensor, " queries"],
-        subset_hits: Bool[Tensor, "queries subset"] | None,
-    ) -> Float[Tensor, " queries"]:
-        family = metric.family
-        options = {option: getattr(self, convention) for option, convention in family.conventions.items()}
-        if family.ranking == "subset" and subset_hits is not None:
-            hits, n_relevant = subset_hits, subset_hits.sum(1)
-        values: Tensor = family.function()(hits, n_relevant, metric.k, **options)
-        return values
-
-    def _with_ties(
-        self, metric: ParsedMetric, values: Float[Tensor, " queries"], ties: TieGroups | None
-    ) -> Float[Tensor, " queries"]:
-        """Replace the values of ambiguous rankings by their expectation."""
-        rows = None if ties is None else ties.ambiguous
-        if ties is None or rows is None or not rows.any():
+    def _values_of(self, metric: ParsedMetric, ranked: RankedHits) -> Float[Tensor, " queries"]:
+        """Return a metric of each query; the expected one of ambiguous rankings."""
+        family, options = metric.family, metric.family.options(self.protocol)
+        values: Tensor = family.function()(ranked.hits, ranked.n_relevant, metric.k, **options)
+        if ranked.ties is None or not (rows := ranked.ties.ambiguous).any():
             return values
-        family = metric.family
-        options = {option: getattr(self, convention) for option, convention in family.conventions.items()}
-        tied, expected = TieGroups(*(tensor[rows].cpu() for tensor in ties)), family.expected_function()
+        tied, expected = TieGroups(*(tensor[rows].cpu() for tensor in ranked.ties)), family.expected_function()
         found = None if expected is None else expected(tied, metric.k, **options)
         if found is None:
             found = sampled_values(family.function(), tied, metric.k, options)
-        values = values.clone()
-        values[rows] = found.to(values)
-        return values
+        return values.masked_scatter(rows, found.to(values))
 
-    def _by_position(self) -> tuple[Float[Tensor, "queries metrics"], Int[Tensor, " queries"]]:
+    def _by_position(self) -> Float[Tensor, "queries metrics"]:
         """Sort by position, without free rows and repeated queries."""
         if isinstance(self.positions, list) and not self.positions:
             raise DataError("there is no query to average over; call update first")
@@ -203,4 +180,4 @@ class RetrievalMetrics(Metric):
         new = torch.ones_like(positions, dtype=torch.bool)
         new[1:] = positions[1:] != positions[:-1]
         kept = order[new]
-        return dim_zero_cat(self.rows)[kept], dim_zero_cat(self.labels)[kept]
+        return dim_zero_cat(self.rows)[kept]
