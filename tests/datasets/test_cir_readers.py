@@ -255,7 +255,7 @@ def test_llavasco_shapes_stride_and_limit(tmp_path):
 def test_llavasco_in_the_corpus_of_lasco(tmp_path):
     official.llavasco(tmp_path, with_images=False)
     official.lasco(tmp_path, with_images=False)
-    with pytest.raises(DataError, match=r"val_llavasco\.json, row 0: target 11 is not in the corpus"):
+    with pytest.raises(DataError, match=r"val_llavasco\.json, row 0: '11' is not in the corpus"):
         read("llavasco", tmp_path, gallery="corpus", check_images=False)
     rows = json.loads((tmp_path / "val_llavasco.json").read_text())
     rows = [row | {"target_image_id": 40 + at} for at, row in enumerate(rows)]

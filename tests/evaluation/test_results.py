@@ -127,6 +127,8 @@ def test_json_and_csv_files(tmp_path):
         "n_gallery": "9",
         "metric": "mAP",
         "percent": "50.0000",
+        "value": "50.0000",
+        "unit": "percent",
         "low95": "25.0000",
         "high95": "75.1235",
         "seed": "7",

@@ -52,7 +52,7 @@ def test_a_training_leaves_a_card_with_every_metric(small_run: Run):
             or one["method"] != "trained"
         )
     assert body.count("| trained") == 2
-    assert body.count("In brackets 95 % bootstrap intervals over queries") == 2
+    assert body.count("[low, high]: 95 % bootstrap interval of ") == 2
     assert "of the classes: these are not zero-shot" in body
     assert f'union_igrot.load("{small_run.folder.as_posix()}/model")' in body
     assert "no one else has rights" in body
@@ -65,9 +65,9 @@ def test_metrics_come_with_counts_protocol_intervals_and_differences():
     assert "| method | R@1 | **mAP** |\n| --- | ---: | ---: |" in text
     assert "| chance | 2.0 | 4.0 [3.0, 5.0] |\n| trained | 20.0 | 40.0 [39.0, 41.0] |" in text
     assert "protocol official; AP divided by R, step rule; micro average; reference left out" in text
-    assert "of the last row: R@1 [19.0, 21.0], mAP [39.0, 41.0]." in text
+    assert "- intervals of trained: R@1 [19.0, 21.0], mAP [39.0, 41.0]\n" in text
     assert "- trained - chance: +36.0 [+33.0, +39.0] mAP, better" in text
-    assert "- 3 items left out" in text
+    assert "; 3 items left out\n" in text
     assert "Versions: torch 9.9. Seed of chance and bootstrap: 5." in text
     assert "hold for birds under the protocol" in text
 

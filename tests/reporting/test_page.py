@@ -344,14 +344,14 @@ def test_of_many_classes_the_lowest_and_the_highest_are_shown_and_trained_ones_a
     values = torch.linspace(0, 1, len(labels))
     ranking = Ranking(torch.zeros(len(labels), 1, dtype=torch.long), torch.zeros(len(labels), 1))
     scored = ScoredBenchmark(benchmark, {"trained": Scores({"mAP": values}, ranking)})
-    group = class_groups(scored, ["class 00", "class 40"])
+    title, table = class_groups(scored, ["class 00", "class 40"])
     half = MAX_GROUPS // 2
-    names = [line.name for line in group.table.rows]
+    names = [line.name for line in table.rows]
     assert names == ["class 00 *", *labels[1:half], *labels[-half:-1], "class 40 *"]
-    assert str(len(labels)) in group.description
-    assert "not zero-shot" in group.description
-    few = class_groups(scored, [])
-    assert "zero-shot" not in few.description
+    assert title == "By class"
+    assert str(len(labels)) in table.caption
+    assert "not zero-shot" in table.caption
+    assert "zero-shot" not in class_groups(scored, [])[1].caption
 
 
 def test_each_gallery_image_is_decoded_once(noise):

@@ -32,12 +32,15 @@ def check(config: "DictConfig", _: Path) -> None:
     if data["name"] == "shapes":
         print_line("shapes is generated; it has no files to check")
         return
+    parts = 1 if data["name"] == "folder" else 2  # columns that name a row
     head, rows, notes = _check_folder(data["root"]) if data["name"] == "folder" else _check_benchmark(data)
     table = Table(*head, "state", title=f"{data['name']} in {data['root'] or '$UNION_DATA'}", box=box.SIMPLE_HEAD)
     for cells, problem in rows:
-        table.add_row(*map(Text, cells), Text(problem or "complete", style="red" if problem else "green"))
+        state = Text("incomplete", style="red") if problem else Text("complete", style="green")
+        table.add_row(*map(Text, cells), state)
     TerminalConsole().print(table)
-    for note in notes:
+    shown = [" ".join(filter(None, cells[:parts])) + f": {problem}" for cells, problem in rows if problem]
+    for note in [*shown, *notes]:
         print_line(note)
     if any(problem for _, problem in rows):
         raise SystemExit(EXIT_INCOMPLETE)

@@ -9,7 +9,8 @@ import os
 import posixpath
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -22,6 +23,7 @@ from union_igrot.storage.paths import expand_user
 from union_igrot.storage.text import read_json, read_lines, refuse_repeated
 
 _Value = TypeVar("_Value")
+_Key = TypeVar("_Key")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 GENOME = ("VG_100K", "VG_100K_2", "VG_100K_all", "images/VG_100K", "images/VG_100K_2")
 """Folders in which images of Visual Genome are found."""
@@ -76,6 +78,10 @@ class DatasetFolder:
                 self._missing.append(f"{place}: {reason}{others}")
         self._found[names[0]] = path
         return path
+
+    def listed_image(self, place: str, path: str) -> Path:
+        """Find an image of a list, whose paths may begin with the name of the dataset's own folder."""
+        return self.image(place, path, path.partition("/")[2] or path)
 
     def refuse_missing(self) -> None:
         """Check that no image was missing.
@@ -203,6 +209,21 @@ def check_path(value: object, name: str, place: str) -> str:
     if path.startswith(("/", "../")) or path in (".", "..") or (drive and rest.startswith(("/", "\\"))):
         raise DataError(f"{place}: {name} is {reprlib.repr(path)}; expected a relative path inside the folder")
     return path
+
+
+def refuse_unknown(names: Iterable[str], known: Container[str], place: str, where: str) -> None:
+    """Check that names which a row refers to are known."""
+    for name in names:
+        if name not in known:
+            raise DataError(f"{place}: {name!r} is not in {where}; download both files again")
+
+
+def group_by(rows: Iterable[_Value], key: Callable[[_Value], _Key]) -> dict[_Key, list[_Value]]:
+    """Return rows by a key of theirs, in their order."""
+    groups: defaultdict[_Key, list[_Value]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return groups
 
 
 def read_list(file: Path, *, concatenated: bool = False) -> list[Any]:

@@ -219,6 +219,17 @@ LTLL = _freedom("ltll", 488, 488, "LTLL of FREEDOM: landmarks today and in archi
 IMAGENET_R = _freedom(
     "imagenet_r", 67_932, 16_983, "ImageNet-R of FREEDOM: five domains, all ordered pairs; DTIN's list.", "as for dtin"
 )
+PATTERNCOM = BenchmarkDeclaration(
+    name="patterncom",
+    reader=f"{_READERS}.conversion:read_patterncom",
+    splits=("test",),
+    options=(BenchmarkOption("attribute", str, choices=ATTRIBUTES, is_part=True, help="attribute that is changed"),),
+    prompts={"rscir": "{value}".format_map},
+    prompt_fields=("value",),
+    counts={("test", attribute): (None, 30_400) for attribute in ATTRIBUTES},
+    summary="PatternCom: attributes of aerial images, six parts.",
+    source="lists: GitHub, billpsomas/rscir (Apache-2.0); images: PatternNet",
+)
 ICIR = BenchmarkDeclaration(
     name="icir",
     reader=f"{_READERS}.instances:read_icir",
@@ -304,17 +315,6 @@ MMEB = BenchmarkDeclaration(
     counts={("test", "CIRR"): (None, None), ("test", "FashionIQ"): (None, None)},
     summary="MMEB's CIRR and FashionIQ: own candidates; not the official protocols.",
     source="Hugging Face, ziyjiang/MMEB_Test_Instruct",
-)
-PATTERNCOM = BenchmarkDeclaration(
-    name="patterncom",
-    reader=f"{_READERS}.conversion:read_patterncom",
-    splits=("test",),
-    options=(BenchmarkOption("attribute", str, choices=ATTRIBUTES, is_part=True, help="attribute that is changed"),),
-    prompts={"rscir": "{value}".format_map},
-    prompt_fields=("value",),
-    counts={("test", attribute): (None, 30_400) for attribute in ATTRIBUTES},
-    summary="PatternCom: attributes of aerial images, six parts.",
-    source="lists: GitHub, billpsomas/rscir (Apache-2.0); images: PatternNet",
 )
 
 _SKETCHY_PROMPTS: Final = {"union": "a real image of sketch".format_map, "none": "".format_map}
@@ -405,31 +405,5 @@ def _generalized(base: BenchmarkDeclaration, photos: int) -> BenchmarkDeclaratio
 
 SKETCHY_GENERALIZED = _generalized(SKETCHY, 85_502)
 TUBERLIN_GENERALIZED = _generalized(TUBERLIN, 204_489)
-BUILTIN: Final = (
-    FASHIONIQ,
-    CIRR,
-    CIRCO,
-    GENECIS,
-    LASCO,
-    LLAVASCO,
-    DTIN,
-    NICO,
-    MINIDN,
-    LTLL,
-    IMAGENET_R,
-    PATTERNCOM,
-    ICIR,
-    FSCOCO,
-    CSTBIR,
-    SHOEV2,
-    CHAIRV2,
-    CIRCLED,
-    MMEB,
-    SKETCHY,
-    TUBERLIN,
-    QUICKDRAW,
-    TRAINING_SKETCHY,
-    SKETCHY_INSTANCES,
-    SKETCHY_GENERALIZED,
-    TUBERLIN_GENERALIZED,
-)
+BUILTIN: Final = tuple(one for one in [*globals().values()] if isinstance(one, BenchmarkDeclaration))
+"""All of the above, in their order."""

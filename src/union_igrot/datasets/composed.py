@@ -16,23 +16,23 @@
   query never contains a caption of its target, unless the authors' own protocol is selected by name.
 """
 
-from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from union_igrot.datasets.annotations import (
     GENOME,
     DatasetFolder,
-    LabeledPath,
     Record,
     check_name,
     check_path,
     check_record,
     check_text,
+    group_by,
     read_labeled_paths,
     read_list,
     read_records,
+    refuse_unknown,
 )
 from union_igrot.datasets.builtin import (
     CATEGORIES,
@@ -62,6 +62,7 @@ _CIRCO_ASPECTS = (
 _REAL_DOMAIN = 6  # of DTIN's queries
 _DTIN_KS = (1, 5, 10, 50, 100, 200)
 _LASCO_KS = (1, 5, 10, 50, 100, 500, 1000)
+_LLAVASCO_TEXTS = ("relative_caption", "llava_reference_caption", "llava_target_caption")
 
 
 # --- FashionIQ
@@ -103,19 +104,23 @@ def read_fashioniq(
     if val:
         places = {name: row.place for row in rows for name in (row.candidate, row.target) if name is not None}
         places = dict(sorted(places.items()))
+    items = [GalleryItem(name, _product_image(folder, name, place)) for name, place in places.items()]
     several = SeveralTargets(folder, targets)
     spelled = read_spelling(folder, category) if spelling else str
-    rows = [row._replace(captions=(spelled(row.captions[0]), spelled(row.captions[1]))) for row in rows]
-    for row in rows:
-        if row.target is not None and row.target not in places:
-            raise DataError(f"{row.place}: target {row.target!r} is not in the split file; download both files again")
-    items = [GalleryItem(name, _product_image(folder, name, place)) for name, place in places.items()]
-    queries = [
-        Query(name, _product_image(folder, row.candidate, row.place), text, wanted, (row.candidate,) if val else ())
-        for number, row in enumerate(rows)
-        for wanted in [() if row.target is None else several.of(row.candidate, row.target, places)]
-        for name, text in _caption_texts(f"{category}-{split}-{number}", row.captions, None if each else wording.text)
-    ]
+    queries = []
+    for number, row in enumerate(rows):
+        name = f"{category}-{split}-{number}"
+        first, second = map(spelled, row.captions)
+        texts: dict[str, Text] = {f"{name}-0": first, f"{name}-1": second}
+        if not each:
+            texts = {name: wording.text({"c1": first, "c2": second})}
+        wanted: tuple[str, ...] = ()
+        if row.target is not None:
+            refuse_unknown([row.target], places, row.place, "the split file")
+            wanted = several.of(row.candidate, row.target, places)
+        image = _product_image(folder, row.candidate, row.place)
+        exclude = (row.candidate,) if val else ()
+        queries += [Query(key, image, text, wanted, exclude) for key, text in texts.items()]
     note = f"gallery={gallery}; {'each caption asks' if each else 'both captions joined'}; FashionIQ {category}"
     note += several.note + ("; spelling corrected" if spelling else "")
     averaged = any(len(query.wordings) > 1 for query in queries)
@@ -168,14 +173,6 @@ def _product_image(folder: DatasetFolder, name: str, place: str) -> Path:
     return folder.image(place, f"images/{name}.png", f"images/{name}.jpg", f"images/{name}.jpeg")
 
 
-def _caption_texts(name: str, captions: tuple[str, str], joined: Template | None) -> list[tuple[str, Text]]:
-    """Return the ids and texts of a row's queries: one, or one for each caption if they are not joined."""
-    first, second = captions
-    if joined is None:
-        return [(f"{name}-0", first), (f"{name}-1", second)]
-    return [(name, joined({"c1": first, "c2": second}))]
-
-
 # --- CIRR
 
 
@@ -194,9 +191,7 @@ def read_cirr(folder: DatasetFolder, split: str, *, targets: str | None, prompt:
     queries = []
     for record in records:
         refuse_repeated(record.name("pairid"), record.place, seen)
-        query = _cirr_query(record, split, folder, paths, wording.text)
-        wanted = [name for target in query.targets for name in several.of(query.exclude[0], target, paths)]
-        queries.append(replace(query, targets=tuple(wanted)))
+        queries.append(_cirr_query(record, split, folder, paths, wording.text, several))
     protocol = Protocol(
         name=preset,
         metrics=("R@1", "R@2", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3"),
@@ -210,13 +205,13 @@ def read_cirr(folder: DatasetFolder, split: str, *, targets: str | None, prompt:
     return Benchmark("cirr", split, "cir", queries, gallery, protocol)
 
 
-def _cirr_query(record: Record, split: str, folder: DatasetFolder, paths: dict[str, str], text: Template) -> Query:
+def _cirr_query(
+    record: Record, split: str, folder: DatasetFolder, paths: dict[str, str], text: Template, several: SeveralTargets
+) -> Query:
     reference = record.name("reference")
     target = () if split == "test1" else (record.name("target_hard"),)
     members = record.record("img_set").names("members")
-    for name in (reference, *target, *members):
-        if name not in paths:
-            raise DataError(f"{record.place}: {name!r} is not in the split file; download both files again")
+    refuse_unknown((reference, *target, *members), paths, record.place, "the split file")
     if reference in target:
         raise DataError(f"{record.place}: the reference is its own target, {reference!r}; download the file again")
     if not {reference, *target} <= set(members):
@@ -225,7 +220,7 @@ def _cirr_query(record: Record, split: str, folder: DatasetFolder, paths: dict[s
         id=record.name("pairid"),
         image=_cirr_image(folder, record.place, paths[reference]),
         text=text({"caption": record.text("caption")}),
-        targets=target,
+        targets=tuple(name for one in target for name in several.of(reference, one, paths)),
         exclude=(reference,),
         subset=tuple(name for name in members if name != reference),
     )
@@ -302,9 +297,7 @@ def _circo_query(
         if not isinstance(aspects, list) or any(aspect not in _CIRCO_ASPECTS for aspect in aspects):
             raise DataError(f"{record.place}: semantic_aspects must be a list of {', '.join(_CIRCO_ASPECTS)}")
         tags = tuple(aspects)
-    for name in (reference, *targets):
-        if name not in paths:
-            raise DataError(f"{record.place}: image {name} is not in image_info_unlabeled2017.json; download both")
+    refuse_unknown((reference, *targets), paths, record.place, "image_info_unlabeled2017.json")
     fields = {key: record.text(key) for key in ("shared_concept", "relative_caption")}
     image = folder.image(*paths[reference])
     excluded = (reference,) if exclude else ()
@@ -375,25 +368,22 @@ def read_dtin(
     wording = DTIN.find_prompt(prompt)
     text = wording.text({"domain": domain})
 
-    def image(row: LabeledPath) -> Path:
-        return folder.image(row.place, row.path, row.path.partition("/")[2] or row.path)
-
     photos = read_labeled_paths(folder.annotation("imgnet/imgnet_real_query.txt", "imgnet_real_query.txt"))
     listed = read_labeled_paths(folder.annotation("imgnet/imgnet_targets.txt", "imgnet_targets.txt"))
-    members: defaultdict[int, list[str]] = defaultdict(list)
-    gallery = []
     for row in listed:
         if row.label // 1000 not in (*range(len(DOMAINS)), _REAL_DOMAIN):
             raise DataError(f"{row.place}: label {row.label} has no known domain; expected class + 1000 * domain")
-        if row.label // 1000 == DOMAINS.index(domain):
-            members[row.label % 1000].append(row.path)
-        gallery.append(GalleryItem(row.path, image(row), str(row.label % 1000)))
-    targets = {label: tuple(paths) for label, paths in members.items()}
+    gallery = [GalleryItem(x.path, folder.listed_image(x.place, x.path), str(x.label % 1000)) for x in listed]
+    wanted = 1000 * DOMAINS.index(domain)
+    groups = group_by(listed, lambda row: row.label - wanted)
+    targets = {label: tuple(row.path for row in rows) for label, rows in groups.items() if 0 <= label < 1000}
     for row in photos:
         if row.label >= 1000:
             raise DataError(f"{row.place}: label {row.label} is not the class of a query; expected a number below 1000")
     queries = [
-        Query(row.path, image(row), text, targets.get(row.label, ()), label=str(row.label))
+        Query(
+            row.path, folder.listed_image(row.place, row.path), text, targets.get(row.label, ()), label=str(row.label)
+        )
         for row in photos
         if not only_with_gt or row.label in targets
     ]
@@ -420,26 +410,17 @@ def read_lasco(folder: DatasetFolder, split: str, *, prompt: str | None, preset:
     """Read one split of LaSCo; the gallery of `val` is the corpus file, that of `train` the images of its rows."""
     wording = LASCO.find_prompt(prompt)
     records = read_records(folder.annotation(f"lasco_{split}.json"))
-    gallery = _corpus(folder) if split == "val" else {}
+    corpus = _corpus(folder) if split == "val" else None
     seen: set[str] = set()
-    queries = []
+    rows = []
     for row, record in enumerate(records):
         qid = record.name("qid")
         name = f"{qid}-{row}" if qid in seen else qid  # not documented to be unique
         seen.add(name)
-        reference, target = record.id_and_path("query-image"), record.id_and_path("target-image")
-        if split == "train":
-            for number, path in (reference, target):
-                _add_item(gallery, number, folder, record.place, path)
-        elif str(target[0]) not in gallery:
-            raise DataError(f"{record.place}: target {target[0]} is not in the corpus; download both files again")
-        image = _coco_image(folder, record.place, reference[1])
-        text = wording.text({"query_text": record.text("query-text")})
-        queries.append(Query(name, image, text, (str(target[0]),)))
+        images = record.id_and_path("query-image"), record.id_and_path("target-image")
+        rows.append(_CocoRow(record.place, name, *images, wording.text({"query_text": record.text("query-text")})))
     note = f"LaSCo {split}, gallery={'corpus' if split == 'val' else 'the images its rows name'}; reference kept"
-    return Benchmark(
-        "lasco", split, "cir", queries, list(gallery.values()), _lasco_protocol(preset, wording.name, note)
-    )
+    return _coco_benchmark("lasco", split, folder, rows, corpus, (preset, wording.name, note))
 
 
 def read_llavasco(
@@ -458,36 +439,26 @@ def read_llavasco(
     rows name; `corpus`, for `val`, is that of LaSCo. The preset `union_reference` validates with the target's caption
     in the text, as its authors do. Such a metric does not measure retrieval; the note says so.
     """
-    reference = preset == "union_reference"
-    wording = LLAVASCO.find_prompt(_llavasco_prompt(prompt, reference, split))
-    if reference:  # the authors' loader takes [:350000:70]
+    authors = preset == "union_reference"
+    wording = LLAVASCO.find_prompt(_llavasco_prompt(prompt, authors, split))
+    if authors:  # the authors' loader takes [:350000:70]
         stride, limit = stride or 70, limit or 350_000
     stride = stride or 1
     if gallery == "corpus" and split != "val":
         raise ConfigError("gallery=corpus has validation images; use gallery=named for split=train")
-    items = _corpus(folder) if gallery == "corpus" else {}
+    corpus = _corpus(folder) if gallery == "corpus" else None
     records = read_records(folder.annotation(f"{split}_llavasco.json"), concatenated=True)
-    for record in records:  # all rows, whatever the stride, so that a broken file is found at once
-        _check_llavasco_row(record)
-    queries = []
-    for row in range(len(records))[:limit:stride]:
-        record = records[row]
-        image, target = record.integer("reference_image_id"), record.integer("target_image_id")
-        if gallery == "named":
-            for number in (image, target):
-                _add_item(items, number, folder, record.place, _coco_name(split, number))
-        elif str(target) not in items:
-            raise DataError(f"{record.place}: target {target} is not in the corpus; use gallery=named")
-        text = wording.text({key: record.text(key) for key in ("relative_caption", "llava_target_caption")})
-        queries.append(
-            Query(str(row), _coco_image(folder, record.place, _coco_name(split, image)), text, (str(target),))
-        )
+    rows = []
+    for row, record in enumerate(records):  # all of them, whatever the stride, so that a broken file is found at once
+        numbers = record.integer("reference_image_id"), record.integer("target_image_id")
+        reference, target = ((number, f"{split}2014/COCO_{split}2014_{number:012d}.jpg") for number in numbers)
+        texts = {key: record.text(key) for key in _LLAVASCO_TEXTS}
+        rows.append(_CocoRow(record.place, str(row), reference, target, wording.text(texts)))
     note = f"LlavaSCo {split}, gallery={gallery}, stride={stride}, limit={limit}; reference kept"
     if wording.name == LEAKING_PROMPT:
         note += "; LEAK: the text holds the target's own caption, as the authors' loader adds it"
-    return Benchmark(
-        "llavasco", split, "cir", queries, list(items.values()), _lasco_protocol(preset, wording.name, note)
-    )
+    used = rows[:limit:stride]
+    return _coco_benchmark("llavasco", split, folder, used, corpus, (preset, wording.name, note))
 
 
 def _llavasco_prompt(prompt: str | None, reference: bool, split: str) -> str | None:
@@ -499,16 +470,35 @@ def _llavasco_prompt(prompt: str | None, reference: bool, split: str) -> str | N
     return prompt
 
 
-def _check_llavasco_row(record: Record) -> None:
-    for key in ("relative_caption", "llava_reference_caption", "llava_target_caption"):
-        record.text(key)
-    for key in ("reference_image_id", "target_image_id"):
-        record.integer(key)
+class _CocoRow(NamedTuple):
+    place: str
+    id: str
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    text: Text
 
 
-def _lasco_protocol(preset: str, prompt: str, note: str) -> Protocol:
+def _coco_benchmark(
+    name: str,
+    split: str,
+    folder: DatasetFolder,
+    rows: Sequence[_CocoRow],
+    corpus: dict[str, GalleryItem] | None,
+    described: tuple[str, str, str],
+) -> Benchmark:
+    """Return a benchmark whose gallery is the corpus, or the images of the rows; `described`: preset, prompt, note."""
+    gallery = {} if corpus is None else corpus
+    queries = []
+    for row in rows:
+        for number, path in (row.reference, row.target) if corpus is None else ():
+            gallery.setdefault(str(number), GalleryItem(str(number), _coco_image(folder, row.place, path)))
+        target = str(row.target[0])
+        refuse_unknown([target], gallery, row.place, "the corpus")
+        queries.append(Query(row.id, _coco_image(folder, row.place, row.reference[1]), row.text, (target,)))
+    preset, prompt, note = described
     metrics = tuple(f"R@{k}" for k in _LASCO_KS)
-    return Protocol(preset, metrics, "R@10", ties="gallery order", prompt=prompt, note=note)
+    protocol = Protocol(preset, metrics, "R@10", ties="gallery order", prompt=prompt, note=note)
+    return Benchmark(name, split, "cir", queries, list(gallery.values()), protocol)
 
 
 def _corpus(folder: DatasetFolder) -> dict[str, GalleryItem]:
@@ -530,15 +520,6 @@ def _corpus(folder: DatasetFolder) -> dict[str, GalleryItem]:
         refuse_repeated(name, place, seen)
         gallery[name] = GalleryItem(name, _coco_image(folder, place, check_path(path, "path", place)))
     return gallery
-
-
-def _add_item(gallery: dict[str, GalleryItem], number: int, folder: DatasetFolder, place: str, path: str) -> None:
-    if str(number) not in gallery:
-        gallery[str(number)] = GalleryItem(str(number), _coco_image(folder, place, path))
-
-
-def _coco_name(split: str, number: int) -> str:
-    return f"{split}2014/COCO_{split}2014_{number:012d}.jpg"
 
 
 def _coco_image(folder: DatasetFolder, place: str, path: str) -> Path:

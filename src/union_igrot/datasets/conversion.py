@@ -9,11 +9,11 @@ relevant. The query image stays in the gallery.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from union_igrot.datasets.annotations import DatasetFolder, check_path, read_columns, read_labeled_paths
+from union_igrot.datasets.annotations import DatasetFolder, check_path, group_by, read_columns, read_labeled_paths
 from union_igrot.datasets.builtin import DOMAINS, IMAGENET_R, LTLL, MINIDN, NICO, PATTERNCOM
 from union_igrot.datasets.registry import BenchmarkDeclaration
 from union_igrot.errors import DataError
@@ -43,22 +43,25 @@ class _Shown(NamedTuple):
     label: str
 
 
-def read_nico(folder: DatasetFolder, split: str, *, prompt: str | None) -> Benchmark:
-    """Read NICO++ in FREEDOM's version, `query_files.csv` and `database_files.csv`."""
-    queries, gallery = (_read_rows(folder, NICO, f"{side}_files.csv", _NICO) for side in ("query", "database"))
-    return _domains(NICO, folder, split, queries, gallery, (50, 100), prompt)
+def _read_freedom(
+    declaration: BenchmarkDeclaration,
+    files: tuple[str, str],
+    domains: Mapping[str, str],
+    ks: tuple[int, ...],
+    folder: DatasetFolder,
+    split: str,
+    *,
+    prompt: str | None,
+) -> Benchmark:
+    """Read a dataset in FREEDOM's version; `files` are the lists of queries and gallery."""
+    queries, gallery = (_read_rows(folder, declaration.name, file, domains) for file in files)
+    return _domains(declaration, folder, split, queries, gallery, ks, prompt)
 
 
-def read_minidn(folder: DatasetFolder, split: str, *, prompt: str | None) -> Benchmark:
-    """Read Mini-DomainNet in FREEDOM's version, `query_files.csv` and `database_files.csv`."""
-    queries, gallery = (_read_rows(folder, MINIDN, f"{side}_files.csv", _MINIDN) for side in ("query", "database"))
-    return _domains(MINIDN, folder, split, queries, gallery, (50, 100), prompt)
-
-
-def read_ltll(folder: DatasetFolder, split: str, *, prompt: str | None) -> Benchmark:
-    """Read LTLL, landmarks today and long ago; `full_files.csv` has queries and gallery."""
-    rows = _read_rows(folder, LTLL, "full_files.csv", _LTLL)
-    return _domains(LTLL, folder, split, rows, rows, (5, 10), prompt)
+_TWO_LISTS = ("query_files.csv", "database_files.csv")
+read_nico = partial(_read_freedom, NICO, _TWO_LISTS, _NICO, (50, 100))
+read_minidn = partial(_read_freedom, MINIDN, _TWO_LISTS, _MINIDN, (50, 100))
+read_ltll = partial(_read_freedom, LTLL, ("full_files.csv", "full_files.csv"), _LTLL, (5, 10))
 
 
 def read_imagenet_r(folder: DatasetFolder, split: str, *, prompt: str | None) -> Benchmark:
@@ -68,17 +71,14 @@ def read_imagenet_r(folder: DatasetFolder, split: str, *, prompt: str | None) ->
     for row in listed:
         if row.label // 1000 >= len(names):
             raise DataError(f"{row.place}: label {row.label} has no known domain; expected class + 1000 * domain")
-    rows = [_Shown(one.place, one.path, names[one.label // 1000], str(one.label % 1000)) for one in listed]
-    renamed = [row._replace(value=_IMAGENET_R[row.value]) for row in rows]
-    return _domains(IMAGENET_R, folder, split, renamed, renamed, (10, 50), prompt)
+    rows = [_Shown(x.place, x.path, _IMAGENET_R[names[x.label // 1000]], str(x.label % 1000)) for x in listed]
+    return _domains(IMAGENET_R, folder, split, rows, rows, (10, 50), prompt)
 
 
-def _read_rows(
-    folder: DatasetFolder, declaration: BenchmarkDeclaration, name: str, domains: Mapping[str, str]
-) -> list[_Shown]:
+def _read_rows(folder: DatasetFolder, dataset: str, name: str, domains: Mapping[str, str]) -> list[_Shown]:
     rows = []
     seen: dict[str, str] = {}
-    file = folder.annotation(name, f"{declaration.name}/{name}")
+    file = folder.annotation(name, f"{dataset}/{name}")
     for place, (path, domain, label) in read_columns(file, "path", "domain", "class", separator=" "):
         if domain not in domains:
             raise DataError(f"{place}: domain is {domain!r}; expected one of {', '.join(domains)}")
@@ -96,17 +96,12 @@ def _domains(
     ks: tuple[int, ...],
     prompt: str | None,
 ) -> Benchmark:
-    def image(row: _Shown) -> GalleryItem:  # paths of the lists begin with the name of the dataset
-        return GalleryItem(
-            row.path, folder.image(row.place, row.path, row.path.partition("/")[2] or row.path), row.label
-        )
-
     wording = declaration.find_prompt(prompt)
     domains = sorted({row.value for row in gallery})
     asked = [
         Query(
             f"{row.path}@{target}",
-            image(row).image,
+            folder.listed_image(row.place, row.path),
             wording.text({"domain": target}),
             relevant,
             label=row.label,
@@ -128,17 +123,16 @@ def _domains(
         prompt=wording.name,
         note=f"FREEDOM {declaration.name}: mean over the ordered pairs of {len(domains)} domains; reference in gallery",
     )
-    return Benchmark(declaration.name, split, "cir", asked, [image(row) for row in gallery], protocol)
+    items = [GalleryItem(row.path, folder.listed_image(row.place, row.path), row.label) for row in gallery]
+    return Benchmark(declaration.name, split, "cir", asked, items, protocol)
 
 
 def _conversions(
     queries: Iterable[_Shown], gallery: Iterable[_Shown], values: Mapping[str, Iterable[str]]
 ) -> Iterator[tuple[_Shown, str, tuple[str, ...]]]:
     """Yield each query with each other value of its class, and the relevant images, which queries share."""
-    members: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for row in gallery:
-        members[row.label, row.value].append(row.path)
-    targets = {key: tuple(paths) for key, paths in members.items()}
+    groups = group_by(gallery, lambda row: (row.label, row.value))
+    targets = {key: tuple(row.path for row in rows) for key, rows in groups.items()}
     for row in queries:
         for value in values[row.label]:
             if value != row.value:
@@ -164,14 +158,14 @@ def read_patterncom(folder: DatasetFolder, split: str, *, attribute: str, prompt
     }
     file = folder.annotation(f"PatternCom/{attribute}.csv", f"PatterCom/{attribute}.csv", f"{attribute}.csv")
     rows, seen = [], {}
-    values: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for place, (name, given, value) in read_columns(file, "filename", "attribute", "value"):
         if name not in items or given != attribute:
             wrong = f"attribute is {given!r}" if name in items else f"{name!r} is not in patternnet.csv"
             raise DataError(f"{place}: {wrong}; expected an image of PatternNet and {attribute}")
         refuse_repeated(name, place, seen)
         rows.append(_Shown(place, name, value, _aerial_class(name)))
-        values[rows[-1].label][value] = None
+    groups = group_by(rows, lambda row: row.label)
+    values = {label: list(dict.fromkeys(row.value for row in some)) for label, some in groups.items()}
     queries = [
         Query(f"{row.path}@{value}", items[row.path].image, wording.text({"value": value}), relevant, label=row.label)
         for row, value, relevant in _conversions(rows, rows, values)

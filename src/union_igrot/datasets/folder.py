@@ -30,10 +30,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Generic, NoReturn, TypeVar, final
 
-from union_igrot.datasets.annotations import check_name, check_path, check_text
+from union_igrot.datasets.annotations import check_name, check_path, check_text, group_by
 from union_igrot.errors import ConfigError, DataError, ImageError, check_choice
 from union_igrot.images.decode import broken_images, check_image
 from union_igrot.images.formats import IMAGE_SUFFIXES, describe_unused, is_ignored, is_image_name
@@ -494,6 +495,9 @@ def _places(rows: Iterable[TripletRow]) -> dict[str, str]:
 # --- sketch retrieval
 
 
+_label = attrgetter("key")
+
+
 def _sketches_and_photos(
     data: FolderImages, split: str, check: _ImageCheck
 ) -> tuple[list[LabeledImage], list[LabeledImage]]:
@@ -518,7 +522,7 @@ def _sketches_and_photos(
 
 def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _ImageCheck) -> Benchmark:
     sketches, photos = _sketches_and_photos(data, split, check)
-    targets = {label: tuple(photo.path for photo in group) for label, group in _images_by_class(photos).items()}
+    targets = {label: tuple(photo.path for photo in group) for label, group in group_by(photos, _label).items()}
     queries = [
         Query(sketch.path, _locate(data.root, sketch.path), text, targets[sketch.key], label=sketch.key)
         for sketch in sketches
@@ -532,7 +536,7 @@ def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _Im
 def _sbir_training(
     data: FolderImages, pairs: int, draw: random.Random, text: str | None, check: _ImageCheck
 ) -> TrainingSet:
-    sketches, photos = (_images_by_class(images) for images in _sketches_and_photos(data, "train", check))
+    sketches, photos = (group_by(images, _label) for images in _sketches_and_photos(data, "train", check))
     turns = {label: (_turns(sketches[label], draw), _turns(photos[label], draw)) for label in sorted(sketches)}
     order = _turns(list(turns), draw)
     triplets = []
@@ -541,13 +545,6 @@ def _sbir_training(
         sketch, photo = (next(turn) for turn in turns[label])
         triplets.append(Triplet(_locate(data.root, sketch.path), text, _locate(data.root, photo.path), label, "sbir"))
     return TrainingSet("folder", triplets, tuple(turns), check.skipped)
-
-
-def _images_by_class(images: Sequence[LabeledImage]) -> dict[str, list[LabeledImage]]:
-    groups: defaultdict[str, list[LabeledImage]] = defaultdict(list)
-    for image in images:
-        groups[image.key].append(image)
-    return groups
 
 
 def _turns(items: list[_Item], draw: random.Random) -> Iterator[_Item]:

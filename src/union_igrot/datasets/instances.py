@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
@@ -80,7 +81,7 @@ def read_icir(folder: DatasetFolder, split: str, *, prompt: str | None) -> Bench
 
     def image(place: str, path: str) -> ImageSource:
         if not shards:
-            return folder.image(place, path, path.partition("/")[2] or path)
+            return folder.listed_image(place, path)
         if path not in shards:
             raise ImageError(f"{place}: {path} is in no tar file of {folder.root / 'webdataset'}; download all of them")
         return shards[path]
@@ -344,18 +345,8 @@ def _listed_gallery(folder: DatasetFolder, name: str, photos: Iterable[str]) -> 
 # --- ShoeV2 and ChairV2
 
 
-def read_shoev2(folder: DatasetFolder, split: str, *, prompt: str | None) -> Benchmark:
-    """Read QMUL ShoeV2."""
-    return _drawn_photos(SHOEV2, "ShoeV2", folder, split, prompt)
-
-
-def read_chairv2(folder: DatasetFolder, split: str, *, prompt: str | None) -> Benchmark:
-    """Read QMUL ChairV2; two test splits are in use, the files decide."""
-    return _drawn_photos(CHAIRV2, "ChairV2", folder, split, prompt)
-
-
 def _drawn_photos(
-    declaration: BenchmarkDeclaration, name: str, folder: DatasetFolder, split: str, prompt: str | None
+    declaration: BenchmarkDeclaration, name: str, folder: DatasetFolder, split: str, *, prompt: str | None
 ) -> Benchmark:
     """Read `photo_<split>.txt` and `sketch_<split>.txt`, or the folders `<split>A` (sketches) and `<split>B`."""
     wording = declaration.find_prompt(prompt)
@@ -387,6 +378,10 @@ def _drawn_photos(
         note=f"{name} {split}: the photo that was drawn among {len(gallery):,} photos; R@k is Acc@k of the papers",
     )
     return Benchmark(declaration.name, split, "sbir", queries, gallery, protocol)
+
+
+read_shoev2 = partial(_drawn_photos, SHOEV2, "ShoeV2")
+read_chairv2 = partial(_drawn_photos, CHAIRV2, "ChairV2")
 
 
 def _drawn_files(path: Path) -> dict[str, str]:

@@ -6,9 +6,9 @@ benchmark.
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ from union_igrot.datasets.annotations import (
     DatasetFolder,
     LabeledPath,
     check_path,
+    group_by,
     read_classes,
     read_labeled_paths,
 )
@@ -36,56 +37,44 @@ from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 _METRICS = ("mAP", "mAP@200", "P@100", "P@200")
 
 
-class _ListFiles(NamedTuple):
-    """Names of a benchmark's list files, with `zero` (unseen classes) or `train` to be filled in."""
-
-    folder: str
-    sketches: str
-    photos: str
-
-
 _Lists: TypeAlias = tuple[dict[int, str], list[LabeledPath], list[LabeledPath]]
-_SKETCHY_LISTS = "sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"
-_TUBERLIN_LISTS = _ListFiles("zeroshot", "png_ready_filelist_{}.txt", "ImageResized_ready_filelist_{}.txt")
-_QUICKDRAW_LISTS = _ListFiles("zeroshot", "sketch_{}.txt", "all_photo_{}.txt")
-
-
-def read_sketchy(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read Sketchy (extended).
-
-    The preset `union_reference` measures average precision by trapezoids over the hits in the top k.
-    """
-    lists = _ListFiles(split, *_SKETCHY_LISTS)
-    if split == "zeroshot1":
-        return _unseen_classes(SKETCHY, folder, split, lists, "mAP", prompt, preset)
-    remark = "; 17 of the 21 classes are among the training classes of zeroshot1"
-    return _unseen_classes(SKETCHY, folder, split, lists, "mAP@200", prompt, preset, remark)
-
-
-def read_tuberlin(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read TU-Berlin (extended), 30 unseen classes."""
-    return _unseen_classes(TUBERLIN, folder, split, _TUBERLIN_LISTS, "mAP", prompt, preset)
-
-
-def read_quickdraw(folder: DatasetFolder, split: str, *, prompt: str | None, preset: str) -> Benchmark:
-    """Read QuickDraw-Extended, 30 unseen classes."""
-    return _unseen_classes(QUICKDRAW, folder, split, _QUICKDRAW_LISTS, "mAP", prompt, preset)
+# Files of sketches and photos, with `zero` (unseen classes) or `train` to be filled in.
+_LISTS = {
+    "sketchy": ("sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"),
+    "tuberlin": ("png_ready_filelist_{}.txt", "ImageResized_ready_filelist_{}.txt"),
+    "quickdraw": ("sketch_{}.txt", "all_photo_{}.txt"),
+}
 
 
 def _unseen_classes(
+    declaration: BenchmarkDeclaration, folder: DatasetFolder, split: str, *, prompt: str | None, preset: str
+) -> Benchmark:
+    """Read sketches and photos of unseen classes.
+
+    The preset `union_reference` measures average precision by trapezoids over the hits in the top k.
+    """
+    data = _read_lists(folder, declaration.name, split, "zero")
+    remark = f"{len({row.label for row in data[2]})} unseen classes, whole lists"
+    if split == "zeroshot0":
+        remark += "; 17 of the 21 classes are among the training classes of zeroshot1"
+    if preset == "union_reference":
+        remark += "; average precision is lenient: it can exceed P@k"
+    return _classes_benchmark(declaration, folder, split, "mAP", prompt, preset, remark, data)
+
+
+def _classes_benchmark(
     declaration: BenchmarkDeclaration,
     folder: DatasetFolder,
     split: str,
-    lists: _ListFiles,
     primary: str,
     prompt: str | None,
     preset: str,
-    remark: str = "",
-    data: _Lists | None = None,
+    remark: str,
+    data: _Lists,
 ) -> Benchmark:
     name, wording = declaration.name, declaration.find_prompt(prompt)
-    classes, sketches, photos = data or _read_lists(folder, lists, "zero")
-    targets = {label: tuple(row.path for row in rows) for label, rows in _rows_by_class(photos).items()}
+    classes, sketches, photos = data
+    targets = _paths_by_class(photos)
     gallery = [GalleryItem(row.path, folder.image(row.place, row.path), classes[row.label]) for row in photos]
     texts = {label: wording.text({"class": title}) for label, title in classes.items()}
     queries = []
@@ -95,48 +84,38 @@ def _unseen_classes(
         image = folder.image(row.place, row.path)
         queries.append(Query(row.path, image, texts[row.label], targets[row.label], label=classes[row.label]))
     reference = preset == "union_reference"
-    lenient = "; average precision is lenient: it can exceed P@k" if reference else ""
     protocol = Protocol(
         name=preset,
         metrics=_METRICS,
-        primary=primary,
+        primary="mAP@200" if split == "zeroshot0" else primary,
         ap_norm="hits" if reference else "min",
         ap_rule="trapezoid" if reference else "step",
         ties="gallery order",
         prompt=wording.name,
-        note=f"{name} {split}: " + (remark if data else f"{len(targets)} unseen classes, whole lists{remark}{lenient}"),
+        note=f"{name} {split}: {remark}",
     )
     return Benchmark(name, split, "sbir", queries, gallery, protocol)
 
 
-def read_sketchy_generalized(
-    folder: DatasetFolder, split: str, *, protocol: str, seed: int, prompt: str | None
-) -> Benchmark:
-    """Read Sketchy with seen classes in the gallery; the three protocols are not comparable."""
-    primary = "mAP" if split == "zeroshot1" else "mAP@200"
-    lists = _ListFiles(split, *_SKETCHY_LISTS)
-    return _generalized(SKETCHY_GENERALIZED, folder, split, lists, primary, protocol, seed, prompt)
-
-
-def read_tuberlin_generalized(
-    folder: DatasetFolder, split: str, *, protocol: str, seed: int, prompt: str | None
-) -> Benchmark:
-    """Read TU-Berlin with seen classes in the gallery; the three protocols are not comparable."""
-    return _generalized(TUBERLIN_GENERALIZED, folder, split, _TUBERLIN_LISTS, "mAP@200", protocol, seed, prompt)
+read_sketchy, read_tuberlin, read_quickdraw = (
+    partial(_unseen_classes, declaration) for declaration in (SKETCHY, TUBERLIN, QUICKDRAW)
+)
 
 
 def _generalized(
     declaration: BenchmarkDeclaration,
+    base: str,
+    primary: str,
     folder: DatasetFolder,
     split: str,
-    lists: _ListFiles,
-    primary: str,
+    *,
     protocol: str,
     seed: int,
     prompt: str | None,
 ) -> Benchmark:
-    classes, sketches, photos = _read_lists(folder, lists, "zero")
-    seen, drawn, taken = _read_lists(folder, lists, "train")
+    """Read a benchmark with seen classes in the gallery; the three protocols are not comparable."""
+    classes, sketches, photos = _read_lists(folder, base, split, "zero")
+    seen, drawn, taken = _read_lists(folder, base, split, "train")
     first = max(classes) + 1  # numbers of seen classes start at 0 again
     draw = random.Random(seed)
     if protocol == "seen_classes":  # a fifth of the classes, whole, which are queried too (OCEAN, Dr.CLIP)
@@ -144,8 +123,8 @@ def _generalized(
         drawn, taken = ([row for row in rows if row.label in chosen] for rows in (drawn, taken))
         words = f"and {len(chosen)} whole seen classes, which are queried too"
     elif protocol == "seen_fifth":  # a fifth of the photos of each class (SEM-PCYC)
-        by_class = _rows_by_class(taken)
-        taken = [row for label in by_class for row in draw.sample(by_class[label], round(0.2 * len(by_class[label])))]
+        groups = group_by(taken, lambda row: row.label).values()
+        taken = [row for group in groups for row in draw.sample(group, round(0.2 * len(group)))]
         drawn, words = [], "and a fifth of the photos of each seen class"
     else:
         drawn, words = [], "and all training photos of seen classes"
@@ -153,19 +132,21 @@ def _generalized(
     sketches += [row._replace(label=first + row.label) for row in drawn]
     photos += [row._replace(label=first + row.label) for row in taken]
     remark = f"protocol={protocol}, gallery: unseen classes {words}" + f", seed {seed}" * (protocol != "all_seen")
-    found = _unseen_classes(
-        declaration, folder, split, lists, primary, prompt, "official", remark, (names, sketches, photos)
-    )
+    data = names, sketches, photos
+    found = _classes_benchmark(declaration, folder, split, primary, prompt, "official", remark, data)
     return replace(found, name=f"{declaration.name}_{protocol}")
+
+
+read_sketchy_generalized = partial(_generalized, SKETCHY_GENERALIZED, "sketchy", "mAP")
+read_tuberlin_generalized = partial(_generalized, TUBERLIN_GENERALIZED, "tuberlin", "mAP@200")
 
 
 def read_sketchy_instances(folder: DatasetFolder, split: str, *, gallery: str, prompt: str | None) -> Benchmark:
     """Read the sketches of Sketchy with the very photo that each was drawn of as the only target."""
     wording = SKETCHY_INSTANCES.find_prompt(prompt)
-    classes, sketches, listed = _read_lists(folder, _ListFiles(split, *_SKETCHY_LISTS), "zero")
+    classes, sketches, listed = _read_lists(folder, "sketchy", split, "zero")
     photos = {row.path: row for row in listed if row.path.startswith("256x256/photo/")}
-    groups = _rows_by_class(list(photos.values()))
-    own = {label: tuple(row.path for row in rows) for label, rows in groups.items()}
+    own = _paths_by_class(photos.values())
     queries = []
     for row in sketches:
         target = f"{row.path.replace('/sketch/', '/photo/', 1).rpartition('-')[0]}.jpg"
@@ -248,8 +229,8 @@ def _given_pairs(folder: DatasetFolder, lists: str) -> list[_SketchPhotoPair]:
 
 
 def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> list[_SketchPhotoPair]:
-    classes, *rows = _read_lists(folder, _ListFiles(lists, *_SKETCHY_LISTS), "train")
-    sketches, photos = (_rows_by_class(side) for side in rows)
+    classes, *rows = _read_lists(folder, "sketchy", lists, "train")
+    sketches, photos = (group_by(side, lambda row: row.label) for side in rows)
     draw = random.Random(seed)
     labels = sorted(sketches.keys() & photos.keys())
     if not labels:
@@ -264,20 +245,18 @@ def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> l
     return pairs
 
 
-def _read_lists(folder: DatasetFolder, lists: _ListFiles, kind: str) -> _Lists:
+def _read_lists(folder: DatasetFolder, name: str, split: str, kind: str) -> _Lists:
     """Return the names of the classes, the sketches and the photos."""
+    top = split if name == "sketchy" else "zeroshot"
     names = "cname_cid_zero.txt" if kind == "zero" else "cname_cid.txt"
-    classes = read_classes(folder.annotation(f"{lists.folder}/{names}"))
-    sketches = read_labeled_paths(folder.annotation(f"{lists.folder}/{lists.sketches.format(kind)}"))
-    photos = read_labeled_paths(folder.annotation(f"{lists.folder}/{lists.photos.format(kind)}"))
+    classes = read_classes(folder.annotation(f"{top}/{names}"))
+    sketches, photos = (read_labeled_paths(folder.annotation(f"{top}/{file.format(kind)}")) for file in _LISTS[name])
     for row in (*sketches, *photos):
         if row.label not in classes:
             raise DataError(f"{row.place}: class {row.label} is not in {names}; download the lists again")
     return classes, sketches, photos
 
 
-def _rows_by_class(rows: Sequence[LabeledPath]) -> dict[int, list[LabeledPath]]:
-    groups: defaultdict[int, list[LabeledPath]] = defaultdict(list)
-    for row in rows:
-        groups[row.label].append(row)
-    return groups
+def _paths_by_class(rows: Iterable[LabeledPath]) -> dict[int, tuple[str, ...]]:
+    groups = group_by(rows, lambda row: row.label)
+    return {label: tuple(row.path for row in group) for label, group in groups.items()}

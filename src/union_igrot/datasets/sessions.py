@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from union_igrot.datasets.annotations import DatasetFolder, Record, check_path, check_text, read_records
+from union_igrot.datasets.annotations import DatasetFolder, Record, check_path, check_text, read_records, refuse_unknown
 from union_igrot.datasets.builtin import CIRCLED, MMEB
 from union_igrot.datasets.composed import read_circo, read_cirr, read_fashioniq
 from union_igrot.errors import ConfigError, DataError
@@ -38,8 +38,7 @@ def read_circled(folder: DatasetFolder, split: str, *, subset: str, prompt: str 
             reference = turn.name("reference_image_id")
             if turn.integer("turn") != at:
                 raise DataError(f"{turn.place}: turn is {turn.integer('turn')}; expected {at}, turns in order")
-            for wrong in (one for one in (reference, *targets) if one not in images):
-                raise DataError(f"{turn.place}: {wrong!r} is not in the gallery of {subset} {split}; download both")
+            refuse_unknown((reference, *targets), images, turn.place, f"the gallery of {subset} {split}")
             tags = (f"turn {at}", *(f"up to turn {last}" for last in range(at, most + 1)))
             tags += ("last turn",) * (at == len(turns))
             text = wording.text({"relative_caption": turn.text("relative_caption")})

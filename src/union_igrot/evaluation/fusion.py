@@ -40,11 +40,6 @@ class FusedQueries:
     texts: Float[Tensor, "queries dim"] | None = None
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda image, _text, _valid: image
 
-    def scores(self, compare: Callable[[Tensor], Tensor], valid: Bool[Tensor, "queries items"]) -> Tensor:
-        """Return the scores; `compare` returns those of one side's embeddings, `valid` tells candidates."""
-        first = compare(self.images)
-        return first if self.texts is None else self.combine(first, compare(self.texts), valid)
-
 
 def fuse(
     name: str,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError, first_line
+from union_igrot.metrics.names import unit_of
 from union_igrot.metrics.statistics import Difference, Interval
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.types import Benchmark, Protocol, Scores
@@ -24,15 +25,22 @@ from union_igrot.types import Benchmark, Protocol, Scores
 OWN_METHODS = ("trained", "predictions")
 """Methods that a result is about; all others are baselines."""
 
-
 _CLASSES = "classes"
 FEW_CLASSES = 10
 """Intervals of fewer classes are marked."""
 
+# What `results.json` holds, in its order; the second only if there is any.
+_ALWAYS = (
+    *("benchmark", "split", "method", "n_queries", "n_gallery", "n_skipped", "protocol", "metrics", "intervals"),
+    *("by_tag", "seen_classes", "seen_images", "model", "seconds", "versions", "seed"),
+)
+_IF_ANY = (
+    *("arithmetic", "differences", "parts", "n_classes", "n_truncated", "limits", "warnings", "validation_note"),
+)
+_KEYS = {"intervals": "ci95", "differences": "gain95"}
 
-@final
-@dataclass(frozen=True)
-class TagMetric:
+
+class TagMetric(NamedTuple):
     """The primary metric over the queries of one tag.
 
     Attributes:
@@ -149,60 +157,41 @@ class MethodResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain values that `results.json` holds."""
-        by_tag = {tag: {"n_queries": one.n_queries, self.primary: one.value} for tag, one in self.by_tag.items()}
-        values = {
-            **{name: getattr(self, name) for name in ("benchmark", "split", "method")},
-            **{name: getattr(self, name) for name in ("n_queries", "n_gallery", "n_skipped")},
+        special = {
             "protocol": asdict(self.protocol),
-            "metrics": self.metrics,
-            "ci95": self.intervals,
-            "by_tag": by_tag,
-            "seen_classes": self.seen_classes,
+            "by_tag": {tag: {"n_queries": n, self.primary: value} for tag, (n, value) in self.by_tag.items()},
             "seen_images": None if self.seen_images is None else asdict(self.seen_images),
-            **{name: getattr(self, name) for name in ("model", "seconds", "versions", "seed")},
         }
-        optional = {"arithmetic": self.arithmetic, "gain95": self.differences, "parts": self.parts}
-        names = ("n_classes", "n_truncated", "limits", "warnings", "validation_note")
-        optional |= {name: getattr(self, name) for name in names}
-        plain: dict[str, Any] = _plain(values | {name: value for name, value in optional.items() if value})
+        values = {name: special[name] if name in special else getattr(self, name) for name in (*_ALWAYS, *_IF_ANY)}
+        plain: dict[str, Any] = _plain(
+            {_KEYS.get(name, name): value for name, value in values.items() if name in _ALWAYS or value}
+        )
         return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MethodResult":
         """Invert `to_dict`."""
+        given = {name: values[key] for name in (*_ALWAYS, *_IF_ANY) if (key := _KEYS.get(name, name)) in values}
         known = {one.name for one in fields(Protocol)}
-        protocol = Protocol(**{name: _tuples(value) for name, value in values["protocol"].items() if name in known})
-        images = values.get("seen_images")
-        by_tag = values.get("by_tag", {}).items()
-        gains = values.get("gain95", {}).items()
-        plain = ("benchmark", "split", "method", "n_queries", "n_gallery")
-        optional = (
-            "n_skipped",
-            "model",
-            "seconds",
-            "versions",
-            "seed",
-            "arithmetic",
-            "n_classes",
-            "n_truncated",
-            "limits",
-            "validation_note",
-        )
+        protocol = Protocol(**{name: _tuples(value) for name, value in given["protocol"].items() if name in known})
+        images, gains = given.get("seen_images"), given.get("differences", {}).items()
         return cls(
-            **{name: values[name] for name in plain},
-            **{name: values[name] for name in optional if name in values},
-            protocol=protocol,
-            metrics={name: _from_json(value) for name, value in values["metrics"].items()},
-            intervals={name: Interval(*map(_from_json, bounds)) for name, bounds in values["ci95"].items()},
-            by_tag={tag: TagMetric(one["n_queries"], _from_json(one[protocol.primary])) for tag, one in by_tag},
-            seen_classes=tuple(values.get("seen_classes", ())),
-            seen_images=None if images is None else SeenImages(**images),
-            differences={
-                other: {name: Difference(*map(_from_json, value)) for name, value in metrics.items()}
-                for other, metrics in gains
-            },
-            parts=tuple(values.get("parts", ())),
-            warnings=tuple(values.get("warnings", ())),
+            **given
+            | {name: tuple(given.get(name, ())) for name in ("seen_classes", "parts", "warnings")}
+            | {
+                "protocol": protocol,
+                "metrics": {name: _from_json(value) for name, value in given["metrics"].items()},
+                "intervals": {name: Interval(*map(_from_json, bounds)) for name, bounds in given["intervals"].items()},
+                "by_tag": {
+                    tag: TagMetric(one["n_queries"], _from_json(one[protocol.primary]))
+                    for tag, one in given.get("by_tag", {}).items()
+                },
+                "seen_images": None if images is None else SeenImages(**images),
+                "differences": {
+                    other: {name: Difference(*map(_from_json, value)) for name, value in metrics.items()}
+                    for other, metrics in gains
+                },
+            }
         )
 
 
@@ -314,13 +303,17 @@ class EvaluationResult:
         return frozenset(part for one in self.methods for part in one.parts)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield one flat record per benchmark, method and metric, in percent."""
+        """Yield one flat record per benchmark, method and metric.
+
+        `value` is in the `unit` percent or rank; `percent` is the former name of `value`.
+        """
         for one in self.methods:
             for name, value in one.metrics.items():
                 low, high = one.intervals[name]
                 yield {
                     **{key: getattr(one, key) for key in ("benchmark", "split", "method", "n_queries", "n_gallery")},
                     **{"metric": name, "percent": value, "low95": low, "high95": high, "seed": one.seed},
+                    **{"value": value, "unit": unit_of(name)},
                 }
 
     def to_pandas(self) -> Any:
@@ -372,11 +365,12 @@ def write_results(folder: Path, result: EvaluationResult) -> None:
     """Write `results.json` (everything) and `results.csv` (a line per metric) into an existing folder."""
     write_atomic(folder / "results.json", result.to_json())
     table = io.StringIO()
-    head = ["benchmark", "split", "method", "n_queries", "n_gallery", "metric", "percent", "low95", "high95", "seed"]
-    writer = csv.DictWriter(table, head, lineterminator="\n")
+    numbers = ("percent", "low95", "high95", "value")
+    names = ("benchmark", "split", "method", "n_queries", "n_gallery", "metric", *numbers[:3], "seed", "value", "unit")
+    writer = csv.DictWriter(table, names, lineterminator="\n")
     writer.writeheader()
     for record in result.records():
-        writer.writerow(record | {name: f"{record[name]:.4f}" for name in ("percent", "low95", "high95")})
+        writer.writerow(record | {name: f"{record[name]:.4f}" for name in numbers})
     write_atomic(folder / "results.csv", table.getvalue())
 
 

@@ -165,7 +165,7 @@ class _Scorer:
         keep = min(RANKING_DEPTH, len(self.gallery) - max(map(len, relevance.exclude)))
         ranking = Ranking(torch.empty(count, keep, dtype=torch.long), torch.empty(count, keep))
         own = None if relevance.subset is None else _TargetTable(relevance.subset, device)
-        subsets = torch.full((count, max(map(len, relevance.subset or [()]))), -1)
+        subsets = torch.full((count, max(map(len, relevance.subset or []), default=0)), -1)
         targets, depth = _TargetTable(relevance.targets, device), _depth(protocol, len(self.gallery))
         exclude = [relevance.exclude[row] for row in self.rows.tolist()]
         for chunk in rank_chunks(self.queries.images, self.gallery, exclude, fused=self.queries):
@@ -202,20 +202,18 @@ class _Scorer:
             subset, here = _padded(own).to(device), span.to(device)
             shared = all(one is own[0] for one in own)
             items = self.gallery[subset[0] if shared else subset.clamp(min=0)].float()
-            scores = queries.scores(
-                lambda side, items=items, here=here, shared=shared: torch.einsum(
-                    "qd,sd->qs" if shared else "qd,qsd->qs", side[here].float(), items
-                ),
-                subset >= 0,
-            )
+            formula = "qd,sd->qs" if shared else "qd,qsd->qs"
+            sides = [queries.images] if queries.texts is None else [queries.images, queries.texts]
+            found = [torch.einsum(formula, side[here].float(), items) for side in sides]
+            scores = found[0] if queries.texts is None else queries.combine(found[0], found[1], subset >= 0)
             if not scores.isfinite().all():
                 raise DataError("an embedding contains nan or infinity; look for a broken model or image")
             scores = scores.masked_fill(subset < 0, -torch.inf)
             targets = [self.relevance.targets[query].to(device) for query in part.tolist()]
-            order, found = _rank_small(scores, _among(subset, targets), protocol.ties)
+            order, ranked = _rank_small(scores, _among(subset, targets), protocol.ties)
             single = _among(subset, [one[:1] for one in targets]) if protocol.recall_targets == "first" else None
             first = None if single is None else _rank_small(scores, single, protocol.ties)[1]
-            metrics.update(found, part.to(device), found, first)
+            metrics.update(ranked, part.to(device), ranked, first)
             order = order[:, : ordered.shape[1]]
             ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
             cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()

@@ -7,7 +7,8 @@ tables as values of the same kind.
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -42,7 +43,7 @@ _METHOD_NAMES = {"image": "image alone", "text": "text alone", "sum": "image + t
 _METHOD_NAMES |= {"product": "image x text", "weicom": "WeiCom", "slerp": "slerp", "basic": "BASIC's projection"}
 UNTRAINED = tuple(_METHOD_NAMES)
 """Methods that use no trained heads, without chance."""
-_PARAGRAPH, _TEXT_WIDTH, _WORDS_WIDTH = 80, 100, 36
+_PARAGRAPH, _TEXT_WIDTH, _WORDS_WIDTH, _NAME_WIDTH, _HEAD_WIDTH = 80, 100, 36, 26, 16
 LIMIT_MARK, FEW_MARK = "†", "‡"
 """Marks of metrics that cannot vary or cannot reach 100 %, and of intervals that rest on few classes."""
 _NAMED_CLASSES = 24
@@ -138,13 +139,16 @@ class ResultTable:
         """Return some columns, and those of text, as a table for the terminal; primary metrics with their interval."""
         # Narrow, so that eight metrics fit into 80 columns.
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-        table.add_column(self.head[0].text, no_wrap=True)
+        table.add_column(self.head[0].text, max_width=_NAME_WIDTH, overflow="fold")
         chosen = [(at, head) for at, head in enumerate(self.head[1:]) if at in columns or head.kind == "words"]
         for _, head in chosen:
             if head.kind == "words":
                 table.add_column(head.text, max_width=_WORDS_WIDTH, overflow="fold")
                 continue
-            name = Text(head.text.replace(" + ", " +\n").replace(")/", ")\n/ "), justify="right")
+            title = head.text.replace(" + ", " +\n").replace(")/", ")\n/ ")
+            if max(map(len, title.split("\n"))) > _HEAD_WIDTH:  # the name of a folder
+                title = "\n".join(textwrap.wrap(title, _HEAD_WIDTH))
+            name = Text(title, justify="right")
             primary = head.kind == "primary"
             table.add_column(name, justify="right", no_wrap=True, style="bold" if primary else None)
             if primary and intervals:
@@ -255,8 +259,13 @@ def metrics_table(result: BenchmarkResult) -> ResultTable:
     ranks = any(map(is_rank, names))
     bold = f"; bold: the {'best' if ranks else 'highest'} of a column" if len(methods) > 1 else ""
     over = resampled_words(result.main)
-    unit = "Percent, or ranks (lower is better)" if ranks else "Percent"
-    return ResultTable(f"{unit}; below each metric its 95 % bootstrap interval over {over}{bold}", head, rows)
+    return ResultTable(
+        f"{_units(names).capitalize()}; below each metric its 95 % bootstrap interval over {over}{bold}", head, rows
+    )
+
+
+def _units(metrics: Iterable[str]) -> str:
+    return "percent, or ranks (lower is better)" if any(map(is_rank, metrics)) else "percent"
 
 
 def resampled_words(result: MethodResult) -> str:
@@ -430,39 +439,33 @@ def tag_line(result: MethodResult) -> str:
     return f"{result.primary} of {name} by tag (queries): {', '.join(parts)}" if parts else ""
 
 
-def truncation_words(result: MethodResult) -> str:
-    """Return how many texts were cut, in words."""
-    return f"{result.n_truncated:,} query texts cut at the backbone's token limit"
-
-
-def untrained_words(result: BenchmarkResult) -> str:
-    """Describe what the methods without heads owe to training: nothing, unless the encoders themselves were tuned."""
-    tuned = any(one.model.get("tuned") for one in result.methods)
-    return "without heads, of the tuned encoders" if tuned else "without training"
-
-
 def notes(result: BenchmarkResult) -> Iterator[str]:
-    """Yield the lines below the table of a benchmark: protocol, overlap with the training, tags."""
-    first, main = result.methods[0], result.main
+    """Yield the lines below the table of a benchmark: protocol, overlap with the training."""
+    main = result.main
     caption = [
-        "percent",
+        _units(main.metrics),
         describe_protocol(result.protocol, parts=bool(result.parts)),
         f"[low, high]: 95 % bootstrap interval of {main.primary} over {resampled_words(main)}",
     ]
     if untrained := [method_name(one.method) for one in result.methods if one.method in UNTRAINED]:
-        caption.append(f"{untrained_words(result)}: {', '.join(untrained)}")
-    if first.n_skipped:
-        caption.append(f"{first.n_skipped} items left out")
+        tuned = any(one.model.get("tuned") for one in result.methods)
+        kind = "without heads, of the tuned encoders" if tuned else "without training"
+        caption.append(f"{kind}: {', '.join(untrained)}")
+    if main.n_skipped:
+        caption.append(f"{main.n_skipped:,} items left out")
     if main.n_truncated:
-        caption.append(truncation_words(main))
+        caption.append(f"{main.n_truncated:,} query texts cut at the backbone's token limit")
     yield "; ".join(caption)
     yield from mark_lines(main)
-    if tags := tag_line(main):
-        yield tags
     if used := main.model.get("calibration"):
         yield f"calibrated: {Calibration(**used)}"
     if main.method == "trained":
         yield from overlap_lines(main)
+
+
+def detailed_notes(result: BenchmarkResult) -> list[str]:
+    """Return `notes`, the metric by tag and the paired differences."""
+    return [*notes(result), *filter(None, [tag_line(result.main)]), *difference_lines(result.main)]
 
 
 def print_results(result: EvaluationResult, console: Console | None = None) -> None:
@@ -480,10 +483,8 @@ def print_results(result: EvaluationResult, console: Console | None = None) -> N
         print_table(metrics_table(one), console)
         if one.key[0] in result.part_names:
             continue
-        for line in notes(one):
+        for line in detailed_notes(one):
             console.print(Text(line), width=width)
-        for line in difference_lines(one.main):
-            console.print(f"  {line}", highlight=False, markup=False)
         console.print()
 
 
@@ -498,7 +499,7 @@ def as_html(result: EvaluationResult) -> str:
     """Return the tables as HTML, with the lines below them."""
     parts = []
     for one in result.benchmarks:
-        lines = [] if one.key[0] in result.part_names else [*notes(one), *difference_lines(one.main)]
+        lines = [] if one.key[0] in result.part_names else detailed_notes(one)
         listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
         warned = "".join(f"<p><strong>warning: {escape(warning)}</strong></p>" for warning in one.main.warnings)
         table = metrics_table(one).to_html()

@@ -126,7 +126,8 @@ def first_rank(
     found = hits.sum(1)
     _check_counts(found, n_relevant, hits.shape[1], None)
     real = _real(hits.device)
-    return _undefined_as_nan(hits.to(torch.uint8).argmax(1).to(real) + 1, n_relevant)
+    filled = torch.nn.functional.pad(hits.to(torch.uint8), (0, 1))  # argmax needs a column
+    return _undefined_as_nan(filled.argmax(1).to(real) + 1, n_relevant)
 
 
 def group_values(

@@ -236,6 +236,11 @@ def is_rank(name: str) -> bool:
     return family is not None and family.unit == "rank"
 
 
+def unit_of(name: str) -> str:
+    """Return the unit of a metric as results name it."""
+    return "rank" if is_rank(name) else "percent"
+
+
 def scale_of(name: str) -> int:
     """Return by what a value of a query is multiplied for people: 100 for percent, 1 for ranks."""
     return 1 if is_rank(name) else 100

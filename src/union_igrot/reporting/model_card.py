@@ -11,17 +11,7 @@ from huggingface_hub import ModelCardData
 
 from union_igrot.errors import CheckpointError
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult
-from union_igrot.evaluation.tables import (
-    describe_protocol,
-    difference_lines,
-    format_interval,
-    mark_lines,
-    metrics_table,
-    overlap_lines,
-    resampled_words,
-    tag_line,
-    truncation_words,
-)
+from union_igrot.evaluation.tables import detailed_notes, format_interval, method_name, metrics_table
 from union_igrot.storage.atomic import write_atomic
 
 PLACEHOLDER = "OWNER/NAME"
@@ -187,15 +177,9 @@ def _benchmark(result: BenchmarkResult, *, brief: bool) -> Iterator[str]:
     yield from (*metrics_table(result).to_markdown(), "")
     if brief:
         return
-    bounds = ", ".join(f"{name} {format_interval(one)}" for name, one in main.intervals.items())
-    protocol, over = describe_protocol(result.protocol, parts=bool(result.parts)), resampled_words(main)
-    yield f"Percent; {protocol}. In brackets 95 % bootstrap intervals over {over}; of the last row: {bounds}."
-    yield ""
-    overlap = [line.removeprefix("* ") for line in (overlap_lines(main) if main.method == "trained" else [])]
-    left_out = [f"{main.n_skipped} items left out"] if main.n_skipped else []
-    cut = [truncation_words(main)] if main.n_truncated else []
-    lines = [*difference_lines(main), *mark_lines(main), *overlap, tag_line(main), *left_out, *cut]
-    yield from (f"- {line}" for line in lines if line)
+    bounds = ", ".join(f"{name} {format_interval(one, name)}" for name, one in main.intervals.items())
+    lines = [*detailed_notes(result), f"intervals of {method_name(main.method)}: {bounds}"]
+    yield from (f"- {line.removeprefix('* ')}" for line in lines)
     yield ""
 
 

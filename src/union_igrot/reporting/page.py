@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,22 +19,17 @@ from union_igrot.errors import ImageError
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult, ScoredBenchmark
 from union_igrot.evaluation.tables import (
     NO_DIFFERENCE,
-    UNTRAINED,
     Cell,
     ResultTable,
     TableRow,
     comparable,
-    describe_protocol,
     format_difference,
     format_interval,
     format_percent,
-    mark_lines,
     method_name,
     method_title,
     metrics_table,
-    overlap_lines,
-    truncation_words,
-    untrained_words,
+    notes,
 )
 from union_igrot.metrics.names import scale_of
 from union_igrot.reporting.charts import Chart, Curve, layout_chart, recall_chart, weights_chart
@@ -79,15 +74,6 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class QueryGroups:
-    """A table of groups of queries, below a heading and a line of text."""
-
-    title: str
-    description: str
-    table: ResultTable
-
-
-@dataclass(frozen=True)
 class _Section:
     """One benchmark on the page."""
 
@@ -99,7 +85,7 @@ class _Section:
     warnings: Sequence[str] = ()
     differences: ResultTable | None = None
     differences_note: str = ""
-    groups: Sequence[QueryGroups] = ()
+    groups: Sequence[tuple[str, ResultTable]] = ()
     charts: Sequence[Chart] = ()
     examples: "ExampleRenderer | None" = None
 
@@ -177,7 +163,7 @@ def _section(
         title=result.title,
         size=result.size,
         table=metrics_table(result),
-        notes=list(_notes(result)),
+        notes=list(notes(result)),
         warnings=main.warnings,
         differences=differences_table(main, parts) if complete else None,
         differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
@@ -207,20 +193,6 @@ def _hidden_section(
         notes=["The targets of this split are not published: there are no metrics, but a submission file."],
         examples=render(scored, list(scored.scores)[-1]),
     )
-
-
-def _notes(result: BenchmarkResult) -> Iterator[str]:
-    yield describe_protocol(result.protocol, parts=bool(result.parts))
-    yield from mark_lines(result.main)
-    untrained = [method_name(one.method) for one in result.methods if one.method in UNTRAINED]
-    if untrained:
-        yield f"{', '.join(untrained)}: {untrained_words(result)}; chance: random rankings"
-    if result.main.n_skipped:
-        yield f"{result.main.n_skipped:,} items left out"
-    if result.main.n_truncated:
-        yield truncation_words(result.main)
-    if result.main.method == "trained":
-        yield from overlap_lines(result.main)
 
 
 def overview_table(results: Sequence[BenchmarkResult]) -> ResultTable:
@@ -290,78 +262,56 @@ def _outcomes(parts: Sequence[ScoredBenchmark], method: str, other: str, primary
     return int((gaps > 0).sum()), int((gaps == 0).sum()), int((gaps < 0).sum())
 
 
-def tag_groups(result: BenchmarkResult) -> QueryGroups | None:
+def tag_groups(result: BenchmarkResult) -> tuple[str, ResultTable] | None:
     """Return the primary metric by tag (edit type, aspect) under every method; None without tags."""
-    primary = result.protocol.primary
     methods = result.methods[::-1]
     found = [
         (tag, one.n_queries, [method.by_tag[tag].value for method in methods])
         for tag, one in result.main.by_tag.items()
     ]
-    names = [method_title(one) for one in methods]
-    return _group("By kind of query", "kind", primary, names, found, set()) if found else None
+    return _group("kind of query", result.main.primary, [method_title(one) for one in methods], found, set())
 
 
-def class_groups(scored: ScoredBenchmark, seen: Sequence[str]) -> QueryGroups | None:
+def class_groups(scored: ScoredBenchmark, seen: Sequence[str]) -> tuple[str, ResultTable] | None:
     """Return the primary metric by class of the query under every method; None without classes. `seen` are marked."""
-    benchmark, scores = scored.benchmark, scored.scores
-    members: dict[str, list[int]] = {}
-    for row, query in enumerate(benchmark.queries):
+    scores, primary = scored.scores, scored.benchmark.protocol.primary
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for row, query in enumerate(scored.benchmark.queries):
         if query.label is not None:
-            members.setdefault(query.label, []).append(row)
-    primary = benchmark.protocol.primary
-    if not members or any(primary not in one.values for one in scores.values()):
+            members[query.label].append(row)
+    if any(primary not in one.values for one in scores.values()):
         return None
-    found: list[tuple[str, int, list[float]]] = []
-    for label, rows in sorted(members.items()):
-        columns = [one.values[primary][torch.tensor(rows)] for one in reversed(list(scores.values()))]
-        found.append((label, len(rows), [100 * float(column.nanmean()) for column in columns]))
-    names = [method_name(name) for name in reversed(list(scores))]
-    return _group("By class", "class", primary, names, found, set(seen))
+    columns = [one.values[primary] for one in reversed(list(scores.values()))]
+    found = [
+        (label, len(rows), [100 * float(column[rows].nanmean()) for column in columns])
+        for label, rows in members.items()
+    ]
+    return _group("class", primary, [method_name(name) for name in reversed(list(scores))], found, set(seen))
 
 
 def _group(
-    title: str,
     kind: str,
     primary: str,
     methods: Sequence[str],
     found: Sequence[tuple[str, int, Sequence[float]]],
     seen: set[str],
-) -> QueryGroups:
+) -> tuple[str, ResultTable] | None:
     """Lay out groups from the lowest value of the first method to the highest, without the middle ones of many."""
     ordered = sorted(found, key=lambda one: (comparable(one[2][0]), one[0]))
-    description = f"From the lowest {primary} of “{methods[0]}” to the highest."
+    caption = f"{primary} in percent by {kind}, from the lowest of “{methods[0]}” to the highest"
     if len(ordered) > MAX_GROUPS:
-        description += f" The lowest and the highest {MAX_GROUPS // 2} of {len(ordered):,}."
+        caption += f"; the lowest and the highest {MAX_GROUPS // 2} of {len(ordered):,}"
         ordered = ordered[: MAX_GROUPS // 2] + ordered[-(MAX_GROUPS // 2) :]
     if seen:
-        description += " With *: the heads were trained on this class, so it is not zero-shot."
+        caption += "; with *: the heads were trained on this class, so it is not zero-shot"
     rows = [
         TableRow(
             name + (" *" if name in seen else ""), [Cell(f"{count:,}"), *(Cell(format_percent(x)) for x in values)]
         )
         for name, count, values in ordered
     ]
-    table = ResultTable(f"{primary} in percent by {kind}", list(map(Cell, [kind, "queries", *methods])), rows)
-    return QueryGroups(title, description, table)
-
-
-def seconds_table(methods: Sequence[MethodResult]) -> ResultTable | None:
-    """Return the seconds spent on each method: encoding what was not cached, embedding with the heads, ranking."""
-    timed = [one for one in methods if one.seconds and not one.parts]
-    if not timed:
-        return None
-    steps = list(dict.fromkeys(["encode", "embed", "rank", *(step for one in timed for step in one.seconds)]))
-    steps = [step for step in steps if any(step in one.seconds for one in timed)]
-    rows = [
-        TableRow(
-            f"{one.benchmark} · {one.split}: {method_title(one)}",
-            [Cell(f"{one.seconds[step]:.2f}" if step in one.seconds else "-") for step in steps],
-        )
-        for one in timed
-    ]
-    caption = "Seconds of the evaluation; encoding is done once for all methods of a benchmark and cached"
-    return ResultTable(caption, list(map(Cell, ["method", *steps])), rows)
+    head = list(map(Cell, [kind, "queries", *methods]))
+    return (f"By {kind}", ResultTable(caption, head, rows)) if rows else None
 
 
 def _values(result: EvaluationResult, curves: Mapping[str, Curve], provenance: Provenance) -> dict[str, Any]:
@@ -382,7 +332,6 @@ def _values(result: EvaluationResult, curves: Mapping[str, Curve], provenance: P
         **{name: getattr(provenance, name) for name in ("command", "folder", "config")},
         "hashes": _hashes([one.benchmark for one in result.scored], model, provenance.seed),
         "versions": list(provenance.versions.items()),
-        "seconds": seconds_table(result.methods),
     }
 
 

@@ -33,6 +33,7 @@ from union_igrot.evaluation.tables import (
     overlap_lines,
     print_table,
 )
+from union_igrot.metrics.names import unit_of
 from union_igrot.metrics.statistics import Interval
 from union_igrot.storage.atomic import write_atomic
 from union_igrot.terminal import TerminalConsole
@@ -43,6 +44,7 @@ _CSV_COLUMNS = (
     *("run", "model", "checkpoint", "benchmark", "split", "method", "n_queries", "n_gallery", "metric"),
     *("percent", "low95", "high95", "protocol", "seen_classes", "seen_queries", "seen_gallery"),
     *("backbone_hash", "heads_hash", "settings", "seed", "versions", "source"),
+    *("value", "unit"),  # `percent` is the former name of `value`
 )
 _TEXT_COLUMNS = ("model", "method", "split", "source and protocol")
 HIDDEN_SPLITS = ("cirr", "circo")
@@ -318,13 +320,14 @@ def write_sweep(folder: Path, jobs: Sequence[SweepJob], command: str) -> None:
     writer.writeheader()
     for job in jobs:
         for one in job.result.methods:
-            writer.writerows(_csv_lines(job, one))
+            writer.writerows(map(_with_unit, _csv_lines(job, one)))
     for key in _benchmarks(jobs):
         for published in published_for(*key):
             head = {name: getattr(published, name) for name in ("benchmark", "split", "method")}
             head |= {"model": published.backbone, "protocol": published.note}
             head |= {"source": f"published: {published.source} ({published.mark})"}
-            writer.writerows(head | {"metric": name, "percent": f"{x:g}"} for name, x in published.metrics.items())
+            lines = (head | {"metric": name, "percent": f"{x:g}"} for name, x in published.metrics.items())
+            writer.writerows(map(_with_unit, lines))
     write_atomic(folder / "results.csv", table.getvalue())
     write_atomic(folder / "results.md", "\n".join(_markdown(jobs, command)).rstrip() + "\n")
 
@@ -352,6 +355,10 @@ def _csv_lines(job: SweepJob, one: MethodResult) -> Iterator[dict[str, Any]]:
     for tag, metric in one.by_tag.items():
         name = f"{one.primary} [{tag}]"
         yield head | {"metric": name, "percent": _exact(metric.value), "n_queries": metric.n_queries}
+
+
+def _with_unit(line: dict[str, Any]) -> dict[str, Any]:
+    return line | {"value": line["percent"], "unit": unit_of(line["metric"])}
 
 
 def _exact(value: float) -> str:
