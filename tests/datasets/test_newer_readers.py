@@ -218,6 +218,11 @@ def test_cstbir_files_prompts_and_galleries(tmp_path):
     told = load_benchmark("cstbir", tmp_path, prompt="label", oracle=True)
     assert told.queries[3].text == "hot dog in front of 3"
     assert "ORACLE" in told.protocol.note
+    with pytest.raises(DataError, match=r"no row of split 'open' \(its splits: test, val\)"):
+        load_benchmark("cstbir", tmp_path, "open")
+    rows = json.loads((tmp_path / "CSTBIR_dataset.json").read_text())
+    official.write_json(tmp_path, "open.json", [row | {"split": "test_open"} for row in rows[:3]])
+    assert len(load_benchmark("cstbir", tmp_path, "open", annotations="open.json").queries) == 3
     official.write_lines(tmp_path, "padded.txt", [f"{at}.jpg" for at in range(5)])
     padded = load_benchmark("cstbir", tmp_path, gallery="padded.txt")
     assert (len(padded.gallery), padded.queries[3].targets) == (5, ("1.jpg",))
@@ -325,6 +330,9 @@ def test_circled_reads_lines_too(tmp_path):
     plain = read("circled", tmp_path, subset="circo")
     file.unlink()
     assert read("circled", tmp_path, subset="circo").queries == plain.queries
+    file.write_text(json.dumps([*sessions, sessions[0]]))
+    with pytest.raises(DataError, match=r"circo_val\.json, row 2: '.*' repeats .*row 0"):
+        read("circled", tmp_path, subset="circo")
 
 
 def test_mmeb_ranks_own_candidates(tmp_path):

@@ -94,7 +94,7 @@ def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
             paths |= set(folder.gallery) if split != "train" else set()
             cells = [f"{len(items):,}", f"{len(paths):,}"]
         else:
-            paths = {item.path for item in folder.splits[split]}
+            paths = {item.id for item in folder.splits[split]}
             sketches = sum(item.is_sketch for item in folder.splits[split])
             cells = [f"{len(labels):,}", f"{sketches:,}", f"{len(items) - sketches:,}"]
             notes.append(f"{split}: {', '.join(labels)}")

@@ -120,18 +120,13 @@ def folder_training(
 @final
 @dataclass(frozen=True, slots=True)
 class LabeledImage:
-    """An image of a class; `key` is the class, by which splits are assigned."""
+    """An image of a class: `id` is its path, `key` its class, by which splits are assigned."""
 
     place: str
     is_sketch: bool
-    path: str
+    id: str
     key: str
     split: str | None
-
-    @property
-    def id(self) -> str:
-        """The path."""
-        return self.path
 
 
 @final
@@ -511,8 +506,8 @@ def _sketches_and_photos(
                 f"{image.place}: class {image.key!r} has sketches but no photo in split {split!r}; "
                 "add photos of this class or remove its sketches"
             )
-    unusable = check.unusable(data.root, {image.path: image.place for image in images})
-    usable = [image for image in images if image.path not in unusable]
+    unusable = check.unusable(data.root, {image.id: image.place for image in images})
+    usable = [image for image in images if image.id not in unusable]
     photos = [image for image in usable if not image.is_sketch]
     sketches = [image for image in usable if image.is_sketch]
     answered = {photo.key for photo in photos}
@@ -522,12 +517,12 @@ def _sketches_and_photos(
 
 def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _ImageCheck) -> Benchmark:
     sketches, photos = _sketches_and_photos(data, split, check)
-    targets = {label: tuple(photo.path for photo in group) for label, group in group_by(photos, _label).items()}
+    targets = {label: tuple(photo.id for photo in group) for label, group in group_by(photos, _label).items()}
     queries = [
-        Query(sketch.path, _locate(data.root, sketch.path), text, targets[sketch.key], label=sketch.key)
+        Query(sketch.id, _locate(data.root, sketch.id), text, targets[sketch.key], label=sketch.key)
         for sketch in sketches
     ]
-    gallery = [GalleryItem(photo.path, _locate(data.root, photo.path), photo.key) for photo in photos]
+    gallery = [GalleryItem(photo.id, _locate(data.root, photo.id), photo.key) for photo in photos]
     trained = {image.key for image in data.splits["train"]}
     protocol = _folder_protocol(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, check)
     return Benchmark("folder", split, "sbir", queries, gallery, protocol, check.skipped)
@@ -543,7 +538,7 @@ def _sbir_training(
     for _ in range(pairs):
         label = next(order)
         sketch, photo = (next(turn) for turn in turns[label])
-        triplets.append(Triplet(_locate(data.root, sketch.path), text, _locate(data.root, photo.path), label, "sbir"))
+        triplets.append(Triplet(_locate(data.root, sketch.id), text, _locate(data.root, photo.id), label, "sbir"))
     return TrainingSet("folder", triplets, tuple(turns), check.skipped)
 
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from union_igrot.datasets.annotations import DatasetFolder
+from union_igrot.datasets.annotations import DatasetFolder, group_by
 from union_igrot.datasets.registry import BenchmarkDeclaration, benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, DataError, check_choice
 from union_igrot.types import Benchmark, GalleryItem, ImageSource, Protocol, Query, TrainingSet, Triplet
@@ -163,11 +163,8 @@ def _held_out_benchmark(name: str, triplets: list[Triplet]) -> Benchmark:
     if composed:
         for triplet in triplets:
             gallery.setdefault(triplet.image, GalleryItem(f"t{len(gallery)}", triplet.image))
-    members: defaultdict[str, list[str]] = defaultdict(list)
-    for item in gallery.values():
-        if item.label is not None:
-            members[item.label].append(item.id)
-    targets = {group: tuple(ids) for group, ids in members.items()}
+    groups = group_by((item for item in gallery.values() if item.label is not None), lambda item: item.label)
+    targets = {group: tuple(item.id for item in items) for group, items in groups.items()}
     queries = []
     for number, triplet in enumerate(triplets):
         relevant = targets[triplet.group]

@@ -14,6 +14,7 @@ from union_igrot.datasets.annotations import DatasetFolder, Record, check_path, 
 from union_igrot.datasets.builtin import CIRCLED, MMEB
 from union_igrot.datasets.composed import read_circo, read_cirr, read_fashioniq
 from union_igrot.errors import ConfigError, DataError
+from union_igrot.storage.text import refuse_repeated
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 _READERS: dict[str, Callable[..., Benchmark]] = {"cirr": read_cirr, "circo": read_circo, "fashioniq": read_fashioniq}
@@ -30,9 +31,10 @@ def read_circled(folder: DatasetFolder, split: str, *, subset: str, prompt: str 
     images = {item.id: item for item in _galleries(folder, name, subset, split)}
     sessions = read_records(file, concatenated=True)
     most = max(len(session.records("turns")) for session in sessions)
-    queries = []
+    queries, seen = [], dict[str, str]()
     for session in sessions:
         turns, label = session.records("turns"), session.name("session_id")
+        refuse_repeated(label, session.place, seen)
         targets = session.names("ground_truth_ids")
         for at, turn in enumerate(turns, 1):
             reference = turn.name("reference_image_id")

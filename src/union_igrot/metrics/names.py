@@ -113,72 +113,32 @@ def _average_precision(protocol: Any) -> str:
     return f"AP divided by {norm}, {protocol.ap_rule} rule"
 
 
-_GROUPED_AP: dict[str, Reduction] = {"mmAP": "mean", "minmAP": "minimum"}
-_RANKS: dict[str, Literal["protocol", "median"]] = {"MeanRank": "protocol", "MedianRank": "median"}
-_HERE, _TIES = "union_igrot.metrics.functional", "union_igrot.metrics.ties"
+def _group_recall(_: Any) -> str:
+    return "groupR@k is the share of groups with a query that finds a target"
+
+
+def _family(name: str, function: str, **options: Any) -> MetricFamily:
+    """Declare a family by its functions in `functional` and in `ties`."""
+    compute = f"union_igrot.metrics.functional:{function}"
+    return MetricFamily(name, compute, expected=f"union_igrot.metrics.ties:expected_{function}", **options)
+
+
+_MODE = {"mode": "recall"}
+_AREA = {"cutoff": "optional", "conventions": {"norm": "ap_norm", "rule": "ap_rule"}}
+_RANK = {"cutoff": "none", "unit": "rank"}
 _FAMILIES: dict[str, MetricFamily] = {
     family.name: family
     for family in (
-        MetricFamily(
-            "R",
-            f"{_HERE}:recall_at_k",
-            conventions={"mode": "recall"},
-            first_target=True,
-            describe=_recall,
-            expected=f"{_TIES}:expected_recall",
-        ),
-        MetricFamily(
-            "Rs",
-            f"{_HERE}:recall_at_k",
-            ranking="subset",
-            conventions={"mode": "recall"},
-            expected=f"{_TIES}:expected_recall",
-        ),
-        MetricFamily(
-            "P",
-            f"{_HERE}:precision_at_k",
-            conventions={"cut": "precision_cut"},
-            describe=_precision,
-            expected=f"{_TIES}:expected_precision",
-        ),
-        MetricFamily(
-            "mAP",
-            f"{_HERE}:average_precision",
-            cutoff="optional",
-            conventions={"norm": "ap_norm", "rule": "ap_rule"},
-            describe=_average_precision,
-            expected=f"{_TIES}:expected_average_precision",
-        ),
-        MetricFamily("hit", f"{_HERE}:recall_at_k", expected=f"{_TIES}:expected_recall"),
-        MetricFamily(
-            "groupR",
-            f"{_HERE}:recall_at_k",
-            describe=lambda _: "groupR@k is the share of groups with a query that finds a target",
-            reduction="maximum",
-            expected=f"{_TIES}:expected_recall",
-        ),
-        *(
-            MetricFamily(
-                name,
-                f"{_HERE}:average_precision",
-                cutoff="optional",
-                conventions={"norm": "ap_norm", "rule": "ap_rule"},
-                reduction=reduction,
-                expected=f"{_TIES}:expected_average_precision",
-            )
-            for name, reduction in _GROUPED_AP.items()
-        ),
-        *(
-            MetricFamily(
-                name,
-                f"{_HERE}:first_rank",
-                cutoff="none",
-                average=average,
-                unit="rank",
-                expected=f"{_TIES}:expected_first_rank",
-            )
-            for name, average in _RANKS.items()
-        ),
+        _family("R", "recall_at_k", conventions=_MODE, first_target=True, describe=_recall),
+        _family("Rs", "recall_at_k", conventions=_MODE, ranking="subset"),
+        _family("P", "precision_at_k", conventions={"cut": "precision_cut"}, describe=_precision),
+        _family("mAP", "average_precision", describe=_average_precision, **_AREA),
+        _family("hit", "recall_at_k"),
+        _family("groupR", "recall_at_k", describe=_group_recall, reduction="maximum"),
+        _family("mmAP", "average_precision", reduction="mean", **_AREA),
+        _family("minmAP", "average_precision", reduction="minimum", **_AREA),
+        _family("MeanRank", "first_rank", **_RANK),
+        _family("MedianRank", "first_rank", average="median", **_RANK),
     )
 }
 

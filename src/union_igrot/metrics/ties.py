@@ -61,7 +61,7 @@ class TieGroups(NamedTuple):
         return self.hits.sum(1)
 
 
-def expected_recall(ties: TieGroups, k: int, mode: RecallMode = "any") -> Float[Tensor, " queries"]:
+def expected_recall_at_k(ties: TieGroups, k: int, mode: RecallMode = "any") -> Float[Tensor, " queries"]:
     """Return the expected `recall_at_k`."""
     if mode == "fraction":
         return _expected_hits(ties, torch.tensor(k, device=ties.start.device)) / ties.n_relevant
@@ -82,7 +82,7 @@ def expected_first_rank(ties: TieGroups, _: None = None) -> Float[Tensor, " quer
     return first + (size + 1) / (hits + 1)
 
 
-def expected_precision(ties: TieGroups, k: int, cut: PrecisionCut = "k") -> Float[Tensor, " queries"]:
+def expected_precision_at_k(ties: TieGroups, k: int, cut: PrecisionCut = "k") -> Float[Tensor, " queries"]:
     """Return the expected `precision_at_k`."""
     attainable = ties.n_relevant.clamp(max=k)
     depth = attainable if cut == "relevant" else torch.full_like(attainable, k)

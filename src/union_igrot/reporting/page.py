@@ -390,23 +390,15 @@ def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> 
     solved = sorted((p for p in known if own[p] > 0), key=lambda p: (-float(own[p]), float(rest[p]), p))
     per_class = f" At most {_PER_CLASS} per class." if any(query.label for query in benchmark.queries) else ""
     ties = " Among equal values, first those on which another method is {}." if others else ""
-    return [
-        some,
-        ExampleGroup(
-            "The worst failures",
-            f"The queries with the lowest {primary} of “{name}”.{ties.format('best')}{per_class}"
-            if failed
-            else f"None: every query has a perfect {primary}.",
-            _few_per_class(benchmark, failed, count),
-        ),
-        ExampleGroup(
-            "The best",
-            f"The queries with the highest {primary} of “{name}”.{ties.format('worst')}{per_class}"
-            if solved
-            else f"None: every query has {primary} 0.",
-            _few_per_class(benchmark, solved, count),
-        ),
-    ]
+    groups = [some]
+    for title, which, other, rows, none in (
+        ("The worst failures", "lowest", "best", failed, f"every query has a perfect {primary}"),
+        ("The best", "highest", "worst", solved, f"every query has {primary} 0"),
+    ):
+        words = f"The queries with the {which} {primary} of “{name}”.{ties.format(other)}{per_class}"
+        chosen = _few_per_class(benchmark, rows, count)
+        groups.append(ExampleGroup(title, words if rows else f"None: {none}.", chosen))
+    return groups
 
 
 def _few_per_class(benchmark: Benchmark, rows: Sequence[int], count: int) -> list[int]:
