@@ -404,7 +404,7 @@ def test_few_classes_are_divided_within(tmp_path, number):
         f"since there are only {number} classes"
     )
     lines = [
-        f"{'sketch' if image.is_sketch else 'photo'},{image.path},{image.key},{split.replace('val', 'train')}"
+        f"{'sketch' if image.is_sketch else 'photo'},{image.id},{image.key},{split.replace('val', 'train')}"
         for split, images in data.splits.items()
         for image in images
     ]

@@ -20,21 +20,9 @@ def embeddings(benchmark, seed=0):
     return [torch.randint(-2, 3, (len(side), 4), generator=generator).float() for side in sides]
 
 
-def order(scores, ids):
-    """Positions best first, ties by gallery order."""
-    return sorted(ids, key=lambda place: (-scores[place], place))
-
-
 def with_protocol(**changes):
     benchmark = cir_benchmark()
     return replace(benchmark, protocol=replace(benchmark.protocol, **changes))
-
-
-def rankings(benchmark, queries, gallery):
-    names = [item.id for item in benchmark.gallery]
-    for query, scores in zip(benchmark.queries, (queries @ gallery.T).tolist(), strict=True):
-        allowed = [place for place, name in enumerate(names) if name not in query.exclude]
-        yield query, [names[place] for place in order(scores, allowed)]
 
 
 def test_means_of_metrics_are_metrics():
@@ -42,16 +30,6 @@ def test_means_of_metrics_are_metrics():
     found = score(benchmark, *embeddings(benchmark)).values
     expected = (found["R@5"] + found["Rs@1"]) / 2
     assert torch.equal(found["(R@5 + Rs@1)/2"].nan_to_num(-1), expected.nan_to_num(-1))
-
-
-def test_subset_rankings_are_the_whole_rankings_of_the_subset():
-    benchmark = cir_benchmark()
-    queries, gallery = embeddings(benchmark)
-    scores = score(benchmark, queries, gallery)
-    names = [item.id for item in benchmark.gallery]
-    for row, (query, ranking) in enumerate(rankings(benchmark, queries, gallery)):
-        wanted = [name for name in ranking if name in (query.subset or ())]
-        assert [names[at] for at in scores.subsets[row].tolist() if at >= 0] == wanted
 
 
 def own_candidates(ties):
@@ -63,14 +41,6 @@ def own_candidates(ties):
     )
     protocol = Protocol(metrics=("R@1", "R@2"), primary="R@1", candidates="subset", ties=ties)
     return Benchmark("own", "val", "cir", asked, items, protocol)
-
-
-def test_own_candidates_are_ranked_by_score():
-    benchmark = own_candidates("pessimistic")
-    gallery = torch.tensor([[1.0, 0], [3, 0], [2, 0], [5, 0], [4, 0], [9, 0]])
-    scores = score(benchmark, torch.tensor([[1.0, 0], [1, 0]]), gallery)
-    assert scores.ranking.positions.tolist() == [[1, 2, 0], [3, 4, -1]]
-    assert scores.values["R@1"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
