@@ -273,9 +273,9 @@ def test_the_first_existing_layout_is_used(tmp_path):
         read_folder(tmp_path)
     write(tmp_path, "sketches/cat/a.png", "")
     (sample, _) = read_folder(tmp_path).splits["train"]
-    assert (sample.path, sample.key, sample.is_sketch) == ("photos/cat/a.jpg", "cat", False)
+    assert (sample.id, sample.key, sample.is_sketch) == ("photos/cat/a.jpg", "cat", False)
     write_manifest(tmp_path, "photo,x/y.png,dog,train")
-    assert read_folder(str(tmp_path)).splits["train"][0].path == "x/y.png"
+    assert read_folder(str(tmp_path)).splits["train"][0].id == "x/y.png"
     write_rows(tmp_path, ROW)
     assert isinstance(read_folder(tmp_path), FolderTriplets)
 
@@ -310,7 +310,7 @@ def test_manifest_as_written(tmp_path):
     assert isinstance(data, FolderImages)
     samples = sorted(chain(*data.splits.values()), key=lambda sample: sample.place)
     assert [s.place for s in samples] == [f"{path}, line {n}" for n in (2, 4, 5)]
-    assert [(s.key, s.path, s.is_sketch) for s in samples][:2] == [
+    assert [(s.key, s.id, s.is_sketch) for s in samples][:2] == [
         ("big, red\u00a0cat", "a,b.jpg", False),
         ("x", "s.png", True),
     ]
@@ -324,7 +324,7 @@ def test_class_folders_are_walked_in_order_without_hidden_things(tmp_path):
     write(tmp_path, "elsewhere/1.png", "")
     (tmp_path / "sketches" / "b").symlink_to(tmp_path / "elsewhere")
     data = read_folder(tmp_path)
-    samples = sorted((s.path, s.key) for s in chain(*data.splits.values()))
+    samples = sorted((s.id, s.key) for s in chain(*data.splits.values()))
     assert samples == [
         ("photos/a/deep/er/1.gif", "a"),
         ("photos/b/10.JPEG", "b"),
@@ -332,7 +332,7 @@ def test_class_folders_are_walked_in_order_without_hidden_things(tmp_path):
         ("sketches/a/1.bmp", "a"),
         ("sketches/b/1.png", "b"),
     ]
-    assert [s.path for s in data.splits["train"] + data.splits["test"] if not s.is_sketch and s.key == "b"] == [
+    assert [s.id for s in data.splits["train"] + data.splits["test"] if not s.is_sketch and s.key == "b"] == [
         "photos/b/10.JPEG",
         "photos/b/2.jpg",
     ]
