@@ -69,18 +69,6 @@ def test_invalid_arguments_exit_with_2_and_leave_no_files(name, arguments, part,
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_and_version(name, folder, capsys):
-    for flag in ("--help", "-h"):
-        main(name)([flag, "seed=-1"])
-        printed = capsys.readouterr().out
-        assert f"usage: union-{name}" in printed
-        assert ("[-m]" in printed) == COMMANDS[name].hydra
-    main(name)(["--version"])
-    assert capsys.readouterr().out.strip() == __version__
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", COMMANDS)
 def test_a_module_of_a_command_runs_it(name, folder, capsys, monkeypatch):
     """As torchrun and `python -m` start it."""
     monkeypatch.setattr(sys, "argv", [f"union-{name}", "--version"])

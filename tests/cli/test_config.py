@@ -210,6 +210,7 @@ def test_help_fits_two_screens_and_help_all_lists_every_setting(name):
     assert len(short.splitlines()) <= 48
     assert max(map(len, whole.splitlines())) <= 80
     assert f"usage: union-{name}" in short
+    assert ("[-m]" in short) == COMMANDS[name].hydra
     assert all(f"\n  {example}" in short for example in COMMANDS[name].examples)
     for word in ("--version", "--help"):
         assert word in short

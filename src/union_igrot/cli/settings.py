@@ -216,7 +216,7 @@ class ServerSettings:
     """Settings of commands that serve a gallery."""
 
     device: str = _device("the query encoder")
-    host: str = setting("127.0.0.1", "address to bind to; any but localhost requires a login")
+    host: str = setting("127.0.0.1", "address to bind to; any but localhost requires a login or key")
     port: int = setting(7860, "port, or 0 for any free one", low=0, high=65_535)
     name: str | None = setting(None, "host name of a proxy in front, such as one that adds TLS")
     megabytes: float = setting(10, "upload limit in MB", above=0, high=1000)
