@@ -364,7 +364,7 @@ def _merge_adapter(name: str, network: Any, adapter: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         merged = PeftModel(network, config)
-        loaded = set_peft_model_state_dict(merged, state)
+        loaded: Any = set_peft_model_state_dict(merged, state)  # a namedtuple without types
     except LIBRARY_ERRORS as error:
         raise CheckpointError(
             f"backbone {name!r}: the LoRA adapter {adapter} does not fit its model ({first_line(error)}); give the "
