@@ -27,7 +27,7 @@ from rich.table import Table
 from union_igrot.models.backbones.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipBackbone, model_config
 from union_igrot.models.factory import build_query_head, build_target_head
 from union_igrot.models.model import IGROTModel, load
-from union_igrot.training.losses import BankLoss, InfoNCE
+from union_igrot.training.losses import InfoNCE, info_nce
 from union_igrot.types import Features, Preprocess
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,7 +100,7 @@ def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[C
     residual = build_target_head("residual", model.backbone.dim).to(device)
     other = IGROTModel(model.backbone, model.fusion, residual).to(device).train()
     trained = [x for x in {*model.parameters(), *other.parameters()} if x.requires_grad]
-    optimizer, loss, bank_loss = torch.optim.AdamW(trained, lr=1e-4, fused=fused), InfoNCE(), BankLoss()
+    optimizer, loss = torch.optim.AdamW(trained, lr=1e-4, fused=fused), InfoNCE()
     bank = Features(torch.randn(BANK, model.backbone.dim, device=device))
     bank_groups = torch.arange(BANK, device=device)
     cast = torch.autocast(device.split(":")[0], DTYPES[arguments.precision], enabled=arguments.precision != "fp32")
@@ -130,7 +130,7 @@ def works(model: IGROTModel, arguments: argparse.Namespace) -> dict[str, tuple[C
         with cast:
             queries = other.embed_queries(reference, text)
             if with_bank:
-                value = bank_loss.against_bank(queries, other.embed_gallery(bank), groups, groups, bank_groups)
+                value = info_nce(queries, other.embed_gallery(bank), groups, groups, bank_groups, loss.scale)
             else:
                 value = loss(queries, other.embed_gallery(target), groups)
         update(value)

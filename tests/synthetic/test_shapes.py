@@ -151,20 +151,6 @@ def test_training_samples():
     assert len({sample.image.key for sample in data.triplets}) == 150
 
 
-@pytest.mark.slow
-def test_scenes_never_cross_splits(cir, sbir):
-    train = {s.code for t in shapes_training(150, 100).triplets for s in (t.image.scene, t.target.scene)}
-    val = {
-        s.code
-        for b in (shapes_cir("val", 60, distractors=60), shapes_sbir("val", 40, gallery=40))
-        for s in scenes_of(b)
-    }
-    test = {s.code for b in (cir, sbir) for s in scenes_of(b)}
-    assert not train & val
-    assert not train & test
-    assert not val & test
-
-
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.sampled_from(["photo", "sketch"]))
 def test_key_is_the_identity_of_the_pixels(seed, other, style):

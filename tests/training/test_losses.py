@@ -1,9 +1,6 @@
 """InfoNCE against plain Python, and across processes against one."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,32 +64,6 @@ def test_module_equals_the_plain_sum(count, seed, symmetric, skip, data):
     assert loss(queries, targets, torch.tensor(groups)).item() == pytest.approx(wanted, rel=1e-10, abs=1e-12)
 
 
-def test_duplicates_are_no_negatives():
-    x = rows(3, 6, 0)
-    queries, targets = x[[0, 0, 1]], x[[0, 0, 1]]
-    groups = torch.tensor([4, 4, 9])
-    skipping, counting = (InfoNCE(50.0, skip_duplicates=s)(queries, targets, groups) for s in (True, False))
-    assert counting - skipping > 0.4  # two thirds of the queries lose log 2
-    assert InfoNCE()(queries[:2], targets[:2], groups[:2]) == 0  # nothing is left to be confused with
-
-
-def test_scale_and_defaults():
-    queries, targets, groups = rows(4, 6, 1), rows(4, 6, 2), torch.arange(4)
-    assert InfoNCE(0.0)(queries, targets, groups).item() == pytest.approx(math.log(4))
-    assert torch.equal(InfoNCE()(queries, targets, groups), info_nce(queries, targets, groups, scale=100.0))
-    assert InfoNCE(3.0)(queries, targets, groups).item() == pytest.approx(
-        info_nce(3 * queries, targets, groups, scale=1.0).item()
-    )
-
-
-def test_types_are_kept_and_agree():
-    queries, targets, groups = rows(4, 6, 1), rows(4, 6, 2), torch.tensor([0, 0, 1, 2])
-    exact = InfoNCE()(queries, targets, groups)
-    single = InfoNCE()(queries.float(), targets.float(), groups)
-    assert (exact.dtype, single.dtype) == (torch.float64, torch.float32)
-    assert single.item() == pytest.approx(exact.item(), rel=1e-4)
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradients(symmetric):
     queries, targets = rows(4, 3, 1).requires_grad_(), rows(4, 3, 2).requires_grad_()
@@ -117,57 +88,3 @@ def test_losses_of_the_reference():
     query, answers = torch.from_numpy(golden["query"]), torch.arange(4)
     for name, target in targets.items():
         assert info_nce(query, target, answers).item() == pytest.approx(float(golden[f"loss_{name}"]), abs=2e-3)
-
-
-WORKER = """
-import os
-import sys
-import torch
-from torch.nn.functional import normalize
-from union_igrot.training.losses import InfoNCE
-
-folder, rank, symmetric = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1"
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-data = torch.load(f"{folder}/data.pt", weights_only=True)
-mine = slice(rank * 3, rank * 3 + 3)
-weights = data["weights"].requires_grad_()
-queries = normalize(data["queries"][mine] @ weights, dim=-1)
-targets = normalize(data["targets"][mine] @ weights.T, dim=-1)
-loss = InfoNCE(7.0, symmetric=symmetric)(queries, targets, data["groups"][mine])
-loss.backward()
-torch.save({"loss": loss.detach(), "grad": weights.grad}, f"{folder}/out{rank}.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-# Gone at once: the threads of a backend may outlive the interpreter and end it with an abort.
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.slow
-def test_two_processes_equal_one_on_the_joined_batch(tmp_path, symmetric):
-    source = torch.Generator().manual_seed(4)
-    # Groups recur within a process and across both.
-    data = {n: torch.randn(6, 5, dtype=torch.float64, generator=source) for n in ("queries", "targets")}
-    data |= {
-        "weights": torch.randn(5, 5, dtype=torch.float64, generator=source),
-        "groups": torch.tensor([0, 1, 0, 1, 2, 3]),
-    }
-    torch.save(data, tmp_path / "data.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    commands = [[sys.executable, "-c", WORKER, str(tmp_path), str(rank), str(int(symmetric))] for rank in range(2)]
-    runs = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    for run in runs:
-        _, said = run.communicate(timeout=60)
-        assert run.returncode == 0, said
-
-    weights = data["weights"].requires_grad_()
-    queries, targets = (F.normalize(x, dim=-1) for x in (data["queries"] @ weights, data["targets"] @ weights.T))
-    whole = InfoNCE(7.0, symmetric=symmetric)(queries, targets, data["groups"])
-    whole.backward()
-    parts = [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(2)]
-    # Distributed training takes the mean over processes, of losses and of gradients.
-    torch.testing.assert_close((parts[0]["loss"] + parts[1]["loss"]) / 2, whole.detach())
-    torch.testing.assert_close((parts[0]["grad"] + parts[1]["grad"]) / 2, weights.grad)
-    assert parts[0]["loss"] != parts[1]["loss"]

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,11 +9,6 @@ from hypothesis import given, strategies as st
 
 from union_igrot.errors import UnionError
 from union_igrot.training.run_folder import RunFolder, open_run, settings_hash
-
-HOLD = (
-    "import sys; from pathlib import Path; from union_igrot.training.run_folder import RunFolder\n"
-    "run = RunFolder(Path(sys.argv[1]), 'a'); print('held', flush=True); sys.stdin.read()"
-)
 
 HOLD_WITH_A_CHILD = (
     "import os, sys, time; from pathlib import Path; from union_igrot.training.run_folder import RunFolder\n"
@@ -68,21 +62,6 @@ def test_a_run_of_other_settings_is_refused_and_left_alone(tmp_path, stage):
     assert (tmp_path / "run.json").read_text() == before
     assert (tmp_path / "checkpoints").is_dir()
     RunFolder(tmp_path, "one").close()  # the refusal kept no lock
-
-
-@pytest.mark.slow
-def test_a_folder_at_work_is_refused_until_its_process_ends_however_it_ends(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(UnionError, match=f"works in {re.escape(str(tmp_path))}"):
-            RunFolder(tmp_path, "a")
-        other.kill()
-    again = RunFolder(tmp_path, "a")
-    assert again.resumed
-    again.close()
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -168,23 +167,17 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=min(100, max(2, steps / 10)) / steps, cycle_momentum=False
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console()
     loader = DataLoader(_Batches(seed, steps), batch_size=None, num_workers=1, prefetch_factor=4)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("pretraining", total=steps)
-        for step, batch in enumerate(loader, 1):
-            match, prompt = pretraining_loss(network, batch)
-            optimizer.zero_grad()
-            torch.autograd.backward(match + 0.5 * prompt)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-            optimizer.step()
-            schedule.step()
-            progress.update(task, advance=1, description=f"loss {match.item():.3f} + {prompt.item():.3f}")
-            if step % every == 0:
-                console.print(
-                    step, f"{match.item():.3f} {prompt.item():.3f}", held_out_metrics(network, "look", batches=1)
-                )
+    for step, batch in enumerate(loader, 1):
+        match, prompt = pretraining_loss(network, batch)
+        optimizer.zero_grad()
+        torch.autograd.backward(match + 0.5 * prompt)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        if step % every == 0:
+            metrics = held_out_metrics(network, "look", batches=1)
+            Console().print(f"step {step} of {steps}, loss {match.item():.3f} + {prompt.item():.3f}", metrics)
     return network
 
 

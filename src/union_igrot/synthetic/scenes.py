@@ -90,7 +90,7 @@ class Edit:
 
 def pick(rng: random.Random, options: Sequence[str], exclude: str | None = None) -> str:
     """Draw one option other than `exclude`."""
-    left = [option for option in options if option != exclude]
+    left = options if exclude is None else [option for option in options if option != exclude]
     return left[int(rng.random() * len(left))]
 
 

@@ -30,7 +30,7 @@ from union_igrot.models.model import IGROTModel
 from union_igrot.storage.atomic import move_aside, write_atomic
 from union_igrot.training.bank import CachedBank, FeatureQueue
 from union_igrot.training.datamodule import TrainingBatch, ValidationBatch
-from union_igrot.training.losses import BankLoss, gather
+from union_igrot.training.losses import BankLoss, gather, info_nce
 from union_igrot.training.settings import Recipe
 from union_igrot.types import Benchmark, Features
 
@@ -145,7 +145,7 @@ class Learner(lightning.LightningModule):
             seed = f"bank {self._seed} {self.current_epoch} {batch_idx}"
             chosen = bank.select(batch.rows, gather(batch.rows)[0], seed, queries.device)
             candidates = self.model.embed_gallery(chosen.images)
-            return loss.against_bank(queries, candidates, chosen.positives, batch.groups, chosen.groups)
+            return info_nce(queries, candidates, chosen.positives, batch.groups, chosen.groups, loss.scale)
         targets = self._encoded(batch.targets)
         if batch.reference_groups is not None:
             return self._queue_loss(loss, queries, batch, targets, images)
@@ -173,7 +173,7 @@ class Learner(lightning.LightningModule):
         with torch.no_grad():
             for images, shown in zip(own, groups, strict=False):
                 self._queue.add(images.map(lambda x: gather(x)[0]), shown)
-        return loss.against_bank(queries, torch.cat(embedded), positives, batch.groups, torch.cat(groups))
+        return info_nce(queries, torch.cat(embedded), positives, batch.groups, torch.cat(groups), loss.scale)
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         """Embed some queries or gallery images."""
@@ -223,17 +223,15 @@ class Learner(lightning.LightningModule):
             for weights, decay in ((decayed, recipe.weight_decay), (undecayed, 0.0)):
                 if weights:
                     groups.append({"params": weights, "weight_decay": decay, "lr": rate})
-        optimizer = torch.optim.AdamW(groups, lr=recipe.rate, eps=recipe.eps, fused=self._has_fused_optimizer())
+        # One kernel for all weights; not with a gradient scaler, which clips after unscaling.
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, lr=recipe.rate, eps=recipe.eps, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         shares: list[Callable[[int], float]] = [
             functools.partial(rate_share, recipe, group["lr"], steps=steps) for group in groups
         ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _has_fused_optimizer(self) -> bool:
-        """Return whether one kernel may update all weights; not with a gradient scaler, which clips after unscaling."""
-        return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

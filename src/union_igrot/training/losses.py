@@ -66,10 +66,6 @@ class InfoNCE(nn.Module):
         super().__init__()
         self.scale, self.symmetric, self.skip_duplicates = scale, symmetric, skip_duplicates
 
-    def extra_repr(self) -> str:
-        """Return the options for `repr`."""
-        return f"scale={self.scale}, symmetric={self.symmetric}, skip_duplicates={self.skip_duplicates}"
-
     def forward(
         self,
         queries: Float[Tensor, "batch dim"],
@@ -95,7 +91,7 @@ class BankLoss(nn.Module):
     A composed query is compared with all training targets and training references, passed through the target head
     with gradient; images of its own target's content are left out. A sketch is compared with the targets of its batch,
     and with the same images fused with the null text by the query head, so that the query head sees gallery images
-    while the gallery stays plain. The learner computes the embeddings.
+    while the gallery stays plain. `forward` is the loss of sketches; the learner computes that of composed queries.
 
     Args:
         scale: Factor of the cosine similarities.
@@ -116,11 +112,6 @@ class BankLoss(nn.Module):
         self.scale, self.auxiliary, self.bank_size, self.distillation = scale, auxiliary, bank_size, distillation
         self.in_batch = InfoNCE(scale)
 
-    def extra_repr(self) -> str:
-        """Return the options for `repr`."""
-        options = f"scale={self.scale}, auxiliary={self.auxiliary}, bank_size={self.bank_size}"
-        return f"{options}, distillation={self.distillation}"
-
     def forward(
         self,
         queries: Float[Tensor, "batch dim"],
@@ -134,17 +125,6 @@ class BankLoss(nn.Module):
             return loss
         second: Tensor = self.in_batch(queries, fused, groups)
         return loss + self.auxiliary * second
-
-    def against_bank(
-        self,
-        queries: Float[Tensor, "batch dim"],
-        candidates: Float[Tensor, "candidates dim"],
-        positives: Int[Tensor, " batch"],
-        groups: Int[Tensor, " batch"],
-        candidate_groups: Int[Tensor, " candidates"],
-    ) -> Float[Tensor, ""]:
-        """Return the loss of composed queries; see `info_nce` for the arguments."""
-        return info_nce(queries, candidates, positives, groups, candidate_groups, self.scale)
 
 
 def build_loss(kind: str = "infonce", **options: Any) -> nn.Module:
