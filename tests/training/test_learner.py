@@ -117,16 +117,6 @@ def test_the_backbone_is_the_same_after_a_training_and_the_heads_are_not(trained
     assert len(changed) >= 0.9 * len(start)
 
 
-def test_no_picture_is_encoded_while_training(tmp_path):
-    model = trainable("transagg", "union")
-    learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=1))
-    data.setup("fit")
-    images, texts = len(model.backbone.image_batches), len(model.backbone.text_batches)
-    fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
-    assert len(model.backbone.image_batches) == images
-    assert model.backbone.text_batches[texts:] in ([], [[""]])  # the null text, once a model
-
-
 def test_checkpoints_hold_the_heads_alone_and_open_without_pickle(trained):
     folder, model, *_ = trained
     for name in ("best.ckpt", "last.ckpt"):

@@ -142,17 +142,3 @@ def test_identity_is_that_of_the_settings_in_any_order(one, two):
     assert (settings_hash(one) == settings_hash(two)) == (
         json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
     )
-
-
-def test_the_state_is_never_half_written(tmp_path, monkeypatch):
-    run = RunFolder(tmp_path, "one")
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pathlib.Path.replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run.set_stage("trained")
-    monkeypatch.undo()
-    assert json.loads((tmp_path / "run.json").read_text())["stage"] == "started"
-    run.close()

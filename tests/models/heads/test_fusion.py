@@ -165,34 +165,11 @@ def test_content_of_padding_counts_under_legacy_alone():
     assert (apart[1:] > 1e-3).all()
 
 
-@pytest.mark.parametrize(("mask", "same"), [("exclude", True), ("legacy", False)])
-def test_longer_padding_changes_nothing_when_excluded(mask, same):
-    made = head(mask)
-    images, texts = images_and_texts()
-    longer = Features(
-        texts.pooled,
-        torch.cat([texts.tokens, torch.ones(3, 4, WIDTH)], 1),
-        torch.cat([texts.mask, torch.zeros(3, 4, dtype=torch.bool)], 1),
-        texts.pooled_at,
-    )
-    assert torch.allclose(made(images, longer), made(images, texts), atol=2e-6) == same
-
-
 def test_masks_agree_where_nothing_is_padding():
     images, texts = features(2, 4, 1), features(2, 3, 2)
     torch.testing.assert_close(head("exclude")(images, texts), head("legacy")(images, texts))
     bare = Features(texts.pooled, texts.tokens, None, texts.pooled_at)
     torch.testing.assert_close(head()(images, bare), head()(images, texts))
-
-
-def test_items_of_a_batch_do_not_touch_each_other():
-    made = head()
-    images, texts = images_and_texts()
-    for order in ([2, 0, 1], [1]):
-        rows = torch.tensor(order)
-        torch.testing.assert_close(
-            made(images.select(rows), texts.select(rows)), made(images, texts)[rows], atol=1e-6, rtol=1e-5
-        )
 
 
 @pytest.mark.parametrize("mask", ["exclude", "legacy"])

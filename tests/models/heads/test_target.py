@@ -177,16 +177,6 @@ def test_sum_forms():
     assert SumTarget().form == "normalised"
 
 
-def test_training_form_of_the_sum_shifts_all_logits_of_a_query_alike():
-    images, null = pair()
-    same = null.select(torch.tensor([0])).expand(5)
-    queries = F.normalize(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3)), dim=-1)
-    shift = queries @ (SumTarget("training")(images, same, never) - FrozenTarget()(images, same, never)).T
-    torch.testing.assert_close(shift, shift[:, :1].expand(-1, 5), atol=1e-6, rtol=0)
-    curved = queries @ (SumTarget()(images, same, never) - FrozenTarget()(images, same, never)).T
-    assert (curved - curved[:, :1]).abs().max() > 0.05
-
-
 def test_frozen_is_the_unit_image():
     images, null = pair()
     found = FrozenTarget()(Features(5 * images.pooled), null, never)
