@@ -134,7 +134,8 @@ class BitStream:
         """Draw approximately normal noise, mean 0, deviation about 1: the sum of four bytes."""
         count = math.prod(shape)
         raw = self._source.random_raw((count + 1) // 2).view(np.uint8).reshape(-1, 4)[:count]
-        total = raw.astype(np.int32).sum(axis=1) - 510
+        first, second, third, fourth = raw.astype(np.int32).T
+        total = first + second + third + fourth - 510
         noise: Array = (total.astype(np.float32) / np.float32(147.8)).reshape(shape)
         return noise
 
@@ -203,7 +204,14 @@ def _coverage(points: list[Point]) -> Array:
     """Return the covered fraction of each pixel, 0..1."""
     mask = Image.new("L", (PIXELS * _FINE, PIXELS * _FINE))
     ImageDraw.Draw(mask).polygon([(round(x), round(y)) for x, y in points], fill=255)
-    return np.asarray(mask.reduce(_FINE), dtype=np.float32) * np.float32(1 / 255)
+    pixels = np.frombuffer(mask.reduce(_FINE).tobytes(), np.uint8)  # faster than asarray
+    return pixels.reshape(PIXELS, PIXELS).astype(np.float32) * np.float32(1 / 255)
+
+
+def _rolled(field: Array, by: int, axis: int) -> Array:
+    """Shift along an axis, as `np.roll` does in four times the time."""
+    before = (slice(None),) * axis
+    return np.concatenate([field[(*before, slice(-by, None))], field[(*before, slice(None, -by))]], axis)
 
 
 def _scaled(points: list[Point], by: float) -> list[Point]:
@@ -213,22 +221,23 @@ def _scaled(points: list[Point], by: float) -> list[Point]:
 
 
 def _tint(rgb: tuple[int, int, int], bits: BitStream, spread: float) -> Array:
-    return np.array([c + bits.uniform(-spread, spread) for c in rgb], dtype=np.float32)
+    return np.array([[[c + bits.uniform(-spread, spread)]] for c in rgb], dtype=np.float32)
 
 
 def _paint(canvas: Array, thing: Thing, bits: BitStream, scale: float) -> None:
+    """Draw a thing on a canvas of shape 3 x height x width."""
     points, _ = _outline(thing, bits, scale)
     body = _coverage(points)
     rim = body - np.minimum(body, _coverage(_scaled(points, 0.84)))
-    shade = np.float32(1) - np.float32(0.35) * np.roll(body, (2, 2), (0, 1)) * (1 - body)
-    canvas *= shade[..., None]
+    shade = np.float32(1) - np.float32(0.35) * _rolled(_rolled(body, 2, 0), 2, 1) * (1 - body)
+    canvas *= shade
     color = _tint(COLOR_RGB[thing.color], bits, 14.0)
     second = color * np.float32(0.42) + np.float32(120 if thing.color == "black" else 8)
     dy, dx = bits.below(PIXELS), bits.below(PIXELS)
     tone = _fill_bank()[thing.fill][dy : dy + PIXELS, dx : dx + PIXELS]
-    surface = color + tone[..., None] * (second - color)
-    surface *= (np.float32(1) - np.float32(0.4) * rim)[..., None]
-    canvas += body[..., None] * (surface - canvas)
+    surface = color + tone * (second - color)
+    surface *= np.float32(1) - np.float32(0.4) * rim
+    canvas += body * (surface - canvas)
 
 
 def render_photo(scene: Scene, seed: int) -> Image.Image:
@@ -241,18 +250,18 @@ def render_photo(scene: Scene, seed: int) -> Image.Image:
     base, other = (_tint(rgb, bits, 12.0) for rgb in BACKGROUND_RGB[scene.background])
     dy, dx = bits.below(128 - PIXELS), bits.below(128 - PIXELS)
     field = _ground_bank()[scene.background][dy : dy + PIXELS, dx : dx + PIXELS]
-    canvas: Array = base + field[..., None] * (other - base)
+    canvas: Array = base + field * (other - base)  # 3 x height x width: long rows are fast
     scale = 1.0 if len(scene.things) == 1 else 0.88
     for thing in scene.things:
         _paint(canvas, thing, bits, scale)
     ramp = np.arange(PIXELS, dtype=np.float32) * np.float32(1 / PIXELS) - np.float32(0.5)
     light = np.float32(bits.uniform(0.88, 1.1)) + np.float32(bits.uniform(-0.2, 0.2)) * ramp[:, None]
-    canvas *= (light + np.float32(bits.uniform(-0.2, 0.2)) * ramp[None, :])[..., None]
+    canvas *= light + np.float32(bits.uniform(-0.2, 0.2)) * ramp[None, :]
     if bits.uniform(0.0, 1.0) < 0.5:
-        for axis in (0, 1):
-            canvas = (np.roll(canvas, 1, axis) + canvas + canvas + np.roll(canvas, -1, axis)) * np.float32(0.25)
-    canvas += np.float32(bits.uniform(1.0, 7.0)) * bits.noise(PIXELS, PIXELS, 1)
-    return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
+        for axis in (1, 2):
+            canvas = (_rolled(canvas, 1, axis) + canvas + canvas + _rolled(canvas, -1, axis)) * np.float32(0.25)
+    canvas += np.float32(bits.uniform(1.0, 7.0)) * bits.noise(PIXELS, PIXELS)
+    return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def _wobbled(points: list[Point], bits: BitStream, amount: float) -> list[tuple[int, int]]:
