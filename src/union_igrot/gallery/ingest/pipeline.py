@@ -91,8 +91,8 @@ def ingest_images(
         ImageError: If an image cannot be read, with `on_broken="fail"`.
         DataError: If columns are invalid, all images are gone, or a disk is full.
     """
-    options, start = options or IngestOptions(), time.perf_counter()
-    options, timings = _with_text_of(index, _with_precision_of(index, options), vectors), Timings()
+    start, timings = time.perf_counter(), Timings()
+    options = _with_settings_of(index, options or IngestOptions(), vectors)
     executors = _executors(model, options, timings, vectors)
     widen = partial(widen_rows, model=model, metadata=index.metadata)
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
@@ -144,30 +144,21 @@ def ingest_images(
     )
 
 
-def _with_precision_of(index: VectorIndex, options: IngestOptions) -> IngestOptions:
-    """Return options that embed as the rows of an index were; rows in 8 bits and others are not mixed."""
-    stored = index.metadata.get("precision")
+def _with_settings_of(index: VectorIndex, options: IngestOptions, vectors: object) -> IngestOptions:
+    """Return options that embed as the rows of an index were: in 8 bits or not, with the text of a column or not."""
+    stored, text = index.metadata.get("precision"), index.metadata.get(EMBED_TEXT)
+    advice = "leave it out, or index again under another name"
     if stored == "int8" and options.precision == IngestOptions.precision:
-        return replace(options, precision=stored)
+        options = replace(options, precision=stored)
     if (stored == "int8") != (options.precision == "int8"):
         raise CheckpointError(
-            f"{index.uri} was made with precision={stored or 'fp32'}, not {options.precision}; leave precision out, or "
-            "index again under another name"
+            f"{index.uri} was made with precision={stored or 'fp32'}, not {options.precision}; {advice}"
         )
-    return options
-
-
-def _with_text_of(index: VectorIndex, options: IngestOptions, vectors: object) -> IngestOptions:
-    """Return options that embed the text of the column that the index was made with."""
-    stored = index.metadata.get(EMBED_TEXT)
-    if options.embed_text not in (None, stored):
-        raise ConfigError(
-            f"{index.uri} was made with embed_text={stored or 'null'}, not {options.embed_text}; leave it out, or "
-            "index again under another name"
-        )
-    if stored is not None and (vectors is not None or options.precision in ("onnx", "int8")):
-        raise ConfigError(f"embed_text={stored} needs the model itself; leave out vectors, and precision=onnx or int8")
-    return replace(options, embed_text=stored)
+    if options.embed_text not in (None, text):
+        raise ConfigError(f"{index.uri} was made with embed_text={text or 'null'}, not {options.embed_text}; {advice}")
+    if text is not None and (vectors is not None or options.precision in ("onnx", "int8")):
+        raise ConfigError(f"embed_text={text} needs the model itself; leave out vectors, and precision=onnx or int8")
+    return replace(options, embed_text=text)
 
 
 def _executors(
@@ -199,11 +190,9 @@ def _embed_all(
                 writer.add(entries, images, widen(vectors))
                 done += len(entries)
                 show_progress(completed=done, total=len(todo))
-                broken = next(
-                    ((entry, image) for entry, image in zip(entries, images, strict=True) if image.reason), None
-                )
-                if broken is not None and options.on_broken == "fail":
-                    raise _broken_image_error(broken[0].id, str(broken[1].reason))
+                for entry, image in zip(entries, images, strict=True):
+                    if image.reason and options.on_broken == "fail":
+                        raise _broken_image_error(entry.id, image.reason)
         opened += len(todo)
         todo = writer.flush()
         if not todo:
