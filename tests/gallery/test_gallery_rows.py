@@ -244,7 +244,7 @@ def test_few_images_are_added_without_reading_the_whole_index(model, monkeypatch
     assert len(gallery) == COUNT + 1
 
 
-def test_an_unreadable_image_removes_no_row(model):
+def test_an_unreadable_image_removes_no_row(model, caplog):
     gallery = fill_gallery(model)
     report = gallery.add(b"no image", "p0", on_broken="skip")
     assert (report.skipped, report.removed, len(gallery)) == (1, 0, COUNT)
@@ -255,6 +255,8 @@ def test_an_unreadable_image_removes_no_row(model):
     for wrong in ({"batch_size": 0}, {"workers": -1}):
         with pytest.raises(ConfigError, match="expected an integer"):
             IngestOptions(**wrong)
+    IngestOptions(decoder="torchcodec")
+    assert "decoder=torchcodec was removed" in caplog.text
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(([1],), "an id"), ((None, {3: [1]}), "a column name")])

@@ -178,20 +178,6 @@ def test_pages_and_lowest_scores(gallery):
         gallery.search(text="red", offset=-1)
 
 
-@pytest.mark.parametrize("engine", ["memory", "lance"])
-def test_equal_scores_are_ordered_by_first_addition(model, engine, tmp_path):
-    if engine == "lance":
-        pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
-    with Gallery.open("memory:" if engine == "memory" else tmp_path / "x.lance", model) as gallery:
-        order = ["z", "b", "y", "a", "m", "k"]
-        for at in (0, 2, 4):
-            gallery.add([noise_image(1)] * 2, order[at : at + 2])
-        gallery.add(noise_image(1), "b", {"year": [2020]})  # written again, it keeps its position
-        for k in (1, 3, 6):
-            assert gallery.search(noise_image(1), k=k).ids == order[:k]
-        assert gallery.search(noise_image(1), k=3, offset=2, exclude="z").ids == ["a", "m", "k"]
-
-
 def test_hits_have_columns_and_thumbnails(gallery):
     hit = next(hit for hit in gallery.search(noise_image(4), k=COUNT) if hit.id == "p4")
     assert (hit.columns["class"], hit.columns["year"]) == ("dog", 4)
