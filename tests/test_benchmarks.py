@@ -41,6 +41,6 @@ def test_every_part_runs(tmp_path, monkeypatch, capsys):
     rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", run("gpu_table.py", str(tmp_path)), re.MULTILINE))
     assert rows.pop("fsdp") == "skipped: FSDP needs a GPU"
     assert not [result for result in rows.values() if "failed" in result or "limit" in result]
-    steps = ("training step, cached", "gallery batch", "reading and embedding", "indexing, one Ray actor", "evaluation, 60")
+    steps = ("training step, cached", "gallery batch", "reading and embedding", "one Ray actor", "evaluation, 60")
     for step in steps:
         assert any(step in name for name in rows), step
