@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import _create_symlink, http_get, repo_folder_name
+from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, logging as hub_logging  # type: ignore[attr-defined]
 
 from union_igrot.errors import CheckpointError, first_line
@@ -165,9 +166,18 @@ def _download(repository: str, file: _RemoteFile) -> Path:
             if not named.exists():
                 if not content.exists():
                     _download_content(repository, file, content)
-                _create_symlink(str(content), str(named), new_blob=True)
+                _link(content, named)
         write_atomic(main, file.commit)
     return named
+
+
+def _link(content: Path, named: Path) -> None:
+    """Make a file's content appear under its name, as huggingface_hub does."""
+    named.unlink(missing_ok=True)
+    try:
+        named.symlink_to(os.path.relpath(content, named.parent))
+    except OSError:  # Windows, without the right to create links
+        content.replace(named)
 
 
 def _download_content(repository: str, file: _RemoteFile, content: Path) -> None:

@@ -1,12 +1,16 @@
 """The contract of every backbone."""
 
 from importlib.resources import files
+from importlib.util import find_spec
 
 import pytest
 import torch
+from jaxtyping import config
 
+from union_igrot.models import onnx
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.factory import build_backbone
+from union_igrot.models.model import load
 
 TEXTS = ["make it red", "", "a small dog ! two cats", "two red cats " * 60]
 # Name, fixture of the weights, image tokens, whether the pooled vector is also a token of the text.
@@ -181,3 +185,20 @@ def test_saving_memory_changes_no_gradient(backbone):
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[side][name], atol=1e-5, rtol=1e-4)
         assert 0 < saved_numbers(side) < 0.8 * before[side]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(any(find_spec(name) is None for name in onnx._PACKAGES), reason='the extra "onnx" is not installed')
+@pytest.mark.parametrize("kind", ["blip", "siglip", "hf_clip"])
+def test_towers_of_transformers_are_exported_to_onnx(request, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "jaxtyping_disable", True)  # the exporter passes tensors of symbolic shapes
+    name, fixture, _ = KINDS[kind]
+    model = load(name, weights=request.getfixturevalue(fixture))
+    files = onnx.export_onnx(model, tmp_path)
+    images, texts = pixels(model.backbone, 3), TEXTS[:3]
+    words = model.backbone.text_inputs(texts)
+    with torch.no_grad():
+        expected = model.embed_gallery(images), model.embed_queries(None, texts), model.embed_queries(images, texts)
+    for file, inputs, embeddings in zip(files, ((images,), words, (images, *words)), expected, strict=True):
+        found = onnx.OnnxSession(tmp_path / file)(*inputs)
+        torch.testing.assert_close(found, torch.nn.functional.normalize(embeddings, dim=-1), atol=1e-4, rtol=0)

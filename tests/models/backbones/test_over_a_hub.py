@@ -317,3 +317,16 @@ def test_without_an_answer_one_line_comes_soon(hub, monkeypatch, capfd, kind):
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
     assert len(hub.requests) <= 1
+
+
+def test_files_are_moved_if_links_are_not_allowed(hub, monkeypatch):
+    def refuse(*_):
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    found = download.fetch_files(CLIP, [("config.json",)], texts=False)
+    assert not found.is_symlink()
+    assert found.read_bytes() == (hub.root / CLIP / "config.json").read_bytes()
+    hub.requests.clear()
+    assert download.fetch_files(CLIP, [("config.json",)], texts=False) == found
+    assert not hub.requests
