@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SMALL_DATA = ("data.val_queries=24", "data.queries=24", "progress=false")
+SMALL_DATA = ("data.val_queries=24", "data.queries=24", "features.workers=0", "progress=false")
 SMALL = ("data.triplets=64", "data.pairs=64", "recipe.epochs=1", "strategy=cpu", *SMALL_DATA)
 
 

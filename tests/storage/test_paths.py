@@ -41,4 +41,5 @@ def test_a_name_with_a_backslash_comes_first(tmp_path):
 
 def test_web_addresses():
     assert is_web_address("HTTPS://host/a.jpg")
-    assert not is_web_address("https:/host/a.jpg")
+    assert is_web_address("https:/host/a.jpg")  # what pathlib makes of one
+    assert not is_web_address("https.d/host/a.jpg")

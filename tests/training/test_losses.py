@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from union_igrot.training.losses import InfoNCE, info_nce
+from union_igrot.training.losses import InfoNCE, build_loss, info_nce
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden/mini.npz"
 
@@ -88,3 +88,9 @@ def test_losses_of_the_reference():
     query, answers = torch.from_numpy(golden["query"]), torch.arange(4)
     for name, target in targets.items():
         assert info_nce(query, target, answers).item() == pytest.approx(float(golden[f"loss_{name}"]), abs=2e-3)
+
+
+def test_options_of_a_loss_are_in_its_repr():
+    # By it, a run folder knows with which loss it was trained.
+    built = [InfoNCE(), InfoNCE(10.0), InfoNCE(symmetric=True), *(build_loss("bank", distillation=x) for x in (0.0, 0.5))]
+    assert len(set(map(repr, built))) == len(built)

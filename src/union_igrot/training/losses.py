@@ -66,6 +66,10 @@ class InfoNCE(nn.Module):
         super().__init__()
         self.scale, self.symmetric, self.skip_duplicates = scale, symmetric, skip_duplicates
 
+    def extra_repr(self) -> str:
+        """Return the options for `repr`, by which a run folder knows the loss."""
+        return f"scale={self.scale}, symmetric={self.symmetric}, skip_duplicates={self.skip_duplicates}"
+
     def forward(
         self,
         queries: Float[Tensor, "batch dim"],
@@ -111,6 +115,11 @@ class BankLoss(nn.Module):
         super().__init__()
         self.scale, self.auxiliary, self.bank_size, self.distillation = scale, auxiliary, bank_size, distillation
         self.in_batch = InfoNCE(scale)
+
+    def extra_repr(self) -> str:
+        """Return the options for `repr`, by which a run folder knows the loss."""
+        options = f"scale={self.scale}, auxiliary={self.auxiliary}, bank_size={self.bank_size}"
+        return f"{options}, distillation={self.distillation}"
 
     def forward(
         self,
