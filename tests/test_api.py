@@ -74,6 +74,7 @@ def test_queries_of_mixed_kinds_and_a_single_text_are_encoded(model, files, imag
     assert model.encode_queries(texts="a red circle").shape == (1, model.backbone.dim)
 
 
+@pytest.mark.slow
 def test_a_gallery_is_encoded_in_batches_by_workers_with_a_bar(model, files, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     found = model.encode_gallery(files, batch_size=8, workers=1, progress=True)
@@ -150,6 +151,7 @@ for expected, call in calls.items():
 """
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_one_line_that_names_it(tmp_path):
     # In a process without the checks of types that tests have.
     path = {"PYTHONPATH": str(Path(ui.__file__).parents[1])}
@@ -204,6 +206,7 @@ def test_a_wrong_benchmark_or_option_is_named(model, tmp_path, arguments, option
         ui.evaluate(model, *arguments, cache_dir=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_train_does_what_the_command_does(small_run: Run, tmp_path, capsys):
     cache = next(one.removeprefix("cache_dir=") for one in small_run.settings if one.startswith("cache_dir="))
     folder, recipe = tmp_path / "run", ui.Recipe(epochs=1)
@@ -283,6 +286,7 @@ def test_defaults_are_those_of_the_command():
     assert (chosen.target.kind, chosen.loss.kind) == (signature(ui.train).parameters["target"].default, "bank")
 
 
+@pytest.mark.slow
 def test_training_starts_from_trained_heads(small_run: Run):
     settings = plain(compose("train", [*small_run.settings, f"checkpoint={small_run.folder}"]))
     assert build_model(settings, {}).fingerprint() == ui.load(small_run.folder).fingerprint()

@@ -34,6 +34,7 @@ assert "torch" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_package_and_the_help_of_each_command_need_no_posix_module():
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT + HELP, *SCRIPTS.values()], capture_output=True, text=True, check=False

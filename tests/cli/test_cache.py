@@ -79,6 +79,7 @@ def test_cache_and_limit_from_the_environment(root, monkeypatch, capsys):
     assert "limit 5.0 GB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "remaining"),
     [
@@ -144,6 +145,7 @@ def test_folders_of_earlier_versions_are_listed_and_pruned(root, capsys, part):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_commands_pass_limit_and_backbone_to_the_store(tmp_path):
     settings = ["cache_limit=1MB", f"cache_dir={tmp_path}", "progress=false"]
     store = open_extractor(plain(compose("eval", settings)), LinearBackbone()).store

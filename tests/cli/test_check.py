@@ -64,6 +64,7 @@ def test_the_training_split_is_checked_too(tmp_path, capsys):
     assert "cap.rc2.val.json" in printed.replace(" ", "")
 
 
+@pytest.mark.slow
 def test_an_own_folder_shows_classes_counts_and_broken_files(tmp_path, capsys):
     for number, name in enumerate(("apple", "boat", "cat", "dog", "egg", "fan", "gear", "hat", "ink", "jar", "key")):
         for top in ("photos", "sketches"):

@@ -76,6 +76,7 @@ def test_a_module_of_a_command_runs_it(name, folder, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == __version__
 
 
+@pytest.mark.slow
 def test_a_task_gets_the_settings_and_a_run_folder_below_the_current_one(folder):
     calls = []
     before = list(sys.argv)
@@ -86,6 +87,7 @@ def test_a_task_gets_the_settings_and_a_run_folder_below_the_current_one(folder)
     assert sys.argv == before
 
 
+@pytest.mark.slow
 def test_the_settings_can_be_printed(capsys):
     main("train")(["--cfg", "job", "seed=17"])
     printed = capsys.readouterr().out
@@ -149,6 +151,7 @@ run_command("cache", task, [], resumes=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("obeys", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sigterm_ends_a_command_within_five_seconds(obeys):
     code = SLEEPING.format(obeys=obeys)

@@ -66,6 +66,7 @@ def test_all_problems_are_reported_at_once():
     assert len(printed.splitlines()) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}={}", "--{} {}", "--{}={}"])
 def test_three_forms_of_an_argument(form, tmp_path):
     words = [word for k, v in (("recipe.epochs", 3), ("model", "large"), ("progress", "false"), ("output_dir", "a b"))
@@ -119,6 +120,7 @@ def test_an_invalid_argument_is_one_line_with_the_expected_values(override, part
     assert "\n" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fusion", "target"), [("image", "frozen"), ("text", "shared"), ("sum", "sum")])
 def test_heads_without_weights_are_not_trained(fusion, target):
     assert "nothing to train" in message(f"fusion={fusion}", f"target={target}")
@@ -142,6 +144,7 @@ def test_an_unknown_command_lists_the_known_ones():
     assert "train" in message(name="trian")
 
 
+@pytest.mark.slow
 def test_compose_keeps_the_state_of_a_program_under_hydra():
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("train", ["seed=3"])
@@ -204,6 +207,7 @@ def test_lists_are_repeated_or_bracketed():
     assert "index is required" in message("text=a", name="search")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_two_screens_and_help_all_lists_every_setting(name):
     short, whole = help_text(name), help_text(name, "all")

@@ -69,6 +69,7 @@ def test_transagg_checkpoints_have_no_target_head(mini, tmp_path, refused):
     assert load_file(tmp_path / "out" / "backbone.safetensors")["visual.proj"].dtype == torch.float16
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_blip_includes_its_tokenizer(tmp_path):
     torch.save(blip_state(tiny_blip()), tmp_path / "blip.pth")
@@ -82,6 +83,7 @@ def test_a_blip_includes_its_tokenizer(tmp_path):
     assert "tokenizer/tokenizer_config.json" in files(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -108,6 +110,7 @@ def test_an_error_is_one_line(mini, tmp_path, monkeypatch, refused, change, mess
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_missing_and_unknown_tensors_are_listed_in_one_line(tmp_path, refused):
     state = golden_state("mini")
     del state["model.ln_final.bias"]

@@ -37,12 +37,14 @@ def test_the_embedded_default_is_used_where_no_checkpoint_is_given(small_run: Ru
     assert trained[0]["model"]["heads"] != small_run.rows[-1]["model"]["heads"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, refused):
     (tmp_path / "file").write_text("in the way")
     assert "cannot write output_dir" in refused(evaluate, f"output_dir={tmp_path / place}")
 
 
+@pytest.mark.slow
 def test_a_backbone_alone_is_no_checkpoint(refused):
     said = refused(evaluate, "checkpoint=base", *SMALL_DATA)
     assert said == "union-eval: checkpoint=base has no trained heads; model=... evaluates a backbone alone\n"

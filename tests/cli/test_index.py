@@ -28,6 +28,7 @@ def ids(uri):
         return [name for batch in index.scan(["id"]) for name in batch["id"]]
 
 
+@pytest.mark.slow
 def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     fill(tmp_path / "it's, [mine]", 12)
     (tmp_path / "it's, [mine]" / "notes.txt").write_text("no image")
@@ -50,6 +51,7 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
         assert index.metadata["fingerprint"] == union_igrot.load("tiny").fingerprint()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -81,6 +83,7 @@ def test_a_mistake_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, 
         assert not (tmp_path / "photos.lance").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_could_use_no_image_fails(tmp_path, capsys):
     """And says why each file is of no use, whatever form the source has; the next run finds what is mended."""
     folder, uri = tmp_path / "pictures", tmp_path / "photos.lance"
@@ -117,6 +120,7 @@ def test_what_is_missing_is_asked_for(refused):
         assert refused(main, "index=x.lance", *both).startswith("union-index: give either images=SOURCE")
 
 
+@pytest.mark.slow
 def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
     fill(tmp_path / "pictures", 4)
@@ -218,6 +222,7 @@ def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, refused, mon
     assert "Ray cluster auto (Could not find any running Ray instance.)" in line
 
 
+@pytest.mark.slow
 def test_the_model_of_shapes_warns_on_photographs(tmp_path, capsys):
     """And an index keeps its model if none is given."""
     fill(tmp_path / "pictures", 1)

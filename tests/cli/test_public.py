@@ -84,6 +84,7 @@ def test_averaged_texts_are_named_with_the_metrics(tmp_path, capsys):
     assert "gallery=original" in printed
 
 
+@pytest.mark.slow
 def test_invalid_data_is_one_line(tmp_path, refused):
     WRITERS["tuberlin"](tmp_path / "data")
     next((tmp_path / "data" / "png_ready").rglob("zero0.png")).unlink()

@@ -85,6 +85,7 @@ def test_their_settings_are_validated_and_described():
     assert "linear" in help_text("train", "model")
 
 
+@pytest.mark.slow
 def test_options_of_their_heads_are_left_to_the_head():
     config = compose("train", ["target=scaled", "target.weight=0.5", "target.null=false"])
     assert config.target == {"kind": "scaled", "weight": 0.5, "null": False}
@@ -92,6 +93,7 @@ def test_options_of_their_heads_are_left_to_the_head():
         compose("train", ["fusion.kind=other"])
 
 
+@pytest.mark.slow
 def test_a_command_evaluates_them(tmp_path):
     words = ["model=linear", "data=theirs", "data.root=images", "output_dir=out", "cache_dir=cache"]
     evaluate([*words, "features.workers=0", "progress=false"])

@@ -35,6 +35,7 @@ def test_a_hidden_split_is_shown_without_a_verdict(tmp_path, capsys):
     assert f"written to {tmp_path / 'out'}; open {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rankings_of_another_method_are_shown_even_without_images(tmp_path):
     WRITERS["circo"](tmp_path / "data", size=60)
     for image in (tmp_path / "data").rglob("*.jpg"):

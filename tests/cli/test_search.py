@@ -101,6 +101,7 @@ def test_format_table(gallery, capsys):
     assert "\x1b[38;2;" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -209,6 +210,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "part"), MISTAKES)
 def test_mistakes_are_one_line_errors(gallery, capsys, arguments, part):
     with pytest.raises(UnionError) as caught:
@@ -218,6 +220,7 @@ def test_mistakes_are_one_line_errors(gallery, capsys, arguments, part):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_missing_index_exits_with_2(refused):
     for uri in ("x.txt", "memory:"):
         assert uri in refused(search, f"index={uri}", "text=red")

@@ -75,6 +75,7 @@ def test_an_internal_error_in_a_job_is_noted_and_loses_no_other(place, capsys):
     assert [line["percent"] for line in table(swept(place))] == ["2.0000"]
 
 
+@pytest.mark.slow
 def test_results_in_another_folder_are_found(place):
     """As when an interrupted training of an earlier sweep is resumed."""
     other = place / "earlier" / "5"

@@ -16,6 +16,7 @@ from union_igrot.models.model import IGROTModel
 METHODS = ["chance", "image", "text", "sum", "product", "trained"]
 
 
+@pytest.mark.slow
 def test_everything_a_reader_needs_is_written(small_run: Run):
     names = {path.name for path in small_run.folder.iterdir()}
     assert names >= {"model", "results.json", "results.csv", "config.yaml", "logs", "run.json"}

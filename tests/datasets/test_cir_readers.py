@@ -92,6 +92,7 @@ def test_every_image_of_the_official_layout_is_found(name, tmp_path):
         assert [query.targets for query in unchecked.queries] == [query.targets for query in benchmark.queries]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", official.WRITERS)
 def test_missing_images_are_one_error(name, tmp_path):
     options = official.WRITERS[name](tmp_path, with_images=False)[0]

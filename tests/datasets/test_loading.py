@@ -20,6 +20,7 @@ def test_root_falls_back_to_the_environment(tmp_path, monkeypatch):
     assert len(load_training("training_sketchy").triplets) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", official.WRITERS)
 def test_parts(tmp_path, name):
     official.WRITERS[name](tmp_path, with_images=False)
@@ -58,6 +59,7 @@ def test_averaged_texts_are_not_trained_on(tmp_path):
         load_training("fashioniq", tmp_path, category="dress", prompt="searle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("triplets", "pairs", "task"), [(200, 0, "cir"), (0, 200, "sbir")])
 def test_groups_are_held_out(triplets, pairs, task):
     whole = shapes_training(triplets, pairs)

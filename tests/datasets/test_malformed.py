@@ -128,6 +128,7 @@ def change(root, file, mutate):
     (root / file).write_text(json.dumps(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "mutate", "match"),
     [

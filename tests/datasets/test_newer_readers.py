@@ -36,6 +36,7 @@ def feature(key):
     return vector / np.linalg.norm(vector)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_freedom_equals_the_official_code():
     golden = json.loads(GOLDEN.read_text())

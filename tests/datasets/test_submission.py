@@ -89,6 +89,7 @@ def set_to(key, change):
     return mutate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mutate", "problem"),
     [

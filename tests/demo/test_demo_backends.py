@@ -160,6 +160,7 @@ def test_the_generated_world_is_ranked_as_literally(small, tmp_path):
     assert len(backend.search(SearchRequest(image, query.text), len(backend) - 3, 10)) == 3
 
 
+@pytest.mark.slow
 def test_images_of_the_generated_world_are_embedded_once(small, tmp_path):
     for _ in range(2):
         backbone = LinearBackbone()
@@ -169,6 +170,7 @@ def test_images_of_the_generated_world_are_embedded_once(small, tmp_path):
     assert seen == 0
 
 
+@pytest.mark.slow
 def test_the_generated_world_is_that_of_both_benchmarks(small, synthetic):
     cir, sbir = shapes_cir("test", 20, distractors=5).gallery, shapes_sbir("test", 1, gallery=20).gallery
     assert [item.image for item in small.items] == [item.image for item in (*cir, *sbir)]

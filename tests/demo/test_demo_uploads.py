@@ -129,6 +129,7 @@ def test_strokes_are_drawn_at_their_coordinates():
 POINTS = st.lists(st.tuples(*[st.integers(0, GRID)] * 2), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.lists(POINTS.map(tuple), min_size=1, max_size=4))
 def test_large_drawings_are_scaled_down_and_small_ones_unchanged(strokes):
@@ -163,6 +164,7 @@ def test_thumbnails_are_lossless_if_small(side):
     assert np.abs(there - np.asarray(image, dtype=int)).max() <= (0 if side <= 80 else 12)
 
 
+@pytest.mark.slow
 def test_photos_are_decoded_in_another_process_within_a_time_limit():
     decode = UploadDecoder(Limits(megabytes=0.5), seconds=60.0)
     data = as_file(Image.new("RGB", (30, 20), "red"))

@@ -85,6 +85,7 @@ def test_only_the_trained_method_is_calibrated_and_says_so(tmp_path):
     assert "calibrated" not in as_text(plain)
 
 
+@pytest.mark.slow
 def test_training_queries_are_a_sample_and_the_same_for_a_tuned_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr("union_igrot.experiment.CALIBRATION_QUERIES", 15)
     model, samples = trainable("transagg", "residual").eval(), triplets(30, 10)
@@ -143,6 +144,7 @@ def test_the_command_calibrates_what_training_saved(small_run: Run, tmp_path, ca
     assert "no training queries of task cir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_calibration_without_a_request(tmp_path):
     model = trainable("transagg", "residual").eval()
     model.calibration = {"cir": rows(5, 1), "sbir": rows(3, 2)}

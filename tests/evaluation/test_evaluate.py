@@ -94,6 +94,7 @@ def compare(benchmark, queries, gallery):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["step", "trapezoid", "voc"])
 @pytest.mark.parametrize("norm", ["min", "hits", "all"])
 def test_composed_metrics_equal_plain_loops(norm, rule):
@@ -293,6 +294,7 @@ def test_metrics_by_tag_are_means_over_their_queries(found):
     assert sketches.methods[-1].by_tag == {}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results(tmp_path, found):
     backbone = LinearBackbone()
     again = evaluate_benchmark(
@@ -302,6 +304,7 @@ def test_the_same_seed_gives_the_same_results(tmp_path, found):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_chance_is_what_chance_expects(tmp_path):
     gallery, queries = 50, 500
     items = tuple(GalleryItem(f"g{i}", Noise(i % 3)) for i in range(gallery))
@@ -318,6 +321,7 @@ def test_chance_is_what_chance_expects(tmp_path):
         assert chance.metrics[name] == pytest.approx(100 * mean, abs=slack), name
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_the_model_in_evaluation_mode(tmp_path):
     backbone = LinearBackbone()
     model = trainable("transagg", "union", backbone, dropout=0.5).train()
@@ -368,6 +372,7 @@ def test_the_bundled_model_records_its_training_images():
     assert len(tiny.training_images) == 15_000
 
 
+@pytest.mark.slow
 def test_only_trained_heads_have_an_overlap(model, tmp_path):
     benchmark = cir_benchmark(queries=8, gallery=10)
     model.training_images = image_identities([benchmark.gallery[0].image])
@@ -381,6 +386,7 @@ def test_only_trained_heads_have_an_overlap(model, tmp_path):
     assert [one.metrics for one in alone.methods] == [one.metrics for one in found.methods[:-1]]
 
 
+@pytest.mark.slow
 def test_texts_that_the_backbone_cuts_are_counted(tmp_path):
     backbone, benchmark = LinearBackbone(), cir_benchmark(queries=8, gallery=10)
     backbone.context, backbone.token_count = 4, lambda text: len(text.split()) + 1
@@ -393,6 +399,7 @@ def test_texts_that_the_backbone_cuts_are_counted(tmp_path):
     assert average_parts([found, found], "both").methods[-1].n_truncated == 2 * expected
 
 
+@pytest.mark.slow
 def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     backbone = LinearBackbone()
     model, filled = trainable("sum", "frozen", backbone), extractor(tmp_path, backbone)
@@ -413,6 +420,7 @@ def test_a_mean_over_parts_counts_a_shared_gallery_once(tmp_path):
     assert list(shared.to_dict())[-3:] == ["arithmetic", "gain95", "parts"]
 
 
+@pytest.mark.slow
 def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
     filled = extractor(tmp_path, model.backbone)
     parts = [evaluate_benchmark(model, cir_benchmark(8, size, size, name=str(size)), filled) for size in (10, 12)]
@@ -421,6 +429,7 @@ def test_a_mean_over_parts_of_their_own_adds_their_galleries(model, tmp_path):
     assert mean.seen_images is None
 
 
+@pytest.mark.slow
 def test_a_bar_follows_an_evaluation_to_its_end(tmp_path, monkeypatch, capsys):
     """Of images whose features are in the store, too."""
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -91,6 +91,7 @@ def test_basic_needs_its_corpora(tmp_path):
         embed_corpora(model, [tmp_path / "one.txt"])
 
 
+@pytest.mark.slow
 def test_every_fusion_is_a_method_beside_the_others(tmp_path):
     assert _FUSIONS == FUSIONS
     for name, lines in (("subjects", "cat\ndog\nred boat\n"), ("styles", "a sketch\na photo at night\n")):
@@ -106,6 +107,7 @@ def test_every_fusion_is_a_method_beside_the_others(tmp_path):
     assert [one.method for one in alone.methods] == ["chance", "image", "text", "sum", "trained"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GOLDEN.is_file(), reason="FREEDOM's lists and golden values are in ../shared")
 def test_the_product_equals_the_official_code():
     def feature(key):

@@ -59,6 +59,7 @@ def test_limited_metrics_are_marked_and_never_bold():
     assert EvaluationResult.from_json(value.to_json()) == value
 
 
+@pytest.mark.slow
 def test_classes_reach_the_result(tmp_path):
     backbone = LinearBackbone()
     one = sbir_benchmark(classes=4)

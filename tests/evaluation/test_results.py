@@ -61,6 +61,7 @@ def test_an_invalid_file_is_named(tmp_path, content):
         EvaluationResult.load(tmp_path / "lost")
 
 
+@pytest.mark.slow
 def test_reprs_are_short(tmp_path):
     model = trainable()
     found = evaluate_benchmark(model, cir_benchmark(), extractor(tmp_path, model.backbone))

@@ -103,6 +103,7 @@ def test_only_what_is_missing_is_encoded(tmp_path):
     assert sum(backbone.image_batches) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "stream"), [(0, False), (1, False), (0, True)])
 def test_a_broken_image_is_named_and_what_came_before_is_stored(tmp_path, workers, stream):
     paths = write_images(tmp_path / "images", 8)

@@ -10,6 +10,7 @@ from union_igrot.features.shards import KeyIndex, hash_keys
 halves = st.sampled_from([0, 1, 2, 2**63, 2**64 - 1])  # few values: digests often share one half, or both
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(runs=st.lists(st.lists(st.tuples(halves, halves), min_size=1, max_size=6), max_size=6))
 def test_index_finds_the_first_of_each_digest(runs):

@@ -277,6 +277,7 @@ def test_shards_of_two_widths_are_two_backbones(tmp_path):
         store.refresh()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty", "short", "half", "last byte", "garbage", "other arrays", "other dtype"])
 def test_a_damaged_shard_is_moved_aside_and_its_keys_are_missing_again(tmp_path, caplog, damage):
     store = FeatureStore(tmp_path, "f")
@@ -434,6 +435,7 @@ def test_thousands_of_shards_do_not_use_up_file_descriptors(tmp_path, monkeypatc
     assert torch.equal(got, torch.cat([torch.full((1, 4), float(number)) for number in range(60)]))
 
 
+@pytest.mark.slow
 def test_thirty_thousand_keys_from_forty_shards(tmp_path):
     store, features = FeatureStore(tmp_path, "f"), Features(torch.randn(1000, 64))
     for number in range(40):
@@ -444,6 +446,7 @@ def test_thirty_thousand_keys_from_forty_shards(tmp_path):
     assert torch.equal(got.pooled, features.pooled[torch.from_numpy(rows % 1000)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_a_few_rows_do_not_read_the_whole_shard(tmp_path):
     def resident() -> int:

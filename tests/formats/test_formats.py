@@ -52,6 +52,7 @@ def test_a_model_saved_again_keeps_its_files(data):
             assert all(torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_lance_index(data, monkeypatch, tmp_path):
     monkeypatch.setenv("UNION_CACHE", str(tmp_path / "cache"))
     expected = EXPECTED["index"]
@@ -114,6 +115,7 @@ def test_a_trained_run_is_evaluated_without_training(data, settings, monkeypatch
     assert json.loads((folder / "run.json").read_text()) == notes
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_is_refused_in_one_line(data, settings, capsys):
     assert run(union_train, [*settings, "seed=1", f"output_dir={data / 'run'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

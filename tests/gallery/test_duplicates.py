@@ -145,6 +145,7 @@ def slow_groups(rows, duplicates_of):
     return groups
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5), st.integers(0, 71)), max_size=25),
     st.sampled_from([1, 200, 2**20]),

@@ -39,6 +39,7 @@ def evaluated_ranking(model, task, query):
     return sorted(zip(names(), (wide @ items.T)[0].tolist(), strict=True), key=lambda pair: -pair[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["memory", "lance", MILVUS])
 def test_scores_are_those_of_an_evaluation(calibrated, engine, tmp_path):
     location = new_location(engine, tmp_path)
@@ -68,6 +69,7 @@ def test_scores_are_those_of_an_evaluation(calibrated, engine, tmp_path):
     location.remove()
 
 
+@pytest.mark.slow
 def test_an_index_keeps_its_calibration(calibrated, tmp_path):
     pytest.importorskip("lance", reason="the extra of lance is not installed")
     uri = tmp_path / "photos.lance"

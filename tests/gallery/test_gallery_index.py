@@ -82,6 +82,7 @@ class TestOnDisk:
             assert "transagg + sum" in described
             assert "index again" in described
 
+    @pytest.mark.slow
     def test_an_index_loads_its_model(self, tmp_path):
         path = tmp_path / "photos.lance"
         with Gallery.open(path, "tiny") as gallery:
@@ -117,6 +118,7 @@ class TestOnDisk:
         with pytest.raises(CheckpointError, match="does not say which model"):
             Gallery.open(tmp_path / "b.lance", model)
 
+    @pytest.mark.slow
     def test_a_saved_model_is_found_by_its_folder(self, tmp_path, monkeypatch):
         tiny = union_igrot.load("tiny")
         tiny.save(tmp_path / "run" / "model")
@@ -151,6 +153,7 @@ def count_differences(model: IGROTModel, benchmark: Benchmark, folder: Path, uri
     return sum(hits.ids != row for hits, row in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", [cir_benchmark(), sbir_benchmark(9, 19)], ids=["cir", "sbir"])
 def test_exact_search_equals_the_ranking_of_the_evaluation(model, benchmark, tmp_path):
     assert count_differences(model, benchmark, tmp_path, "memory:") == 0

@@ -278,6 +278,7 @@ def test_rows_are_removed_by_id_path_or_hit(model, tmp_path):
     assert hit.id not in gallery.search(noise_image(3), k=COUNT).ids
 
 
+@pytest.mark.slow
 def test_concurrent_additions_wait_for_each_other(model, tmp_path, monkeypatch):
     pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
     uri = tmp_path / "photos.lance"

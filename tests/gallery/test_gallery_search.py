@@ -18,6 +18,7 @@ from union_igrot.gallery.queries import ALPHA, BETA, GAMMA, refine_query
 from union_igrot.images.transforms import image_batch
 
 
+@pytest.mark.slow
 def test_every_kind_of_query_is_ranked_by_the_model(model, gallery):
     assert len(gallery) == COUNT
     (image,) = embed_images(model, [40])
@@ -80,6 +81,7 @@ def test_a_refined_query_has_unit_length_and_moves_towards_liked_rows(liked, dis
         assert float(moved @ centre) >= float(rows[6] @ centre) - 1e-6
 
 
+@pytest.mark.slow
 def test_many_queries_equal_single_queries(model, gallery, monkeypatch):
     given = [
         {"image": noise_image(40)},

@@ -64,6 +64,7 @@ def test_a_class_that_is_not_in_the_gallery_is_not_near():
     assert found.best_score < found.min_score == classes.near_score("image")
 
 
+@pytest.mark.slow
 def test_every_kind_has_its_own_threshold(classes):
     kinds = ("text", "image", "image + text")
     assert len({classes.near_score(kind) for kind in kinds}) == 3
@@ -80,6 +81,7 @@ def test_every_kind_has_its_own_threshold(classes):
         inspect.unwrap(near.near_score)(classes.index, classes.model, "sketch", {}, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "query",
     [
@@ -100,6 +102,7 @@ def test_queries_without_a_kind_are_refused(classes, query):
     assert len(classes.search(**query, min_score=-1.0)) == 10
 
 
+@pytest.mark.slow
 def test_too_small_galleries_are_refused(gallery):
     with pytest.raises(ConfigError, match=r"at least 100 images .got 12.; pass a number"):
         gallery.search(text="red", min_score="auto")
@@ -148,6 +151,7 @@ def measured(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_thresholds_are_stored_beside_the_index(measured, tmp_path):
     pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
     uri, model = tmp_path / "x.lance", trainable("sum", "frozen").eval()

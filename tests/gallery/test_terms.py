@@ -20,6 +20,7 @@ def text_embedding(model, text):
     return model.embed_queries(None, [text])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "images", "text", "weight"),
     [
@@ -142,6 +143,7 @@ def test_terms_are_a_weighted_sum_of_unit_embeddings(model, gallery):
         assert agrees(found, slow_ranking(model, total / total.norm()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.25, 1, 7])
 def test_a_single_positive_term_is_the_plain_query(gallery, weight):
     for term, plain in (
@@ -160,6 +162,7 @@ def test_scaling_all_weights_and_a_weight_of_0_change_nothing(gallery):
         assert np.allclose(again.scores, some.scores, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["memory", "lance"])
 def test_everything_else_works_beside_terms(model, engine, tmp_path):
     if engine == "lance":

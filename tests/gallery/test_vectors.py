@@ -97,6 +97,7 @@ def embed(model, folder):
     return model.encode_gallery([folder / f"{number}.png" for number in range(12)])
 
 
+@pytest.mark.slow
 def test_embeddings_of_the_model_are_taken_and_the_rest_is_as_usual(model, listed, tmp_path):
     given = embed(model, tmp_path)
     with Gallery.open("memory:", model) as usual, Gallery.open("memory:", model) as gallery:
@@ -145,6 +146,7 @@ def test_broken_images_of_a_list_are_skipped_with_their_embeddings(model, listed
 # Embeddings of a model that is not available
 
 
+@pytest.mark.slow
 def test_a_foreign_index_is_searched_by_embeddings_and_its_own_images(listed, tmp_path, capsys):
     given = write(tmp_path / "a.npy", torch.eye(16)[:12])
     uri = f"toy:{tmp_path}"

@@ -46,6 +46,7 @@ def as_list(items):
     return items
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("held", [True, False])
 def test_a_transform_may_return_anything_and_its_errors_are_values(workers, held):

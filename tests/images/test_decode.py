@@ -123,6 +123,7 @@ def test_first_frame_of_an_animation(tmp_path):
 # --- open_image: orientation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_that_of_pillow(tmp_path, suffix, orientation):
@@ -223,6 +224,7 @@ def test_a_decompression_bomb_is_an_error_and_a_large_image_is_no_warning(tmp_pa
         open_image(tmp_path / "a.png")
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["jpg", "png", "webp", "tif", "gif", "bmp"]), st.data())
 @settings(max_examples=60, deadline=None)
 def test_no_damage_raises_anything_but_an_image_error(tmp_path_factory, suffix, data):
@@ -367,6 +369,7 @@ def test_a_large_jpeg_in_memory_may_be_decoded_small():
     assert as_image(file, at_least=100).size == (200, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "parts"),
     [

@@ -39,6 +39,7 @@ def test_a_region_is_cut_out(folder, region, corner, size):
     assert found.getpixel((size[0] - 1, size[1] - 1)) == (corner[0] + size[0] - 1, corner[1] + size[1] - 1, 0)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 39), st.integers(0, 19), st.integers(1, 40), st.integers(1, 20))
 def test_a_region_is_a_slice_or_an_error(folder, x, y, width, height):
     path = f"{folder}/a.png#{x},{y},{width},{height}"

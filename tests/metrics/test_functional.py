@@ -68,6 +68,7 @@ def assert_equal(given_values, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", range(6), ids=list(CONVENTIONS))
 @pytest.mark.parametrize(("relevance", "relevant", "k", "expected", "_"), EXAMPLES)
 def test_worked_example_of_average_precision(relevance, relevant, k, expected, _, column):

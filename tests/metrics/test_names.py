@@ -21,6 +21,7 @@ def test_metric_names(name, expected):
     assert parse_metric(name) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["", "R", "P", "Rs", "R@0", "R@01", "R@-1", "r@1", "map", "mAP@", "mAP@k", "R@1 ", "R@\u0661"]
 )

@@ -126,6 +126,7 @@ def test_conventions_reach_the_metrics():
     assert_same(feed(metrics, data, [range(23)]).values(), expected)
 
 
+@pytest.mark.slow
 def test_states_are_few_preallocated_blocks():
     """One small tensor a batch, living on between large ones, would tear the heap to pieces."""
     data = world(queries=200)

@@ -35,6 +35,7 @@ def test_bounds_are_within_the_values_and_deterministic(values, seed):
     assert bootstrap_interval(x, resamples=50, seed=seed) == (low, high)
 
 
+@pytest.mark.slow
 def test_bounds_are_near_the_normal_approximation():
     x = some(2000)
     low, high = bootstrap_interval(x, level=0.95, resamples=4000)
@@ -217,6 +218,7 @@ def test_a_randomization_test_over_classes_is_exact_for_few():
     assert randomization_test(first, torch.zeros(200), classes=classes) == pytest.approx(2 / 16, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
 def test_medians_and_their_differences(grouped):
     draw = np.random.default_rng(0)

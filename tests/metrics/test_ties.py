@@ -54,6 +54,7 @@ def rankings(draw):
     return [float(s) for s in scores], relevant
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(rankings(), st.integers(1, 8))
 def test_expected_values_are_means_over_every_order(ranking, k):

@@ -111,6 +111,7 @@ def test_what_is_no_image_or_text_is_an_error(model):
         model.encode_gallery("absent.png")
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_from_the_folder_of_its_run_to_a_device(tmp_path, monkeypatch):
     model = load("tiny", "cpu")
     model.save(tmp_path / "run" / "model")

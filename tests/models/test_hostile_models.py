@@ -133,6 +133,7 @@ def test_a_huge_description_is_not_read(folder):
     refused(folder, "is larger than")
 
 
+@pytest.mark.slow
 def test_backbones_that_do_not_fit_their_weights_are_refused(tmp_path):
     from transformers import CLIPConfig, CLIPModel  # noqa: PLC0415 - heavy
 

@@ -91,6 +91,7 @@ def equal(one, other):
     assert one.embed_gallery(images).equal(other.embed_gallery(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_what_is_pushed_is_loaded_again(hub_folder, tuned):
     model = small(tuned)
@@ -207,6 +208,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("failure", "message"), FAILURES, ids=lambda x: type(x).__name__)
 def test_a_failure_is_one_line_that_says_what_was_tried(hub_folder, failure, message):
     hub_folder.fails = failure

@@ -142,6 +142,7 @@ def test_training_works_after_an_evaluation_in_inference_mode(pixels):
     assert model.fusion.sep_token.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fusion", "target"), HEADS)
 @torch.no_grad()
 def test_a_saved_model_embeds_the_same(tmp_path, fusion, target, pixels):
@@ -251,6 +252,7 @@ def tuned_tiny():
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("half", [False, True])
 def test_a_tuned_backbone_is_saved_and_loaded_with_the_model(tmp_path, half):

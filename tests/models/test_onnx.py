@@ -76,6 +76,7 @@ def test_rows_in_eight_bits_and_others_are_not_mixed(stored, given):
         ingest_images(index, load("tiny"), Listing("here", []), replace(QUIET, precision=given))
 
 
+@pytest.mark.slow
 def test_training_has_no_eight_bits(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["precision=int8"])

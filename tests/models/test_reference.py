@@ -184,6 +184,7 @@ def compare(state, golden, images_and_targets, name):
     assert checked == set(golden.files), f"{name}: an array was not compared"
 
 
+@pytest.mark.slow
 def test_the_mini_reference_is_matched_array_by_array(mini):
     with np.load(HERE / "golden/mini.npz") as golden:
         compare(mini, golden, golden_images("mini"), "mini")
@@ -218,6 +219,7 @@ def test_parameter_counts_are_the_references(width, heads, transagg, union, t5):
     assert count(target.t5_layers) == t5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_file_in_half_precision_with_wrappers_and_embedding_table_loads(mini, tmp_path):
     path = tmp_path / "reference.pth"
@@ -233,6 +235,7 @@ def test_a_file_in_half_precision_with_wrappers_and_embedding_table_loads(mini, 
     assert not model.training
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["pretrained_model.", "blip_model."])
 def test_transagg_checkpoints_have_no_target_head(mini, prefix):
@@ -247,6 +250,7 @@ def test_transagg_checkpoints_have_no_target_head(mini, prefix):
     torch.testing.assert_close(model.embed_gallery(targets).norm(dim=1), torch.ones(4))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_both_sums_of_the_reference(mini):
     _, targets = golden_images("mini")
@@ -257,6 +261,7 @@ def test_both_sums_of_the_reference(mini):
     torch.testing.assert_close(inference.embed_gallery(targets), F.normalize(image + null, dim=-1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_text_towers_heads_can_be_given(mini):
     texts = list(TEXTS)
@@ -267,6 +272,7 @@ def test_the_text_towers_heads_can_be_given(mini):
     assert (other - right).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_given_backbone_gets_the_files_weights(mini):
     backbone = OpenClipBackbone(SMALL, Preprocess(32, OPENAI_MEAN, OPENAI_STD), "mine")
     before = backbone.fingerprint()

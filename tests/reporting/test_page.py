@@ -59,6 +59,7 @@ def noise(parts):
     return parts[:2]
 
 
+@pytest.mark.slow
 def test_the_page_of_a_training(small_run: Run):
     path = small_run.folder / "report.html"
     assert path.stat().st_size <= MAX_BYTES
@@ -113,6 +114,7 @@ def test_bars_at_a_glance_show_values_and_intervals(noise):
         assert start is None or float(left) == start
 
 
+@pytest.mark.slow
 def test_weights_of_union_are_drawn_and_those_of_other_heads_not(noise, tmp_path):
     (scored,), gallery = noise[0].scored, noise[0].scored[0].benchmark.gallery
     assert len(scored.target_weights) == len(gallery)
@@ -320,6 +322,7 @@ def test_a_page_stays_within_its_bound(noise, limit):
     assert examples == 0 if limit == 48_000 else limit - len(text.encode()) < 70_000
 
 
+@pytest.mark.slow
 def test_the_mean_of_parts_has_its_table_and_its_differences_and_no_images(parts):
     both = [parts[0], parts[2]]
     text = drawn(*both, average_parts(both, "both_mean"))

@@ -190,6 +190,7 @@ def test_the_terminal_cuts_no_metric_off(width):
     assert max(map(len, shown.splitlines()[:-1])) <= width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", dict.fromkeys(one.benchmark for one in published_results()))
 def test_names_are_those_of_our_rows(name, tmp_path):
     plain = name.removesuffix("_mean").removesuffix("_all_seen")

@@ -73,6 +73,7 @@ def hits(response):
     return [hit["id"] for hit in response.json()["hits"]]
 
 
+@pytest.mark.slow
 def test_hits_are_those_of_the_gallery(app, gallery):
     image, where, paged = noise_image(3), "class = 'cat' and year > 2", {"text": "blue", "k": 4, "offset": 2}
     vector = gallery.model.encode_queries(noise_image(3), "red")[0]
@@ -137,6 +138,7 @@ def test_embeddings_of_queries_and_of_gallery_images(app, gallery):
         assert (response.status_code, "nothing to embed" in response.json()["error"]) == (400, True), empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -39,6 +39,7 @@ def test_a_name_with_a_backslash_comes_first(tmp_path):
     assert find_path("\0\\ü") == "\0\\ü"
 
 
+@pytest.mark.slow
 def test_web_addresses():
     assert is_web_address("HTTPS://host/a.jpg")
     assert is_web_address("https:/host/a.jpg")  # what pathlib makes of one

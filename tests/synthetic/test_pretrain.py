@@ -71,6 +71,7 @@ def test_images_are_scaled_as_the_backbone_expects(drawn):
     assert 0 <= pixels.min() < pixels.max() <= 1
 
 
+@pytest.mark.slow
 def test_loss_equals_a_literal_sum():
     """Both losses from the network's embeddings, one logit after the other."""
     torch.manual_seed(0)

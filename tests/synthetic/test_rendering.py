@@ -65,6 +65,7 @@ def test_sketch_knows_nothing_of_colour_fill_or_background():
     assert render_sketch(one(shape="fish"), 3).tobytes() != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("color", COLORS)
 def test_a_thing_has_its_color(color):
     """The mean over seeds is nearest to the named color, light and noise aside."""
@@ -74,6 +75,7 @@ def test_a_thing_has_its_color(color):
     assert min(COLORS, key=lambda c: np.linalg.norm(shown - np.array(COLOR_RGB[c]))) == color
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_a_background_has_its_color(background):
     """The corners' mean over seeds is nearest to a mixture of the named background's two colors."""

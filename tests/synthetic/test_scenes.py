@@ -176,6 +176,7 @@ def test_double_edit_text_and_targets_agree():
     assert set(pairs) >= {(a, b) for a in EDIT_KINDS for b in ("colour", "size", "fill", "background") if a != b}
 
 
+@pytest.mark.slow
 def test_every_wording_is_drawn():
     rng = random.Random("ways")
     seen = Counter()
@@ -225,6 +226,7 @@ def test_random_scene_follows_its_arguments(seed, split, things, shape):
     assert scene == random_scene(random.Random(seed), split, things, shape)
 
 
+@pytest.mark.slow
 def test_random_scenes_are_uniform():
     rng = random.Random(0)
     scenes = [random_scene(rng, "train") for _ in range(3000)]
@@ -243,6 +245,7 @@ def test_random_scenes_are_uniform():
     assert 0.45 < sum(len(s.things) == 2 for s in scenes) / len(scenes) < 0.55
 
 
+@pytest.mark.slow
 def test_split_depends_on_content_alone():
     one = Thing("star", "red", "small", "plain", "left")
     two = Thing("boat", "blue", "large", "dotted", "right")

@@ -68,6 +68,7 @@ def test_targets_are_all_images_that_satisfy_the_text(cir):
     assert {tag for query in cir.queries for tag in query.tags} == {*EDIT_KINDS, "two changes"}
 
 
+@pytest.mark.slow
 def test_reference_is_excluded_and_rendered_again(cir):
     images = {item.id: item.image for item in cir.gallery}
     for query in cir.queries:
@@ -104,6 +105,7 @@ def test_references_have_their_number_of_edits(cir):
     assert len(shapes_cir("test", queries=7, edits=3, distractors=9).queries) == 7
 
 
+@pytest.mark.slow
 def test_gallery_is_of_the_split_and_of_unique_images(cir, sbir):
     for benchmark in (cir, sbir):
         assert {scene.split for scene in scenes_of(benchmark)} == {"test"}

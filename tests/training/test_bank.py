@@ -133,6 +133,7 @@ def test_losses_equal_plain_loops_over_all_training_images(tmp_path, target):
     assert log.losses == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tuned_encoder_has_a_queue_of_past_batches(tmp_path):
     learner, data = learner_of(tmp_path / "cache", BankLoss(SCALE, auxiliary=AUXILIARY, bank_size=33), tuned=("image",))
     log = Log()
@@ -154,6 +155,7 @@ def test_a_tuned_encoder_has_a_queue_of_past_batches(tmp_path):
     assert log.losses == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_head_gets_a_gradient_from_both_kinds_of_batches(tmp_path):
     learner, data = learner_of(tmp_path, BankLoss(SCALE))
     data.setup("fit")

@@ -82,6 +82,7 @@ def test_too_few_samples_for_the_processes_are_an_error():
         TaskSampler(["cir"] * 9 + ["sbir"] * 2, 4, 0, int, 0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [True, False])
 def test_a_batch_holds_the_features_of_its_samples(tmp_path, tokens):
     backbone = LinearBackbone()
@@ -116,6 +117,7 @@ def test_a_batch_holds_the_features_of_its_samples(tmp_path, tokens):
     assert seen == 36 + 18  # of 40 and 20, in whole batches of 6
 
 
+@pytest.mark.slow
 def test_after_set_up_nothing_is_encoded(tmp_path):
     backbone = LinearBackbone()
     data = module(tmp_path, backbone)
@@ -130,6 +132,7 @@ def test_after_set_up_nothing_is_encoded(tmp_path):
     assert (len(backbone.image_batches), len(backbone.text_batches)) == passes
 
 
+@pytest.mark.slow
 def test_set_up_alone_encodes_each_thing_once(tmp_path):
     backbone = LinearBackbone()
     data = module(tmp_path, backbone)
@@ -159,6 +162,7 @@ def test_validation_covers_every_item_once(tmp_path, world):
         assert sorted(positions) == list(range(len(getattr(benchmarks[number], side))))
 
 
+@pytest.mark.slow
 def test_validation_batches_hold_the_features_at_their_positions(tmp_path):
     backbone = LinearBackbone()
     benchmark = cir_benchmark()
@@ -197,6 +201,7 @@ def test_a_small_task_still_gives_a_batch(tmp_path):
     assert sorted(len(batch.images) for batch in data.train_dataloader()) == [3, 8, 8]
 
 
+@pytest.mark.slow
 def test_batches_stay_where_the_encoder_put_them(tmp_path):
     data = module(tmp_path)
     data.setup("fit")

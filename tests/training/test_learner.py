@@ -187,6 +187,7 @@ def test_the_best_epoch_is_kept_where_the_last_is_worse(tmp_path, monitor):
     assert any(not x.equal(saved[name]) for name, x in last.items())
 
 
+@pytest.mark.slow
 def test_an_interruption_goes_to_the_caller_who_can_go_on(tmp_path):
     """Lightning would end the process with code 1 and leave Ctrl-C ignored."""
 
@@ -228,6 +229,7 @@ def test_the_rate_rises_and_falls():
     assert warmup_cosine(500, 100, 0.1, 0.01) == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_the_schedule_ends_at_its_floor_and_vectors_do_not_decay(tmp_path):
     class Rates(Callback):
         def __init__(self):
@@ -276,6 +278,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path):
     assert all(x.equal(finals[1]["state_dict"][name]) for name, x in finals[0]["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_trained_again(trained):
     folder, _, _, learner, filled, _, best = trained
     model = trainable("transagg", "union", backbone=LinearBackbone(), seed=5, dropout=0.1)
@@ -287,6 +290,7 @@ def test_a_finished_training_is_not_trained_again(trained):
     assert all(x.equal(saved[f"model.{name}"]) for name, x in model.heads_state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_encoder_with_a_bar_trains_the_same(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     model = trainable("transagg", "frozen")
@@ -366,6 +370,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_training_ends_the_same(tmp_pa
     assert all(f"{name} is damaged" in caplog.text for name in names)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -376,6 +381,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)
 
 
+@pytest.mark.slow
 def test_short_runs_log_the_loss_of_each_task_in_each_epoch(tmp_path):
     learner, data, _ = parts(tmp_path / "cache", trainable(), Recipe(epochs=3), [cir_benchmark(6)], batch_size=20)
     logger = CSVLogger(tmp_path)

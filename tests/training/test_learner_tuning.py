@@ -71,6 +71,7 @@ def test_a_tuned_encoder_learns_at_its_own_rate_and_the_other_does_not(tmp_path,
     assert all(saved[f"model.backbone.{name}"].equal(model.backbone.get_parameter(name)) for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sides", "images", "texts"), [("both", 2, 2), ("image", 2, 0), ("text", 0, 2), ("none", 0, 0)]
 )
@@ -92,6 +93,7 @@ def test_the_passes_of_a_step(tmp_path, sides, images, texts):
         assert sorted(map(len, model.backbone.text_batches)) == [1, asked][:texts]
 
 
+@pytest.mark.slow
 def test_without_a_cache_a_frozen_null_text_is_encoded_once(tmp_path):
     model, learner, data = parts(tmp_path, SIDES["both"], tuned=False)
     fit(learner, data, tmp_path / "run", trainer=CPU, progress=False)

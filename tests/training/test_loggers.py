@@ -32,6 +32,7 @@ def table_of(folder):
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_extra_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, name):
     found = importlib.util.find_spec
@@ -46,6 +47,7 @@ def test_a_missing_extra_is_one_line_before_anything_is_made(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_only_weights_and_biases_has_a_mode_and_only_two():
     assert compose("train", ["logger=wandb"]).logger == {"name": "wandb", "mode": "offline", "project": "union-igrot"}
     with pytest.raises(ConfigError, match=r"logger\.mode: shared \(expected offline or online"):

@@ -33,6 +33,7 @@ def slow(queries, targets, answers, query_groups, target_groups, scale):
     return total / len(queries)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(0, 2**30), st.sampled_from([0.5, 30.0, 100.0]), st.data())
 def test_equals_the_plain_sum(count, more, seed, scale, data):
@@ -92,5 +93,10 @@ def test_losses_of_the_reference():
 
 def test_options_of_a_loss_are_in_its_repr():
     # By it, a run folder knows with which loss it was trained.
-    built = [InfoNCE(), InfoNCE(10.0), InfoNCE(symmetric=True), *(build_loss("bank", distillation=x) for x in (0.0, 0.5))]
+    built = [
+        InfoNCE(),
+        InfoNCE(10.0),
+        InfoNCE(symmetric=True),
+        *(build_loss("bank", distillation=x) for x in (0.0, 0.5)),
+    ]
     assert len(set(map(repr, built))) == len(built)

@@ -136,6 +136,7 @@ _SETTINGS = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(_SETTINGS, _SETTINGS)
 def test_identity_is_that_of_the_settings_in_any_order(one, two):
     assert settings_hash(one) == settings_hash(dict(reversed(one.items())))

@@ -75,6 +75,7 @@ def test_rows_are_written_read_replaced_and_removed(location):
     assert read_column(location.reopen(), "id") == ["a", "c", "b"]  # it is new
 
 
+@pytest.mark.slow
 def test_ids_and_column_names_are_any_text(location):
     index = location.create(4)
     names = ["class", "taken by", "größe-1", "犬", "order", "like", "Class"]
@@ -171,6 +172,7 @@ def test_invalid_searches_are_refused(location):
     assert (hits.ids, hits.scores.shape, hits.columns) == ([], (0,), {"year": []})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, 32])
 def test_exact_search_equals_exact_topk(location, dim):
     index = location.create(dim)
@@ -214,6 +216,7 @@ def test_equal_scores_are_ordered_by_first_write(location):
         assert hits.ids == ["best", *ids][:k]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES[1:])
 def test_filters_agree_with_a_slow_evaluation(kind, tmp_path_factory):
     location = new_location(kind, tmp_path_factory.mktemp("filters"))
@@ -281,6 +284,7 @@ def test_approximate_search_agrees_with_exact_search(location, monkeypatch):
     assert read_column(index, "id") == rows.ids[100:]
 
 
+@pytest.mark.slow
 def test_a_scan_reads_one_version(location):
     if location.engine == "milvus":
         pytest.skip("Milvus may return rows that are written meanwhile, as documented")
@@ -313,6 +317,7 @@ def test_random_writes_agree_with_a_dict():
     assert rows.vectors[:, 0].tolist() == list(model.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_some_rows_are_ranked_like_a_copy_of_them(data):

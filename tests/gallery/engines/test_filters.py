@@ -141,6 +141,7 @@ def filled():
     return index
 
 
+@pytest.mark.slow
 def test_filters_follow_sql(filled):
     dialects = [dialect(one) for one in ("lance", "milvus")]
 

@@ -55,12 +55,14 @@ FILTERS = {
 }
 
 
+@pytest.mark.slow
 def test_filters_on_columns_from_files(gallery):
     for where, expected in FILTERS.items():
         assert numbers(gallery.ids(where)) == expected, where
         assert numbers(gallery.search(text="small", k=9, where=where).ids) == expected, where
 
 
+@pytest.mark.slow
 def test_terms_pages_and_duplicates(gallery, model, photos):
     ids = gallery.ids()
     image = photos / "lake" / "2.jpg"

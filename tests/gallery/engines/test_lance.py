@@ -250,6 +250,7 @@ def test_old_versions_are_removed_after_an_hour(uri, monkeypatch):
     assert read_column(index, "id") == list("abc")
 
 
+@pytest.mark.slow
 def test_the_approximate_index_fits_the_size(uri, monkeypatch):
     index = create_index(uri, dim=16)
     index.optimize()
@@ -269,6 +270,7 @@ def test_the_approximate_index_fits_the_size(uri, monkeypatch):
     assert sum(len(set(a.ids) & set(b.ids)) for a, b in zip(exact, near, strict=True)) >= 190
 
 
+@pytest.mark.slow
 def test_approximate_search_returns_k_hits(uri):
     index = create_index(uri, dim=8)
     index.upsert(random_rows([f"p{i}" for i in range(6000)], 8))
@@ -277,6 +279,7 @@ def test_approximate_search_returns_k_hits(uri):
         assert len(index.search(random_rows("q", 8, seed=1).vectors, k, mode="ann")[0].ids) == k
 
 
+@pytest.mark.slow
 def test_approximate_search_returns_k_hits_if_most_vectors_are_equal(uri):
     index = create_index(uri, dim=16)
     vectors = random_rows([f"p{i}" for i in range(5000)], 16).vectors
@@ -288,6 +291,7 @@ def test_approximate_search_returns_k_hits_if_most_vectors_are_equal(uri):
             assert len(hits.ids) == k
 
 
+@pytest.mark.slow
 def test_single_rows_added_one_by_one_leave_few_files(uri):
     index = create_index(uri)
     index.upsert(random_rows([f"p{i}" for i in range(300)]))
@@ -317,6 +321,7 @@ def test_auto_selects_by_the_number_of_rows(uri, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_large_write_keeps_its_order(uri):
     names = [f"p{i}" for i in random.Random(0).sample(range(4200), 4200)]
     index = create_index(uri, dim=2)

@@ -29,6 +29,7 @@ def ids(world, where):
     return [os.path.basename(name) for batch in world.index.scan(["id"], where) for name in batch["id"]]  # noqa: PTH119
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_photos_have_the_columns_of_their_exif_data(world, workers):
     write_photos(world.pictures)
@@ -37,6 +38,7 @@ def test_photos_have_the_columns_of_their_exif_data(world, workers):
     assert counts(world.run()) == (0, 0, 3, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_columns_follow_a_file_that_changes_and_copies_have_them_too(world):
     write_photos(world.pictures)
     world.run()
@@ -47,6 +49,7 @@ def test_columns_follow_a_file_that_changes_and_copies_have_them_too(world):
     assert columns(world, "old.jpg") == {"camera": "X100"}
 
 
+@pytest.mark.slow
 def test_an_index_from_before_is_filled_without_embedding(world):
     write_photos(world.pictures)
     (world.pictures / "new.txt").write_text("a lake\n")
@@ -59,6 +62,7 @@ def test_an_index_from_before_is_filled_without_embedding(world):
     assert ids(world, WHERE) == ["new.jpg"]
 
 
+@pytest.mark.slow
 def test_columns_of_a_list_replace_what_is_found(world, tmp_path):
     write_photos(world.pictures)
     lines = [
@@ -80,6 +84,7 @@ def test_columns_of_a_list_replace_what_is_found(world, tmp_path):
     assert columns(world, "old.jpg")["camera"] == "NIKON"
 
 
+@pytest.mark.slow
 def test_a_column_that_people_use_for_something_else_stays_theirs(world, tmp_path):
     (tmp_path / "list.csv").write_text("path,taken,class,caption,latitude\npictures/plain.png,7,3,5,north\n")
     write_photos(world.pictures)
@@ -123,6 +128,7 @@ def test_other_folders_are_no_classes(tmp_path, names):
     assert set(classes(tmp_path).values()) == {None}
 
 
+@pytest.mark.slow
 def test_a_class_is_updated_without_embedding_when_its_folder_is_renamed(world):
     fill(world.pictures, ["cat/1.png", "dog/2.png"])
     world.run()
@@ -186,6 +192,7 @@ def test_a_pipe_beside_an_image_is_not_opened(tmp_path):
         assert list_images(str(images)).entries[0].found == {"class": None, "caption": None}
 
 
+@pytest.mark.slow
 def test_a_caption_that_changes_is_written_without_opening_the_image(world, monkeypatch):
     fill(world.pictures, ["a.png", "b.png"])
     (world.pictures / "a.txt").write_text("a lake\nin winter")

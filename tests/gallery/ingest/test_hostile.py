@@ -35,6 +35,7 @@ def rows_of(index):
     }
 
 
+@pytest.mark.slow
 def test_some_hostile_files(tmp_path):
     fates = hostile_folder(tmp_path / "p", 60)
     model = trainable("sum", "frozen")

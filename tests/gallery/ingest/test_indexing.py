@@ -29,6 +29,7 @@ def test_a_folder_becomes_rows_and_the_next_run_opens_nothing(world, monkeypatch
     assert (counts(report), report.opened, world.embedded) == ((0, 0, 10, 0, 0, 0), 0, 0)
 
 
+@pytest.mark.slow
 def test_changes_are_followed_and_nothing_is_embedded_twice(world):
     fill(world.pictures, [f"{number}.png" for number in range(8)])
     world.run()
@@ -47,6 +48,7 @@ def test_changes_are_followed_and_nothing_is_embedded_twice(world):
     world.check()
 
 
+@pytest.mark.slow
 def test_names_that_change_places_find_their_vectors(world):
     """Numbers shifted by one: each name's old content is another name's new one."""
     fill(world.pictures, [f"{number:02d}.png" for number in range(12)])
@@ -59,6 +61,7 @@ def test_names_that_change_places_find_their_vectors(world):
     world.check()
 
 
+@pytest.mark.slow
 def test_a_content_that_waits_for_the_end_is_given_to_its_copies(world, monkeypatch):
     monkeypatch.setattr(writer, "BATCH_ROWS", 1)
     fill(world.pictures, ["a.png", "b.png"])
@@ -70,6 +73,7 @@ def test_a_content_that_waits_for_the_end_is_given_to_its_copies(world, monkeypa
     world.check()
 
 
+@pytest.mark.slow
 def test_only_rows_of_the_same_images_are_removed(world, tmp_path):
     fill(world.pictures, ["a/1.png", "a/2.png", "b/3.png"])
     world.run(world.pictures / "a")
@@ -93,6 +97,7 @@ def test_an_empty_folder_is_rather_a_disk_that_is_not_there(world):
     assert len(world.index) == 1
 
 
+@pytest.mark.slow
 def test_rows_below_an_empty_folder_are_kept_until_the_folder_is_removed(world):
     fill(world.pictures, ["1.png", "usb/a/2.png", "usb/b/3.png", "album/4.png"])
     world.run()
@@ -107,6 +112,7 @@ def test_rows_below_an_empty_folder_are_kept_until_the_folder_is_removed(world):
     world.check()
 
 
+@pytest.mark.slow
 def test_sources_that_no_longer_exist_are_reported(world):
     fill(world.pictures, ["old/1.png", "old/2.png", "c.png"])
     world.run(world.pictures / "old")
@@ -142,6 +148,7 @@ def test_rows_below_a_folder_that_cannot_be_read_are_kept(world):
     world.check()
 
 
+@pytest.mark.slow
 def test_columns_of_a_list_are_kept_and_followed_without_opening_a_picture(world, monkeypatch):
     fill(world.pictures, ["1.png", "2.png", "3.png"])
     listed = world.pictures.parent / "list.csv"
@@ -165,6 +172,7 @@ def test_columns_of_a_list_are_kept_and_followed_without_opening_a_picture(world
     assert {Path(name).name: row["label"] for name, row in world.rows().items()}["1.png"] == "wolf"
 
 
+@pytest.mark.slow
 def test_two_lists_of_the_same_pictures_keep_each_others_columns(world):
     fill(world.pictures, ["1.png", "2.png"])
     lists = [world.pictures.parent / f"{name}.csv" for name in "ab"]
@@ -193,6 +201,7 @@ def test_columns_that_cannot_be_kept_are_refused_before_anything_is_embedded(wor
         assert world.embedded == 0
 
 
+@pytest.mark.slow
 def test_shards(world):
     import tarfile  # noqa: PLC0415
 
@@ -223,6 +232,7 @@ def test_shards(world):
     assert world.embedded == 2
 
 
+@pytest.mark.slow
 def test_bytes_in_memory_become_rows(world):
     entries = [data_entry(f"mine {n}", picture(n), {"n": n}) for n in range(3)]
     assert counts(world.run(Listing("added", entries), prune=False)) == (3, 0, 0, 0, 0, 3)
@@ -233,6 +243,7 @@ def test_bytes_in_memory_become_rows(world):
     assert world.rows()["mine 1"]["hash"] == hashlib.sha256(picture(50)).hexdigest()[:32]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_listed_with_its_reason_and_not_tried_again(lance_world, monkeypatch):
     world = lance_world
     fill(world.pictures, ["1.png", "2.png"])

@@ -17,6 +17,7 @@ from union_igrot.gallery.ingest.report import SkippedFile, SkippedImage
 from union_igrot.storage import locks
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_rows(lance_world):
     world = lance_world
     fill(world.pictures, [f"{n}.png" for n in range(11)])
@@ -49,6 +50,7 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
     world.check(broken=("4.png",))
 
 
+@pytest.mark.slow
 def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(world, monkeypatch):
     import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
 
@@ -206,6 +208,7 @@ def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
     assert not [one for one in (world.pictures.parent / "own-cache" / "indexing").iterdir() if one.is_dir()]
 
 
+@pytest.mark.slow
 def test_an_error_while_writing_ends_the_run_and_the_next_goes_on(lance_world, monkeypatch):
     world = lance_world
     monkeypatch.setattr(writer, "BATCH_ROWS", 4)
@@ -219,6 +222,7 @@ def test_an_error_while_writing_ends_the_run_and_the_next_goes_on(lance_world, m
     world.check()
 
 
+@pytest.mark.slow
 def test_a_row_that_vanishes_meanwhile_costs_a_second_round(world, monkeypatch):
     fill(world.pictures, ["1.png", "2.png"])
     world.run()

@@ -197,6 +197,7 @@ def test_patterns(tmp_path, pattern, expected):
     assert there == {f"{tmp_path}/{name}" for name in expected if (tmp_path / name).exists()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", ["nothing here", "*.nope", "{a,b}.jpg", "", "{0..9}{0..999999}.tar", "a**b/*"])
 def test_a_source_without_files_is_an_error(tmp_path, monkeypatch, images):
     monkeypatch.chdir(tmp_path)

@@ -95,6 +95,7 @@ def test_different_items_have_different_features(built):
         assert apart.min() > 1e-4
 
 
+@pytest.mark.slow
 def test_stays_frozen(built):
     backbone, _ = built
     before, mark = weights_hash(backbone.state_dict()), backbone.fingerprint()
@@ -110,6 +111,7 @@ def test_stays_frozen(built):
     assert backbone.fingerprint() == mark
 
 
+@pytest.mark.slow
 def test_two_builds_are_equal(built, request):
     backbone, _ = built
     kind = next(k for k in KINDS if f"[{k}]" in request.node.name)

@@ -97,6 +97,7 @@ def test_clip_returns_its_own_embeddings(clip_folder, images):
     assert text.mask.sum(1).tolist() == [5, 8, 2]
 
 
+@pytest.mark.slow
 def test_the_preprocessing_is_the_folders_but_for_the_recipe_of_blip(blip_folder, siglip_folder, clip_folder):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     assert load_hf("blip", blip_folder).preprocess == Preprocess(32, mean, std, fit="pad")
@@ -108,6 +109,7 @@ def test_the_preprocessing_is_the_folders_but_for_the_recipe_of_blip(blip_folder
 SIZE, CROP = {"height": 32, "width": 32}, {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -129,6 +131,7 @@ def test_preprocessing_equals_that_of_transformers(clip_folder, tmp_path, settin
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -153,6 +156,7 @@ def test_a_tokenizer_may_be_a_vocabulary(blip_folder):
     assert tokenizer("make it red")["input_ids"] == [2, 5, 6, 7, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -278,6 +282,7 @@ def test_an_adapter_is_merged_as_by_peft(clip_folder, tmp_path, images):
         build_backbone("hf:some/clip", tmp_path / "lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "open_clip:mine", "blip", "siglip2", "hf:some/clip"])
 def test_texts_that_are_cut_are_reported_once(request, caplog, monkeypatch, name):
     monkeypatch.setattr(base, "_truncation_logged", set())

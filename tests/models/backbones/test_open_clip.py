@@ -82,6 +82,7 @@ def test_the_preprocessing_is_that_of_the_tag():
         loading._tag_preprocess(config, {"size": (224, 336)})
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_folder_brings_its_own_configuration_and_preprocessing(open_clip_folder, images):
     backbone = load_open_clip("open_clip:mine", open_clip_folder)
@@ -95,6 +96,7 @@ def test_a_folder_brings_its_own_configuration_and_preprocessing(open_clip_folde
             load_open_clip(name, open_clip_folder)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("quick", [True, False])
 def test_activation_and_preprocessing_follow_the_weights_not_the_name(tmp_path, monkeypatch, images, quick):
@@ -255,6 +257,7 @@ def test_weights_come_from_any_kind_of_file(tmp_path, monkeypatch, images, kind)
     assert backbone.preprocess.fit == "pad"
 
 
+@pytest.mark.slow
 def test_a_custom_text_tower_takes_the_older_layout_of_names():
     torch.manual_seed(0)
     plain = OpenClipBackbone(CONFIG, PLAIN, "plain")

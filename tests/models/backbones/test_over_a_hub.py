@@ -69,6 +69,7 @@ def check(backbone, photo, pixels, image, text, texts=TEXTS):
     assert 1 - F.cosine_similarity(backbone.encode_image(own).pooled, image).min() < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_clip_equals_transformers(hub, photo):
     network, pixels, ids = transformers_outputs(CLIP, transformers.CLIPModel, photo, TEXTS, 16)
@@ -76,6 +77,7 @@ def test_clip_equals_transformers(hub, photo):
     check(build_backbone(f"hf:{CLIP}"), photo, pixels, outputs.image_embeds, outputs.text_embeds)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_siglip_equals_transformers(hub, photo):
     network, pixels, ids = transformers_outputs(SIGLIP, transformers.SiglipModel, photo, ["make it red", ""], 16)
@@ -83,6 +85,7 @@ def test_siglip_equals_transformers(hub, photo):
     check(build_backbone("siglip2"), photo, pixels, image, text, ["Make it RED!", ""])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_blip_equals_transformers(hub, photo):
     network, pixels, ids = transformers_outputs(BLIP, transformers.BlipForImageTextRetrieval, photo, TEXTS, 35)
@@ -96,6 +99,7 @@ def test_blip_equals_transformers(hub, photo):
     check(plain, photo, pixels, image, network.text_proj(hidden[:, 0]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["tag", "repository"])
 def test_models_of_open_clip_equal_it(hub, photo, kind, request):
@@ -141,6 +145,7 @@ def large(monkeypatch):
 OPEN_CLIP = "some/siglip"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"hf-hub:{OPEN_CLIP}", f"hf:{CLIP}"])
 def test_an_interrupted_download_resumes_in_the_next_run(hub, large, caplog, monkeypatch, name):
     file = "pytorch_model.bin" if name.startswith("hf:") else "open_clip_model.safetensors"
@@ -173,6 +178,7 @@ def test_a_download_that_is_cut_resumes_within_a_run(hub, large):
     assert [span is not None for span in hub.gets("safetensors")] == [False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["cut", "stall"])
 def test_a_download_that_stalls_is_an_error_and_resumes(hub, large, monkeypatch, capfd, fault):
     """The hub hangs up in the middle of a file, or sends nothing more; then it never answers."""
@@ -209,6 +215,7 @@ def test_damage_on_the_way_is_found_by_the_checksum(hub, large):
     build_backbone("siglip2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"hf-hub:{OPEN_CLIP}", f"hf:{CLIP}"])
 def test_damage_in_the_cache_names_the_file_to_delete(hub, name):
     build_backbone(name)
@@ -233,6 +240,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_failures_say_what_they_are(hub, monkeypatch, capfd, kind):
     monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0))
@@ -244,6 +252,7 @@ def test_failures_say_what_they_are(hub, monkeypatch, capfd, kind):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
@@ -286,6 +295,7 @@ def test_pointers_and_missing_files_are_named(hub, repositories, tmp_path):
         build_backbone("hf:some/clip")
 
 
+@pytest.mark.slow
 def test_shards_are_downloaded_and_found_in_the_cache(hub, repositories, tmp_path):
     folder = tmp_path / "root" / "some" / "clip"
     transformers.CLIPModel.from_pretrained(repositories / CLIP).save_pretrained(folder, max_shard_size="100KB")

@@ -29,6 +29,7 @@ def backbone():
     return PhotosBackbone()
 
 
+@pytest.mark.slow
 @needs_trunk
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(max_size=150), max_size=4))

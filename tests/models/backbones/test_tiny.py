@@ -76,6 +76,7 @@ def grammar_words():
     return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
 
 
+@pytest.mark.slow
 def test_every_word_of_the_grammar_has_its_own_id(tiny):
     words = grammar_words()
     ids = tokenize(words)[:, 0]
@@ -85,6 +86,7 @@ def test_every_word_of_the_grammar_has_its_own_id(tiny):
     assert len(ids.unique()) == len(words) > 60
 
 
+@pytest.mark.slow
 def test_captions_and_edits_are_never_cut():
     rng = random.Random(1)
     for _ in range(150):

@@ -152,6 +152,7 @@ def test_pooled_is_that_of_the_library_and_a_token_the_output_of_the_head_for_it
     assert n_image - expected.shape[1] in (0, 1)  # before them is only the pooled embedding
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "text", [{"embed_cls": True}, {"pool_type": "last"}, {"pool_type": "first"}], ids=lambda text: next(iter(text))
@@ -170,6 +171,7 @@ MT5 = {"vocab_size": 50000, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers":
 M2M = {"vocab_size": 50000, "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("made", "pooler", "apart"),
@@ -199,6 +201,7 @@ def test_padding_goes_by_position():
     assert before_padding(ids, 1, padding_is_end=True).sum(1).tolist() == [6, 1, 6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "message"),
     [

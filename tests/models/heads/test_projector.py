@@ -85,6 +85,7 @@ def bent():
     return projector
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["frozen", "shared"])
 def test_a_model_projects_query_and_target_side_once(target):
@@ -104,6 +105,7 @@ def test_a_model_projects_query_and_target_side_once(target):
     assert torch.equal(trained.embed_queries(None, ["red"]), plain.embed_queries(None, ["red"]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("projector", [bent(), None], ids=["mlp", "none"])
 def test_a_model_is_saved_and_loaded_with_its_projector(tmp_path, projector):
