@@ -12,6 +12,8 @@ import union_igrot
 from union_igrot.cli.convert import main as convert
 from union_igrot.models.reference import load_reference_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
@@ -31,7 +33,6 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["union", "sum_reference"])
 def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, target, capsys):
     folder = tmp_path / "converted"
@@ -57,7 +58,6 @@ def test_a_converted_model_loads_by_itself_and_embeds_the_same(mini, tmp_path, t
     assert notes["heads"] in card
 
 
-@pytest.mark.slow
 def test_transagg_checkpoints_have_no_target_head(mini, tmp_path, refused):
     state = {key: x for key, x in golden_state("mini").items() if not key.startswith(("t5_layers", "union_weighted"))}
     path = tmp_path / "transagg.pth"
@@ -69,7 +69,6 @@ def test_transagg_checkpoints_have_no_target_head(mini, tmp_path, refused):
     assert load_file(tmp_path / "out" / "backbone.safetensors")["visual.proj"].dtype == torch.float16
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_blip_includes_its_tokenizer(tmp_path):
     torch.save(blip_state(tiny_blip()), tmp_path / "blip.pth")
@@ -83,7 +82,6 @@ def test_a_blip_includes_its_tokenizer(tmp_path):
     assert "tokenizer/tokenizer_config.json" in files(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -110,7 +108,6 @@ def test_an_error_is_one_line(mini, tmp_path, monkeypatch, refused, change, mess
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_missing_and_unknown_tensors_are_listed_in_one_line(tmp_path, refused):
     state = golden_state("mini")
     del state["model.ln_final.bias"]

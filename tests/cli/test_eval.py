@@ -6,12 +6,13 @@ import pytest
 from small_runs import SMALL_DATA, Run, figures, rows_of
 from union_igrot.cli.eval import main as evaluate
 
+pytestmark = pytest.mark.slow
+
 
 def cache_of(run: Run) -> str:
     return next(setting for setting in run.settings if setting.startswith("cache_dir="))
 
 
-@pytest.mark.slow
 def test_a_run_folder_gives_the_metrics_of_its_training(small_run: Run, tmp_path, capsys):
     evaluate([f"checkpoint={small_run.folder}", *SMALL_DATA, cache_of(small_run), f"output_dir={tmp_path / 'out'}"])
     assert figures(rows_of(tmp_path / "out")) == figures(small_run.rows)
@@ -21,7 +22,6 @@ def test_a_run_folder_gives_the_metrics_of_its_training(small_run: Run, tmp_path
     assert "trained" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_without_a_folder_results_go_below_where_the_user_stands(small_run: Run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluate([f"checkpoint={small_run.folder}", *SMALL_DATA, cache_of(small_run), "data.split=val"])
@@ -29,7 +29,6 @@ def test_without_a_folder_results_go_below_where_the_user_stands(small_run: Run,
     assert {row["split"] for row in json.loads(found.read_text())} == {"val"}
 
 
-@pytest.mark.slow
 def test_the_embedded_default_is_used_where_no_checkpoint_is_given(small_run: Run, tmp_path):
     evaluate([*SMALL_DATA, cache_of(small_run), f"output_dir={tmp_path / 'out'}"])
     trained = [row for row in rows_of(tmp_path / "out") if row["method"] == "trained"]
@@ -37,14 +36,12 @@ def test_the_embedded_default_is_used_where_no_checkpoint_is_given(small_run: Ru
     assert trained[0]["model"]["heads"] != small_run.rows[-1]["model"]["heads"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, place, refused):
     (tmp_path / "file").write_text("in the way")
     assert "cannot write output_dir" in refused(evaluate, f"output_dir={tmp_path / place}")
 
 
-@pytest.mark.slow
 def test_a_backbone_alone_is_no_checkpoint(refused):
     said = refused(evaluate, "checkpoint=base", *SMALL_DATA)
     assert said == "union-eval: checkpoint=base has no trained heads; model=... evaluates a backbone alone\n"

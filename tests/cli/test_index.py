@@ -12,6 +12,8 @@ from union_igrot.cli.index import main
 from union_igrot.gallery.engines.factory import open_index
 from union_igrot.gallery.ingest import writer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lance", reason='the extra "gallery" is not installed')
 CPU = ("checkpoint=tiny", "strategy=cpu", "progress=false", "batch_size=8", "workers=0")
 
@@ -28,7 +30,6 @@ def ids(uri):
         return [name for batch in index.scan(["id"]) for name in batch["id"]]
 
 
-@pytest.mark.slow
 def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
     fill(tmp_path / "it's, [mine]", 12)
     (tmp_path / "it's, [mine]" / "notes.txt").write_text("no image")
@@ -51,7 +52,6 @@ def test_pictures_are_indexed_updated_and_found(tmp_path, capsys):
         assert index.metadata["fingerprint"] == union_igrot.load("tiny").fingerprint()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -83,7 +83,6 @@ def test_a_mistake_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, 
         assert not (tmp_path / "photos.lance").exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_could_use_no_image_fails(tmp_path, capsys):
     """And says why each file is of no use, whatever form the source has; the next run finds what is mended."""
     folder, uri = tmp_path / "pictures", tmp_path / "photos.lance"
@@ -120,7 +119,6 @@ def test_what_is_missing_is_asked_for(refused):
         assert refused(main, "index=x.lance", *both).startswith("union-index: give either images=SOURCE")
 
 
-@pytest.mark.slow
 def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     pytest.importorskip("lance", reason='needs pip install "union-igrot[gallery]"')
     fill(tmp_path / "pictures", 4)
@@ -135,7 +133,6 @@ def test_rows_are_taken_out_by_a_filter(tmp_path, capsys):
     assert "remove=\"sauce = 'x'\": there is no column 'sauce'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, monkeypatch):
     fill(tmp_path / "pictures", 120)
     uri = tmp_path / "photos.lance"
@@ -167,7 +164,6 @@ def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, m
     assert len(set(ids(uri))) == 120
 
 
-@pytest.mark.slow
 def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_path, capsys, monkeypatch):
     """1,003 images, some of them equal, over two actors: no row missing or doubled, and no difference in a vector."""
     ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
@@ -208,7 +204,6 @@ def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_
     assert "0 added, 0 updated, 1,003 unchanged, 0 removed, 1 skipped" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # imports Ray
 def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, refused, monkeypatch):
     ray = pytest.importorskip("ray", reason='the extra "ray" is not installed')
 
@@ -222,7 +217,6 @@ def test_a_ray_cluster_that_cannot_be_reached_is_one_line(tmp_path, refused, mon
     assert "Ray cluster auto (Could not find any running Ray instance.)" in line
 
 
-@pytest.mark.slow
 def test_the_model_of_shapes_warns_on_photographs(tmp_path, capsys):
     """And an index keeps its model if none is given."""
     fill(tmp_path / "pictures", 1)

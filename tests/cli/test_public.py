@@ -16,6 +16,8 @@ from union_igrot.datasets.submission import check_submission
 from union_igrot.errors import ConfigError
 from union_igrot.experiment import submit
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = ["circo", "genecis", "lasco", "llavasco", "dtin", "tuberlin", "quickdraw", "fashioniq"]
 PARTS = {"fashioniq": 4, "genecis": 5, "dtin": 5, "mmeb": 3}
 ONE_PART = {"patterncom": ["data.attribute=color"], "circled": ["data.subset=cirr"]}  # which is faster
@@ -26,7 +28,6 @@ def rows(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cirr", "sketchy", *(pytest.param(name, marks=pytest.mark.slow) for name in (*EVALUATED, *NEWER))]
 )
@@ -56,7 +57,6 @@ def test_each_is_evaluated(name, tmp_path, capsys):
     assert "protocol official" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cirr", "circo", "llavasco", "sketchy", "dtin"])
 def test_each_is_evaluated_as_in_the_published_code(name, tmp_path, capsys):
     WRITERS[name](tmp_path / "data")
@@ -72,7 +72,6 @@ def test_each_is_evaluated_as_in_the_published_code(name, tmp_path, capsys):
     assert "protocol union_reference" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.slow
 def test_averaged_texts_are_named_with_the_metrics(tmp_path, capsys):
     WRITERS["fashioniq"](tmp_path / "data")
     settings = ["data=fashioniq", "data.prompt=searle", f"data.root={tmp_path / 'data'}", "progress=false"]
@@ -84,7 +83,6 @@ def test_averaged_texts_are_named_with_the_metrics(tmp_path, capsys):
     assert "gallery=original" in printed
 
 
-@pytest.mark.slow
 def test_invalid_data_is_one_line(tmp_path, refused):
     WRITERS["tuberlin"](tmp_path / "data")
     next((tmp_path / "data" / "png_ready").rglob("zero0.png")).unlink()
@@ -94,7 +92,6 @@ def test_invalid_data_is_one_line(tmp_path, refused):
     assert "zero0.png" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["training_sketchy", "llavasco"])
 def test_training_on_the_datasets_of_the_paper(name, tmp_path, monkeypatch):
     options = {"training_sketchy": ["data.build=12"], "llavasco": []}[name]
@@ -111,7 +108,6 @@ ANNOTATIONS = Path(__file__).parents[3] / "shared" / "data" / "annotations"
 CIRCO_FILE = Path(__file__).parents[3] / "shared" / "golden" / "circo_val_predictions.json"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not CIRCO_FILE.is_file(), reason="../shared holds CIRCO's example submission and annotations")
 def test_a_file_of_predictions_is_scored_as_the_official_evaluator_does(tmp_path):
     data = ["data=circo", f"data.root={ANNOTATIONS / 'circo'}", "data.check_images=false"]
@@ -124,7 +120,6 @@ def test_a_file_of_predictions_is_scored_as_the_official_evaluator_does(tmp_path
     assert row["method"] == "predictions"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "split"), [("cirr", "test1"), ("circo", "test")])
 def test_hidden_splits_write_submission_files(name, split, tmp_path):
     WRITERS[name](tmp_path / "data", size=60)

@@ -18,6 +18,8 @@ from union_igrot.errors import ConfigError
 from union_igrot.models import TargetHead, register_backbone, register_target_head, registry as models
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
+pytestmark = pytest.mark.slow
+
 
 def read_theirs(folder, split, side):
     items = tuple(GalleryItem(path.stem, path) for path in sorted(folder.root.glob("*.png")))
@@ -68,7 +70,6 @@ def registered(tmp_path, monkeypatch):
         names.clear()
 
 
-@pytest.mark.slow
 def test_their_settings_are_validated_and_described():
     config = compose("eval", ["model=linear", "data=theirs", "data.root=images"])
     assert (config.model.name, config.data.side, config.data.split) == ("linear", "all", "val")
@@ -85,7 +86,6 @@ def test_their_settings_are_validated_and_described():
     assert "linear" in help_text("train", "model")
 
 
-@pytest.mark.slow
 def test_options_of_their_heads_are_left_to_the_head():
     config = compose("train", ["target=scaled", "target.weight=0.5", "target.null=false"])
     assert config.target == {"kind": "scaled", "weight": 0.5, "null": False}
@@ -93,7 +93,6 @@ def test_options_of_their_heads_are_left_to_the_head():
         compose("train", ["fusion.kind=other"])
 
 
-@pytest.mark.slow
 def test_a_command_evaluates_them(tmp_path):
     words = ["model=linear", "data=theirs", "data.root=images", "output_dir=out", "cache_dir=cache"]
     evaluate([*words, "features.workers=0", "progress=false"])
@@ -102,7 +101,6 @@ def test_a_command_evaluates_them(tmp_path):
     assert all(row["metrics"]["R@1"] == 100 for row in rows if row["method"] == "image")
 
 
-@pytest.mark.slow
 def test_a_sweep_evaluates_them(tmp_path, capsys):
     words = ["model=tiny,linear", "data=theirs", "data.root=images", "data.side=left,right", "cache_dir=cache"]
     evaluate(["-m", *words, "features.workers=0", "progress=false"])

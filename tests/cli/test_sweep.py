@@ -15,6 +15,8 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.results import write_results
 from union_igrot.types import Protocol
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -42,7 +44,6 @@ def job(config, fresh):
     return fresh
 
 
-@pytest.mark.slow
 def test_a_failed_job_loses_no_other(place, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command("eval", job, ["-m", "seed=range(4)"])
@@ -59,7 +60,6 @@ def test_a_failed_job_loses_no_other(place, capsys):
     assert [path.name for path in folder.iterdir() if "partial" in path.name] == []
 
 
-@pytest.mark.slow
 def test_an_internal_error_in_a_job_is_noted_and_loses_no_other(place, capsys):
     def buggy(config, fresh):
         if config.seed == 0:
@@ -75,7 +75,6 @@ def test_an_internal_error_in_a_job_is_noted_and_loses_no_other(place, capsys):
     assert [line["percent"] for line in table(swept(place))] == ["2.0000"]
 
 
-@pytest.mark.slow
 def test_results_in_another_folder_are_found(place):
     """As when an interrupted training of an earlier sweep is resumed."""
     other = place / "earlier" / "5"
@@ -83,13 +82,11 @@ def test_results_in_another_folder_are_found(place):
     assert [(line["run"], line["percent"]) for line in table(swept(place))] == [(str(other), "3.0000")]
 
 
-@pytest.mark.slow
 def test_a_sweep_without_metrics_writes_no_table(place):
     run_command("eval", lambda *_: None, ["-m", "seed=0,1"])
     assert {path.name for path in swept(place).iterdir()} == {"jobs", "multirun.yaml", "0", "1"}
 
 
-@pytest.mark.slow
 def test_checkpoints_and_benchmarks_in_one_table(small_run: Run, place, monkeypatch, capsys):
     for name in ("sketchy", "circo"):
         WRITERS[name](place / "data" / name)
@@ -114,7 +111,6 @@ def test_checkpoints_and_benchmarks_in_one_table(small_run: Run, place, monkeypa
     assert "4 of 6 jobs done" in last
 
 
-@pytest.mark.slow
 def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
     WRITERS["sketchy"](place / "data")
     evaluate(["model=tiny", "data=sketchy", f"data.root={place / 'data'}", "progress=false", "output_dir=out"])
@@ -125,7 +121,6 @@ def test_a_backbone_alone_is_evaluated_without_trained_heads(place, capsys):
     assert "trained - " not in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "printed"),
     [

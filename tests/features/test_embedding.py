@@ -20,6 +20,8 @@ from union_igrot.models.factory import build_query_head
 from union_igrot.models.model import IGROTModel, baseline
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
+pytestmark = pytest.mark.slow
+
 ALL = 2**40
 
 
@@ -48,7 +50,6 @@ OTHERS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("make", "target", "budget"), [*CASES, *OTHERS])
 def test_an_evaluation_encodes_each_image_text_and_the_null_text_once(tmp_path, monkeypatch, make, target, budget):
     monkeypatch.setattr(evaluation, "embed_models", functools.partial(embed_models, token_budget=budget))
@@ -65,7 +66,6 @@ def test_an_evaluation_encodes_each_image_text_and_the_null_text_once(tmp_path, 
     assert sorted(itertools.chain(*backbone.text_batches)) == texts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["union", "shared"])
 def test_embeddings_of_a_stream_equal_those_of_stored_tokens(tmp_path, target):
     backbone, benchmark = LinearBackbone(), repeated_images()
@@ -85,7 +85,6 @@ def test_embeddings_of_a_stream_equal_those_of_stored_tokens(tmp_path, target):
     assert len(backbone.image_batches) == before
 
 
-@pytest.mark.slow
 def test_embeddings_are_those_of_the_model_for_each_query_and_image(tmp_path):
     backbone, benchmark = LinearBackbone(), repeated_images()
     benchmark = replace(benchmark, queries=benchmark.queries[:6] + benchmark.queries[-5:])
@@ -102,7 +101,6 @@ def test_embeddings_are_those_of_the_model_for_each_query_and_image(tmp_path):
             torch.testing.assert_close(found.gallery[at], model.embed_gallery(image)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_stores_of_half_precision_round_a_stream_as_they_round_what_they_store(tmp_path):
     backbone, benchmark = LinearBackbone(), cir_benchmark(8, 12)
     model = trainable("transagg", "union", backbone).eval()
@@ -137,7 +135,6 @@ class Stopped(Backbone):
         return self.inner.encode_text(texts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("target", "killed"), [("union", False), ("shared", False), ("shared", True)])
 def test_an_interrupted_stream_resumes_after_its_finished_blocks(tmp_path, monkeypatch, target, killed):
     benchmark = cir_benchmark(40, 60)
@@ -157,7 +154,6 @@ def test_an_interrupted_stream_resumes_after_its_finished_blocks(tmp_path, monke
     same(found, embed_benchmark(model, benchmark, extractor(tmp_path / "whole", backbone)))
 
 
-@pytest.mark.slow
 def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
     backbone, benchmark = LinearBackbone(), cir_benchmark()
     model = trainable("transagg", "union", backbone).eval()
@@ -174,7 +170,6 @@ def test_finished_embeddings_belong_to_one_model_and_its_options(tmp_path):
     assert not torch.allclose(first.queries, second.queries, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_models_are_embedded_together_as_each_alone(tmp_path):
     backbone, benchmark = LinearBackbone(), cir_benchmark()
     models = {
@@ -192,7 +187,6 @@ def test_models_are_embedded_together_as_each_alone(tmp_path):
         assert min(alone.seconds.values()) >= 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, ALL])
 def test_embeddings_of_several_wordings_are_averaged(tmp_path, budget):
     backbone = LinearBackbone()

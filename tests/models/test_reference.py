@@ -14,6 +14,8 @@ from union_igrot.models.reference import load_reference_checkpoint
 from union_igrot.training.losses import info_nce
 from union_igrot.types import Preprocess
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SHARED = HERE / "../../shared/golden"
 TEXTS = (
@@ -184,13 +186,11 @@ def compare(state, golden, images_and_targets, name):
     assert checked == set(golden.files), f"{name}: an array was not compared"
 
 
-@pytest.mark.slow
 def test_the_mini_reference_is_matched_array_by_array(mini):
     with np.load(HERE / "golden/mini.npz") as golden:
         compare(mini, golden, golden_images("mini"), "mini")
 
 
-@pytest.mark.slow
 def test_the_reference_on_vit_b_32_is_matched_array_by_array():
     path = SHARED / "clip_base.npz"
     if not path.is_file():
@@ -219,7 +219,6 @@ def test_parameter_counts_are_the_references(width, heads, transagg, union, t5):
     assert count(target.t5_layers) == t5
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_file_in_half_precision_with_wrappers_and_embedding_table_loads(mini, tmp_path):
     path = tmp_path / "reference.pth"
@@ -235,7 +234,6 @@ def test_a_file_in_half_precision_with_wrappers_and_embedding_table_loads(mini, 
     assert not model.training
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["pretrained_model.", "blip_model."])
 def test_transagg_checkpoints_have_no_target_head(mini, prefix):
@@ -250,7 +248,6 @@ def test_transagg_checkpoints_have_no_target_head(mini, prefix):
     torch.testing.assert_close(model.embed_gallery(targets).norm(dim=1), torch.ones(4))
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_both_sums_of_the_reference(mini):
     _, targets = golden_images("mini")
@@ -261,7 +258,6 @@ def test_both_sums_of_the_reference(mini):
     torch.testing.assert_close(inference.embed_gallery(targets), F.normalize(image + null, dim=-1))
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_text_towers_heads_can_be_given(mini):
     texts = list(TEXTS)
@@ -272,7 +268,6 @@ def test_the_text_towers_heads_can_be_given(mini):
     assert (other - right).abs().max() > 0.1
 
 
-@pytest.mark.slow
 def test_a_given_backbone_gets_the_files_weights(mini):
     backbone = OpenClipBackbone(SMALL, Preprocess(32, OPENAI_MEAN, OPENAI_STD), "mine")
     before = backbone.fingerprint()
@@ -282,7 +277,6 @@ def test_a_given_backbone_gets_the_files_weights(mini):
     assert torch.equal(backbone.network.visual.proj, mini["model.visual.proj"])
 
 
-@pytest.mark.slow
 def test_missing_unknown_and_ill_shaped_tensors_are_listed(mini):
     cases = [
         ({"sep_token": None}, r"missing \[sep_token\]"),

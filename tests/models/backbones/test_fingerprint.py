@@ -13,6 +13,8 @@ from union_igrot.models.backbones.open_clip import OpenClipBackbone, load_open_c
 from union_igrot.models.factory import build_backbone
 from union_igrot.types import Preprocess
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "embed_dim": 16,
     "quick_gelu": False,
@@ -28,7 +30,6 @@ def state():
     return OpenClipBackbone(CONFIG, PREPROCESS, "mine").network.state_dict()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -51,7 +52,6 @@ def test_settings_of_open_clip_count_although_the_weights_are_equal(state, chang
     assert without_settings(changed.fingerprint()) == without_settings(plain.fingerprint())
 
 
-@pytest.mark.slow
 def test_values_that_are_the_defaults_do_not_count(state):
     text = {**CONFIG["text_cfg"], "pad_id": 0, "embed_cls": False, "output_tokens": True}
     vision = {**CONFIG["vision_cfg"], "mlp_ratio": 4.0, "timm_model_pretrained": True}
@@ -59,7 +59,6 @@ def test_values_that_are_the_defaults_do_not_count(state):
     assert written.fingerprint() == OpenClipBackbone(CONFIG, PREPROCESS, "mine", state).fingerprint()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tower", "key", "value"),
     [
@@ -88,7 +87,6 @@ def test_settings_of_transformers_count_if_features_change(clip_folder, tmp_path
     assert (changed.fingerprint() == plain.fingerprint()) == same_features
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ["words", "case", "preprocessing"])
 def test_tokenizer_and_preprocessing_count(clip_folder, tmp_path, change):
     folder = shutil.copytree(clip_folder, tmp_path / "copy")
@@ -106,7 +104,6 @@ def test_tokenizer_and_preprocessing_count(clip_folder, tmp_path, change):
     assert changed != plain
 
 
-@pytest.mark.slow
 def test_fingerprints_of_earlier_versions_count_if_they_prove_the_settings(clip_folder, open_clip_folder):
     tiny = build_backbone("tiny")
     assert tiny.matches(without_settings(tiny.fingerprint()))
