@@ -335,6 +335,7 @@ def public_objects(model):
     yield ui.evaluate(model, cir_benchmark(), progress=False, workers=0)
 
 
+@pytest.mark.slow
 def test_reprs_are_one_short_line(model):
     for one in public_objects(model):
         assert len(repr(one)) < 200, repr(one)

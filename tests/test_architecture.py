@@ -185,6 +185,7 @@ def chosen(path: Path, place: Path, command: str) -> list[str]:
     return [f"{group}={option}", *needed, *(f"{key}={place}" for key in required), *partner]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_option_of_every_group_is_composed_and_built(path, tmp_path):
     group = path.parent.name

@@ -29,6 +29,7 @@ def commands(page: Path) -> list[list[str]]:
     return [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in parts if words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
 def test_every_command_is_known_and_composed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

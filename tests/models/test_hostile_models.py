@@ -108,6 +108,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value", "message"), CHANGES, ids=[f"{f}-{str(v)[:20]}" for f, v, _ in CHANGES])
 def test_descriptions_with_wrong_values_are_refused(folder, field, value, message):
     saved = json.loads((folder / "model.json").read_text())

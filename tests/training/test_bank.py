@@ -112,6 +112,7 @@ class Oracle:
         return total / len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["residual", "shared"])
 def test_losses_equal_plain_loops_over_all_training_images(tmp_path, target):
     learner, data = learner_of(tmp_path / "cache", BankLoss(SCALE, auxiliary=AUXILIARY), target)

@@ -145,6 +145,7 @@ def test_set_up_alone_encodes_each_thing_once(tmp_path):
     assert len(texts) == len(set(texts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 17])
 def test_validation_covers_every_item_once(tmp_path, world):
     benchmarks = [cir_benchmark(), sbir_benchmark()]
