@@ -80,7 +80,7 @@ def test_their_settings_are_validated_and_described():
         compose("eval", ["model=linea"])
     with pytest.raises(ConfigError, match=r"model.name: linea .*blip.*linear"):
         compose("train", ["model.name=linea"])
-    shown = help_text("train", "data")
+    shown = " ".join(help_text("train", "data").split())
     assert "Images of theirs." in shown
     assert "side of the images: left, right, or all with their mean" in shown
     assert "linear" in help_text("train", "model")

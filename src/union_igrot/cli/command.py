@@ -38,6 +38,8 @@ EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 """Exit code after SIGTERM, as in shells."""
 _GRACE_SECONDS = 3.0
+_reported = threading.Event()
+"""Set when this process writes that it was terminated or interrupted."""
 
 
 class Terminated(BaseException):
@@ -54,7 +56,7 @@ def run_command(name: str, task: Task, argv: Sequence[str] | None = None, *, res
     command = f"union-{name}"
     advice = "; run the same command again to resume" if resumes else ""
     _open_streams()
-    with _terminable(), exit_codes(command, advice):
+    with _terminable(f"{command}: terminated{advice}"), exit_codes(command, advice):
         arguments = parse_arguments(name, sys.argv[1:] if argv is None else argv)
         if arguments.help is not None:
             print(help_text(name, arguments.help))  # noqa: T201 - output of the command
@@ -95,6 +97,7 @@ def exit_codes(command: str, advice: str = "") -> Iterator[None]:
             (EXIT_TERMINATED, "terminated") if isinstance(error, Terminated) else (EXIT_INTERRUPTED, "interrupted")
         )
         if _reports_for_others():
+            _reported.set()
             stop(code, error, f"{what}{advice}")
         raise SystemExit(code) from error
     except BrokenPipeError as error:
@@ -123,8 +126,8 @@ def _open_streams() -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM, and end the process soon, even in a long call of a library."""
+def _terminable(message: str) -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, and end the process soon with a message, even in a long call of a library."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -138,6 +141,8 @@ def _terminable() -> Iterator[None]:
             while number := receiver.recv(1):
                 if number[0] == signal.SIGTERM:
                     time.sleep(_GRACE_SECONDS)
+                    if _reports_for_others() and not _reported.is_set():
+                        print(message, file=sys.stderr, flush=True)  # noqa: T201 - output of the command
                     os._exit(EXIT_TERMINATED)
 
     (receiver, sender), terminated = socket.socketpair(), threading.Event()
