@@ -220,7 +220,8 @@ def kill_many(
         workers: Its decoding processes.
 
     Returns:
-        How many kills came before and after its first write, and how often it was started to be killed.
+        How many kills came before and after its first write and how many workers ended after them, and how often it
+        was started to be killed.
 
     Raises:
         AssertionError: At the first difference between rows and images.
