@@ -1,7 +1,5 @@
 """`union-train`: train the heads, evaluate them, write the results."""
 
-import ctypes
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +10,6 @@ from union_igrot.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MiB of freed memory: a step needs as much as the last, and new pages take time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other C libraries have none
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 2**28)
-        mallopt(mmap_threshold, 2**26)
 
 
 def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
@@ -50,7 +39,6 @@ def train_from_config(config: "DictConfig", fresh: Path) -> Path | None:
                 signals = {EXIT_TERMINATED: Terminated(), EXIT_INTERRUPTED: KeyboardInterrupt()}
                 raise signals.get(end.code, end) from None
             return None
-    keep_freed_memory()
     from union_igrot.experiment import run_training
     from union_igrot.models.devices import resolve_device
 
