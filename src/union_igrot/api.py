@@ -44,6 +44,7 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
     *,
     seed: int = 0,
     calibration: float = 0.0,
+    query_expansion: int = 0,
     fusions: Sequence[str] = ("product",),
     corpora: Sequence[str | Path] = (),
     batch_size: int = 256,
@@ -61,6 +62,8 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
         seed: Seed of the random baseline and of the bootstrap.
         calibration: Weight of the calibration by training queries, such as 0.25; 0, as zero-shot protocols ask, for
             none. See `evaluation.calibration`.
+        query_expansion: Number of first results, such as 5, that each query is moved towards before a second search; 0
+            for none. See `evaluation.expansion`.
         fusions: Further baselines without training, any of `product`, `weicom`, `slerp` and `basic`.
         corpora: For `basic` a file of texts about subjects and one of texts about styles, one text a line.
         batch_size: Images encoded at once.
@@ -89,6 +92,8 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
         raise ConfigError("the list of benchmarks is empty; pass a name or a Benchmark")
     fusions = [fusions] if isinstance(fusions, str) else fusions
     cache = default_root() if cache_dir is None else expand_user(cache_dir)
+    chosen: dict[str, Any] = {"calibration": calibration, "query_expansion": query_expansion}
+    chosen |= {"fusions": fusions, "corpora": corpora}
     result, parts = EvaluationResult(), []
     with FeatureStore.for_backbone(model.backbone, cache, limit=chosen_limit(None)) as store:
         extractor = FeatureExtractor(model.backbone, store, batch_size=batch_size, workers=workers, progress=progress)
@@ -98,7 +103,6 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
                     f"the targets of {one.name} {one.split} are not published; choose another split, or write a "
                     "submission file with union-eval"
                 )
-            chosen: dict[str, Any] = {"calibration": calibration, "fusions": fusions, "corpora": corpora}
             parts.append(evaluate_benchmark(model, one, extractor, seed, **chosen))
             result += parts[-1]
     return result + average_parts(parts, mean, seed) if mean and len(parts) > 1 else result

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from union_igrot.datasets.submission import check_submission, read_predictions, write_circo, write_cirr
 from union_igrot.errors import ConfigError, DataError, UnionError
-from union_igrot.evaluation.calibration import calibrate
 from union_igrot.evaluation.evaluate import (
     average_parts,
+    correct_embeddings,
     describe_validation,
     evaluate_benchmark,
     method_result,
@@ -33,7 +33,7 @@ from union_igrot.evaluation.evaluate import (
 )
 from union_igrot.evaluation.results import EvaluationResult, ScoredBenchmark, write_query_values, write_results
 from union_igrot.evaluation.scoring import score, score_predictions
-from union_igrot.evaluation.tables import print_results
+from union_igrot.evaluation.tables import correction_lines, print_results
 from union_igrot.features.embedding import embed_benchmark
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
@@ -415,15 +415,14 @@ def evaluate_and_report(
         mean: Name of the mean over the benchmarks, if they are parts of one.
         checkpoint: Where the trained heads were loaded from; None evaluates the baselines of the backbone alone.
         shown: Whether to print the tables.
-        **options: `calibration`, `fusions` and `corpora` of `evaluate_benchmark`.
+        **options: `calibration`, `query_expansion`, `fusions` and `corpora` of `evaluate_benchmark`.
     """
     result, parts = EvaluationResult(), []
     opener = partial(open_image, at_least=TILE_SIDE)
     for benchmark in benchmarks:
         if not any(query.targets for query in benchmark.queries):
-            result += EvaluationResult(
-                scored=(submit(model, benchmark, extractor, folder, options.get("calibration", 0)),)
-            )
+            corrections = options.get("calibration", 0.0), options.get("query_expansion", 0)
+            result += EvaluationResult(scored=(submit(model, benchmark, extractor, folder, *corrections),))
             continue
         found = evaluate_benchmark(
             model,
@@ -471,7 +470,12 @@ def report_predictions(path: Path, benchmarks: Sequence[Benchmark], folder: Path
 
 
 def submit(
-    model: IGROTModel, benchmark: Benchmark, extractor: FeatureExtractor, folder: Path, calibration: float = 0.0
+    model: IGROTModel,
+    benchmark: Benchmark,
+    extractor: FeatureExtractor,
+    folder: Path,
+    calibration: float = 0.0,
+    query_expansion: int = 0,
 ) -> ScoredBenchmark:
     """Write the submission files of a split whose targets are not published (CIRR, CIRCO).
 
@@ -484,9 +488,9 @@ def submit(
             f"split with targets, or one of {', '.join(_SUBMITTED)}"
         )
     queries, gallery, _ = embed_benchmark(model, benchmark, extractor)
-    if calibration:
-        queries, gallery, used = calibrate(model, benchmark.task, queries, gallery, calibration)
-        print_line(f"calibrated: {used}")
+    queries, gallery, used = correct_embeddings(model, benchmark, queries, gallery, calibration, query_expansion)
+    for line in correction_lines(used):
+        print_line(line)
     scores = score(benchmark, queries, gallery)
     names = [item.id for item in benchmark.gallery]
     rankings = [[names[at] for at in row] for row in scores.ranking.positions.tolist()]

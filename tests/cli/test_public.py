@@ -121,11 +121,12 @@ def test_a_file_of_predictions_is_scored_as_the_official_evaluator_does(tmp_path
 
 
 @pytest.mark.parametrize(("name", "split"), [("cirr", "test1"), ("circo", "test")])
-def test_hidden_splits_write_submission_files(name, split, tmp_path):
+def test_hidden_splits_write_submission_files(name, split, tmp_path, capsys):
     WRITERS[name](tmp_path / "data", size=60)
     out = tmp_path / "out"
     settings = [f"data={name}", f"data.root={tmp_path / 'data'}", f"data.split={split}", "progress=false"]
-    evaluate([*settings, f"output_dir={out}"])
+    evaluate([*settings, "query_expansion=3", f"output_dir={out}"])
+    assert "expanded: each query plus" in capsys.readouterr().out
     files = sorted(out.glob("*.json"))
     benchmark = load_benchmark(name, tmp_path / "data", split)
     assert len(files) == {"cirr": 2, "circo": 1}[name]

@@ -51,6 +51,7 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
         mean,
         checkpoint=checkpoint,
         calibration=config.calibration,
+        query_expansion=config.query_expansion,
         fusions=settings["fusions"],
         corpora=[expand_user(path) for path in settings["corpora"]],
     )

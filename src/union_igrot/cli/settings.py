@@ -94,6 +94,13 @@ class EvalSettings(ExtractionSettings):
     calibration: float = setting(
         0.0, "weight of a correction by training queries, such as 0.25; 0, as zero-shot protocols ask, for none", low=0
     )
+    query_expansion: int = setting(
+        0,
+        "first results, such as 5, towards which queries move before a second search; 0 for none",
+        low=0,
+        high=50,
+        rare=True,
+    )
     fusions: tuple[str, ...] = setting(
         ("product",),
         "further baselines without training: product, weicom, slerp, basic",

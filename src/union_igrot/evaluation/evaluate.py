@@ -19,7 +19,8 @@ from torch import Tensor
 import union_igrot
 from union_igrot.datasets.loading import benchmark_warning
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation.calibration import Calibration, calibrate
+from union_igrot.evaluation.calibration import calibrate
+from union_igrot.evaluation.expansion import expand_queries
 from union_igrot.evaluation.fusion import embed_corpora, fuse
 from union_igrot.evaluation.results import (
     EvaluationResult,
@@ -69,6 +70,7 @@ def evaluate_benchmark(
     trained: bool = True,
     checkpoint: str | None = None,
     calibration: float = 0.0,
+    query_expansion: int = 0,
     fusions: Sequence[str] = ("product",),
     corpora: Sequence[str | Path] = (),
 ) -> EvaluationResult:
@@ -82,6 +84,7 @@ def evaluate_benchmark(
         trained: Whether to evaluate the model's own heads, or the baselines of its backbone alone.
         checkpoint: Where the trained heads were loaded from, for the description of the model.
         calibration: Weight of the calibration of the trained heads' scores; 0 for none, as zero-shot protocols ask.
+        query_expansion: Number of first results that each query of the trained heads is moved towards; 0 for none.
         fusions: Further baselines without training, of `fusion.FUSIONS`.
         corpora: Files of texts about subjects and about styles, for the fusion `basic`.
 
@@ -102,15 +105,16 @@ def evaluate_benchmark(
     random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
-    used: Calibration | None = None
+    used: dict[str, Any] = {}
     methods = []
     sides_of: dict[str, Tensor] = {}
     with _progress(benchmark, 2 * len(models) + 1 + 2 * len(fusions), shown=extractor.progress) as advance:
         for name, embedded in embed_models(models, benchmark, extractor):
             start = time.perf_counter()
             queries, gallery = embedded.queries, embedded.gallery
-            if name == "trained" and calibration:
-                queries, gallery, used = calibrate(model, benchmark.task, queries, gallery, calibration)
+            if name == "trained":
+                chosen = calibration, query_expansion
+                queries, gallery, used = correct_embeddings(model, benchmark, queries, gallery, *chosen)
             scores[name] = score(benchmark, queries, gallery)
             seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
             advance()
@@ -141,15 +145,32 @@ def evaluate_benchmark(
 
 
 def _descriptions(
-    models: Mapping[str, IGROTModel], fusions: Sequence[str], used: Calibration | None, checkpoint: str | None
+    models: Mapping[str, IGROTModel], fusions: Sequence[str], used: Mapping[str, Any], checkpoint: str | None
 ) -> dict[str, dict[str, Any]]:
     described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
     described |= {fusion: models["image"].describe() | {"fusion": {"kind": fusion}} for fusion in fusions}
-    if used is not None:
-        described["trained"]["calibration"] = used.to_dict()
-    if "trained" in models and checkpoint is not None:
-        described["trained"]["checkpoint"] = checkpoint
+    if "trained" in models:
+        described["trained"] |= used if checkpoint is None else {**used, "checkpoint": checkpoint}
     return described
+
+
+def correct_embeddings(
+    model: IGROTModel,
+    benchmark: Benchmark,
+    queries: Float[Tensor, "queries dim"],
+    gallery: Float[Tensor, "gallery dim"],
+    calibration: float,
+    query_expansion: int,
+) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "gallery wide"], dict[str, Any]]:
+    """Expand queries and calibrate scores as chosen, see `evaluate_benchmark`; also return what results say of it."""
+    used: dict[str, Any] = {}
+    if query_expansion:
+        queries = expand_queries(benchmark, queries, gallery, query_expansion)
+        used["query_expansion"] = query_expansion
+    if calibration:
+        queries, gallery, calibrated = calibrate(model, benchmark.task, queries, gallery, calibration)
+        used["calibration"] = calibrated.to_dict()
+    return queries, gallery, used
 
 
 @dataclass(frozen=True)

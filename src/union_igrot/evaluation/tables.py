@@ -8,10 +8,11 @@ import io
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from union_igrot.errors import DataError
 from union_igrot.evaluation.calibration import Calibration
+from union_igrot.evaluation.expansion import describe_expansion
 from union_igrot.evaluation.results import (
     FEW_CLASSES,
     BenchmarkResult,
@@ -290,8 +292,17 @@ def method_name(method: str) -> str:
 
 
 def method_title(result: MethodResult) -> str:
-    """Return the display name of a result's method, which says whether its scores are calibrated."""
-    return method_name(result.method) + (", calibrated" if result.model.get("calibration") else "")
+    """Return the display name of a result's method, which says how its scores are corrected."""
+    marks = {"calibration": "calibrated", "query_expansion": "expanded"}
+    return ", ".join([method_name(result.method), *(mark for key, mark in marks.items() if result.model.get(key))])
+
+
+def correction_lines(described: Mapping[str, Any]) -> Iterator[str]:
+    """Explain the calibration and the query expansion of a described model."""
+    if used := described.get("calibration"):
+        yield f"calibrated: {Calibration(**used)}"
+    if count := described.get("query_expansion"):
+        yield f"expanded: {describe_expansion(count)}"
 
 
 def format_percent(value: float | None) -> str:
@@ -457,8 +468,7 @@ def notes(result: BenchmarkResult) -> Iterator[str]:
         caption.append(f"{main.n_truncated:,} query texts cut at the backbone's token limit")
     yield "; ".join(caption)
     yield from mark_lines(main)
-    if used := main.model.get("calibration"):
-        yield f"calibrated: {Calibration(**used)}"
+    yield from correction_lines(main.model)
     if main.method == "trained":
         yield from overlap_lines(main)
 

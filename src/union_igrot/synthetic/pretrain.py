@@ -12,9 +12,10 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import weights_hash
@@ -85,15 +86,8 @@ def caption_batch(
     )
 
 
-class _Batches(IterableDataset[CaptionBatch]):
-    """Batches seeded by their number, so that one worker process gives the same sequence as none."""
-
-    def __init__(self, seed: int, steps: int) -> None:
-        self.seed, self.steps = seed, steps
-
-    def __iter__(self) -> Iterator[CaptionBatch]:
-        for step in range(self.steps):
-            yield caption_batch(f"pretrain {self.seed} {step}", "train")
+def _training_batch(seed: int, step: int) -> CaptionBatch:
+    return caption_batch(f"pretrain {seed} {step}", "train")
 
 
 def _embed_images(network: TinyVLM, images: Tensor) -> Tensor:
@@ -167,7 +161,9 @@ def pretrain(steps: int, seed: int, rate: float, every: int = 200) -> TinyVLM:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=min(100, max(2, steps / 10)) / steps, cycle_momentum=False
     )
-    loader = DataLoader(_Batches(seed, steps), batch_size=None, num_workers=1, prefetch_factor=4)
+    steps_drawn: Any = range(steps)  # a worker process draws the batch of each
+    draw = partial(_training_batch, seed)
+    loader = DataLoader(steps_drawn, batch_size=None, collate_fn=draw, num_workers=1, prefetch_factor=4)
     for step, batch in enumerate(loader, 1):
         match, prompt = pretraining_loss(network, batch)
         optimizer.zero_grad()

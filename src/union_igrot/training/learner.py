@@ -341,33 +341,6 @@ def quiet_trainer() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def make_trainer(
-    config: TrainerConfig, folder: Path, callbacks: Sequence[Callback], **options: Any
-) -> lightning.Trainer:
-    """Return a Trainer for batches that the data module divides among processes.
-
-    Args:
-        config: Devices and precision.
-        folder: Folder that Lightning may write to.
-        callbacks: Its callbacks.
-        options: Further ones of `lightning.Trainer`.
-    """
-    fsdp = config.strategy.startswith("fsdp")
-    return lightning.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy=config.strategy,
-        precision=None if fsdp else config.precision,
-        plugins=[AtomicCheckpoints(), *([FSDPWithoutConversion(config.precision)] if fsdp else [])],
-        callbacks=list(callbacks),
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-
-
 def fit(
     learner: Learner,
     datamodule: lightning.LightningDataModule,
@@ -411,11 +384,20 @@ def fit(
     start = _readable_checkpoint(learner, folder)
     if start is not None:
         _log.warning("resuming from %s", start)
+    config = trainer or TrainerConfig()
+    fsdp = config.strategy.startswith("fsdp")
     with quiet_trainer():
-        running = make_trainer(
-            trainer or TrainerConfig(),
-            folder,
-            [best, resume, *bars, *callbacks],
+        running = lightning.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=config.strategy,
+            precision=None if fsdp else config.precision,
+            plugins=[AtomicCheckpoints(), *([FSDPWithoutConversion(config.precision)] if fsdp else [])],
+            callbacks=[best, resume, *bars, *callbacks],
+            use_distributed_sampler=False,  # the data module divides batches among processes
+            enable_model_summary=False,
+            default_root_dir=folder,
             max_epochs=learner.recipe.epochs,
             gradient_clip_val=learner.recipe.clip,
             accumulate_grad_batches=learner.recipe.accumulate,
