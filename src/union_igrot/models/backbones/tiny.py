@@ -3,6 +3,7 @@
 Pretrained on captions of the generated world by `synthetic.pretrain`; it knows colored shapes, not photographs.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from union_igrot.models.backbones.base import PROBE_TEXTS, Backbone, first_pooled, json_hash
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
+from union_igrot.models.devices import map_in_threads
 from union_igrot.types import Features, Preprocess
 
 CONTEXT = 32
@@ -162,7 +164,10 @@ class TinyBackbone(Backbone):
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode images of 48 x 48: ten tokens, the class token first."""
-        return first_pooled(self.network.image(images))
+        parts: Sequence[Tensor] = [images]
+        if images.is_cpu and not torch.compiler.is_compiling():  # an exported network takes batches of any size
+            parts = images.split(max(32, math.ceil(len(images) / torch.get_num_threads())))
+        return first_pooled(torch.cat(map_in_threads(self.network.image, parts)))
 
     def token_count(self, text: str) -> int:
         """Return the number of words, and one for the end."""
