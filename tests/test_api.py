@@ -74,6 +74,15 @@ def test_queries_of_mixed_kinds_and_a_single_text_are_encoded(model, files, imag
     assert model.encode_queries(texts="a red circle").shape == (1, model.backbone.dim)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"), [("encode", "did you mean encode_queries"), ("similarity", "it has .*save")]
+)
+def test_what_a_model_does_not_have_suggests_what_it_has(model, name, advice):
+    with pytest.raises(AttributeError, match=rf"^'IGROTModel' object has no attribute '{name}'; {advice}"):
+        getattr(model, name)
+    assert not hasattr(model, "_none")
+
+
 @pytest.mark.slow
 def test_a_gallery_is_encoded_in_batches_by_workers_with_a_bar(model, files, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
@@ -133,6 +142,13 @@ calls = {
     "'clip' (did you mean base?)": lambda: ui.train("shapes", "clip"),
     "backbone: IGROTModel": lambda: ui.train("shapes", model),
     "recipe: dict": lambda: ui.train("shapes", recipe={"epochs": 1}),
+    "recipe=Recipe(epochs=...)": lambda: ui.train("shapes", epochs=3),
+    "argument of encode_queries: text (did you mean texts?)": lambda: model.encode_queries(text="red"),
+    "argument of encode_gallery: paths (expected images, batch_size": lambda: model.encode_gallery(paths=["a.png"]),
+    "argument of load: devices (did you mean device?)": lambda: ui.load(devices="cpu"),
+    "argument of rank: top_k (expected queries, gallery, k": lambda: ui.rank(vectors, vectors, top_k=3),
+    "argument of search: txt (did you mean text?)": lambda: ui.Gallery.open("memory:", model).search(txt="red"),
+    "Gallery.open(uri) opens a gallery": lambda: ui.Gallery("memory:"),
     "epochs of the recipe: 0": lambda: ui.train("shapes", recipe=ui.Recipe(epochs=0)),
     "uri: NoneType": lambda: ui.Gallery.open(None),
     "model: int": lambda: ui.Gallery.open("memory:", 3),

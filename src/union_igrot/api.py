@@ -177,6 +177,11 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
     check_choice("finetune", finetune, ("none", "text", "image", "both"))
     check_choice("logger", logger, ("csv", "none", "tensorboard", "wandb"))
     require_logger(logger)
+    recipe_settings = [one.key for one in declared(Recipe) if one.key in options]
+    if recipe_settings:
+        raise ConfigError(
+            f"{recipe_settings[0]} is a setting of the recipe; pass recipe=Recipe({recipe_settings[0]}=...)"
+        )
     read, dataset = _training_data(data, validation, root, options)
     if read is not None and not evaluate:
         read = replace(read, test=())

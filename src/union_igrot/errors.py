@@ -1,8 +1,13 @@
 """Errors that a user can cause, and the helpers that word them; each message is one clear line."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import wraps
 from operator import index
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -58,6 +63,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     plain = {one.lower().replace("_", "-"): one for one in known}
     near = get_close_matches(word.lower().replace("_", "-"), plain, 1)
     return f"did you mean {plain[near[0]]}?" if near else ""
+
+
+def names_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Make an unknown keyword argument of a function a ConfigError that suggests a known one, or lists all."""
+    from inspect import signature  # noqa: PLC0415 - slow to import
+
+    known = [name for name in signature(function).parameters if name not in ("self", "cls")]
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if unknown := [name for name in kwargs if name not in known]:
+            advice = did_you_mean(unknown[0], known) or f"expected {', '.join(known)}"
+            raise ConfigError(f"unknown argument of {function.__name__}: {unknown[0]} ({advice})")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:

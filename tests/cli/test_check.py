@@ -1,5 +1,6 @@
 """`union-check` on official files without images, on complete small ones, and on nothing."""
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,21 @@ def test_own_triplets_are_counted(tmp_path, capsys):
     assert code == 1
     assert "test 2 3" in printed
     assert "lost.png" in printed
+
+
+def test_what_training_refuses_is_incomplete_and_other_spellings_of_names_are_not(tmp_path, capsys):
+    rows = ["domain,path,class,split"]
+    for number, split in enumerate(("train", "val", "test")):
+        for domain in ("photo", "sketch"):
+            name = f"{domain}{number} é.png"
+            Image.new("RGB", (8, 8), "red").save(tmp_path / unicodedata.normalize("NFD", name))
+            rows.append(f"{domain},{unicodedata.normalize('NFC', name)},shoe,{split}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    code, printed = run(["data=folder", f"data.root={tmp_path}"], capsys)
+    assert code == 1
+    assert "missing" not in printed
+    assert "train: folder train: all triplets have one class" in printed
+    assert printed.count("a single class, 'shoe'") == 2
 
 
 def test_the_dataset_is_required(refused):

@@ -28,9 +28,7 @@ def rows(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "name", ["cirr", "sketchy", *(pytest.param(name, marks=pytest.mark.slow) for name in (*EVALUATED, *NEWER))]
-)
+@pytest.mark.parametrize("name", ["cirr", "sketchy", *EVALUATED, *NEWER])
 def test_each_is_evaluated(name, tmp_path, capsys):
     WRITERS[name](tmp_path / "data")
     out = tmp_path / "out"

@@ -59,6 +59,10 @@ def test_a_single_image_needs_no_list(model):
     assert as_items(iter("ab")) == ("a", "b")
 
 
+def test_one_pattern_is_not_its_letters():
+    assert IngestOptions(exclude="*.gif").exclude == ("*.gif",)
+
+
 def test_an_image_with_an_existing_id_replaces_it(model):
     gallery = Gallery.open("memory:", model)
     gallery.add(noise_image(1), "x", {"year": [1]})

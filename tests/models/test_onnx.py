@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
-from jaxtyping import config
 
+from exported_models import assert_exported_equals, needs_onnx, untyped
 from indexing_world import QUIET
 from union_igrot.cli.train import main
 from union_igrot.errors import CheckpointError, ConfigError
@@ -18,39 +17,22 @@ from union_igrot.models import onnx
 from union_igrot.models.model import load
 
 TEXTS = ["a red dog", "", "two cars and a house at night", "blue", "in green"]
-needs_onnx = pytest.mark.skipif(
-    any(find_spec(name) is None for name in onnx._PACKAGES), reason='the extra "onnx" is not installed'
-)
-
-
-@pytest.fixture
-def untyped():
-    """Shapes are not checked: the exporter passes tensors of symbolic shapes."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 @needs_onnx
 @pytest.mark.slow
-def test_exported_towers_and_heads_embed_as_in_torch(tmp_path, untyped):
-    model, size = load("tiny-union"), 48
-    files = onnx.export_onnx(model, tmp_path)
+def test_exported_towers_and_heads_embed_as_in_torch(tmp_path):
+    model = load("tiny-union")
+    files = assert_exported_equals(model, tmp_path, TEXTS)
     described = json.loads((tmp_path / "onnx.json").read_text())
     assert list(described["files"]) == files == ["gallery.onnx", "text.onnx", "query.onnx"]
     assert described["model"] == model.describe()
-    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
-    words = model.backbone.text_inputs(TEXTS)
-    with torch.no_grad():
-        expected = model.embed_gallery(images), model.embed_queries(None, TEXTS), model.embed_queries(images, TEXTS)
-    for file, inputs, embeddings in zip(files, ((images,), words, (images, *words)), expected, strict=True):
-        found = onnx.OnnxSession(tmp_path / file)(*inputs)
-        torch.testing.assert_close(found, torch.nn.functional.normalize(embeddings, dim=-1), atol=1e-4, rtol=0)
 
 
 @needs_onnx
 @pytest.mark.slow
-def test_eight_bits_are_exported_once_and_near(tmp_path, untyped, monkeypatch):
+@untyped()
+def test_eight_bits_are_exported_once_and_near(tmp_path, monkeypatch):
     monkeypatch.setenv("UNION_CACHE", str(tmp_path))
     model = load("tiny")
     images = torch.randn(9, 3, 48, 48, generator=torch.Generator().manual_seed(0))

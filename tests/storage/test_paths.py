@@ -28,6 +28,8 @@ def test_letters_composed_or_decomposed_and_backslashes(tmp_path, on_disk, liste
     name = unicodedata.normalize(listed, "café é.jpg")
     for spelling in (f"{given}/{name}", f"{given}\\{name}"):
         assert find_path(spelling) == str(tmp_path / folder / file)
+    assert expand_user(f"{given}/{name}") == Path(absolute_path(f"{given}/{name}")) == tmp_path / folder / file
+    assert expand_user(f"{given}/ö") == Path(f"{given}/ö")
     assert find_path(f"{given}/other.jpg") == f"{given}/other.jpg"
 
 

@@ -1,5 +1,7 @@
 """Text files as they are written, and as they get broken."""
 
+import os
+
 import pytest
 
 from union_igrot.errors import DataError
@@ -31,11 +33,30 @@ def test_csv(tmp_path):
     assert list(read_csv(file)) == [(f"{file}, line 1", ["a", "b\nc"]), (f"{file}, line 4", ["d", "e"])]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_files_of_windows(tmp_path, encoding):
+    def encoded(text):
+        return write(tmp_path, ("" if encoding == "utf-16" else "\ufeff").encode(encoding) + text.encode(encoding))
+
+    assert [line for _, line in read_lines(encoded("é\r\n\r\nb"))] == ["é", "b"]
+    assert read_json(encoded('{"ü": 1}')) == {"ü": 1}
+    assert [cells for _, cells in read_csv(encoded('a;b\r\n"1;2";é,è\r\n'))] == [["a", "b"], ["1;2", "é,è"]]
+
+
+@pytest.mark.parametrize(
+    ("header", "separator"), [("path", ","), ("a,b;c", ","), ("a;b;c,d", ";"), ("a\tb;c\td", "\t")]
+)
+def test_the_first_line_decides_what_separates_cells(tmp_path, header, separator):
+    rows = [cells for _, cells in read_csv(write(tmp_path, f"{header}\n1{separator}2\n"))]
+    assert rows == [header.split(separator), ["1", "2"]]
+
+
 @pytest.mark.parametrize(
     ("read", "content", "message"),
     [
         (read_lines, b"a\n\xff\n", "line 2: not UTF-8"),
         (read_csv, b"a\n\xff\n", "line 2: not UTF-8"),
+        (read_lines, b"\xff\xfea\0\n", "line 1: not UTF-8"),
         (read_csv, 'a\n"b\n', "line 2: not CSV"),
         (read_json, '[1,\n"a', "line 2: not JSON"),
         (read_json, '{"a": 1, "a": 2}', "duplicate key 'a'"),
@@ -53,7 +74,8 @@ def test_an_error_names_file_and_line(tmp_path, read, content, message):
 
 @pytest.mark.parametrize("read", [read_lines, read_csv, read_json_lines, read_json])
 def test_a_file_that_cannot_be_read(tmp_path, read):
-    for path in (tmp_path / "none", tmp_path, f"{tmp_path}/\0"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none", tmp_path, f"{tmp_path}/\0", tmp_path / "pipe"):
         with pytest.raises(DataError, match="cannot be read"):
             list(read(path))
 

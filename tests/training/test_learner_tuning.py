@@ -37,7 +37,7 @@ def parts(folder, sides, recipe=None, *, tuned=True, batch_size=10, benchmarks=B
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("live", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("text", "image")), "both"])
+@pytest.mark.parametrize("live", ["text", "image", "both"])
 def test_what_is_encoded_in_each_step_gives_the_losses_of_what_was_encoded_once(tmp_path, live):
     def run(sides, name):
         _, learner, data = parts(tmp_path / f"cache{name}", sides, Recipe(epochs=2, rate=3e-3), tuned=False)

@@ -80,7 +80,15 @@ def _count(data: Mapping[str, Any], split: str, part: dict[str, str]) -> tuple[t
 
 
 def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
-    from union_igrot.datasets.folder import SPLITS, FolderTriplets, folder_benchmark, folder_training, read_folder
+    from union_igrot.datasets.folder import (
+        SPLITS,
+        FolderTriplets,
+        folder_benchmark,
+        folder_training,
+        read_folder,
+        unusable_images,
+    )
+    from union_igrot.datasets.loading import benchmark_warning, refuse_indistinct
 
     folder = read_folder(root)
     composed = isinstance(folder, FolderTriplets)
@@ -90,22 +98,21 @@ def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
         items = folder.splits[split]
         labels = sorted({item.key for item in items})
         if isinstance(folder, FolderTriplets):
-            paths = {path for item in folder.splits[split] for path in (item.key, *item.targets)}
+            paths = {path for row in folder.splits[split] for path in (row.key, *row.targets)}
             paths |= set(folder.gallery) if split != "train" else set()
             cells = [f"{len(items):,}", f"{len(paths):,}"]
         else:
-            paths = {item.id for item in folder.splits[split]}
-            sketches = sum(item.is_sketch for item in folder.splits[split])
+            paths, sketches = {item.id for item in items}, sum(item.is_sketch for item in items)
             cells = [f"{len(labels):,}", f"{sketches:,}", f"{len(items) - sketches:,}"]
             notes.append(f"{split}: {', '.join(labels)}")
-        broken |= _broken(folder.root, paths - broken.keys())
+        broken |= unusable_images(folder.root, sorted(paths - broken.keys()), decode=True)
         missing = len(paths & broken.keys())
         problem = f"{missing:,} images missing or broken" if missing else ""
         try:  # what training or evaluation would refuse
             if split == "train":
-                folder_training(root, on_missing="skip")
+                refuse_indistinct(folder_training(root, on_missing="skip"), [])
             else:
-                folder_benchmark(root, split, on_missing="skip")
+                problem = benchmark_warning(folder_benchmark(root, split, on_missing="skip")) or problem
         except UnionError as error:
             problem = str(error)
         rows.append(((split, *cells), problem))
@@ -113,21 +120,6 @@ def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
     more = [f"  and {len(listed) - _LISTED:,} more"] * (len(listed) > _LISTED)
     head = ("split", "triplets", "images") if composed else ("split", "classes", "sketches", "photos")
     return head, rows, [*notes, *listed[:_LISTED], *more]
-
-
-def _broken(root: Path, paths: set[str]) -> dict[str, str]:
-    """Return why images are missing or cannot be decoded."""
-    from union_igrot.errors import ImageError
-    from union_igrot.images.decode import broken_images, check_image
-
-    reasons: dict[str, str] = {}
-    for path in sorted(paths):
-        try:
-            check_image(root / path)
-        except ImageError as error:
-            reasons[path] = str(error)
-    present = {root / path: path for path in sorted(paths - reasons.keys())}
-    return reasons | {present[file]: reason for file, reason in broken_images(present)}
 
 
 main = partial(run_command, "check", check)

@@ -64,6 +64,7 @@ def _add_images(config: "DictConfig") -> None:
     # Imported here, so that --help and mistakes in the configuration are fast.
     from union_igrot.gallery.gallery import Gallery
     from union_igrot.gallery.ingest.report import IngestOptions
+    from union_igrot.gallery.ingest.sources import SOURCE_FORMS
     from union_igrot.gallery.ingest.vectors import read_vectors
     from union_igrot.gallery.metadata import model_of_index, read_metadata
     from union_igrot.models.foreign import FOREIGN
@@ -105,7 +106,8 @@ def _add_images(config: "DictConfig") -> None:
             _print_report(report, gallery.index.uri, len(gallery))
     if not report.added + report.updated + report.unchanged:
         found = f"none of its {report.skipped:,} files could be used" if report.skipped else "it holds no images"
-        raise DataError(f"images={config.images}: {found}")
+        advice = "" if os.path.isdir(listing.source) else f"; give {SOURCE_FORMS}"  # noqa: PTH112 - Path's may raise
+        raise DataError(f"images={config.images}: {found}{advice}")
 
 
 def _warn_about_photos(backbone: str, listing: "Listing") -> None:

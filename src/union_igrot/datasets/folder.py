@@ -4,12 +4,13 @@ Three layouts are known; if several exist, the first of this list is used:
 
 1. `triplets.jsonl`, one object per line: `{"reference": path, "text": what to change or null, "targets": [path, ...]}`
    and optionally `"split"`; next to it optionally `gallery.txt`, one path per line.
-2. `manifest.csv` with the header `domain,path,class` and optionally `split`; a domain is `photo` or `sketch`.
+2. `manifest.csv` with the columns `domain`, `path`, `class` and optionally `split`; a domain is `photo` or `sketch`.
 3. Class folders `photos/<class>/...` and `sketches/<class>/...`.
 
 Paths are relative to the folder, separated by slashes or backslashes. Hidden files and folders of storage systems are
-ignored; in class folders, other files that are not images are counted in the note. In triplets.jsonl, further fields
-are ignored, several texts are joined by "and", a blank text counts as null, and a repeated row counts once.
+ignored; in class folders, other files that are not images are counted in the note. Further fields and columns are
+ignored. In triplets.jsonl, several texts are joined by "and", a blank text counts as null, a single target needs no
+list, and a repeated row counts once.
 
 A split is `train`, `val` or `test`, given in all rows or in none. If none is given, references (layout 1) or classes
 (2, 3) are assigned 70/10/20 to train/val/test by a hash of their names; from six names on, val and test get at least
@@ -282,25 +283,30 @@ def _read_triplets(file: Path) -> list[TripletRow]:
 def _triplet(value: object, place: str) -> TripletRow:
     if not isinstance(value, dict):
         raise DataError(f"{place}: {reprlib.repr(value)} is not an object with the fields {', '.join(_KEYS)}")
-    known = (*_KEYS, "split")
-    for key in value.keys() - set(known):
-        close = get_close_matches(key.lower(), set(known) - value.keys(), n=1, cutoff=0.8)
-        if close:
-            raise DataError(f"{place}: unknown field {key!r}; did you mean {close[0]!r}?")
+    _refuse_misspelled(value, _KEYS, place)
     for key in _KEYS:
         if key not in value:
             raise DataError(f"{place}: field {key!r} is missing; expected {', '.join(_KEYS)} and optionally split")
     reference = _listed_path(value["reference"], "reference", place)
-    if not isinstance(value["targets"], list) or not value["targets"]:
-        raise DataError(f"{place}: targets is {reprlib.repr(value['targets'])}; expected a list of paths, not empty")
-    targets = tuple(_listed_path(target, "a target", place) for target in value["targets"])
+    given = [value["targets"]] if isinstance(value["targets"], str) else value["targets"]
+    if not isinstance(given, list) or not given:
+        raise DataError(f"{place}: targets is {reprlib.repr(given)}; expected a list of paths, not empty")
+    targets = tuple(_listed_path(target, "a target", place) for target in given)
     if len({reference, *targets}) <= len(targets):
         raise DataError(f"{place}: a target is repeated or is the reference; name each other image once")
     texts = value["text"] if isinstance(value["text"], list) else [value["text"]]
-    given = [check_text(text, "text", place).strip() for text in texts if text is not None]
-    text = " and ".join(filter(None, given)) or None
+    words = [check_text(text, "text", place).strip() for text in texts if text is not None]
+    text = " and ".join(filter(None, words)) or None
     number = place.rpartition(" ")[2]
     return TripletRow(place, f"{reference}#{number}", reference, text, targets, _check_split(value.get("split"), place))
+
+
+def _refuse_misspelled(names: Collection[str], required: Sequence[str], place: str) -> None:
+    """Refuse a name that is nearly a known one: a field that nobody reads would be lost without a word."""
+    missing = {*required, "split"} - set(names)
+    for name in sorted(set(names) - {*required, "split"}):
+        if close := get_close_matches(name.lower(), missing, n=1, cutoff=0.8):
+            raise DataError(f"{place}: unknown field {name!r}; did you mean {close[0]!r}?")
 
 
 def _read_gallery(file: Path) -> dict[str, str]:
@@ -312,8 +318,10 @@ def _read_gallery(file: Path) -> dict[str, str]:
 
 def _read_manifest(file: Path) -> list[LabeledImage]:
     rows = read_csv(file)
-    place, header = next(rows, (f"{file}, line 1", []))
-    if sorted(header) not in (sorted(_HEADER), sorted([*_HEADER, "split"])):
+    place, first = next(rows, (f"{file}, line 1", []))
+    header = list(map(str.strip, first))
+    _refuse_misspelled(header, _HEADER, place)
+    if not set(_HEADER) <= set(header) or len(set(header)) < len(header):
         raise DataError(f"{place}: the header is {reprlib.repr(','.join(header))}; expected {','.join(_HEADER)},split")
     images: list[LabeledImage] = []
     seen: dict[str, str] = {}
@@ -388,15 +396,7 @@ class _ImageCheck:
         """Return the paths that cannot be used, of paths with their places."""
         if not self.check:
             return set()
-        reasons: dict[str, str] = {}
-        for path in places:
-            try:
-                check_image(_locate(root, path))
-            except ImageError as error:
-                reasons[path] = str(error)
-        if self.verify:
-            present = {_locate(root, path): path for path in places if path not in reasons}
-            reasons |= {present[file]: reason for file, reason in broken_images(present)}
+        reasons = unusable_images(root, places, decode=self.verify)
         if reasons and not self.skip:
             first = next(path for path in places if path in reasons)
             more = f" ({len(reasons) - 1} more are missing or broken)" if len(reasons) > 1 else ""
@@ -413,6 +413,19 @@ class _ImageCheck:
 
     def note(self, split: str) -> str:
         return f"{self.images} missing images of {split} left out, {self.queries} queries with them"
+
+
+def unusable_images(root: Path, paths: Iterable[str], *, decode: bool) -> dict[str, str]:
+    """Return why images of a folder are missing or, if they are decoded, broken, by their paths."""
+    reasons, present = dict[str, str](), dict[Path, str]()
+    for path in paths:
+        file = _locate(root, path)
+        try:
+            check_image(file)
+            present[file] = path
+        except ImageError as error:
+            reasons[path] = str(error)
+    return reasons | {present[file]: reason for file, reason in (broken_images(present) if decode else ())}
 
 
 def _locate(root: Path, path: str) -> Path:

@@ -24,7 +24,7 @@ from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError, check_count
+from union_igrot.errors import ConfigError, DataError, check_count, names_arguments
 from union_igrot.models.devices import full_precision
 from union_igrot.types import Ranking
 
@@ -39,6 +39,7 @@ _LAST = 0x7FFFFFFF
 """Upper half of an excluded item's key, behind every score."""
 
 
+@names_arguments
 def rank(
     queries: Tensor | NDArray[Any],
     gallery: Tensor | NDArray[Any],

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, final
 
-from union_igrot.errors import ConfigError, DataError, UnionError, check_count, wrong_type
+from union_igrot.errors import ConfigError, DataError, UnionError, check_count, names_arguments, wrong_type
 from union_igrot.gallery.calibration import stored_weight, widen_queries
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing, list_additions
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
-from union_igrot.gallery.ingest.sources import list_source
+from union_igrot.gallery.ingest.sources import is_list, list_source
 from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
 from union_igrot.gallery.metadata import (
     check_calibration,
@@ -48,7 +48,6 @@ from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import absolute_path
 
 _ADD_WAIT_SECONDS: Final = 600.0
-_SOURCE_SUFFIXES: Final = (".txt", ".csv", ".jsonl", ".parquet", ".tar")
 
 
 @final
@@ -69,12 +68,14 @@ class Gallery:
     def __init__(
         self,
         index: VectorIndex | None,
-        model: IGROTModel,
-        uri: str,
+        model: IGROTModel | None = None,
+        uri: str = "",
         checkpoint: str | None = None,
         weights: str | Path | None = None,
         calibration: float | None = None,
     ) -> None:
+        if not isinstance(model, IGROTModel):
+            raise wrong_type("model", model, "a model; Gallery.open(uri) opens a gallery by its location")
         self.model, self.uri = model.eval(), without_password(uri)
         self._full_uri, self._index = uri, index
         self._checkpoint, self._weights, self._calibration = checkpoint, weights, calibration
@@ -82,6 +83,7 @@ class Gallery:
         self._near: dict[str, Any] = {}  # see `near.near_score`
 
     @classmethod
+    @names_arguments
     def open(
         cls,
         uri: str | Path,
@@ -166,6 +168,7 @@ class Gallery:
             self._index = open_or_create(self._full_uri, self.model, self.metadata, *settings)
         return self._index
 
+    @names_arguments
     def add(
         self,
         images: object,
@@ -214,6 +217,7 @@ class Gallery:
         options = replace(options, on_broken=on_broken or options.on_broken, prune=False)
         return self.ingest(listing, options, vectors, wait=_ADD_WAIT_SECONDS)
 
+    @names_arguments
     def update(
         self,
         images: str | Path,
@@ -258,6 +262,7 @@ class Gallery:
         """Remove images, given by id, path or hit, from the gallery and return how many existed; files stay."""
         return self.index.delete(resolve_ids(self.index, row_ids(ids), missing_files=True))
 
+    @names_arguments
     def search(  # noqa: PLR0913 - all but the query are optional
         self,
         image: object = None,
@@ -313,6 +318,7 @@ class Gallery:
             [query], k, where, mode=mode, thumbnails=thumbnails, min_score=min_score, offset=offset
         )[0]
 
+    @names_arguments
     def search_many(
         self,
         queries: Sequence[Mapping[str, Any]],
@@ -446,7 +452,7 @@ def _is_source(images: object) -> bool:
     path = absolute_path(images)
     if not os.path.lexists(path):
         return re.search(r"[*?\[{]", path) is not None
-    return os.path.isdir(path) or path.lower().endswith(_SOURCE_SUFFIXES)  # noqa: PTH112 - Path's raises for odd names
+    return os.path.isdir(path) or path.lower().endswith(".tar") or is_list(path)  # noqa: PTH112 - Path's raises for odd names
 
 
 def _extra_hits(query: GalleryQuery) -> int:

@@ -16,7 +16,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError, ConfigError, DataError, check_count, first_line, wrong_type
+from union_igrot.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    check_count,
+    did_you_mean,
+    first_line,
+    names_arguments,
+    wrong_type,
+)
 from union_igrot.images.dataset import load_pixels
 from union_igrot.images.decode import file_bytes
 from union_igrot.images.transforms import model_input
@@ -94,6 +103,15 @@ class IGROTModel(nn.Module):
         trained = f", trained on {self.metadata['data']}" if self.metadata.get("data") else ""
         return f"IGROTModel({self.backbone.name}, {heads}, dim={self.backbone.dim}, device={self.device}{trained})"
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Return a part as `nn.Module` does; an unknown public name suggests one that is the model's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            own = [one for one in dir(type(self)) if not one.startswith("_") and not hasattr(nn.Module, one)]
+            advice = "" if name.startswith("_") else did_you_mean(name, own) or f"it has {', '.join(own)}"
+            raise AttributeError("; ".join(filter(None, (str(error), advice)))) from None
+
     @property
     def preprocess(self) -> Preprocess:
         """How an image becomes this model's input."""
@@ -126,6 +144,7 @@ class IGROTModel(nn.Module):
                 self._null = self.backbone.encode_text([""])
         return self._null
 
+    @names_arguments
     def embed_queries(
         self, images: Tensor | Features | None = None, texts: str | Sequence[str | None] | Features | None = None
     ) -> Float[Tensor, "batch dim"]:
@@ -156,6 +175,7 @@ class IGROTModel(nn.Module):
             raise DataError(f"got {count} images and {given} texts (expected one text per image, or none)")
         return self._fuse(encoded, text_features)
 
+    @names_arguments
     def embed_gallery(self, images: Tensor | Features) -> Float[Tensor, "batch dim"]:
         """Embed gallery images from preprocessed images, or features.
 
@@ -172,6 +192,7 @@ class IGROTModel(nn.Module):
         embedded: Tensor = self.target(encoded, self.null_text().expand(encoded.pooled.shape[0]), self._fuse)
         return embedded
 
+    @names_arguments
     def encode_queries(
         self,
         images: object = None,
@@ -217,6 +238,7 @@ class IGROTModel(nn.Module):
 
         return self._encode(embed, some_images, count, batch_size, workers, progress, device)
 
+    @names_arguments
     def encode_gallery(
         self,
         images: object,
@@ -536,6 +558,7 @@ def baseline(backbone: Backbone, kind: str, null: Features | None = None) -> IGR
     return IGROTModel(backbone, *heads, null=null).eval()
 
 
+@names_arguments
 def load(
     name: str | Path = "tiny",
     device: str | torch.device | None = None,

@@ -7,8 +7,12 @@ from pathlib import Path
 
 
 def expand_user(path: str | Path) -> Path:
-    """Replace a leading `~` with the home folder; a `~name` without such a user stays unchanged."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for ~nobody
+    """Return the path that a person means: `~` is the home folder, and letters are composed as in an existing name.
+
+    A `~name` without such a user stays unchanged.
+    """
+    text = os.path.expanduser(path)  # noqa: PTH111 - Path's raises for ~nobody
+    return Path(text if text.isascii() or os.path.lexists(text) else _find_unicode(text) or text)
 
 
 def absolute_path(path: str | Path) -> str:

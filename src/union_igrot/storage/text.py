@@ -1,50 +1,47 @@
-"""Reading of text files: UTF-8 text, lines, JSON, JSON lines and CSV, with errors that name file and line.
+"""Reading of text files: text, lines, JSON, JSON lines and CSV, with errors that name file and line.
 
-A place is the text by which an error names a row, such as `queries.csv, line 3`; lines are counted from 1. A byte
-order mark at the start of a file is skipped. `errors` is as for `bytes.decode`: paths in a list may hold bytes that
-are not UTF-8, which `surrogateescape` keeps.
+A place is the text by which an error names a row, such as `queries.csv, line 3`; lines are counted from 1. Files are
+UTF-8, or UTF-16 with a byte order mark, as programs of Windows write them. `errors` is as for `bytes.decode`: paths in
+a list may hold bytes that are not UTF-8, which `surrogateescape` keeps.
 """
 
 import codecs
 import csv
 import json
+import os
 import re
 import reprlib
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from union_igrot.errors import DataError
 
 _Value = TypeVar("_Value")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
 _MARK = re.compile(r"\s*([\[\],])\s*")  # before, between and after the values of a list
 _SEPARATOR = re.compile(r"\s*,?\s*")  # some writers put commas between concatenated values
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """Read a file as UTF-8."""
+    """Read a file."""
     with _readable(path):
-        data = Path(path).read_bytes().removeprefix(_BYTE_ORDER_MARK)
+        data = Path(path).read_bytes()
     try:
-        return data.decode(errors=errors)
+        return data.decode(_encoding(data), errors)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, data[: error.start].count(b"\n") + 1) from None
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{_place(path, line)}: not UTF-8; save the file as UTF-8") from None
 
 
 def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, str]]:
     r"""Yield the place and the text of each line that is not blank, without its `\n` or `\r\n`."""
-    with _readable(path), Path(path).open("rb") as file:
-        for number, data in enumerate(file, 1):
-            data = data.removeprefix(_BYTE_ORDER_MARK) if number == 1 else data  # noqa: PLW2901
-            try:
-                line = data.decode(errors=errors).removesuffix("\n").removesuffix("\r")
-            except UnicodeDecodeError:
-                raise _not_utf8(path, number) from None
+    with _opened(path, errors, "\n") as file:
+        for number, line in enumerate(file, 1):
             if line.strip():
-                yield _place(path, number), line
+                yield _place(path, number), line.removesuffix("\n").removesuffix("\r")
 
 
 def read_json(path: str | Path, *, concatenated: bool = False) -> Any:
@@ -103,10 +100,15 @@ def read_json_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[
 
 
 def read_csv(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, list[str]]]:
-    """Yield the place and the cells of each CSV row that is not empty; a row may span several lines."""
+    """Yield the place and the cells of each CSV row that is not empty; a row may span several lines.
+
+    Cells are separated by what the first line has most of: commas, semicolons or tabs.
+    """
     number = 1
-    with _readable(path), Path(path).open(encoding="utf-8-sig", errors=errors, newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with _opened(path, errors, "") as file:
+        separator = max(",;\t", key=file.readline(_BLOCK).count)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=separator, strict=True)
         try:
             for row in reader:
                 if row:
@@ -114,8 +116,6 @@ def read_csv(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, li
                 number = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{_place(path, number)}: not CSV ({error}); check the quotes") from None
-        except UnicodeDecodeError:
-            read_text(path, errors)  # names the line
 
 
 def refuse_repeated(value: _Value, place: str, seen: dict[_Value, str]) -> None:
@@ -133,13 +133,30 @@ def _place(path: str | Path, number: int) -> str:
     return f"{path}, line {number}"
 
 
-def _not_utf8(path: str | Path, number: int) -> DataError:
-    return DataError(f"{_place(path, number)}: not UTF-8; save the file as UTF-8")
+def _encoding(start: bytes) -> str:
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+@contextmanager
+def _opened(path: str | Path, errors: str, newline: str) -> Iterator[TextIO]:
+    """Open a text file; bytes that cannot be decoded are an error that names their line."""
+    with _readable(path):
+        with Path(path).open("rb") as start:
+            encoding = _encoding(start.read(2))
+        with Path(path).open(encoding=encoding, errors=errors, newline=newline) as file:
+            try:
+                yield file
+            except UnicodeDecodeError:
+                read_text(path, errors)  # names the line
+                raise
 
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
     try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - Path's does not take text
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe waits, and a device has no end
+            raise OSError(0, "not a regular file")
         yield
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) else error

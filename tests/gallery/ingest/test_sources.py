@@ -249,6 +249,14 @@ def test_a_csv_list_keeps_its_columns_with_their_types(listed, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("name", "separator"), [("list.csv", ";"), ("list.tsv", "\t")])
+def test_a_list_of_a_spreadsheet(listed, name, separator):
+    text = f"year{separator}path\n2020{separator}a.jpg\n"
+    (listed / name).write_bytes(text.encode("utf-16"))
+    (entry,) = list_images(str(listed / name)).entries
+    assert (entry.path, entry.fault, entry.columns) == (f"{listed}/a.jpg", None, {"year": 2020})
+
+
 def test_json_lines_and_parquet_keep_their_columns(listed, tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet  # noqa: PLC0415 - an extra
@@ -284,7 +292,7 @@ def test_lists_in_parts_agree_on_the_types(listed, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.csv", "file,label\na.jpg,dog\n", "no column path"),
+        ("l.csv", "file,label\na.jpg,dog\n", r"no column path \(found file, label\); rename"),
         ("l.csv", "path,label\na.jpg,dog,more\n", "line 2"),
         ("l.csv", "path,label\n,dog\n", "line 2"),
         ("l.csv", "path,size\na.jpg,3\n", "reserved column name: size"),

@@ -1,13 +1,11 @@
 """The contract of every backbone."""
 
 from importlib.resources import files
-from importlib.util import find_spec
 
 import pytest
 import torch
-from jaxtyping import config
 
-from union_igrot.models import onnx
+from exported_models import assert_exported_equals, needs_onnx
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.model import load
@@ -190,17 +188,8 @@ def test_saving_memory_changes_no_gradient(backbone):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(any(find_spec(name) is None for name in onnx._PACKAGES), reason='the extra "onnx" is not installed')
+@needs_onnx
 @pytest.mark.parametrize("kind", ["blip", "siglip", "hf_clip"])
-def test_towers_of_transformers_are_exported_to_onnx(request, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "jaxtyping_disable", True)  # the exporter passes tensors of symbolic shapes
+def test_towers_of_transformers_are_exported_to_onnx(request, kind, tmp_path):
     name, fixture, _ = KINDS[kind]
-    model = load(name, weights=request.getfixturevalue(fixture))
-    files = onnx.export_onnx(model, tmp_path)
-    images, texts = pixels(model.backbone, 3), TEXTS[:3]
-    words = model.backbone.text_inputs(texts)
-    with torch.no_grad():
-        expected = model.embed_gallery(images), model.embed_queries(None, texts), model.embed_queries(images, texts)
-    for file, inputs, embeddings in zip(files, ((images,), words, (images, *words)), expected, strict=True):
-        found = onnx.OnnxSession(tmp_path / file)(*inputs)
-        torch.testing.assert_close(found, torch.nn.functional.normalize(embeddings, dim=-1), atol=1e-4, rtol=0)
+    assert_exported_equals(load(name, weights=request.getfixturevalue(fixture)), tmp_path, TEXTS[:3])

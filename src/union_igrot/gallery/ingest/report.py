@@ -73,6 +73,8 @@ class IngestOptions:
 
     def __post_init__(self) -> None:
         """Validate the values."""
+        if isinstance(self.exclude, str):  # one pattern, not its letters
+            object.__setattr__(self, "exclude", (self.exclude,))
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):

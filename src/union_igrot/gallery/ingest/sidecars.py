@@ -4,11 +4,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
+from union_igrot.errors import DataError
 from union_igrot.gallery.ingest.entries import Entry
 from union_igrot.images.formats import is_image_name
+from union_igrot.storage.text import read_text
 
 _SUFFIXES: Final = (".txt", ".json")
 _KEYS: Final = ("captions", "caption")
@@ -51,9 +52,9 @@ def _read_captions(path: str) -> list[str]:
     try:
         if os.path.getsize(path) > _MAX_BYTES:  # noqa: PTH202
             return []
-        text = Path(path).read_bytes().decode("utf-8-sig", "backslashreplace")
+        text = read_text(path, "backslashreplace")
         texts = _json_texts(json.loads(text)) if path.endswith(".json") else text.splitlines()
-    except (OSError, ValueError, RecursionError):
+    except (DataError, OSError, ValueError, RecursionError):
         return []
     lines = (" ".join(one.encode("utf-8", "backslashreplace").decode().split()) for one in texts)
     return [line for line in lines if line]

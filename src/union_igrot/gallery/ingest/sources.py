@@ -37,7 +37,7 @@ from union_igrot.storage.paths import absolute_path, find_path, is_web_address
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines
 
 SOURCE_FORMS: Final = (
-    'a folder, an image, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .jsonl, .parquet) '
+    'a folder, an image, a pattern ("photos/**/*.jpg"), a list file (.txt, .csv, .tsv, .jsonl, .parquet) '
     'or tar shards ("shards-{0000..0009}.tar")'
 )
 """The forms of `images=`, for messages."""
@@ -107,7 +107,7 @@ def list_images(
     else:
         files = _expand(path, images, exclusions)
         found = _read_files(files, unreadable)
-        file_columns = file_columns and not all(Path(file).suffix.lower() in _LIST_READERS for file in files)
+        file_columns = file_columns and not all(map(is_list, files))
     entries = []
     for entry in itertools.chain(found, unreadable):
         entries.append(entry)
@@ -130,9 +130,7 @@ def list_source(images: str, options: IngestOptions, on_progress: Callable[[int]
 
 def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry]:
     """List the contents of files: shards, lists (if all files are lists), or the images themselves."""
-    suffixes = [Path(file).suffix.lower() for file in files]
-    all_lists = all(suffix in _LIST_READERS for suffix in suffixes)
-    if all_lists:
+    if all(map(is_list, files)):
         listed = [entry for file in files for entry in _read_list(file)]
         if listed and all(entry.fault in (FILE_MISSING, WEB_ADDRESS) for entry in listed):
             raise DataError(
@@ -141,10 +139,10 @@ def _read_files(files: Sequence[str], unreadable: list[Entry]) -> Iterator[Entry
             )
         yield from listed
         return
-    for file, suffix in zip(files, suffixes, strict=True):
+    for file in files:
         if file.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
             raise ConfigError(f"{path_as_text(file)}: compressed tar files cannot be read by member; decompress it")
-        if suffix == ".tar":
+        if file.lower().endswith(".tar"):
             entries, fault = _read_shard(file)
             if fault:
                 unreadable.append(Entry(path_as_text(file), file, fault=fault))
@@ -315,7 +313,7 @@ def _read_csv(path: str) -> Iterator[_ListedImage]:
     if (repeated := first_repeated(header)) is not None:
         raise DataError(f"{path}: the header has the column {repeated!r} twice; rename one")
     if "path" not in header:
-        raise DataError(f"{path}: the header has no column path; found {header}")
+        raise DataError(f"{path}: the header has no column path (found {', '.join(header)}); rename that of the files")
     rows: list[dict[str, str | None]] = []
     for place, row in cells:
         values = dict(itertools.zip_longest(header, row[: len(header)]))
@@ -347,7 +345,8 @@ def _read_parquet(path: str) -> Iterator[_ListedImage]:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         if "path" not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column path; found {', '.join(file.schema_arrow.names)}")
+            names = ", ".join(file.schema_arrow.names)
+            raise DataError(f"{path} has no column path (found {names}); rename that of the files")
         for batch in file.iter_batches():
             for values in batch.to_pylist():
                 name = values.pop("path")
@@ -359,10 +358,16 @@ def _read_parquet(path: str) -> Iterator[_ListedImage]:
 _LIST_READERS: Final[Mapping[str, Callable[[str], Iterator[_ListedImage]]]] = {
     ".txt": _read_text,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
 }
+
+
+def is_list(path: str) -> bool:
+    """Return whether a file is a list of images, by its suffix."""
+    return Path(path).suffix.lower() in _LIST_READERS
 
 
 # WebDataset shards: members whose names agree up to the first dot are one sample. Its `.json` (an object), `.txt` and

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from union_igrot.errors import ConfigError, DataError, ImageError, first_line
 from union_igrot.gallery.ingest.entries import ADDED_SOURCE, Listing
+from union_igrot.gallery.ingest.sources import is_list
 from union_igrot.models.foreign import FOREIGN
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.paths import expand_user
@@ -19,7 +20,6 @@ from union_igrot.storage.paths import expand_user
 VECTOR_FORMS: Final = "a .npy file, .safetensors with one matrix, or .parquet with a column vector"
 AGREEMENT: Final = 0.98  # lowest cosine of an embedding and the model's own, which may have another precision
 _SAMPLE: Final = 8  # images that are embedded for the comparison
-_LISTS: Final = (".txt", ".csv", ".jsonl", ".ndjson", ".parquet")
 
 
 def read_vectors(given: object) -> Float[Tensor, "rows dim"]:
@@ -77,7 +77,7 @@ def vectors_by_id(
         DataError: If number or width differ, or an embedding is not the model's.
     """
     name = f"vectors={given}" if isinstance(given, str | Path) else "vectors="
-    if listing.source != ADDED_SOURCE and not listing.source.lower().endswith(_LISTS):
+    if listing.source != ADDED_SOURCE and not is_list(listing.source):
         raise ConfigError(f"{name} needs a list of images in the same order instead of {listing.source}")
     entries, dim = listing.entries, model.backbone.dim
     if vectors.shape != (len(entries), dim):
