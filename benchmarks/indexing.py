@@ -208,10 +208,7 @@ def print_results(
     Console().print(table)
     print("decoding, ms per image: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
     for name, best in reports.items():
-        print(
-            f"{name}: model idle for {best.decoding_wait:.2f} s (decoding) and {best.writing_wait:.2f} s (writing), "
-            f"decoding idle for {best.decoding_idle:.2f} s (model)"
-        )
+        print(f"{name}: model idle for {best.decoding_wait:.2f} s (decoding) and {best.writing_wait:.2f} s (writing)")
     if again is not None:
         print(f"second run: {again.unchanged:,} unchanged images took {again.seconds:.2f} s")
     text = json.dumps(

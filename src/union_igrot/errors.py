@@ -1,5 +1,6 @@
 """Errors that a user can cause, and the helpers that word them; each message is one clear line."""
 
+import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
@@ -89,6 +90,12 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     except TypeError:
         pass
     raise ConfigError(f"invalid value for {name}: {value!r} (expected an integer >= {least})")
+
+
+def require_packages(what: str, extra: str, *names: str) -> None:
+    """Raise a ConfigError if a package of an extra is not installed; `what` needs it."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f'{what} needs {", ".join(missing)}; pip install "union-igrot[{extra}]"')
 
 
 def wrong_type(name: str, value: object, expected: str) -> ConfigError:

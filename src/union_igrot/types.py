@@ -15,7 +15,6 @@ from torch import Tensor
 from union_igrot.errors import DataError
 
 Task = Literal["cir", "sbir"]
-Domain = Literal["photo", "sketch"]
 ApNorm = Literal["min", "hits", "all"]
 ApRule = Literal["step", "trapezoid", "voc"]
 Average = Literal["micro", "macro"]

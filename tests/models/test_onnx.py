@@ -1,5 +1,6 @@
 """Models in ONNX Runtime embed as in torch; in 8 bits nearly so."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -45,7 +46,7 @@ def test_eight_bits_are_exported_once_and_near(tmp_path, monkeypatch):
 
 
 def test_without_the_packages_one_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r'pip install "union-igrot\[onnx\]"'):
         onnx.export_onnx(load("tiny"), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """`union-demo`: a web page that searches a gallery, or the generated world."""
 
 import getpass
-import importlib.util
 import os
 import sys
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
 from union_igrot.cli.config import plain
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, require_packages
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,9 +24,7 @@ UNTRAINED = {"image + text": "sum", "image alone": "image"}
 
 def demo(config: "DictConfig", _: Path) -> None:
     """Serve the page as configured, until it is stopped."""
-    missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'the demo needs {", ".join(missing)}; pip install "union-igrot[demo]"')
+    require_packages("the demo", "demo", "starlette", "uvicorn", "jinja2")
     from union_igrot.demo.controller import DemoController
     from union_igrot.demo.server import make_app
     from union_igrot.service.http import accepted_hosts, listen, serve

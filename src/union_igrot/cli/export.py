@@ -18,11 +18,11 @@ def export(config: "DictConfig", _: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output {folder} is not an empty folder; give a new one")
     from union_igrot.gallery.metadata import load_checkpoint
-    from union_igrot.models.onnx import export_onnx, require_packages
+    from union_igrot.models.onnx import export_onnx, require_onnx
     from union_igrot.storage.sizes import format_size
     from union_igrot.terminal import print_line
 
-    require_packages()
+    require_onnx()
     model, _name = load_checkpoint(config.checkpoint, config.weights, config.preprocess)
     folder.mkdir(parents=True, exist_ok=True)
     for file in export_onnx(model, folder, config.precision):

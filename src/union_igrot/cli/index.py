@@ -10,7 +10,6 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
-    import torch
     from omegaconf import DictConfig
 
     from union_igrot.gallery.ingest.entries import Listing
@@ -67,8 +66,9 @@ def _add_images(config: "DictConfig") -> None:
     from union_igrot.gallery.ingest.sources import SOURCE_FORMS
     from union_igrot.gallery.ingest.vectors import read_vectors
     from union_igrot.gallery.metadata import model_of_index, read_metadata
+    from union_igrot.models.devices import resolve_device
     from union_igrot.models.foreign import FOREIGN
-    from union_igrot.models.onnx import require_packages
+    from union_igrot.models.onnx import require_onnx
 
     options = IngestOptions(
         exclude=config.exclude,
@@ -88,7 +88,7 @@ def _add_images(config: "DictConfig") -> None:
         embed_text=config.embed_text,
     )
     if options.precision in ("onnx", "int8"):
-        require_packages()
+        require_onnx()
     listing = _list_images(config.images, options)
     chosen = config.checkpoint
     if config.vectors_from is not None:
@@ -99,7 +99,8 @@ def _add_images(config: "DictConfig") -> None:
     model, checkpoint = model_of_index(recorded, config.index, chosen, config.weights, config.preprocess)
     _warn_about_photos(model.backbone.name, listing)
     if config.executor == "local":
-        model.to(_device(config.strategy.accelerator))
+        accelerator = config.strategy.accelerator
+        model.to(resolve_device("cuda" if accelerator == "gpu" else accelerator))
     with Gallery(None, model, config.index, checkpoint, config.weights, config.calibration) as gallery:
         report = gallery.ingest(listing, options, config.vectors)
         if recorded or listing.entries:
@@ -122,12 +123,6 @@ def _warn_about_photos(backbone: str, listing: "Listing") -> None:
         )
 
 
-def _device(accelerator: str) -> "torch.device":
-    from union_igrot.models.devices import resolve_device
-
-    return resolve_device("cuda" if accelerator == "gpu" else accelerator)
-
-
 def _list_images(images: str, options: "IngestOptions") -> "Listing":
     from union_igrot.gallery.ingest.sources import list_source
     from union_igrot.terminal import progress_bar
@@ -147,8 +142,7 @@ def _print_report(report: "IngestReport", name: str, rows: int) -> None:
         lines.append(
             f"{report.embedded:,} embedded, {reused:,} reused existing embeddings; "
             f"{report.rate:,.0f} images/s for {report.working:,.1f} s: "
-            f"model idle for {report.decoding_wait:,.1f} s (decoding) and {report.writing_wait:,.1f} s (writing), "
-            f"decoding idle for {report.decoding_idle:,.1f} s (model)"
+            f"model idle for {report.decoding_wait:,.1f} s (decoding) and {report.writing_wait:,.1f} s (writing)"
         )
     if report.excluded:
         shown = ", ".join(sorted(report.excluded)[:_NAMES]) + (", ..." if len(report.excluded) > _NAMES else "")

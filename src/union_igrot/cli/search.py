@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXIT_NO_HITS = 1  # exit code if no query has hits
 SHEET_QUERIES = 12  # queries on a contact sheet
 _BATCH = 256
+_FIELDS = ("image", "text", "vector", "terms", "liked", "disliked", "exclude")
 _NARROW = 50  # a terminal with fewer characters shows no columns beside the image
 
 
@@ -81,7 +82,7 @@ def search(config: "DictConfig", _: Path) -> None:
 
 def _check(config: "DictConfig") -> None:
     """Refuse settings that contradict each other."""
-    single = [name for name in ("image", "text", "vector", "terms", "liked", "disliked", "exclude") if config[name]]
+    single = [name for name in _FIELDS if config[name]]
     if config.queries is not None and single:
         raise ConfigError(f"{single[0]}= and queries= are both given; put {single[0]} into the lines of the file")
     if config.queries is None and not set(single) - {"disliked", "exclude"}:
@@ -95,18 +96,11 @@ def _check(config: "DictConfig") -> None:
 
 
 def _query_lines(config: "DictConfig") -> "list[QueryLine]":
-    from union_igrot.gallery.queries import QueryLine, read_queries
-    from union_igrot.gallery.terms import parse_term
-    from union_igrot.images.decode import check_image
-    from union_igrot.images.regions import split_region
+    from union_igrot.gallery.queries import make_query_line, read_queries
 
     if config.queries is not None:
         return read_queries(expand_user(config.queries))
-    images, terms = [expand_user(image) for image in config.image], [parse_term(term) for term in config.terms]
-    for image in (*images, *(image for term in terms for image in term.images)):
-        check_image(expand_user(split_region(image)[0]))
-    ids = {name: list(config[name]) for name in ("liked", "disliked", "exclude")}
-    return [QueryLine(1, {"image": images, "text": config.text, "vector": config.vector, "terms": terms, **ids})]
+    return [make_query_line({name: config[name] for name in _FIELDS if config[name]})]
 
 
 def _print_result(config: "DictConfig", line: "QueryLine", result: "SearchResult") -> None:

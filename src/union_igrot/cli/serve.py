@@ -1,13 +1,12 @@
 """`union-serve`: searches and embeddings of a gallery over HTTP, or for an assistant."""
 
-import importlib.util
 import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, require_packages
 from union_igrot.storage.paths import expand_user
 
 if TYPE_CHECKING:
@@ -20,8 +19,7 @@ _SHORTEST_KEY = 16
 def serve_gallery(config: "DictConfig", _: Path) -> None:
     """Serve the gallery as configured, until it is stopped."""
     extra, needed = ("mcp", ("mcp",)) if config.mcp else ("serve", ("starlette", "uvicorn", "pydantic", "jinja2"))
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f'union-serve needs {", ".join(missing)}; pip install "union-igrot[{extra}]"')
+    require_packages("union-serve", extra, *needed)
     from union_igrot.demo.backends import open_gallery
 
     if config.mcp:

@@ -14,9 +14,13 @@
   adds 1e-5 to the divisor, which is left out here.
 - LaSCo (levymsn/LaSCo) and LlavaSCo (the UNION authors'): COCO triplets with written or generated texts. A validation
   query never contains a caption of its target, unless the authors' own protocol is selected by name.
+
+On request, corrections by other authors are read: the spelling of FashionIQ's captions (haokunwen/DQU-CIR, words by
+words, some of them wrong), and several targets of CIRR and FashionIQ (jjungyujin/SoFT, images with a confidence).
 """
 
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +50,6 @@ from union_igrot.datasets.builtin import (
     LEAKING_PROMPT,
     LLAVASCO,
 )
-from union_igrot.datasets.fixes import SeveralTargets, read_spelling
 from union_igrot.datasets.registry import Template, Text
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.images.identity import Crop
@@ -62,7 +65,57 @@ _CIRCO_ASPECTS = (
 _REAL_DOMAIN = 6  # of DTIN's queries
 _DTIN_KS = (1, 5, 10, 50, 100, 200)
 _LASCO_KS = (1, 5, 10, 50, 100, 500, 1000)
+_BLANKED = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _LLAVASCO_TEXTS = ("relative_caption", "llava_reference_caption", "llava_target_caption")
+
+
+# --- corrections by other authors
+
+
+def _read_spelling(folder: DatasetFolder, category: str) -> Callable[[str], str]:
+    """Return the function that corrects a caption of FashionIQ: lower case, no punctuation, words replaced."""
+    name = f"correction_dict_{category}.json"
+    file = folder.annotation(f"captions/{name}", name)
+    given = check_record(read_json(file), str(file)).fields
+    words = {word: check_text(right, word, str(file)) for word, right in given.items()}
+    return lambda text: " ".join(words.get(word, word) for word in text.lower().translate(_BLANKED).split())
+
+
+class _SeveralTargets:
+    """The targets of queries by reference and target; the query's own target first."""
+
+    def __init__(self, folder: DatasetFolder, name: str | None) -> None:
+        self._found: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._name, self._places, self._used = name, dict[tuple[str, str], str](), 0
+        for row in read_records(folder.annotation(name)) if name else ():
+            reference, target = row.name("reference_image_name"), row.name("target_image_name")
+            threshold, scores = row.get("threshold"), row.record("confidence_scores").fields
+            for value in (threshold, *scores.values()):
+                if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+                    raise DataError(f"{row.place}: {value!r} is not a threshold or score; expected a number 0..1")
+            others = (one for one, score in scores.items() if score >= threshold and one not in (reference, target))
+            self._found[reference, target] = (target, *others)
+            self._places[reference, target] = row.place
+
+    def of(self, reference: str, target: str, known: dict[str, str]) -> tuple[str, ...]:
+        """Return the targets of a query, all of them in the gallery of `known` ids."""
+        targets = self._found.get((reference, target), (target,))
+        for one in targets:
+            if one not in known and one != target:
+                raise DataError(f"{self._places[reference, target]}: {one!r} is not in the gallery; check the split")
+        self._used += (reference, target) in self._found
+        return targets
+
+    @property
+    def note(self) -> str:
+        """A clause on the targets for the protocol; empty without a file.
+
+        Raises:
+            DataError: If the file has no row of the queries.
+        """
+        if self._found and not self._used:
+            raise DataError(f"{self._name}: has no row of these queries; pass the file of the same split and category")
+        return f"; several targets of {self._name} for {self._used:,} queries" if self._name else ""
 
 
 # --- FashionIQ
@@ -105,8 +158,8 @@ def read_fashioniq(
         places = {name: row.place for row in rows for name in (row.candidate, row.target) if name is not None}
         places = dict(sorted(places.items()))
     items = [GalleryItem(name, _product_image(folder, name, place)) for name, place in places.items()]
-    several = SeveralTargets(folder, targets)
-    spelled = read_spelling(folder, category) if spelling else str
+    several = _SeveralTargets(folder, targets)
+    spelled = _read_spelling(folder, category) if spelling else str
     queries = []
     for number, row in enumerate(rows):
         name = f"{category}-{split}-{number}"
@@ -186,7 +239,7 @@ def read_cirr(folder: DatasetFolder, split: str, *, targets: str | None, prompt:
     if not paths:
         raise DataError(f"{file}: names no image; download the file again")
     gallery = [GalleryItem(name, _cirr_image(folder, f"{file}, {name!r}", path)) for name, path in paths.items()]
-    several = SeveralTargets(folder, targets)
+    several = _SeveralTargets(folder, targets)
     seen: dict[str, str] = {}
     queries = []
     for record in records:
@@ -206,7 +259,7 @@ def read_cirr(folder: DatasetFolder, split: str, *, targets: str | None, prompt:
 
 
 def _cirr_query(
-    record: Record, split: str, folder: DatasetFolder, paths: dict[str, str], text: Template, several: SeveralTargets
+    record: Record, split: str, folder: DatasetFolder, paths: dict[str, str], text: Template, several: _SeveralTargets
 ) -> Query:
     reference = record.name("reference")
     target = () if split == "test1" else (record.name("target_hard"),)

@@ -28,7 +28,7 @@ from union_igrot.images.regions import open_region, split_region
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.devices import full_precision
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.paths import absolute_path, expand_user
+from union_igrot.storage.paths import absolute_path, expand_user, find_path
 from union_igrot.storage.text import read_csv, read_json_lines
 
 ALPHA: Final = 1.0  # weight of the query itself in a refined one
@@ -314,7 +314,7 @@ def read_queries(path: Path) -> list[QueryLine]:
         raise DataError(f"queries={path}: no such file")
     lines: dict[str | int, QueryLine] = {}
     for location, fields in readers[path.suffix.lower()](path):
-        line = _query_line(path, location, len(lines) + 1, fields)
+        line = make_query_line(fields, path.parent, location, len(lines) + 1)
         if line.name in lines:
             raise DataError(f"{location}: the id {line.name!r} is already used in {lines[line.name].location}")
         lines[line.name] = line
@@ -349,13 +349,16 @@ def _check_fields(location: str, names: list[str], allowed: tuple[str, ...]) -> 
         raise DataError(f"{location}: a name is repeated in the header")
 
 
-def _located(term: Term, path: Path) -> Term:
+def _located(term: Term, folder: Path) -> Term:
     if not all(isinstance(image, str) for image in term.images):
         raise DataError(f"invalid image of a term: {term.images[0]!r} (expected a path)")
-    return replace(term, images=tuple(path.parent / expand_user(image) for image in term.images))
+    return replace(term, images=tuple(folder / expand_user(image) for image in term.images))
 
 
-def _query_line(path: Path, location: str, default_name: int, fields: dict[str, Any]) -> QueryLine:
+def make_query_line(
+    fields: dict[str, Any], folder: Path = Path(), location: str = "", default_name: int = 1
+) -> QueryLine:
+    """Validate the fields of a query whose images are paths, relative to a folder; each image has to exist."""
     name = fields.pop("id", default_name)
     if not isinstance(name, str | int):
         raise DataError(f"{location}: invalid id {name!r} (expected text or a number)")
@@ -364,10 +367,10 @@ def _query_line(path: Path, location: str, default_name: int, fields: dict[str, 
             raise DataError(f"{location}: invalid {field} {fields[field]!r} (expected text, or a list of texts)")
     try:
         with named_errors(location):
-            fields["terms"] = [_located(parse_term(one), path) for one in as_items(fields.get("terms"))]
-            fields["image"] = [path.parent / expand_user(image) for image in as_items(fields.get("image"))]
+            fields["terms"] = [_located(parse_term(one), folder) for one in as_items(fields.get("terms"))]
+            fields["image"] = [folder / expand_user(image) for image in as_items(fields.get("image"))]
             for image in (*fields["image"], *(image for term in parse_query(fields).terms for image in term.images)):
-                check_image(Path(split_region(image)[0]))
+                check_image(Path(find_path(split_region(image)[0])))
     except ConfigError as error:
         raise DataError(str(error)) from None
     return QueryLine(name, fields, location)

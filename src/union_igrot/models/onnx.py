@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, final
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from union_igrot.errors import CheckpointError, ConfigError, first_line
+from union_igrot.errors import CheckpointError, first_line, require_packages
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import default_root
 from union_igrot.storage.locks import acquire_exclusive, lock_path
@@ -25,7 +24,6 @@ GALLERY_FILE: Final = "gallery.onnx"
 QUERY_FILE: Final = "query.onnx"
 TEXT_FILE: Final = "text.onnx"
 DESCRIPTION_FILE: Final = "onnx.json"
-_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 _AT_ONCE: Final = 8  # images that a thread computes at once
 _WAIT_SECONDS: Final = 600.0
 _EXAMPLES: Final = ("with longer sleeves", "in red")
@@ -63,7 +61,7 @@ def export_onnx(model: IGROTModel, folder: Path, precision: Precision = "fp32", 
         ConfigError: If a package is missing, or the backbone does not say how its texts become tensors.
         CheckpointError: If the exporter cannot convert the model, or the folder cannot be written.
     """
-    require_packages()
+    require_onnx()
     model.to("cpu").eval()
     size = model.preprocess.size
     images = torch.zeros(2, 3, size, size)
@@ -99,10 +97,9 @@ def export_onnx(model: IGROTModel, folder: Path, precision: Precision = "fp32", 
     return list(jobs)
 
 
-def require_packages() -> None:
+def require_onnx() -> None:
     """Raise a ConfigError if a package of the extra `onnx` is missing."""
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f'ONNX needs {", ".join(missing)}; pip install "union-igrot[onnx]"')
+    require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
 
 
 def _export(tower: nn.Module, inputs: dict[str, Tensor], path: Path, precision: Precision) -> None:
@@ -151,7 +148,7 @@ class OnnxSession:
     """
 
     def __init__(self, path: Path) -> None:
-        require_packages()
+        require_onnx()
         import onnxruntime  # noqa: PLC0415 - an extra
 
         options = onnxruntime.SessionOptions()

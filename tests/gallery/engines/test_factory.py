@@ -43,7 +43,7 @@ def test_an_invalid_uri_is_a_one_line_error(uri, message):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("photos.lance", r'photos.lance needs a package that is not installed; pip install "union-igrot\[gallery\]"'),
+        ("photos.lance", r'photos.lance needs lance; pip install "union-igrot\[gallery\]"'),
         ("s3://bucket/photos.lance", r"union-igrot\[gallery\]"),
         ("milvus://host/photos", r"union-igrot\[milvus\]"),
     ],

@@ -1,13 +1,12 @@
 """Open an index by its URI, with the engine registered for its scheme or suffix."""
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Final, NamedTuple
 
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, require_packages
 from union_igrot.gallery.engines.base import VectorIndex, required_dim
 from union_igrot.storage.paths import absolute_path
 
@@ -117,9 +116,7 @@ def _builtin(module: str, name: str, package: str, extra: str) -> EngineOpener:
     """Return an opener that imports an engine, and the package that it needs, when it is used."""
 
     def opener(uri: str, **options: Any) -> VectorIndex:
-        if importlib.util.find_spec(package) is None:
-            shown = without_password(uri)
-            raise ConfigError(f'{shown} needs a package that is not installed; pip install "union-igrot[{extra}]"')
+        require_packages(without_password(uri), extra, package)
         index: VectorIndex = getattr(importlib.import_module(module), name)(uri, **options)
         return index
 

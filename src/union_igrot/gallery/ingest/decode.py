@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +47,6 @@ class DecodedBatch:
 
     images: Sequence[DecodedImage]  # all of them
     pixels: UInt8[Tensor, "decoded 3 size size"]  # pixels of those with a thumbnail, in order, in the size of the model
-    idle: float = 0.0  # seconds for which the worker had waited for work
 
     def pin_memory(self) -> "DecodedBatch":
         """Move the pixels to pinned memory, from which a GPU copies while it computes."""
@@ -84,13 +82,9 @@ class ImageReader:
         self.preprocess, self.known, self.largest, self.exif = preprocess, known, largest, exif
         self._to_pixels = ImageToPixels(preprocess)
         self._shard: io.BufferedReader | None = None
-        self._idle_since: float | None = None
-        self._idle = 0.0
 
     def __call__(self, entry: Entry) -> tuple[DecodedImage, Tensor | None]:
         """Return an image with its pixels, None if it was not decoded."""
-        if self._idle_since is not None:
-            self._idle, self._idle_since = time.perf_counter() - self._idle_since, None
         try:
             return self._read_image(entry)
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
@@ -106,8 +100,7 @@ class ImageReader:
         pixels = [data for _, data in items if isinstance(data, Tensor)]
         size = self.preprocess.size
         stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        idle, self._idle, self._idle_since = self._idle, 0.0, time.perf_counter()
-        return DecodedBatch([image for image, _ in items], stacked, idle)
+        return DecodedBatch([image for image, _ in items], stacked)
 
     def close(self) -> None:
         """Close the shard that was read last."""

@@ -66,7 +66,6 @@ class Timings:
 
     working: float = 0.0
     decoding_wait: float = 0.0
-    decoding_idle: float = 0.0
 
 
 def ingest_images(
@@ -134,7 +133,6 @@ def ingest_images(
         seconds=time.perf_counter() - start,
         working=timings.working,
         decoding_wait=timings.decoding_wait,
-        decoding_idle=timings.decoding_idle,
         writing_wait=writer.waited,
         skipped_file=skipped_file if broken else None,
         reasons=tuple(broken.items())[:EXAMPLES],
@@ -316,7 +314,6 @@ def _read_in_batches(
             start = time.perf_counter()
             part = next(decoded)
             timings.decoding_wait += time.perf_counter() - start
-            timings.decoding_idle += part.idle / max(1, workers)
             found.append(part.without_repeated(digests))
         yield batch, found
 

@@ -1,6 +1,5 @@
 """Decode and embed on the actors of a Ray cluster; rows are written by the process that started it."""
 
-import importlib.util
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt64
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, UnionError
+from union_igrot.errors import ConfigError, UnionError, require_packages
 from union_igrot.gallery.ingest.decode import DecodedImage
 from union_igrot.gallery.ingest.entries import Entry
 from union_igrot.gallery.ingest.pipeline import EmbeddedBatch, Timings, embed_entries
@@ -111,7 +110,6 @@ def _embed_on(
     seen: set[str] = set()
     for task, (images, vectors, spent) in zip(tasks, results, strict=True):
         timings.decoding_wait += spent.decoding_wait / len(pool)
-        timings.decoding_idle += spent.decoding_idle / len(pool)
         yield task, *_drop_repeated(images, vectors, seen)
 
 
@@ -137,8 +135,7 @@ def _options_per_actor(options: IngestOptions, actors: int) -> IngestOptions:
 
 
 def _import_ray() -> Any:
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError('executor=ray needs a package that is not installed; pip install "union-igrot[ray]"')
+    require_packages("executor=ray", "ray", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without GPUs keep the environment
     import ray  # noqa: PLC0415 - an extra

@@ -104,7 +104,6 @@ class IngestReport:
         seconds: Total time.
         working: Time of reading and embedding.
         decoding_wait: How long the model was idle, waiting for decoded images.
-        decoding_idle: How long decoding was idle, waiting for the model, mean of the workers.
         writing_wait: How long the model was idle, waiting for rows to be written.
         skipped_file: List of the images that cannot be read, with reasons; None for an index in memory.
         reasons: The first of them, id and reason.
@@ -123,7 +122,6 @@ class IngestReport:
     seconds: float = 0.0
     working: float = 0.0
     decoding_wait: float = 0.0
-    decoding_idle: float = 0.0
     writing_wait: float = 0.0
     skipped_file: Path | None = None
     reasons: tuple[tuple[str, str], ...] = ()
@@ -161,22 +159,19 @@ class SkippedFile:
         self.path, self._source = path, source
         self.own: dict[str, SkippedImage] = {}
         self._others: dict[tuple[str, str], dict[str, Any]] = {}
-        self._intact = True
         try:
             lines = [] if path is None or not path.exists() else path.read_bytes().splitlines(keepends=True)
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the disk and the permissions") from error
-        for line in lines:
-            self._parse(line)
+        intact = [self._parse(line) for line in lines]
+        if not all(intact):  # nothing is appended to a cut line
+            self._write()
 
     def add(self, skips: Iterable[SkippedImage]) -> None:
         """Add images; they are on disk when this returns."""
         new = [skip for skip in skips if self.own.get(skip.path) != skip]
         self.own |= {skip.path: skip for skip in new}
         if self.path is None or not new:
-            return
-        if not self._intact:
-            self._write()
             return
         try:
             with self.path.open("ab") as file:
@@ -194,7 +189,8 @@ class SkippedFile:
         else:
             self.path.unlink(missing_ok=True)
 
-    def _parse(self, line: bytes) -> None:
+    def _parse(self, line: bytes) -> bool:
+        """Read a line and return whether it is intact."""
         try:
             values = json.loads(line)
             skip = SkippedImage(*(values[name] for name in SkippedImage._fields))
@@ -204,8 +200,8 @@ class SkippedFile:
                 self._others[values["source"], skip.path] = values
         except (ValueError, KeyError, TypeError):
             _log.warning("%s: ignored an invalid line", self.path)
-            self._intact = False
-        self._intact &= line.endswith(b"\n")
+            return False
+        return line.endswith(b"\n")
 
     def _line(self, skip: SkippedImage) -> bytes:
         return _json_line({**skip._asdict(), "source": self._source})
@@ -214,7 +210,6 @@ class SkippedFile:
         assert self.path is not None
         others = [_json_line(values) for values in self._others.values()]
         write_cached(self.path, [*others, *(self._line(skip) for skip in self.own.values())])
-        self._intact = True
 
 
 def _json_line(values: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,6 @@
 """Expand `images=` into entries: folders, patterns, list files and WebDataset tar shards. No image is opened."""
 
 import fnmatch
-import importlib.util
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
-from union_igrot.errors import ConfigError, DataError, first_line
+from union_igrot.errors import ConfigError, DataError, first_line, require_packages
 from union_igrot.gallery.ingest.entries import (
     FILE_MISSING,
     RESERVED_COLUMNS,
@@ -339,8 +338,7 @@ def _cell_parser(cells: list[str | None]) -> Callable[[str], UserValue]:
 
 
 def _read_parquet(path: str) -> Iterator[_ListedImage]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f'{path} needs a package that is not installed; pip install "union-igrot[gallery]"')
+    require_packages(path, "gallery", "pyarrow")
     import pyarrow.parquet  # noqa: PLC0415 - an extra
 
     with pyarrow.parquet.ParquetFile(path) as file:
