@@ -110,6 +110,13 @@ import union_igrot as ui
 
 model = ui.load("tiny", torch.device("cpu"))
 vectors, world = torch.eye(3, model.backbone.dim), ui.shapes_cir("val", 2)
+
+
+def benchmark(image, targets):
+    queries, gallery = [ui.Query("q", image, None, targets)], [ui.GalleryItem("bb", image)]
+    return ui.Benchmark("own", "test", "sbir", queries, gallery, ui.Protocol())
+
+
 calls = {
     "k: 2.5 (expected an integer >= 1)": lambda: ui.rank(vectors, vectors, 2.5),
     "k: True": lambda: ui.rank(vectors, vectors, True),
@@ -142,6 +149,16 @@ calls = {
     "'clip' (did you mean base?)": lambda: ui.train("shapes", "clip"),
     "backbone: IGROTModel": lambda: ui.train("shapes", model),
     "recipe: dict": lambda: ui.train("shapes", recipe={"epochs": 1}),
+    "b.png is text (expected pathlib.Path": lambda: ui.evaluate(model, benchmark("b.png", ("bb",))),
+    "not the text 'b'": lambda: benchmark("b.png", "b"),
+    "seed: -1": lambda: ui.train("shapes", seed=-1),
+    "workers: 'a'": lambda: ui.train("shapes", workers="a"),
+    "columns: list": lambda: ui.Gallery.open("memory:", model).add("a.png", columns=["a"]),
+    "photos.faiss' is not the name of an index": lambda: ui.Gallery.open("photos.faiss", model),
+    "loss: str": lambda: ui.train("shapes", loss="infonce"),
+    "split: 'train' (expected val or test)": lambda: ui.evaluate(model, "shapes", split="train"),
+    "queries: '9' (expected an integer >= 1)": lambda: ui.evaluate(model, "shapes", queries="9"),
+    "root of folder: None": lambda: ui.evaluate(model, "folder"),
     "recipe=Recipe(epochs=...)": lambda: ui.train("shapes", epochs=3),
     "argument of encode_queries: text (did you mean texts?)": lambda: model.encode_queries(text="red"),
     "argument of encode_gallery: paths (expected images, batch_size": lambda: model.encode_gallery(paths=["a.png"]),

@@ -82,6 +82,7 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
         raise wrong_type("model", model, "a model, such as that of union_igrot.load")
     check_count("seed", seed, 0)
     check_count("batch_size", batch_size)
+    check_count("workers", workers or 0, 0)
     if isinstance(benchmark, str | Path):
         settings = data_settings(str(benchmark), root, **options)
         benchmarks, mean = read_evaluated(settings), mean_name(settings)
@@ -176,6 +177,8 @@ def train(  # noqa: PLR0913 - a setting each, all but two with defaults
     check_choice("precision", precision, PRECISIONS)
     check_choice("finetune", finetune, ("none", "text", "image", "both"))
     check_choice("logger", logger, ("csv", "none", "tensorboard", "wandb"))
+    check_count("seed", seed, 0)
+    check_count("workers", workers or 0, 0)
     require_logger(logger)
     recipe_settings = [one.key for one in declared(Recipe) if one.key in options]
     if recipe_settings:
@@ -240,6 +243,8 @@ def _training_data(
 def _training_settings(given: Mapping[str, Any], data: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return the settings that `union-train` would have."""
     backbone, loss = given["backbone"], given["loss"]
+    if not isinstance(loss, nn.Module | None):
+        raise wrong_type("loss", loss, "a module, such as InfoNCE()")
     if not isinstance(backbone, str) and given["preprocess"] is not None:
         raise ConfigError("invalid argument preprocess for a backbone that is already built (expected none)")
     if not isinstance(backbone, str | Backbone):

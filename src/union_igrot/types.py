@@ -171,7 +171,7 @@ class Protocol:
     groups: Literal["class", "tag"] = "class"
 
     def __post_init__(self) -> None:
-        if self.primary not in self.metrics:
+        if isinstance(self.metrics, str) or self.primary not in self.metrics:
             raise DataError(f"invalid value for primary: {self.primary!r} (expected one of {', '.join(self.metrics)})")
 
     def __repr__(self) -> str:
@@ -223,7 +223,10 @@ class Benchmark:
                 checked.add(id(ids))
                 for name in ids:
                     if name not in known:
-                        raise DataError(f"{title}: query {query.id!r} names {name!r}, which is not in the gallery")
+                        text = f"; pass ids in a tuple, not the text {ids!r}" if isinstance(ids, str) else ""
+                        raise DataError(
+                            f"{title}: query {query.id!r} names {name!r}, which is not in the gallery{text}"
+                        )
 
     def __repr__(self) -> str:
         size = f"{len(self.queries):,} queries x {len(self.gallery):,} images"

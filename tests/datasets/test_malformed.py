@@ -57,7 +57,7 @@ WHOLE = [
     (b"", r": not JSON|line 1: not JSON|contains \[\]"),
     (b"[", r"line 1: not JSON"),
     (b'[{"a": 1}', r"line 1: not JSON"),
-    (b"\xff\xfe[]", "line 1: not UTF-8"),
+    (b"\xff[]", "line 1: not UTF-8"),
     (b"[]", "expected a JSON list"),
     (b"{}", "expected a JSON list|is missing"),
     (b"17", "expected a JSON list|is not a JSON object"),

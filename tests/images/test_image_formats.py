@@ -3,10 +3,12 @@
 import pytest
 from PIL import Image
 
+from union_igrot.images import formats
 from union_igrot.images.formats import (
     FORMATS,
     IMAGE_SUFFIXES,
     decoded_formats,
+    describe_name,
     describe_unused,
     is_ignored,
     is_image_name,
@@ -44,7 +46,6 @@ def test_service_names_are_ignored(name):
 @pytest.mark.parametrize(
     ("head", "name", "expected"),
     [
-        (b"\0\0\0\x18ftypheic" + bytes(20), "x", "union-igrot[heif]"),
         (b"\0\0\0\x18ftypcrx " + bytes(20), "x", "camera RAW"),
         (b"\0\0\0\x18ftypisom" + bytes(20), "x", "video"),
         (b"\xff\x0a", "x", "JPEG XL"),
@@ -56,6 +57,13 @@ def test_service_names_are_ignored(name):
 )
 def test_unknown_formats_are_described(head, name, expected):
     assert expected in unknown_format(head, name)
+
+
+@pytest.mark.parametrize(("known", "expected"), [((), "union-igrot[heif]"), (("HEIF",), "damaged HEIC image")])
+def test_the_advice_to_install_a_plug_in_is_for_those_without_it(monkeypatch, known, expected):
+    monkeypatch.setattr(formats, "decoded_formats", lambda: known)
+    assert expected in unknown_format(b"\0\0\0\x18ftypheic" + bytes(20))
+    assert bool(describe_name("a.HEIC")) is not bool(known)
 
 
 def test_unused_files_are_counted_by_suffix():

@@ -107,6 +107,7 @@ def _add_images(config: "DictConfig") -> None:
             _print_report(report, gallery.index.uri, len(gallery))
     if not report.added + report.updated + report.unchanged:
         found = f"none of its {report.skipped:,} files could be used" if report.skipped else "it holds no images"
+        found += f" but {sum(report.excluded.values()):,} that are left out" if report.excluded else ""
         advice = "" if os.path.isdir(listing.source) else f"; give {SOURCE_FORMS}"  # noqa: PTH112 - Path's may raise
         raise DataError(f"images={config.images}: {found}{advice}")
 

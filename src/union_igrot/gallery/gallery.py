@@ -15,7 +15,7 @@ from union_igrot.errors import ConfigError, DataError, UnionError, check_count, 
 from union_igrot.gallery.calibration import stored_weight, widen_queries
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
-from union_igrot.gallery.engines.factory import MEMORY, local_path, open_index, without_password
+from union_igrot.gallery.engines.factory import MEMORY, check_uri, local_path, open_index, without_password
 from union_igrot.gallery.ingest.entries import Listing, list_additions
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import is_list, list_source
@@ -123,6 +123,7 @@ class Gallery:
             raise wrong_type("model", model, "a model, or the name of one")
         path = local_path(str(uri))
         uri = str(uri) if path is None else path  # absolute, so that the working directory may change
+        check_uri(uri)
         absent = uri == MEMORY or (create and path is not None and not os.path.exists(path))  # noqa: PTH110 - Path's raises for long names
         try:
             index = None if absent else open_index(uri)
@@ -204,6 +205,8 @@ class Gallery:
         """
         if images is None:
             raise wrong_type("images", images, "images, a folder, a pattern or a list file")
+        if columns is not None and not hasattr(columns, "items"):
+            raise wrong_type("columns", columns, "values by name, such as {'year': [2024, 2025]}")
         if _is_source(images):
             if ids is not None or columns is not None:
                 raise DataError(

@@ -324,6 +324,8 @@ def image_key(source: ImageSource) -> str:
     Raises:
         ImageError: If the file is missing, empty or not a regular file.
     """
+    if isinstance(source, str):
+        raise ImageError(f"{source} is text (expected pathlib.Path, or a LazyImage)")
     if not isinstance(source, Path):
         return source.key
     found = check_image(source)

@@ -41,6 +41,7 @@ IMAGE_SUFFIXES: Final = tuple(suffix for suffixes in FORMATS.values() for suffix
 SERVICE_NAMES: Final = frozenset(
     {
         "@eadir",
+        "@tmp",
         "@recycle",
         "@recently-snapshot",
         "#recycle",
@@ -122,14 +123,20 @@ def unknown_format(head: bytes, name: str = "") -> str:
     found = next((kind for start, kind in _HEADS if head.lstrip().startswith(start)), "")
     if head[4:8] == b"ftyp":
         found = _BRANDS.get(head[8:12], _IS_VIDEO)
+    if found in _installed():
+        return f"damaged {found.partition(';')[0]}"
     return found or describe_name(name) or "no known image format"
 
 
 def describe_name(name: str) -> str:
     """Return why a file is not decoded, as far as its suffix tells; otherwise an empty text."""
     kind = next((kind for suffixes, kind in _KINDS if name.lower().endswith(suffixes)), "")
-    installed = {_INSTALL_HEIF: "HEIF", _INSTALL_JXL: "JXL"}.get(kind) in decoded_formats()
-    return "" if installed else kind
+    return "" if kind in _installed() else kind
+
+
+def _installed() -> set[str]:
+    """Return the advice to install a plug-in that is followed already."""
+    return {kind for kind, name in ((_INSTALL_HEIF, "HEIF"), (_INSTALL_JXL, "JXL")) if name in decoded_formats()}
 
 
 def describe_unused(names: Iterable[str]) -> str:

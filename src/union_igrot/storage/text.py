@@ -32,7 +32,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     try:
         return data.decode(_encoding(data), errors)
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{_place(path, line)}: not UTF-8; save the file as UTF-8") from None
 
 

@@ -1,21 +1,21 @@
 """Benchmarks and training triplets by name: the generated world, an own folder, or a public dataset."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from union_igrot.datasets.folder import folder_benchmark, folder_training
 from union_igrot.datasets.loading import load_parts, load_training_parts, refuse_indistinct
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
-from union_igrot.errors import ConfigError
+from union_igrot.errors import ConfigError, check_choice
+from union_igrot.settings import declared
 from union_igrot.storage.paths import expand_user
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.training.settings import FolderSettings, ShapesSettings
 from union_igrot.types import Benchmark, TrainingSet
 
-_SHAPES = {one.name: one.default for one in fields(ShapesSettings) if one.name != "name"}
-_FOLDER = {one.name: one.default for one in fields(FolderSettings) if one.name not in ("name", "root")}
+_SHAPES = {one.key: one for one in declared(ShapesSettings) if one.key != "name"}
+_FOLDER = {one.key: one for one in declared(FolderSettings) if one.key not in ("name", "root")}
 
 
 def data_settings(name: str, root: str | Path | None = None, **options: Any) -> dict[str, Any]:
@@ -34,11 +34,15 @@ def data_settings(name: str, root: str | Path | None = None, **options: Any) -> 
         if name != "shapes":
             root = name if name != "folder" else root
             if root is None or not expand_user(root).is_dir():
+                if name == "folder":
+                    raise ConfigError(f"invalid value for root of folder: {root} (expected the path of your folder)")
                 known_names = ", ".join(["shapes", *benchmark_names()])
                 raise ConfigError(f"unknown dataset {name!r} (expected one of {known_names}, or an existing folder)")
-        if unknown := sorted(options.keys() - known.keys()):
-            raise ConfigError(f"unknown option {unknown[0]!r} for {name} (expected one of {', '.join(known)})")
-        return {**known, **options, "name": "shapes" if name == "shapes" else "folder", "root": root}
+        for option, value in options.items():
+            if not known[check_choice(f"option of {name}", option, known)].allows(value):
+                raise ConfigError(f"invalid value for {option}: {value!r} (expected {known[option].expected})")
+        defaults = {key: one.default for key, one in known.items()}
+        return {**defaults, **options, "name": "shapes" if name == "shapes" else "folder", "root": root}
     return {"split": find_benchmark(name).splits[0], "check_images": True, **options, "name": name, "root": root}
 
 

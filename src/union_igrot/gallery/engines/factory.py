@@ -72,15 +72,12 @@ def open_index(
             is no index and `create` is not set, or the width differs.
         DataError: If the index cannot be read, created or reached.
     """
-    engine, shown = _find_engine(uri), without_password(uri)
-    if engine is None:
-        raise ConfigError(f"{shown!r} is not the name of an index (expected {FORMS})")
-    index = engine.opener(uri, dim=dim, metadata=metadata, create=create)
+    index = check_uri(uri).opener(uri, dim=dim, metadata=metadata, create=create)
     if dim is not None and index.dim != dim:
         index.close()
         raise ConfigError(
-            f"{shown} holds embeddings of width {index.dim}, not {dim}; open it with the model it was made with, or "
-            "make another index"
+            f"{without_password(uri)} holds embeddings of width {index.dim}, not {dim}; open it with the model it was "
+            "made with, or make another index"
         )
     return index
 
@@ -90,7 +87,8 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def _find_engine(uri: str) -> _Engine | None:
+def check_uri(uri: str) -> _Engine:
+    """Return the engine of a URI; a ConfigError if there is none."""
     scheme = uri_scheme(uri)
     suffix = re.search(r"(\.\w+)?/*$", uri).group(1) or ""  # type: ignore[union-attr]  # matches any text
     for name in (scheme, suffix.lower()):
@@ -99,7 +97,9 @@ def _find_engine(uri: str) -> _Engine | None:
     if scheme in _ENGINES:
         return _ENGINES[scheme]
     engine = _ENGINES.get(suffix.lower())
-    return engine if engine is not None and scheme in ("", *engine.stores) else None
+    if engine is None or scheme not in ("", *engine.stores):
+        raise ConfigError(f"{without_password(uri)!r} is not the name of an index (expected {FORMS})")
+    return engine
 
 
 def _open_memory(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:

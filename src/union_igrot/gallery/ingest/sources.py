@@ -219,7 +219,7 @@ def _glob(pattern: str, images: str, exclusions: _Exclusions) -> list[str]:
     """Return the files that match a pattern, in order; `**` does not follow links, which avoids loops."""
     parts = pattern.split("/")
     wild = next(at for at, part in enumerate(parts) if re.search(r"[*?\[]", part))
-    root, rest = "/".join(parts[:wild]) or "/", "/".join(parts[wild:])
+    root, rest = find_path("/".join(parts[:wild]) or "/"), "/".join(parts[wild:])
     if parts[-1] == "**":  # matches folders only, before Python 3.13
         rest += "/*"
     hidden_allowed = any(part.startswith(".") for part in parts[wild:])
@@ -281,8 +281,10 @@ def _read_list(file: str) -> list[Entry]:
         if is_web_address(name):
             entries.append(Entry(path_as_text(name), columns=columns, fault=WEB_ADDRESS))
         else:
-            path = os.path.abspath(find_path(os.path.join(folder, name)))  # noqa: PTH100, PTH118
-            entries.append(file_entry(path, columns))
+            path = find_path(os.path.join(folder, name))  # noqa: PTH118
+            if not os.path.lexists(path):  # in quotes, as Windows copies a path, or with blanks around it
+                path = find_path(os.path.join(folder, name.strip(' "')))  # noqa: PTH118
+            entries.append(file_entry(os.path.abspath(path), columns))  # noqa: PTH100
     return entries
 
 
@@ -312,7 +314,9 @@ def _read_csv(path: str) -> Iterator[_ListedImage]:
     if (repeated := first_repeated(header)) is not None:
         raise DataError(f"{path}: the header has the column {repeated!r} twice; rename one")
     if "path" not in header:
-        raise DataError(f"{path}: the header has no column path (found {', '.join(header)}); rename that of the files")
+        raise DataError(
+            f"{path}: the header has no column path (found {', '.join(header) or 'nothing'}); rename that of the files"
+        )
     rows: list[dict[str, str | None]] = []
     for place, row in cells:
         values = dict(itertools.zip_longest(header, row[: len(header)]))
