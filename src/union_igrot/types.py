@@ -171,7 +171,7 @@ class Protocol:
     groups: Literal["class", "tag"] = "class"
 
     def __post_init__(self) -> None:
-        if isinstance(self.metrics, str) or self.primary not in self.metrics:
+        if self.primary not in self.metrics:
             raise DataError(f"invalid value for primary: {self.primary!r} (expected one of {', '.join(self.metrics)})")
 
     def __repr__(self) -> str:
@@ -223,7 +223,7 @@ class Benchmark:
                 checked.add(id(ids))
                 for name in ids:
                     if name not in known:
-                        text = f"; pass ids in a tuple, not the text {ids!r}" if isinstance(ids, str) else ""
+                        text = f"; pass a tuple of ids, not the text {ids!r}" if type(ids).__name__ == "str" else ""
                         raise DataError(
                             f"{title}: query {query.id!r} names {name!r}, which is not in the gallery{text}"
                         )

@@ -102,6 +102,11 @@ def test_the_settings_can_be_printed(capsys):
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
         (ZeroDivisionError(), 70, "internal error, please report this traceback"),
         (BrokenPipeError(), 141, None),
+        (
+            OSError(28, "No space left"),
+            2,
+            "the disk is full ([Errno 28] No space left); free space there; run the same command again to resume",
+        ),
     ],
 )
 def test_errors_have_exit_codes_and_one_line(error, code, printed, capsys, monkeypatch):

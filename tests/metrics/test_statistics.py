@@ -27,12 +27,18 @@ def some(n=200, seed=0):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 5))
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30), st.integers(0, 5))
 def test_bounds_are_within_the_values_and_deterministic(values, seed):
     x = torch.tensor(values, dtype=torch.float64)
     low, high = bootstrap_interval(x, resamples=50, seed=seed)
     assert x.min() - 1e-12 <= low <= high <= x.max() + 1e-12
     assert bootstrap_interval(x, resamples=50, seed=seed) == (low, high)
+
+
+def test_a_single_query_has_no_bounds():
+    one = torch.tensor([float("nan"), 0.5])
+    found = [bootstrap_interval(one), paired_interval(one, one)[1:], median_difference(one)[1:]]
+    assert all(math.isnan(bound) for bounds in found for bound in bounds)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What all commands share: help, validation before heavy imports, safe output, exit codes, SIGTERM."""
 
 import atexit
+import errno
 import os
 import signal
 import socket
@@ -100,11 +101,13 @@ def exit_codes(command: str, advice: str = "") -> Iterator[None]:
             _reported.set()
             stop(code, error, f"{what}{advice}")
         raise SystemExit(code) from error
-    except BrokenPipeError as error:
-        with suppress(OSError):  # or the interpreter's own flush fails
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(EXIT_BROKEN_PIPE) from error
     except Exception as error:
+        if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.ENOSPC:
+            with suppress(OSError):  # or the interpreter's own flush fails
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(EXIT_BROKEN_PIPE) from error
+            stop(EXIT_USAGE, error, f"the disk is full ({error}); free space there{advice}")
         traceback.print_exc()
         stop(EXIT_INTERNAL, error, "internal error, please report this traceback")
 

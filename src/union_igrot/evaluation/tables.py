@@ -333,7 +333,8 @@ def format_difference(values: Difference, name: str = "") -> tuple[str, str]:
     mean, low, high = values
     words = ("worse", "better") if is_rank(name) else ("better", "worse")
     verdict = words[0] if low > 0 else words[1] if high < 0 else NO_DIFFERENCE
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict
+    bounds = "" if low != low else f" [{low:+.1f}, {high:+.1f}]"  # noqa: PLR0124 - nan
+    return f"{mean:+.1f}{bounds}", verdict
 
 
 def describe_protocol(protocol: Protocol, *, parts: bool = False) -> str:

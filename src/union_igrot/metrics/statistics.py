@@ -29,14 +29,14 @@ _Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 class Interval(NamedTuple):
-    """Lower and upper bound of a mean; both nan if there is no value."""
+    """Lower and upper bound of a mean; both nan without values, and for a single one, which says nothing of others."""
 
     low: float
     high: float
 
 
 class Difference(NamedTuple):
-    """Mean difference between two methods over the same queries, and its bounds; nan if there is no pair."""
+    """Mean difference between two methods over the same queries, and its bounds, which are nan for less than two."""
 
     mean: float
     low: float
@@ -100,7 +100,7 @@ def bootstrap_intervals(
     bounds: dict[str, Interval] = {}
     for names in together.values():
         kept = ~np.isnan(arrays[names[0]])
-        if not kept.any():
+        if kept.sum() < 2:
             bounds |= dict.fromkeys(names, Interval(float("nan"), float("nan")))
             continue
         columns = [arrays[name][kept] for name in names]
@@ -153,8 +153,9 @@ def median_difference(
     pair = [x.detach().to("cpu", torch.float64)[kept].numpy() for x in (first, other)]
     groups = np.zeros(len(pair[0]), np.int64) if classes is None else classes.cpu()[kept].numpy().astype(np.int64)
     one, zero = _resampled_medians(pair, groups, resamples, seed)
-    low, high = np.quantile(one - zero, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(float(np.median(pair[0]) - np.median(pair[1])), float(low), float(high))
+    edges = np.quantile(one - zero, [(1 - level) / 2, (1 + level) / 2])
+    low, high = map(float, edges if len(groups) > 1 else (np.nan, np.nan))
+    return Difference(float(np.median(pair[0]) - np.median(pair[1])), low, high)
 
 
 def _resampled_medians(columns: list[_Floats], classes: _Ints, resamples: int, seed: int) -> _Floats:
