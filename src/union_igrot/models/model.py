@@ -104,7 +104,6 @@ class IGROTModel(nn.Module):
         return f"IGROTModel({self.backbone.name}, {heads}, dim={self.backbone.dim}, device={self.device}{trained})"
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Return a part as `nn.Module` does; an unknown public name suggests one that is the model's own."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -233,10 +232,10 @@ class IGROTModel(nn.Module):
                 "text or an image that belongs to several: [text] * count"
             )
 
-        def embed(span: slice, loaded: Tensor | None) -> Tensor:
-            return self.embed_queries(loaded, None if some_texts is None else some_texts[span])
-
-        return self._encode(embed, some_images, count, batch_size, workers, progress, device)
+        return self._encode(
+            lambda span, loaded: self.embed_queries(loaded, some_texts and some_texts[span]),
+            *(some_images, count, batch_size, workers, progress, device),
+        )
 
     @names_arguments
     def encode_gallery(
@@ -249,13 +248,9 @@ class IGROTModel(nn.Module):
         device: str | torch.device | None = None,
     ) -> Float[Tensor, "images dim"]:
         """Encode gallery images, without gradients; arguments, result and errors as for `encode_queries`."""
-
-        def embed(_: slice, loaded: Tensor | None) -> Tensor:
-            assert loaded is not None
-            return self.embed_gallery(loaded)
-
         some = _as_images(images)
-        return self._encode(embed, some, len(some), batch_size, workers, progress, device)
+        settings = batch_size, workers, progress, device
+        return self._encode(lambda _, loaded: self.embed_gallery(loaded), some, len(some), *settings)  # type: ignore[arg-type]
 
     def _encode(
         self,
@@ -269,8 +264,7 @@ class IGROTModel(nn.Module):
     ) -> Tensor:
         """Embed items batch by batch in evaluation mode, and normalize the embeddings."""
         check_count("batch_size", batch_size)
-        if workers is not None:
-            check_count("workers", workers, 0)
+        check_count("workers", workers or 0, 0)
         there = resolve_device("cpu" if device is None else device)
         spans = [slice(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
         embeddings, training = [torch.empty(0, self.backbone.dim, device=there)], self.training
@@ -310,9 +304,7 @@ class IGROTModel(nn.Module):
         else:
             check_model_input(images, self.preprocess.size, instead)
             encoded = self.backbone.encode_image(images.to(self.device))
-        if self.projector is None:
-            return encoded
-        projected: Features = self.projector(encoded)
+        projected: Features = encoded if self.projector is None else self.projector(encoded)
         return projected
 
     def _text_features(self, texts: str | Sequence[str | None] | Features | None, batch: int) -> Features:
