@@ -196,3 +196,15 @@ def test_broken_weights_are_one_clear_line(case, word, tiny, tmp_path):
     assert word in message
     assert "\n" not in message
     assert str(path) in message
+
+
+def test_the_number_of_threads_does_not_change_features(tiny):
+    images, threads = pixels(70), torch.get_num_threads()
+    found = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        with torch.inference_mode():
+            found.append(tiny.encode_image(images).tokens)
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0][50:], tiny.encode_image(images[50:]).tokens, atol=1e-5, rtol=0)
