@@ -13,6 +13,7 @@ import uvicorn
 from demo_backends import Squares
 from union_igrot.cli import demo as command
 from union_igrot.cli.demo import PASSWORD, main as demo
+from union_igrot.demo import backends
 from union_igrot.demo.controller import DemoController
 from union_igrot.demo.server import make_app
 from union_igrot.errors import ConfigError
@@ -33,14 +34,14 @@ def told(monkeypatch):
         found.opened.append("world")
         return [Squares()]
 
-    def galleries(config):
-        found.opened.append((config.index, config.second_index))
-        return [Squares()]
+    def gallery(uri, checkpoint, device):
+        found.opened.append(uri)
+        return Squares()
 
     monkeypatch.setattr(serving, "serve", serve)
     monkeypatch.setattr(serving, "listen", lambda host, port: setattr(found, "port", (host, port)))
     monkeypatch.setattr(command, "_synthetic_backends", world)
-    monkeypatch.setattr(command, "_gallery_backends", galleries)
+    monkeypatch.setattr(backends, "open_backend", gallery)
     return found
 
 
@@ -61,7 +62,7 @@ def test_names_under_which_the_page_is_offered(told):
 
 def test_an_index_is_taken_as_typed(told):
     demo(["index=it's, (mine) ${x}.lance", "second_index=b.lance", "port=0"])
-    assert told.opened == [("it's, (mine) ${x}.lance", "b.lance")]
+    assert told.opened == ["it's, (mine) ${x}.lance", "b.lance"]
     assert told.port == ("127.0.0.1", 0)
 
 

@@ -1,6 +1,7 @@
 """Images read in batches: any transform, errors as values, order, random numbers, dead and slow workers."""
 
 import hashlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
-from union_igrot.errors import ImageError
+from union_igrot.errors import ImageError, UnionError
 from union_igrot.images import dataset as images
 from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, load_pixels, read_batches
 from union_igrot.types import Preprocess
@@ -128,6 +129,16 @@ def test_a_slow_image_is_an_error_that_names_it(tmp_path, monkeypatch, interrupt
 def make_random(seed):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if shared memory were full
     return torch.from_numpy(np.random.default_rng(seed).random((100, 100)))
+
+
+def test_without_room_for_locks_one_line_says_what_to_do(monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing, "Lock", full)
+    image_loader(ImageDataset([], len), [], list, workers=0)
+    with pytest.raises(UnionError, match=r"/dev/shm.*workers=0"):
+        image_loader(ImageDataset([], len), [], list, workers=1)
 
 
 def test_without_shared_memory_batches_pass_through_pipes():

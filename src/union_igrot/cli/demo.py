@@ -25,6 +25,7 @@ UNTRAINED = {"image + text": "sum", "image alone": "image"}
 def demo(config: "DictConfig", _: Path) -> None:
     """Serve the page as configured, until it is stopped."""
     require_packages("the demo", "demo", "starlette", "uvicorn", "jinja2")
+    from union_igrot.demo.backends import open_backend
     from union_igrot.demo.controller import DemoController
     from union_igrot.demo.server import make_app
     from union_igrot.service.http import accepted_hosts, listen, serve
@@ -34,7 +35,8 @@ def demo(config: "DictConfig", _: Path) -> None:
     _check(config)
     login = _login(config.user)
     bound = listen(config.host, config.port)  # first, so that a port in use is reported at once
-    backends = _synthetic_backends(config) if config.index is None else _gallery_backends(config)
+    indexes = ((config.index, config.checkpoint), (config.second_index, config.second_checkpoint))
+    backends = [open_backend(uri, name, config.device) for uri, name in indexes if uri] or _synthetic_backends(config)
     app = make_app(
         DemoController(backends, page=config.page),
         bound=config.waiting,
@@ -75,15 +77,6 @@ def _login(user: str | None) -> "Login | None":
     if not password:
         raise ConfigError(f"user={user} needs a password; set {PASSWORD}, or start in a terminal and type it")
     return Login(user, password)
-
-
-def _gallery_backends(config: "DictConfig") -> "list[GalleryBackend]":
-    from union_igrot.demo.backends import open_backend
-
-    backends: list[GalleryBackend] = [open_backend(config.index, config.checkpoint, config.device)]
-    if config.second_index is not None:
-        backends.append(open_backend(config.second_index, config.second_checkpoint, config.device))
-    return backends
 
 
 def _synthetic_backends(config: "DictConfig") -> "list[GalleryBackend]":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from union_igrot.gallery.queries import QueryLine
-    from union_igrot.gallery.results import Hit, SearchResult
+    from union_igrot.gallery.results import SearchResult
     from union_igrot.reporting.contact_sheets import SheetRow
 
 EXIT_NO_HITS = 1  # exit code if no query has hits
@@ -29,6 +29,8 @@ def search(config: "DictConfig", _: Path) -> None:
     _check(config)
     from union_igrot.gallery.engines.factory import uri_scheme
     from union_igrot.gallery.gallery import Gallery
+    from union_igrot.gallery.ingest.entries import ADDED_SOURCE
+    from union_igrot.gallery.results import is_missing
     from union_igrot.terminal import progress_bar
 
     lines = _query_lines(config)
@@ -55,7 +57,8 @@ def search(config: "DictConfig", _: Path) -> None:
                 for line, result in zip(some, results, strict=True):
                     count += len(result)
                     far += [(line, result)] if result.nothing_near else []
-                    missing += [hit.id for hit in result if _is_gone(hit)]
+                    listed = [hit.id for hit in result if hit.columns.get("source") != ADDED_SOURCE]
+                    missing += filter(is_missing, listed)  # the id of an image that was added alone may be no path
                     _print_result(config, line, result)
                     if config.contact is not None and len(sheet) < SHEET_QUERIES:
                         sheet.append(_sheet_line(line, result))
@@ -131,14 +134,6 @@ def _json_line(row: dict[str, Any]) -> str:
     except UnicodeEncodeError:
         return json.dumps(row) + "\n"
     return (text if text == escape_controls(text) else json.dumps(row)) + "\n"
-
-
-def _is_gone(hit: "Hit") -> bool:
-    """Whether the file of a hit no longer exists; the id of an image that was added alone may be no path."""
-    from union_igrot.gallery.ingest.entries import ADDED_SOURCE
-    from union_igrot.gallery.results import is_missing
-
-    return hit.columns.get("source") != ADDED_SOURCE and is_missing(hit.id)
 
 
 def _describe(query: dict[str, Any]) -> str:

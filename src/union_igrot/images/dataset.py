@@ -3,6 +3,7 @@
 Training, evaluation and indexing read images through the same `ImageDataset` and `image_loader`.
 """
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -111,7 +112,18 @@ def image_loader(
         persistent: Whether workers live on from one pass to the next.
         prefetch: Batches that each worker reads ahead.
         start_method: How workers start; None for the system's default.
+
+    Raises:
+        UnionError: If processes cannot be started, as there is no room for their locks in `/dev/shm`.
     """
+    try:
+        # About what the workers and their queues need, a page of shared memory each; torch prints traces without.
+        del [multiprocessing.Lock() for _ in range(3 * workers + 6 if workers else 0)][:]
+    except OSError as error:
+        raise UnionError(
+            f"decoding processes cannot start ({error.strerror} in /dev/shm); enlarge it (docker run --shm-size=64m), "
+            "or pass workers=0 (features.workers=0 in training and evaluation)"
+        ) from None
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
