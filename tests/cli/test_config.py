@@ -238,7 +238,10 @@ def test_the_examples_of_the_help_are_valid(tmp_path, monkeypatch):
             assert {key for key, _ in arguments.settings} <= known, line
 
 
-def test_positional_values():
+def test_positional_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=y").mkdir()
+    assert parse_arguments("compare", ["x=y", "second=x=y"]).settings == [("first", "x=y"), ("second", "x=y")]
     assert parse_arguments("compare", ["a", "--rounds", "9", "b"]).settings == [
         ("first", "a"), ("rounds", "9"), ("second", "b")]  # fmt: skip
     assert "unexpected argument 'c'" in parse_arguments("compare", ["a", "b", "c"]).problems[0]

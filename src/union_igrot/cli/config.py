@@ -134,12 +134,12 @@ def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
                     found.problems.append(f"--{key} needs a value (expected {known()[key].expected})")
                     continue
             found.settings.append((key, text))
+        elif positional and word[:1] != "-" and (not equals or (key not in known() and Path(word).exists())):
+            found.settings.append((positional.pop(0), word))
         elif equals and not word.startswith("-"):
             key = key.lstrip("+")
             hydra = COMMANDS[name].hydra and re.match(r"hydra[./]", key)
             found.hydra.append(parseable(key, text)) if hydra else found.settings.append((key, text))
-        elif positional and not word.startswith("-"):
-            found.settings.append((positional.pop(0), word))
         else:
             near = suggestion(word.lstrip("-"), [*known(), "help", "version", "multirun"])
             found.problems.append(

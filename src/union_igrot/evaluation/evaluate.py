@@ -95,9 +95,8 @@ def evaluate_benchmark(
     """
     model.eval()
     null = model.null_text()
-    models = {kind: baseline(model.backbone, kind, null) for kind in BASELINES} | (
-        {"trained": model} if trained else {}
-    )
+    models = {kind: baseline(model.backbone, kind, null) for kind in BASELINES}
+    models |= {"trained": model} if trained else {}
     noise = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     # Rankings by random vectors are uniform, so chance goes through the same scoring.
@@ -105,9 +104,8 @@ def evaluate_benchmark(
     random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
-    used: dict[str, Any] = {}
+    used, sides_of = dict[str, Any](), dict[str, Tensor]()
     methods = []
-    sides_of: dict[str, Tensor] = {}
     with _progress(benchmark, 2 * len(models) + 1 + 2 * len(fusions), shown=extractor.progress) as advance:
         for name, embedded in embed_models(models, benchmark, extractor):
             start = time.perf_counter()

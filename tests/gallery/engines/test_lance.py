@@ -39,6 +39,13 @@ def test_an_existing_table_is_opened_unchanged(uri):
         create_index(uri.replace("photos", "more"), metadata={"x": {1, 2}})
 
 
+def test_a_colon_in_a_relative_name_is_no_scheme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    create_index("a:b.lance").close()
+    assert (tmp_path / "a:b.lance").is_dir()
+    assert len(open_index("a:b.lance")) == 0
+
+
 def test_a_foreign_table_is_refused(tmp_path):
     lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "foreign.lance"))
     with pytest.raises(ConfigError, match="is a Lance table but not an index"):

@@ -45,6 +45,7 @@ from union_igrot.gallery.engines.base import (
     required_dim,
     validate_rows,
 )
+from union_igrot.gallery.engines.factory import local_path
 from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, quote
 from union_igrot.storage.sizes import format_size, parse_size
 
@@ -244,7 +245,7 @@ class LanceIndex(VectorIndex):
         ]
         schema = pa.schema(fields, metadata={_METADATA: dump_metadata(metadata)})
         try:
-            return lance.write_dataset(schema.empty_table(), self.uri, mode="create")
+            return lance.write_dataset(schema.empty_table(), local_path(self.uri) or self.uri, mode="create")
         except OSError:
             table = _open_table(self.uri)  # created by another process meanwhile
             if table is None:
@@ -436,7 +437,7 @@ def _open_table(uri: str) -> Any:
     if Path(uri).is_file():
         raise ConfigError(f"{uri} is a file (expected a folder)")
     try:
-        return lance.dataset(uri)
+        return lance.dataset(local_path(uri) or uri)  # absolute: Lance would take `a:` for a scheme
     except (ValueError, FileNotFoundError) as error:
         if "not found" not in str(error):
             raise
