@@ -487,8 +487,8 @@ def submit(
             f"the targets of {benchmark.name} {benchmark.split} are not published, and no server scores it; choose a "
             f"split with targets, or one of {', '.join(_SUBMITTED)}"
         )
-    queries, gallery, _ = embed_benchmark(model, benchmark, extractor)
-    queries, gallery, used = correct_embeddings(model, benchmark, queries, gallery, calibration, query_expansion)
+    embedded = embed_benchmark(model, benchmark, extractor)
+    queries, gallery, used = correct_embeddings(model, benchmark, embedded, calibration, query_expansion)
     for line in correction_lines(used):
         print_line(line)
     scores = score(benchmark, queries, gallery)

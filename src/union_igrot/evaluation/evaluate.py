@@ -32,7 +32,7 @@ from union_igrot.evaluation.results import (
     query_groups,
 )
 from union_igrot.evaluation.scoring import metric_limits, score
-from union_igrot.features.embedding import embed_models
+from union_igrot.features.embedding import EmbeddedBenchmark, embed_models
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.identity import image_identity
 from union_igrot.metrics.functional import average, group_values
@@ -111,8 +111,7 @@ def evaluate_benchmark(
             start = time.perf_counter()
             queries, gallery = embedded.queries, embedded.gallery
             if name == "trained":
-                chosen = calibration, query_expansion
-                queries, gallery, used = correct_embeddings(model, benchmark, queries, gallery, *chosen)
+                queries, gallery, used = correct_embeddings(model, benchmark, embedded, calibration, query_expansion)
             scores[name] = score(benchmark, queries, gallery)
             seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
             advance()
@@ -153,14 +152,10 @@ def _descriptions(
 
 
 def correct_embeddings(
-    model: IGROTModel,
-    benchmark: Benchmark,
-    queries: Float[Tensor, "queries dim"],
-    gallery: Float[Tensor, "gallery dim"],
-    calibration: float,
-    query_expansion: int,
+    model: IGROTModel, benchmark: Benchmark, embedded: EmbeddedBenchmark, calibration: float, query_expansion: int
 ) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "gallery wide"], dict[str, Any]]:
     """Expand queries and calibrate scores as chosen, see `evaluate_benchmark`; also return what results say of it."""
+    queries, gallery, _ = embedded
     used: dict[str, Any] = {}
     if query_expansion:
         queries = expand_queries(benchmark, queries, gallery, query_expansion)
