@@ -3,7 +3,8 @@
     python benchmarks/photos.py --data FOLDER [--checkpoint photos]
 
 The folder holds `manifest.csv` (domain, path, class, split). Mean average precision over whole rankings: the mean over
-classes for texts ("a photo of a CLASS", names as they are), over queries for images; a photo is not its own hit.
+classes for texts ("a photo of a CLASS", names as they are), over queries for images; a photo is not its own hit. The
+95 % intervals resample classes, then their queries (seed 0).
 """
 
 import argparse
@@ -11,6 +12,7 @@ import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,21 +20,31 @@ from rich.table import Table
 from torch import Tensor
 
 from union_igrot.metrics.functional import average_precision
+from union_igrot.metrics.statistics import Interval, bootstrap_interval
 from union_igrot.models.model import load
 
 
-def mean_ap(
-    scores: Tensor, queries: Sequence[str], gallery: Sequence[str], itself: bool = False
-) -> tuple[float, float]:
-    """Return the mean average precision and chance, in percent; `itself`: query i is gallery image i."""
+class Row(NamedTuple):
+    """A row of the table; all but the counts in percent."""
+
+    value: float
+    interval: Interval
+    chance: float
+    queries: int
+    gallery: int
+
+
+def mean_ap(scores: Tensor, queries: Sequence[str], gallery: Sequence[str], itself: bool = False) -> Row:
+    """Return the mean average precision; `itself`: query i is gallery image i."""
     if itself:
         scores = scores.clone().fill_diagonal_(float("-inf"))
     names = {name: i for i, name in enumerate(sorted({*queries, *gallery}))}
     asked, shown = (torch.tensor([names[name] for name in some]) for some in (queries, gallery))
     order = scores.argsort(dim=1, descending=True)[:, : len(gallery) - itself]
     hits = shown[order] == asked[:, None]
-    found = average_precision(hits, hits.sum(1), norm="all")
-    return 100 * found.mean().item(), 100 * hits.float().mean().item()
+    found = 100 * average_precision(hits, hits.sum(1), norm="all")
+    interval = bootstrap_interval(found, classes=asked)
+    return Row(found.mean().item(), interval, 100 * hits.float().mean().item(), *scores.shape)
 
 
 def main() -> None:
@@ -73,16 +85,18 @@ def main() -> None:
         f"sketch -> photo, {args.split}": mean_ap(drawn @ gallery[inside].T, sketched, few),
         f"sketch -> photo, {args.split}, all photos": mean_ap(drawn @ gallery.T, sketched, labels),
     }
-    table = Table("mAP", "%", "chance")
-    for name, (value, chance) in values.items():
-        table.add_row(name, f"{value:.1f}", f"{chance:.1f}")
+    table = Table("mAP", "%", "95 %", "chance", "queries", "gallery")
+    for name, row in values.items():
+        low, high = row.interval
+        sizes = (f"{row.queries:,}", f"{row.gallery:,}")
+        table.add_row(name, f"{row.value:.1f}", f"{low:.1f} to {high:.1f}", f"{row.chance:.1f}", *sizes)
     console = Console()
     console.print(table)
-    each = {name: mean_ap(texts[[i]] @ gallery.T, [name], labels)[0] for i, name in enumerate(classes)}
+    each = {name: mean_ap(texts[[i]] @ gallery.T, [name], labels).value for i, name in enumerate(classes)}
     console.print(
         "text -> photo by class:", ", ".join(f"{n} {v:.0f}" for n, v in sorted(each.items(), key=lambda x: x[1]))
     )
-    console.print(f"{rate:.0f} images/s with {torch.get_num_threads()} threads")
+    console.print(f"{model.fingerprint()}; {rate:.0f} images/s with {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

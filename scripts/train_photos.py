@@ -8,14 +8,16 @@ the split `train` is read. Beside it: Debian's `wordnet-base` and `fonts-symbola
 
 1. Every noun of WordNet that can be photographed gets a vector: a mixture of ImageNet's classes (`wordnet.py`).
 2. The joint space are the main directions of the classes. Photos reach it centered by their mean; sketches by a linear
-   map that is fitted to sketches, edge maps of photos, and pictographs of a font, whose names say what they show.
+   map that is fitted to sketches, also turned, stretched and thickened ones, edge maps of photos, and pictographs of a
+   font, whose names say what they show.
 3. Two small residual networks, of photos and of drawings, are trained by gradient descent on the training classes.
-4. The text tower holds the vectors of the surest and most common names.
+4. The text tower holds the vectors of all names, each as a mixture of few classes.
 """
 
 import argparse
 import csv
 import json
+import random
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -23,18 +25,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from wordnet import Nouns, concept_vectors, name_vectors, read_nouns
+from wordnet import Nouns, concept_vectors, name_vectors, read_nouns, sparse_mixtures
 
 from union_igrot.images.decode import open_image
 from union_igrot.images.transforms import ImageToPixels, model_input
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.photos import (
     _PREPROCESS as PREPROCESS,
+    CLASSES,
     DIM,
+    PARTS,
+    WIDTH,
     PhotoNetwork,
     PhotoText,
     _split_words,
@@ -47,10 +52,12 @@ PICTOGRAPHS = (range(0x1F300, 0x1F650), range(0x1F680, 0x1F700))
 NOT_PICTURED = frozenset(
     ("sign", "suit", "design", "box", "piece", "medium", "game", "weight", "construction", "drop", "file", "orange")
 )
-REPEATS = {"sketch": 2, "edges": 1, "pictograph": 3}
-"""How often each kind of drawing counts."""
-NAMES, COMMON = 11000, 0.6
-"""Names of the text tower, and how much more likely one is in it whose senses were counted in a corpus."""
+REDRAWN = 3
+"""How often each sketch is redrawn."""
+COUNTS = {"sketch": 1.0, "redrawn": 1.0, "edges": 1.0, "pictograph": 3.0}
+"""How much each drawing of a kind counts in the sketches' map."""
+MOST, ENOUGH = 8, 0.1
+"""Most classes of a name's mixture, and the share of its squared length that may be left."""
 MAP_RIDGE, MAP_START = 30.0, 0.5
 """Regularization of the sketches' map, and the share of the photos' map in it; chosen on held-out training classes."""
 STEPS, RATE, DECAY = 150, 3e-4, 0.5
@@ -78,6 +85,24 @@ def edge_map(image: Image.Image, number: int) -> Image.Image:
     return Image.fromarray(((1 - lines[0, 0]) * 255).byte().numpy()).convert("RGB")
 
 
+def redraw(sketch: Image.Image, chance: random.Random) -> Image.Image:
+    """Turn, stretch, shift and mirror black lines on white at random, and change their width."""
+    gray = sketch.convert("L")
+    gray = gray.crop(ImageOps.invert(gray).getbbox())
+    side = int(max(gray.size) * 1.15) + 82
+    board = Image.new("L", (side, side), 255)
+    board.paste(gray, ((side - gray.width) // 2, (side - gray.height) // 2))
+    board = board.rotate(chance.uniform(-15, 15), Image.Resampling.BICUBIC, fillcolor=255)
+    scale, aspect = 1.5 * chance.uniform(0.8, 1.25), chance.uniform(0.85, 1.18)
+    wide, high = side / scale * aspect, side / scale / aspect
+    x, y = (side * (0.5 + chance.uniform(-0.04, 0.04)) for _ in range(2))
+    box = (x - wide, y - high, x + wide, y + high)
+    board = board.transform((224, 224), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor=255)
+    if chance.random() < 0.5:
+        board = ImageOps.mirror(board)
+    return board.filter(ImageFilter.MinFilter(chance.choice((1, 1, 3, 3, 5)))).convert("RGB")
+
+
 def pictographs(known: set[str], avoided: set[str]) -> list[tuple[str, Image.Image]]:
     """Return the drawings of Symbola whose Unicode name ends in a known name, without some classes."""
     font = ImageFont.truetype(str(SYMBOLA), 170)
@@ -103,7 +128,7 @@ def trunk_features(network: PhotoNetwork, images: Iterable[Image.Image], label: 
 
     def encode() -> None:
         pixels = model_input(torch.stack(batch), PREPROCESS).contiguous(memory_format=torch.channels_last)
-        found.append(network.trunk.forward_features(pixels).mean((2, 3)))
+        found.append(network.cells(pixels).mean(1))
         batch.clear()
 
     for image in images:
@@ -142,42 +167,44 @@ def class_mean(features: Tensor, labels: Sequence[str]) -> Tensor:
     return torch.stack(each).mean(0)
 
 
-def photo_part(network: PhotoNetwork, features: Tensor, labels: Sequence[str]) -> Tensor:
-    """Set the joint space and the photos' map; return the unit vectors of ImageNet's classes at full width."""
+def photo_part(network: PhotoNetwork, features: Tensor, labels: Sequence[str]) -> None:
+    """Set the joint space and the photos' map."""
     rows = network.trunk.classifier.weight.detach()
-    classes = F.normalize(rows - rows.mean(0), dim=1)
-    basis = torch.linalg.svd(classes, full_matrices=False).Vh[:DIM]
+    basis = torch.linalg.svd(F.normalize(rows - rows.mean(0), dim=1), full_matrices=False).Vh[:DIM]
     # The sign of a direction is arbitrary.
     basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-    network.photo.weight.data, network.photo.bias.data = basis, -basis @ class_mean(features, labels)
-    network.prototypes.weight.data = (classes @ basis.T).T.contiguous()
+    network.photo.weight.data, network.photo.bias.data = basis, -basis @ class_mean(features[:, :WIDTH], labels)
     network.gate.weight.data.zero_()
     network.gate.bias.data.fill_(-30.0)
-    return classes
 
 
-def sketch_part(network: PhotoNetwork, sketches: Tensor, center: Tensor, targets: Tensor) -> None:
+def sketch_part(network: PhotoNetwork, sketches: Tensor, counts: Tensor, center: Tensor, targets: Tensor) -> None:
     """Set the sketches' map: ridge regression on targets in the joint space, on top of the photos' map."""
-    x = F.normalize(sketches - center, dim=1)
-    basis, length = network.photo.weight.data, (sketches - center).norm(dim=1).mean()
-    start = MAP_START * F.normalize(x @ basis.T, dim=1)
-    kernel = x @ x.T + MAP_RIDGE * torch.eye(len(x))
-    change = x.T @ torch.linalg.solve(kernel, targets - start)
-    size = (x @ basis.T).norm(dim=1).mean()
-    weight = (MAP_START / size * basis + change.T) / length
+    centered, basis = sketches - center, network.photo.weight.data
+    # The trunk's last map and each earlier one count as much.
+    scale = torch.cat([1 / part.norm(dim=1).mean().expand(part.shape[1]) for part in centered.split(PARTS, 1)])
+    length = (centered * scale).norm(dim=1).mean()
+    x = F.normalize(centered * scale, dim=1)
+    first = x[:, :WIDTH] @ basis.T
+    start = MAP_START * F.normalize(first, dim=1)
+    weighted = (x * counts[:, None]).T
+    change = torch.linalg.solve(weighted @ x + MAP_RIDGE * torch.eye(x.shape[1]), weighted @ (targets - start))
+    weight = change.T
+    weight[:, :WIDTH] += MAP_START / first.norm(dim=1).mean() * basis
+    weight *= scale / length
     network.sketch.weight.data, network.sketch.bias.data = weight, -weight @ center
 
 
 def residual_part(network: PhotoNetwork, features: dict[str, Tensor], labels: dict[str, list[str]]) -> None:
     """Train the residual networks: drawings and photos against photos of all classes, equal classes being positive."""
     generator = torch.Generator().manual_seed(0)
-    trained = [network.photo_residual, network.sketch_residual]
-    optimizer = torch.optim.AdamW([x for one in trained for x in one.parameters()], lr=RATE, weight_decay=DECAY)
+    network.requires_grad_(requires_grad=False)
+    trained = nn.ModuleList([network.photo_residual, network.sketch_residual]).requires_grad_()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
     names = sorted(set(labels["photo"]))
     classes = {kind: torch.tensor([names.index(x) for x in some]) for kind, some in labels.items()}
-    classes["edges"] = classes["photo"]
-    shares = {"sketch": 51, "edges": 51, "photo": 26}
+    shares = {"sketch": 13, "redrawn": 38, "edges": 51, "photo": 26}
 
     def embed(x: Tensor) -> Tensor:
         return F.normalize(network.embed(x, x[:, None])[:, 0], dim=1)
@@ -201,25 +228,31 @@ def residual_part(network: PhotoNetwork, features: dict[str, Tensor], labels: di
         loss.backward()
         optimizer.step()
         schedule.step()
-    for weight in network.parameters():
-        weight.grad = None
 
 
-def text_part(network: PhotoNetwork, nouns: Nouns, names: Sequence[str], vectors: Tensor) -> PhotoText:
-    """Return the text tower: the names of the surest vectors, common ones first, and their irregular plurals."""
-    written = {name for one in nouns.synsets.values() for name in one.names}
-    ranked = [
-        (length + COMMON * (name in nouns.common), name, at)
-        for at, (name, length) in enumerate(zip(names, vectors.norm(dim=1).tolist(), strict=True))
-        if name in written and not name.startswith(("genus ", "family ", "order ", "class ")) and len(name) > 1
-    ]
-    # Longer names are looked up without their punctuation.
-    chosen = {" ".join(_split_words(name)): at for _, name, at in sorted(ranked, reverse=True)[:NAMES]}
-    chosen |= {nouns.plurals[name]: at for name, at in chosen.items() if nouns.plurals.get(name, name) not in chosen}
-    tower = PhotoText(DIM, len(chosen), len("\n".join(chosen).encode()))
-    tower.vocabulary.copy_(torch.tensor(list("\n".join(chosen).encode()), dtype=torch.uint8))
-    projected = vectors[list(chosen.values())] @ network.photo.weight.data.T
-    tower.names.weight.data = torch.cat([torch.zeros(1, DIM), projected])
+def text_part(network: PhotoNetwork, nouns: Nouns, groups: list[list[str]], vectors: Tensor) -> PhotoText:
+    """Return the text tower: all names and their irregular plurals, each a mixture of few classes."""
+    written: dict[str, int] = {}
+    for at, group in enumerate(groups):
+        for name in group:
+            if len(name) > 1 and not name.startswith(("genus ", "family ", "order ", "class ")):
+                # Longer names are looked up without their punctuation, and with parts joined by a hyphen as one word.
+                for spelled in {name, name.replace("-", "")}:
+                    written.setdefault(" ".join(_split_words(spelled)), at)
+    for singular, plural in nouns.plurals.items():
+        if singular in written:
+            written.setdefault(plural, written[singular])
+    lines: dict[int, list[str]] = {}
+    for name, at in written.items():
+        lines.setdefault(at, []).append(name)
+    place = network.photo.weight.data.T
+    mixed = sparse_mixtures(vectors[list(lines)] @ place, network.place(torch.eye(CLASSES)), MOST, ENOUGH)
+    vocabulary = "\n".join(",".join(names) for names in lines.values()).encode()
+    tower = PhotoText(len(lines), sum(len(shares) for _, shares in mixed), len(vocabulary))
+    tower.vocabulary.copy_(torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8))
+    tower.lengths.copy_(torch.tensor([len(shares) for _, shares in mixed]))
+    tower.classes.copy_(torch.cat([classes for classes, _ in mixed]))
+    tower.shares.copy_(torch.cat([shares for _, shares in mixed]))
     return tower
 
 
@@ -233,13 +266,13 @@ def read_manifest(root: Path, split: str = "train") -> dict[str, list[dict[str, 
 def image_features(
     network: PhotoNetwork, root: Path, known: set[str], cache: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return features of photos, their edge maps, sketches and pictographs, cached, and what the latter show."""
+    """Return features of photos, their edge maps, sketches, redrawn ones and pictographs, and what the latter show."""
     rows = read_manifest(root)
     tested = {row["class"] for row in read_manifest(root, "test")["photo"]}
     avoided = {word for name in tested for word in (*name.split("_"), name.rstrip("s"), *ALSO_AVOIDED)}
     drawn = pictographs(known, avoided)
     paths = {domain: [root / row["path"] for row in rows[domain]] for domain in rows}
-    to_pixels = ImageToPixels(PREPROCESS)
+    to_pixels, chance = ImageToPixels(PREPROCESS), random.Random(0)
 
     def edges() -> Iterable[Image.Image]:
         for number, path in enumerate(paths["photo"]):
@@ -249,6 +282,7 @@ def image_features(
     sources: dict[str, Callable[[], Iterable[Image.Image]]] = {
         "photo": lambda: (open_image(path) for path in paths["photo"]),
         "sketch": lambda: (open_image(path) for path in paths["sketch"]),
+        "redrawn": lambda: (redraw(open_image(path), chance) for _ in range(REDRAWN) for path in paths["sketch"]),
         "pictograph": lambda: (image for _, image in drawn),
         "edges": edges,
     }
@@ -267,39 +301,34 @@ ALSO_AVOIDED = ("plane", "aircraft", "jet", "piano", "scissor", "clock", "seat",
 
 def fit_images(
     network: PhotoNetwork, features: dict[str, Tensor], labels: dict[str, list[str]], pictured: Tensor
-) -> Tensor:
-    """Fit the joint space, the map of sketches and the gate; return ImageNet's classes at full width.
+) -> None:
+    """Fit the joint space, the map of sketches and the gate.
 
     Args:
         network: The network, with the weights of its trunk.
         features: Pooled features by kind of image.
-        labels: Classes of photos and sketches.
+        labels: Classes by kind of image, pictographs apart.
         pictured: Vectors of what the pictographs show, at full width.
     """
-    classes = photo_part(network, features["photo"], labels["photo"])
+    photo_part(network, features["photo"], labels["photo"])
     with torch.inference_mode():
         embedded = network.embed(features["photo"], features["photo"][:, None])[:, 0]
     means = {
         name: F.normalize(embedded[[i for i, one in enumerate(labels["photo"]) if one == name]].mean(0), dim=0)
         for name in set(labels["photo"])
     }
-    own = torch.stack([means[name] for name in [*labels["sketch"], *labels["photo"]]])
-    drawings = torch.cat([features["sketch"], features["edges"], features["pictograph"]])
+    own = torch.stack([means[name] for kind in COUNTS if kind in labels for name in labels[kind]])
     targets = torch.cat([own, F.normalize(pictured @ network.photo.weight.data.T, dim=1)])
     centers = {
-        "sketch": class_mean(features["sketch"], labels["sketch"]),
-        "edges": class_mean(features["edges"], labels["photo"]),
-        "pictograph": features["pictograph"].mean(0),
+        kind: class_mean(features[kind], labels[kind]) if kind in labels else features[kind].mean(0) for kind in COUNTS
     }
     moved = torch.cat([features[kind] - center + centers["sketch"] for kind, center in centers.items()])
-    repeats = torch.tensor([REPEATS[kind] for kind in centers]).repeat_interleave(
-        torch.tensor([len(features[kind]) for kind in centers])
-    )
-    sketch_part(network, moved.repeat_interleave(repeats, 0), centers["sketch"], targets.repeat_interleave(repeats, 0))
+    counts = torch.cat([torch.full((len(features[kind]),), count) for kind, count in COUNTS.items()])
+    sketch_part(network, moved, counts, centers["sketch"], targets)
+    drawings = torch.cat([features[kind][:, :WIDTH] for kind in COUNTS])
     is_drawing = torch.cat([torch.zeros(len(features["photo"])), torch.ones(len(drawings))])
-    weight, bias = logistic(torch.cat([features["photo"], drawings]), is_drawing)
+    weight, bias = logistic(torch.cat([features["photo"][:, :WIDTH], drawings]), is_drawing)
     network.gate.weight.data, network.gate.bias.data = weight[None], bias.reshape(1)
-    return classes
 
 
 def main() -> None:
@@ -311,23 +340,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=bundled, help="folder to write to")
     args = parser.parse_args()
     start = time.monotonic()
-    network = PhotoNetwork().eval()
+    network = PhotoNetwork(PhotoText(0, 0, 0)).eval()
     network.trunk.load_state_dict({n.removeprefix("trunk."): x for n, x in trunk_weights().items()})
     nouns = read_nouns()
     rows = network.trunk.classifier.weight.detach()
-    position, vectors, confidence = concept_vectors(nouns, F.normalize(rows - rows.mean(0), dim=1))
-    names, named = name_vectors(nouns, position, vectors, confidence)
-    print(f"{len(names)} names after {time.monotonic() - start:.0f} s", flush=True)
+    concepts = concept_vectors(nouns, F.normalize(rows - rows.mean(0), dim=1))
+    groups, vectors = name_vectors(nouns, *concepts)
+    print(f"{sum(map(len, groups))} names after {time.monotonic() - start:.0f} s", flush=True)
 
-    sure = {name for name, length in zip(names, named.norm(dim=1).tolist(), strict=True) if length > 0.99}
-    features, shown = image_features(network, args.data, sure, args.cache)
+    sure = vectors.norm(dim=1) > 0.99
+    known = {name: at for at, names in enumerate(groups) if sure[at] for name in names}
+    features, shown = image_features(network, args.data, set(known), args.cache)
     manifest = read_manifest(args.data)
     labels = {domain: [row["class"] for row in manifest[domain]] for domain in manifest}
-    at = {name: i for i, name in enumerate(names)}
-    fit_images(network, features, labels, named[[at[name] for name in shown]])
+    labels |= {"edges": labels["photo"], "redrawn": REDRAWN * labels["sketch"]}
+    fit_images(network, features, labels, vectors[[known[name] for name in shown]])
     residual_part(network, features, labels)
-
-    network.text = text_part(network, nouns, names, named)
+    network.text = text_part(network, nouns, groups, vectors)
     state = {
         n: (x.half() if x.is_floating_point() else x).contiguous()
         for n, x in network.state_dict().items()

@@ -33,22 +33,23 @@ _STOP = frozenset(
 
 @dataclass
 class Synset:
-    """A noun synset: its names, definition, hypernyms and all ancestors."""
+    """A noun synset: its names, definition, hypernyms and all ancestors; an instance is one thing of its kind."""
 
     names: list[str]
     gloss: str
     above: list[str]
+    is_instance: bool
     ancestors: set[str] = field(default_factory=set)
 
 
 @dataclass
 class Nouns:
-    """Noun synsets by id, the senses of lemmas, most frequent first, irregular plurals, and lemmas met in a corpus."""
+    """Noun synsets by id, the senses of lemmas, most frequent first, irregular plurals, and shares as an adjective."""
 
     synsets: dict[str, Synset]
     senses: dict[str, list[str]]
     plurals: dict[str, str]
-    common: set[str]
+    adjectives: dict[str, float]
 
 
 def read_nouns(root: Path = ROOT) -> Nouns:
@@ -63,22 +64,30 @@ def read_nouns(root: Path = ROOT) -> Nouns:
         pointers = fields[5 + 2 * count :]
         above = [pointers[at + 1] for at in range(0, 4 * int(fields[4 + 2 * count]), 4) if pointers[at] in ("@", "@i")]
         names = [name.replace("_", " ") for name in fields[4 : 4 + 2 * count : 2]]
-        synsets[fields[0]] = Synset(names, gloss.strip(), above)
+        synsets[fields[0]] = Synset(names, gloss.strip(), above, "@" not in pointers)
     for name, synset in synsets.items():
         reached = [name]
         while reached:
             synset.ancestors.update(reached)
             reached = [up for one in reached for up in synsets[one].above if up not in synset.ancestors]
-    senses, common = {}, set()
+    senses = {}
     for line in (root / "index.noun").read_text().splitlines():
         if not line.startswith("  "):
             fields = line.split()
-            name = fields[0].replace("_", " ")
-            senses[name] = fields[-int(fields[2]) :]
-            if int(fields[-int(fields[2]) - 1]):
-                common.add(name)
+            senses[fields[0].replace("_", " ")] = fields[-int(fields[2]) :]
     pairs = [line.split()[:2] for line in (root / "noun.exc").read_text().splitlines()]
-    return Nouns(synsets, senses, {singular: plural for plural, singular in pairs}, common)
+    return Nouns(synsets, senses, {singular: plural for plural, singular in pairs}, _adjective_shares(root))
+
+
+def _adjective_shares(root: Path) -> dict[str, float]:
+    """Return in what share of a corpus each lemma is an adjective or adverb, not a noun."""
+    counts = {kind: Counter[str]() for kind in "12345"}
+    for line in (root / "cntlist.rev").read_text().splitlines():
+        sense, _, count = line.split()
+        lemma, _, kind = sense.partition("%")
+        counts[kind[0]][lemma.replace("_", " ")] += int(count)
+    others = counts["3"] + counts["4"] + counts["5"]
+    return {lemma: count / (count + counts["1"][lemma] + 1) for lemma, count in others.items()}
 
 
 def imagenet_synsets() -> list[str]:
@@ -144,7 +153,7 @@ def concept_vectors(nouns: Nouns, classes: Tensor) -> tuple[dict[str, int], Tens
         Row of each synset, unit vectors, and a confidence, 1 for the first kind and below for the second.
     """
     rows = imagenet_synsets()
-    synsets = [i for i, synset in nouns.synsets.items() if PHYSICAL in synset.ancestors]
+    synsets = [i for i, one in nouns.synsets.items() if PHYSICAL in one.ancestors and not one.is_instance]
     features = _Features(nouns)
     own, across = torch.zeros(len(rows), len(rows)), torch.zeros(len(synsets), len(rows))
     for kind, power, weight in _KERNELS:
@@ -170,17 +179,50 @@ def concept_vectors(nouns: Nouns, classes: Tensor) -> tuple[dict[str, int], Tens
 
 def name_vectors(
     nouns: Nouns, position: dict[str, int], vectors: Tensor, confidence: Tensor
-) -> tuple[list[str], Tensor]:
-    """Return the names that have a physical sense, and their vectors, at most of unit length.
+) -> tuple[list[list[str]], Tensor]:
+    """Return the names that have a physical sense, those of equal senses together, and vectors of at most unit length.
 
-    A name is the mean of its senses, weighted by confidence and by 1 / sqrt(rank).
+    A name is the mean of its senses, weighted by confidence and by 1 / sqrt(rank); an adjective is shorter.
     """
-    names, found = [], []
+    groups: dict[tuple[object, ...], list[str]] = {}
+    found = []
     for name, senses in nouns.senses.items():
         physical = [(rank, position[one]) for rank, one in enumerate(senses, 1) if one in position]
-        if physical:
+        share = nouns.adjectives.get(name, 0.0)
+        if physical and (key := (share, *physical)) not in groups:
             weights = torch.tensor([rank**-0.5 for rank, _ in physical]) * confidence[[i for _, i in physical]]
             mean = (weights[:, None] * vectors[[i for _, i in physical]]).sum(0)
-            names.append(name)
-            found.append(F.normalize(mean, dim=0) * weights.max().clamp(max=1) if weights.sum() else mean)
-    return names, torch.stack(found)
+            found.append(F.normalize(mean, dim=0) * weights.max().clamp(max=1) * (1 - share))
+        if physical:
+            groups.setdefault(key, []).append(name)
+    return list(groups.values()), torch.stack(found)
+
+
+def sparse_mixtures(vectors: Tensor, atoms: Tensor, most: int, enough: float) -> list[tuple[Tensor, Tensor]]:
+    """Approximate each vector by few atoms: orthogonal matching pursuit.
+
+    Args:
+        vectors: What is approximated; none is zero.
+        atoms: Vectors of about unit length.
+        most: Most atoms of a vector.
+        enough: Share of a vector's squared length that may be left.
+
+    Returns:
+        For each vector the numbers of its atoms, and their shares.
+    """
+    gram, aims, squares = atoms @ atoms.T, vectors @ atoms.T, vectors.square().sum(1)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    rows, fit, chosen = torch.arange(len(vectors)), aims, torch.zeros(len(vectors), 0, dtype=torch.long)
+    for count in range(1, most + 1):
+        chosen = torch.cat([chosen, fit.abs().scatter(1, chosen, -1.0).argmax(1, keepdim=True)], dim=1)
+        wanted = aims[rows].gather(1, chosen)
+        among = gram[chosen[:, :, None], chosen[:, None]] + 1e-4 * torch.eye(count)
+        shares = torch.linalg.solve(among, wanted)
+        left = 1 - (shares * wanted).sum(1) / squares[rows]
+        done = left < enough if count < most else torch.ones_like(left, dtype=torch.bool)
+        found |= {int(rows[i]): (chosen[i], shares[i]) for i in done.nonzero()[:, 0].tolist()}
+        rows, chosen, shares = rows[~done], chosen[~done], shares[~done]
+        fit = aims[rows]
+        for at in range(count):
+            fit = fit - shares[:, at, None] * gram[chosen[:, at]]
+    return [found[row] for row in range(len(vectors))]

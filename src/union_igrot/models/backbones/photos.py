@@ -15,7 +15,7 @@ from typing import Any, Final, final
 
 import timm
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,18 +27,26 @@ from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.devices import map_in_threads
 from union_igrot.types import Features, Preprocess
 
-DIM: Final = 192
+DIM: Final = 512
 """Width of the joint space."""
 CONTEXT: Final = 32
 """Most words of a text; longer texts are cut."""
-WIDTH: Final = 1280
-"""Channels of EfficientNet-Lite0's last map."""
+WIDTH, CLASSES = 1280, 1000
+"""Channels of EfficientNet-Lite0's last map, and its classes."""
+PARTS: Final = (WIDTH, 112, 192)
+"""Channels of its last map and of the two blocks before its last, which also tell drawings apart."""
+_MIDDLE: Final = (5, 6)
 _AT_ONCE: Final = 4
 _HIDDEN: Final = 64
 _MOST_WORDS, _LEAST_LETTERS, _SIMILAR, _MIXED = 4, 5, 0.5, 3
 _STOP = frozenset(
-    ("a", "an", "the", "of", "and", "or", "in", "on", "at", "to", "with", "without", "for", "from", "by", "is", "are")
+    """
+    a am an and are as at be been by can do does for from had has have he her here him his i in into is it its me my no
+    not of off on or our out over she so some that the their them there these they this those to under up us very was
+    we were what which who with without you your
+    """.split()  # noqa: SIM905 - words are read more easily in lines
 )
+"""Words that are also symbols of elements or abbreviations in WordNet, and others that name nothing."""
 _FRAMES = frozenset(
     f"{word}{end}" for word in ("photo", "photograph", "picture", "image", "drawing", "painting") for end in ("", "s")
 ) | {"sketch", "sketches"}
@@ -64,49 +72,49 @@ def _forms(name: str) -> list[str]:
 
 
 class PhotoText(nn.Module):
-    """The text tower: a vector for each of thousands of names, of one word or several; a text is the sum of its names.
+    """The text tower: nouns, of one word or several, as sparse mixtures of ImageNet's classes; a text is their sum.
 
-    The longest name at each place counts. A word that is no name is a mixture of the names of most equal letters, or
+    The longest noun at each place counts. A word that is none is a mixture of the nouns of most equal letters, or
     nothing if none is similar. What a text says of the image itself ("a photo of") is left out. The empty text is
     zero, so that it changes nothing in a sum with an image.
 
     Args:
-        dim: Width of the joint space.
-        names: Number of names.
-        characters: Length of all names, one per line, in UTF-8.
+        mixtures: Number of mixtures.
+        entries: Number of their classes, together.
+        characters: Length of the vocabulary: the nouns of each mixture in a line, separated by commas, in UTF-8.
     """
 
-    def __init__(self, dim: int, names: int, characters: int) -> None:
+    def __init__(self, mixtures: int, entries: int, characters: int) -> None:
         super().__init__()
-        self.names = nn.Embedding(names + 1, dim, padding_idx=0)
-        self.register_buffer("vocabulary", torch.zeros(characters, dtype=torch.uint8))
+        self.vocabulary = nn.Buffer(torch.zeros(characters, dtype=torch.uint8))
+        self.lengths = nn.Buffer(torch.zeros(mixtures, dtype=torch.uint8))
+        self.classes = nn.Buffer(torch.zeros(entries, dtype=torch.int16))
+        self.shares = nn.Buffer(torch.zeros(entries))
         self._rows: dict[str, int] = {}
         self._by_run: dict[str, list[str]] = {}
 
     def _read_vocabulary(self) -> None:
-        assert isinstance(self.vocabulary, Tensor)
-        found = bytes(self.vocabulary.tolist()).decode().split("\n")
-        self._rows = {name: row for row, name in enumerate(found, 1)}
-        for name in found:
-            for run in _runs(name) if " " not in name else ():
-                self._by_run.setdefault(run, []).append(name)
+        for row, nouns in enumerate(bytes(self.vocabulary.tolist()).decode().split("\n")):
+            for noun in nouns.split(","):
+                self._rows[noun] = row
+                for run in _runs(noun) if " " not in noun else ():
+                    self._by_run.setdefault(run, []).append(noun)
 
     def tokenize(self, text: str) -> list[list[tuple[int, float]]]:
-        """Return the rows of each name in a text, with their shares."""
+        """Return the mixtures of each noun in a text, with their shares."""
         if not self._rows:
             self._read_vocabulary()
         words, at, found = _split_words(text)[:CONTEXT], 0, []
         for number, word in enumerate(words):
-            if number < at or word in _STOP:
+            if number < at:
                 continue
-            phrases = (
-                " ".join(words[number : number + n]) for n in range(min(_MOST_WORDS, len(words) - number), 0, -1)
-            )
+            longest = min(_MOST_WORDS, len(words) - number)
+            phrases = (" ".join(words[number : number + n]) for n in range(longest, int(word in _STOP), -1))
             known = next((x for phrase in phrases for x in _forms(phrase) if x in self._rows), None)
             if known is not None:
-                at = number + max(1, len(known.split()))
+                at = number + len(known.split())
                 found.append((word in _FRAMES and " " not in known, [(self._rows[known], 1.0)]))
-            elif similar := self._similar(word):
+            elif word not in _STOP and (similar := self._similar(word)):
                 found.append((False, similar))
         shown = [rows for frame, rows in found if not frame]
         return shown or [rows for _, rows in found]
@@ -121,26 +129,18 @@ class PhotoText(nn.Module):
         total = sum(score for score, _ in best)
         return [(self._rows[name], score * score / total) for score, name in best]
 
-    def inputs(
-        self, texts: Sequence[str]
-    ) -> tuple[Int[Tensor, "batch names mixed"], Float[Tensor, "batch names mixed"]]:
-        """Return the rows of each name in texts, padded with 0, and their shares."""
-        device = self.names.weight.device
-        rows = [self.tokenize(text) for text in texts]
-        longest = max((len(row) for row in rows), default=0)
-        ids = torch.zeros(len(rows), longest, _MIXED, dtype=torch.long)
-        shares = torch.zeros(len(rows), longest, _MIXED)
-        for i, row in enumerate(rows):
-            for j, mixed in enumerate(row):
-                ids[i, j, : len(mixed)] = torch.tensor([name for name, _ in mixed])
-                shares[i, j, : len(mixed)] = torch.tensor([share for _, share in mixed])
-        return ids.to(device), shares.to(device)
-
-    def forward(self, ids: Int[Tensor, "batch names mixed"], shares: Float[Tensor, "batch names mixed"]) -> Features:
-        """Return all tokens in the joint space: one for the text, which is its embedding, then one per name."""
-        names = (self.names(ids) * shares[..., None]).sum(2)
-        mask = F.pad(shares.sum(2) > 0, (1, 0), value=True)
-        return first_pooled(torch.cat([names.sum(1, keepdim=True), names], dim=1), mask)
+    def mixtures(self, texts: Sequence[str]) -> Float[Tensor, "batch nouns classes"]:
+        """Return the shares of ImageNet's classes in each noun of texts; zero after the last noun."""
+        tokens = [self.tokenize(text) for text in texts]
+        found = torch.zeros(len(texts), max(map(len, tokens), default=0), CLASSES)
+        lengths, classes, shares = self.lengths.cpu(), self.classes.int().cpu(), self.shares.float().cpu()
+        ends = lengths.cumsum(0)
+        for i, nouns in enumerate(tokens):
+            for j, rows in enumerate(nouns):
+                for row, share in rows:
+                    own = slice(int(ends[row] - lengths[row]), int(ends[row]))
+                    found[i, j].index_add_(0, classes[own], share * shares[own])
+        return found
 
 
 class _Residual(nn.Module):
@@ -163,19 +163,17 @@ class PhotoNetwork(nn.Module):
     of its own into the joint space; `gate` tells sketches from photos. Both then pass a small residual network.
 
     Args:
+        text: The text tower.
         dim: Width of the joint space.
-        names: Number of names that the text tower knows.
-        characters: Length of all these names.
     """
 
-    def __init__(self, dim: int = DIM, names: int = 0, characters: int = 0) -> None:
+    def __init__(self, text: PhotoText, dim: int = DIM) -> None:
         super().__init__()
         self.trunk: Any = fold_norms(timm.create_model("efficientnet_lite0", pretrained=False))
-        self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(WIDTH, dim)
+        self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(sum(PARTS), dim)
         self.gate = nn.Linear(WIDTH, 1)
-        self.prototypes = nn.Linear(1000, dim, bias=False)
         self.photo_residual, self.sketch_residual = _Residual(dim), _Residual(dim)
-        self.text = PhotoText(dim, names, characters)
+        self.text = text
 
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
         """Return the embedding of each image and of its 7 x 7 cells."""
@@ -183,22 +181,34 @@ class PhotoNetwork(nn.Module):
         split = images.is_cpu and not torch.compiler.is_compiling()  # an exported network takes batches of any size
         images = images.contiguous(memory_format=torch.channels_last)
         parts = images.split(_AT_ONCE) if split else [images]
-        cells = torch.cat(map_in_threads(self.trunk.forward_features, parts))
-        cells = cells.flatten(2).transpose(1, 2)
+        cells = torch.cat(map_in_threads(self.cells, parts))
         return self.embed(cells.mean(1), cells)
+
+    def cells(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch cells channels"]:
+        """Return the features of the 7 x 7 cells of images: of the trunk's last map, then of earlier ones."""
+        last, earlier = self.trunk.forward_intermediates(images, indices=_MIDDLE, extra_blocks=True)
+        maps = [last, *(F.adaptive_avg_pool2d(x, last.shape[2:]) for x in earlier)]
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
     def embed(
         self, pooled: Float[Tensor, "batch channels"], cells: Float[Tensor, "batch cells channels"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Map features of the trunk into the joint space."""
-        is_sketch = torch.sigmoid(self.gate(pooled))
-        classes = self.trunk.classifier(pooled).softmax(-1).sqrt()
-        photo = F.normalize(self.photo(pooled), dim=-1) + 0.7 * F.normalize(self.prototypes(classes), dim=-1)
+        last = pooled[:, :WIDTH]
+        is_sketch = torch.sigmoid(self.gate(last))
+        classes = self.place(self.trunk.classifier(last).softmax(-1).sqrt())
+        photo = F.normalize(self.photo(last), dim=-1) + 0.7 * F.normalize(classes, dim=-1)
         photo = self.photo_residual(F.normalize(photo, dim=-1))
         sketch = self.sketch_residual(F.normalize(self.sketch(pooled), dim=-1))
         first = torch.lerp(photo, sketch, is_sketch)
-        inner = torch.lerp(self.photo(cells), self.sketch(cells), is_sketch[:, None])
+        inner = torch.lerp(self.photo(cells[..., :WIDTH]), self.sketch(cells), is_sketch[:, None])
         return torch.cat([first[:, None], F.normalize(inner, dim=-1)], dim=1)
+
+    def place(self, mixtures: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch dim"]:
+        """Return where mixtures of ImageNet's classes lie in the joint space."""
+        rows = self.trunk.classifier.weight
+        classes = F.normalize(rows - rows.mean(0), dim=1)
+        return F.linear(mixtures.to(rows) @ classes, self.photo.weight)
 
 
 @final
@@ -222,8 +232,8 @@ class PhotosBackbone(Backbone):
         else:
             state = read_state_dict(weights)
         with torch.device("meta"):
-            names, vocabulary = (state.get(f"text.{name}", torch.zeros(1)) for name in ("names.weight", "vocabulary"))
-            self.network = PhotoNetwork(DIM, len(names) - 1, len(vocabulary))
+            sizes = (len(state.get(f"text.{name}", ())) for name in ("lengths", "classes", "vocabulary"))
+            self.network = PhotoNetwork(PhotoText(*sizes))
         if not any(name.startswith("trunk.") for name in state):
             state |= trunk_weights()
         self.network.to_empty(device="cpu")
@@ -233,7 +243,7 @@ class PhotosBackbone(Backbone):
 
     def settings(self) -> dict[str, Any]:
         """See `Backbone`."""
-        return {"context": CONTEXT, "tokenizer": "longest names, else names of equal runs of three", "version": 1}
+        return {"context": CONTEXT, "tokenizer": "longest names, else names of equal runs of three", "version": 2}
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode images of 224 x 224: fifty tokens, the image's first, then its cells in rows."""
@@ -244,19 +254,21 @@ class PhotosBackbone(Backbone):
         return len(_split_words(text))
 
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts: a token for the text, which is its embedding, and one per name in it."""
+        """Encode texts: a token for the text, which is its embedding, and one per noun in it."""
         return self.text_features(*self.text_inputs(texts))
 
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return the rows of each name, and their shares."""
+        """Return the shares of ImageNet's classes in each noun."""
         long = [text for text in texts if len(text) > 2 * CONTEXT]  # shorter ones cannot hold too many words
         self.warn_truncated(long)
-        return self.network.text.inputs(texts)
+        return (self.network.text.mixtures(texts),)
 
     def text_features(self, *inputs: Tensor) -> Features:
         """See `Backbone`."""
-        features: Features = self.network.text(*inputs)
-        return features
+        (mixtures,) = inputs
+        nouns = self.network.place(mixtures)
+        mask = F.pad((mixtures != 0).any(2), (1, 0), value=True).to(nouns.device)
+        return first_pooled(torch.cat([nouns.sum(1, keepdim=True), nouns], dim=1), mask)
 
 
 def fold_norms(module: nn.Module) -> nn.Module:
