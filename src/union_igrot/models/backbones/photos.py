@@ -35,7 +35,6 @@ WIDTH, CLASSES = 1280, 1000
 """Channels of EfficientNet-Lite0's last map, and its classes."""
 PARTS: Final = (WIDTH, 112, 192)
 """Channels of its last map and of the two blocks before its last, which also tell drawings apart."""
-_MIDDLE: Final = (5, 6)
 _AT_ONCE: Final = 4
 _HIDDEN: Final = 64
 _MOST_WORDS, _LEAST_LETTERS, _SIMILAR, _MIXED = 4, 5, 0.5, 3
@@ -186,7 +185,7 @@ class PhotoNetwork(nn.Module):
 
     def cells(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch cells channels"]:
         """Return the features of the 7 x 7 cells of images: of the trunk's last map, then of earlier ones."""
-        last, earlier = self.trunk.forward_intermediates(images, indices=_MIDDLE, extra_blocks=True)
+        last, earlier = self.trunk.forward_intermediates(images, indices=(5, 6), extra_blocks=True)
         maps = [last, *(F.adaptive_avg_pool2d(x, last.shape[2:]) for x in earlier)]
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
@@ -226,11 +225,8 @@ class PhotosBackbone(Backbone):
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
         self.name, self.dim, self.preprocess, self.context = "photos", DIM, _PREPROCESS, CONTEXT
-        if weights is None:
-            with as_file(files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as shipped:
-                state = read_state_dict(shipped)
-        else:
-            state = read_state_dict(weights)
+        with as_file(weights or files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as path:
+            state = read_state_dict(path)
         with torch.device("meta"):
             sizes = (len(state.get(f"text.{name}", ())) for name in ("lengths", "classes", "vocabulary"))
             self.network = PhotoNetwork(PhotoText(*sizes))
@@ -259,8 +255,7 @@ class PhotosBackbone(Backbone):
 
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the shares of ImageNet's classes in each noun."""
-        long = [text for text in texts if len(text) > 2 * CONTEXT]  # shorter ones cannot hold too many words
-        self.warn_truncated(long)
+        self.warn_truncated(text for text in texts if len(text) > 2 * CONTEXT)  # shorter ones have too few words
         return (self.network.text.mixtures(texts),)
 
     def text_features(self, *inputs: Tensor) -> Features:
