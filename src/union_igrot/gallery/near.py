@@ -147,9 +147,10 @@ def _clusters(rows: Float[Tensor, "rows dim"], seed: int) -> Int64[Tensor, " row
 
 
 def _nouns() -> list[str]:
-    """Return the names of things that the text tower of `photos` knows, in their order."""
+    """Return a name of each thing that the text tower of `photos` knows, in their order."""
     with (
         as_file(files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as path,
         safe_open(path, framework="pt") as weights,
     ):
-        return bytes(weights.get_tensor("text.vocabulary").tolist()).decode().split("\n")
+        things = bytes(weights.get_tensor("text.vocabulary").tolist()).decode().split("\n")
+        return [names.partition(",")[0] for names in things]
