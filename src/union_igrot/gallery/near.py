@@ -1,10 +1,11 @@
 """The score below which nothing is near: what random queries of the same kind exceed in 1 % of the cases.
 
-Random texts are nouns of WordNet. Random images are images of the gallery; each is compared with the images of other
-clusters alone, so that it has no answer. An image with a text is one of each. Some random texts do have answers, and
-some clusters divide what belongs together: such queries score high. So the normal distribution is fitted to the
-middle of their best scores (an empirical null, as in Efron, Large-scale simultaneous hypothesis testing, 2004), and its
-quantile is the threshold. The best of more rows is higher: the threshold is measured again as a gallery grows.
+Random texts are nouns of WordNet for what is in ImageNet or resembles it. Random images are images of the gallery; each
+is compared with the images of other clusters alone, so that it has no answer. An image with a text is one of each. Some
+random texts do have answers, and some clusters divide what belongs together: such queries score high. So the normal
+distribution is fitted to the middle of their best scores (an empirical null, as in Efron, Large-scale simultaneous
+hypothesis testing, 2004), and its quantile is the threshold. The best of more rows is higher: the threshold is measured
+again as a gallery grows.
 """
 
 import json
@@ -46,7 +47,8 @@ CLUSTERINGS: Final = 10
 GROWTH: Final = 1.1  # a gallery that grew or shrank by this factor is measured again
 _STEPS: Final = 10
 _FETCHED: Final = 512
-_VERSION: Final = 1
+_CLEAR: Final = 0.3  # least share of a class in a random text; texts that mean little to the model have low scores
+_VERSION: Final = 2
 
 
 def query_kind(query: GalleryQuery) -> QueryKind:
@@ -147,10 +149,12 @@ def _clusters(rows: Float[Tensor, "rows dim"], seed: int) -> Int64[Tensor, " row
 
 
 def _nouns() -> list[str]:
-    """Return a name of each thing that the text tower of `photos` knows, in their order."""
+    """Return a name of each thing that the text tower of `photos` takes for one that ImageNet has, in their order."""
     with (
         as_file(files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as path,
         safe_open(path, framework="pt") as weights,
     ):
-        things = bytes(weights.get_tensor("text.vocabulary").tolist()).decode().split("\n")
-        return [names.partition(",")[0] for names in things]
+        vocabulary, lengths, shares = (weights.get_tensor(f"text.{x}") for x in ("vocabulary", "lengths", "shares"))
+    things = bytes(vocabulary.tolist()).decode().split("\n")
+    mixtures = shares.float().split(lengths.tolist())
+    return [names.partition(",")[0] for names, own in zip(things, mixtures, strict=True) if own.max() >= _CLEAR]
