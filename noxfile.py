@@ -46,9 +46,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def coverage(session: nox.Session) -> None:
-    """Run the tests and report uncovered lines; takes nearly twice as long."""
+    """Run the tests, the slow ones too, and report uncovered lines; takes about 25 minutes."""
     commands = environment(session, "test", package=".[gallery]")
-    chosen = ["--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered", *session.posargs]
+    chosen = ["-m", "not browser", "--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered"]
+    chosen += session.posargs
     session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
 
