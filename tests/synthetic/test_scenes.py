@@ -227,6 +227,25 @@ def test_random_scene_follows_its_arguments(seed, split, things, shape):
 
 
 @pytest.mark.slow
+def test_random_scenes_are_uniform():
+    rng = random.Random(0)
+    scenes = [random_scene(rng, "train") for _ in range(3000)]
+    things = [t for s in scenes for t in s.things]
+    for values, drawn in (
+        (SHAPES, [t.shape for t in things]),
+        (COLORS, [t.color for t in things]),
+        (SIZES, [t.size for t in things]),
+        (FILLS, [t.fill for t in things]),
+        (BACKGROUNDS, [s.background for s in scenes]),
+        (POSITIONS, [s.things[0].position for s in scenes if len(s.things) == 1]),
+    ):
+        counts = Counter(drawn)
+        assert set(counts) == set(values)
+        assert min(counts.values()) > 0.7 * len(drawn) / len(values)
+    assert 0.45 < sum(len(s.things) == 2 for s in scenes) / len(scenes) < 0.55
+
+
+@pytest.mark.slow
 def test_split_depends_on_content_alone():
     one = Thing("star", "red", "small", "plain", "left")
     two = Thing("boat", "blue", "large", "dotted", "right")

@@ -163,6 +163,22 @@ def test_validation_covers_every_item_once(tmp_path, world):
         assert sorted(positions) == list(range(len(getattr(benchmarks[number], side))))
 
 
+@pytest.mark.slow
+def test_validation_batches_hold_the_features_at_their_positions(tmp_path):
+    backbone = LinearBackbone()
+    benchmark = cir_benchmark()
+    data = module(tmp_path, backbone, validation=[benchmark])
+    data.setup("fit")
+    to_tensor = ImageToTensor(backbone.preprocess)
+    for batch in data.val_dataloader():
+        chosen = [getattr(benchmark, batch.side)[place] for place in batch.positions.tolist()]
+        images = backbone.encode_image(torch.stack([to_tensor(one.image.open()) for one in chosen]))
+        torch.testing.assert_close(batch.images.pooled, images.pooled, atol=1e-5, rtol=0)
+        if batch.side == "queries":
+            texts = backbone.encode_text([query.text for query in chosen])
+            torch.testing.assert_close(batch.texts.pooled, texts.pooled, atol=1e-5, rtol=0)
+
+
 def test_more_processes_than_validation_items_are_an_error(tmp_path):
     data = module(tmp_path, validation=[sbir_benchmark(2, 4)], world=7)
     data.setup("fit")
@@ -184,3 +200,11 @@ def test_a_small_task_still_gives_a_batch(tmp_path):
     )
     data.setup("fit")
     assert sorted(len(batch.images) for batch in data.train_dataloader()) == [3, 8, 8]
+
+
+@pytest.mark.slow
+def test_batches_stay_where_the_encoder_put_them(tmp_path):
+    data = module(tmp_path)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert data.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch

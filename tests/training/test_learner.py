@@ -145,6 +145,16 @@ def test_the_model_is_left_ready_to_evaluate(trained):
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.slow
+def test_the_loss_goes_down_on_few_samples(tmp_path):
+    model = trainable("transagg", "union")
+    learner, data, _ = parts(tmp_path / "cache", model, Recipe(epochs=15, rate=5e-3), [sbir_benchmark(6, 8)], 20)
+    log = Log()
+    fit(learner, data, tmp_path / "run", trainer=CPU, callbacks=[log], progress=False)
+    steps = 3
+    assert sum(log.losses[-steps:]) < 0.5 * sum(log.losses[:steps])
+
+
 class Ruin(Callback):
     """Destroys the heads at the start of an epoch, so that what follows is worse."""
 

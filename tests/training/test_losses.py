@@ -73,6 +73,13 @@ def test_gradients(symmetric):
     assert torch.autograd.gradcheck(lambda q, t: loss(q, t, groups), (queries, targets))
 
 
+def test_groups_of_one_side_alone_are_refused():
+    x, answers = rows(2, 3, 0), torch.arange(2)
+    for groups in ((answers, None), (None, answers)):
+        with pytest.raises(ValueError, match="given together"):
+            info_nce(x, x, answers, *groups)
+
+
 @pytest.mark.skipif(not GOLDEN.is_file(), reason="the reference's golden values are not on this machine")
 def test_losses_of_the_reference():
     golden = np.load(GOLDEN)

@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, strategies as st
 
 from union_igrot.errors import UnionError
-from union_igrot.training.run_folder import RunFolder, open_run
+from union_igrot.training.run_folder import RunFolder, open_run, settings_hash
 
 HOLD_WITH_A_CHILD = (
     "import os, sys, time; from pathlib import Path; from union_igrot.training.run_folder import RunFolder\n"
@@ -128,3 +129,17 @@ def test_a_chosen_folder_is_taken_whatever_stands_unfinished_elsewhere(tmp_path)
     assert run.path == tmp_path / "mine"
     assert not run.resumed
     run.close()
+
+
+_SETTINGS = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans(), st.none())
+)
+
+
+@pytest.mark.slow
+@given(_SETTINGS, _SETTINGS)
+def test_identity_is_that_of_the_settings_in_any_order(one, two):
+    assert settings_hash(one) == settings_hash(dict(reversed(one.items())))
+    assert (settings_hash(one) == settings_hash(two)) == (
+        json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+    )

@@ -149,7 +149,7 @@ def _clusters(rows: Float[Tensor, "rows dim"], seed: int) -> Int64[Tensor, " row
 
 
 def _nouns() -> list[str]:
-    """Return a name of each thing that the text tower of `photos` takes for one that ImageNet has, in their order."""
+    """Return a name of each noun that is, by the tower of `photos`, to at least `_CLEAR` one class of ImageNet."""
     with (
         as_file(files("union_igrot") / "weights" / "photos" / "backbone.safetensors") as path,
         safe_open(path, framework="pt") as weights,

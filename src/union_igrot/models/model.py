@@ -232,10 +232,10 @@ class IGROTModel(nn.Module):
                 "text or an image that belongs to several: [text] * count"
             )
 
-        return self._encode(
-            lambda span, loaded: self.embed_queries(loaded, some_texts and some_texts[span]),
-            *(some_images, count, batch_size, workers, progress, device),
-        )
+        def embed(span: slice, loaded: Tensor | None) -> Tensor:
+            return self.embed_queries(loaded, None if some_texts is None else some_texts[span])
+
+        return self._encode(embed, some_images, count, batch_size, workers, progress, device)
 
     @names_arguments
     def encode_gallery(
@@ -249,12 +249,13 @@ class IGROTModel(nn.Module):
     ) -> Float[Tensor, "images dim"]:
         """Encode gallery images, without gradients; arguments, result and errors as for `encode_queries`."""
         some = _as_images(images)
-        settings = batch_size, workers, progress, device
-        return self._encode(lambda _, loaded: self.embed_gallery(loaded), some, len(some), *settings)  # type: ignore[arg-type]
+        return self._encode(
+            lambda _, loaded: self.embed_gallery(loaded), some, len(some), batch_size, workers, progress, device
+        )
 
     def _encode(
         self,
-        embed: Callable[[slice, Tensor | None], Tensor],
+        embed: Callable[[slice, Any], Tensor],
         images: Sequence[Any] | Tensor | None,
         count: int,
         batch_size: int,

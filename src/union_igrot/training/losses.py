@@ -28,15 +28,19 @@ def info_nce(
         positives: Position of each query's own target among `targets`.
         query_groups: Group of each query's target; other targets of the same group are left out of the query's
             negatives. None leaves nothing out.
-        target_groups: Group of each target, if `query_groups` is given.
+        target_groups: Group of each target; given together with `query_groups` or not at all.
         scale: Factor of the cosine similarities (1 / temperature).
 
     Returns:
         The mean over queries, in nats, at least 0.
+
+    Raises:
+        ValueError: If only one of the groups is given.
     """
+    if (query_groups is None) != (target_groups is None):
+        raise ValueError("query_groups and target_groups must be given together (got one of them)")
     logits = scale * queries @ targets.T
-    if query_groups is not None:
-        assert target_groups is not None
+    if query_groups is not None and target_groups is not None:
         same = query_groups[:, None] == target_groups[None, :]
         same[torch.arange(len(positives), device=positives.device), positives] = False
         logits = logits.masked_fill(same, float("-inf"))
