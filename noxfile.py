@@ -26,20 +26,27 @@ TESTING = {"OMP_NUM_THREADS": "1"}
 SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
 
 
-def environment(session: nox.Session, *groups: str, package: str = ".") -> Path:
+INSTALLED: set[str] = set()
+"""Extras of the package, and "", that this run of nox has installed."""
+
+
+def environment(session: nox.Session, *groups: str, extras: tuple[str, ...] = ()) -> Path:
     """Update the shared environment with the package, extras and groups; return its folder of commands."""
     python = SHARED / SCRIPTS / "python"
     if not python.exists():
         session.run(sys.executable, "-m", "virtualenv", "--quiet", SHARED, external=True)
     needed = nox.project.dependency_groups(PROJECT, *groups)
-    session.run(python, "-m", "pip", "install", "--quiet", package, *needed, external=True)
+    wanted = {"", *extras} - INSTALLED
+    package = [f".[{','.join(sorted(wanted - {''}))}]"] if wanted else []  # is built anew each time that pip sees it
+    session.run(python, "-m", "pip", "install", "--quiet", *package, *needed, external=True)
+    INSTALLED.update(wanted)
     return python.parent
 
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the tests; further arguments go to pytest."""
-    commands = environment(session, "test", package=".[gallery]")
+    commands = environment(session, "test", extras=("gallery",))
     chosen = session.posargs or ["--numprocesses=2", "--dist=worksteal"]
     session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
@@ -47,7 +54,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def coverage(session: nox.Session) -> None:
     """Run the tests, the slow ones too, and report uncovered lines; takes about 25 minutes."""
-    commands = environment(session, "test", package=".[gallery]")
+    commands = environment(session, "test", extras=("gallery",))
     chosen = ["-m", "not browser", "--numprocesses=2", "--dist=worksteal", "--cov", "--cov-report=term:skip-covered"]
     chosen += session.posargs
     session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
@@ -56,7 +63,7 @@ def coverage(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
     """Run the tests that are marked slow."""
-    commands = environment(session, "test", package=".[gallery]")
+    commands = environment(session, "test", extras=("gallery",))
     chosen = ["-m", "slow", "--numprocesses=2", "--dist=worksteal", *session.posargs]
     session.run(commands / "python", "-m", "pytest", *chosen, env=TESTING, external=True)
 
@@ -64,7 +71,7 @@ def slow(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def browser(session: nox.Session) -> None:
     """Test the demo's page in headless Chromium, which is installed on Debian if it is missing."""
-    commands = environment(session, "test", "browser", package=".[gallery,demo]")
+    commands = environment(session, "test", "browser", extras=("gallery", "demo"))
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         if shutil.which("apt-get") is None or os.geteuid() != 0:
             session.error("Chromium is not installed; on Debian: apt-get install chromium")
@@ -89,7 +96,7 @@ server.stop()
 def milvus(session: nox.Session) -> None:
     """Run the engine tests on a Milvus server, started on a free port and stopped afterwards."""
     session.install("milvus==2.3.5")  # the last release with the server; x86-64 Linux and macOS
-    commands = environment(session, "test", package=".[gallery,milvus]")
+    commands = environment(session, "test", extras=("gallery", "milvus"))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         started = [Path(session.bin) / "python", "-c", MILVUS, folder]
         with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -122,7 +129,7 @@ server.stop()
 def objectstore(session: nox.Session) -> None:
     """Run the engine tests on an S3 server, started on a free port and stopped afterwards."""
     session.install("moto[server,s3]>=5.1")  # supports conditional writes, which Lance's commits need
-    commands = environment(session, "test", package=".[gallery]")
+    commands = environment(session, "test", extras=("gallery",))
     keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
     started = [Path(session.bin) / "python", "-c", BUCKET]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -202,7 +209,7 @@ def build(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build; a broken link or a missing page is an error."""
-    commands = environment(session, "docs", package=".[gallery,serve]")
+    commands = environment(session, "docs", extras=("gallery", "serve"))
     place = ROOT / "docs"
     chosen = ["--fail-on-warning", "--keep-going", "--quiet", place, place / "_build"]
     session.run(commands / "python", "-m", "sphinx", *chosen, external=True)

@@ -127,7 +127,12 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--steps", type=int, default=10**9, help="steps of all users, after which they stop earlier")
-    given, start = parser.parse_args(), time.perf_counter()
+    given = parser.parse_args()
+    try:
+        httpx.get(given.address).raise_for_status()
+    except httpx.HTTPError as error:
+        parser.exit(2, f"{given.address}: {error}; start union-demo first\n")
+    start = time.perf_counter()
     seen = asyncio.run(load(given.address, given.users, given.seconds, given.steps))
     seconds = time.perf_counter() - start
     took = sorted(seen.seconds)

@@ -82,6 +82,10 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60.0)
     given = parser.parse_args()
+    try:
+        httpx.get(given.address + "/health").raise_for_status()
+    except httpx.HTTPError as error:
+        parser.exit(2, f"{given.address}: {error}; start union-serve first\n")
     seconds, lost = asyncio.run(load(given.address, given.users, given.seconds, given.image.read_bytes()))
     kinds = {**seconds, "all": [one for some in seconds.values() for one in some]}
     print("| request | number | p50 ms | p95 ms | longest ms |\n| --- | --- | --- | --- | --- |")
