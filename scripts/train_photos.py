@@ -54,7 +54,7 @@ NOT_PICTURED = frozenset(
 )
 REDRAWN = 3
 """How often each sketch is redrawn."""
-COUNTS = {"sketch": 1.0, "redrawn": 1.0, "edges": 1.0, "pictograph": 3.0}
+COUNTS = {"sketch": 4.0, "redrawn": 2.0, "edges": 1.0, "pictograph": 4.0}
 """How much each drawing of a kind counts in the sketches' map."""
 MOST, ENOUGH = 8, 0.1
 """Most classes of a name's mixture, and the share of its squared length that may be left."""
