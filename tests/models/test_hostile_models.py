@@ -128,9 +128,10 @@ def test_named_pipes_are_not_waited_for(folder, name):
         assert IGROTModel.load(folder, LinearBackbone()).readme is None or name != "README.md"
 
 
-def test_a_huge_description_is_not_read(folder):
+@pytest.mark.parametrize("size", [2**33, 2**24 + 1])
+def test_a_huge_description_is_not_read(folder, size):
     with (folder / "model.json").open("r+b") as file:
-        file.truncate(2**33)
+        file.truncate(size)
     refused(folder, "is larger than")
 
 

@@ -36,7 +36,7 @@ CALIBRATION_FILE = "calibration.safetensors"
 BACKBONE_FILE, TOKENIZER_FOLDER = "backbone.safetensors", "tokenizer"
 """The backbone's weights, by the network's own names, so that they also serve as `model.weights`; its tokenizer."""
 _NETWORK = "network."
-_MOST_BYTES = 2**26  # of a text file; real ones are a thousand times smaller
+_MOST_BYTES = 2**24  # of a text file; real ones are a hundred times smaller, and JSON may need 24 times as much memory
 _MOST_LAYERS, _MOST, _MOST_PIXELS = 1000, 10**9, 4096
 _LAYERS = re.compile(r"layer|depth|block")
 M = TypeVar("M")
