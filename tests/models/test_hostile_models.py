@@ -135,6 +135,15 @@ def test_a_huge_description_is_not_read(folder, size):
     refused(folder, "is larger than")
 
 
+@pytest.mark.parametrize("count", [1, HUGE])
+def test_a_huge_list_of_training_images_is_not_read(folder, count):
+    saved = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(saved | {"training_images": count}))
+    with (folder / "training_images.txt").open("wb") as file:
+        file.truncate(2**33)
+    refused(folder, f"bytes for {count:,} images")
+
+
 @pytest.mark.slow
 def test_backbones_that_do_not_fit_their_weights_are_refused(tmp_path):
     from transformers import CLIPConfig, CLIPModel  # noqa: PLC0415 - heavy

@@ -249,7 +249,7 @@ def hub_errors(
         raise CheckpointError(f"{tried} needs an account; run `hf auth login`, or set HF_TOKEN") from None
     except HFValidationError as error:
         raise CheckpointError(
-            f"{before}{repository!r} is no name on the hub ({first_line(error)}); give owner/name, or an existing folder"
+            f"{before}{repository!r} is no name on the hub ({first_line(error)}); give owner/name or an existing folder"
         ) from None
     except _FAILURES as error:
         raise CheckpointError(_failure(tried, repository, file, error)) from None
