@@ -38,9 +38,9 @@ class CheckpointError(UnionError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message."""
+    """Return the first line of another library's error message, which may hold bytes of a damaged file."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+    return escape_controls(lines[0].rstrip(". ")) if lines else type(error).__name__
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> str:

@@ -436,6 +436,9 @@ def test_a_jpeg_with_hundreds_of_scans_is_refused(tmp_path):
     for at_least in (None, 8):
         with pytest.raises(ImageError, match="more than 100 scans"):
             open_image(write(tmp_path, whole[:-2] + 200 * last + b"\xff\xd9"), at_least)
+    # A marker without a length hides nothing: what follows it would be the length of 65,476 bytes.
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        open_image(write(tmp_path, whole[:-2] + b"\xff\x01" + 200 * last + b"\xff\xd9"))
     # Whatever follows the image does not count, nor metadata.
     assert open_image(write(tmp_path, whole + 500 * b"\xff\xda\0\x02")).size == (64, 64)
     comment = b"\xff\xfe" + struct.pack(">H", 402) + 200 * b"\xff\xda"

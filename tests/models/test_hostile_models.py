@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_backbones import SMALL, VISION, word_tokenizer
 from small_world import LinearBackbone, trainable
 from union_igrot.errors import CheckpointError, UnionError
+from union_igrot.gallery.metadata import load_checkpoint
 from union_igrot.models.backbones.weights import read_state_dict
 from union_igrot.models.checkpoint import restore_backbone, save_backbone
 from union_igrot.models.factory import build_backbone
@@ -128,10 +129,28 @@ def test_named_pipes_are_not_waited_for(folder, name):
         assert IGROTModel.load(folder, LinearBackbone()).readme is None or name != "README.md"
 
 
-def test_a_huge_description_is_not_read(folder):
+@pytest.mark.parametrize("name", ["a" * 5000, "\0", "../x", "hf:" + "a/" * 200, "hf:\0"])
+def test_names_that_are_none_are_one_line(name):
+    for open_it in (load, load_checkpoint):
+        with pytest.raises(UnionError) as error:
+            open_it(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [2**33, 2**24 + 1])
+def test_a_huge_description_is_not_read(folder, size):
     with (folder / "model.json").open("r+b") as file:
-        file.truncate(2**33)
+        file.truncate(size)
     refused(folder, "is larger than")
+
+
+@pytest.mark.parametrize("count", [1, HUGE])
+def test_a_huge_list_of_training_images_is_not_read(folder, count):
+    saved = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(saved | {"training_images": count}))
+    with (folder / "training_images.txt").open("wb") as file:
+        file.truncate(2**33)
+    refused(folder, f"bytes for {count:,} images")
 
 
 @pytest.mark.slow
@@ -209,6 +228,25 @@ def test_pointers_and_pages_in_place_of_weights_are_named(tmp_path, content, mes
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.to_sparse,
+        lambda x: x.to("meta"),
+        lambda x: x.to(torch.complex64),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "meta", "complex", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore:.*(quantiz|TypedStorage|sparse tensor invariants)")
+def test_tensors_without_plain_values_are_refused(tmp_path, change):
+    torch.save({"\x1b[2Ja\n" + "b" * 3000: change(torch.ones(4, 4)), "c": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt ") as error:
+        read_state_dict(tmp_path / "a.pt")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
 
 
 def test_heads_that_are_not_finite_load_and_integers_become_floats(folder):

@@ -38,6 +38,17 @@ def test_an_unfinished_run_is_gone_on_with_where_it_stopped(tmp_path, stage):
     again.close()
 
 
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    RunFolder(tmp_path, "one").close()
+    (tmp_path / "checkpoints").mkdir()
+    left = [tmp_path / f"results.csv.{'0f' * 16}.tmp", tmp_path / "checkpoints" / f"last.ckpt.{'a1' * 16}.tmp"]
+    for path in (*left, tmp_path / "of a user.tmp"):
+        path.touch()
+    with RunFolder(tmp_path, "one"):
+        assert not any(path.exists() for path in left)
+        assert (tmp_path / "of a user.tmp").exists()
+
+
 def test_a_finished_run_starts_anew_and_keeps_its_model_until_the_next_is_there(tmp_path):
     first = RunFolder(tmp_path, "one")
     for name in ("checkpoints", "logs", "model"):

@@ -185,7 +185,7 @@ def check_name(value: object, name: str, place: str) -> str:
     if isinstance(value, str) and value.isprintable() and value.strip():  # the usual case, of millions of rows
         return value
     text = check_text(value, name, place)
-    if not text.strip() or any(letter < " " for letter in text):
+    if not text.strip() or any(letter < " " or "\x7f" <= letter < "\xa0" for letter in text):
         raise DataError(f"{place}: {name} is {reprlib.repr(text)}; expected a text without control characters")
     return text
 

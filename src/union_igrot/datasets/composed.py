@@ -19,6 +19,7 @@ On request, corrections by other authors are read: the spelling of FashionIQ's c
 words, some of them wrong), and several targets of CIRR and FashionIQ (jjungyujin/SoFT, images with a confidence).
 """
 
+import reprlib
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -235,7 +236,8 @@ def read_cirr(folder: DatasetFolder, split: str, *, targets: str | None, prompt:
     records = read_records(folder.annotation(f"cirr/captions/cap.rc2.{split}.json"))
     file = folder.annotation(f"cirr/image_splits/split.rc2.{split}.json")
     listed = check_record(read_json(file), str(file))
-    paths = {name: check_path(path, name, f"{file}, {name!r}") for name, path in listed.fields.items()}
+    names = [check_name(name, "a name", f"{file}, {reprlib.repr(name)}") for name in listed.fields]
+    paths = {name: check_path(listed.fields[name], name, f"{file}, {name!r}") for name in names}
     if not paths:
         raise DataError(f"{file}: names no image; download the file again")
     gallery = [GalleryItem(name, _cirr_image(folder, f"{file}, {name!r}", path)) for name, path in paths.items()]

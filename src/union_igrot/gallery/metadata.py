@@ -16,7 +16,7 @@ from union_igrot.models.factory import build_backbone
 from union_igrot.models.foreign import FOREIGN, foreign_model
 from union_igrot.models.model import BUNDLED, IGROTModel, baseline, load, model_fingerprint
 from union_igrot.models.registry import is_backbone, names_backbone
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.paths import expand_user, is_folder
 
 FORMAT: Final = 1
 _EARLIER: Final = "earlier_fingerprint"  # of the same model by an earlier version; not stored
@@ -154,7 +154,7 @@ def load_checkpoint(
     if str(checkpoint).startswith(FOREIGN):
         return foreign_model(str(checkpoint)), str(checkpoint)
     folder = expand_user(checkpoint)
-    if str(checkpoint) in BUNDLED or not folder.is_dir() or names_backbone(str(checkpoint)):
+    if str(checkpoint) in BUNDLED or not is_folder(folder) or names_backbone(str(checkpoint)):
         return load(str(checkpoint), weights=weights, preprocess=preprocess), str(checkpoint)
     return load(folder, weights=weights, preprocess=preprocess), str(folder.absolute())
 

@@ -263,7 +263,7 @@ def _end_of_header(file: ByteFile) -> int:
 def _count_scans(data: bytes) -> int:
     """Count the scans of a JPEG (ITU-T T.81, B.1), given what follows the header of its first."""
     scans, at = 1, 0
-    pattern = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+    pattern = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # markers with a length; 01 and D0 to D7 have none
     while scans <= _MAX_SCANS and (marker := pattern.search(data, at)) and marker[0] != b"\xff\xd9":
         scans += marker[0] == b"\xff\xda"
         at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")

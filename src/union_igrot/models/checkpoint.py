@@ -36,7 +36,9 @@ CALIBRATION_FILE = "calibration.safetensors"
 BACKBONE_FILE, TOKENIZER_FOLDER = "backbone.safetensors", "tokenizer"
 """The backbone's weights, by the network's own names, so that they also serve as `model.weights`; its tokenizer."""
 _NETWORK = "network."
-_MOST_BYTES = 2**26  # of a text file; real ones are a thousand times smaller
+_MOST_BYTES = 2**24  # of a text file; real ones are a hundred times smaller, and JSON may need 24 times as much memory
+_MOST_BYTES_PER_IMAGE = 100  # of the list of training images, which has 17 each
+_MOST_BYTES_OF_IMAGES = 2**28  # 15 million images
 _MOST_LAYERS, _MOST, _MOST_PIXELS = 1000, 10**9, 4096
 _LAYERS = re.compile(r"layer|depth|block")
 M = TypeVar("M")
@@ -184,6 +186,10 @@ def _read_training_images(folder: Path, count: int | None) -> frozenset[str] | N
     if count is None or not (folder / IMAGES_FILE).is_file():
         return None
     try:
+        if (size := (folder / IMAGES_FILE).stat().st_size) > min(
+            _MOST_BYTES_PER_IMAGE * max(count, 1), _MOST_BYTES_OF_IMAGES
+        ):
+            raise ValueError(f"{size:,} bytes for {count:,} images")
         found = frozenset((folder / IMAGES_FILE).read_text().split())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder / IMAGES_FILE} ({error}); copy the model again") from None

@@ -47,7 +47,7 @@ _PAUSES = (1.0, 2.0)
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 # The library passes on errors of its HTTP client, whose base class is the base of its own.
 CLIENT_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[1])
-_FAILURES = (OSError, EntryNotFoundError, HFValidationError, JSONDecodeError, CLIENT_ERROR)
+_FAILURES = (OSError, EntryNotFoundError, JSONDecodeError, CLIENT_ERROR)
 
 
 class _RemoteFile(NamedTuple):
@@ -86,7 +86,8 @@ def fetch_files(repository: str, needed: Sequence[Sequence[str]], *, texts: bool
     Raises:
         CheckpointError: If the repository does not exist, is not accessible, lacks a group, or cannot be reached.
     """
-    cached = [_cached_file(repository, group) for group in needed]
+    with hub_errors(repository):  # an invalid name
+        cached = [_cached_file(repository, group) for group in needed]
     if cached and all(cached):
         return cast(Path, cached[-1])
     wanted = next(group[0] for group, path in zip(needed, cached, strict=True) if not path)
@@ -246,6 +247,10 @@ def hub_errors(
         raise CheckpointError(f"{tried} does not exist; give a branch, tag or commit of {repository}") from None
     except LocalTokenNotFoundError:
         raise CheckpointError(f"{tried} needs an account; run `hf auth login`, or set HF_TOKEN") from None
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{before}{repository!r} is no name on the hub ({first_line(error)}); give owner/name or an existing folder"
+        ) from None
     except _FAILURES as error:
         raise CheckpointError(_failure(tried, repository, file, error)) from None
     finally:

@@ -47,7 +47,7 @@ from union_igrot.models.heads.query import QueryHead
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.hub import check_repository, fetch_model, push_folder, short_card, split_name
 from union_igrot.models.registry import BACKBONES, USUAL_NAMES, names_backbone, near_name
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.paths import expand_user, is_folder
 from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
 
@@ -424,7 +424,7 @@ class IGROTModel(nn.Module):
         Raises:
             CheckpointError: If there is no such model, or it cannot be downloaded or read.
         """
-        if expand_user(name).is_dir():
+        if is_folder(expand_user(name)):
             return cls.load(name, backbone, weights)
         named = split_name(str(name))
         if named is None or named[0].lower().replace("/", "-") in USUAL_NAMES:

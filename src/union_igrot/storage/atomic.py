@@ -17,6 +17,7 @@ Content = str | bytes | Sequence[bytes | memoryview] | Callable[[Path], object]
 log: Final = logging.getLogger("union_igrot.storage")
 
 _ABANDONED_SECONDS: Final = 3600.0
+_TEMPORARY: Final = f"*.{'[0-9a-f]' * 32}.tmp"
 
 
 def write_atomic(path: Path, content: Content) -> None:
@@ -47,14 +48,15 @@ def write_atomic(path: Path, content: Content) -> None:
         raise
 
 
-def remove_temporary(folder: Path, *, all_of_them: bool) -> None:
+def remove_temporary(folder: Path, *, all_of_them: bool, only_ours: bool = False) -> None:
     """Remove the temporary files of killed writers.
 
     Args:
         folder: The folder.
         all_of_them: If no other process writes here; else only files that are older than an hour.
+        only_ours: Whether people keep files here, too, so that only names as `write_atomic` makes them are removed.
     """
-    for path in folder.glob("*.tmp"):
+    for path in folder.glob(_TEMPORARY if only_ours else "*.tmp"):
         with suppress(FileNotFoundError):  # renamed by its writer in the meantime
             if all_of_them or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()

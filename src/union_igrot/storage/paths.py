@@ -20,6 +20,11 @@ def absolute_path(path: str | Path) -> str:
     return os.path.abspath(expand_user(path))  # noqa: PTH100 - Path.absolute keeps ".."
 
 
+def is_folder(path: str | Path) -> bool:
+    """Return whether a path is a folder; unlike that of `pathlib`, it raises for no name, however long."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def is_web_address(text: str) -> bool:
     """Return whether a text is an address such as `https://host/a.jpg`, which is no path; also as part of a path."""
     return re.search(r"(?:^|[/\\])(?:https?|ftp):/", text, re.IGNORECASE) is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from union_igrot.errors import UnionError
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.atomic import remove_temporary, write_atomic
 from union_igrot.storage.locks import acquire_exclusive
 
 _STATE = "run.json"
@@ -55,6 +55,9 @@ class RunFolder:
             raise UnionError(f"{path} contains a run of other settings; choose another output_dir, or remove it")
         self.resumed = bool(state) and state["stage"] != "done"
         self._identity = identity
+        if state:  # what a killed run was writing; a checkpoint may be large
+            for folder in (path, path / "checkpoints", path / "model"):
+                remove_temporary(folder, all_of_them=True, only_ours=True)
         if state and not self.resumed:
             # A finished run is repeated: its model and results stay until the new ones replace them.
             shutil.rmtree(path / "checkpoints", ignore_errors=True)

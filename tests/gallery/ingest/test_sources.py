@@ -320,6 +320,11 @@ def test_an_invalid_parquet_list_is_one_clear_line(tmp_path):
     write(tmp_path / "bad.parquet")
     with pytest.raises(DataError, match="cannot read"):
         list_images(str(tmp_path / "bad.parquet"))
+    # A byte of a damaged file is quoted by the library.
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1\x1f" + (1).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(DataError, match=r"cannot read .*\(.*\\x0f\)") as error:
+        list_images(str(tmp_path / "bad.parquet"))
+    assert str(error.value).isprintable()
     pyarrow.parquet.write_table(pa.table({"path": ["a.jpg"], "raw": [b"x"]}), tmp_path / "raw.parquet")
     with pytest.raises(DataError, match="holds bytes"):
         list_images(str(tmp_path / "raw.parquet"))

@@ -208,6 +208,10 @@ def test_wrong_names_and_files_in_place_of_folders_are_named(tmp_path):
         load_hf("base")
     with pytest.raises(ConfigError, match="choose one of tiny, photos, base, large"):
         build_backbone("nope")
+    for name in ("hf:/not/there", "hf:../x", "hf:", "hf:a/b/c"):
+        with pytest.raises((CheckpointError, ConfigError), match=r"existing folder|choose blip") as error:
+            load_hf(name)
+        assert "\n" not in str(error.value)
     (tmp_path / "weights.bin").write_text("x")
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_hf("blip", tmp_path / "weights.bin")

@@ -19,6 +19,7 @@ from union_igrot.storage.paths import expand_user
 
 VECTOR_FORMS: Final = "a .npy file, .safetensors with one matrix, or .parquet with a column vector"
 AGREEMENT: Final = 0.98  # lowest cosine of an embedding and the model's own, which may have another precision
+_SHORTEST: Final = 1e-12  # length of a row that is not zero; `normalize` would not give a shorter one unit length
 _SAMPLE: Final = 8  # images that are embedded for the comparison
 
 
@@ -34,12 +35,14 @@ def read_vectors(given: object) -> Float[Tensor, "rows dim"]:
     name = str(given) if isinstance(given, str | Path) else "the array of embeddings"
     try:
         found = torch.as_tensor(_read_file(expand_user(given)) if isinstance(given, str | Path) else given)
+        if found.is_complex():
+            raise TypeError("complex numbers")
         vectors = (found[None] if found.ndim == 1 else found).detach().cpu().float()
         rows, _ = vectors.shape
     except Exception as error:  # of four libraries
         raise DataError(f"cannot read {name} ({first_line(error)}; expected {VECTOR_FORMS})") from None
     lengths = vectors.norm(dim=1)
-    wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
+    wrong = (~(lengths.isfinite() & (lengths >= _SHORTEST))).nonzero().flatten().tolist()
     if wrong or not rows:
         what = f"row {wrong[0]} is zero or not finite" if wrong else "it has no row"
         raise DataError(f"{name}: {what}; embed the images again")
@@ -56,7 +59,7 @@ def _read_file(path: Path) -> Any:
         return matrix
     import pyarrow.parquet  # noqa: PLC0415 - an extra
 
-    return np.array(pyarrow.parquet.read_table(path, columns=["vector"])["vector"].to_pylist(), dtype=np.float32)
+    return np.array(pyarrow.parquet.read_table(path, columns=["vector"])["vector"].to_pylist(), dtype=np.float64)
 
 
 def vectors_by_id(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from union_igrot.errors import CheckpointError, first_line
+from union_igrot.errors import CheckpointError, first_line, one_line
 
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError,  # no such file or repository, no network: most of what the hub's libraries raise is one
@@ -173,11 +173,20 @@ def unwrap_state_dict(found: object, source: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{source} holds entries that are not tensors: {summarize_names(odd)}; save a plain state dict"
         )
+    if odd := [name for name, x in found.items() if not _is_plain(x)]:
+        raise CheckpointError(
+            f"{source} holds tensors that are sparse, quantized, complex or without values: {summarize_names(odd)}; "
+            "save plain ones"
+        )
     return _without_prefix(found, "module.") or dict(found)
 
 
 def _is_tensor(x: object) -> bool:
     return isinstance(x, Tensor)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not (x.is_quantized or x.is_meta or x.is_complex())
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str, *, partial: bool = False) -> dict[str, Tensor]:
@@ -234,7 +243,7 @@ def load_strict(network: nn.Module, state: Mapping[str, Tensor], source: str, hi
 
 def summarize_names(names: Iterable[str]) -> str:
     """Return the first few of many names, and how many more there are."""
-    names = sorted(names)
+    names = [one_line(name, 100) for name in sorted(names)]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"[{', '.join(names[:_LISTED])}{more}]"
 
