@@ -465,7 +465,7 @@ def test_a_store_that_opens_spares_the_files_of_one_that_opens_beside_it(tmp_pat
     beside = []
 
     def other_process_writes(manifest, *arguments):
-        beside.append(manifest.with_name("of-another.tmp"))
+        beside.append(manifest.with_name(f"another.{'0f' * 16}.tmp"))
         beside[-1].touch()
         check_manifest(manifest, *arguments)
 

@@ -54,10 +54,14 @@ def test_a_disk_that_fails_is_an_os_error(tmp_path, monkeypatch):
 
 
 def test_remove_temporary_and_move_aside(tmp_path):
-    (tmp_path / "a.tmp").touch()
+    ours, foreign = tmp_path / f"a.{'0f' * 16}.tmp", tmp_path / "a.tmp"
+    ours.touch()
+    foreign.touch()
     remove_temporary(tmp_path, all_of_them=False)
-    assert (tmp_path / "a.tmp").exists()
+    assert ours.exists()
     remove_temporary(tmp_path, all_of_them=True)
+    assert list(tmp_path.iterdir()) == [foreign]
+    foreign.unlink()
     move_aside(tmp_path / "gone", ValueError("x"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").touch()

@@ -135,11 +135,12 @@ def test_a_root_that_cannot_be_made_is_a_clear_error(tmp_path):
 
 def test_temporary_files_of_living_writers_are_kept(tmp_path):
     with FeatureStore(tmp_path, "f") as store:
-        for name in ("new.tmp", "old.tmp"):
+        new, old = (f"{name}.{'0f' * 16}.tmp" for name in ("new", "old"))
+        for name in (new, old):
             (store.folder / name).touch()
-        os.utime(store.folder / "old.tmp", (0, time.time() - 3700))
+        os.utime(store.folder / old, (0, time.time() - 3700))
         FeatureStore(tmp_path, "f").close()
-        assert [path.name for path in store.folder.glob("*.tmp")] == ["new.tmp"]
+        assert [path.name for path in store.folder.glob("*.tmp")] == [new]
     FeatureStore(tmp_path, "f").close()
     assert not list(store.folder.glob("*.tmp"))
 

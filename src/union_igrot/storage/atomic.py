@@ -48,15 +48,14 @@ def write_atomic(path: Path, content: Content) -> None:
         raise
 
 
-def remove_temporary(folder: Path, *, all_of_them: bool, only_ours: bool = False) -> None:
-    """Remove the temporary files of killed writers.
+def remove_temporary(folder: Path, *, all_of_them: bool) -> None:
+    """Remove the temporary files of killed writers, which have names as `write_atomic` makes them.
 
     Args:
         folder: The folder.
         all_of_them: If no other process writes here; else only files that are older than an hour.
-        only_ours: Whether people keep files here, too, so that only names as `write_atomic` makes them are removed.
     """
-    for path in folder.glob(_TEMPORARY if only_ours else "*.tmp"):
+    for path in folder.glob(_TEMPORARY):
         with suppress(FileNotFoundError):  # renamed by its writer in the meantime
             if all_of_them or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()

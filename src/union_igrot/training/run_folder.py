@@ -57,7 +57,7 @@ class RunFolder:
         self._identity = identity
         if state:  # what a killed run was writing; a checkpoint may be large
             for folder in (path, path / "checkpoints", path / "model"):
-                remove_temporary(folder, all_of_them=True, only_ours=True)
+                remove_temporary(folder, all_of_them=True)
         if state and not self.resumed:
             # A finished run is repeated: its model and results stay until the new ones replace them.
             shutil.rmtree(path / "checkpoints", ignore_errors=True)
