@@ -37,7 +37,8 @@ def environment(session: nox.Session, *groups: str, extras: tuple[str, ...] = ()
         session.run(sys.executable, "-m", "virtualenv", "--quiet", SHARED, external=True)
     needed = nox.project.dependency_groups(PROJECT, *groups)
     wanted = {"", *extras} - INSTALLED
-    package = [f".[{','.join(sorted(wanted - {''}))}]"] if wanted else []  # is built anew each time that pip sees it
+    # pip builds the package anew each time that it is named.
+    package = [] if not wanted else ["."] if wanted == {""} else [f".[{','.join(sorted(wanted - {''}))}]"]
     session.run(python, "-m", "pip", "install", "--quiet", *package, *needed, external=True)
     INSTALLED.update(wanted)
     return python.parent
