@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from union_igrot.evaluation.exact import blocks
+from union_igrot.evaluation.ranking import blocks
 from union_igrot.evaluation.scoring import score
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from union_igrot import __version__
-from union_igrot.cli.help import help_text
+from union_igrot.cli.command import help_text
 from union_igrot.cli.settings import COMMANDS
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +45,6 @@ MODULES = {
         "models.backbones.base",
         "models.heads.query",
         "models.heads.target",
-        "models.heads.projector",
         "models.reference",
     ],
     "Images and datasets": [
@@ -61,7 +60,7 @@ MODULES = {
         "evaluation.results",
         "evaluation.evaluate",
         "evaluation.scoring",
-        "evaluation.exact",
+        "evaluation.ranking",
         "metrics.names",
         "metrics.functional",
         "metrics.statistics",

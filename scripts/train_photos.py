@@ -45,7 +45,7 @@ from union_igrot.models.backbones.photos import (
     _split_words,
     trunk_weights,
 )
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 
 SYMBOLA = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
 PICTOGRAPHS = (range(0x1F300, 0x1F650), range(0x1F680, 0x1F700))

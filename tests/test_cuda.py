@@ -14,8 +14,7 @@ from small_runs import SMALL, rows_of
 from small_world import cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.cli.eval import main as evaluate
 from union_igrot.cli.train import main as train
-from union_igrot.evaluation.exact import exact_topk
-from union_igrot.evaluation.ranking import rank_chunks
+from union_igrot.evaluation.ranking import exact_topk, rank_chunks
 from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed_benchmark
 from union_igrot.features.extractor import FeatureExtractor

@@ -24,7 +24,7 @@ for name in ("fork", "register_at_fork"):
 """
 HELP = """
 import union_igrot
-import union_igrot.storage.atomic, union_igrot.storage.cache, union_igrot.storage.locks
+import union_igrot.storage.files, union_igrot.storage.cache, union_igrot.storage.locks
 for target in sys.argv[1:]:
     module, _, function = target.partition(":")
     sys.argv[:] = [module]

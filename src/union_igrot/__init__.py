@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from union_igrot.datasets.registry import register_benchmark as register_benchmark
     from union_igrot.errors import UnionError as UnionError
     from union_igrot.evaluation.evaluate import evaluate_benchmark as evaluate_benchmark
-    from union_igrot.evaluation.exact import rank as rank
+    from union_igrot.evaluation.ranking import rank as rank
     from union_igrot.evaluation.results import EvaluationResult as EvaluationResult
     from union_igrot.features.extractor import Encoder as Encoder, FeatureExtractor as FeatureExtractor
     from union_igrot.features.store import FeatureStore as FeatureStore

@@ -25,7 +25,7 @@ from union_igrot.models.model import IGROTModel
 from union_igrot.models.registry import BACKBONE_FORMS, BACKBONE_PREFIXES, BACKBONES, QUERY_HEADS, TARGET_HEADS
 from union_igrot.settings import declared
 from union_igrot.storage.cache import chosen_limit, default_root
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 from union_igrot.training.data import data_settings, mean_name, read_evaluated
 from union_igrot.training.loggers import require_logger
 from union_igrot.training.processes import detect_processes
@@ -63,7 +63,7 @@ def evaluate(  # noqa: PLR0913 - a setting each, all but two with defaults
         calibration: Weight of the calibration by training queries, such as 0.25; 0, as zero-shot protocols ask, for
             none. See `evaluation.calibration`.
         query_expansion: Number of first results, such as 5, that each query is moved towards before a second search; 0
-            for none. See `evaluation.expansion`.
+            for none. See `evaluation.calibration`.
         fusions: Further baselines without training, any of `product`, `weicom`, `slerp` and `basic`.
         corpora: For `basic` a file of texts about subjects and one of texts about styles, one text a line.
         batch_size: Images encoded at once.

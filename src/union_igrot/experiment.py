@@ -47,9 +47,8 @@ from union_igrot.reporting.charts import read_curves
 from union_igrot.reporting.contact_sheets import TILE_SIDE, benchmark_sheet
 from union_igrot.reporting.model_card import write_model_card
 from union_igrot.reporting.page import SIDE, Provenance, write_page
-from union_igrot.storage.atomic import write_atomic
 from union_igrot.storage.cache import chosen_limit, default_root
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user, write_atomic
 from union_igrot.terminal import print_line
 from union_igrot.training.data import mean_name, read_evaluated, read_training
 from union_igrot.training.datamodule import IGROTDataModule

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from union_igrot.errors import UnionError
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 T = TypeVar("T")
 REQUIRED = "???"

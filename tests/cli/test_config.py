@@ -10,6 +10,7 @@ from hydra import compose as outer_compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import example, given, settings, strategies as st
 
+from union_igrot.cli.command import help_text
 from union_igrot.cli.config import (
     _known,
     compose,
@@ -21,7 +22,6 @@ from union_igrot.cli.config import (
     read_option,
 )
 from union_igrot.cli.groups import GROUPS
-from union_igrot.cli.help import help_text
 from union_igrot.cli.settings import COMMANDS
 from union_igrot.cli.sweep import _read_override, check_sweep
 from union_igrot.errors import ConfigError

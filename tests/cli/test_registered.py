@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from small_runs import SMALL_DATA, rows_of
 from small_world import LinearBackbone
+from union_igrot.cli.command import help_text
 from union_igrot.cli.config import compose
 from union_igrot.cli.eval import main as evaluate
-from union_igrot.cli.help import help_text
 from union_igrot.datasets import registry
 from union_igrot.datasets.registry import BenchmarkDeclaration, BenchmarkOption, register_benchmark
 from union_igrot.errors import ConfigError

@@ -19,7 +19,7 @@ from union_igrot.demo.uploads import decode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.terms import parse_term
+from union_igrot.gallery.queries import parse_term
 from union_igrot.images.decode import open_image
 from union_igrot.images.transforms import image_batch
 

@@ -12,7 +12,7 @@ from union_igrot.demo.controller import MARK_REMOVED, MAX_TEXT, MAX_WHERE, SESSI
 from union_igrot.demo.session import Reference
 from union_igrot.demo.uploads import photo_reference
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.gallery.terms import Term
+from union_igrot.gallery.queries import Term
 from union_igrot.service.uploads import Limits, decode_upload
 
 STROKES = [[[0, 500], [1000, 500]]]

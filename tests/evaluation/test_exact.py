@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation import exact
-from union_igrot.evaluation.exact import exact_topk, rank
-from union_igrot.evaluation.ranking import rank_chunks
+from union_igrot.evaluation import ranking
+from union_igrot.evaluation.ranking import exact_topk, rank, rank_chunks
 
 
 def slow_ranking(queries, gallery, exclude=None):
@@ -45,7 +44,7 @@ def searches(draw):
 def test_chunked_equals_the_full_stable_sort(search, k, dtype):
     queries, gallery, exclude, tile, budget = search
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "TILE", tile)
+        patch.setattr(ranking, "TILE", tile)
         expected = slow_ranking(queries, gallery, exclude)
         k = min(k, *(len(row) for row in expected))
         found = exact_topk(queries.to(dtype), gallery.to(dtype), k, exclude, budget)
@@ -107,18 +106,18 @@ def test_autocast_and_faster_matmuls_do_not_reach_the_scores():
 
 def test_packed_scores_fall_as_scores_rise_and_negative_zero_equals_zero():
     scores = torch.tensor([[3e38, 1.0, 1e-30, 0.0, -0.0, -1e-30, -0.5, -3e38]])
-    rising = exact._as_rising_integers(scores)
+    rising = ranking._as_rising_integers(scores)
     assert rising[0].tolist() == sorted(rising[0].tolist())
     assert len(set(rising[0].tolist())) == 7
     assert rising[0, 3] == rising[0, 4]
-    assert exact._scores_of(rising << 32).tolist() == scores.tolist()
+    assert ranking._scores_of(rising << 32).tolist() == scores.tolist()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.data())
 def test_a_tile_depends_on_the_position_alone(length, size, data):
     def tile_of(start, stop):
-        parts = list(exact._tiles(slice(start, stop), length, size))
+        parts = list(ranking._tiles(slice(start, stop), length, size))
         assert [p for part, _ in parts for p in range(part.start, part.stop)] == list(range(start, stop))
         for part, tile in parts:
             assert 0 <= tile.start <= part.start < part.stop <= tile.stop <= length
@@ -140,14 +139,14 @@ def test_embeddings_with_gradients_give_rankings_without():
 
 def test_no_score_matrix_above_the_budget(monkeypatch):
     sizes = []
-    real = exact._keys
+    real = ranking._keys
 
     def watched(*arguments):
         keys = real(*arguments)
         sizes.append(keys.nbytes)
         return keys
 
-    monkeypatch.setattr(exact, "_keys", watched)
+    monkeypatch.setattr(ranking, "_keys", watched)
     queries, gallery = unit(200, 4, 0), unit(20_000, 4, 1)
     budget = 64 * 4096 * 8
     exact_topk(queries, gallery, 5, chunk_bytes=budget)

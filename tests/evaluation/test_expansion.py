@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from small_world import DIM, cir_benchmark, extractor, trainable
 from union_igrot.errors import ConfigError
-from union_igrot.evaluation.calibration import neighbor_means
+from union_igrot.evaluation.calibration import expand_queries, neighbor_means
 from union_igrot.evaluation.evaluate import evaluate_benchmark
-from union_igrot.evaluation.expansion import expand_queries
 from union_igrot.evaluation.tables import as_html, as_text
 from union_igrot.features.embedding import embed_benchmark
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.evaluation import exact, ranking as module
-from union_igrot.evaluation.exact import exact_topk
-from union_igrot.evaluation.ranking import rank_chunks
+from union_igrot.evaluation import ranking as module
+from union_igrot.evaluation.ranking import exact_topk, rank_chunks
 
 
 def slow_order(queries, gallery, exclude):
@@ -46,7 +45,7 @@ def test_ranks_and_first_results_are_those_of_a_full_stable_sort(search, tile, b
     k = data.draw(st.integers(1, len(gallery)))
     covered = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "TILE", tile)
+        patch.setattr(module, "TILE", tile)
         patch.setattr(module, "_FEW_TIES", ties)
         patch.setattr(module, "_BUCKETS", buckets)
         for chunk in rank_chunks(queries, gallery, exclude, budget):

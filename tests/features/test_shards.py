@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from union_igrot.features.shards import KeyIndex, hash_keys
+from union_igrot.features.store import KeyIndex, hash_keys
 
 halves = st.sampled_from([0, 1, 2, 2**63, 2**64 - 1])  # few values: digests often share one half, or both
 

@@ -47,7 +47,7 @@ def fork(work):
 
 KILLED = """
 from union_igrot.storage.cache import usage
-from union_igrot.features.shards import map_shard
+from union_igrot.features.store import map_shard
 
 random.seed(1)
 KILLS = 100

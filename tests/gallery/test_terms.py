@@ -11,8 +11,7 @@ from hypothesis import given, strategies as st
 from small_gallery import COUNT, agrees, embed_images, fill_gallery, noise_image, slow_ranking
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.queries import read_queries
-from union_igrot.gallery.terms import Term, describe_term, parse_term
+from union_igrot.gallery.queries import Term, describe_term, parse_term, read_queries
 
 
 @torch.inference_mode()

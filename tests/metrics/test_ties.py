@@ -10,18 +10,20 @@ from hypothesis import given, settings, strategies as st
 from union_igrot.errors import ConfigError
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
-from union_igrot.metrics import ties
-from union_igrot.metrics.functional import average_precision, precision_at_k, recall_at_k
-from union_igrot.metrics.names import MetricFamily
-from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
-from union_igrot.metrics.statistics import paired_interval
-from union_igrot.metrics.ties import (
+from union_igrot.metrics import functional
+from union_igrot.metrics.functional import (
     TieGroups,
+    average_precision,
     expected_average_precision,
     expected_precision_at_k,
     expected_recall_at_k,
+    precision_at_k,
+    recall_at_k,
     sampled_values,
 )
+from union_igrot.metrics.names import MetricFamily
+from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
+from union_igrot.metrics.statistics import paired_interval
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 
 CONVENTIONS = [
@@ -71,7 +73,7 @@ def test_expected_values_are_means_over_every_order(ranking, k):
 
 @pytest.mark.slow
 def test_what_has_no_closed_form_is_averaged_over_seeded_orders(monkeypatch):
-    monkeypatch.setattr(ties, "SAMPLED_ORDERS", 400)
+    monkeypatch.setattr(functional, "SAMPLED_ORDERS", 400)
     scores, relevant = [2.0, 1.0, 1.0, 1.0, 0.0], [False, True, False, True, True]
     groups, orders = groups_of(scores, relevant), every_order(scores, relevant)
     n_relevant = torch.full((len(orders),), 3)

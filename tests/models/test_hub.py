@@ -13,8 +13,8 @@ from huggingface_hub import errors
 from small_world import LinearBackbone, trainable
 from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models import hub
-from union_igrot.models.download import CLIENT_ERROR
 from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
+from union_igrot.models.hub import CLIENT_ERROR
 from union_igrot.models.model import IGROTModel, load
 
 CLIENT = import_module(CLIENT_ERROR.__module__.partition(".")[0])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from union_igrot.errors import DataError
-from union_igrot.storage import atomic
-from union_igrot.storage.atomic import move_aside, remove_temporary, write_atomic
+from union_igrot.storage import files
+from union_igrot.storage.files import move_aside, remove_temporary, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_disk_that_fails_is_an_os_error(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_atomic(tmp_path / "a", b"x")
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from union_igrot.storage.paths import absolute_path, expand_user, find_path, is_web_address
+from union_igrot.storage.files import absolute_path, expand_user, find_path, is_web_address
 
 
 def test_home_folder(monkeypatch, tmp_path):

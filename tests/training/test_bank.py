@@ -9,10 +9,17 @@ from torch.nn import functional as F
 
 from small_world import LinearBackbone, Noise, cir_benchmark, extractor, sbir_benchmark, trainable, triplets
 from union_igrot.images.transforms import ImageToTensor
-from union_igrot.training.bank import UNKNOWN, CachedBank, FeatureQueue, reference_groups
 from union_igrot.training.datamodule import IGROTDataModule
 from union_igrot.training.learner import Learner, Recipe, fit
-from union_igrot.training.losses import BankLoss, InfoNCE, build_loss
+from union_igrot.training.losses import (
+    UNKNOWN,
+    BankLoss,
+    CachedBank,
+    FeatureQueue,
+    InfoNCE,
+    build_loss,
+    reference_groups,
+)
 from union_igrot.types import Features, TrainingSet, Triplet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -63,7 +63,7 @@ def _check_page(path: Path) -> None:
 def _write_page(path: Path, index: str, groups: "Sequence[SearchResult]") -> None:
     """Write the first groups as a page that needs no network, no script and no other file."""
     from union_igrot.gallery.results import hits_html
-    from union_igrot.storage.atomic import write_atomic
+    from union_igrot.storage.files import write_atomic
 
     title = html.escape(f"{len(groups):,} groups of duplicates in {index}")
     more = f"<p>The first {_SHOWN} are shown.</p>" if len(groups) > _SHOWN else ""

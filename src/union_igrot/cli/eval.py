@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from union_igrot.cli.command import launch_of, run_command
 from union_igrot.cli.config import plain
 from union_igrot.errors import ConfigError
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -23,7 +23,7 @@ def evaluate_checkpoint(config: "DictConfig", fresh: Path) -> Path:
     """
     from union_igrot.experiment import check_writable, evaluate_and_report, open_extractor, report_predictions
     from union_igrot.models.devices import resolve_device
-    from union_igrot.storage.atomic import write_atomic
+    from union_igrot.storage.files import write_atomic
     from union_igrot.training.data import mean_name, read_evaluated
 
     if "model" in config:

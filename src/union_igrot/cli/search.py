@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError, DataError, escape_controls
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -137,7 +137,7 @@ def _json_line(row: dict[str, Any]) -> str:
 
 
 def _describe(query: dict[str, Any]) -> str:
-    from union_igrot.gallery.terms import describe_term
+    from union_igrot.gallery.queries import describe_term
 
     parts = [str(image) for image in query.get("image", ())]
     parts += [f"{query['text']!r}"] if query.get("text") else []

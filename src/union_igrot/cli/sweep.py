@@ -22,7 +22,7 @@ from union_igrot.cli.config import Arguments, as_config, conf_dir, parseable, re
 from union_igrot.cli.settings import COMMANDS
 from union_igrot.errors import ConfigError, one_line
 from union_igrot.settings import show
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

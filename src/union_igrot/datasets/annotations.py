@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, final
 from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import check_image
 from union_igrot.images.identity import Box
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 from union_igrot.storage.text import read_json, read_lines, refuse_repeated
 
 _Value = TypeVar("_Value")

@@ -39,7 +39,7 @@ from union_igrot.datasets.annotations import check_name, check_path, check_text,
 from union_igrot.errors import ConfigError, DataError, ImageError, check_choice
 from union_igrot.images.decode import broken_images, check_image
 from union_igrot.images.formats import IMAGE_SUFFIXES, describe_unused, is_ignored, is_image_name
-from union_igrot.storage.paths import expand_user, find_path
+from union_igrot.storage.files import expand_user, find_path
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines, refuse_repeated
 from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, TrainingSet, Triplet
 

@@ -13,7 +13,7 @@ from typing import Any, final
 
 from union_igrot.datasets.annotations import check_record
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 from union_igrot.storage.text import read_json
 from union_igrot.types import Benchmark, Query
 

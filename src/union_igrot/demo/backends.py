@@ -19,8 +19,8 @@ from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.gallery.engines.base import ColumnValue, Rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.queries import Term
 from union_igrot.gallery.results import THUMBNAIL, Hit, file_of
-from union_igrot.gallery.terms import Term
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.service.uploads import KEPT_SIDE

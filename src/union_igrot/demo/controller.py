@@ -20,7 +20,7 @@ from union_igrot.demo.uploads import (
     read_sketch,
 )
 from union_igrot.errors import ConfigError, DataError, UnionError
-from union_igrot.gallery.terms import Term, parse_term
+from union_igrot.gallery.queries import Term, parse_term
 from union_igrot.service.uploads import KEPT_SIDE, downscale
 
 MAX_SESSIONS: Final = 256  # sessions kept; the least recently used are dropped first

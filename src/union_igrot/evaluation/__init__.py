@@ -10,8 +10,7 @@ if TYPE_CHECKING:
         evaluate_benchmark as evaluate_benchmark,
         means as means,
     )
-    from union_igrot.evaluation.exact import exact_topk as exact_topk, rank as rank
-    from union_igrot.evaluation.ranking import rank_chunks as rank_chunks
+    from union_igrot.evaluation.ranking import exact_topk as exact_topk, rank as rank, rank_chunks as rank_chunks
     from union_igrot.evaluation.results import (
         BenchmarkResult as BenchmarkResult,
         EvaluationResult as EvaluationResult,

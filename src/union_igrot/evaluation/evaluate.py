@@ -19,8 +19,7 @@ from torch import Tensor
 import union_igrot
 from union_igrot.datasets.loading import benchmark_warning
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation.calibration import calibrate
-from union_igrot.evaluation.expansion import expand_queries
+from union_igrot.evaluation.calibration import calibrate, expand_queries
 from union_igrot.evaluation.fusion import embed_corpora, fuse
 from union_igrot.evaluation.results import (
     EvaluationResult,

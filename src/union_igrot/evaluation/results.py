@@ -19,7 +19,7 @@ from torch import Tensor
 from union_igrot.errors import ConfigError, DataError, first_line
 from union_igrot.metrics.names import unit_of
 from union_igrot.metrics.statistics import Difference, Interval
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 from union_igrot.types import Benchmark, Protocol, Scores
 
 OWN_METHODS = ("trained", "predictions")

@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.fusion import FusedQueries
 from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
+from union_igrot.metrics.functional import TieGroups
 from union_igrot.metrics.names import ParsedMetric, is_rank, parse_metric
 from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
-from union_igrot.metrics.ties import TieGroups
 from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 
 RANKING_DEPTH = 50

@@ -21,8 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from union_igrot.errors import DataError
-from union_igrot.evaluation.calibration import Calibration
-from union_igrot.evaluation.expansion import describe_expansion
+from union_igrot.evaluation.calibration import Calibration, describe_expansion
 from union_igrot.evaluation.results import (
     FEW_CLASSES,
     BenchmarkResult,

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from union_igrot.errors import ConfigError
-from union_igrot.gallery.calibration import extra_width
 from union_igrot.gallery.engines.base import ColumnValue, VectorIndex
+from union_igrot.gallery.metadata import extra_width
 from union_igrot.gallery.results import DUPLICATE, THUMBNAIL, Hit, SearchResult
 
 THRESHOLD: Final = 0.95

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Final, Literal, final
 
 from union_igrot.errors import ConfigError, DataError, UnionError, check_count, names_arguments, wrong_type
-from union_igrot.gallery.calibration import stored_weight, widen_queries
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, check_uri, local_path, open_index, without_password
@@ -28,6 +27,8 @@ from union_igrot.gallery.metadata import (
     model_of_index,
     open_or_create,
     read_metadata,
+    stored_weight,
+    widen_queries,
 )
 from union_igrot.gallery.near import QueryKind, near_score, query_kind
 from union_igrot.gallery.queries import (
@@ -45,7 +46,7 @@ from union_igrot.gallery.results import THUMBNAIL, SearchResult, make_result
 from union_igrot.models.backbones.base import PreprocessChoice
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.paths import absolute_path
+from union_igrot.storage.files import absolute_path
 
 _ADD_WAIT_SECONDS: Final = 600.0
 

@@ -25,13 +25,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from union_igrot.errors import ConfigError, check_choice
-from union_igrot.gallery.calibration import KEY, widen_queries
 from union_igrot.gallery.engines.base import VectorIndex
-from union_igrot.gallery.queries import GalleryQuery, embed_gallery_queries
+from union_igrot.gallery.metadata import KEY, widen_queries
+from union_igrot.gallery.queries import GalleryQuery, Term, embed_gallery_queries
 from union_igrot.gallery.results import THUMBNAIL, file_of
-from union_igrot.gallery.terms import Term
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 
 QueryKind = Literal["text", "image", "image + text"]
 """What a query consists of; scores of different kinds are not comparable."""

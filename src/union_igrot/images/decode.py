@@ -20,7 +20,7 @@ from torch import Tensor
 from union_igrot.errors import ConfigError, ImageError
 from union_igrot.images.exif import ExifColumns, read_exif
 from union_igrot.images.formats import decoded_formats, describe_name, is_raw, unknown_format
-from union_igrot.storage.paths import expand_user, find_path, is_web_address
+from union_igrot.storage.files import expand_user, find_path, is_web_address
 from union_igrot.types import ImageSource, LazyImage
 
 # How each EXIF orientation is undone (CIPA DC-008, tag 0x0112); 1 is upright.

@@ -9,7 +9,7 @@ from PIL import Image
 
 from union_igrot.errors import ConfigError
 from union_igrot.images.decode import as_image
-from union_igrot.storage.paths import expand_user, find_path
+from union_igrot.storage.files import expand_user, find_path
 
 REGION_FORMAT: Final = "FILE#x,y,width,height in pixels or percent, such as a.jpg#10%,20%,50%,50%"
 _NUMBER: Final = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*")

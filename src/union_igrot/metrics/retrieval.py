@@ -10,9 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.metrics.functional import average
+from union_igrot.metrics.functional import TieGroups, average, sampled_values
 from union_igrot.metrics.names import ParsedMetric, parse_metric
-from union_igrot.metrics.ties import TieGroups, sampled_values
 from union_igrot.types import Protocol
 
 

@@ -21,11 +21,9 @@ from union_igrot.errors import CheckpointError, ConfigError, UnionError, first_l
 from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
-from union_igrot.models.heads.projector import VisionProjector
-from union_igrot.models.heads.query import QueryHead
+from union_igrot.models.heads.query import QueryHead, VisionProjector
 from union_igrot.models.heads.target import TargetHead
-from union_igrot.storage.atomic import write_atomic
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user, write_atomic
 from union_igrot.types import Preprocess
 
 FORMAT = 1

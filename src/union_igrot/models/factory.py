@@ -9,11 +9,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from union_igrot.errors import ConfigError, check_choice
 from union_igrot.models.backbones.base import Backbone, PreprocessChoice
-from union_igrot.models.heads.projector import VisionProjector
-from union_igrot.models.heads.query import QueryHead
+from union_igrot.models.heads.query import QueryHead, VisionProjector
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.registry import BACKBONE_FORMS, BACKBONES, QUERY_HEADS, TARGET_HEADS, Registry
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 
 def build_backbone(

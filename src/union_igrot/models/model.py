@@ -42,12 +42,11 @@ from union_igrot.models.checkpoint import (
 )
 from union_igrot.models.devices import default_workers, full_precision, resolve_device
 from union_igrot.models.factory import build_backbone, build_query_head, build_target_head
-from union_igrot.models.heads.projector import VisionProjector
-from union_igrot.models.heads.query import QueryHead
+from union_igrot.models.heads.query import QueryHead, VisionProjector
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.hub import check_repository, fetch_model, push_folder, short_card, split_name
 from union_igrot.models.registry import BACKBONES, USUAL_NAMES, names_backbone, near_name
-from union_igrot.storage.paths import expand_user, is_folder
+from union_igrot.storage.files import expand_user, is_folder
 from union_igrot.terminal import progress_bar
 from union_igrot.types import Features, LazyImage, Preprocess
 

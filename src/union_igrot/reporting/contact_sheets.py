@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from union_igrot.errors import ImageError
 from union_igrot.evaluation.results import ScoredBenchmark
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 from union_igrot.types import ImageSource, Query
 
 _RIGHT, _WRONG, _INK, _FAINT = (22, 140, 60), (200, 60, 50), (30, 30, 30), (205, 205, 205)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from union_igrot.errors import CheckpointError
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult
 from union_igrot.evaluation.tables import detailed_notes, format_interval, method_name, metrics_table
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 
 PLACEHOLDER = "OWNER/NAME"
 """Name of a model that is not on the hub yet."""

@@ -35,7 +35,7 @@ from union_igrot.metrics.names import scale_of
 from union_igrot.reporting.charts import Chart, Curve, layout_chart, recall_chart, weights_chart
 from union_igrot.reporting.contact_sheets import Opener, query_text
 from union_igrot.reporting.model_card import model_facts, training_facts
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 from union_igrot.types import Benchmark, ImageSource
 
 MAX_BYTES = 5_000_000

@@ -35,7 +35,7 @@ from union_igrot.evaluation.tables import (
 )
 from union_igrot.metrics.names import unit_of
 from union_igrot.metrics.statistics import Interval
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 from union_igrot.terminal import TerminalConsole
 
 _Key = tuple[str, str]  # name and split of a benchmark

@@ -22,8 +22,8 @@ from starlette.routing import BaseRoute, Route
 from union_igrot import __version__
 from union_igrot.errors import ConfigError, UnionError, one_line
 from union_igrot.gallery.gallery import Gallery
+from union_igrot.gallery.queries import Term, parse_term
 from union_igrot.gallery.results import Hit
-from union_igrot.gallery.terms import Term, parse_term
 from union_igrot.service import http
 from union_igrot.service.http import BodyReader, BusyError, RequestQueue, UploadQueue, error_response, json_response
 

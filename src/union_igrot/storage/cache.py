@@ -20,7 +20,7 @@ from typing import Final, Literal
 from safetensors import SafetensorError, safe_open
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.storage.atomic import log, move_aside, write_atomic
+from union_igrot.storage.files import log, move_aside, write_atomic
 from union_igrot.storage.locks import acquire_exclusive, is_locked, lock_path
 from union_igrot.storage.sizes import format_size, parse_size
 

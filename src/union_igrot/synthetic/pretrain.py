@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.tiny import TinyVLM, tokenize
-from union_igrot.storage.atomic import write_atomic
+from union_igrot.storage.files import write_atomic
 from union_igrot.synthetic.rendering import render_photo, render_sketch
 from union_igrot.synthetic.scenes import (
     HELD_OUT_SHAPES,

@@ -9,7 +9,7 @@ from union_igrot.datasets.loading import load_parts, load_training_parts, refuse
 from union_igrot.datasets.registry import benchmark_names, find_benchmark
 from union_igrot.errors import ConfigError, check_choice
 from union_igrot.settings import declared
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir, shapes_training
 from union_igrot.training.settings import FolderSettings, ShapesSettings
 from union_igrot.types import Benchmark, TrainingSet

@@ -21,7 +21,7 @@ from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.images.dataset import ImageDataset, OpenAsPixels, first_error, image_loader
 from union_igrot.images.transforms import model_input
 from union_igrot.models.backbones.base import Modality
-from union_igrot.training.bank import UNKNOWN, CachedBank, reference_groups
+from union_igrot.training.losses import UNKNOWN, CachedBank, reference_groups
 from union_igrot.types import Benchmark, Features, ImageSource, Preprocess, Query, TrainingSet, Triplet
 
 

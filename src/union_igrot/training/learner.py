@@ -27,10 +27,9 @@ from union_igrot.errors import ConfigError, DataError, UnionError, first_line
 from union_igrot.evaluation.evaluate import means
 from union_igrot.evaluation.scoring import score
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.atomic import move_aside, write_atomic
-from union_igrot.training.bank import CachedBank, FeatureQueue
+from union_igrot.storage.files import move_aside, write_atomic
 from union_igrot.training.datamodule import TrainingBatch, ValidationBatch
-from union_igrot.training.losses import BankLoss, gather, info_nce
+from union_igrot.training.losses import BankLoss, CachedBank, FeatureQueue, gather, info_nce
 from union_igrot.training.settings import Recipe
 from union_igrot.types import Benchmark, Features
 

@@ -97,7 +97,7 @@ def _wandb(
     import wandb  # noqa: PLC0415 - slow
     from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
 
-    from union_igrot.storage.atomic import write_atomic  # noqa: PLC0415
+    from union_igrot.storage.files import write_atomic  # noqa: PLC0415
     from union_igrot.terminal import print_line  # noqa: PLC0415
 
     if mode == "offline":  # reports of its own errors would make outbound requests

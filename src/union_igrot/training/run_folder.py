@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from union_igrot.errors import UnionError
-from union_igrot.storage.atomic import remove_temporary, write_atomic
+from union_igrot.storage.files import remove_temporary, write_atomic
 from union_igrot.storage.locks import acquire_exclusive
 
 _STATE = "run.json"

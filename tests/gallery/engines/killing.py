@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from union_igrot.evaluation.exact import exact_topk
+from union_igrot.evaluation.ranking import exact_topk
 from union_igrot.gallery.engines.base import Rows
 from union_igrot.gallery.engines.factory import open_index
 

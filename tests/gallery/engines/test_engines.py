@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from index_locations import ENGINES, new_location, random_rows, read_column
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation import exact
-from union_igrot.evaluation.exact import exact_topk
+from union_igrot.evaluation import ranking
+from union_igrot.evaluation.ranking import exact_topk
 from union_igrot.gallery.engines.base import Rows, topk_of_rows
 from union_igrot.gallery.engines.memory import MemoryIndex
 
@@ -331,17 +331,17 @@ def test_some_rows_are_ranked_like_a_copy_of_them(data):
     queries = torch.randn(data.draw(st.integers(1, 6)), 16, generator=generator)
     k = data.draw(st.integers(1, len(rows)))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(exact, "TILE", data.draw(st.tuples(st.integers(1, 4), st.integers(1, 7))))
+        patched.setattr(ranking, "TILE", data.draw(st.tuples(st.integers(1, 4), st.integers(1, 7))))
         found = topk_of_rows(queries, vectors, rows, k)
-        expected = exact.exact_topk(queries, vectors[torch.from_numpy(rows)], k)
+        expected = ranking.exact_topk(queries, vectors[torch.from_numpy(rows)], k)
     assert found.positions.tolist() == expected.positions.tolist()
     assert torch.equal(found.scores, expected.scores)
 
 
 def test_few_tiles_are_copied_at_a_time(monkeypatch):
-    monkeypatch.setattr(exact, "TILE", (4, 10))
-    sizes, plain = [], exact.exact_topk
-    monkeypatch.setattr(exact, "exact_topk", lambda q, g, k: (sizes.append(len(g)), plain(q, g, k))[1])
+    monkeypatch.setattr(ranking, "TILE", (4, 10))
+    sizes, plain = [], ranking.exact_topk
+    monkeypatch.setattr(ranking, "exact_topk", lambda q, g, k: (sizes.append(len(g)), plain(q, g, k))[1])
     topk_of_rows(torch.randn(2, 16), torch.randn(200, 16), np.arange(195), 4)
     assert max(sizes) < 50
     assert sum(sizes) == 195

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from index_locations import MILVUS, SERVER, new_location
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation.exact import exact_topk
+from union_igrot.evaluation.ranking import exact_topk
 from union_igrot.gallery.engines.base import Rows
 from union_igrot.gallery.engines.factory import open_index
 

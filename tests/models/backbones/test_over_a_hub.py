@@ -19,7 +19,7 @@ from loopback_hub import POINTER, serve_hub
 from small_backbones import CLIP_CONFIG
 from union_igrot.errors import CheckpointError
 from union_igrot.images.transforms import ImageToTensor
-from union_igrot.models import download
+from union_igrot.models import hub as models_hub
 from union_igrot.models.factory import build_backbone
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.allow_hosts(["127.0.0.1"])]
@@ -137,7 +137,7 @@ def test_what_is_cached_is_used_without_a_request(hub, small_base, name):
 @pytest.fixture
 def large(monkeypatch):
     """Every file of weights is a large one, read in small pieces."""
-    monkeypatch.setattr(download, "_LARGE", 1000)
+    monkeypatch.setattr(models_hub, "_LARGE", 1000)
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
 
@@ -243,7 +243,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_failures_say_what_they_are(hub, monkeypatch, capfd, kind):
-    monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(models_hub, "_PAUSES", (0.0, 0.0))
     hub.faults, message = deepcopy(FAULTS[kind][0]), FAULTS[kind][1]
     with pytest.raises(CheckpointError, match=message) as error:
         build_backbone("hf:some/where" if kind == "no repository" else f"hf:{CLIP}")
@@ -274,7 +274,7 @@ def test_a_hub_cannot_name_files_outside_the_cache(hub, tmp_path, changed):
 
 
 def test_a_busy_hub_is_asked_again(hub, monkeypatch):
-    monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(models_hub, "_PAUSES", (0.0, 0.0))
     hub.faults = {"api/models": {"status": 503, "times": 2}}
     build_backbone(f"hf:{CLIP}")
 
@@ -334,9 +334,9 @@ def test_files_are_moved_if_links_are_not_allowed(hub, monkeypatch):
         raise OSError("a required privilege is not held by the client")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    found = download.fetch_files(CLIP, [("config.json",)], texts=False)
+    found = models_hub.fetch_files(CLIP, [("config.json",)], texts=False)
     assert not found.is_symlink()
     assert found.read_bytes() == (hub.root / CLIP / "config.json").read_bytes()
     hub.requests.clear()
-    assert download.fetch_files(CLIP, [("config.json",)], texts=False) == found
+    assert models_hub.fetch_files(CLIP, [("config.json",)], texts=False) == found
     assert not hub.requests

@@ -4,7 +4,7 @@ import torch
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.open_clip import OpenClipBackbone
 from union_igrot.models.factory import build_projector, build_query_head, build_target_head
-from union_igrot.models.heads.projector import VisionProjector
+from union_igrot.models.heads.query import VisionProjector
 from union_igrot.models.model import IGROTModel
 from union_igrot.types import Features, Preprocess
 

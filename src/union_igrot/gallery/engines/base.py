@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError, check_choice, check_count
-from union_igrot.evaluation import exact
+from union_igrot.evaluation import ranking
 from union_igrot.gallery.engines.filters import ColumnKind, Condition, parse_filter
 from union_igrot.types import Ranking
 
@@ -286,13 +286,13 @@ def topk_of_rows(
     Returns positions in `rows`, and scores.
     """
     if rows is None:
-        return exact.exact_topk(queries, vectors, k)
-    tile = exact.TILE[1]
+        return ranking.exact_topk(queries, vectors, k)
+    tile = ranking.TILE[1]
     starts = range(0, max(1, len(rows) - tile + 1), _GATHERED_TILES * tile)
     positions, scores = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         piece = vectors[torch.from_numpy(rows[start:end])]
-        found = exact.exact_topk(queries, piece, min(k, len(piece)))
+        found = ranking.exact_topk(queries, piece, min(k, len(piece)))
         positions = torch.cat([positions, found.positions + start], dim=1)
         # The sort is stable: of equal scores, the earlier row stays in front.
         scores, order = torch.cat([scores, found.scores], dim=1).sort(dim=1, descending=True, stable=True)

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from union_igrot.errors import ConfigError, require_packages
 from union_igrot.gallery.engines.base import VectorIndex, required_dim
-from union_igrot.storage.paths import absolute_path
+from union_igrot.storage.files import absolute_path
 
 MEMORY: Final = "memory:"
 """The URI of an index in memory."""

@@ -34,7 +34,7 @@ from pymilvus import DataType, MilvusClient, MilvusException
 from torch import Tensor
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.evaluation.exact import exact_topk
+from union_igrot.evaluation.ranking import exact_topk
 from union_igrot.gallery.engines.base import (
     AUTO_EXACT,
     SCAN_BATCH,

@@ -1,4 +1,4 @@
-"""The images to index: files, members of tar shards, or bytes in memory, each with its columns."""
+"""Entries of a listing: images with their columns, and captions from files beside them."""
 
 import datetime as dt
 import hashlib
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +16,9 @@ import numpy as np
 
 from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import as_image, file_bytes
-from union_igrot.images.formats import describe_name, is_raw
-from union_igrot.storage.paths import absolute_path, is_web_address
+from union_igrot.images.formats import describe_name, is_image_name, is_raw
+from union_igrot.storage.files import absolute_path, is_web_address
+from union_igrot.storage.text import read_text
 
 UserValue = str | int | float | bool | None  # a value of a user's column
 OWN_COLUMNS: Final = frozenset({"hash", "size", "mtime", "width", "height", "thumbnail", "source"})
@@ -238,3 +239,59 @@ def _file_content(image: Any) -> tuple[bytes, bytes]:
     decoded.save(file, format="PNG", compress_level=1)
     # Pixels identify it: how they are compressed depends on the version of a library.
     return file.getvalue(), f"{decoded.width}x{decoded.height}".encode() + decoded.tobytes()
+
+
+_SUFFIXES: Final = (".txt", ".json")
+_KEYS: Final = ("captions", "caption")
+_MAX_BYTES: Final = 2**16
+"""Largest caption file; a larger one is something else."""
+
+
+def add_found_columns(entries: Sequence[Entry], exists: Callable[[str], bool], root: str | None) -> list[Entry]:
+    """Add the columns `caption` and, in class folders, `class` to images.
+
+    Args:
+        entries: Images and other files. Caption files among them are left out of the result.
+        exists: Whether there is a file beside an image.
+        root: The folder that was listed; None without one. Its subfolders are classes if there are at least two of
+            them, each image lies directly in one, and none in the folder itself.
+    """
+    images = {entry.path for entry in entries if entry.fault is None and is_image_name(entry.path)}
+    folders = {os.path.dirname(path) for path in images}  # noqa: PTH120 - undecodable bytes
+    classes = root is not None and len(folders) > 1 and {os.path.dirname(folder) for folder in folders} == {root}  # noqa: PTH120
+    used: set[str] = set()
+    captions: dict[str, str | None] = {}  # by path without suffix, as several images may share one file
+    found: list[Entry] = []
+    for entry in entries:
+        if entry.path not in images:
+            found.append(entry)
+            continue
+        stem = os.path.splitext(entry.path)[0]  # noqa: PTH122
+        if stem not in captions:
+            files = {path: _read_captions(path) for path in map(stem.__add__, _SUFFIXES) if exists(path)}
+            used |= {path for path, texts in files.items() if texts}
+            captions[stem] = "\n".join(dict.fromkeys(text for texts in files.values() for text in texts)) or None
+        label = os.path.basename(os.path.dirname(entry.path)) if classes else None  # noqa: PTH119, PTH120
+        name = None if label is None else os.fsencode(label).decode("utf-8", "backslashreplace")
+        found.append(replace(entry, found={"class": name, "caption": captions[stem]}))
+    return [entry for entry in found if entry.path not in used]
+
+
+def _read_captions(path: str) -> list[str]:
+    """Read the captions of a file; none if it holds something else."""
+    try:
+        if os.path.getsize(path) > _MAX_BYTES:  # noqa: PTH202
+            return []
+        text = read_text(path, "backslashreplace")
+        texts = _json_texts(json.loads(text)) if path.endswith(".json") else text.splitlines()
+    except (DataError, OSError, ValueError, RecursionError):
+        return []
+    lines = (" ".join(one.encode("utf-8", "backslashreplace").decode().split()) for one in texts)
+    return [line for line in lines if line]
+
+
+def _json_texts(value: object) -> list[str]:
+    """Return a text, the texts of a list, or those under `captions` or `caption` of an object."""
+    parts = [value.get(key) for key in _KEYS] if isinstance(value, dict) else [value]
+    lists = [part if isinstance(part, list) else [part] for part in parts]
+    return [text for part in lists for text in part if isinstance(text, str)]

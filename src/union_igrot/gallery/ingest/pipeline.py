@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from union_igrot.errors import CheckpointError, ConfigError, DataError, ImageError, UnionError
-from union_igrot.gallery.calibration import widen_rows
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
 from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
@@ -37,6 +36,7 @@ from union_igrot.gallery.ingest.plan import (
 )
 from union_igrot.gallery.ingest.report import EMBED_TEXT, IngestOptions, IngestReport, SkippedFile
 from union_igrot.gallery.ingest.writer import RowWriter
+from union_igrot.gallery.metadata import widen_rows
 from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, read_batches
 from union_igrot.images.transforms import model_input
 from union_igrot.models.devices import default_workers, full_precision

@@ -21,6 +21,7 @@ from union_igrot.gallery.ingest.entries import (
     Entry,
     Listing,
     UserValue,
+    add_found_columns,
     check_column_names,
     column_value,
     file_entry,
@@ -30,9 +31,8 @@ from union_igrot.gallery.ingest.entries import (
     unique_entries,
 )
 from union_igrot.gallery.ingest.report import IngestOptions
-from union_igrot.gallery.ingest.sidecars import add_found_columns
 from union_igrot.images.formats import describe_name, is_ignored, is_raw
-from union_igrot.storage.paths import absolute_path, find_path, is_web_address
+from union_igrot.storage.files import absolute_path, find_path, is_web_address
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines
 
 SOURCE_FORMS: Final = (

@@ -15,7 +15,7 @@ from union_igrot.gallery.ingest.entries import ADDED_SOURCE, Listing
 from union_igrot.gallery.ingest.sources import is_list
 from union_igrot.models.foreign import FOREIGN
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.paths import expand_user
+from union_igrot.storage.files import expand_user
 
 VECTOR_FORMS: Final = "a .npy file, .safetensors with one matrix, or .parquet with a column vector"
 AGREEMENT: Final = 0.98  # lowest cosine of an embedding and the model's own, which may have another precision

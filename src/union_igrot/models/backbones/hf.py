@@ -33,7 +33,7 @@ from union_igrot.models.backbones.weights import (
     replace_advice,
     summarize_names,
 )
-from union_igrot.models.download import fetch_files
+from union_igrot.models.hub import fetch_files
 from union_igrot.types import Features, Preprocess
 
 NAMES = {

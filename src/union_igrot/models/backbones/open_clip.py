@@ -34,7 +34,7 @@ from union_igrot.models.backbones.weights import (
     remove_prefixes,
     summarize_names,
 )
-from union_igrot.models.download import fetch_files
+from union_igrot.models.hub import fetch_files
 from union_igrot.types import Features, Preprocess
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "batch length"]]

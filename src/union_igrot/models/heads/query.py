@@ -5,7 +5,7 @@ Three heads without weights (image, text, sum) and TransAgg's fusion; `Head` is 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -234,3 +234,42 @@ class TransAggFusion(QueryHead):
             real[:, -image_mask.shape[1] :] = image_mask
         padding = 1.0 if self.mask == "legacy" else float("-inf")
         return torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device).masked_fill_(~real, padding)
+
+
+@final
+class VisionProjector(nn.Module):
+    """A residual network of two layers on each image vector, pooled and tokens alike.
+
+    `x + W2 gelu(W1 norm(x))`; `W2` and its bias start at zero, so that training begins at the plain features. One
+    projector serves queries and targets (the row `+ VisionProjector` of UNION's results, whose layout was not
+    published).
+
+    Args:
+        width: Width of the joint space.
+        hidden: Inner width; None for twice `width`.
+
+    Attributes:
+        kind: Name of the projector in configurations and saved models.
+        options: The keyword arguments that build the same projector again.
+    """
+
+    kind = "mlp"
+
+    def __init__(self, width: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = 2 * width if hidden is None else hidden
+        check_sizes(hidden=hidden)
+        self.options: dict[str, Any] = {"hidden": hidden}
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, images: Features) -> Features:
+        """Project pooled and token features; mask and pooled position stay."""
+        tokens = None if images.tokens is None else self._project(images.tokens)
+        return Features(self._project(images.pooled), tokens, images.mask, images.pooled_at)
+
+    def _project(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        result: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return result

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from union_igrot.models.heads.projector import VisionProjector
-from union_igrot.models.heads.query import Head, check_rates, check_sizes
+from union_igrot.models.heads.query import Head, VisionProjector, check_rates, check_sizes
 from union_igrot.types import Features
 
 Fuse = Callable[[Features, Features], Tensor]
