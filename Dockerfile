@@ -4,6 +4,8 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 COPY conf conf
+# Not passed to pip without this line: --build-arg PIP_EXTRA_INDEX_URL=URL, an index with torch for CPUs alone.
+ARG PIP_EXTRA_INDEX_URL
 RUN pip install --no-cache-dir ".[gallery,serve]" && useradd --uid 10001 --no-create-home union
 # Only /tmp is written: run with --read-only --tmpfs /tmp.
 ENV HF_HUB_OFFLINE=1 HOME=/tmp UNION_CACHE=/tmp

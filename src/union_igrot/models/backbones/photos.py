@@ -38,14 +38,14 @@ PARTS: Final = (WIDTH, 112, 192)
 _AT_ONCE: Final = 4
 _HIDDEN: Final = 64
 _MOST_WORDS, _LEAST_LETTERS, _SIMILAR, _MIXED = 4, 5, 0.5, 3
-_STOP = frozenset(
+STOP_WORDS: Final = frozenset(
     """
     a am an and are as at be been by can do does for from had has have he her here him his i in into is it its me my no
     not of off on or our out over she so some that the their them there these they this those to under up us very was
     we were what which who with without you your
     """.split()  # noqa: SIM905 - words are read more easily in lines
 )
-"""Words that are also symbols of elements or abbreviations in WordNet, and others that name nothing."""
+"""Words that are also symbols of elements or abbreviations in WordNet, and others; alone they name nothing."""
 _FRAMES = frozenset(
     f"{word}{end}" for word in ("photo", "photograph", "picture", "image", "drawing", "painting") for end in ("", "s")
 ) | {"sketch", "sketches"}
@@ -108,12 +108,12 @@ class PhotoText(nn.Module):
             if number < at:
                 continue
             longest = min(_MOST_WORDS, len(words) - number)
-            phrases = (" ".join(words[number : number + n]) for n in range(longest, int(word in _STOP), -1))
+            phrases = (" ".join(words[number : number + n]) for n in range(longest, int(word in STOP_WORDS), -1))
             known = next((x for phrase in phrases for x in _forms(phrase) if x in self._rows), None)
             if known is not None:
                 at = number + len(known.split())
                 found.append((word in _FRAMES and " " not in known, [(self._rows[known], 1.0)]))
-            elif word not in _STOP and (similar := self._similar(word)):
+            elif word not in STOP_WORDS and (similar := self._similar(word)):
                 found.append((False, similar))
         shown = [rows for frame, rows in found if not frame]
         return shown or [rows for _, rows in found]
