@@ -32,8 +32,8 @@ class MetricFamily:
         reduction: If given, the values of each group of queries are reduced to one, and the metric is their mean.
         average: `protocol`, or `median` over queries whatever the protocol says.
         unit: `percent` of values 0..1, higher is better; or `rank`, a rank from 1, lower is better.
-        expected: Like `compute` for rankings with ties: takes `metrics.functional.TieGroups`, k and the options, and returns
-            the expected values, or None if there is no closed form. Without it, seeded orders are averaged.
+        expected: Like `compute` for rankings with ties: takes `metrics.functional.TieGroups`, k and the options, and
+            returns the expected values, or None if there is no closed form. Without it, seeded orders are averaged.
     """
 
     name: str
@@ -118,7 +118,7 @@ def _group_recall(_: Any) -> str:
 
 
 def _family(name: str, function: str, **options: Any) -> MetricFamily:
-    """Declare a family by its functions in `functional` and in `ties`."""
+    """Declare a family by its two functions in `functional`."""
     compute = f"union_igrot.metrics.functional:{function}"
     return MetricFamily(name, compute, expected=f"union_igrot.metrics.functional:expected_{function}", **options)
 
