@@ -86,7 +86,7 @@ def folder_benchmark(
     data, used = _usable(root, split, on_missing, decode=verify, check=check_images)
     locate = partial(_locate, data.root)
     if data.is_composed:
-        named, trained = (_places(rows).keys() for rows in (used.queries, data.splits["train"]))
+        named, trained = (set(_places(rows)) for rows in (used.queries, data.splits["train"]))
         queries = [
             Query(
                 id=row.id,

@@ -160,8 +160,7 @@ def correct_embeddings(
         queries = expand_queries(benchmark, queries, gallery, query_expansion)
         used["query_expansion"] = query_expansion
     if calibration:
-        queries, gallery, calibrated = calibrate(model, benchmark.task, queries, gallery, calibration)
-        used["calibration"] = calibrated.to_dict()
+        queries, gallery, used["calibration"] = calibrate(model, benchmark.task, queries, gallery, calibration)
     return queries, gallery, used
 
 

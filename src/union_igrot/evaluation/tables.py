@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from union_igrot.errors import DataError
-from union_igrot.evaluation.calibration import Calibration, describe_expansion
+from union_igrot.evaluation.calibration import WEIGHT
 from union_igrot.evaluation.results import (
     FEW_CLASSES,
     BenchmarkResult,
@@ -299,9 +299,13 @@ def method_title(result: MethodResult) -> str:
 def correction_lines(described: Mapping[str, Any]) -> Iterator[str]:
     """Explain the calibration and the query expansion of a described model."""
     if used := described.get("calibration"):
-        yield f"calibrated: {Calibration(**used)}"
+        yield (
+            f"calibrated: score minus {used['weight']:g} times the mean of the gallery image's {used['neighbors']} "
+            f"greatest cosines to {used['queries']:,} training queries"
+        )
     if count := described.get("query_expansion"):
-        yield f"expanded: {describe_expansion(count)}"
+        mean = f"{WEIGHT:g} times the unit mean of its first {count} results"
+        yield f"expanded: each query plus {mean}, searched again"
 
 
 def format_percent(value: float | None) -> str:
