@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar, final
 
 from union_igrot.datasets.annotations import check_name, check_path, check_text, group_by
-from union_igrot.errors import ConfigError, DataError, ImageError, check_choice
+from union_igrot.errors import DataError, ImageError, check_choice, check_count
 from union_igrot.images.decode import broken_images, check_image
 from union_igrot.images.formats import IMAGE_SUFFIXES, describe_unused, is_ignored, is_image_name
 from union_igrot.storage.files import expand_user, find_path
@@ -127,8 +127,7 @@ def folder_training(
 
     Other arguments and errors are those of `folder_benchmark`.
     """
-    if pairs < 1:
-        raise ConfigError(f"invalid value for pairs: {pairs} (expected an integer >= 1)")
+    check_count("pairs", pairs)
     data, used = _usable(root, "train", on_missing, decode=verify)
     locate, draw = partial(_locate, data.root), random.Random(seed)
     if data.is_composed:

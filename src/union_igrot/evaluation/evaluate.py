@@ -187,7 +187,8 @@ class _Averaging:
             raise ConfigError(
                 f"a macro average needs the {kind} of all queries; set Query.{kind.rstrip('s')}, or use micro"
             )
-        return cls(groups if macro else None, _resampled_classes(benchmark), groups)
+        classes = query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
+        return cls(groups if macro else None, classes, groups)
 
     def mean(self, name: str, values: Float[Tensor, " queries"]) -> float:
         family, (values, labels, _) = family_of(name), self._reduced(name, values)
@@ -269,10 +270,6 @@ def _target_weights(model: IGROTModel, benchmark: Benchmark, extractor: FeatureE
     return tuple(weights.flatten().tolist())
 
 
-def _resampled_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
-    return query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
-
-
 def method_result(
     benchmark: Benchmark,
     method: str,
@@ -283,7 +280,7 @@ def method_result(
     limits: Mapping[str, str] | None = None,
 ) -> MethodResult:
     """Return the result of a method without training, from its scores; `limits` are the benchmark's if None."""
-    classes, warning = _resampled_classes(benchmark), benchmark_warning(benchmark)
+    averaging, warning = _Averaging.of(benchmark), benchmark_warning(benchmark)
     return MethodResult(
         benchmark=benchmark.name,
         split=benchmark.split,
@@ -292,14 +289,14 @@ def method_result(
         n_gallery=len(benchmark.gallery),
         n_skipped=benchmark.skipped,
         protocol=benchmark.protocol,
-        metrics=means(benchmark, scores),
-        intervals=_Averaging.of(benchmark).intervals(scores.values, seed),
-        by_tag=_by_tag(benchmark, scores),
+        metrics={name: averaging.mean(name, values) for name, values in scores.values.items()},
+        intervals=averaging.intervals(scores.values, seed),
+        by_tag=_by_tag(benchmark, scores, averaging.groups),
         model=model,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         versions=versions(),
         seed=seed,
-        n_classes=0 if classes is None else len(classes.unique()),
+        n_classes=0 if averaging.classes is None else len(averaging.classes.unique()),
         limits=metric_limits(benchmark) if limits is None else limits,
         warnings=(warning,) if warning else (),
     )
@@ -372,12 +369,11 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
     scored = [one.scored[0] for one in results]
     sizes = [len(one.benchmark.queries) for one in scored]
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    of_parts = [_resampled_classes(one.benchmark) for one in scored]
-    known = [classes for classes in of_parts if classes is not None]
+    of_parts = [_Averaging.of(one.benchmark) for one in scored]
+    known = [one.classes for one in of_parts if one.classes is not None]
     classes = torch.cat(known) if len(known) == len(of_parts) else None
-    grouped = [query_groups(one.benchmark) for one in scored]
-    parted = [x + at * 2**32 for at, x in enumerate(grouped) if x is not None]
-    averaging = _Averaging(labels, classes, torch.cat(parted) if len(parted) == len(grouped) else None)
+    parted = [one.groups + at * 2**32 for at, one in enumerate(of_parts) if one.groups is not None]
+    averaging = _Averaging(labels, classes, torch.cat(parted) if len(parted) == len(of_parts) else None)
     galleries = [tuple(item.id for item in one.benchmark.gallery) for one in scored]
     # DTIN's domains share one gallery; FashionIQ's categories have one each.
     distinct = [galleries.index(gallery) == index for index, gallery in enumerate(galleries)]
@@ -434,14 +430,13 @@ def _seen_in_parts(counts: Sequence[SeenImages | None], distinct: Sequence[bool]
     return SeenImages(sum(one.queries for one in known), gallery)
 
 
-def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, TagMetric]:
+def _by_tag(benchmark: Benchmark, scores: Scores, groups: Int[Tensor, " queries"] | None) -> dict[str, TagMetric]:
     """Return the primary metric over the queries of each tag, in percent."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row, query in enumerate(benchmark.queries):
         for tag in query.tags:
             rows[tag].append(row)
-    primary, groups = benchmark.protocol.primary, query_groups(benchmark)
-    found = {}
+    primary, found = benchmark.protocol.primary, {}
     for tag, tagged in sorted(rows.items()):
         some = torch.tensor(tagged)
         averaging = _Averaging(None, None, None if groups is None else groups[some])
@@ -449,13 +444,8 @@ def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, TagMetric]:
     return found
 
 
-def versions() -> dict[str, str]:
+@functools.cache  # reads and parses files
+def versions() -> Mapping[str, str]:
     """Return the versions of the packages that metrics depend on."""
-    packages = ("torch", "transformers", "lightning", "numpy", "pillow")
-    found = {package: _version(package) for package in packages}
+    found = {package: version(package) for package in ("torch", "transformers", "lightning", "numpy", "pillow")}
     return {"union-igrot": union_igrot.__version__, "python": python_version(), **found}
-
-
-@functools.cache
-def _version(package: str) -> str:
-    return version(package)  # reads and parses files

@@ -159,11 +159,7 @@ def _candidates(n_gallery: int, excluded: list[list[int]] | None) -> int:
 
 def blocks(n_queries: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
     """Divide the queries into blocks whose scores with `width` items fit the budget."""
-    if chunk_bytes < 1:
-        raise ConfigError(
-            f"invalid value for chunk_bytes: {chunk_bytes} (expected an integer >= 1, such as {CHUNK_BYTES})"
-        )
-    step = max(1, chunk_bytes // _SCORE_BYTES // width)
+    step = max(1, check_count("chunk_bytes", chunk_bytes) // _SCORE_BYTES // width)
     if step > TILE[0]:
         step = step // TILE[0] * TILE[0]
     return [slice(begin, min(begin + step, n_queries)) for begin in range(0, n_queries, step)]
@@ -213,7 +209,6 @@ class RankedChunk:
     def __init__(self, queries: slice, scores: Float32[Tensor, "chunk gallery"]) -> None:
         self.queries = queries
         self._scores: Tensor | None = scores
-        self._best: Tensor | None = None
 
     @property
     def scores(self) -> Float32[Tensor, "chunk gallery"]:
@@ -230,11 +225,6 @@ class RankedChunk:
 
     def first(self, k: int) -> Int[Tensor, "chunk k"]:
         """Return the positions of the first k items of each ranking, from 1 to all of them."""
-        if self._best is None or self._best.shape[1] < k:
-            self._best = self._find_first(k)
-        return self._best[:, :k]
-
-    def _find_first(self, k: int) -> Int[Tensor, "chunk k"]:
         rows, width = self.scores.shape
         if k == width:
             return _order(self.scores)

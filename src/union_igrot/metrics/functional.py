@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError, check_choice
+from union_igrot.errors import ConfigError, DataError, check_choice, check_count
 from union_igrot.metrics.names import Reduction
 from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 
@@ -40,7 +40,7 @@ def recall_at_k(
     top = _top(hits, k)
     found = top.sum(1)
     _check_counts(found, n_relevant, hits.shape[1], k)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     recall = (found > 0).to(real) if mode == "any" else found.to(real) / n_relevant
     return _undefined_as_nan(recall, n_relevant)
 
@@ -62,7 +62,7 @@ def precision_at_k(
     attainable = n_relevant.clamp(max=k)
     if cut == "relevant":
         found = (top & (torch.arange(top.shape[1], device=hits.device) < attainable[:, None])).sum(1)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     precision = found.to(real) / (k if cut == "k" else attainable)
     return _undefined_as_nan(precision, n_relevant)
 
@@ -101,7 +101,7 @@ def average_precision(
     check_choice("rule", rule, get_args(ApRule))
     ranks, found = _ranks_of_hits(_top(hits, k))
     _check_counts(found, n_relevant, hits.shape[1], k)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     positions = ranks.to(real)
     nth = torch.arange(1, ranks.shape[1] + 1, dtype=real, device=hits.device)
     heights = nth / positions
@@ -130,7 +130,7 @@ def first_rank(
     """
     found = hits.sum(1)
     _check_counts(found, n_relevant, hits.shape[1], None)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     filled = torch.nn.functional.pad(hits.to(torch.uint8), (0, 1))  # argmax needs a column
     return _undefined_as_nan(filled.argmax(1).to(real) + 1, n_relevant)
 
@@ -175,15 +175,13 @@ def average(
     return torch.mean(sums / sizes)
 
 
-def _real(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
     """Return the widest float type of a device (MPS has no float64)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _top(hits: Bool[Tensor, "queries depth"], k: int | None) -> Bool[Tensor, "queries top"]:
-    if k is not None and k < 1:
-        raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
-    return hits if k is None else hits[:, :k]
+    return hits if k is None else hits[:, : check_count("k", k)]
 
 
 def _check_counts(

@@ -158,6 +158,8 @@ def _section(
     alone = bool(parts) and not main.parts
     complete = bool(main.differences) and len(parts) == len(names)
     groups = [tag_groups(result), class_groups(parts[0], main.seen_classes) if alone else None]
+    charts = [recall_chart(parts[0])] if alone else []
+    charts += [weights_chart(parts[0].target_weights)] if alone and parts[0].target_weights else []
     return _Section(
         id=f"benchmark-{number}",
         title=result.title,
@@ -169,15 +171,9 @@ def _section(
         differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
         "equal or lower. The difference is paired, with its 95 % bootstrap interval.",
         groups=[group for group in groups if group is not None],
-        charts=_section_charts(parts[0]) if alone else [],
+        charts=[chart for chart in charts if chart is not None],
         examples=render(parts[0], main.method) if alone else None,
     )
-
-
-def _section_charts(scored: ScoredBenchmark) -> list[Chart]:
-    weights = scored.target_weights
-    charts = (recall_chart(scored), weights_chart(weights) if weights else None)
-    return [chart for chart in charts if chart is not None]
 
 
 def _hidden_section(
@@ -242,7 +238,9 @@ def differences_table(main: MethodResult, parts: Sequence[ScoredBenchmark]) -> R
     """
     primary, rows = main.primary, []
     for other, differences in main.differences.items():
-        counts = _outcomes(parts, main.method, other, primary)
+        own, rival = (torch.cat([one.scores[name].values[primary] for one in parts]) for name in (main.method, other))
+        gaps = own - rival  # nan if one of them has no value
+        counts = [int(one.sum()) for one in (gaps > 0, gaps == 0, gaps < 0)]
         total = max(1, sum(counts))
         shares = [round(100 * count / total, 2) for count in counts]
         cells = [Cell(f"{count:,}", f"{share:.1f} %") for count, share in zip(counts, shares, strict=True)]
@@ -253,13 +251,6 @@ def differences_table(main: MethodResult, parts: Sequence[ScoredBenchmark]) -> R
     head = ["against", "wins", "ties", "losses", "differ", f"difference in {primary}"]
     caption = "Queries; bars from left to right: wins (full), ties (pale), losses (hatched)"
     return ResultTable(caption, [*map(Cell, head), Cell("verdict", kind="words")], rows)
-
-
-def _outcomes(parts: Sequence[ScoredBenchmark], method: str, other: str, primary: str) -> tuple[int, int, int]:
-    """Count wins, ties and losses of a method against another, over the queries for which both have a value."""
-    own, rival = (torch.cat([one.scores[name].values[primary] for one in parts]) for name in (method, other))
-    gaps = (own - rival)[~(own - rival).isnan()]
-    return int((gaps > 0).sum()), int((gaps == 0).sum()), int((gaps < 0).sum())
 
 
 def tag_groups(result: BenchmarkResult) -> tuple[str, ResultTable] | None:
@@ -417,15 +408,6 @@ def _few_per_class(benchmark: Benchmark, rows: Sequence[int], count: int) -> lis
     return taken
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """An image as a data URI, and its size in pixels."""
-
-    uri: str
-    width: int
-    height: int
-
-
 @final
 class ExampleRenderer:
     """Renders examples of one benchmark as HTML by a template that gets `text`, `values` and `tiles`."""
@@ -436,7 +418,7 @@ class ExampleRenderer:
         self._template, self._open = template, open_image
         self._ranking = scored.scores[method].ranking.positions
         self._at = {item.id: position for position, item in enumerate(scored.benchmark.gallery)}
-        self._thumbnails: dict[int, Thumbnail | None] = {}
+        self._thumbnails: dict[int, dict[str, Any] | None] = {}
 
     def render(self, row: int) -> Markup:
         """Return a query with its first results as HTML, every text escaped."""
@@ -508,8 +490,8 @@ def shorten(text: str, length: int) -> str:
     return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
-def thumbnail(source: ImageSource, open_image: Opener) -> Thumbnail | None:
-    """Return an image at most `SIDE` pixels wide and high, as WebP in a data URI.
+def thumbnail(source: ImageSource, open_image: Opener) -> dict[str, Any] | None:
+    """Return an image at most `SIDE` pixels wide and high, as WebP in a data URI, and its size.
 
     None if it cannot be opened: rankings of other methods are scored without images.
     """
@@ -521,4 +503,4 @@ def thumbnail(source: ImageSource, open_image: Opener) -> Thumbnail | None:
     file = io.BytesIO()
     image.save(file, format="WEBP", quality=_QUALITY, method=4)
     encoded = base64.b64encode(file.getvalue()).decode("ascii")
-    return Thumbnail(f"data:image/webp;base64,{encoded}", image.width, image.height)
+    return {"uri": f"data:image/webp;base64,{encoded}", "width": image.width, "height": image.height}
