@@ -3,6 +3,7 @@
 import atexit
 import errno
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -356,9 +357,11 @@ def launch_of(config: "DictConfig") -> "Launch":
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from union_igrot.experiment import Launch, command_line
+    from union_igrot.experiment import Launch
 
     hydra = HydraConfig.get()
-    program = f"union-{hydra.job.config_name}"
-    command = command_line(program, hydra.overrides.task, plain(config.data))
+    program, root = f"union-{hydra.job.config_name}", os.environ.get("UNION_DATA")
+    command = shlex.join([program, *hydra.overrides.task])
+    if root and plain(config.data).get("root", "") is None:  # it decided where the data are
+        command = f"UNION_DATA={shlex.quote(root)} {command}"
     return Launch(program, command, OmegaConf.to_yaml(config))

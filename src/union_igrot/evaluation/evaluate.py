@@ -39,7 +39,6 @@ from union_igrot.metrics.names import family_of, scale_of
 from union_igrot.metrics.statistics import (
     Difference,
     Interval,
-    bootstrap_intervals,
     median_difference,
     paired_interval,
 )
@@ -197,18 +196,7 @@ class _Averaging:
         return scale_of(name) * average(values, labels, "micro" if labels is None else "macro").item()
 
     def intervals(self, values: Mapping[str, Tensor], seed: int) -> dict[str, Interval]:
-        plain, bounds = {}, {}
-        for name, column in values.items():
-            family, (reduced, labels, classes) = family_of(name), self._reduced(name, column)
-            if family is not None and family.average == "median":
-                bounds[name] = Interval(*median_difference(column, seed=seed, classes=self.classes)[1:])
-            elif reduced is not column:
-                bounds |= bootstrap_intervals({name: reduced}, seed=seed, labels=labels, classes=classes)
-            else:
-                plain[name] = column
-        if plain:  # together, so that they share their resamples
-            bounds |= bootstrap_intervals(plain, seed=seed, labels=self.labels, classes=self.classes)
-        return {name: Interval(*(scale_of(name) * x for x in bounds[name])) for name in values}
+        return {name: Interval(*self._difference(name, x, None, seed)[1:]) for name, x in values.items()}
 
     def differences(self, values: Mapping[str, Mapping[str, Tensor]], seed: int) -> dict[str, dict[str, Difference]]:
         """Return the paired differences trained - other."""
@@ -218,12 +206,13 @@ class _Averaging:
             if other != "trained"
         }
 
-    def _difference(self, name: str, first: Tensor, second: Tensor, seed: int) -> Difference:
+    def _difference(self, name: str, first: Tensor, second: Tensor | None, seed: int) -> Difference:
+        """Return the metric of `first`, less that of `second` if there is one, with its bounds."""
         family = family_of(name)
         if family is not None and family.average == "median":
             return median_difference(first, second, seed=seed, classes=self.classes)
         one, labels, classes = self._reduced(name, first)
-        other = self._reduced(name, second)[0]
+        other = torch.zeros_like(one) if second is None else self._reduced(name, second)[0]
         gap = paired_interval(one, other, seed=seed, labels=labels, classes=classes)
         return Difference(*(scale_of(name) * x for x in gap))
 

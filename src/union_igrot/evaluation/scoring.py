@@ -277,9 +277,7 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
     at = {item.id: position for position, item in enumerate(benchmark.gallery)}
     positions = torch.tensor([[at[name] for name in names[:depth]] for names in rankings])
     metrics = _metrics(protocol, positions.device, len(pairs))
-    for row, (query, _) in enumerate(pairs):
-        excluded = [at[name] for name in query.exclude] if protocol.exclude_reference else []
-        targets = relevance.targets[row]
+    for row, (targets, excluded) in enumerate(zip(relevance.targets, relevance.exclude, strict=True)):
         ranked = positions[row][~torch.isin(positions[row], torch.tensor(excluded, dtype=torch.long))]
         hits, first = torch.isin(ranked, targets)[None], torch.isin(ranked, targets[:1])[None]
         counts = torch.tensor([len(targets)])

@@ -395,17 +395,13 @@ def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> 
 def _few_per_class(benchmark: Benchmark, rows: Sequence[int], count: int) -> list[int]:
     """Take the first queries, a few per class, so that no class fills the group."""
     taken: list[int] = []
-    per_class: Counter[str] = Counter()
+    per_class: Counter[str | None] = Counter()
     for row in rows:
         label = benchmark.queries[row].label
-        if label is not None and per_class[label] >= _PER_CLASS:
-            continue
-        if label is not None:
-            per_class[label] += 1
-        taken.append(row)
-        if len(taken) == count:
-            break
-    return taken
+        per_class[label] += 1
+        if label is None or per_class[label] <= _PER_CLASS:
+            taken.append(row)
+    return taken[:count]
 
 
 @final
@@ -462,12 +458,8 @@ class ExampleRenderer:
         for rank, at in enumerate(self._ranked(row)[:RESULTS], 1):
             relevant = self._benchmark.gallery[at].id in targets
             found = found or relevant
-            if not targets:
-                yield self._tile(at, "", str(rank), f"result {rank}")
-            elif relevant:
-                yield self._tile(at, "right", f"{rank} ✓ right", f"result {rank}, right")
-            else:
-                yield self._tile(at, "wrong", f"{rank} ✗ wrong", f"result {rank}, wrong")
+            kind, sign = ("right", " ✓ right") if relevant else ("wrong", " ✗ wrong") if targets else ("", "")
+            yield self._tile(at, kind, f"{rank}{sign}", f"result {rank}" + f", {kind}" * bool(kind))
         if targets and not found:
             missed = self._rank_of(row, {query.targets[0]})
             where = f"rank {missed}" if missed else f"after {self._ranking.shape[1]}"

@@ -123,11 +123,11 @@ class SweepMetric:
     runs: int = 1
 
     @classmethod
-    def over_seeds(cls, by_seed: Mapping[int, float], interval: Interval | None = None) -> "SweepMetric":
-        """Average values, unless they all stem from the same evaluation."""
-        values = list(by_seed.values())
-        if max(values) - min(values) < 1e-9:
-            return cls(values[0], interval)
+    def over_seeds(cls, by_seed: Mapping[int, float], interval: Interval | None = None) -> "SweepMetric | None":
+        """Average values, unless they all stem from the same evaluation; None if all are nan."""
+        values = [value for value in by_seed.values() if not math.isnan(value)]
+        if not values or max(values) - min(values) < 1e-9:
+            return cls(values[0], interval) if values else None
         return cls(statistics.fmean(values), None, statistics.stdev(values), len(values))
 
 
@@ -156,13 +156,12 @@ class SweepRow:
         """Return a metric; None if there is none."""
         found = [one for one in self.results.get(key, []) if not math.isnan(one.metrics.get(name, math.nan))]
         by_seed = {one.seed: one.metrics[name] for one in found}
-        return SweepMetric.over_seeds(by_seed, found[0].intervals[name]) if found else None
+        return SweepMetric.over_seeds(by_seed, found[0].intervals[name] if found else None)
 
     def tag(self, key: _Key, tag: str) -> SweepMetric | None:
         """Return the primary metric over the queries of a tag; None if there is none."""
-        found = {one.seed: one.by_tag[tag].value for one in self.results.get(key, []) if tag in one.by_tag}
-        found = {seed: value for seed, value in found.items() if not math.isnan(value)}
-        return SweepMetric.over_seeds(found) if found else None
+        found = [one for one in self.results.get(key, []) if tag in one.by_tag]
+        return SweepMetric.over_seeds({one.seed: one.by_tag[tag].value for one in found})
 
     def is_seen(self, key: _Key) -> bool:
         """Return whether the heads were trained on images or classes of a benchmark."""
