@@ -406,20 +406,15 @@ def _check_split(value: object, place: str) -> str | None:
 class _Usable:
     """What can be used of a split: queries, photos of classes, and `gallery`, paths with their labels.
 
-    `images` are all usable paths; `missing` images were left out, and `lost` queries with them.
+    `images` are all usable paths; `left_out` says what the number `skipped` counts, images and queries.
     """
 
     queries: list[FolderRow]
     photos: list[FolderRow]
     gallery: Mapping[str, str | None]
     images: Collection[str]
-    missing: int
-    lost: int
+    skipped: int
     left_out: str
-
-    @property
-    def skipped(self) -> int:
-        return self.missing + self.lost
 
 
 def _usable(
@@ -460,7 +455,7 @@ def _usable(
     left_out = f"{len(reasons)} missing images of {split} left out, {lost} queries with them"
     if not kept:
         raise DataError(f"{data.root}: {left_out}, which leaves no query; add the images")
-    return data, _Usable(kept, photos, gallery, images, len(reasons), lost, left_out)
+    return data, _Usable(kept, photos, gallery, images, len(reasons) + lost, left_out)
 
 
 def _refuse_unanswered(data: FolderRows, split: str) -> None:

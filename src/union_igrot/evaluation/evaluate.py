@@ -102,14 +102,16 @@ def evaluate_benchmark(
     random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
-    used, sides_of = dict[str, Any](), dict[str, Tensor]()
+    described: dict[str, dict[str, Any]] = {"chance": {"backbone": None}}
+    sides_of: dict[str, Tensor] = {}
     methods = []
     with _progress(benchmark, 2 * len(models) + 1 + 2 * len(fusions), shown=extractor.progress) as advance:
         for name, embedded in embed_models(models, benchmark, extractor):
             start = time.perf_counter()
-            queries, gallery = embedded.queries, embedded.gallery
+            queries, gallery, described[name] = embedded.queries, embedded.gallery, models[name].describe()
             if name == "trained":
                 queries, gallery, used = correct_embeddings(model, benchmark, embedded, calibration, query_expansion)
+                described[name] |= used if checkpoint is None else {**used, "checkpoint": checkpoint}
             scores[name] = score(benchmark, queries, gallery)
             seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
             advance()
@@ -118,8 +120,8 @@ def evaluate_benchmark(
                 texts = embed_corpora(model, corpora if fusion == "basic" else ())
                 scores[fusion] = score(benchmark, *fuse(fusion, sides_of["image"], sides_of["text"], gallery, texts))
                 seconds[fusion] = {"rank": time.perf_counter() - start}
+                described[fusion] = described["image"] | {"fusion": {"kind": fusion}}
                 advance()
-        described = _descriptions(models, fusions, used, checkpoint)
         arithmetic = {"device": device_name(model.device), **extractor.describe()}
         words = [text for query in benchmark.queries for text in query.wordings if text]
         truncated, limits = model.backbone.count_truncated(words), metric_limits(benchmark)
@@ -137,16 +139,6 @@ def evaluate_benchmark(
         )
     weights = _target_weights(model, benchmark, extractor) if trained else ()
     return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores, weights),))
-
-
-def _descriptions(
-    models: Mapping[str, IGROTModel], fusions: Sequence[str], used: Mapping[str, Any], checkpoint: str | None
-) -> dict[str, dict[str, Any]]:
-    described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
-    described |= {fusion: models["image"].describe() | {"fusion": {"kind": fusion}} for fusion in fusions}
-    if "trained" in models:
-        described["trained"] |= used if checkpoint is None else {**used, "checkpoint": checkpoint}
-    return described
 
 
 def correct_embeddings(

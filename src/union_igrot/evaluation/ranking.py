@@ -230,10 +230,11 @@ class RankedChunk:
             return _order(self.scores)
         last = self.scores.topk(k, dim=1).values[:, -1:]
         kept = self.scores >= last
-        if int(kept.sum()) > rows * k:  # of those that tie for the last ranks, the first ones
-            level = self.scores == last
-            nth, places = level.cumsum(1, dtype=torch.int32), k - (self.scores > last).sum(1, keepdim=True)
-            kept &= ~level | (nth <= places)
+        late = (kept.sum(1) > k).nonzero()[:, 0]
+        if len(late):  # of those that tie for the last ranks, the first ones
+            some, level = self.scores[late], self.scores[late] == last[late]
+            places = k - (some > last[late]).sum(1, keepdim=True)
+            kept[late] &= ~level | (level.cumsum(1, dtype=torch.int32) <= places)
         items = kept.nonzero()[:, 1].view(rows, k)
         return items.gather(1, _order(self.scores.gather(1, items)))
 

@@ -15,7 +15,6 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from union_igrot.errors import ImageError
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult, ScoredBenchmark
 from union_igrot.evaluation.tables import (
     NO_DIFFERENCE,
@@ -33,7 +32,7 @@ from union_igrot.evaluation.tables import (
 )
 from union_igrot.metrics.names import scale_of
 from union_igrot.reporting.charts import Chart, Curve, layout_chart, recall_chart, weights_chart
-from union_igrot.reporting.contact_sheets import Opener, query_text
+from union_igrot.reporting.contact_sheets import Opener, opened, query_text
 from union_igrot.reporting.model_card import model_facts, training_facts
 from union_igrot.storage.files import write_atomic
 from union_igrot.types import Benchmark, ImageSource
@@ -487,10 +486,9 @@ def thumbnail(source: ImageSource, open_image: Opener) -> dict[str, Any] | None:
 
     None if it cannot be opened: rankings of other methods are scored without images.
     """
-    try:
-        image = open_image(source).convert("RGB")
-    except ImageError:
+    if (found := opened(open_image, source)) is None:
         return None
+    image = found.convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, format="WEBP", quality=_QUALITY, method=4)
