@@ -329,7 +329,7 @@ def check_output(name: str, path: str, *suffixes: str) -> Path:
     """Return the path of a file that a command will write, if it has one of the suffixes and its folder exists."""
     file = expand_user(path)
     if file.suffix.lower() not in suffixes:
-        raise ConfigError(f"invalid value for {name}: {path} (expected a file named *{suffixes[0]})")
+        raise ConfigError(f"invalid value for {name}: {path} (expected a {suffixes[0]} file)")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"{name}={path}: the folder {file.absolute().parent} does not exist; make it first")
     return file

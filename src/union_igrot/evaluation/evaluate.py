@@ -103,8 +103,7 @@ def evaluate_benchmark(
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
     described: dict[str, dict[str, Any]] = {"chance": {"backbone": None}}
-    sides_of: dict[str, Tensor] = {}
-    methods = []
+    methods, sides_of = list[MethodResult](), dict[str, Tensor]()
     with _progress(benchmark, 2 * len(models) + 1 + 2 * len(fusions), shown=extractor.progress) as advance:
         for name, embedded in embed_models(models, benchmark, extractor):
             start = time.perf_counter()
