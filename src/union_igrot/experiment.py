@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -539,10 +538,3 @@ def _relative_to_home(folder: Path) -> str:
     with suppress(ValueError, RuntimeError):
         return str(Path("~") / folder.relative_to(Path.home()))
     return str(folder)
-
-
-def command_line(program: str, arguments: Sequence[str], data: Mapping[str, Any]) -> str:
-    """Return a command for a shell, with `UNION_DATA` if it decided where the data are."""
-    command, folder = shlex.join([program, *arguments]), os.environ.get("UNION_DATA")
-    found = data.get("root", "") is None and folder
-    return f"UNION_DATA={shlex.quote(folder or '')} {command}" if found else command

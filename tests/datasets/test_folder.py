@@ -13,8 +13,6 @@ from PIL import Image
 
 from union_igrot.datasets.folder import (
     SPLITS,
-    FolderImages,
-    FolderTriplets,
     folder_benchmark,
     folder_training,
     read_folder,
@@ -277,7 +275,7 @@ def test_the_first_existing_layout_is_used(tmp_path):
     write_manifest(tmp_path, "photo,x/y.png,dog,train")
     assert read_folder(str(tmp_path)).splits["train"][0].id == "x/y.png"
     write_rows(tmp_path, ROW)
-    assert isinstance(read_folder(tmp_path), FolderTriplets)
+    assert read_folder(tmp_path).is_composed
 
 
 def test_no_folder(tmp_path):
@@ -307,7 +305,7 @@ def test_manifest_as_written(tmp_path):
     rows = 'class,domain,path\r\n"big, red\u00a0cat",photo,"a,b.jpg"\r\n\r\n"x",sketch,"s.png"\r\nx,photo,p.png\r\n'
     path = write(tmp_path, "manifest.csv", b"\xef\xbb\xbf" + rows.encode())
     data = read_folder(tmp_path)
-    assert isinstance(data, FolderImages)
+    assert not data.is_composed
     samples = sorted(chain(*data.splits.values()), key=lambda sample: sample.place)
     assert [s.place for s in samples] == [f"{path}, line {n}" for n in (2, 4, 5)]
     assert [(s.key, s.id, s.is_sketch) for s in samples][:2] == [

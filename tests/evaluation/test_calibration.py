@@ -47,7 +47,7 @@ def test_means_and_scores_equal_plain_loops(neighbors):
             [sum(a * b for a, b in zip(q, v, strict=True)) - 0.3 * mean for v, mean in pairs] for q in queries.tolist()
         ]
         torch.testing.assert_close(wide @ items.T, torch.tensor(expected), atol=1e-5, rtol=0)
-        assert (used.weight, used.neighbors, used.queries) == (0.3, 9, 9)
+        assert (used["weight"], used["neighbors"], used["queries"]) == (0.3, 9, 9)
 
 
 def test_mistakes():

@@ -104,13 +104,13 @@ def test_autocast_and_faster_matmuls_do_not_reach_the_scores():
     assert torch.equal(found.scores, expected.scores)
 
 
-def test_packed_scores_fall_as_scores_rise_and_negative_zero_equals_zero():
+def test_scores_of_any_size_are_ordered_and_negative_zero_equals_zero():
     scores = torch.tensor([[3e38, 1.0, 1e-30, 0.0, -0.0, -1e-30, -0.5, -3e38]])
-    rising = ranking._as_rising_integers(scores)
-    assert rising[0].tolist() == sorted(rising[0].tolist())
-    assert len(set(rising[0].tolist())) == 7
-    assert rising[0, 3] == rising[0, 4]
-    assert ranking._scores_of(rising << 32).tolist() == scores.tolist()
+    found = exact_topk(torch.ones(1, 1), scores.T.contiguous(), 8)
+    assert found.positions[0].tolist() == list(range(8))
+    assert len(set(found.scores[0].tolist())) == 7
+    assert found.scores[0, 3] == found.scores[0, 4]
+    assert found.scores.tolist() == scores.tolist()
 
 
 @settings(max_examples=30, deadline=None)
@@ -139,14 +139,13 @@ def test_embeddings_with_gradients_give_rankings_without():
 
 def test_no_score_matrix_above_the_budget(monkeypatch):
     sizes = []
-    real = ranking._keys
+    real = ranking._fill
 
-    def watched(*arguments):
-        keys = real(*arguments)
-        sizes.append(keys.nbytes)
-        return keys
+    def watched(scores, *arguments):
+        sizes.append(2 * scores.nbytes)
+        return real(scores, *arguments)
 
-    monkeypatch.setattr(ranking, "_keys", watched)
+    monkeypatch.setattr(ranking, "_fill", watched)
     queries, gallery = unit(200, 4, 0), unit(20_000, 4, 1)
     budget = 64 * 4096 * 8
     exact_topk(queries, gallery, 5, chunk_bytes=budget)

@@ -35,11 +35,11 @@ def searches(draw):
     st.tuples(st.integers(1, 4), st.integers(1, 9)),
     st.integers(1, 2000),
     st.sampled_from([0, 2, 64]),
-    st.sampled_from([1, 3, 65536]),
+    st.sampled_from([0, 4]),
     st.booleans(),
     st.data(),
 )
-def test_ranks_and_first_results_are_those_of_a_full_stable_sort(search, tile, budget, ties, buckets, before, data):
+def test_ranks_and_first_results_are_those_of_a_full_stable_sort(search, tile, budget, ties, few, before, data):
     queries, gallery, exclude = search
     orders = slow_order(queries, gallery, exclude)
     k = data.draw(st.integers(1, len(gallery)))
@@ -47,7 +47,7 @@ def test_ranks_and_first_results_are_those_of_a_full_stable_sort(search, tile, b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TILE", tile)
         patch.setattr(module, "_FEW_TIES", ties)
-        patch.setattr(module, "_BUCKETS", buckets)
+        patch.setattr(module, "_FEW_ITEMS", few)
         for chunk in rank_chunks(queries, gallery, exclude, budget):
             mine = orders[chunk.queries]
             covered += mine
@@ -59,7 +59,7 @@ def test_ranks_and_first_results_are_those_of_a_full_stable_sort(search, tile, b
             assert found == expected
             assert chunk.first(k).tolist() == [order[:k] for order in mine]
             out = [len(set(one)) for one in exclude[chunk.queries]] if exclude else [0] * len(mine)
-            assert chunk.candidates.tolist() == [len(gallery) - count for count in out]
+            assert (chunk.scores > -torch.inf).sum(1).tolist() == [len(gallery) - count for count in out]
             assert chunk.scores.isinf().sum(1).tolist() == out
     assert covered == orders
 
@@ -86,9 +86,9 @@ def test_scores_of_any_size_are_ranked(scale):
     scores = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale
     scores[1], scores[2, 5:9] = 0.25 * scale, -torch.inf
     scores[3, 0], scores[3, 1] = scale, -scale
-    chunk = module.RankedChunk(slice(0, 4), torch.tensor([200, 200, 196, 200]), scores)
+    chunk = module.RankedChunk(slice(0, 4), scores)
     everything = torch.arange(200).expand(4, -1)
-    assert chunk.ranks(everything).equal(module._ranks(module._order(scores)) + 1)
+    assert chunk.ranks(everything).equal(module._order(scores).argsort(dim=1) + 1)
 
 
 def test_threads_change_nothing():
@@ -111,8 +111,8 @@ def test_what_an_accelerator_computes_is_the_same():
     """Its way, a stable sort with positions, on this device."""
     scores = torch.randint(-3, 4, (5, 40), generator=torch.Generator().manual_seed(0)).float()
     places = torch.arange(0, 40, 3).expand(5, -1)
-    chunk = module.RankedChunk(slice(0, 5), torch.full((5,), 40), scores)
-    assert (module._ranks(module._order(scores)).gather(1, places) + 1).equal(chunk.ranks(places))
+    chunk = module.RankedChunk(slice(0, 5), scores)
+    assert (module._order(scores).argsort(dim=1).gather(1, places) + 1).equal(chunk.ranks(places))
 
 
 def test_a_chunk_is_invalid_after_the_next():

@@ -82,7 +82,6 @@ def _count(data: Mapping[str, Any], split: str, part: dict[str, str]) -> tuple[t
 def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
     from union_igrot.datasets.folder import (
         SPLITS,
-        FolderTriplets,
         folder_benchmark,
         folder_training,
         read_folder,
@@ -91,15 +90,14 @@ def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
     from union_igrot.datasets.loading import benchmark_warning, refuse_indistinct
 
     folder = read_folder(root)
-    composed = isinstance(folder, FolderTriplets)
     rows: list[_Row] = []
     notes, broken = [folder.note], dict[str, str]()
     for split in SPLITS:
         items = folder.splits[split]
         labels = sorted({item.key for item in items})
-        if isinstance(folder, FolderTriplets):
-            paths = {path for row in folder.splits[split] for path in (row.key, *row.targets)}
-            paths |= set(folder.gallery) if split != "train" else set()
+        if folder.is_composed:
+            paths = {path for row in items for path in (row.key, *row.targets)}
+            paths |= set(folder.gallery or ()) if split != "train" else set()
             cells = [f"{len(items):,}", f"{len(paths):,}"]
         else:
             paths, sketches = {item.id for item in items}, sum(item.is_sketch for item in items)
@@ -118,7 +116,7 @@ def _check_folder(root: str) -> tuple[Sequence[str], list[_Row], list[str]]:
         rows.append(((split, *cells), problem))
     listed = [f"  {reason}" for _, reason in sorted(broken.items())]
     more = [f"  and {len(listed) - _LISTED:,} more"] * (len(listed) > _LISTED)
-    head = ("split", "triplets", "images") if composed else ("split", "classes", "sketches", "photos")
+    head = ("split", "triplets", "images") if folder.is_composed else ("split", "classes", "sketches", "photos")
     return head, rows, [*notes, *listed[:_LISTED], *more]
 
 

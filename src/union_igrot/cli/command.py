@@ -3,6 +3,7 @@
 import atexit
 import errno
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -33,8 +34,9 @@ from union_igrot.cli.config import (
 from union_igrot.cli.groups import GROUPS
 from union_igrot.cli.settings import COMMANDS
 from union_igrot.datasets.registry import find_benchmark
-from union_igrot.errors import ConfigError, UnionError, one_line
+from union_igrot.errors import ConfigError, DataError, UnionError, one_line
 from union_igrot.settings import Setting, declared, show
+from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -323,14 +325,43 @@ def _start_run(hydra: Any, arguments: Arguments) -> Path:
     return folder
 
 
+def check_output(name: str, path: str, *suffixes: str) -> Path:
+    """Return the path of a file that a command will write, if it has one of the suffixes and its folder exists."""
+    file = expand_user(path)
+    if file.suffix.lower() not in suffixes:
+        raise ConfigError(f"invalid value for {name}: {path} (expected a {suffixes[0]} file)")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{name}={path}: the folder {file.absolute().parent} does not exist; make it first")
+    return file
+
+
+def check_new_folder(name: str, path: str) -> Path:
+    """Return the path of a folder that a command will fill, if it does not exist or is empty."""
+    folder = expand_user(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{name} {folder} is not an empty folder; give a new one")
+    return folder
+
+
+@contextmanager
+def writes_output(name: str, path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one that names the setting."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {name}={path} ({error.strerror}); use another path") from error
+
+
 def launch_of(config: "DictConfig") -> "Launch":
     """Return how the running command was started; only for commands that Hydra composes."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from union_igrot.experiment import Launch, command_line
+    from union_igrot.experiment import Launch
 
     hydra = HydraConfig.get()
-    program = f"union-{hydra.job.config_name}"
-    command = command_line(program, hydra.overrides.task, plain(config.data))
+    program, root = f"union-{hydra.job.config_name}", os.environ.get("UNION_DATA")
+    command = shlex.join([program, *hydra.overrides.task])
+    if root and plain(config.data).get("root", "") is None:  # it decided where the data are
+        command = f"UNION_DATA={shlex.quote(root)} {command}"
     return Launch(program, command, OmegaConf.to_yaml(config))

@@ -245,14 +245,9 @@ def resolve(name: str, arguments: Arguments) -> "tuple[dict[str, Any], DictConfi
     problems += problems_of(name, values)
     if name == "eval" and "model" in values and any(key == "checkpoint" for key, _ in given):
         problems.append(_ONE_MODEL)
-    _raise(dict.fromkeys(problems))
+    if distinct := list(dict.fromkeys(problems)):
+        raise ConfigError(distinct[0]) if len(distinct) == 1 else InvalidArgumentsError(distinct)
     return values, hydra
-
-
-def _raise(problems: Iterable[str]) -> None:
-    problems = list(problems)
-    if problems:
-        raise ConfigError(problems[0]) if len(problems) == 1 else InvalidArgumentsError(problems)
 
 
 def _wrong_option(name: str, group: str, option: str) -> str:

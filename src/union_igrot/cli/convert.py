@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from union_igrot.cli.command import run_command
+from union_igrot.cli.command import check_new_folder, run_command
 from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
@@ -13,14 +13,11 @@ if TYPE_CHECKING:
 
 def convert(config: "DictConfig", _: Path) -> None:
     """Read the authors' file and write heads, the backbone's weights, `model.json` and a model card."""
-    from union_igrot.errors import ConfigError
     from union_igrot.models.reference import load_reference_checkpoint
     from union_igrot.reporting.model_card import write_model_card
     from union_igrot.terminal import print_line
 
-    folder = expand_user(config.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output_dir {folder} is not an empty folder; give a new one")
+    folder = check_new_folder("output_dir", config.output_dir)
     tokenizer = None if config.tokenizer is None else expand_user(config.tokenizer)
     model = load_reference_checkpoint(
         expand_user(config.checkpoint),

@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError, DataError
-from union_igrot.storage.files import expand_user
+from union_igrot.cli.command import check_output, run_command, writes_output
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,15 +26,14 @@ def duplicates(config: "DictConfig", _: Path) -> None:
     from union_igrot.gallery.results import hit_table
     from union_igrot.terminal import TerminalConsole, progress_bar
 
-    if config.html is not None:
-        _check_page(expand_user(config.html))
+    page = None if config.html is None else check_output("html", config.html, ".html", ".htm")
     with open_index(config.index) as index, progress_bar(shown=config.progress) as bar:
         task = bar.add_task("comparing images", total=None)
         groups = find_duplicates(
             index,
             config.threshold,
             config.where,
-            thumbnails=_SHOWN if config.html is not None else 0,
+            thumbnails=0 if page is None else _SHOWN,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     as_lines = config.format == "jsonl" or (config.format == "auto" and not sys.stdout.isatty())
@@ -46,18 +43,12 @@ def duplicates(config: "DictConfig", _: Path) -> None:
             sys.stdout.write(json.dumps({"group": number, "images": images}) + "\n")
         else:
             TerminalConsole().print(hit_table(group, list(group[0].columns), title=f"group {number} of {len(groups)}"))
-    if config.html is not None:
-        _write_page(expand_user(config.html), config.index, groups)
+    if page is not None:
+        with writes_output("html", page):
+            _write_page(page, config.index, groups)
     if not groups:
         sys.stderr.write("no duplicates\n")
         raise SystemExit(EXIT_NONE)
-
-
-def _check_page(path: Path) -> None:
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"invalid value for html: {path} (expected an .html file)")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"html={path}: its folder does not exist; make it first")
 
 
 def _write_page(path: Path, index: str, groups: "Sequence[SearchResult]") -> None:
@@ -72,10 +63,7 @@ def _write_page(path: Path, index: str, groups: "Sequence[SearchResult]") -> Non
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<body style="font-family:sans-serif"><h1>{title}</h1>{more}{"".join(parts)}</body></html>\n'
     )
-    try:
-        write_atomic(path, page)
-    except OSError as error:
-        raise DataError(f"cannot write html={path} ({error.strerror}); use another path") from error
+    write_atomic(path, page)
 
 
 main = partial(run_command, "duplicates", duplicates)

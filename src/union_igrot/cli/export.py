@@ -4,9 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError
-from union_igrot.storage.files import expand_user
+from union_igrot.cli.command import check_new_folder, run_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -14,9 +12,7 @@ if TYPE_CHECKING:
 
 def export(config: "DictConfig", _: Path) -> None:
     """Export a model as configured."""
-    folder = expand_user(config.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output {folder} is not an empty folder; give a new one")
+    folder = check_new_folder("output", config.output)
     from union_igrot.gallery.metadata import load_checkpoint
     from union_igrot.models.onnx import export_onnx, require_onnx
     from union_igrot.storage.sizes import format_size

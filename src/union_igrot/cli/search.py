@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from union_igrot.cli.command import run_command
-from union_igrot.errors import ConfigError, DataError, escape_controls
+from union_igrot.cli.command import check_output, run_command, writes_output
+from union_igrot.errors import ConfigError, escape_controls
 from union_igrot.storage.files import expand_user
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ def search(config: "DictConfig", _: Path) -> None:
                         sheet.append(_sheet_line(line, result))
                 bar.advance(task, len(some))
     if config.contact is not None:
-        _write_sheet(expand_user(config.contact), sheet)
+        from union_igrot.reporting.contact_sheets import contact_sheet
+
+        with writes_output("contact", expand_user(config.contact)):
+            contact_sheet(expand_user(config.contact), sheet)
         if len(lines) > len(sheet):
             sys.stderr.write(f"{config.contact} shows the first {len(sheet)} of {len(lines)} queries\n")
     if missing and not uri_scheme(config.index):
@@ -92,10 +95,8 @@ def _check(config: "DictConfig") -> None:
         raise ConfigError(
             "the query is empty (expected image=FILE, text=TEXT, both, terms=TERM, liked=ID or queries=FILE)"
         )
-    if config.contact is not None and not config.contact.lower().endswith(".png"):
-        raise ConfigError(f"invalid value for contact: {config.contact} (expected a .png file)")
-    if config.contact is not None and not (folder := expand_user(config.contact).absolute().parent).is_dir():
-        raise ConfigError(f"contact={config.contact}: the folder {folder} does not exist")
+    if config.contact is not None:
+        check_output("contact", config.contact, ".png")
 
 
 def _query_lines(config: "DictConfig") -> "list[QueryLine]":
@@ -154,15 +155,6 @@ def _sheet_line(line: "QueryLine", result: "SearchResult") -> "SheetRow":
     given = (*line.query.get("image", ()), *(image for term in line.query.get("terms", ()) for image in term.images))
     images = [open_region(image, at_least=256) for image in given]
     return SheetRow(_describe({**line.query, "image": ()}), images, [(hit.score, hit.thumbnail) for hit in result])
-
-
-def _write_sheet(path: Path, sheet: "list[SheetRow]") -> None:
-    from union_igrot.reporting.contact_sheets import contact_sheet
-
-    try:
-        contact_sheet(path, sheet)
-    except OSError as error:
-        raise DataError(f"cannot write contact={path} ({error.strerror}); use another path") from error
 
 
 main = partial(run_command, "search", search)

@@ -7,7 +7,7 @@ other and jobs may run side by side.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from union_igrot.cli.command import Task
-    from union_igrot.reporting.sweep_results import SweepJob
 
 _GOES_ON = (1, 2, 70)
 """Exit codes of a job after which the others still run; not those of interruptions."""
@@ -134,20 +133,16 @@ def _note(folder: Path, run: Path, error: str) -> None:
 
 def _show(folder: Path, name: str) -> None:
     """Write and print the table of all jobs."""
-    from union_igrot.reporting.sweep_results import print_sweep, write_sweep
-
-    jobs: Sequence[SweepJob] = sorted(_jobs(folder), key=lambda job: job.number)
-    if any(job.result.methods for job in jobs):
-        write_sweep(folder, jobs, name)
-        print_sweep(jobs, name, folder)
-
-
-def _jobs(folder: Path) -> "Iterator[SweepJob]":
     from union_igrot.evaluation.results import EvaluationResult
-    from union_igrot.reporting.sweep_results import SweepJob
+    from union_igrot.reporting.sweep_results import SweepJob, print_sweep, write_sweep
 
+    jobs = []
     for path in (folder / "jobs").glob("*.json"):
         note = json.loads(path.read_text(encoding="utf-8"))
         results = folder / note["run"] / "results.json"
         result = EvaluationResult.load(results) if note["run"] and results.is_file() else EvaluationResult()
-        yield SweepJob(note["job"], note["run"], tuple(note["overrides"]), result, note["error"])
+        jobs.append(SweepJob(note["job"], note["run"], tuple(note["overrides"]), result, note["error"]))
+    jobs.sort(key=lambda job: job.number)
+    if any(job.result.methods for job in jobs):
+        write_sweep(folder, jobs, name)
+        print_sweep(jobs, name, folder)

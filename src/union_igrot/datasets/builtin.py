@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from union_igrot.datasets.registry import BenchmarkDeclaration, BenchmarkOption
+from union_igrot.datasets.registry import BenchmarkDeclaration, BenchmarkOption, Template
 
 CATEGORIES: Final = ("dress", "shirt", "toptee")
 TASKS: Final = ("focus_attribute", "change_attribute", "focus_object", "change_object")
@@ -320,38 +320,34 @@ MMEB = BenchmarkDeclaration(
 _SKETCHY_PROMPTS: Final = {"union": "a real image of sketch".format_map, "none": "".format_map}
 _NO_PROMPT: Final = {"union": "".format_map}
 _ZSE_SBIR: Final = "lists and images: the archive that ZSE-SBIR's README names"
-SKETCHY = BenchmarkDeclaration(
-    name="sketchy",
-    reader=f"{_READERS}.sbir:read_sketchy",
-    splits=SKETCHY_SPLITS,
-    prompts=_SKETCHY_PROMPTS,
-    prompt_fields=("class",),
-    presets=_PRESETS,
-    counts={("zeroshot1", ""): (15_229, 17_101), ("zeroshot0", ""): (12_694, 12_553)},
-    summary="Sketchy, zero-shot: 25 (zeroshot1) or 21 (zeroshot0) unseen classes.",
-    source=_ZSE_SBIR,
+
+
+def _unseen(
+    name: str, splits: Mapping[str, tuple[int, int]], prompts: Mapping[str, Template], summary: str
+) -> BenchmarkDeclaration:
+    """Declare sketches of unseen classes; `splits` are the numbers of queries and photos."""
+    return BenchmarkDeclaration(
+        name=name,
+        reader=f"{_READERS}.sbir:read_{name}",
+        splits=tuple(splits),
+        prompts=prompts,
+        prompt_fields=("class",),
+        presets=_PRESETS,
+        counts={(split, ""): count for split, count in splits.items()},
+        summary=summary,
+        source=_ZSE_SBIR,
+    )
+
+
+SKETCHY = _unseen(
+    "sketchy",
+    {"zeroshot1": (15_229, 17_101), "zeroshot0": (12_694, 12_553)},
+    _SKETCHY_PROMPTS,
+    "Sketchy, zero-shot: 25 (zeroshot1) or 21 (zeroshot0) unseen classes.",
 )
-TUBERLIN = BenchmarkDeclaration(
-    name="tuberlin",
-    reader=f"{_READERS}.sbir:read_tuberlin",
-    splits=("test",),
-    prompts=_NO_PROMPT,
-    prompt_fields=("class",),
-    presets=_PRESETS,
-    counts={("test", ""): (2_400, 27_989)},
-    summary="TU-Berlin, zero-shot: 30 unseen classes.",
-    source=_ZSE_SBIR,
-)
-QUICKDRAW = BenchmarkDeclaration(
-    name="quickdraw",
-    reader=f"{_READERS}.sbir:read_quickdraw",
-    splits=("test",),
-    prompts=_NO_PROMPT,
-    prompt_fields=("class",),
-    presets=_PRESETS,
-    counts={("test", ""): (92_291, 54_151)},
-    summary="QuickDraw-Extended, zero-shot: 30 unseen classes.",
-    source=_ZSE_SBIR,
+TUBERLIN = _unseen("tuberlin", {"test": (2_400, 27_989)}, _NO_PROMPT, "TU-Berlin, zero-shot: 30 unseen classes.")
+QUICKDRAW = _unseen(
+    "quickdraw", {"test": (92_291, 54_151)}, _NO_PROMPT, "QuickDraw-Extended, zero-shot: 30 unseen classes."
 )
 TRAINING_SKETCHY = BenchmarkDeclaration(
     name="training_sketchy",

@@ -29,19 +29,20 @@ import random
 import reprlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar, Generic, NoReturn, TypeVar, final
+from typing import NoReturn, TypeVar, final
 
 from union_igrot.datasets.annotations import check_name, check_path, check_text, group_by
-from union_igrot.errors import ConfigError, DataError, ImageError, check_choice
+from union_igrot.errors import DataError, ImageError, check_choice, check_count
 from union_igrot.images.decode import broken_images, check_image
 from union_igrot.images.formats import IMAGE_SUFFIXES, describe_unused, is_ignored, is_image_name
 from union_igrot.storage.files import expand_user, find_path
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines, refuse_repeated
-from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, TrainingSet, Triplet
+from union_igrot.types import Benchmark, GalleryItem, Protocol, Query, Task, TrainingSet, Triplet
 
 FEW_CLASSES = 10
 """With fewer classes, images are assigned to splits within each class."""
@@ -82,11 +83,31 @@ def folder_benchmark(
         ImageError: If an image is missing under `error`; names the file and the line.
     """
     check_choice("split", split, ("val", "test"))
-    images = _ImageCheck(on_missing, verify, check_images)
-    data = read_folder(root)
-    if isinstance(data, FolderTriplets):
-        return _cir_benchmark(data, split, images)
-    return _sbir_benchmark(data, split, text, images)
+    data, used = _usable(root, split, on_missing, decode=verify, check=check_images)
+    locate = partial(_locate, data.root)
+    if data.is_composed:
+        named, trained = (set(_places(rows)) for rows in (used.queries, data.splits["train"]))
+        queries = [
+            Query(
+                id=row.id,
+                image=locate(row.key),
+                text=row.text,
+                targets=tuple(path for path in row.targets if path in used.images),
+                exclude=(row.key,),
+            )
+            for row in used.queries
+        ]
+    else:
+        named, trained = ({row.key for row in rows} for rows in (used.queries, data.splits["train"]))
+        targets = {label: tuple(photo.id for photo in group) for label, group in group_by(used.photos, _label).items()}
+        queries = [Query(row.id, locate(row.id), text, targets[row.key], label=row.key) for row in used.queries]
+    gallery = [GalleryItem(path, locate(path), label) for path, label in used.gallery.items()]
+    what = "images" if data.is_composed else "classes"
+    shared = f"{len(named & trained)} of the {len(named)} {what} of {split} are in train too"
+    note = "; ".join(["own images", data.note, shared, *[used.left_out] * bool(used.skipped)])
+    protocol = replace(_CIR if data.is_composed else _SBIR, note=note)
+    task: Task = "cir" if data.is_composed else "sbir"
+    return Benchmark("folder", split, task, queries, gallery, protocol, used.skipped)
 
 
 def folder_training(
@@ -106,13 +127,34 @@ def folder_training(
 
     Other arguments and errors are those of `folder_benchmark`.
     """
-    if pairs < 1:
-        raise ConfigError(f"invalid value for pairs: {pairs} (expected an integer >= 1)")
-    images = _ImageCheck(on_missing, verify)
-    data = read_folder(root)
-    if isinstance(data, FolderTriplets):
-        return _cir_training(data, images)
-    return _sbir_training(data, pairs, random.Random(seed), text, images)
+    check_count("pairs", pairs)
+    data, used = _usable(root, "train", on_missing, decode=verify)
+    locate, draw = partial(_locate, data.root), random.Random(seed)
+    if data.is_composed:
+        triplets = [
+            Triplet(locate(row.key), row.text, locate(target), target, "cir")
+            for row in used.queries
+            for target in row.targets
+            if target in used.images
+        ]
+        return TrainingSet("folder", triplets, skipped=used.skipped)
+    sketches, photos = group_by(used.queries, _label), group_by(used.photos, _label)
+    turns = {label: (_turns(sketches[label], draw), _turns(photos[label], draw)) for label in sorted(sketches)}
+    order = _turns(list(turns), draw)
+    triplets = []
+    for _ in range(pairs):
+        label = next(order)
+        sketch, photo = (next(turn) for turn in turns[label])
+        triplets.append(Triplet(locate(sketch.id), text, locate(photo.id), label, "sbir"))
+    return TrainingSet("folder", triplets, tuple(turns), used.skipped)
+
+
+_label = attrgetter("key")
+
+
+def _turns(items: list[_Item], draw: random.Random) -> Iterator[_Item]:
+    while True:
+        yield from draw.sample(items, len(items))
 
 
 # --- what a folder names
@@ -120,63 +162,42 @@ def folder_training(
 
 @final
 @dataclass(frozen=True, slots=True)
-class LabeledImage:
-    """An image of a class: `id` is its path, `key` its class, by which splits are assigned."""
+class FolderRow:
+    """An image of a class, or a line of triplets.jsonl.
+
+    `id` is the image's path, or that of the reference with the line's number; `key`, by which splits are assigned, is
+    the class or the reference.
+    """
 
     place: str
-    is_sketch: bool
     id: str
     key: str
     split: str | None
+    is_sketch: bool = False
+    text: str | None = None
+    targets: tuple[str, ...] = ()
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class TripletRow:
-    """A line of triplets.jsonl; `key` is its reference, by which splits are assigned."""
-
-    is_sketch: ClassVar[bool] = False
-    place: str
-    id: str
-    key: str
-    text: str | None
-    targets: tuple[str, ...]
-    split: str | None
-
-
-_Row = TypeVar("_Row", LabeledImage, TripletRow)
-
-
 @dataclass(frozen=True)
-class _FolderSplits(Generic[_Row]):
-    """The rows of a folder by split, and how the splits were made."""
+class FolderRows:
+    """Everything that a folder names, by split, and how the splits were made.
+
+    `gallery` has the place of each path of gallery.txt; it is None if there are classes instead of triplets.
+    """
 
     root: Path
-    splits: Mapping[str, list[_Row]]
+    splits: Mapping[str, list[FolderRow]]
     note: str
+    gallery: Mapping[str, str] | None = None
 
-    def rows(self, split: str) -> list[_Row]:
-        """Return the rows of a split, at least one."""
-        if not self.splits[split]:
-            counts = ", ".join(f"{name} {len(self.splits[name])}" for name in SPLITS)
-            raise DataError(f"{self.root}: split {split!r} is empty ({counts}; {self.note}); add rows or classes to it")
-        return self.splits[split]
-
-
-@final
-class FolderImages(_FolderSplits[LabeledImage]):
-    """Everything that a manifest or class folders name, by split."""
+    @property
+    def is_composed(self) -> bool:
+        """Whether the folder has triplets."""
+        return self.gallery is not None
 
 
-@final
-@dataclass(frozen=True)
-class FolderTriplets(_FolderSplits[TripletRow]):
-    """Everything that triplets.jsonl names, by split, and the place of each path of gallery.txt."""
-
-    gallery: Mapping[str, str] = field(default_factory=dict)
-
-
-def read_folder(folder: str | Path) -> FolderTriplets | FolderImages:
+def read_folder(folder: str | Path) -> FolderRows:
     """Read what a folder names, in the first layout that exists, and assign it to splits.
 
     The images are not checked, so a missing one changes no split.
@@ -190,7 +211,7 @@ def read_folder(folder: str | Path) -> FolderTriplets | FolderImages:
     if (root / "triplets.jsonl").exists():
         triplets = _read_triplets(root / "triplets.jsonl")
         gallery = _read_gallery(root / "gallery.txt") if (root / "gallery.txt").exists() else {}
-        return FolderTriplets(root, *_by_split(triplets, {row.key for row in triplets}, "references"), gallery)
+        return FolderRows(root, *_by_split(triplets, {row.key for row in triplets}, "references"), gallery)
     unused: list[str] = []
     if (root / "manifest.csv").exists():
         images = _read_manifest(root / "manifest.csv")
@@ -206,10 +227,10 @@ def read_folder(folder: str | Path) -> FolderTriplets | FolderImages:
         found = f" ({left_out})" if left_out else ""
         raise DataError(f"{root}: names no image{found}; known suffixes are {' '.join(IMAGE_SUFFIXES)}")
     splits, note = _by_split(images, {image.key for image in images if image.is_sketch}, "classes")
-    return FolderImages(root, splits, f"{note}; not used: {left_out}" if left_out else note)
+    return FolderRows(root, splits, f"{note}; not used: {left_out}" if left_out else note)
 
 
-def _by_split(rows: list[_Row], query_keys: set[str], what: str) -> tuple[dict[str, list[_Row]], str]:
+def _by_split(rows: list[FolderRow], query_keys: set[str], what: str) -> tuple[dict[str, list[FolderRow]], str]:
     """Assign the rows to splits; `query_keys` are the keys that have queries."""
     given = rows[0].split is not None
     for row in rows:
@@ -235,13 +256,13 @@ def _by_split(rows: list[_Row], query_keys: set[str], what: str) -> tuple[dict[s
             subject, reason = f"{held_out} of {len(keys)} train {what}" if given else what, ""
         verb = "held out as val" if given else "dealt 70/10/20 into train/val/test"
         note = f"{subject} {verb} by a hash of their names{reason}"
-    splits: dict[str, list[_Row]] = {name: [] for name in SPLITS}
+    splits: dict[str, list[FolderRow]] = {name: [] for name in SPLITS}
     for row in rows:
         splits[assigned[row.id]].append(row)
     return splits, note
 
 
-def _assign_within(rows: Sequence[_Row], query_keys: set[str], shares: Mapping[str, int]) -> dict[str, str]:
+def _assign_within(rows: Sequence[FolderRow], query_keys: set[str], shares: Mapping[str, int]) -> dict[str, str]:
     """Assign the sketches and the photos of each class; nothing if a class with sketches has too few of either."""
     groups: defaultdict[tuple[str, bool], set[str]] = defaultdict(set)
     for row in rows:
@@ -265,9 +286,9 @@ def _assign(names: set[str], shares: Mapping[str, int], least: int = 1) -> dict[
     return dict(zip(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()), order, strict=True))
 
 
-def _read_triplets(file: Path) -> list[TripletRow]:
-    rows: list[TripletRow] = []
-    seen: dict[tuple[str, str | None, frozenset[str]], TripletRow] = {}
+def _read_triplets(file: Path) -> list[FolderRow]:
+    rows: list[FolderRow] = []
+    seen: dict[tuple[str, str | None, frozenset[str]], FolderRow] = {}
     for place, value in read_json_lines(file):
         row = _triplet(value, place)
         first = seen.setdefault((row.key, row.text, frozenset(row.targets)), row)
@@ -280,7 +301,7 @@ def _read_triplets(file: Path) -> list[TripletRow]:
     return rows
 
 
-def _triplet(value: object, place: str) -> TripletRow:
+def _triplet(value: object, place: str) -> FolderRow:
     if not isinstance(value, dict):
         raise DataError(f"{place}: {reprlib.repr(value)} is not an object with the fields {', '.join(_KEYS)}")
     _refuse_misspelled(value, _KEYS, place)
@@ -298,7 +319,8 @@ def _triplet(value: object, place: str) -> TripletRow:
     words = [check_text(text, "text", place).strip() for text in texts if text is not None]
     text = " and ".join(filter(None, words)) or None
     number = place.rpartition(" ")[2]
-    return TripletRow(place, f"{reference}#{number}", reference, text, targets, _check_split(value.get("split"), place))
+    split = _check_split(value.get("split"), place)
+    return FolderRow(place, f"{reference}#{number}", reference, split, text=text, targets=targets)
 
 
 def _refuse_misspelled(names: Collection[str], required: Sequence[str], place: str) -> None:
@@ -316,14 +338,14 @@ def _read_gallery(file: Path) -> dict[str, str]:
     return paths
 
 
-def _read_manifest(file: Path) -> list[LabeledImage]:
+def _read_manifest(file: Path) -> list[FolderRow]:
     rows = read_csv(file)
     place, first = next(rows, (f"{file}, line 1", []))
     header = list(map(str.strip, first))
     _refuse_misspelled(header, _HEADER, place)
     if not set(_HEADER) <= set(header) or len(set(header)) < len(header):
         raise DataError(f"{place}: the header is {reprlib.repr(','.join(header))}; expected {','.join(_HEADER)},split")
-    images: list[LabeledImage] = []
+    images: list[FolderRow] = []
     seen: dict[str, str] = {}
     for place, row in rows:
         if len(row) != len(header):
@@ -334,11 +356,11 @@ def _read_manifest(file: Path) -> list[LabeledImage]:
             raise DataError(f"{place}: domain is {reprlib.repr(domain)}; expected photo or sketch")
         path, label = _listed_path(cells["path"], "path", place), check_name(cells["class"], "class", place)
         refuse_repeated(path, place, seen)
-        images.append(LabeledImage(place, domain == "sketch", path, label, _check_split(cells.get("split"), place)))
+        images.append(FolderRow(place, path, label, _check_split(cells.get("split"), place), domain == "sketch"))
     return images
 
 
-def _walk_class_folders(root: Path, top: str, unused: list[str]) -> Iterator[LabeledImage]:
+def _walk_class_folders(root: Path, top: str, unused: list[str]) -> Iterator[FolderRow]:
     """Yield the images of a folder of classes; other files are added to `unused`."""
 
     def fail(error: OSError) -> NoReturn:
@@ -357,7 +379,7 @@ def _walk_class_folders(root: Path, top: str, unused: list[str]) -> Iterator[Lab
             path = check_path(Path(top, *parts, name).as_posix(), "path", folder)
             if not parts:
                 raise DataError(f"{root / path}: is in no class folder; move it to {top}/<class>/")
-            yield LabeledImage(folder, top == "sketches", path, parts[0], None)
+            yield FolderRow(folder, path, parts[0], None, top == "sketches")
 
 
 def _listed_path(value: object, name: str, place: str) -> str:
@@ -380,39 +402,83 @@ def _check_split(value: object, place: str) -> str | None:
 
 
 @final
-class _ImageCheck:
-    """Finds the images of a split that cannot be used, and counts what is left out for them."""
+@dataclass(frozen=True)
+class _Usable:
+    """What can be used of a split: queries, photos of classes, and `gallery`, paths with their labels.
 
-    def __init__(self, on_missing: str, verify: bool, check: bool = True) -> None:
-        self.skip, self.verify = check_choice("on_missing", on_missing, ("error", "skip")) == "skip", verify
-        self.check = check
-        self.images = self.queries = 0
+    `images` are all usable paths; `left_out` says what the number `skipped` counts, images and queries.
+    """
 
-    @property
-    def skipped(self) -> int:
-        return self.images + self.queries
+    queries: list[FolderRow]
+    photos: list[FolderRow]
+    gallery: Mapping[str, str | None]
+    images: Collection[str]
+    skipped: int
+    left_out: str
 
-    def unusable(self, root: Path, places: Mapping[str, str]) -> set[str]:
-        """Return the paths that cannot be used, of paths with their places."""
-        if not self.check:
-            return set()
-        reasons = unusable_images(root, places, decode=self.verify)
-        if reasons and not self.skip:
-            first = next(path for path in places if path in reasons)
-            more = f" ({len(reasons) - 1} more are missing or broken)" if len(reasons) > 1 else ""
-            raise ImageError(f"{places[first]}: {reasons[first]}, or set on_missing=skip{more}")
-        self.images = len(reasons)
-        return set(reasons)
 
-    def count_queries(self, root: Path, rows: Sequence[_Row], kept: list[_Row], split: str) -> list[_Row]:
-        """Count the queries that were lost with their images; at least one has to remain."""
-        self.queries = len(rows) - len(kept)
-        if not kept:
-            raise DataError(f"{root}: {self.note(split)}, which leaves no query; add the images")
-        return kept
+def _usable(
+    root: str | Path, split: str, on_missing: str, *, decode: bool, check: bool = True
+) -> tuple[FolderRows, _Usable]:
+    """Read a folder and check the images of a split; at least one query has to remain."""
+    check_choice("on_missing", on_missing, ("error", "skip"))
+    data = read_folder(root)
+    rows = data.splits[split]
+    if not rows:
+        counts = ", ".join(f"{name} {len(data.splits[name])}" for name in SPLITS)
+        raise DataError(f"{data.root}: split {split!r} is empty ({counts}; {data.note}); add rows or classes to it")
+    if data.is_composed:
+        places = _places(rows)
+        for path, place in (data.gallery or {}).items() if split != "train" else ():
+            places.setdefault(path, place)
+    else:
+        _refuse_unanswered(data, split)
+        places = {row.id: row.place for row in rows}
+    reasons = unusable_images(data.root, places, decode=decode) if check else {}
+    if reasons and on_missing == "error":
+        first = next(path for path in places if path in reasons)
+        more = f" ({len(reasons) - 1} more are missing or broken)" if len(reasons) > 1 else ""
+        raise ImageError(f"{places[first]}: {reasons[first]}, or set on_missing=skip{more}")
+    images = dict.fromkeys(path for path in places if path not in reasons)
+    photos: list[FolderRow] = []
+    gallery: Mapping[str, str | None] = images
+    if data.is_composed:
+        asked = rows
+        kept = [row for row in rows if row.key in images and any(target in images for target in row.targets)]
+    else:
+        asked = [row for row in rows if row.is_sketch and row.id in images]
+        photos = [row for row in rows if not row.is_sketch and row.id in images]
+        gallery = {photo.id: photo.key for photo in photos}
+        answered = {photo.key for photo in photos}
+        kept = [sketch for sketch in asked if sketch.key in answered]
+    lost = len(asked) - len(kept)
+    left_out = f"{len(reasons)} missing images of {split} left out, {lost} queries with them"
+    if not kept:
+        raise DataError(f"{data.root}: {left_out}, which leaves no query; add the images")
+    return data, _Usable(kept, photos, gallery, images, len(reasons) + lost, left_out)
 
-    def note(self, split: str) -> str:
-        return f"{self.images} missing images of {split} left out, {self.queries} queries with them"
+
+def _refuse_unanswered(data: FolderRows, split: str) -> None:
+    """Check that a split has sketches, and photos of each of their classes."""
+    rows = data.splits[split]
+    if not any(row.is_sketch for row in rows):
+        raise DataError(f"{data.root}: split {split!r} has photos but no sketch ({data.note}); add sketches to it")
+    answered = {row.key for row in rows if not row.is_sketch}
+    for row in rows:
+        if row.is_sketch and row.key not in answered:
+            raise DataError(
+                f"{row.place}: class {row.key!r} has sketches but no photo in split {split!r}; "
+                "add photos of this class or remove its sketches"
+            )
+
+
+def _places(rows: Iterable[FolderRow]) -> dict[str, str]:
+    """Return the place of each image that triplets name."""
+    places: dict[str, str] = {}
+    for row in rows:
+        for path in (row.key, *row.targets):
+            places.setdefault(path, row.place)
+    return places
 
 
 def unusable_images(root: Path, paths: Iterable[str], *, decode: bool) -> dict[str, str]:
@@ -431,130 +497,3 @@ def unusable_images(root: Path, paths: Iterable[str], *, decode: bool) -> dict[s
 def _locate(root: Path, path: str) -> Path:
     """Return an image's file; letters with accents may be composed in another way than in the list."""
     return root / path if path.isascii() else Path(find_path(str(root / path)))
-
-
-def _folder_protocol(
-    base: Protocol,
-    note: str,
-    trained: Collection[str],
-    used: Collection[str],
-    what: str,
-    split: str,
-    check: _ImageCheck,
-) -> Protocol:
-    shared = len(set(trained).intersection(used))
-    notes = ["own images", note, f"{shared} of the {len(used)} {what} of {split} are in train too"]
-    return replace(base, note="; ".join([*notes, check.note(split)] if check.skipped else notes))
-
-
-# --- composed retrieval
-
-
-def _triplets(
-    data: FolderTriplets, split: str, check: _ImageCheck
-) -> tuple[list[TripletRow], dict[str, str], set[str]]:
-    """Return the usable rows of a split, the place of each image that it names, and the unusable images."""
-    rows = data.rows(split)
-    places = _places(rows)
-    if split != "train":
-        places |= {path: place for path, place in data.gallery.items() if path not in places}
-    unusable = check.unusable(data.root, places)
-    kept = [row for row in rows if row.key not in unusable and not unusable.issuperset(row.targets)]
-    return check.count_queries(data.root, rows, kept, split), places, unusable
-
-
-def _cir_benchmark(data: FolderTriplets, split: str, check: _ImageCheck) -> Benchmark:
-    rows, places, unusable = _triplets(data, split, check)
-    queries = [
-        Query(
-            id=row.id,
-            image=_locate(data.root, row.key),
-            text=row.text,
-            targets=tuple(path for path in row.targets if path not in unusable),
-            exclude=(row.key,),
-        )
-        for row in rows
-    ]
-    gallery = [GalleryItem(path, _locate(data.root, path)) for path in places if path not in unusable]
-    trained = _places(data.splits["train"]).keys()
-    protocol = _folder_protocol(_CIR, data.note, trained, _places(rows).keys(), "images", split, check)
-    return Benchmark("folder", split, "cir", queries, gallery, protocol, check.skipped)
-
-
-def _cir_training(data: FolderTriplets, check: _ImageCheck) -> TrainingSet:
-    rows, _, unusable = _triplets(data, "train", check)
-    triplets = [
-        Triplet(_locate(data.root, row.key), row.text, _locate(data.root, target), target, "cir")
-        for row in rows
-        for target in row.targets
-        if target not in unusable
-    ]
-    return TrainingSet("folder", triplets, skipped=check.skipped)
-
-
-def _places(rows: Iterable[TripletRow]) -> dict[str, str]:
-    places: dict[str, str] = {}
-    for row in rows:
-        for path in (row.key, *row.targets):
-            places.setdefault(path, row.place)
-    return places
-
-
-# --- sketch retrieval
-
-
-_label = attrgetter("key")
-
-
-def _sketches_and_photos(
-    data: FolderImages, split: str, check: _ImageCheck
-) -> tuple[list[LabeledImage], list[LabeledImage]]:
-    images = data.rows(split)
-    if not any(image.is_sketch for image in images):
-        raise DataError(f"{data.root}: split {split!r} has photos but no sketch ({data.note}); add sketches to it")
-    answered = {image.key for image in images if not image.is_sketch}
-    for image in images:
-        if image.is_sketch and image.key not in answered:
-            raise DataError(
-                f"{image.place}: class {image.key!r} has sketches but no photo in split {split!r}; "
-                "add photos of this class or remove its sketches"
-            )
-    unusable = check.unusable(data.root, {image.id: image.place for image in images})
-    usable = [image for image in images if image.id not in unusable]
-    photos = [image for image in usable if not image.is_sketch]
-    sketches = [image for image in usable if image.is_sketch]
-    answered = {photo.key for photo in photos}
-    kept = [sketch for sketch in sketches if sketch.key in answered]
-    return check.count_queries(data.root, sketches, kept, split), photos
-
-
-def _sbir_benchmark(data: FolderImages, split: str, text: str | None, check: _ImageCheck) -> Benchmark:
-    sketches, photos = _sketches_and_photos(data, split, check)
-    targets = {label: tuple(photo.id for photo in group) for label, group in group_by(photos, _label).items()}
-    queries = [
-        Query(sketch.id, _locate(data.root, sketch.id), text, targets[sketch.key], label=sketch.key)
-        for sketch in sketches
-    ]
-    gallery = [GalleryItem(photo.id, _locate(data.root, photo.id), photo.key) for photo in photos]
-    trained = {image.key for image in data.splits["train"]}
-    protocol = _folder_protocol(_SBIR, data.note, trained, {sketch.key for sketch in sketches}, "classes", split, check)
-    return Benchmark("folder", split, "sbir", queries, gallery, protocol, check.skipped)
-
-
-def _sbir_training(
-    data: FolderImages, pairs: int, draw: random.Random, text: str | None, check: _ImageCheck
-) -> TrainingSet:
-    sketches, photos = (group_by(images, _label) for images in _sketches_and_photos(data, "train", check))
-    turns = {label: (_turns(sketches[label], draw), _turns(photos[label], draw)) for label in sorted(sketches)}
-    order = _turns(list(turns), draw)
-    triplets = []
-    for _ in range(pairs):
-        label = next(order)
-        sketch, photo = (next(turn) for turn in turns[label])
-        triplets.append(Triplet(_locate(data.root, sketch.id), text, _locate(data.root, photo.id), label, "sbir"))
-    return TrainingSet("folder", triplets, tuple(turns), check.skipped)
-
-
-def _turns(items: list[_Item], draw: random.Random) -> Iterator[_Item]:
-    while True:
-        yield from draw.sample(items, len(items))

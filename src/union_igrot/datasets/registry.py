@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from importlib.metadata import EntryPoint
+from pkgutil import resolve_name
 from string import Formatter
 from typing import Any, Final, NamedTuple, final
 
@@ -198,11 +198,7 @@ class BenchmarkDeclaration:
 
     def import_reader(self) -> Callable[..., Any]:
         """Return the reader, imported if it is declared by name."""
-        if callable(self.reader):
-            return self.reader
-        module, _, name = self.reader.partition(":")
-        reader: Callable[..., Any] = getattr(import_module(module), name)
-        return reader
+        return self.reader if callable(self.reader) else resolve_name(self.reader)
 
 
 _RESERVED: Final = ("shapes", "folder")  # the generated world and folders of one's own images

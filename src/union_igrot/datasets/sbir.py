@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from union_igrot.datasets.annotations import (
     DatasetFolder,
@@ -37,6 +37,7 @@ from union_igrot.types import Benchmark, GalleryItem, Protocol, Query
 _METRICS = ("mAP", "mAP@200", "P@100", "P@200")
 
 
+_Pair: TypeAlias = tuple[str, str, str, str]  # place, class, sketch and photo
 _Lists: TypeAlias = tuple[dict[int, str], list[LabeledPath], list[LabeledPath]]
 # Files of sketches and photos, with `zero` (unseen classes) or `train` to be filled in.
 _LISTS = {
@@ -188,11 +189,11 @@ def read_training_sketchy(
     pairs = _given_pairs(folder, lists) if build is None else _drawn_pairs(folder, lists, build, seed)
     gallery: dict[str, GalleryItem] = {}
     queries = []
-    for number, pair in enumerate(pairs):
-        if pair.photo not in gallery:
-            gallery[pair.photo] = GalleryItem(pair.photo, folder.image(pair.place, pair.photo), pair.label)
-        image = folder.image(pair.place, pair.sketch)
-        queries.append(Query(str(number), image, wording.text({"class": pair.label}), (pair.photo,), label=pair.label))
+    for number, (place, label, sketch, photo) in enumerate(pairs):
+        if photo not in gallery:
+            gallery[photo] = GalleryItem(photo, folder.image(place, photo), label)
+        image = folder.image(place, sketch)
+        queries.append(Query(str(number), image, wording.text({"class": label}), (photo,), label=label))
     origin = "the authors' file" if build is None else f"{build} pairs drawn with seed {seed}"
     protocol = Protocol(
         preset,
@@ -204,14 +205,7 @@ def read_training_sketchy(
     return Benchmark("training_sketchy", split, "sbir", queries, list(gallery.values()), protocol)
 
 
-class _SketchPhotoPair(NamedTuple):
-    place: str
-    label: str
-    sketch: str
-    photo: str
-
-
-def _given_pairs(folder: DatasetFolder, lists: str) -> list[_SketchPhotoPair]:
+def _given_pairs(folder: DatasetFolder, lists: str) -> list[_Pair]:
     try:
         file = folder.annotation(f"{lists}/training_sketchy.txt", f"{lists}/sketchy_train.txt")
     except DataError as error:
@@ -222,13 +216,13 @@ def _given_pairs(folder: DatasetFolder, lists: str) -> list[_SketchPhotoPair]:
         if len(parts) != 3:
             raise DataError(f"{place}: {len(parts)} fields; expected '<class> <sketch> <photo>' without blanks")
         sketch, photo = check_path(parts[1], "sketch", place), check_path(parts[2], "photo", place)
-        pairs.append(_SketchPhotoPair(place, parts[0], sketch, photo))
+        pairs.append((place, parts[0], sketch, photo))
     if not pairs:
         raise DataError(f"{file}: is empty; download the file again")
     return pairs
 
 
-def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> list[_SketchPhotoPair]:
+def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> list[_Pair]:
     classes, *rows = _read_lists(folder, "sketchy", lists, "train")
     sketches, photos = (group_by(side, lambda row: row.label) for side in rows)
     draw = random.Random(seed)
@@ -241,7 +235,7 @@ def _drawn_pairs(folder: DatasetFolder, lists: str, number: int, seed: int) -> l
     pairs = []
     for label in islice(cycle(draw.sample(labels, len(labels))), number):
         sketch, photo = (next(turn) for turn in turns[label])
-        pairs.append(_SketchPhotoPair(sketch.place, classes[label], sketch.path, photo.path))
+        pairs.append((sketch.place, classes[label], sketch.path, photo.path))
     return pairs
 
 

@@ -34,6 +34,7 @@ _CIRR = {
     "recall_subset": _SubmissionFormat({"version": "rc2", "metric": "recall_subset"}, 3, subset=True),
 }
 _CIRCO = _SubmissionFormat({}, 50, numbers=True)
+_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def write_cirr(
@@ -55,15 +56,11 @@ def write_cirr(
         DataError: If a ranking is too short or contains what it must not; nothing is written then.
     """
     _require_benchmark(benchmark, "cirr")
-    folder = Path(folder)
-    contents = {}
-    for spec, rows in ((_CIRR["recall"], rankings), (_CIRR["recall_subset"], subset_rankings)):
-        path = folder / f"cirr_{spec.header['metric']}.json"
-        contents[path] = {**spec.header, **_rankings_by_query(benchmark, rows, spec)}
-        _refuse_invalid(path, _problems(contents[path], benchmark, spec))
-    for path, content in contents.items():
-        _write(path, content)
-    first, second = contents
+    first, second = (Path(folder, f"cirr_{name}.json") for name in _CIRR)
+    recall = _content(first, benchmark, rankings, _CIRR["recall"])
+    subset = _content(second, benchmark, subset_rankings, _CIRR["recall_subset"])
+    _write(first, recall)
+    _write(second, subset)
     return first, second
 
 
@@ -73,10 +70,7 @@ def write_circo(path: str | Path, benchmark: Benchmark, rankings: Sequence[Seque
     A reference is kept or dropped as the benchmark's protocol says.
     """
     _require_benchmark(benchmark, "circo")
-    lists = _rankings_by_query(benchmark, rankings, _CIRCO)
-    content = {key: [int(name) if name.isdecimal() else name for name in names] for key, names in lists.items()}
-    _refuse_invalid(Path(path), _problems(content, benchmark, _CIRCO))
-    _write(Path(path), content)
+    _write(Path(path), _content(Path(path), benchmark, rankings, _CIRCO))
     return Path(path)
 
 
@@ -91,12 +85,10 @@ def check_submission(path: str | Path, benchmark: Benchmark) -> list[str]:
         content = check_record(read_json(Path(path)), str(path)).fields
     except DataError as error:
         return [str(error)]
-    if benchmark.name == "circo":
-        return _problems(content, benchmark, _CIRCO)
     metric = content.get("metric")
-    if not isinstance(metric, str) or metric not in _CIRR:
+    if benchmark.name == "cirr" and (not isinstance(metric, str) or metric not in _CIRR):
         return [f"key 'metric': is {reprlib.repr(metric)}; expected one of {', '.join(_CIRR)}"]
-    return _problems(content, benchmark, _CIRR[metric])
+    return _problems(content, benchmark, _CIRCO if benchmark.name == "circo" else _CIRR[str(metric)])
 
 
 def read_predictions(path: str | Path, benchmark: Benchmark) -> list[list[str]]:
@@ -140,16 +132,21 @@ def _known_id(name: object, known: set[str]) -> str:
     return text if text in known or not text.isdecimal() or short not in known else short
 
 
-def _rankings_by_query(
-    benchmark: Benchmark, rankings: Sequence[Sequence[str]], spec: _SubmissionFormat
-) -> dict[str, list[str]]:
+def _content(
+    path: Path, benchmark: Benchmark, rankings: Sequence[Sequence[str]], spec: _SubmissionFormat
+) -> dict[str, Any]:
+    """Return what a file has to contain; rankings that the server would refuse are an error."""
     if len(rankings) != len(benchmark.queries):
         raise DataError(f"{len(rankings)} rankings for {len(benchmark.queries)} queries; pass one for each query")
-    drop = benchmark.protocol.exclude_reference
-    return {
-        query.id: [name for name in names if not (drop and name in query.exclude)][: spec.length]
-        for query, names in zip(benchmark.queries, rankings, strict=True)
-    }
+    content: dict[str, Any] = dict(spec.header)
+    for query, ranking in zip(benchmark.queries, rankings, strict=True):
+        drop = query.exclude if benchmark.protocol.exclude_reference else ()
+        names = [name for name in ranking if name not in drop][: spec.length]
+        content[query.id] = [int(name) if spec.numbers and name.isdecimal() else name for name in names]
+    if problems := _problems(content, benchmark, spec):
+        more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise DataError(f"{path} was not written: {problems[0]}{more}; rank the whole gallery and try again")
+    return content
 
 
 def _problems(content: Mapping[str, Any], benchmark: Benchmark, spec: _SubmissionFormat) -> list[str]:
@@ -198,7 +195,8 @@ def _list_problems(
     problems = []
     unknown = [at for at, name in enumerate(ranking) if name not in known]
     if unknown:
-        hint = " (names have no folder and no suffix)" if _has_suffix(ranking[unknown[0]]) else ""
+        name = ranking[unknown[0]].lower()
+        hint = " (names have no folder and no suffix)" if "/" in name or name.endswith(_SUFFIXES) else ""
         problems.append(f"contains {reprlib.repr(given[unknown[0]])}, which is not in the gallery{hint}")
     if len(set(ranking)) < len(ranking):
         twice = next(name for at, name in enumerate(ranking) if name in ranking[:at])
@@ -209,19 +207,9 @@ def _list_problems(
     return problems
 
 
-def _has_suffix(name: str) -> bool:
-    return "/" in name or name.lower().endswith((".png", ".jpg", ".jpeg"))
-
-
 def _require_benchmark(benchmark: Benchmark, *names: str) -> None:
     if benchmark.name not in names:
         raise ConfigError(f"{benchmark.name} has no such submission file (expected {' or '.join(names)})")
-
-
-def _refuse_invalid(path: Path, problems: list[str]) -> None:
-    if problems:
-        more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise DataError(f"{path} was not written: {problems[0]}{more}; rank the whole gallery and try again")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

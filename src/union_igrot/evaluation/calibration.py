@@ -10,7 +10,6 @@ Query expansion moves each query towards its own best results and searches the g
 nor labels. Source: the average query expansion of Chum et al., Total Recall (ICCV 2007), with a weight below 1.
 """
 
-from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
@@ -26,31 +25,6 @@ from union_igrot.types import Benchmark
 
 NEIGHBORS = 50
 _ROWS = 2048
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was subtracted from the scores.
-
-    Attributes:
-        weight: Weight of the mean cosine.
-        neighbors: Number of nearest training queries.
-        queries: Number of training queries.
-    """
-
-    weight: float
-    neighbors: int
-    queries: int
-
-    def __str__(self) -> str:
-        return (
-            f"score minus {self.weight:g} times the mean of the gallery image's {self.neighbors} greatest cosines to "
-            f"{self.queries:,} training queries"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plain values that `results.json` holds."""
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -77,7 +51,7 @@ def calibrate(
     queries: Float[Tensor, "queries dim"],
     gallery: Float[Tensor, "gallery dim"],
     weight: float,
-) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "gallery wide"], Calibration]:
+) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "gallery wide"], dict[str, Any]]:
     """Append a dimension to queries and gallery, so that their dot product is the calibrated score.
 
     Args:
@@ -86,6 +60,9 @@ def calibrate(
         queries: Query embeddings.
         gallery: Gallery embeddings.
         weight: Weight of the mean cosine, above 0; 0.25 was chosen on validation data of the generated world.
+
+    Returns:
+        Queries, gallery, and what `results.json` holds: the weight, and the numbers of neighbors and training queries.
 
     Raises:
         ConfigError: If the weight is not above 0.
@@ -102,7 +79,7 @@ def calibrate(
     means = neighbor_means(gallery, known)
     wide = torch.cat([gallery.float(), -weight * means[:, None]], dim=1)
     ones = queries.new_ones(len(queries), 1, dtype=torch.float32)
-    used = Calibration(weight, min(NEIGHBORS, len(known)), len(known))
+    used = {"weight": weight, "neighbors": min(NEIGHBORS, len(known)), "queries": len(known)}
     return torch.cat([queries.float(), ones], dim=1), wide, used
 
 
@@ -129,8 +106,3 @@ def expand_queries(
     found = (best >= 0).float()  # a query with fewer candidates has -1 behind them
     total = F.embedding_bag(best.clamp(min=0), gallery.float(), mode="sum", per_sample_weights=found)
     return F.normalize(queries.float() + WEIGHT * F.normalize(total, dim=-1), dim=-1)
-
-
-def describe_expansion(count: int) -> str:
-    """Return how queries were expanded, for the lines below a table."""
-    return f"each query plus {WEIGHT:g} times the unit mean of its first {count} results, searched again"

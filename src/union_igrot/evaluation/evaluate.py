@@ -39,7 +39,6 @@ from union_igrot.metrics.names import family_of, scale_of
 from union_igrot.metrics.statistics import (
     Difference,
     Interval,
-    bootstrap_intervals,
     median_difference,
     paired_interval,
 )
@@ -103,14 +102,15 @@ def evaluate_benchmark(
     random_vectors = [torch.randn(len(side), 64, generator=noise).to(model.device) for side in sides]
     scores = {"chance": score(benchmark, *random_vectors)}
     seconds: dict[str, dict[str, float]] = {"chance": {"rank": time.perf_counter() - start}}
-    used, sides_of = dict[str, Any](), dict[str, Tensor]()
-    methods = []
+    described: dict[str, dict[str, Any]] = {"chance": {"backbone": None}}
+    methods, sides_of = list[MethodResult](), dict[str, Tensor]()
     with _progress(benchmark, 2 * len(models) + 1 + 2 * len(fusions), shown=extractor.progress) as advance:
         for name, embedded in embed_models(models, benchmark, extractor):
             start = time.perf_counter()
-            queries, gallery = embedded.queries, embedded.gallery
+            queries, gallery, described[name] = embedded.queries, embedded.gallery, models[name].describe()
             if name == "trained":
                 queries, gallery, used = correct_embeddings(model, benchmark, embedded, calibration, query_expansion)
+                described[name] |= used if checkpoint is None else {**used, "checkpoint": checkpoint}
             scores[name] = score(benchmark, queries, gallery)
             seconds[name] = {**embedded.seconds, "rank": time.perf_counter() - start}
             advance()
@@ -119,8 +119,8 @@ def evaluate_benchmark(
                 texts = embed_corpora(model, corpora if fusion == "basic" else ())
                 scores[fusion] = score(benchmark, *fuse(fusion, sides_of["image"], sides_of["text"], gallery, texts))
                 seconds[fusion] = {"rank": time.perf_counter() - start}
+                described[fusion] = described["image"] | {"fusion": {"kind": fusion}}
                 advance()
-        described = _descriptions(models, fusions, used, checkpoint)
         arithmetic = {"device": device_name(model.device), **extractor.describe()}
         words = [text for query in benchmark.queries for text in query.wordings if text]
         truncated, limits = model.backbone.count_truncated(words), metric_limits(benchmark)
@@ -140,16 +140,6 @@ def evaluate_benchmark(
     return EvaluationResult(tuple(methods), (ScoredBenchmark(benchmark, scores, weights),))
 
 
-def _descriptions(
-    models: Mapping[str, IGROTModel], fusions: Sequence[str], used: Mapping[str, Any], checkpoint: str | None
-) -> dict[str, dict[str, Any]]:
-    described = {name: method.describe() for name, method in models.items()} | {"chance": {"backbone": None}}
-    described |= {fusion: models["image"].describe() | {"fusion": {"kind": fusion}} for fusion in fusions}
-    if "trained" in models:
-        described["trained"] |= used if checkpoint is None else {**used, "checkpoint": checkpoint}
-    return described
-
-
 def correct_embeddings(
     model: IGROTModel, benchmark: Benchmark, embedded: EmbeddedBenchmark, calibration: float, query_expansion: int
 ) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "gallery wide"], dict[str, Any]]:
@@ -160,8 +150,7 @@ def correct_embeddings(
         queries = expand_queries(benchmark, queries, gallery, query_expansion)
         used["query_expansion"] = query_expansion
     if calibration:
-        queries, gallery, calibrated = calibrate(model, benchmark.task, queries, gallery, calibration)
-        used["calibration"] = calibrated.to_dict()
+        queries, gallery, used["calibration"] = calibrate(model, benchmark.task, queries, gallery, calibration)
     return queries, gallery, used
 
 
@@ -188,7 +177,8 @@ class _Averaging:
             raise ConfigError(
                 f"a macro average needs the {kind} of all queries; set Query.{kind.rstrip('s')}, or use micro"
             )
-        return cls(groups if macro else None, _resampled_classes(benchmark), groups)
+        classes = query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
+        return cls(groups if macro else None, classes, groups)
 
     def mean(self, name: str, values: Float[Tensor, " queries"]) -> float:
         family, (values, labels, _) = family_of(name), self._reduced(name, values)
@@ -197,18 +187,7 @@ class _Averaging:
         return scale_of(name) * average(values, labels, "micro" if labels is None else "macro").item()
 
     def intervals(self, values: Mapping[str, Tensor], seed: int) -> dict[str, Interval]:
-        plain, bounds = {}, {}
-        for name, column in values.items():
-            family, (reduced, labels, classes) = family_of(name), self._reduced(name, column)
-            if family is not None and family.average == "median":
-                bounds[name] = Interval(*median_difference(column, seed=seed, classes=self.classes)[1:])
-            elif reduced is not column:
-                bounds |= bootstrap_intervals({name: reduced}, seed=seed, labels=labels, classes=classes)
-            else:
-                plain[name] = column
-        if plain:  # together, so that they share their resamples
-            bounds |= bootstrap_intervals(plain, seed=seed, labels=self.labels, classes=self.classes)
-        return {name: Interval(*(scale_of(name) * x for x in bounds[name])) for name in values}
+        return {name: Interval(*self._difference(name, x, None, seed)[1:]) for name, x in values.items()}
 
     def differences(self, values: Mapping[str, Mapping[str, Tensor]], seed: int) -> dict[str, dict[str, Difference]]:
         """Return the paired differences trained - other."""
@@ -218,12 +197,13 @@ class _Averaging:
             if other != "trained"
         }
 
-    def _difference(self, name: str, first: Tensor, second: Tensor, seed: int) -> Difference:
+    def _difference(self, name: str, first: Tensor, second: Tensor | None, seed: int) -> Difference:
+        """Return the metric of `first`, less that of `second` if there is one, with its bounds."""
         family = family_of(name)
         if family is not None and family.average == "median":
             return median_difference(first, second, seed=seed, classes=self.classes)
         one, labels, classes = self._reduced(name, first)
-        other = self._reduced(name, second)[0]
+        other = torch.zeros_like(one) if second is None else self._reduced(name, second)[0]
         gap = paired_interval(one, other, seed=seed, labels=labels, classes=classes)
         return Difference(*(scale_of(name) * x for x in gap))
 
@@ -270,10 +250,6 @@ def _target_weights(model: IGROTModel, benchmark: Benchmark, extractor: FeatureE
     return tuple(weights.flatten().tolist())
 
 
-def _resampled_classes(benchmark: Benchmark) -> Int[Tensor, " queries"] | None:
-    return query_classes(benchmark) if benchmark.protocol.classes == "sampled" else None
-
-
 def method_result(
     benchmark: Benchmark,
     method: str,
@@ -284,7 +260,7 @@ def method_result(
     limits: Mapping[str, str] | None = None,
 ) -> MethodResult:
     """Return the result of a method without training, from its scores; `limits` are the benchmark's if None."""
-    classes, warning = _resampled_classes(benchmark), benchmark_warning(benchmark)
+    averaging, warning = _Averaging.of(benchmark), benchmark_warning(benchmark)
     return MethodResult(
         benchmark=benchmark.name,
         split=benchmark.split,
@@ -293,14 +269,14 @@ def method_result(
         n_gallery=len(benchmark.gallery),
         n_skipped=benchmark.skipped,
         protocol=benchmark.protocol,
-        metrics=means(benchmark, scores),
-        intervals=_Averaging.of(benchmark).intervals(scores.values, seed),
-        by_tag=_by_tag(benchmark, scores),
+        metrics={name: averaging.mean(name, values) for name, values in scores.values.items()},
+        intervals=averaging.intervals(scores.values, seed),
+        by_tag=_by_tag(benchmark, scores, averaging.groups),
         model=model,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         versions=versions(),
         seed=seed,
-        n_classes=0 if classes is None else len(classes.unique()),
+        n_classes=0 if averaging.classes is None else len(averaging.classes.unique()),
         limits=metric_limits(benchmark) if limits is None else limits,
         warnings=(warning,) if warning else (),
     )
@@ -373,12 +349,11 @@ def average_parts(results: Sequence[EvaluationResult], name: str, seed: int = 0)
     scored = [one.scored[0] for one in results]
     sizes = [len(one.benchmark.queries) for one in scored]
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    of_parts = [_resampled_classes(one.benchmark) for one in scored]
-    known = [classes for classes in of_parts if classes is not None]
+    of_parts = [_Averaging.of(one.benchmark) for one in scored]
+    known = [one.classes for one in of_parts if one.classes is not None]
     classes = torch.cat(known) if len(known) == len(of_parts) else None
-    grouped = [query_groups(one.benchmark) for one in scored]
-    parted = [x + at * 2**32 for at, x in enumerate(grouped) if x is not None]
-    averaging = _Averaging(labels, classes, torch.cat(parted) if len(parted) == len(grouped) else None)
+    parted = [one.groups + at * 2**32 for at, one in enumerate(of_parts) if one.groups is not None]
+    averaging = _Averaging(labels, classes, torch.cat(parted) if len(parted) == len(of_parts) else None)
     galleries = [tuple(item.id for item in one.benchmark.gallery) for one in scored]
     # DTIN's domains share one gallery; FashionIQ's categories have one each.
     distinct = [galleries.index(gallery) == index for index, gallery in enumerate(galleries)]
@@ -435,14 +410,13 @@ def _seen_in_parts(counts: Sequence[SeenImages | None], distinct: Sequence[bool]
     return SeenImages(sum(one.queries for one in known), gallery)
 
 
-def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, TagMetric]:
+def _by_tag(benchmark: Benchmark, scores: Scores, groups: Int[Tensor, " queries"] | None) -> dict[str, TagMetric]:
     """Return the primary metric over the queries of each tag, in percent."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row, query in enumerate(benchmark.queries):
         for tag in query.tags:
             rows[tag].append(row)
-    primary, groups = benchmark.protocol.primary, query_groups(benchmark)
-    found = {}
+    primary, found = benchmark.protocol.primary, {}
     for tag, tagged in sorted(rows.items()):
         some = torch.tensor(tagged)
         averaging = _Averaging(None, None, None if groups is None else groups[some])
@@ -450,13 +424,8 @@ def _by_tag(benchmark: Benchmark, scores: Scores) -> dict[str, TagMetric]:
     return found
 
 
-def versions() -> dict[str, str]:
+@functools.cache  # reads and parses files
+def versions() -> Mapping[str, str]:
     """Return the versions of the packages that metrics depend on."""
-    packages = ("torch", "transformers", "lightning", "numpy", "pillow")
-    found = {package: _version(package) for package in packages}
+    found = {package: version(package) for package in ("torch", "transformers", "lightning", "numpy", "pillow")}
     return {"union-igrot": union_igrot.__version__, "python": python_version(), **found}
-
-
-@functools.cache
-def _version(package: str) -> str:
-    return version(package)  # reads and parses files

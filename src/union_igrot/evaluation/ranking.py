@@ -1,7 +1,7 @@
 """Exact search: every query against every gallery item, in chunks; first results, and the ranks of given items.
 
 Average precision over a whole gallery needs the ranks of the relevant items, not the order of all others. So the
-scores of a query are counted in narrow buckets, and only those that share a bucket with a requested item are sorted.
+scores of a query are sorted without their positions, and only items that tie are looked up.
 
 Guarantees for the order, with `TILE` the fixed shape of the products below:
 
@@ -21,12 +21,12 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import index
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -40,10 +40,8 @@ TILE = (128, 2048)
 CHUNK_BYTES = 128 * 2**20
 """Default bound on the scores held at once."""
 
-_KEY_BYTES = 8
-_LOW = 0xFFFFFFFF
-_LAST = 0x7FFFFFFF
-"""Upper half of an excluded item's key, behind every score."""
+_SCORE_BYTES = 8
+"""Memory of a score, and of the work with it."""
 
 
 @names_arguments
@@ -107,8 +105,7 @@ def exact_topk(
         gallery: Embeddings of the gallery, of any float type.
         k: Number of results, from 1 to the smallest number of candidates of a query.
         exclude: For each query the gallery positions that are no candidates.
-        chunk_bytes: Bound on the scores held at once, 8 bytes each. At least one query's scores with one tile are
-            held.
+        chunk_bytes: Bound on the scores held at once, 8 bytes each. At least one query's scores are held.
 
     Returns:
         Positions (int64) and scores (float32), best first; the module docstring states the guarantees for their order.
@@ -119,19 +116,15 @@ def exact_topk(
             an embedding holds nan or infinity.
     """
     excluded = check_exclusions(len(queries), len(gallery), exclude)
-    _check_k(k, len(gallery), excluded)
-    # Strips as wide as a block of queries allows, for fewer and larger partial selections.
-    span = _whole_tiles(_budget(chunk_bytes) // TILE[0], TILE[1], len(gallery))
+    most = _candidates(len(gallery), excluded)
+    if not 1 <= k <= most:
+        size = f"the gallery has {len(gallery)} items and a query excludes up to {len(gallery) - most} of them"
+        raise ConfigError(f"invalid value for k: {k} (expected 1 to {most}; {size})")
     positions = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
-    for rows in blocks(len(queries), span, chunk_bytes):
-        best = torch.empty(rows.stop - rows.start, 0, dtype=torch.int64, device=queries.device)
-        for begin in range(0, len(gallery), span):
-            keys = _keys(queries, gallery, rows, slice(begin, min(begin + span, len(gallery))), excluded)
-            found = keys.topk(min(k, keys.shape[1]), dim=1, largest=False).values
-            best = torch.cat([best, found], dim=1).sort(dim=1).values[:, :k]
-        positions[rows] = best & _LOW
-        scores[rows] = _scores_of(best)
+    for chunk in _ranked(queries, gallery, excluded, blocks(len(queries), len(gallery), chunk_bytes), None):
+        best = chunk.first(k)
+        positions[chunk.queries], scores[chunk.queries] = best, chunk.scores.gather(1, best)
     return Ranking(positions=positions, scores=scores)
 
 
@@ -164,81 +157,12 @@ def _candidates(n_gallery: int, excluded: list[list[int]] | None) -> int:
     return n_gallery - max((len(one) for one in excluded or ()), default=0)
 
 
-def _check_k(k: int, n_gallery: int, excluded: list[list[int]] | None) -> None:
-    most = _candidates(n_gallery, excluded)
-    if not 1 <= k <= most:
-        size = f"the gallery has {n_gallery} items and a query excludes up to {n_gallery - most} of them"
-        raise ConfigError(f"invalid value for k: {k} (expected 1 to {most}; {size})")
-
-
-def _budget(chunk_bytes: int) -> int:
-    """Return the number of scores that may be held at once."""
-    if chunk_bytes < 1:
-        raise ConfigError(
-            f"invalid value for chunk_bytes: {chunk_bytes} (expected an integer >= 1, such as {CHUNK_BYTES})"
-        )
-    return chunk_bytes // _KEY_BYTES
-
-
-def _whole_tiles(length: int, tile: int, most: int) -> int:
-    """Round down to whole tiles, at least one, at most all."""
-    return min(most, max(tile, length // tile * tile))
-
-
 def blocks(n_queries: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
     """Divide the queries into blocks whose scores with `width` items fit the budget."""
-    step = max(1, _budget(chunk_bytes) // width)
+    step = max(1, check_count("chunk_bytes", chunk_bytes) // _SCORE_BYTES // width)
     if step > TILE[0]:
         step = step // TILE[0] * TILE[0]
     return [slice(begin, min(begin + step, n_queries)) for begin in range(0, n_queries, step)]
-
-
-def _keys(
-    queries: Float[Tensor, "queries dim"],
-    gallery: Float[Tensor, "gallery dim"],
-    rows: slice,
-    columns: slice,
-    excluded: list[list[int]] | None,
-) -> Int64[Tensor, "rows columns"]:
-    """Score some queries with some items and pack each score with its position.
-
-    A key's upper 32 bits rise as the score falls, its lower 32 bits are the position. So all keys differ and their
-    order is the ranking, ties included: neither the sort nor the selection has to be stable.
-    """
-    keys = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.int64, device=queries.device)
-    positions = torch.arange(columns.start, columns.stop, device=queries.device)
-    total = torch.zeros((), device=queries.device)
-    with torch.no_grad(), full_precision(queries.device):
-        for i, j, tile in products(queries, gallery, rows, columns):
-            total += tile.sum()
-            torch.add(positions[j], _as_rising_integers(tile), alpha=1 << 32, out=keys[i, j])
-    if not total.isfinite():
-        raise DataError(not_finite(queries, gallery))
-    if excluded is not None:
-        _put_last(keys, positions, excluded[rows])
-    return keys
-
-
-def products(
-    queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"], rows: slice, columns: slice
-) -> Iterator[tuple[slice, slice, Float32[Tensor, "_ _"]]]:
-    """Compute the scores of some queries with some items tile by tile; call it under `full_precision` and `no_grad`.
-
-    Yields:
-        Rows and columns of the tile, relative to the requested ones, and its scores, which the next tile overwrites.
-    """
-    # All tiles share this memory, so nothing is allocated in between.
-    buffer = torch.empty(min(TILE[0], len(queries)), min(TILE[1], len(gallery)), device=queries.device)
-    for i, q in _tiles(rows, len(queries), TILE[0]):
-        some = queries[q].float()
-        for j, g in _tiles(columns, len(gallery), TILE[1]):
-            torch.mm(some, gallery[g].float().T, out=buffer)
-            tile = buffer[i.start - q.start : i.stop - q.start, j.start - g.start : j.stop - g.start]
-            yield (
-                slice(i.start - rows.start, i.stop - rows.start),
-                slice(j.start - columns.start, j.stop - columns.start),
-                tile,
-            )
 
 
 def _tiles(rows: slice, length: int, size: int) -> Iterator[tuple[slice, slice]]:
@@ -255,33 +179,6 @@ def _tiles(rows: slice, length: int, size: int) -> Iterator[tuple[slice, slice]]
         begin = end
 
 
-def _as_rising_integers(scores: Float32[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
-    """Map scores to 32-bit integers that rise as the scores fall; equal scores get equal integers.
-
-    The bits of a positive float32 rise with it; those of a negative one fall and are inverted. Subtracting from 0 maps
-    -0.0 to 0.0.
-    """
-    bits = (0.0 - scores).view(torch.int32)
-    return (bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)).to(torch.int64)
-
-
-def _scores_of(keys: Int64[Tensor, "rows columns"]) -> Float32[Tensor, "rows columns"]:
-    """Invert `_as_rising_integers`."""
-    bits = (keys >> 32).to(torch.int32)
-    return 0.0 - (bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
-
-
-def _put_last(
-    keys: Int64[Tensor, "rows columns"], positions: Int64[Tensor, " columns"], excluded: list[list[int]]
-) -> None:
-    """Set the keys of excluded items behind all others, still different from each other."""
-    first, last = int(positions[0]), int(positions[-1])
-    pairs = [(i, p - first) for i, one in enumerate(excluded) for p in one if first <= p <= last]
-    if pairs:
-        i, j = torch.tensor(pairs, device=keys.device).unbind(1)
-        keys[i, j] = (_LAST << 32) + positions[j]
-
-
 def not_finite(queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "gallery dim"]) -> str:
     """Return an error message that names the embeddings with nan or infinity."""
     found = []
@@ -294,13 +191,9 @@ def not_finite(queries: Float[Tensor, "queries dim"], gallery: Float[Tensor, "ga
 
 
 _FEW_TIES = 64
-"""Number of tied items in a row above which one stable sort is cheaper than single lookups."""
+"""Number of tied items per row above which one stable sort is cheaper than single lookups."""
 _FEW_ITEMS = 4
 """Number of items per row up to which their scores are compared one by one, instead of sorting all."""
-_BUCKETS = 1 << 16
-_LARGE = 1e38
-_Floats: TypeAlias = npt.NDArray[np.float32]
-_Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 @final
@@ -311,18 +204,11 @@ class RankedChunk:
 
     Attributes:
         queries: Which queries these are.
-        candidates: Number of candidates of each row. Excluded items come behind them, in gallery order.
     """
 
-    def __init__(
-        self,
-        queries: slice,
-        candidates: Int[Tensor, " chunk"],
-        scores: Float32[Tensor, "chunk gallery"],
-    ) -> None:
-        self.queries, self.candidates = queries, candidates
+    def __init__(self, queries: slice, scores: Float32[Tensor, "chunk gallery"]) -> None:
+        self.queries = queries
         self._scores: Tensor | None = scores
-        self._best: Tensor | None = None
 
     @property
     def scores(self) -> Float32[Tensor, "chunk gallery"]:
@@ -339,19 +225,17 @@ class RankedChunk:
 
     def first(self, k: int) -> Int[Tensor, "chunk k"]:
         """Return the positions of the first k items of each ranking, from 1 to all of them."""
-        if self._best is None or self._best.shape[1] < k:
-            self._best = self._find_first(k)
-        return self._best[:, :k]
-
-    def _find_first(self, k: int) -> Int[Tensor, "chunk k"]:
         rows, width = self.scores.shape
         if k == width:
             return _order(self.scores)
         last = self.scores.topk(k, dim=1).values[:, -1:]
-        row, item = (self.scores >= last).nonzero(as_tuple=True)
-        if len(item) > rows * k:
-            item = self._without_late_ties(row, item, last, k)
-        items = item.view(rows, k)
+        kept = self.scores >= last
+        late = (kept.sum(1) > k).nonzero()[:, 0]
+        if len(late):  # of those that tie for the last ranks, the first ones
+            some, level = self.scores[late], self.scores[late] == last[late]
+            places = k - (some > last[late]).sum(1, keepdim=True)
+            kept[late] &= ~level | (level.cumsum(1, dtype=torch.int32) <= places)
+        items = kept.nonzero()[:, 1].view(rows, k)
         return items.gather(1, _order(self.scores.gather(1, items)))
 
     def ranks(self, items: Int[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
@@ -360,35 +244,16 @@ class RankedChunk:
         Args:
             items: Gallery positions, any number per row.
         """
-        if self.scores.device.type != "cpu":
-            # An accelerator sorts fast, and looks up single ties slowly.
-            return _ranks(_order(self.scores)).gather(1, items) + 1
-        return _count_better(self.scores, items) + 1
-
-    def better_and_equal(
-        self, items: Int[Tensor, "chunk items"]
-    ) -> tuple[Int[Tensor, "chunk items"], Int[Tensor, "chunk items"]]:
-        """Count the candidates with a higher score than items of their row, and those with the same score."""
         own = self.scores.gather(1, items)
-        if items.shape[1] <= _FEW_ITEMS:
-            counts = [((self.scores > x).sum(1), (self.scores == x).sum(1)) for x in own.split(1, dim=1)]
-            better, equal = zip(*counts, strict=True)
-            return torch.stack(better, 1), torch.stack(equal, 1)
-        rising = self.scores.sort(dim=1).values
-        below, not_above = torch.searchsorted(rising, own), torch.searchsorted(rising, own, right=True)
-        return rising.shape[1] - not_above, not_above - below
-
-    def _without_late_ties(
-        self, row: Int[Tensor, " found"], item: Int[Tensor, " found"], last: Float[Tensor, "chunk 1"], k: int
-    ) -> Int[Tensor, " kept"]:
-        """Keep k items per row: of those that tie for the last ranks the first ones."""
-        counts = row.bincount(minlength=len(last))
-        kept = list(item.split(counts.tolist()))
-        for at in (counts > k).nonzero().flatten().tolist():
-            scores = self.scores[at, kept[at]]
-            better, tied = kept[at][scores > last[at]], kept[at][scores == last[at]]
-            kept[at] = torch.cat([better, tied[: k - len(better)]]).sort().values
-        return torch.cat(kept)
+        better, equal = better_and_equal(self.scores, own)
+        tied = (equal > 1).nonzero()
+        if len(tied) > (_FEW_TIES * len(items) if self.scores.device.type == "cpu" else 0):
+            order = _order(self.scores)
+            ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+            return torch.empty_like(order).scatter_(1, order, ranks).gather(1, items) + 1
+        for row, at in tied.tolist():
+            better[row, at] += (self.scores[row, : items[row, at]] == own[row, at]).sum()
+        return better + 1
 
 
 def rank_chunks(
@@ -458,8 +323,7 @@ def _ranked(
         if pairs:
             row, item = torch.tensor(pairs, device=scores.device).unbind(1)
             scores[row, item] = -torch.inf
-        sizes = torch.tensor([len(items) for items in out], dtype=torch.int64, device=scores.device)
-        chunk = RankedChunk(rows, len(gallery) - sizes, scores)
+        chunk = RankedChunk(rows, scores)
         yield chunk
 
 
@@ -469,77 +333,45 @@ def _fill(
     gallery: Float[Tensor, "gallery dim"],
     rows: slice,
 ) -> None:
+    """Compute the scores of some queries with all items, tile by tile."""
+    # All tiles share this memory, so nothing is allocated in between.
+    buffer = torch.empty(min(TILE[0], len(queries)), min(TILE[1], len(gallery)), device=queries.device)
+    total = torch.zeros((), device=queries.device)
     with torch.no_grad(), full_precision(queries.device):
-        for i, j, tile in products(queries, gallery, rows, slice(0, len(gallery))):
-            torch.add(tile, 0.0, out=scores[i, j])  # copies, and replaces -0.0 by 0.0
+        for i, q in _tiles(rows, len(queries), TILE[0]):
+            some = queries[q].float()
+            for j, g in _tiles(slice(0, len(gallery)), len(gallery), TILE[1]):
+                torch.mm(some, gallery[g].float().T, out=buffer)
+                tile = buffer[i.start - q.start : i.stop - q.start, j.start - g.start : j.stop - g.start]
+                # Copies, and replaces -0.0 by 0.0.
+                torch.add(tile, 0.0, out=scores[i.start - rows.start : i.stop - rows.start, j])
+                total += tile.sum()
+    if not total.isfinite():
+        raise DataError(not_finite(queries, gallery))
 
 
-def _count_better(
-    scores: Float32[Tensor, "chunk gallery"], items: Int[Tensor, "chunk items"]
-) -> Int[Tensor, "chunk items"]:
-    """Count in each row the candidates that are ranked before each of some items, with as many threads as torch."""
-    better = torch.empty_like(items)
-    rows, columns, out = scores.numpy(), items.numpy(), better.numpy()
+def better_and_equal(
+    scores: Float32[Tensor, "chunk gallery"], own: Float32[Tensor, "chunk items"]
+) -> tuple[Int[Tensor, "chunk items"], Int[Tensor, "chunk items"]]:
+    """Count in each row of scores those that are higher than each of some scores, and those that are the same."""
+    if 0 < own.shape[1] <= _FEW_ITEMS:
+        better = [(scores > x).sum(1) for x in own.split(1, dim=1)]
+        equal = [(scores == x).sum(1) for x in own.split(1, dim=1)]
+        return torch.stack(better, 1), torch.stack(equal, 1)
+    rising = scores.sort(dim=1).values if scores.device.type != "cpu" else torch.from_numpy(_sorted(scores.numpy()))
+    below, not_above = torch.searchsorted(rising, own), torch.searchsorted(rising, own, right=True)
+    return rising.shape[1] - not_above, not_above - below
 
-    def work(part: range) -> None:
-        for row in part:
-            out[row] = _row_better(rows[row], columns[row])
 
-    threads = min(torch.get_num_threads(), len(rows))
+def _sorted(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Sort each row, with as many threads as torch; NumPy sorts several times as fast."""
+    rising, threads = scores.copy(), torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, [range(first, len(rows), threads) for first in range(threads)]))
-    return better
-
-
-def _row_better(scores: _Floats, items: _Ints) -> _Ints:
-    """Count for one row: candidates of a higher bucket come first, those of the same bucket are compared."""
-    bucket = _buckets(scores, min(_BUCKETS, len(scores)))
-    counts = np.bincount(bucket)
-    own_bucket = bucket[items]
-    requested = np.zeros(len(counts), np.bool_)
-    requested[own_bucket] = True
-    shared = requested[bucket]
-    near = scores[shared]
-    near.sort()
-    counts[requested] = 0
-    elsewhere = counts.sum() - counts.cumsum()  # items of higher buckets that are not compared
-    own = scores[items]
-    order = own.argsort()  # searching in ascending order is faster
-    own = own[order]
-    not_above = near.searchsorted(own, side="right")
-    better = np.empty_like(items)
-    better[order] = len(near) - not_above + elsewhere[own_bucket[order]]
-    tied = order[(not_above > 1) & (near[not_above - 2] == own)]
-    if len(tied) > _FEW_TIES:
-        positions = np.flatnonzero(shared)
-        ahead = np.empty_like(positions)
-        ahead[np.argsort(-scores[positions], kind="stable")] = np.arange(len(positions))
-        better[:] = ahead[positions.searchsorted(items)] + elsewhere[own_bucket]
-        return better
-    for at in tied.tolist():
-        better[at] += np.count_nonzero(scores[: items[at]] == scores[items[at]])
-    return better
-
-
-def _buckets(scores: _Floats, most: int) -> _Ints:
-    """Number scores from 0 so that a higher score never has a lower number."""
-    kept = scores if scores.min() > -np.inf else scores[scores > -np.inf]
-    low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 0.0)
-    steps = (most - 1) / (high - low) if high > low else 0.0
-    if not 0 < steps < _LARGE or high - low > _LARGE:
-        return np.zeros(len(scores), np.int64)
-    placed = (scores - np.float32(low)) * np.float32(steps)  # each step keeps the order
-    numbers: _Ints = np.maximum(placed, 0, out=placed).astype(np.int64)
-    return numbers
+        list(pool.map(np.ndarray.sort, np.array_split(rising, threads)))
+    return rising
 
 
 def _order(scores: Float32[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
     """Return the items best first, ties in their order."""
     order: Tensor = scores.argsort(dim=1, descending=True, stable=True)
     return order
-
-
-def _ranks(order: Int[Tensor, "chunk items"]) -> Int[Tensor, "chunk items"]:
-    """Return the rank of each item in an order, from 0."""
-    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ranks)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation.fusion import FusedQueries
-from union_igrot.evaluation.ranking import RankedChunk, rank_chunks
+from union_igrot.evaluation.ranking import RankedChunk, better_and_equal, rank_chunks
 from union_igrot.metrics.functional import TieGroups
 from union_igrot.metrics.names import ParsedMetric, is_rank, parse_metric
 from union_igrot.metrics.retrieval import RankedHits, RetrievalMetrics
@@ -19,7 +19,6 @@ from union_igrot.types import Benchmark, Protocol, Ranking, Scores
 
 RANKING_DEPTH = 50
 """Results of each query that are kept for contact sheets and submission files."""
-_TABLE_BYTES = 2**28
 _SUBSET_BYTES = 2**27
 
 
@@ -142,82 +141,75 @@ def score(
     if not isinstance(queries, FusedQueries):
         queries = FusedQueries(queries)
     rows = torch.arange(len(queries.images)) if positions is None else positions.cpu()
-    scorer = _Scorer(benchmark.protocol, Relevance.of(benchmark), queries, gallery, rows)
-    return scorer.over_subsets() if benchmark.protocol.candidates == "subset" else scorer.over_gallery()
+    over = _score_subsets if benchmark.protocol.candidates == "subset" else _score_gallery
+    return over(benchmark.protocol, Relevance.of(benchmark), queries, gallery, rows)
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """Ranks some queries of a benchmark, `rows`, and computes the protocol's metrics."""
+def _score_gallery(
+    protocol: Protocol, relevance: Relevance, queries: FusedQueries, gallery: Tensor, rows: Int[Tensor, " queries"]
+) -> Scores:
+    """Rank the whole gallery for some queries, `rows`, and compute the protocol's metrics."""
+    count, device = len(rows), queries.images.device
+    metrics = _metrics(protocol, device, count)
+    # The minimum over all queries, so that every process keeps equally many.
+    keep = min(RANKING_DEPTH, len(gallery) - max(map(len, relevance.exclude)))
+    ranking = Ranking(torch.empty(count, keep, dtype=torch.long), torch.empty(count, keep))
+    subsets = torch.full((count, max(map(len, relevance.subset or []), default=0)), -1)
+    depth = _depth(protocol, len(gallery))
+    exclude = [relevance.exclude[row] for row in rows.tolist()]
+    for chunk in rank_chunks(queries.images, gallery, exclude, fused=queries):
+        part = rows[chunk.queries]
+        items = _padded([relevance.targets[row] for row in part.tolist()]).to(device)
+        found = _find(items, chunk, depth, protocol.ties)
+        first = _find(items[:, :1], chunk, depth, protocol.ties) if protocol.recall_targets == "first" else None
+        within = None
+        if relevance.subset is not None:
+            subset = _padded([relevance.subset[row] for row in part.tolist()]).to(device)
+            scores = chunk.scores.gather(1, subset.clamp(min=0)).masked_fill(subset < 0, -torch.inf)
+            order, within = _rank_small(scores, _among(subset, items.unbind()) & (subset >= 0), protocol.ties)
+            subsets[chunk.queries, : subset.shape[1]] = subset.gather(1, order).cpu()
+        metrics.update(found, part.to(device), within, first)
+        best = chunk.first(keep)
+        ranking.positions[chunk.queries] = best.cpu()
+        ranking.scores[chunk.queries] = chunk.scores.gather(1, best).cpu()
+    return Scores(_values(metrics, protocol), ranking, subsets if subsets.shape[1] else None)
 
-    protocol: Protocol
-    relevance: Relevance
-    queries: FusedQueries
-    gallery: Tensor
-    rows: Int[Tensor, " queries"]
 
-    def over_gallery(self) -> Scores:
-        """Rank the whole gallery."""
-        protocol, relevance, count = self.protocol, self.relevance, len(self.rows)
-        device = self.queries.images.device
-        metrics = _metrics(protocol, device, count)
-        # The minimum over all queries, so that every process keeps equally many.
-        keep = min(RANKING_DEPTH, len(self.gallery) - max(map(len, relevance.exclude)))
-        ranking = Ranking(torch.empty(count, keep, dtype=torch.long), torch.empty(count, keep))
-        own = None if relevance.subset is None else _TargetTable(relevance.subset, device)
-        subsets = torch.full((count, max(map(len, relevance.subset or []), default=0)), -1)
-        targets, depth = _TargetTable(relevance.targets, device), _depth(protocol, len(self.gallery))
-        exclude = [relevance.exclude[row] for row in self.rows.tolist()]
-        for chunk in rank_chunks(self.queries.images, self.gallery, exclude, fused=self.queries):
-            part = self.rows[chunk.queries]
-            items = targets.of(part)
-            found = _find(items, chunk, depth, protocol.ties)
-            first = _find(items[:, :1], chunk, depth, protocol.ties) if protocol.recall_targets == "first" else None
-            within = None
-            if own is not None:
-                subset = own.of(part)
-                scores = chunk.scores.gather(1, subset.clamp(min=0)).masked_fill(subset < 0, -torch.inf)
-                order, within = _rank_small(scores, _among(subset, items.unbind()) & (subset >= 0), protocol.ties)
-                subsets[chunk.queries, : subset.shape[1]] = subset.gather(1, order).cpu()
-            metrics.update(found, part.to(device), within, first)
-            best = chunk.first(keep)
-            ranking.positions[chunk.queries] = best.cpu()
-            ranking.scores[chunk.queries] = chunk.scores.gather(1, best).cpu()
-        return Scores(_values(metrics, protocol), ranking, subsets if subsets.shape[1] else None)
-
-    def over_subsets(self) -> Scores:
-        """Rank each query's own candidates alone (GeneCIS, i-CIR)."""
-        protocol, subsets, queries = self.protocol, self.relevance.subset, self.queries
-        if subsets is None:
-            raise DataError("the protocol ranks each query's own subset, but no query has one; set Query.subset")
-        device, count, wide = queries.images.device, len(self.rows), max(map(len, subsets))
-        metrics = _metrics(protocol, device, count)
-        ordered = torch.full((count, min(RANKING_DEPTH, wide)), -1)
-        cosines = torch.full(ordered.shape, -torch.inf)
-        blocks = _subset_blocks([subsets[query] for query in self.rows.tolist()], 4 * wide * self.gallery.shape[1])
-        for at in blocks:
-            span = torch.tensor(at)
-            part = self.rows[span]
-            own = [subsets[query] for query in part.tolist()]
-            subset, here = _padded(own).to(device), span.to(device)
-            shared = all(one is own[0] for one in own)
-            items = self.gallery[subset[0] if shared else subset.clamp(min=0)].float()
-            formula = "qd,sd->qs" if shared else "qd,qsd->qs"
-            sides = [queries.images] if queries.texts is None else [queries.images, queries.texts]
-            found = [torch.einsum(formula, side[here].float(), items) for side in sides]
-            scores = found[0] if queries.texts is None else queries.combine(found[0], found[1], subset >= 0)
-            if not scores.isfinite().all():
-                raise DataError("an embedding contains nan or infinity; look for a broken model or image")
-            scores = scores.masked_fill(subset < 0, -torch.inf)
-            targets = [self.relevance.targets[query].to(device) for query in part.tolist()]
-            order, ranked = _rank_small(scores, _among(subset, targets), protocol.ties)
-            single = _among(subset, [one[:1] for one in targets]) if protocol.recall_targets == "first" else None
-            first = None if single is None else _rank_small(scores, single, protocol.ties)[1]
-            metrics.update(ranked, part.to(device), ranked, first)
-            order = order[:, : ordered.shape[1]]
-            ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
-            cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()
-        return Scores(_values(metrics, protocol), Ranking(ordered, cosines), ordered)
+def _score_subsets(
+    protocol: Protocol, relevance: Relevance, queries: FusedQueries, gallery: Tensor, rows: Int[Tensor, " queries"]
+) -> Scores:
+    """Rank each query's own candidates alone (GeneCIS, i-CIR)."""
+    subsets = relevance.subset
+    if subsets is None:
+        raise DataError("the protocol ranks each query's own subset, but no query has one; set Query.subset")
+    device, count, wide = queries.images.device, len(rows), max(map(len, subsets))
+    metrics = _metrics(protocol, device, count)
+    ordered = torch.full((count, min(RANKING_DEPTH, wide)), -1)
+    cosines = torch.full(ordered.shape, -torch.inf)
+    blocks = _subset_blocks([subsets[query] for query in rows.tolist()], 4 * wide * gallery.shape[1])
+    for at in blocks:
+        span = torch.tensor(at)
+        part = rows[span]
+        own = [subsets[query] for query in part.tolist()]
+        subset, here = _padded(own).to(device), span.to(device)
+        shared = all(one is own[0] for one in own)
+        items = gallery[subset[0] if shared else subset.clamp(min=0)].float()
+        formula = "qd,sd->qs" if shared else "qd,qsd->qs"
+        sides = [queries.images] if queries.texts is None else [queries.images, queries.texts]
+        found = [torch.einsum(formula, side[here].float(), items) for side in sides]
+        scores = found[0] if queries.texts is None else queries.combine(found[0], found[1], subset >= 0)
+        if not scores.isfinite().all():
+            raise DataError("an embedding contains nan or infinity; look for a broken model or image")
+        scores = scores.masked_fill(subset < 0, -torch.inf)
+        targets = [relevance.targets[query].to(device) for query in part.tolist()]
+        order, ranked = _rank_small(scores, _among(subset, targets), protocol.ties)
+        single = _among(subset, [one[:1] for one in targets]) if protocol.recall_targets == "first" else None
+        first = None if single is None else _rank_small(scores, single, protocol.ties)[1]
+        metrics.update(ranked, part.to(device), ranked, first)
+        order = order[:, : ordered.shape[1]]
+        ordered[span, : order.shape[1]] = subset.gather(1, order).cpu()
+        cosines[span, : order.shape[1]] = scores.gather(1, order).cpu()
+    return Scores(_values(metrics, protocol), Ranking(ordered, cosines), ordered)
 
 
 def _subset_blocks(subsets: Sequence[Tensor], row_bytes: int) -> list[list[int]]:
@@ -285,9 +277,7 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
     at = {item.id: position for position, item in enumerate(benchmark.gallery)}
     positions = torch.tensor([[at[name] for name in names[:depth]] for names in rankings])
     metrics = _metrics(protocol, positions.device, len(pairs))
-    for row, (query, _) in enumerate(pairs):
-        excluded = [at[name] for name in query.exclude] if protocol.exclude_reference else []
-        targets = relevance.targets[row]
+    for row, (targets, excluded) in enumerate(zip(relevance.targets, relevance.exclude, strict=True)):
         ranked = positions[row][~torch.isin(positions[row], torch.tensor(excluded, dtype=torch.long))]
         hits, first = torch.isin(ranked, targets)[None], torch.isin(ranked, targets[:1])[None]
         counts = torch.tensor([len(targets)])
@@ -296,25 +286,6 @@ def score_predictions(benchmark: Benchmark, rankings: Sequence[Sequence[str]]) -
         metrics.update(RankedHits(hits, counts), torch.tensor([row]), within, single)
     scores = Scores(_values(metrics, protocol), Ranking(positions, torch.zeros(positions.shape)))
     return replace(benchmark, protocol=protocol), scores
-
-
-class _TargetTable:
-    """The targets of queries as a padded table; queries that share their targets share a row."""
-
-    def __init__(self, targets: Sequence[Int[Tensor, " _"]], device: torch.device) -> None:
-        self._targets, self._device = targets, device
-        kinds = {id(items): items for items in targets}
-        self._table: Tensor | None = None
-        if 8 * len(kinds) * max(map(len, kinds.values())) <= _TABLE_BYTES:
-            number = {key: index for index, key in enumerate(kinds)}
-            self._table = _padded(list(kinds.values())).to(device)
-            self._kind = torch.tensor([number[id(items)] for items in targets], device=device)
-
-    def of(self, part: Int[Tensor, " chunk"]) -> Int[Tensor, "chunk most"]:
-        """Return the targets of some queries, padded with -1."""
-        if self._table is not None:
-            return self._table[self._kind[part.to(self._device)]]
-        return _padded([self._targets[query] for query in part.tolist()]).to(self._device)
 
 
 def _padded(rows: list[Int[Tensor, " _"]]) -> Int[Tensor, "rows most"]:
@@ -335,7 +306,11 @@ def _find(items: Int[Tensor, "chunk most"], chunk: RankedChunk, depth: int | Non
     n, width = chunk.scores.shape
     inside = items.clamp(min=0)
     counted = (items >= 0) & (chunk.scores.gather(1, inside) > -torch.inf)  # neither padding nor excluded
-    groups = None if ties == "gallery order" else TieGroups.of(*chunk.better_and_equal(inside), counted)
+    groups = (
+        None
+        if ties == "gallery order"
+        else TieGroups.of(*better_and_equal(chunk.scores, chunk.scores.gather(1, inside)), counted)
+    )
     count, by_rank = counted.sum(1), depth is None or ties == "pessimistic"
     where = inside
     if ties == "pessimistic" and groups is not None:
@@ -365,9 +340,7 @@ def _rank_small(
         order = scores.argsort(dim=1, descending=True, stable=True)
     groups = None
     if ties == "expected":
-        rising = scores.sort(dim=1).values
-        below, not_above = torch.searchsorted(rising, scores), torch.searchsorted(rising, scores, right=True)
-        groups = TieGroups.of(scores.shape[1] - not_above, not_above - below, hits)
+        groups = TieGroups.of(*better_and_equal(scores, scores), hits)
     return order, RankedHits(hits.gather(1, order), hits.sum(1), groups)
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from union_igrot.errors import DataError
-from union_igrot.evaluation.calibration import Calibration, describe_expansion
+from union_igrot.evaluation.calibration import WEIGHT
 from union_igrot.evaluation.results import (
     FEW_CLASSES,
     BenchmarkResult,
@@ -112,7 +112,7 @@ class ResultTable:
         """Return an HTML figure, every text escaped."""
         head = "".join(_html_cell("th", cell, ' scope="col"') for cell in self.head)
         rows = "".join(
-            f"<tr{_class(row.kind)}>"
+            (f'<tr class="{escape(row.kind)}">' if row.kind else "<tr>")
             + _html_cell("th", Cell(row.name, row.below), ' scope="row"')
             + "".join(_html_cell("td", cell) for cell in row.cells)
             + "</tr>\n"
@@ -130,7 +130,7 @@ class ResultTable:
         primary = [cell.kind == "primary" for cell in self.head[1:]]
         names = [f"**{cell.text}**" if cell.kind == "primary" else cell.text for cell in self.head]
         rows = [
-            [row.name, *(_joined(cell) if shown else cell.text for cell, shown in zip(row.cells, primary, strict=True))]
+            [row.name, *(f"{x.text} {x.below * shown}".rstrip() for x, shown in zip(row.cells, primary, strict=True))]
             for row in self.rows
         ]
         rule = "| --- |" + "".join(" --- |" if cell.kind == "words" else " ---: |" for cell in self.head[1:])
@@ -165,10 +165,6 @@ class ResultTable:
         return table
 
 
-def _class(kind: str) -> str:
-    return f' class="{escape(kind)}"' if kind else ""
-
-
 def _html_cell(tag: str, cell: Cell, attributes: str = "") -> str:
     below = f'<span class="span">{escape(cell.below)}</span>' if cell.below else ""
     shapes = ""
@@ -187,11 +183,8 @@ def _html_cell(tag: str, cell: Cell, attributes: str = "") -> str:
     kind = "bar" if cell.span is None else "bar value"
     bar = f'<svg class="{kind}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
     bar = bar if shapes else ""
-    return f"<{tag}{attributes}{_class(cell.kind)}>{escape(cell.text)}{below}{bar}</{tag}>"
-
-
-def _joined(cell: Cell) -> str:
-    return f"{cell.text} {cell.below}".rstrip()
+    attributes += f' class="{escape(cell.kind)}"' if cell.kind else ""
+    return f"<{tag}{attributes}>{escape(cell.text)}{below}{bar}</{tag}>"
 
 
 def markdown_row(*cells: str) -> str:
@@ -299,9 +292,13 @@ def method_title(result: MethodResult) -> str:
 def correction_lines(described: Mapping[str, Any]) -> Iterator[str]:
     """Explain the calibration and the query expansion of a described model."""
     if used := described.get("calibration"):
-        yield f"calibrated: {Calibration(**used)}"
+        yield (
+            f"calibrated: score minus {used['weight']:g} times the mean of the gallery image's {used['neighbors']} "
+            f"greatest cosines to {used['queries']:,} training queries"
+        )
     if count := described.get("query_expansion"):
-        yield f"expanded: {describe_expansion(count)}"
+        mean = f"{WEIGHT:g} times the unit mean of its first {count} results"
+        yield f"expanded: each query plus {mean}, searched again"
 
 
 def format_percent(value: float | None) -> str:
@@ -343,20 +340,17 @@ def describe_protocol(protocol: Protocol, *, parts: bool = False) -> str:
         protocol: The protocol.
         parts: Whether the result is the mean over parts of a benchmark.
     """
+    tags = " over tags" if (protocol.average, protocol.groups) == ("macro", "tag") else ""
     clauses = [
         f"protocol {protocol.name}",
         f"prompt {protocol.prompt!r}" if protocol.prompt else "",
         *(family.describe(protocol) for family in families_of(protocol.metrics) if family.describe),
-        "mean of the parts' means" if parts else f"{protocol.average} average{_over_tags(protocol)}",
+        "mean of the parts' means" if parts else f"{protocol.average} average{tags}",
         "reference left out" if protocol.exclude_reference else "reference kept",
         _TIE_RULES[protocol.ties],
         protocol.note,
     ]
     return "; ".join(clause for clause in clauses if clause)
-
-
-def _over_tags(protocol: Protocol) -> str:
-    return " over tags" if (protocol.average, protocol.groups) == ("macro", "tag") else ""
 
 
 def overlap_lines(result: MethodResult) -> list[str]:
@@ -419,35 +413,24 @@ def compare_queries(
         scale, median = scale_of(name), name.startswith("Median")
         paired = median_difference if median else paired_interval
         gap = Difference(*(scale * x for x in paired(one, other, seed=seed, classes=first.classes)))
-        chance = format_p(randomization_test(one, other, rounds, seed, first.classes))
+        chance = randomization_test(one, other, rounds, seed, first.classes)
+        shown = "< 0.001" if chance < 0.001 else f"{chance:.3f}"
         amount, judged = format_difference(gap, name)
         means = [
             format_value(scale * float(side.nanquantile(0.5) if median else side.nanmean()), name)
             for side in (one, other)
         ]
-        rows.append(TableRow(name, list(map(Cell, [*means, amount, chance])), "primary" if name == primary else ""))
+        rows.append(TableRow(name, list(map(Cell, [*means, amount, shown])), "primary" if name == primary else ""))
         if name == primary:
             relation = (
                 f"{names[0]} is {judged} than {names[1]}" if judged != NO_DIFFERENCE else f"{judged} between them"
             )
-            verdict = f"{relation}: {amount} {name}, p {chance if chance.startswith('<') else '= ' + chance}"
+            verdict = f"{relation}: {amount} {name}, p {shown if chance < 0.001 else '= ' + shown}"
     few = 0 if first.classes is None else len(first.classes.unique())
     if 0 < few < FEW_CLASSES:
         verdict += f"; of only {few} classes, so that it is rough"
     head = list(map(Cell, ["metric", *names, "difference [95 %]", "p"]))
     return ResultTable(f"{names[0]} - {names[1]}", head, rows), verdict
-
-
-def format_p(value: float) -> str:
-    """Format a p-value with three decimals."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def tag_line(result: MethodResult) -> str:
-    """Describe the primary metric over the queries of each tag; empty without tags."""
-    parts = [f"{tag} {format_percent(one.value)} ({one.n_queries:,})" for tag, one in result.by_tag.items()]
-    name = method_name(result.method)
-    return f"{result.primary} of {name} by tag (queries): {', '.join(parts)}" if parts else ""
 
 
 def notes(result: BenchmarkResult) -> Iterator[str]:
@@ -474,8 +457,11 @@ def notes(result: BenchmarkResult) -> Iterator[str]:
 
 
 def detailed_notes(result: BenchmarkResult) -> list[str]:
-    """Return `notes`, the metric by tag and the paired differences."""
-    return [*notes(result), *filter(None, [tag_line(result.main)]), *difference_lines(result.main)]
+    """Return `notes`, the primary metric over the queries of each tag, and the paired differences."""
+    main = result.main
+    tags = ", ".join(f"{tag} {format_percent(one.value)} ({one.n_queries:,})" for tag, one in main.by_tag.items())
+    by_tag = [f"{main.primary} of {method_name(main.method)} by tag (queries): {tags}"] if tags else []
+    return [*notes(result), *by_tag, *difference_lines(main)]
 
 
 def print_results(result: EvaluationResult, console: Console | None = None) -> None:

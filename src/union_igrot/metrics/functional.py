@@ -13,14 +13,14 @@ Information Retrieval Performance Measures Efficiently in the Presence of Tied S
 and registered metrics, a fixed number of seeded orders is averaged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, check_choice, check_count
 from union_igrot.metrics.names import Reduction
 from union_igrot.types import ApNorm, ApRule, Average, PrecisionCut, RecallMode
 
@@ -36,11 +36,11 @@ def recall_at_k(
     `any` returns 1 if at least one relevant candidate is among them (CIRR, FashionIQ, GeneCIS); `fraction` returns the
     share that is (Pic2Word's DTIN metric, there with 1e-5 added to the divisor).
     """
-    _one_of("mode", mode, RecallMode)
+    check_choice("mode", mode, get_args(RecallMode))
     top = _top(hits, k)
     found = top.sum(1)
     _check_counts(found, n_relevant, hits.shape[1], k)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     recall = (found > 0).to(real) if mode == "any" else found.to(real) / n_relevant
     return _undefined_as_nan(recall, n_relevant)
 
@@ -55,14 +55,14 @@ def precision_at_k(
     the list gets shorter too (ZSE-SBIR); and `attainable`: h / min(k, R) (doodle2search). If R >= k, all three are
     equal.
     """
-    _one_of("cut", cut, PrecisionCut)
+    check_choice("cut", cut, get_args(PrecisionCut))
     top = _top(hits, k)
     found = top.sum(1)
     _check_counts(found, n_relevant, hits.shape[1], k)
     attainable = n_relevant.clamp(max=k)
     if cut == "relevant":
         found = (top & (torch.arange(top.shape[1], device=hits.device) < attainable[:, None])).sum(1)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     precision = found.to(real) / (k if cut == "k" else attainable)
     return _undefined_as_nan(precision, n_relevant)
 
@@ -97,11 +97,11 @@ def average_precision(
         norm: Divisor.
         rule: How the area under the precision-recall curve is computed.
     """
-    _one_of("norm", norm, ApNorm)
-    _one_of("rule", rule, ApRule)
+    check_choice("norm", norm, get_args(ApNorm))
+    check_choice("rule", rule, get_args(ApRule))
     ranks, found = _ranks_of_hits(_top(hits, k))
     _check_counts(found, n_relevant, hits.shape[1], k)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     positions = ranks.to(real)
     nth = torch.arange(1, ranks.shape[1] + 1, dtype=real, device=hits.device)
     heights = nth / positions
@@ -130,7 +130,7 @@ def first_rank(
     """
     found = hits.sum(1)
     _check_counts(found, n_relevant, hits.shape[1], None)
-    real = _real(hits.device)
+    real = widest_float(hits.device)
     filled = torch.nn.functional.pad(hits.to(torch.uint8), (0, 1))  # argmax needs a column
     return _undefined_as_nan(filled.argmax(1).to(real) + 1, n_relevant)
 
@@ -142,7 +142,7 @@ def group_values(
 
     i-CIR's mmAP is the mean over instances of the instance's mean, its minmAP that of the instance's minimum.
     """
-    _one_of("reduction", how, Reduction)
+    check_choice("reduction", how, get_args(Reduction))
     kept = ~values.isnan()
     found: tuple[Tensor, Tensor] = torch.unique(groups[kept], return_inverse=True)
     names = {"mean": "mean", "minimum": "amin", "maximum": "amax"}
@@ -161,7 +161,7 @@ def average(
     Raises:
         ConfigError: If labels are missing for `macro`, or `how` is unknown.
     """
-    _one_of("how", how, Average)
+    check_choice("how", how, get_args(Average))
     if how == "micro":
         return values.nanmean()
     if labels is None:
@@ -175,21 +175,13 @@ def average(
     return torch.mean(sums / sizes)
 
 
-def _one_of(what: str, given: str, allowed: object) -> None:
-    names: Sequence[str] = get_args(allowed)
-    if given not in names:
-        raise ConfigError(f"invalid value for {what}: {given!r} (expected one of {', '.join(names)})")
-
-
-def _real(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
     """Return the widest float type of a device (MPS has no float64)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _top(hits: Bool[Tensor, "queries depth"], k: int | None) -> Bool[Tensor, "queries top"]:
-    if k is not None and k < 1:
-        raise ConfigError(f"invalid value for k: {k} (expected an integer >= 1)")
-    return hits if k is None else hits[:, :k]
+    return hits if k is None else hits[:, : check_count("k", k)]
 
 
 def _check_counts(

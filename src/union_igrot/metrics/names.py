@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple, final
 
 from union_igrot.errors import ConfigError
@@ -32,8 +32,8 @@ class MetricFamily:
         reduction: If given, the values of each group of queries are reduced to one, and the metric is their mean.
         average: `protocol`, or `median` over queries whatever the protocol says.
         unit: `percent` of values 0..1, higher is better; or `rank`, a rank from 1, lower is better.
-        expected: Like `compute` for rankings with ties: takes `metrics.functional.TieGroups`, k and the options, and returns
-            the expected values, or None if there is no closed form. Without it, seeded orders are averaged.
+        expected: Like `compute` for rankings with ties: takes `metrics.functional.TieGroups`, k and the options, and
+            returns the expected values, or None if there is no closed form. Without it, seeded orders are averaged.
     """
 
     name: str
@@ -63,7 +63,7 @@ class MetricFamily:
 
     def function(self) -> Callable[..., Any]:
         """Return `compute`, imported if necessary."""
-        return _imported(self.compute)
+        return resolve_name(self.compute) if isinstance(self.compute, str) else self.compute
 
     def options(self, protocol: Any) -> dict[str, Any]:
         """Return the options of `compute` under a protocol."""
@@ -71,15 +71,7 @@ class MetricFamily:
 
     def expected_function(self) -> Callable[..., Any] | None:
         """Return `expected`, imported if necessary."""
-        return None if self.expected is None else _imported(self.expected)
-
-
-def _imported(function: Callable[..., Any] | str) -> Callable[..., Any]:
-    if not isinstance(function, str):
-        return function
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), name)
-    return found
+        return resolve_name(self.expected) if isinstance(self.expected, str) else self.expected
 
 
 class ParsedMetric(NamedTuple):
@@ -118,7 +110,7 @@ def _group_recall(_: Any) -> str:
 
 
 def _family(name: str, function: str, **options: Any) -> MetricFamily:
-    """Declare a family by its functions in `functional` and in `ties`."""
+    """Declare a family by its two functions in `functional`."""
     compute = f"union_igrot.metrics.functional:{function}"
     return MetricFamily(name, compute, expected=f"union_igrot.metrics.functional:expected_{function}", **options)
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.metrics.functional import TieGroups, average, sampled_values
+from union_igrot.metrics.functional import TieGroups, average, sampled_values, widest_float
 from union_igrot.metrics.names import ParsedMetric, parse_metric
 from union_igrot.types import Protocol
 
@@ -131,15 +131,11 @@ class RetrievalMetrics(Metric):
         # torchmetrics would replace an empty state by a tensor of another type and shape, which a process without
         # queries could not exchange with the others.
         empty = torch.empty(0, dtype=torch.int64, device=self.device)
-        values = torch.empty(0, len(self.metrics), dtype=self._real, device=self.device)
+        values = torch.empty(0, len(self.metrics), dtype=widest_float(self.device), device=self.device)
         for state, filler in ((self.rows, values), (self.positions, empty)):
             if isinstance(state, list) and not state:
                 state.append(filler)
         super().sync(*args, **options)
-
-    @property
-    def _real(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _reserve(self, more: int) -> int:
         """Return the first free row of the last block, after adding a block if `more` rows do not fit.
@@ -151,7 +147,9 @@ class RetrievalMetrics(Metric):
             if free >= more:
                 return len(self.positions[-1]) - free
         size = max(more, self.expected, sum(map(len, self.positions)))
-        self.rows.append(torch.full((size, len(self.metrics)), torch.nan, dtype=self._real, device=self.device))
+        self.rows.append(
+            torch.full((size, len(self.metrics)), torch.nan, dtype=widest_float(self.device), device=self.device)
+        )
         self.positions.append(torch.full((size,), -1, dtype=torch.int64, device=self.device))
         return 0
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from union_igrot.errors import ConfigError, DataError
+from union_igrot.errors import ConfigError, DataError, check_count
 from union_igrot.metrics.functional import average
 
 _DRAWS_AT_ONCE = 1 << 22  # 32 MiB of float64; a few such arrays are alive at a time
@@ -85,8 +85,7 @@ def bootstrap_intervals(
     """
     if not 0 < level < 1:
         raise ConfigError(f"invalid value for level: {level} (expected a number between 0 and 1, such as 0.95)")
-    if resamples < 1:
-        raise ConfigError(f"invalid value for resamples: {resamples} (expected an integer >= 1)")
+    check_count("resamples", resamples)
     lengths = {name: len(x) for name, x in values.items()}
     lengths |= {name: len(x) for name, x in (("labels", labels), ("classes", classes)) if x is not None}
     if len(set(lengths.values())) > 1:
@@ -189,8 +188,7 @@ def randomization_test(
         The share of draws at least as far from 0 as the observed difference, the observation itself included: from 1 /
         (rounds + 1) to 1. Queries for which either is nan are left out.
     """
-    if rounds < 1:
-        raise ConfigError(f"invalid value for rounds: {rounds} (expected an integer >= 1)")
+    check_count("rounds", rounds)
     gaps = _query_differences(first, second).numpy()
     kept = ~np.isnan(gaps)
     if not kept.any():
@@ -262,7 +260,8 @@ def _resampled_class_means(
     macro = strata is not None and np.array_equal(strata, classes)
     strata = np.zeros_like(classes) if strata is None or macro else strata
     order = np.lexsort((classes, strata))
-    starts, sizes, parts = _runs(strata[order], classes[order])
+    runs = np.stack([strata[order], classes[order]])
+    (parts, _), starts, sizes = np.unique(runs, axis=1, return_index=True, return_counts=True)
     groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
     means = np.empty((len(columns), resamples))
     pick, draw = (np.random.default_rng([seed, stream]) for stream in range(2))
@@ -284,11 +283,3 @@ def _resampled_class_means(
             totals = np.add.reduceat(sums, edges, axis=1) / np.add.reduceat(sizes[drawn], edges, axis=1)
             means[i, begin : begin + count] = totals.mean(axis=1)
     return means
-
-
-def _runs(strata: _Ints, classes: _Ints) -> tuple[_Ints, _Ints, _Ints]:
-    """Return the start and the size of each class in sorted queries, and its stratum."""
-    new = np.ones(len(classes), np.bool_)
-    new[1:] = (classes[1:] != classes[:-1]) | (strata[1:] != strata[:-1])
-    starts = np.flatnonzero(new)
-    return starts, np.diff(np.append(starts, len(classes))), strata[starts]

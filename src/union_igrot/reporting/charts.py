@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -82,70 +82,72 @@ def layout_chart(name: str, curve: Curve) -> Chart:
         notes.append(f"each point drawn is the mean of about {len(finite) / len(points):.0f} values")
     rows = nice_ticks(min(y for _, y in points), max(y for _, y in points))
     columns = nice_ticks(points[0][0], points[-1][0], whole=True)
-    across = _scale(min(points[0][0], columns[0]), max(points[-1][0], columns[-1]), _LEFT, _RIGHT - 14)
-    upwards = _scale(rows[0], rows[-1], _BOTTOM, _TOP)
-    placed = [(round(across(x), 1), round(upwards(y), 1)) for x, y in points]
-    return Chart(
-        name,
-        "; ".join([ends, bounds, *notes]),
-        " ".join(f"{x:g},{y:g}" for x, y in placed),
-        tuple(placed) if len(placed) <= _DOTTED else (),
-        tuple(Tick(round(upwards(value), 1), f"{value:.6g}") for value in rows),
-        tuple(Tick(round(across(value), 1), f"{value:.6g}") for value in columns),
-    )
+    return _chart(name, "; ".join([ends, bounds, *notes]), {name: points}, rows, columns)
 
 
 def recall_chart(scored: ScoredBenchmark) -> Chart | None:
     """Lay out R@k over k for every method, the last one first; None if no curve rises."""
     queries = scored.benchmark.queries
     at = {item.id: position for position, item in enumerate(scored.benchmark.gallery)}
-    rows = [row for row, query in enumerate(queries) if query.targets]
-    rows = rows[:: max(1, math.ceil(len(rows) / _DRAWN_QUERIES))]
-    targets = [torch.tensor([at[name] for name in queries[row].targets if name in at]) for row in rows]
-    curves: dict[str, list[float]] = {}
+    asked = [row for row, query in enumerate(queries) if query.targets]
+    asked = asked[:: max(1, math.ceil(len(asked) / _DRAWN_QUERIES))]
+    targets = [torch.tensor([at[name] for name in queries[row].targets if name in at]) for row in asked]
+    curves: dict[str, Curve] = {}
     for method, one in reversed(list(scored.scores.items())):
         ranked = one.ranking.positions.cpu()
-        hits = torch.stack([torch.isin(ranked[row], wanted) for row, wanted in zip(rows, targets, strict=True)])
-        curves[method_name(method)] = (100 * hits.cummax(1).values.double().mean(0)).tolist()
-    if all(curve[:1] == curve[-1:] for curve in curves.values()):
+        hits = torch.stack([torch.isin(ranked[row], wanted) for row, wanted in zip(asked, targets, strict=True)])
+        recalls = (100 * hits.cummax(1).values.double().mean(0)).tolist()
+        curves[method_name(method)] = [(float(k), recall) for k, recall in enumerate(recalls, 1)]
+    if all(curve[0][1] == curve[-1][1] for curve in curves.values() if curve):
         return None
     last = max(map(len, curves.values()))
-    across, upwards = _scale(1.0, float(last), _LEFT, _RIGHT - 14), _scale(0.0, 100.0, _BOTTOM, _TOP)
-    lines = {
-        name: " ".join(f"{across(float(k)):.4g},{upwards(y):.4g}" for k, y in enumerate(curve, 1))
-        for name, curve in curves.items()
-    }
-    ends = (f"{name} {format_percent(curve[0])} to {format_percent(curve[-1])}" for name, curve in curves.items())
-    first, *rest = lines.items()
-    return Chart(
-        "R@k",
-        f"percent of the queries with a target among the first k; {', '.join(ends)}; full line: {first[0]}",
-        first[1],
-        (),
-        tuple(Tick(round(upwards(float(y)), 1), f"{y}") for y in range(0, 101, 20)),
-        tuple(Tick(round(across(float(k)), 1), f"{k}") for k in (1, *range(10, last, 10), last)),
-        axis="k",
-        others=tuple(rest),
+    ends = (f"{name} {format_percent(one[0][1])} to {format_percent(one[-1][1])}" for name, one in curves.items())
+    words = (
+        f"percent of the queries with a target among the first k; {', '.join(ends)}; full line: {next(iter(curves))}"
     )
+    rows, columns = (list(map(float, marks)) for marks in (range(0, 101, 20), (1, *range(10, last, 10), last)))
+    return _chart("R@k", words, curves, rows, columns, axis="k")
 
 
 def weights_chart(weights: Sequence[float]) -> Chart:
     """Lay out a histogram of the weights of the image embedding in UNION's target head."""
     columns = nice_ticks(min(weights), max(weights))
     counts = torch.histc(torch.tensor(weights, dtype=torch.float64), _BINS, columns[0], columns[-1]).tolist()
-    rows = nice_ticks(0.0, max(counts), whole=True)
-    across, upwards = _scale(columns[0], columns[-1], _LEFT, _RIGHT - 14), _scale(rows[0], rows[-1], _BOTTOM, _TOP)
-    width = (_RIGHT - 14 - _LEFT) / _BINS
-    return Chart(
-        "gallery images",
+    words = (
         f"{len(weights):,} images, from {min(weights):.3g} to {max(weights):.3g}, median "
-        f"{torch.tensor(weights).median():.3g}; 1 is the image embedding alone, 0 the null text alone",
-        "",
-        (),
+        f"{torch.tensor(weights).median():.3g}; 1 is the image embedding alone, 0 the null text alone"
+    )
+    rows = nice_ticks(0.0, max(counts), whole=True)
+    return _chart("gallery images", words, {}, rows, columns, "the weight of the image in UNION's target", counts)
+
+
+def _chart(
+    name: str,
+    description: str,
+    curves: Mapping[str, Curve],
+    rows: Sequence[float],
+    columns: Sequence[float],
+    axis: str = "step",
+    counts: Sequence[float] = (),
+) -> Chart:
+    """Place curves, the first as the full line, or bars side by side, between marks of the values and of the axis."""
+    steps = [*columns, *(x for curve in curves.values() for x, _ in curve)]
+    right = _RIGHT - 14
+    across, upwards = _scale(min(steps), max(steps), _LEFT, right), _scale(rows[0], rows[-1], _BOTTOM, _TOP)
+    placed = {one: tuple((round(across(x), 1), round(upwards(y), 1)) for x, y in curves[one]) for one in curves}
+    lines = {one: " ".join(f"{x:g},{y:g}" for x, y in points) for one, points in placed.items()}
+    first = next(iter(placed), "")
+    width = (right - _LEFT) / _BINS
+    return Chart(
+        name,
+        description,
+        lines.pop(first, ""),
+        placed[first] if axis == "step" and len(placed[first]) <= _DOTTED else (),
         tuple(Tick(round(upwards(value), 1), f"{value:.6g}") for value in rows),
-        tuple(Tick(round(across(value), 1), f"{value:.4g}") for value in columns),
-        axis="the weight of the image in UNION's target",
-        bars=tuple(
+        tuple(Tick(round(across(value), 1), f"{value:.6g}") for value in columns),
+        axis,
+        tuple(lines.items()),
+        tuple(
             (round(_LEFT + number * width, 1), round(upwards(n), 1), round(width, 1), round(_BOTTOM - upwards(n), 1))
             for number, n in enumerate(counts)
         ),

@@ -75,8 +75,8 @@ def benchmark_sheet(
         found = [(scored.benchmark.gallery[at], score) for at, score in pairs if at >= 0]  # a subset may be padded
         return SheetRow(
             query_text(query) or "",
-            [_opened(open_image, query.image)],
-            [(score, _opened(open_image, item.image)) for item, score in found],
+            [opened(open_image, query.image)],
+            [(score, opened(open_image, item.image)) for item, score in found],
             [item.id in query.targets for item, _ in found] if query.targets else (),
         )
 
@@ -88,10 +88,11 @@ def query_text(query: Query) -> str | None:
     return " / ".join(filter(None, query.wordings)) or query.label
 
 
-def _opened(open_image: Opener, source: ImageSource) -> Image.Image | None:
+def opened(open_image: Opener, source: ImageSource) -> Image.Image | None:
+    """Return an image; None if it cannot be opened, as metrics and rankings are valid without it."""
     try:
         return open_image(source)
-    except ImageError:  # the metrics are valid without the image
+    except ImageError:
         return None
 
 

@@ -15,7 +15,6 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from union_igrot.errors import ImageError
 from union_igrot.evaluation.results import BenchmarkResult, EvaluationResult, MethodResult, ScoredBenchmark
 from union_igrot.evaluation.tables import (
     NO_DIFFERENCE,
@@ -33,7 +32,7 @@ from union_igrot.evaluation.tables import (
 )
 from union_igrot.metrics.names import scale_of
 from union_igrot.reporting.charts import Chart, Curve, layout_chart, recall_chart, weights_chart
-from union_igrot.reporting.contact_sheets import Opener, query_text
+from union_igrot.reporting.contact_sheets import Opener, opened, query_text
 from union_igrot.reporting.model_card import model_facts, training_facts
 from union_igrot.storage.files import write_atomic
 from union_igrot.types import Benchmark, ImageSource
@@ -158,6 +157,8 @@ def _section(
     alone = bool(parts) and not main.parts
     complete = bool(main.differences) and len(parts) == len(names)
     groups = [tag_groups(result), class_groups(parts[0], main.seen_classes) if alone else None]
+    charts = [recall_chart(parts[0])] if alone else []
+    charts += [weights_chart(parts[0].target_weights)] if alone and parts[0].target_weights else []
     return _Section(
         id=f"benchmark-{number}",
         title=result.title,
@@ -169,15 +170,9 @@ def _section(
         differences_note=f"On how many queries {main.primary}, the primary metric, of the trained model is higher, "
         "equal or lower. The difference is paired, with its 95 % bootstrap interval.",
         groups=[group for group in groups if group is not None],
-        charts=_section_charts(parts[0]) if alone else [],
+        charts=[chart for chart in charts if chart is not None],
         examples=render(parts[0], main.method) if alone else None,
     )
-
-
-def _section_charts(scored: ScoredBenchmark) -> list[Chart]:
-    weights = scored.target_weights
-    charts = (recall_chart(scored), weights_chart(weights) if weights else None)
-    return [chart for chart in charts if chart is not None]
 
 
 def _hidden_section(
@@ -242,7 +237,9 @@ def differences_table(main: MethodResult, parts: Sequence[ScoredBenchmark]) -> R
     """
     primary, rows = main.primary, []
     for other, differences in main.differences.items():
-        counts = _outcomes(parts, main.method, other, primary)
+        own, rival = (torch.cat([one.scores[name].values[primary] for one in parts]) for name in (main.method, other))
+        gaps = own - rival  # nan if one of them has no value
+        counts = [int(one.sum()) for one in (gaps > 0, gaps == 0, gaps < 0)]
         total = max(1, sum(counts))
         shares = [round(100 * count / total, 2) for count in counts]
         cells = [Cell(f"{count:,}", f"{share:.1f} %") for count, share in zip(counts, shares, strict=True)]
@@ -253,13 +250,6 @@ def differences_table(main: MethodResult, parts: Sequence[ScoredBenchmark]) -> R
     head = ["against", "wins", "ties", "losses", "differ", f"difference in {primary}"]
     caption = "Queries; bars from left to right: wins (full), ties (pale), losses (hatched)"
     return ResultTable(caption, [*map(Cell, head), Cell("verdict", kind="words")], rows)
-
-
-def _outcomes(parts: Sequence[ScoredBenchmark], method: str, other: str, primary: str) -> tuple[int, int, int]:
-    """Count wins, ties and losses of a method against another, over the queries for which both have a value."""
-    own, rival = (torch.cat([one.scores[name].values[primary] for one in parts]) for name in (method, other))
-    gaps = (own - rival)[~(own - rival).isnan()]
-    return int((gaps > 0).sum()), int((gaps == 0).sum()), int((gaps < 0).sum())
 
 
 def tag_groups(result: BenchmarkResult) -> tuple[str, ResultTable] | None:
@@ -404,26 +394,13 @@ def example_groups(scored: ScoredBenchmark, method: str, count: int = SHOWN) -> 
 def _few_per_class(benchmark: Benchmark, rows: Sequence[int], count: int) -> list[int]:
     """Take the first queries, a few per class, so that no class fills the group."""
     taken: list[int] = []
-    per_class: Counter[str] = Counter()
+    per_class: Counter[str | None] = Counter()
     for row in rows:
         label = benchmark.queries[row].label
-        if label is not None and per_class[label] >= _PER_CLASS:
-            continue
-        if label is not None:
-            per_class[label] += 1
-        taken.append(row)
-        if len(taken) == count:
-            break
-    return taken
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """An image as a data URI, and its size in pixels."""
-
-    uri: str
-    width: int
-    height: int
+        per_class[label] += 1
+        if label is None or per_class[label] <= _PER_CLASS:
+            taken.append(row)
+    return taken[:count]
 
 
 @final
@@ -436,7 +413,7 @@ class ExampleRenderer:
         self._template, self._open = template, open_image
         self._ranking = scored.scores[method].ranking.positions
         self._at = {item.id: position for position, item in enumerate(scored.benchmark.gallery)}
-        self._thumbnails: dict[int, Thumbnail | None] = {}
+        self._thumbnails: dict[int, dict[str, Any] | None] = {}
 
     def render(self, row: int) -> Markup:
         """Return a query with its first results as HTML, every text escaped."""
@@ -480,12 +457,8 @@ class ExampleRenderer:
         for rank, at in enumerate(self._ranked(row)[:RESULTS], 1):
             relevant = self._benchmark.gallery[at].id in targets
             found = found or relevant
-            if not targets:
-                yield self._tile(at, "", str(rank), f"result {rank}")
-            elif relevant:
-                yield self._tile(at, "right", f"{rank} ✓ right", f"result {rank}, right")
-            else:
-                yield self._tile(at, "wrong", f"{rank} ✗ wrong", f"result {rank}, wrong")
+            kind, sign = ("right", " ✓ right") if relevant else ("wrong", " ✗ wrong") if targets else ("", "")
+            yield self._tile(at, kind, f"{rank}{sign}", f"result {rank}" + f", {kind}" * bool(kind))
         if targets and not found:
             missed = self._rank_of(row, {query.targets[0]})
             where = f"rank {missed}" if missed else f"after {self._ranking.shape[1]}"
@@ -508,17 +481,16 @@ def shorten(text: str, length: int) -> str:
     return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
-def thumbnail(source: ImageSource, open_image: Opener) -> Thumbnail | None:
-    """Return an image at most `SIDE` pixels wide and high, as WebP in a data URI.
+def thumbnail(source: ImageSource, open_image: Opener) -> dict[str, Any] | None:
+    """Return an image at most `SIDE` pixels wide and high, as WebP in a data URI, and its size.
 
     None if it cannot be opened: rankings of other methods are scored without images.
     """
-    try:
-        image = open_image(source).convert("RGB")
-    except ImageError:
+    if (found := opened(open_image, source)) is None:
         return None
+    image = found.convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, format="WEBP", quality=_QUALITY, method=4)
     encoded = base64.b64encode(file.getvalue()).decode("ascii")
-    return Thumbnail(f"data:image/webp;base64,{encoded}", image.width, image.height)
+    return {"uri": f"data:image/webp;base64,{encoded}", "width": image.width, "height": image.height}

@@ -46,6 +46,7 @@ _CSV_COLUMNS = (
     *("backbone_hash", "heads_hash", "settings", "seed", "versions", "source"),
     *("value", "unit"),  # `percent` is the former name of `value`
 )
+_READ = {"V": "published", "S": "published, at second hand"}
 _TEXT_COLUMNS = ("model", "method", "split", "source and protocol")
 HIDDEN_SPLITS = ("cirr", "circo")
 """Benchmarks whose published results are of a split without public targets, so they are shown beside ours of `val`."""
@@ -122,11 +123,11 @@ class SweepMetric:
     runs: int = 1
 
     @classmethod
-    def over_seeds(cls, by_seed: Mapping[int, float], interval: Interval | None = None) -> "SweepMetric":
-        """Average values, unless they all stem from the same evaluation."""
-        values = list(by_seed.values())
-        if max(values) - min(values) < 1e-9:
-            return cls(values[0], interval)
+    def over_seeds(cls, by_seed: Mapping[int, float], interval: Interval | None = None) -> "SweepMetric | None":
+        """Average values, unless they all stem from the same evaluation; None if all are nan."""
+        values = [value for value in by_seed.values() if not math.isnan(value)]
+        if not values or max(values) - min(values) < 1e-9:
+            return cls(values[0], interval) if values else None
         return cls(statistics.fmean(values), None, statistics.stdev(values), len(values))
 
 
@@ -155,13 +156,12 @@ class SweepRow:
         """Return a metric; None if there is none."""
         found = [one for one in self.results.get(key, []) if not math.isnan(one.metrics.get(name, math.nan))]
         by_seed = {one.seed: one.metrics[name] for one in found}
-        return SweepMetric.over_seeds(by_seed, found[0].intervals[name]) if found else None
+        return SweepMetric.over_seeds(by_seed, found[0].intervals[name] if found else None)
 
     def tag(self, key: _Key, tag: str) -> SweepMetric | None:
         """Return the primary metric over the queries of a tag; None if there is none."""
-        found = {one.seed: one.by_tag[tag].value for one in self.results.get(key, []) if tag in one.by_tag}
-        found = {seed: value for seed, value in found.items() if not math.isnan(value)}
-        return SweepMetric.over_seeds(found) if found else None
+        found = [one for one in self.results.get(key, []) if tag in one.by_tag]
+        return SweepMetric.over_seeds({one.seed: one.by_tag[tag].value for one in found})
 
     def is_seen(self, key: _Key) -> bool:
         """Return whether the heads were trained on images or classes of a benchmark."""
@@ -228,10 +228,6 @@ def _agree(one: SweepRow, other: SweepRow) -> bool:
     return True
 
 
-def _benchmarks(jobs: Sequence[SweepJob]) -> dict[_Key, BenchmarkResult]:
-    return {one.key: one for one in _whole(jobs).benchmarks}
-
-
 def _whole(jobs: Sequence[SweepJob]) -> EvaluationResult:
     return EvaluationResult(tuple(one for job in jobs for one in job.result.methods))
 
@@ -285,7 +281,7 @@ def _benchmark_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> Resul
             [
                 Cell(one.method),
                 *(Cell(f"{one.metrics[name]:.1f}" if name in one.metrics else "") for name in metrics),
-                *(Cell(one.split), Cell(_source(one))),
+                *(Cell(one.split), Cell("; ".join(filter(None, (f"{_READ[one.mark]}: {one.source}", one.note))))),
             ],
         )
         for one in published
@@ -293,11 +289,6 @@ def _benchmark_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> Resul
     heads = ["model", "method", *metrics, *(("split", "source and protocol") if published else ())]
     kinds = {result.protocol.primary: "primary"} | dict.fromkeys(_TEXT_COLUMNS, "words")
     return ResultTable(result.title, [Cell(name, kind=kinds.get(name, "")) for name in heads], table)
-
-
-def _source(one: Published) -> str:
-    kind = "published" if one.mark == "V" else "published, at second hand"
-    return "; ".join(filter(None, (f"{kind}: {one.source}", one.note)))
 
 
 def _tag_table(result: BenchmarkResult, rows: Sequence[SweepRow]) -> ResultTable | None:
@@ -318,16 +309,14 @@ def write_sweep(folder: Path, jobs: Sequence[SweepJob], command: str) -> None:
     table = io.StringIO()
     writer = csv.DictWriter(table, _CSV_COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
-    for job in jobs:
-        for one in job.result.methods:
-            writer.writerows(map(_with_unit, _csv_lines(job, one)))
-    for key in _benchmarks(jobs):
-        for published in published_for(*key):
+    lines = [line for job in jobs for one in job.result.methods for line in _csv_lines(job, one)]
+    for result in _whole(jobs).benchmarks:
+        for published in published_for(*result.key):
             head = {name: getattr(published, name) for name in ("benchmark", "split", "method")}
             head |= {"model": published.backbone, "protocol": published.note}
             head |= {"source": f"published: {published.source} ({published.mark})"}
-            lines = (head | {"metric": name, "percent": f"{x:g}"} for name, x in published.metrics.items())
-            writer.writerows(map(_with_unit, lines))
+            lines += [head | {"metric": name, "percent": f"{x:g}"} for name, x in published.metrics.items()]
+    writer.writerows(line | {"value": line["percent"], "unit": unit_of(line["metric"])} for line in lines)
     write_atomic(folder / "results.csv", table.getvalue())
     write_atomic(folder / "results.md", "\n".join(_markdown(jobs, command)).rstrip() + "\n")
 
@@ -357,10 +346,6 @@ def _csv_lines(job: SweepJob, one: MethodResult) -> Iterator[dict[str, Any]]:
         yield head | {"metric": name, "percent": _exact(metric.value), "n_queries": metric.n_queries}
 
 
-def _with_unit(line: dict[str, Any]) -> dict[str, Any]:
-    return line | {"value": line["percent"], "unit": unit_of(line["metric"])}
-
-
 def _exact(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4f}"
 
@@ -373,7 +358,7 @@ def _markdown(jobs: Sequence[SweepJob], command: str) -> Iterator[str]:
         "mean and the standard deviation over three runs that differ in their seed. `*`: the heads were trained on "
         "images or classes of the benchmark, see below. A published result of another split is marked with its name."
     )
-    for result in _benchmarks(jobs).values():
+    for result in _whole(jobs).benchmarks:
         yield from ("", f"## {result.title}", "")
         yield from (f"**Warning: {warning}**\n" for warning in result.main.warnings)
         for protocol in dict.fromkeys(describe_protocol(one.protocol, parts=bool(one.parts)) for one in result.methods):
