@@ -15,10 +15,10 @@ from union_igrot.errors import ConfigError, DataError, UnionError, check_count, 
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, check_uri, local_path, open_index, without_password
+from union_igrot.gallery.ingest.embedding import read_vectors, vectors_by_id
 from union_igrot.gallery.ingest.entries import Listing, list_additions
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import is_list, list_source
-from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
 from union_igrot.gallery.metadata import (
     check_calibration,
     check_metadata,

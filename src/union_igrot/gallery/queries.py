@@ -23,8 +23,8 @@ from torch.nn.functional import normalize
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
+from union_igrot.gallery.ingest.embedding import read_vectors
 from union_igrot.gallery.ingest.entries import path_as_text
-from union_igrot.gallery.ingest.vectors import read_vectors
 from union_igrot.gallery.metadata import TASKS, QueryTask
 from union_igrot.gallery.results import Hit
 from union_igrot.images.decode import check_image

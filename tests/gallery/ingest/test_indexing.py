@@ -12,7 +12,7 @@ from PIL import Image
 
 from indexing_world import counts, fill, picture
 from union_igrot.errors import DataError, ImageError
-from union_igrot.gallery.ingest import writer
+from union_igrot.gallery.ingest import rows
 from union_igrot.gallery.ingest.entries import Entry, Listing, data_entry
 from union_igrot.gallery.ingest.sources import list_images
 
@@ -63,7 +63,7 @@ def test_names_that_change_places_find_their_vectors(world):
 
 @pytest.mark.slow
 def test_a_content_that_waits_for_the_end_is_given_to_its_copies(world, monkeypatch):
-    monkeypatch.setattr(writer, "BATCH_ROWS", 1)
+    monkeypatch.setattr(rows, "BATCH_ROWS", 1)
     fill(world.pictures, ["a.png", "b.png"])
     world.run()
     for name in ("a.png", "b.png", "copy1.png", "copy2.png"):

@@ -94,6 +94,11 @@ def content_digest(digest: "hashlib._Hash", text: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def digest_prefix(digest: str) -> int:
+    """Return the first 64 bits of a digest."""
+    return int(digest[:16], 16)
+
+
 def path_as_text(path: str) -> str:
     """Return a path as valid Unicode; undecodable bytes become backslash escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace") if not path.isascii() else path
