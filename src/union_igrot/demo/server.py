@@ -15,7 +15,6 @@ import mimetypes
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,7 +27,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
-from union_igrot.demo.uploads import photo_reference, short_file_name
+from union_igrot.demo.session import photo_reference, short_file_name
 from union_igrot.errors import UnionError, escape_controls
 from union_igrot.service import http
 from union_igrot.service.http import BodyReader, RequestQueue, UploadQueue, error_response, json_response
@@ -130,21 +129,6 @@ class PageRenderer:
         return self._environment.get_template(f"{name}.html").render(values)
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
-    """Credentials."""
-
-    user: str
-    password: str
-
-    def __repr__(self) -> str:
-        return f"Login({self.user!r})"
-
-    def opens(self, header: str) -> bool:
-        """Whether an Authorization header (RFC 7617) holds these credentials."""
-        return hmac.compare_digest(http.basic_credentials(header), f"{self.user}:{self.password}".encode())
-
-
 @final
 class Routes:
     """Request handlers."""
@@ -215,29 +199,29 @@ def make_app(
     *,
     bound: int = 64,
     hosts: Sequence[str] | None = http.LOOPBACK,
-    login: Login | None = None,
+    login: http.Gate | None = None,
     limits: Limits | None = None,
     decode: Callable[[bytes, str], Image.Image] | None = None,
 ) -> http.App:
     """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
     uploads = UploadQueue(limits or Limits(), min(bound, http.MAX_UPLOADS), decode)
     routes = Routes(controller, RequestQueue(bound), uploads)
-    return http.make_application(routes.routes(), hosts, None if login is None else _LoginGate(login))
+    return http.make_application(routes.routes(), hosts, login)
 
 
 @final
-class _LoginGate(http.Gate):
+class Login:
     """Checks passwords; a browser that has logged in is remembered by a cookie and never waits.
 
     An address may have few wrong attempts waiting at a time, so that passwords cannot be tried out quickly and nobody
     waits for the attempts of others.
     """
 
-    def __init__(self, login: Login) -> None:
-        self._login, self._cookies = login, dict[str, None]()
+    def __init__(self, user: str, password: str) -> None:
+        self.user, self.password, self._cookies = user, password, dict[str, None]()
         self._attempts: Counter[str] = Counter()
 
-    async def admit(self, request: Request) -> tuple[str, Response | None]:
+    async def __call__(self, request: Request) -> tuple[str, Response | None]:
         """Admit a browser that is known, and the right password at once; a wrong one waits."""
         if request.cookies.get(COOKIE) in self._cookies:
             return "", None
@@ -245,7 +229,7 @@ class _LoginGate(http.Gate):
         address = "" if request.client is None else _network(request.client.host)
         if password and (self._attempts[address] >= MAX_ATTEMPTS or self._attempts.total() >= MAX_ATTEMPTS_IN_ALL):
             return "", error_response(429, "too many wrong passwords; wait some seconds", {"Retry-After": "5"})
-        if self._login.opens(password):
+        if hmac.compare_digest(http.basic_credentials(password), f"{self.user}:{self.password}".encode()):
             cookie = secrets.token_urlsafe(24)
             self._cookies[cookie] = None
             while len(self._cookies) > MAX_LOGINS:

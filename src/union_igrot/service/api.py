@@ -102,13 +102,13 @@ EXAMPLES: Final = {
 
 
 @final
-class KeyGate(http.Gate):
+class KeyGate:
     """Asks for the API key as a Bearer token, or as the password of a browser; `/health` needs none."""
 
     def __init__(self, key: str) -> None:
         self._key = key.encode()
 
-    async def admit(self, request: Request) -> tuple[str, Response | None]:
+    async def __call__(self, request: Request) -> tuple[str, Response | None]:
         """Compare in constant time; a key is too long to be guessed, so that wrong ones need no delay."""
         header = request.headers.get("authorization", "")
         sent = header[7:].strip().encode("latin-1") if header[:7].lower() == "bearer " else b""

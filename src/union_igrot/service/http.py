@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import json
 import socket
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar, final
@@ -47,14 +46,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class Gate(ABC):
-    """Decides who is let in."""
-
-    @abstractmethod
-    async def admit(self, request: Request) -> tuple[str, Response | None]:
-        """Return a Set-Cookie header, if any, and the response that refuses the request, or None to admit it."""
+Gate = Callable[[Request], Awaitable[tuple[str, Response | None]]]
+"""Returns a Set-Cookie header, if any, and the response that refuses a request, or None to admit it."""
 
 
 class BusyError(UnionError):
@@ -177,7 +170,7 @@ class _Guard:
                 known = " or ".join(self._hosts)
                 refused = error_response(400, f"Unknown host name; this server is {known}.")
             elif self._gate is not None:
-                cookie, refused = await self._gate.admit(request)
+                cookie, refused = await self._gate(request)
             await (refused or self._inner)(scope, receive, with_headers)
         finally:
             self._active -= 1
@@ -269,19 +262,15 @@ class _Connection(H11Protocol):
 def listen(host: str, port: int) -> socket.socket:
     """Bind and listen on a port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    held = socket.socket(family)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((host, port))
-        held.listen(128)
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=host == "::")
     except OSError as error:
-        held.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
                 f"port {port} is in use; use another one, such as port={port + 1}, or port=0 for any free one"
             ) from None
-        raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}); use another host or port") from None
-    return held
+        reason = str(error.strerror).partition(" (while")[0]  # the address is named before
+        raise ConfigError(f"cannot bind {host}:{port} ({reason}); use another host or port") from None
 
 
 def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
