@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
 from union_igrot.gallery.ingest.embedding import read_vectors
 from union_igrot.gallery.ingest.entries import path_as_text
-from union_igrot.gallery.metadata import TASKS, QueryTask
+from union_igrot.gallery.metadata import TASKS
 from union_igrot.gallery.results import Hit
 from union_igrot.images.decode import check_image
 from union_igrot.images.formats import IMAGE_SUFFIXES
@@ -54,8 +54,8 @@ class Term:
     vector: Any = None  # the embedding itself, [dim] of unit length, instead of images and a text
 
     @property
-    def task(self) -> QueryTask:
-        """Its task, which decides how its scores are calibrated."""
+    def task(self) -> Literal["cir", "sbir"] | None:
+        """Its task, which decides how its scores are calibrated; None without an image, which is not calibrated."""
         return None if not self.images else "cir" if self.text else "sbir"
 
 
@@ -200,15 +200,6 @@ def _vector_terms(given: object) -> tuple[Term, ...]:
     if len(vectors) > 1:
         raise ConfigError(f"invalid value for vector: {len(vectors)} rows (expected one; search_many takes several)")
     return (Term(vector=vectors[0]),)
-
-
-def parse_queries(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[GalleryQuery]:
-    """Validate queries; `names` are theirs in errors, or empty."""
-    parsed = []
-    for given, name in zip(queries, names, strict=True):
-        with named_errors(name):
-            parsed.append(parse_query(given))
-    return parsed
 
 
 @contextmanager

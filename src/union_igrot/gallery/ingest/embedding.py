@@ -84,7 +84,6 @@ class ImageReader:
     ) -> None:
         self.preprocess, self.known, self.largest, self.exif = preprocess, known, largest, exif
         self._to_pixels = ImageToPixels(preprocess)
-        self._shard: io.BufferedReader | None = None
 
     def __call__(self, entry: Entry) -> tuple[DecodedImage, Tensor | None]:
         """Return an image with its pixels, None if it was not decoded."""
@@ -104,12 +103,6 @@ class ImageReader:
         size = self.preprocess.size
         stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return [image for image, _ in items], stacked
-
-    def close(self) -> None:
-        """Close the shard that was read last."""
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
 
     def _read_image(self, entry: Entry) -> tuple[DecodedImage, Tensor | None]:
         if entry.size > _LARGE_FILE and entry.offset is None and entry.data is None:
@@ -136,13 +129,10 @@ class ImageReader:
     def _read_bytes(self, entry: Entry) -> bytes:
         if entry.data is not None:
             return entry.data
-        if entry.offset is None:
-            with open(entry.path, "rb") as file:  # noqa: PTH123
+        with open(entry.path, "rb") as file:  # noqa: PTH123 - undecodable bytes in a name
+            if entry.offset is None:
                 return file.read()
-        if self._shard is None or self._shard.name != entry.path:
-            self.close()
-            self._shard = open(entry.path, "rb")  # noqa: PTH123, SIM115 - kept open for the next member
-        data = os.pread(self._shard.fileno(), entry.size, entry.offset)
+            data = os.pread(file.fileno(), entry.size, entry.offset)
         if len(data) < entry.size:
             raise OSError("the shard ends before it")
         return data
@@ -283,24 +273,20 @@ def _read_parts(
     reader: ImageReader, parts: Sequence[Sequence[Entry]], workers: int, pinned: bool
 ) -> Iterator[DecodedPart]:
     done = 0
-    try:
-        while done < len(parts):
-            try:
-                for part in read_batches(_loader(reader, parts[done:], workers, pinned, _PREFETCH)):
-                    done += 1
-                    yield part
-            except WorkerDiedError:
-                # The image that did it is in the missing part, or in one that was decoded ahead.
-                yield _read_one_by_one(reader, parts[done])
+    while done < len(parts):
+        try:
+            for part in read_batches(_loader(reader, parts[done:], workers, pinned, _PREFETCH)):
                 done += 1
-    finally:
-        reader.close()
+                yield part
+        except WorkerDiedError:
+            # The image that did it is in the missing part, or in one that was decoded ahead.
+            yield _read_one_by_one(reader, parts[done])
+            done += 1
 
 
 def _read_one_by_one(reader: ImageReader, entries: Sequence[Entry]) -> DecodedPart:
     """Decode images in a process that may die; an image that kills it is broken."""
     found: list[DecodedPart] = []
-    reader = ImageReader(reader.preprocess, reader.known, largest=reader.largest, exif=reader.exif)
     while len(found) < len(entries):
         try:
             # `+=` keeps what came before an error; with one image ahead the next one is at work.

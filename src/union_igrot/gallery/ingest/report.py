@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, final
+from typing import Final, Literal, NamedTuple, final, get_args, get_origin
 
 from union_igrot.errors import ConfigError, DataError, check_choice, check_count
 from union_igrot.images.exif import EXIF_COLUMNS
@@ -14,15 +14,8 @@ from union_igrot.storage.cache import write_cached
 EMBED_TEXT: Final = "embed_text"
 """Name of that option in the metadata of an index; an index without it embeds images alone."""
 
+PRECISIONS: Final = ("32-true", "bf16-mixed", "16-mixed", "onnx", "int8")
 _log: Final = logging.getLogger("union_igrot.indexing")
-
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "decoder": ("pillow", "torchcodec"),
-    "on_broken": ("skip", "fail"),
-    "precision": ("32-true", "bf16-mixed", "16-mixed", "onnx", "int8"),
-    "executor": ("local", "ray"),
-    "file_columns": ("new", "all", "none"),
-}
 
 
 @final
@@ -75,8 +68,10 @@ class IngestOptions:
         """Validate the values."""
         if isinstance(self.exclude, str):  # one pattern, not its letters
             object.__setattr__(self, "exclude", (self.exclude,))
-        for name, allowed in _CHOICES.items():
-            check_choice(name, getattr(self, name), allowed)
+        for one in fields(self):
+            if get_origin(one.type) is Literal:
+                check_choice(one.name, getattr(self, one.name), get_args(one.type))
+        check_choice("precision", self.precision, PRECISIONS)
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None:
                 check_count(name, count, least)
