@@ -16,7 +16,7 @@ from union_igrot.demo.backends import (
 )
 from union_igrot.demo.session import decode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import parse_term
 from union_igrot.images.decode import open_image

@@ -18,7 +18,7 @@ from union_igrot.demo.session import decode_thumbnail, encode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.results import THUMBNAIL, Hit, as_hits
 from union_igrot.images.decode import open_image

@@ -30,7 +30,7 @@ from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Scr
 from union_igrot.demo.session import photo_reference, short_file_name
 from union_igrot.errors import UnionError, escape_controls
 from union_igrot.service import http
-from union_igrot.service.http import BodyReader, RequestQueue, UploadQueue, error_response, json_response
+from union_igrot.service.http import RequestQueue, UploadQueue, error_response, json_response
 from union_igrot.service.uploads import Limits
 
 MAX_REQUEST_BYTES: Final = 2**20  # largest request body of an action in bytes; mostly strokes
@@ -135,7 +135,7 @@ class Routes:
 
     def __init__(self, controller: DemoController, queue: RequestQueue, uploads: UploadQueue) -> None:
         self._controller, self._renderer = controller, PageRenderer(controller, uploads.limits)
-        self._queue, self._uploads, self._bodies = queue, uploads, BodyReader()
+        self._queue, self._uploads = queue, uploads
         self._page = self._renderer.page()
 
     def routes(self) -> list[BaseRoute]:
@@ -179,7 +179,7 @@ class Routes:
         """Only the page's own script can set `X-Session`; a page of another origin would need CORS permission."""
         if "x-session" not in request.headers:
             raise HTTPException(403, "not from this page")
-        return await self._bodies.read(request, most)
+        return await self._uploads.read(request, most)
 
     async def _act(self, action: Callable[[], Screen]) -> dict[str, Any]:
         return await self._queue.run(lambda: self._renderer.regions(action()))

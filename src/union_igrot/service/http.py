@@ -75,25 +75,17 @@ class RequestQueue:
 
 @final
 class UploadQueue:
-    """Decodes uploaded images, two at a time, within limits."""
+    """Reads request bodies, and decodes uploaded images, two at a time, within limits."""
 
     def __init__(
         self, limits: Limits, bound: int = MAX_UPLOADS, decode: Callable[[bytes, str], Image.Image] | None = None
     ) -> None:
         self.limits, self._queue = limits, RequestQueue(bound, threads=2)
-        self._decode = decode or UploadDecoder(limits)
+        self._decode, self._held = decode or UploadDecoder(limits), 0
 
     async def decode(self, data: bytes, name: str) -> Image.Image:
         """Decode a file, called `name` in errors; a BusyError if too many wait."""
         return await self._queue.run(lambda: self._decode(data, name))
-
-
-@final
-class BodyReader:
-    """Reads request bodies within limits of time, of size, and of the size of all together."""
-
-    def __init__(self) -> None:
-        self._held = 0
 
     async def read(self, request: Request, most: int) -> bytes:
         """Read a body of at most `most` bytes; an HTTPException if it is larger, too slow or incomplete."""

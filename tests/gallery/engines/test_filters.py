@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.engines.filters import AllOf, AnyOf, like_matcher, matching, parse_filter
-from union_igrot.gallery.engines.memory import MemoryIndex
 
 COLUMNS = {"id": "str", **KINDS}
 

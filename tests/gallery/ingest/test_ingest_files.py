@@ -2,7 +2,7 @@
 
 from indexing_world import QUIET, picture
 from small_world import LinearBackbone, trainable
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing, data_entry
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestReport, SkippedFile, SkippedImage

@@ -10,8 +10,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -79,6 +80,7 @@ def ingest_images(
     """
     start = time.perf_counter()
     options = _with_settings_of(index, options or IngestOptions(), vectors)
+    widen = partial(widen_rows, model=model, metadata=index.metadata)
     model.eval()
     local = nullcontext(lambda entries, known: embed_entries(model, entries, options, known, vectors))
     executors = ray_executor(model, options) if options.executor == "ray" and vectors is None else local
@@ -93,22 +95,14 @@ def ingest_images(
         if skips and options.on_broken == "fail":
             raise _broken_image_error(skips[0].path, skips[0].reason)
         skipped.add(skips)
-        opened, working, decoding_wait = 0, 0.0, 0.0
         with RowWriter(index, listing, rows, skipped) as writer:
             known = [DecodedImage(rows[entry.id].digest) for entry in rewrite]
             writer.add(rewrite, known, torch.empty(0, index.dim))
             todo = [*read, *writer.flush()]
-            if todo:
-                began = time.perf_counter()
-                with executors as executor, closing(_embed_all(executor, todo, digests, writer)) as batches:
-                    for entries, images, found, waited in batches:
-                        writer.add(entries, images, widen_rows(found, model, index.metadata))
-                        opened, decoding_wait = opened + len(entries), decoding_wait + waited
-                        total = max(opened, len(todo))
-                        bar.update(task, description="embedding images", completed=opened, total=total)
-                        if options.on_broken == "fail":
-                            _check_readable(entries, images)
-                working = time.perf_counter() - began
+            show = partial(bar.update, task, description="embedding images", total=len(todo))
+            began = time.perf_counter()
+            opened, waited = _embed_all(executors, todo, digests, writer, options, widen, show) if todo else (0, 0.0)
+            working = time.perf_counter() - began
         bar.update(task, description="finishing")
         unchanged = len(listing.entries) - len(read) - len(rewrite) - len(skips)
         skips += writer.broken
@@ -127,7 +121,7 @@ def ingest_images(
         opened=opened,
         seconds=time.perf_counter() - start,
         working=working,
-        decoding_wait=decoding_wait,
+        decoding_wait=waited,
         writing_wait=writer.waited,
         skipped_file=skipped_file if broken else None,
         reasons=tuple(broken.items())[:EXAMPLES],
@@ -155,15 +149,32 @@ def _with_settings_of(index: VectorIndex, options: IngestOptions, vectors: objec
 
 
 def _embed_all(
-    executor: _Executor, todo: Sequence[Entry], known: UInt64[np.ndarray, " digests"], writer: RowWriter
-) -> Generator[EmbeddedBatch, None, None]:
-    """Embed images; those whose embedding vanished from the index meanwhile are embedded after all."""
-    for attempt in range(_ROUNDS):
-        with closing(executor(todo, known if attempt == 0 else None)) as batches:
-            yield from batches
-        todo = writer.flush()
-        if not todo:
-            return
+    executors: AbstractContextManager[_Executor],
+    todo: Sequence[Entry],
+    known: UInt64[np.ndarray, " digests"],
+    writer: RowWriter,
+    options: IngestOptions,
+    widen: Callable[[Tensor], Tensor],
+    show_progress: Callable[..., None],
+) -> tuple[int, float]:
+    """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all.
+
+    Returns the number of images read, and the seconds for which the model waited for them.
+    """
+    opened, waited = 0, 0.0
+    with executors as executor:
+        for attempt in range(_ROUNDS):
+            with closing(executor(todo, known if attempt == 0 else None)) as batches:
+                for entries, images, vectors, seconds in batches:
+                    writer.add(entries, images, widen(vectors))
+                    opened, waited = opened + len(entries), waited + seconds
+                    show_progress(completed=opened)
+                    for entry, image in zip(entries, images, strict=True):
+                        if image.reason and options.on_broken == "fail":
+                            raise _broken_image_error(entry.id, image.reason)
+            todo = writer.flush()
+            if not todo:
+                return opened, waited
     raise DataError("rows vanish from the index while images are added; stop the process that removes them, run again")
 
 
@@ -182,12 +193,6 @@ def _still_skipped(skipped: SkippedFile, broken: Collection[str], listing: Listi
         for path in skipped.own
         if path in broken or (path not in listed and (not prune or path.startswith(unreadable)))
     }
-
-
-def _check_readable(entries: Sequence[Entry], images: Sequence[DecodedImage]) -> None:
-    for entry, image in zip(entries, images, strict=True):
-        if image.reason:
-            raise _broken_image_error(entry.id, image.reason)
 
 
 def _broken_image_error(name: str, reason: str) -> ImageError:
