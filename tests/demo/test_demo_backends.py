@@ -64,7 +64,7 @@ def test_marks_and_filters_are_the_gallerys(backend):
     assert set(expected.ids) == set(names[4:]) - {names[8]}
     assert [one.id for one in backend.search(0, 1, liked=names[5:6])] == names[5:6]
     with pytest.raises(ConfigError, match=r"^Filter 'yeer = 1': there is no column 'yeer'"):
-        backend.search(0, 1, None, "red", "yeer = 1")
+        backend.search(0, 1, None, "red", where="yeer = 1")
     with pytest.raises(DataError, match=r"photos\.lance no longer contains all marked images"):
         backend.search(0, 1, None, "red", liked=["gone.jpg"])
     assert {"artist", "year", "width"} <= set(backend.columns)
@@ -190,9 +190,9 @@ def test_the_generated_world_is_filtered_and_refined(small, synthetic):
     labels = {item.id: item.label for item in small.items}
     captions = {item.id: item.caption for item in small.items}
     label = next(label for label in labels.values() if label)
-    found = synthetic.search(0, 100, None, "red", f"class = '{label}'")
+    found = synthetic.search(0, 100, None, "red", where=f"class = '{label}'")
     assert {one.id for one in found} == {name for name, given in labels.items() if given == label}
-    found = synthetic.search(0, 1000, None, "red", synthetic.example)
+    found = synthetic.search(0, 1000, None, "red", where=synthetic.example)
     assert {one.id for one in found} == {n for n in labels if labels[n] == "star" or "red" in captions[n]}
     liked, disliked = small.items[3].id, small.items[4].id
     found = synthetic.search(0, len(synthetic), liked=(liked,), disliked=(disliked,))

@@ -80,26 +80,16 @@ class GalleryBackend:
         return ["id", *(name for name, kind in self._rows.columns.items() if kind != "bytes")]
 
     def search(
-        self,
-        skip: int,
-        count: int,
-        image: Image.Image | None = None,
-        text: str | None = None,
-        where: str | None = None,
-        *,
-        liked: Sequence[str] = (),
-        disliked: Sequence[str] = (),
-        **query: Any,
+        self, skip: int, count: int, image: Image.Image | None = None, text: str | None = None, **query: Any
     ) -> list[DisplayedImage]:
         """Return the best results, best first, behind the first `skip`; the query is that of `Gallery.search`."""
-        query |= {"liked": liked, "disliked": disliked, "offset": skip, "thumbnails": self.thumbnails}
         try:
-            if liked or disliked:
-                self._rows.fetch([*liked, *disliked])
+            if marked := [*query.get("liked", ()), *query.get("disliked", ())]:
+                self._rows.fetch(marked)
         except DataError:
             raise DataError(f"{self.gallery} no longer contains all marked images; clear the marks.") from None
         try:
-            found = self._gallery.search(image, text, count, where, **query)
+            found = self._gallery.search(image, text, count, offset=skip, thumbnails=self.thumbnails, **query)
         except ConfigError as error:
             raise ConfigError(str(error).replace("where=", "Filter ", 1)) from None
         return [self.show(hit) for hit in found]

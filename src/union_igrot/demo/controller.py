@@ -294,9 +294,8 @@ class DemoController:
             image = None if turn.reference is None else self._query_image(turn.reference, backend)
             exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
             text, terms = _split_terms(turn.text)
-            marks: dict[str, Any] = {"liked": turn.liked, "disliked": turn.disliked}
-            query = image, text, turn.where or None
-            found = backend.search(skip, per_page + 1, *query, **marks, exclude=exclude, terms=terms)
+            query = {"where": turn.where or None, "liked": turn.liked, "disliked": turn.disliked}
+            found = backend.search(skip, per_page + 1, image, text, **query, exclude=exclude, terms=terms)
             columns.append(ResultColumn(number, backend.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
         found_by = [frozenset(one.id for one in column.images) for column in columns]

@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
 from union_igrot.demo.session import photo_reference, short_file_name
@@ -202,7 +203,7 @@ def make_app(
     login: http.Gate | None = None,
     limits: Limits | None = None,
     decode: Callable[[bytes, str], Image.Image] | None = None,
-) -> http.App:
+) -> ASGIApp:
     """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
     uploads = UploadQueue(limits or Limits(), min(bound, http.MAX_UPLOADS), decode)
     routes = Routes(controller, RequestQueue(bound), uploads)

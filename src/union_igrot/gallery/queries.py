@@ -340,18 +340,13 @@ def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str])
         for at in range(0, len(text_only), BATCH):
             chosen = text_only[at : at + BATCH]
             mean[chosen] = model.embed_queries(None, [terms[i].text for i in chosen]).float().cpu()
-    _check_known(mean, terms, names, model.backbone.name)
     for i, one in enumerate(terms):
+        if one.text and not one.images and not mean[i].any():
+            with named_errors(names[i]):
+                raise ConfigError(f"{model.backbone.name} knows no word of {one.text!r}; use other words")
         if len(one.images) > 1:
             mean[i] = normalize(mean[i], dim=-1)
     return mean
-
-
-def _check_known(embedded: Float[Tensor, "terms dim"], terms: Sequence[Term], names: Sequence[str], model: str) -> None:
-    texts = torch.tensor([one.text is not None and not one.images for one in terms], dtype=torch.bool)
-    for i in (texts & ~embedded.any(1)).nonzero().flatten().tolist():
-        with named_errors(names[i]):
-            raise ConfigError(f"{model} knows no word of {terms[i].text!r}; use other words")
 
 
 def _load_images(

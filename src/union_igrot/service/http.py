@@ -6,7 +6,7 @@ import errno
 import ipaddress
 import json
 import socket
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar, final
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from union_igrot.errors import ConfigError, UnionError
@@ -42,10 +43,6 @@ HEADERS: Final = {
 }
 
 T = TypeVar("T")
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Gate = Callable[[Request], Awaitable[tuple[str, Response | None]]]
 """Returns a Set-Cookie header, if any, and the response that refuses a request, or None to admit it."""
 
@@ -125,7 +122,7 @@ async def _show_error(_: Request, error: Exception) -> Response:
     return error_response(error.status_code, error.detail, error.headers)
 
 
-def make_application(routes: Sequence[BaseRoute], hosts: Sequence[str] | None, gate: Gate | None) -> App:
+def make_application(routes: Sequence[BaseRoute], hosts: Sequence[str] | None, gate: Gate | None) -> ASGIApp:
     """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
     return _Guard(Starlette(routes=routes, exception_handlers={HTTPException: _show_error}), hosts, gate)
 
@@ -134,7 +131,7 @@ def make_application(routes: Sequence[BaseRoute], hosts: Sequence[str] | None, g
 class _Guard:
     """Limits requests, checks the Host header and the login, and adds the security headers to every response."""
 
-    def __init__(self, inner: App, hosts: Sequence[str] | None, gate: Gate | None) -> None:
+    def __init__(self, inner: ASGIApp, hosts: Sequence[str] | None, gate: Gate | None) -> None:
         self._inner, self._gate, self._active = inner, gate, 0
         self._hosts = None if hosts is None else [host.lower() for host in hosts]
 
@@ -144,7 +141,7 @@ class _Guard:
             return
         cookie = ""
 
-        async def with_headers(message: MutableMapping[str, Any]) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
                 if cookie:
@@ -265,7 +262,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot bind {host}:{port} ({reason}); use another host or port") from None
 
 
-def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
+def serve(app: ASGIApp, held: socket.socket, ready: Callable[[str], Any]) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     host, port = held.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # all interfaces: others use the host name

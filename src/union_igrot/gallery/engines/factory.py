@@ -4,7 +4,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
@@ -39,11 +39,6 @@ EngineOpener = Callable[..., VectorIndex]
 """A function of `uri` and the keywords `dim`, `metadata` and `create` that opens an index, or creates a missing one."""
 
 
-class _Engine(NamedTuple):
-    opener: EngineOpener
-    stores: tuple[str, ...]
-
-
 def register_engine(name: str, opener: EngineOpener, *, stores: tuple[str, ...] = ()) -> None:
     """Register an engine.
 
@@ -57,7 +52,7 @@ def register_engine(name: str, opener: EngineOpener, *, stores: tuple[str, ...] 
     """
     if not re.fullmatch(r"\.\w+|[A-Za-z][A-Za-z0-9+.-]+", name):
         raise ConfigError(f"invalid name of an engine: {name!r} (expected a URI scheme or a suffix such as .lance)")
-    _ENGINES[name.lower()] = _Engine(opener, stores)
+    _ENGINES[name.lower()] = (opener, stores)
 
 
 def uri_scheme(uri: str) -> str:
@@ -87,7 +82,7 @@ def open_index(
             is no index and `create` is not set, or the width differs.
         DataError: If the index cannot be read, created or reached.
     """
-    index = check_uri(uri).opener(uri, dim=dim, metadata=metadata, create=create)
+    index = check_uri(uri)(uri, dim=dim, metadata=metadata, create=create)
     if dim is not None and index.dim != dim:
         index.close()
         raise ConfigError(
@@ -102,19 +97,19 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def check_uri(uri: str) -> _Engine:
-    """Return the engine of a URI; a ConfigError if there is none."""
+def check_uri(uri: str) -> EngineOpener:
+    """Return the opener of a URI; a ConfigError if there is none."""
     scheme = uri_scheme(uri)
     suffix = re.search(r"(\.\w+)?/*$", uri).group(1) or ""  # type: ignore[union-attr]  # matches any text
     for name in (scheme, suffix.lower()):
         if name and name not in _ENGINES and (found := list(entry_points(group=ENTRY_POINTS, name=name))):
             register_engine(name, found[0].load())
     if scheme in _ENGINES:
-        return _ENGINES[scheme]
-    engine = _ENGINES.get(suffix.lower())
-    if engine is None or scheme not in ("", *engine.stores):
+        return _ENGINES[scheme][0]
+    opener, stores = _ENGINES.get(suffix.lower(), (None, ()))
+    if opener is None or scheme not in ("", *stores):
         raise ConfigError(f"{without_password(uri)!r} is not the name of an index (expected {FORMS})")
-    return engine
+    return opener
 
 
 @final
@@ -219,11 +214,9 @@ def _builtin(module: str, name: str, package: str, extra: str) -> EngineOpener:
 
 
 _open_milvus = _builtin("union_igrot.gallery.engines.milvus", "MilvusIndex", "pymilvus", "milvus")
-_ENGINES: Final[dict[str, _Engine]] = {
-    "memory": _Engine(_open_memory, ()),
-    ".lance": _Engine(
-        _builtin("union_igrot.gallery.engines.lance", "LanceIndex", "lance", "gallery"), ("s3", "gs", "az")
-    ),
-    "milvus": _Engine(_open_milvus, ()),
-    "milvus+tls": _Engine(_open_milvus, ()),
+_ENGINES: Final[dict[str, tuple[EngineOpener, tuple[str, ...]]]] = {
+    "memory": (_open_memory, ()),
+    ".lance": (_builtin("union_igrot.gallery.engines.lance", "LanceIndex", "lance", "gallery"), ("s3", "gs", "az")),
+    "milvus": (_open_milvus, ()),
+    "milvus+tls": (_open_milvus, ()),
 }
