@@ -310,7 +310,7 @@ class Gallery:
                 weight 1, and its scores are not calibrated.
             terms: Further images and texts with weights, such as `[("golden retriever", 2), (image, 1), ("fruit",
                 -1)]`, or `((image, text), 2)`: the query is the normalized weighted sum of the unit embeddings, in
-                which `image` and `text` count with weight 1. For the forms see `gallery.terms.parse_term`.
+                which `image` and `text` count with weight 1. For the forms see `gallery.queries.parse_term`.
             liked: Results to move towards: ids, paths or hits. They are a query of their own too.
             disliked: Results to move away from; they are not among the hits.
             exclude: Images that are not among the hits, such as the query itself.
