@@ -23,7 +23,7 @@ from PIL import Image
 
 from union_igrot.gallery.duplicates import find_duplicates
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 
 SIDES = {"cropped to 95 % of its sides": 0.95, "cropped to 85 %": 0.85}

@@ -32,8 +32,8 @@ from rich.table import Table
 from step_time import build_model
 
 from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.ingest.decode import make_thumbnail
-from union_igrot.gallery.ingest.pipeline import Timings, decode_entries, ingest_images
+from union_igrot.gallery.ingest.embedding import decode_entries, make_thumbnail
+from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import list_images
 from union_igrot.images.decode import decode_image
@@ -99,8 +99,8 @@ def decoded(model: IGROTModel, folder: Path, arguments: argparse.Namespace) -> I
     """Decode the sample as indexing does."""
     options = IngestOptions(arguments.batch, arguments.workers)
     entries = list_images(str(folder)).entries[: arguments.sample]
-    batches = decode_entries(model, entries, options, np.empty(0, dtype=np.uint64), Timings())
-    return (torch.cat([part.pixels for part in parts]) for _, parts in batches)
+    batches = decode_entries(model, entries, options, np.empty(0, dtype=np.uint64))
+    return (pixels for _, _, pixels, _ in batches)
 
 
 def decoder_steps(model: IGROTModel, folder: Path, most: int = 100) -> dict[str, float]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from step_time import build_model
 
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions

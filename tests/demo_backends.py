@@ -1,11 +1,12 @@
 """Galleries of colored squares for the demo's tests: every result can be computed by hand."""
 
+from types import SimpleNamespace
 from typing import final
 
 from PIL import Image
 
-from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequest
-from union_igrot.demo.uploads import encode_thumbnail
+from union_igrot.demo.backends import DisplayedImage, GalleryBackend
+from union_igrot.demo.session import encode_thumbnail
 from union_igrot.errors import DataError
 
 
@@ -17,7 +18,7 @@ class Squares(GalleryBackend):
         self.name, self.gallery, self.model, self.hint = name, "squares", "squares model", "Say <anything>."
         self.count, self.step = count, step
         self.searched: list[tuple[tuple[int, int, int] | None, str | None, str | None]] = []
-        self.requests: list[SearchRequest] = []
+        self.requests: list[SimpleNamespace] = []
 
     def __len__(self) -> int:
         return self.count
@@ -26,9 +27,9 @@ class Squares(GalleryBackend):
     def columns(self) -> list[str]:
         return ["class", "taken <by>"]
 
-    def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
+    def search(self, skip: int, count: int, image=None, text=None, where=None, **query) -> list[DisplayedImage]:
+        request = SimpleNamespace(image=image, text=text, where=where, **query)
         self.requests.append(request)
-        image, text = request.image, request.text
         exclude = request.exclude[0] if request.exclude else None
         middle = None if image is None else image.convert("RGB").getpixel((image.width // 2, image.height // 2))
         self.searched.append((middle, text, exclude))

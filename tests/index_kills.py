@@ -26,7 +26,7 @@ from union_igrot.cli.index import main as union_index
 from union_igrot.errors import ConfigError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.ingest import writer
+from union_igrot.gallery.ingest import rows
 
 ROWS = 32
 """Images of one write to the index, so that there are many moments between two."""
@@ -39,7 +39,7 @@ WORKER_SECONDS = 30.0
 
 def indexing(settings: list[str]) -> None:
     """Run the command, with many small writes."""
-    writer.BATCH_ROWS = ROWS  # type: ignore[misc]
+    rows.BATCH_ROWS = ROWS  # type: ignore[misc]
     union_index(settings)
 
 

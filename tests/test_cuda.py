@@ -19,7 +19,7 @@ from union_igrot.evaluation.scoring import score
 from union_igrot.features.embedding import embed_benchmark
 from union_igrot.features.extractor import FeatureExtractor
 from union_igrot.features.store import FeatureStore
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.gallery.ingest.sources import list_images

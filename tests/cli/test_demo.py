@@ -91,12 +91,12 @@ def test_the_password_comes_from_the_environment_or_a_prompt(told, refused, monk
     assert f"set {PASSWORD}" in refused(demo, "user=anna")
     monkeypatch.setenv(PASSWORD, "geheim")
     demo(["user=anna", "host=0.0.0.0"])
-    assert (told.app._gate._login.user, told.app._gate._login.password, told.app._hosts) == ("anna", "geheim", None)
+    assert (told.app._gate.user, told.app._gate.password, told.app._hosts) == ("anna", "geheim", None)
     monkeypatch.delenv(PASSWORD)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(getpass, "getpass", lambda prompt: f"typed for {prompt}")
     demo(["user=bo"])
-    assert told.app._gate._login.password == "typed for password for bo: "
+    assert told.app._gate.password == "typed for password for bo: "
 
 
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(told, refused, monkeypatch):

@@ -8,7 +8,7 @@ from test_index import CPU, fill
 from index_locations import REMOTE, new_location
 from union_igrot.cli.index import main as union_index
 from union_igrot.cli.search import main as union_search
-from union_igrot.demo.backends import SearchRequest, open_backend
+from union_igrot.demo.backends import open_backend
 from union_igrot.gallery.gallery import Gallery
 
 
@@ -49,7 +49,7 @@ def test_index_search_refine_and_delete(remote, tmp_path, capsys):
         assert gallery.delete(found[:2]) == 2
         assert len(gallery) == 38
     engine = open_backend(remote.uri)
-    assert [one.id for one in engine.search(SearchRequest(None, "red"), 0, 38)] != []
+    assert [one.id for one in engine.search(0, 38, None, "red")] != []
     assert engine.image(found.ids[5]).size == (16, 12)
     engine._gallery.close()
     engine._rows.close()

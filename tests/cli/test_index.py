@@ -10,7 +10,7 @@ from PIL import Image
 import union_igrot
 from union_igrot.cli.index import main
 from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.ingest import writer
+from union_igrot.gallery.ingest import rows
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +137,7 @@ def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, m
     fill(tmp_path / "pictures", 120)
     uri = tmp_path / "photos.lance"
     settings = [f"images={tmp_path / 'pictures'}", f"index={uri}", *CPU]
-    calls, add = [], writer.RowWriter.add
+    calls, add = [], rows.RowWriter.add
 
     def interrupt(*arguments):
         add(*arguments)
@@ -148,8 +148,8 @@ def test_an_interruption_is_one_line_and_keeps_what_was_done(tmp_path, capsys, m
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "BATCH_ROWS", 32)
-            patch.setattr(writer.RowWriter, "add", interrupt)
+            patch.setattr(rows, "BATCH_ROWS", 32)
+            patch.setattr(rows.RowWriter, "add", interrupt)
             with pytest.raises(SystemExit) as ended:
                 main(settings)
     finally:
@@ -173,7 +173,7 @@ def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
     two, one = tmp_path / "two.lance", tmp_path / "one.lance"
     shared = ["checkpoint=tiny", f"images={tmp_path / 'pictures'}", "batch_size=16", "workers=1", "progress=false"]
-    killed, calls, add = [], [], writer.RowWriter.add
+    killed, calls, add = [], [], rows.RowWriter.add
 
     def add_and_kill(*arguments):
         add(*arguments)
@@ -184,7 +184,7 @@ def test_two_ray_actors_of_which_one_is_killed_give_the_rows_of_one_process(tmp_
             os.kill(killed[0], signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.RowWriter, "add", add_and_kill)
+        patch.setattr(rows.RowWriter, "add", add_and_kill)
         patch.setenv("RAY_worker_niceness", "0")
         main([*shared, f"index={two}", "executor=ray", "ray.actors=2"])
     said = capsys.readouterr().out

@@ -9,15 +9,14 @@ from small_world import LinearBackbone, extractor, trainable
 from union_igrot import shapes_cir, shapes_sbir
 from union_igrot.demo.backends import (
     GalleryBackend,
-    SearchRequest,
     SyntheticBackend,
     SyntheticGallery,
     model_name,
     open_backend,
 )
-from union_igrot.demo.uploads import decode_thumbnail
+from union_igrot.demo.session import decode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import parse_term
 from union_igrot.images.decode import open_image
@@ -43,15 +42,15 @@ def backend(folder) -> GalleryBackend:
 
 def test_results_are_the_gallerys(backend, folder):
     image = open_image(folder / "image 3.png")
-    found = backend.search(SearchRequest(image, "in red"), 0, 5)
+    found = backend.search(0, 5, image, "in red")
     expected = backend._gallery.search(image, "in red", 5)
     assert [(one.id, one.score) for one in found] == [(hit.id, hit.score) for hit in expected]
     assert [one.thumbnail for one in found] == [hit.jpeg for hit in expected]
-    assert [one.id for one in backend.search(SearchRequest(image, "in red"), 3, 2)] == expected.ids[3:]
+    assert [one.id for one in backend.search(3, 2, image, "in red")] == expected.ids[3:]
     terms = [parse_term(("large", -0.5))]
-    weighted = backend.search(SearchRequest(image, "in red", terms=terms), 0, 12)
+    weighted = backend.search(0, 12, image, "in red", terms=terms)
     assert [one.id for one in weighted] == backend._gallery.search(image, "in red", 12, terms=[("large", -0.5)]).ids
-    without = backend.search(SearchRequest(image, "in red", exclude=expected.ids[:1]), 0, 12)
+    without = backend.search(0, 12, image, "in red", exclude=expected.ids[:1])
     assert [one.id for one in without][:4] == expected.ids[1:]
     assert (len(backend), backend.gallery, backend.warning) == (12, "photos.lance", "")
     assert backend.name == f"photos.lance: {backend.model}"
@@ -59,15 +58,15 @@ def test_results_are_the_gallerys(backend, folder):
 
 def test_marks_and_filters_are_the_gallerys(backend):
     names = backend._gallery.ids()
-    request = SearchRequest(None, "red", "year >= 4", liked=names[5:7], disliked=names[8:9])
+    request = {"text": "red", "where": "year >= 4", "liked": names[5:7], "disliked": names[8:9]}
     expected = backend._gallery.search(None, "red", 12, "year >= 4", liked=names[5:7], disliked=names[8:9])
-    assert [one.id for one in backend.search(request, 0, 12)] == expected.ids
+    assert [one.id for one in backend.search(0, 12, **request)] == expected.ids
     assert set(expected.ids) == set(names[4:]) - {names[8]}
-    assert [one.id for one in backend.search(SearchRequest(liked=names[5:6]), 0, 1)] == names[5:6]
+    assert [one.id for one in backend.search(0, 1, liked=names[5:6])] == names[5:6]
     with pytest.raises(ConfigError, match=r"^Filter 'yeer = 1': there is no column 'yeer'"):
-        backend.search(SearchRequest(None, "red", "yeer = 1"), 0, 1)
+        backend.search(0, 1, None, "red", where="yeer = 1")
     with pytest.raises(DataError, match=r"photos\.lance no longer contains all marked images"):
-        backend.search(SearchRequest(None, "red", liked=["gone.jpg"]), 0, 1)
+        backend.search(0, 1, None, "red", liked=["gone.jpg"])
     assert {"artist", "year", "width"} <= set(backend.columns)
     assert "thumbnail" not in backend.columns
 
@@ -152,12 +151,12 @@ def test_the_generated_world_is_ranked_as_literally(small, tmp_path):
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     gone = small.items[order[2]].id
     expected = [small.items[place].id for place in order if small.items[place].id != gone]
-    request = SearchRequest(image, query.text, exclude=(gone,))
-    found = backend.search(request, 0, 30)
+    request = {"image": image, "text": query.text, "exclude": (gone,)}
+    found = backend.search(0, 30, **request)
     assert [one.id for one in found[:10]] == expected[:10]
     assert [one.score for one in found[:2]] == pytest.approx([scores[place] for place in order[:2]], abs=1e-5)
-    assert [one.id for one in backend.search(request, 12, 5)] == [one.id for one in found[12:17]]
-    assert len(backend.search(SearchRequest(image, query.text), len(backend) - 3, 10)) == 3
+    assert [one.id for one in backend.search(12, 5, **request)] == [one.id for one in found[12:17]]
+    assert len(backend.search(len(backend) - 3, 10, image, query.text)) == 3
 
 
 @pytest.mark.slow
@@ -191,12 +190,12 @@ def test_the_generated_world_is_filtered_and_refined(small, synthetic):
     labels = {item.id: item.label for item in small.items}
     captions = {item.id: item.caption for item in small.items}
     label = next(label for label in labels.values() if label)
-    found = synthetic.search(SearchRequest(None, "red", f"class = '{label}'"), 0, 100)
+    found = synthetic.search(0, 100, None, "red", where=f"class = '{label}'")
     assert {one.id for one in found} == {name for name, given in labels.items() if given == label}
-    found = synthetic.search(SearchRequest(None, "red", synthetic.example), 0, 1000)
+    found = synthetic.search(0, 1000, None, "red", where=synthetic.example)
     assert {one.id for one in found} == {n for n in labels if labels[n] == "star" or "red" in captions[n]}
     liked, disliked = small.items[3].id, small.items[4].id
-    found = synthetic.search(SearchRequest(liked=(liked,), disliked=(disliked,)), 0, len(synthetic))
+    found = synthetic.search(0, len(synthetic), liked=(liked,), disliked=(disliked,))
     assert (found[0].id, len(found)) == (liked, len(synthetic) - 1)
     assert disliked not in {one.id for one in found}
 

@@ -9,8 +9,7 @@ from PIL import Image
 from demo_backends import Squares
 from union_igrot.demo import controller as module
 from union_igrot.demo.controller import MARK_REMOVED, MAX_TEXT, MAX_WHERE, SESSION_LOST, DemoController
-from union_igrot.demo.session import Reference
-from union_igrot.demo.uploads import photo_reference
+from union_igrot.demo.session import Reference, photo_reference
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.queries import Term
 from union_igrot.service.uploads import Limits, decode_upload

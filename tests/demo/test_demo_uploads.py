@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from union_igrot.demo.uploads import (
+from union_igrot.demo.session import (
     GRID,
     MAX_STROKES,
     THUMBNAIL_SIDE,

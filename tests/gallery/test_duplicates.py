@@ -16,8 +16,7 @@ from union_igrot.errors import ConfigError
 from union_igrot.gallery import duplicates
 from union_igrot.gallery.duplicates import find_duplicates, perceptual_hashes
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex, open_index
 
 
 def smooth(seed, size=(160, 120)):

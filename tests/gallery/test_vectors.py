@@ -16,7 +16,7 @@ from union_igrot.cli.index import main as index
 from union_igrot.cli.search import main as search
 from union_igrot.errors import CheckpointError, ConfigError, DataError
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.ingest.vectors import read_vectors
+from union_igrot.gallery.ingest.embedding import read_vectors
 from union_igrot.gallery.queries import parse_query
 from union_igrot.models.foreign import foreign_model
 

@@ -11,7 +11,7 @@ from exported_models import assert_exported_equals, needs_onnx, untyped
 from indexing_world import QUIET
 from union_igrot.cli.train import main
 from union_igrot.errors import CheckpointError, ConfigError
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.ingest.entries import Listing
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.models import onnx

@@ -62,9 +62,9 @@ def _remove_rows(config: "DictConfig") -> None:
 def _add_images(config: "DictConfig") -> None:
     # Imported here, so that --help and mistakes in the configuration are fast.
     from union_igrot.gallery.gallery import Gallery
+    from union_igrot.gallery.ingest.embedding import read_vectors
     from union_igrot.gallery.ingest.report import IngestOptions
     from union_igrot.gallery.ingest.sources import SOURCE_FORMS
-    from union_igrot.gallery.ingest.vectors import read_vectors
     from union_igrot.gallery.metadata import model_of_index, read_metadata
     from union_igrot.models.devices import resolve_device
     from union_igrot.models.foreign import FOREIGN

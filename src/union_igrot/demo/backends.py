@@ -5,22 +5,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from union_igrot.demo.uploads import decode_thumbnail, encode_thumbnail
+from union_igrot.demo.session import decode_thumbnail, encode_thumbnail
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import FeatureExtractor
-from union_igrot.gallery.engines.base import ColumnValue, Rows
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.base import Rows
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.gallery import Gallery
-from union_igrot.gallery.queries import Term
-from union_igrot.gallery.results import THUMBNAIL, Hit, file_of
+from union_igrot.gallery.results import THUMBNAIL, Hit, as_hits
 from union_igrot.images.decode import open_image
 from union_igrot.models.model import IGROTModel
 from union_igrot.service.uploads import KEPT_SIDE
@@ -28,13 +28,10 @@ from union_igrot.synthetic.shapes import shapes_cir, shapes_sbir
 from union_igrot.types import GalleryItem, ImageSource
 
 SAMPLE_POOL: Final = 20_000  # rows from which the images of the start page are sampled
-_SKETCH_SCALES: Final = {"tiny": 0.55}  # relative size of the drawings that a backbone was trained on
 _SYNTHETIC_QUERIES: Final = 1000  # queries whose gallery is used, about 6,000 images, embedded in 15 s on two cores
 _STEP: Final = 256
 _INTERNAL_COLUMNS: Final = {THUMBNAIL, "hash", "size", "mtime", "width", "height", "source"}
 """Columns that are not shown."""
-
-Columns = Mapping[str, ColumnValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +44,6 @@ class DisplayedImage:
     score: float | None = None  # cosine similarity to the query, -1..1; None without a query
     path: str | None = None  # its file, or None
     details: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class SearchRequest:
-    """A query to a backend."""
-
-    image: Image.Image | None = None
-    text: str | None = None  # modification text, or a text query without an image; None for none
-    where: str | None = None  # a filter on the gallery's columns; None for none
-    liked: Sequence[str] = ()  # ids of images to move towards
-    disliked: Sequence[str] = ()  # ids of images to move away from; never among the results
-    exclude: Sequence[str] = ()  # further ids to leave out of the results
-    terms: Sequence[Term] = ()  # further texts with weights
 
 
 class GalleryBackend:
@@ -78,9 +62,12 @@ class GalleryBackend:
     def __init__(self, gallery: Gallery, title: str, name: str = "") -> None:
         self.gallery, self.model = title, model_name(gallery.model)
         self.name = name or f"{title}: {self.model}"
-        self.sketch_scale = _SKETCH_SCALES.get(gallery.model.backbone.name, 1.0)
-        if gallery.model.backbone.name == "tiny" and self.thumbnails:
-            self.warning = "The bundled model only knows generated shapes; its results on photographs are arbitrary."
+        if gallery.model.backbone.name == "tiny":
+            self.sketch_scale = 0.55  # relative size of the drawings that it was trained on
+            if self.thumbnails:
+                self.warning = (
+                    "The bundled model only knows generated shapes; its results on photographs are arbitrary."
+                )
         self._gallery, self._rows = gallery, gallery.index
         self._pool: list[str] = []
 
@@ -92,38 +79,34 @@ class GalleryBackend:
         """Names of the columns that filters can use."""
         return ["id", *(name for name, kind in self._rows.columns.items() if kind != "bytes")]
 
-    def search(self, request: SearchRequest, skip: int, count: int) -> list[DisplayedImage]:
-        """Return the best results, best first, behind the first `skip`."""
-        if marked := [*request.liked, *request.disliked]:
-            try:
-                self._rows.fetch(marked)
-            except DataError:
-                raise DataError(f"{self.gallery} no longer contains all marked images; clear the marks.") from None
+    def search(
+        self, skip: int, count: int, image: Image.Image | None = None, text: str | None = None, **query: Any
+    ) -> list[DisplayedImage]:
+        """Return the best results, best first, behind the first `skip`; the query is that of `Gallery.search`."""
         try:
-            found = self._gallery.search(
-                request.image,
-                request.text,
-                skip + count,
-                request.where,
-                terms=request.terms,
-                liked=request.liked,
-                disliked=request.disliked,
-                exclude=request.exclude,
-                thumbnails=self.thumbnails,
-            )
+            if marked := [*query.get("liked", ()), *query.get("disliked", ())]:
+                self._rows.fetch(marked)
+        except DataError:
+            raise DataError(f"{self.gallery} no longer contains all marked images; clear the marks.") from None
+        try:
+            found = self._gallery.search(image, text, count, offset=skip, thumbnails=self.thumbnails, **query)
         except ConfigError as error:
             raise ConfigError(str(error).replace("where=", "Filter ", 1)) from None
-        return [self.show(hit) for hit in found[skip:]]
+        return [self.show(hit) for hit in found]
 
     def show(self, hit: Hit) -> DisplayedImage:
         """Return a hit as the page shows it."""
-        return self._show(hit.id, hit.columns, hit.jpeg, hit.score)
+        shown = {name: value for name, value in hit.columns.items() if name not in _INTERNAL_COLUMNS}
+        details = {name: str(value) for name, value in shown.items() if value is not None}
+        small = encode_thumbnail(Image.new("RGB", (8, 8), "grey")) if hit.jpeg is None else hit.jpeg
+        return DisplayedImage(hit.id, Path(hit.id).name or hit.id, small, hit.score, hit.id, details)
 
     def sample(self, count: int, seed: int) -> list[DisplayedImage]:
         """Return some images to start from; deterministic in `seed`."""
         for fresh in (False, True):
             if fresh or not self._pool:
-                self._pool = self._read_ids()
+                names = (str(name) for batch in self._rows.scan(["id"]) for name in batch["id"])
+                self._pool = list(islice(names, SAMPLE_POOL))
             chosen = random.Random(seed).sample(self._pool, min(count, len(self._pool)))
             with suppress(DataError):  # an image was removed meanwhile; read the ids again
                 return self._items(chosen)
@@ -135,39 +118,22 @@ class GalleryBackend:
 
     def image(self, name: str) -> Image.Image:
         """Decode one image by its id, or its thumbnail if there is no readable file."""
-        columns = self._fetch([name])[0]  # raises for a name that is not in the index, so that no other file is opened
-        return self._decode(name, columns)
+        return self._decode(*self._hits([name]))  # raises for a name that is not in the index: no other file is opened
 
-    def _show(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
-        shown = {key: str(value) for key, value in columns.items() if key not in _INTERNAL_COLUMNS}
-        details = {key: value for key, value in shown.items() if columns[key] is not None}
-        small = encode_thumbnail(Image.new("RGB", (8, 8), "grey")) if jpeg is None else jpeg
-        return DisplayedImage(name, Path(name).name or name, small, score, name, details)
-
-    def _decode(self, name: str, columns: Columns) -> Image.Image:
-        if (path := file_of(name)) is not None:
+    def _decode(self, hit: Hit) -> Image.Image:
+        if hit.path is not None:
             with suppress(ImageError):
-                return open_image(path, at_least=KEPT_SIDE)
-        small = _thumbnail(columns)
-        if small is None:
-            raise ImageError(f"{Path(name).name} cannot be opened, and the index has no thumbnail of it.")
-        return decode_thumbnail(small)
+                return open_image(hit.path, at_least=KEPT_SIDE)
+        if hit.jpeg is None:
+            raise ImageError(f"{Path(hit.id).name} cannot be opened, and the index has no thumbnail of it.")
+        return decode_thumbnail(hit.jpeg)
 
-    def _read_ids(self) -> list[str]:
-        found: list[str] = []
-        for batch in self._rows.scan(["id"]):
-            found += [str(name) for name in batch["id"]]
-            if len(found) >= SAMPLE_POOL:
-                break
-        return found
-
-    def _fetch(self, names: Sequence[str]) -> list[Columns]:
-        found = self._rows.fetch(names).columns if names else {}
-        return [{column: values[place] for column, values in found.items()} for place in range(len(names))]
+    def _hits(self, names: Sequence[str]) -> list[Hit]:
+        rows = self._rows.fetch(names)
+        return as_hits(rows.ids, [0.0] * len(names), rows.columns)
 
     def _items(self, names: Sequence[str]) -> list[DisplayedImage]:
-        rows = self._fetch(names)
-        return [self._show(name, row, _thumbnail(row)) for name, row in zip(names, rows, strict=True)]
+        return [replace(self.show(hit), score=None) for hit in self._hits(names)]
 
 
 def open_gallery(uri: str, checkpoint: str | None = None, device: str = "auto") -> Gallery:
@@ -190,11 +156,6 @@ def model_name(model: IGROTModel) -> str:
     return f"{model.backbone.name}, {model.fusion.kind} + {model.target.kind}"
 
 
-def _thumbnail(columns: Columns) -> bytes | None:
-    jpeg = columns.get(THUMBNAIL)
-    return jpeg if isinstance(jpeg, bytes) else None
-
-
 @final
 class SyntheticBackend(GalleryBackend):
     """Images that are rendered on demand; captions are their titles."""
@@ -208,14 +169,14 @@ class SyntheticBackend(GalleryBackend):
         super().__init__(gallery, "a generated world of colored shapes", name)
         self._images = {item.id: item.image for item in items}
 
-    def _show(self, name: str, columns: Columns, jpeg: bytes | None, score: float | None = None) -> DisplayedImage:
-        del jpeg
-        details = {"class": str(columns["class"])} if columns.get("class") is not None else {}
-        return DisplayedImage(name, str(columns["caption"]), _rendered(self._images[name]), score, None, details)  # type: ignore[arg-type]  # images are hashable
+    def show(self, hit: Hit) -> DisplayedImage:
+        """Return a hit, drawn anew."""
+        small = _rendered(self._images[hit.id])  # type: ignore[arg-type]  # images are hashable
+        details = {"class": str(hit.columns["class"])} if hit.columns.get("class") is not None else {}
+        return DisplayedImage(hit.id, str(hit.columns["caption"]), small, hit.score, None, details)
 
-    def _decode(self, name: str, columns: Columns) -> Image.Image:
-        del columns
-        return open_image(self._images[name])
+    def _decode(self, hit: Hit) -> Image.Image:
+        return open_image(self._images[hit.id])
 
 
 @final

@@ -8,15 +8,19 @@ from typing import Any, Final, final
 
 from PIL import Image
 
-from union_igrot.demo.backends import DisplayedImage, GalleryBackend, SearchRequest
-from union_igrot.demo.session import Mark, Reference, Session, Stroke, read_link
-from union_igrot.demo.uploads import (
+from union_igrot.demo.backends import DisplayedImage, GalleryBackend
+from union_igrot.demo.session import (
     GRID,
     VIEW_SIDE,
+    Mark,
+    Reference,
+    Session,
+    Stroke,
     decode_thumbnail,
     draw_strokes,
     encode_thumbnail,
     photo_reference,
+    read_link,
     read_sketch,
 )
 from union_igrot.errors import ConfigError, DataError, UnionError
@@ -290,8 +294,8 @@ class DemoController:
             image = None if turn.reference is None else self._query_image(turn.reference, backend)
             exclude = () if turn.reference is None or turn.reference.id is None else (turn.reference.id,)
             text, terms = _split_terms(turn.text)
-            request = SearchRequest(image, text, turn.where or None, turn.liked, turn.disliked, exclude, terms)
-            found = backend.search(request, skip, per_page + 1)
+            query = {"where": turn.where or None, "liked": turn.liked, "disliked": turn.disliked}
+            found = backend.search(skip, per_page + 1, image, text, **query, exclude=exclude, terms=terms)
             columns.append(ResultColumn(number, backend.name, found[:per_page], skip + 1))
             further |= len(found) > per_page
         found_by = [frozenset(one.id for one in column.images) for column in columns]

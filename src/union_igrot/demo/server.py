@@ -15,7 +15,6 @@ import mimetypes
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,12 +25,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from union_igrot.demo.controller import MAX_TEXT, MAX_WHERE, DemoController, Screen
-from union_igrot.demo.uploads import photo_reference, short_file_name
+from union_igrot.demo.session import photo_reference, short_file_name
 from union_igrot.errors import UnionError, escape_controls
 from union_igrot.service import http
-from union_igrot.service.http import BodyReader, RequestQueue, UploadQueue, error_response, json_response
+from union_igrot.service.http import RequestQueue, UploadQueue, error_response, json_response
 from union_igrot.service.uploads import Limits
 
 MAX_REQUEST_BYTES: Final = 2**20  # largest request body of an action in bytes; mostly strokes
@@ -130,28 +130,13 @@ class PageRenderer:
         return self._environment.get_template(f"{name}.html").render(values)
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
-    """Credentials."""
-
-    user: str
-    password: str
-
-    def __repr__(self) -> str:
-        return f"Login({self.user!r})"
-
-    def opens(self, header: str) -> bool:
-        """Whether an Authorization header (RFC 7617) holds these credentials."""
-        return hmac.compare_digest(http.basic_credentials(header), f"{self.user}:{self.password}".encode())
-
-
 @final
 class Routes:
     """Request handlers."""
 
     def __init__(self, controller: DemoController, queue: RequestQueue, uploads: UploadQueue) -> None:
         self._controller, self._renderer = controller, PageRenderer(controller, uploads.limits)
-        self._queue, self._uploads, self._bodies = queue, uploads, BodyReader()
+        self._queue, self._uploads = queue, uploads
         self._page = self._renderer.page()
 
     def routes(self) -> list[BaseRoute]:
@@ -195,7 +180,7 @@ class Routes:
         """Only the page's own script can set `X-Session`; a page of another origin would need CORS permission."""
         if "x-session" not in request.headers:
             raise HTTPException(403, "not from this page")
-        return await self._bodies.read(request, most)
+        return await self._uploads.read(request, most)
 
     async def _act(self, action: Callable[[], Screen]) -> dict[str, Any]:
         return await self._queue.run(lambda: self._renderer.regions(action()))
@@ -215,29 +200,29 @@ def make_app(
     *,
     bound: int = 64,
     hosts: Sequence[str] | None = http.LOOPBACK,
-    login: Login | None = None,
+    login: http.Gate | None = None,
     limits: Limits | None = None,
     decode: Callable[[bytes, str], Image.Image] | None = None,
-) -> http.App:
+) -> ASGIApp:
     """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
     uploads = UploadQueue(limits or Limits(), min(bound, http.MAX_UPLOADS), decode)
     routes = Routes(controller, RequestQueue(bound), uploads)
-    return http.make_application(routes.routes(), hosts, None if login is None else _LoginGate(login))
+    return http.make_application(routes.routes(), hosts, login)
 
 
 @final
-class _LoginGate(http.Gate):
+class Login:
     """Checks passwords; a browser that has logged in is remembered by a cookie and never waits.
 
     An address may have few wrong attempts waiting at a time, so that passwords cannot be tried out quickly and nobody
     waits for the attempts of others.
     """
 
-    def __init__(self, login: Login) -> None:
-        self._login, self._cookies = login, dict[str, None]()
+    def __init__(self, user: str, password: str) -> None:
+        self.user, self.password, self._cookies = user, password, dict[str, None]()
         self._attempts: Counter[str] = Counter()
 
-    async def admit(self, request: Request) -> tuple[str, Response | None]:
+    async def __call__(self, request: Request) -> tuple[str, Response | None]:
         """Admit a browser that is known, and the right password at once; a wrong one waits."""
         if request.cookies.get(COOKIE) in self._cookies:
             return "", None
@@ -245,7 +230,7 @@ class _LoginGate(http.Gate):
         address = "" if request.client is None else _network(request.client.host)
         if password and (self._attempts[address] >= MAX_ATTEMPTS or self._attempts.total() >= MAX_ATTEMPTS_IN_ALL):
             return "", error_response(429, "too many wrong passwords; wait some seconds", {"Retry-After": "5"})
-        if self._login.opens(password):
+        if hmac.compare_digest(http.basic_credentials(password), f"{self.user}:{self.password}".encode()):
             cookie = secrets.token_urlsafe(24)
             self._cookies[cookie] = None
             while len(self._cookies) > MAX_LOGINS:

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -15,17 +16,20 @@ from union_igrot.errors import ConfigError, DataError, UnionError, check_count, 
 from union_igrot.gallery.duplicates import THRESHOLD, find_duplicates
 from union_igrot.gallery.engines.base import SearchMode, VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, check_uri, local_path, open_index, without_password
+from union_igrot.gallery.ingest.embedding import read_vectors, vectors_by_id
 from union_igrot.gallery.ingest.entries import Listing, list_additions
-from union_igrot.gallery.ingest.report import IngestOptions, IngestReport
+from union_igrot.gallery.ingest.pipeline import ingest_images
+from union_igrot.gallery.ingest.report import EMBED_TEXT, IngestOptions, IngestReport
 from union_igrot.gallery.ingest.sources import is_list, list_source
-from union_igrot.gallery.ingest.vectors import read_vectors, vectors_by_id
 from union_igrot.gallery.metadata import (
+    EARLIER,
     check_calibration,
     check_metadata,
     check_text_column,
+    describe_calibration,
+    extra_width,
     index_metadata,
     model_of_index,
-    open_or_create,
     read_metadata,
     stored_weight,
     widen_queries,
@@ -36,7 +40,7 @@ from union_igrot.gallery.queries import (
     as_items,
     embed_gallery_queries,
     named_errors,
-    parse_queries,
+    parse_query,
     read_feedback,
     resolve_ids,
     resolve_queries,
@@ -132,7 +136,9 @@ class Gallery:
             if path is not None or not create:
                 raise
             index = None  # created below, which repeats any other error
-        try:
+        with ExitStack() as opened:
+            if index is not None:
+                opened.enter_context(index)
             checkpoint = None
             if not isinstance(model, IGROTModel):
                 recorded = {} if index is None else index.metadata
@@ -142,10 +148,7 @@ class Gallery:
             if index is not None:
                 check_metadata(index.metadata, gallery.metadata, index.uri)
                 check_calibration(index.metadata, calibration, index.uri)
-        except BaseException:
-            if index is not None:
-                index.close()
-            raise
+            opened.pop_all()
         if not absent:
             gallery._open_index()
         return gallery
@@ -165,9 +168,21 @@ class Gallery:
         return self._index
 
     def _open_index(self, precision: str = "32-true", embed_text: str | None = None) -> VectorIndex:
+        """Return the index, which is opened or created; the precision and the column are recorded in a new one."""
         if self._index is None:
-            settings = self._calibration, precision, embed_text
-            self._index = open_or_create(self._full_uri, self.model, self.metadata, *settings)
+            recorded = read_metadata(self._full_uri)
+            if not recorded:
+                recorded = describe_calibration(self.model, self._calibration or 0.0)
+                recorded |= {"precision": precision} if precision == "int8" else {}
+                recorded |= {EMBED_TEXT: embed_text} if embed_text is not None else {}
+            created = {name: value for name, value in {**recorded, **self.metadata}.items() if name != EARLIER}
+            dim = self.model.backbone.dim + extra_width(recorded)
+            with ExitStack() as opened:
+                index = opened.enter_context(open_index(self._full_uri, dim=dim, metadata=created, create=True))
+                check_metadata(index.metadata, self.metadata, index.uri)  # another process may have created it
+                check_calibration(index.metadata, self._calibration, index.uri)
+                opened.pop_all()
+            self._index = index
         return self._index
 
     @names_arguments
@@ -247,8 +262,6 @@ class Gallery:
 
     def ingest(self, listing: Listing, options: IngestOptions, vectors: object, *, wait: float = 0.1) -> IngestReport:
         """Bring the gallery up to date with listed images; see `update`. `wait` is how long others may add images."""
-        from union_igrot.gallery.ingest.pipeline import ingest_images  # noqa: PLC0415 - which no search needs
-
         if self._index is None and not read_metadata(self._full_uri):
             if not listing.entries:  # no empty index
                 return IngestReport(excluded=listing.excluded)
@@ -297,7 +310,7 @@ class Gallery:
                 weight 1, and its scores are not calibrated.
             terms: Further images and texts with weights, such as `[("golden retriever", 2), (image, 1), ("fruit",
                 -1)]`, or `((image, text), 2)`: the query is the normalized weighted sum of the unit embeddings, in
-                which `image` and `text` count with weight 1. For the forms see `gallery.terms.parse_term`.
+                which `image` and `text` count with weight 1. For the forms see `gallery.queries.parse_term`.
             liked: Results to move towards: ids, paths or hits. They are a query of their own too.
             disliked: Results to move away from; they are not among the hits.
             exclude: Images that are not among the hits, such as the query itself.
@@ -349,7 +362,10 @@ class Gallery:
             raise ConfigError(f"got {len(names)} names for {len(queries)} queries (expected one for each)")
         if names is None:
             names = [""] if len(queries) == 1 else [f"query {number}" for number in range(1, len(queries) + 1)]
-        parsed = parse_queries(queries, names)
+        parsed = []
+        for given, name in zip(queries, names, strict=True):
+            with named_errors(name):
+                parsed.append(parse_query(given))
         if not parsed:
             return []
         index = self.index
@@ -359,8 +375,9 @@ class Gallery:
         lowest = self._lowest_scores(parsed, names, min_score)
         columns = [name for name in sorted(index.columns) if thumbnails or name != THUMBNAIL]
         groups: dict[int, list[int]] = {}
-        for i, query in enumerate(parsed):
-            groups.setdefault(_extra_hits(query), []).append(i)
+        for i, query in enumerate(parsed):  # rounded up, so that queries form few groups
+            excluded = len(query.excluded)
+            groups.setdefault(1 << (excluded - 1).bit_length() if excluded else 0, []).append(i)
         results: dict[int, SearchResult] = {}
         for extra, members in groups.items():
             found = index.search(embedded[members], offset + k + extra, where=where, mode=mode, columns=columns)
@@ -457,8 +474,3 @@ def _is_source(images: object) -> bool:
     if not os.path.lexists(path):
         return re.search(r"[*?\[{]", path) is not None
     return os.path.isdir(path) or path.lower().endswith(".tar") or is_list(path)  # noqa: PTH112 - Path's raises for odd names
-
-
-def _extra_hits(query: GalleryQuery) -> int:
-    """Return how many more rows are read because of exclusions, rounded up so that queries form few groups."""
-    return 0 if not query.excluded else 1 << (len(query.excluded) - 1).bit_length()

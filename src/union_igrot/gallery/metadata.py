@@ -5,10 +5,9 @@ training queries; a query holds a 1 for its own task, and a query of several ter
 is the calibrated score of an evaluation.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float
@@ -16,10 +15,8 @@ from torch import Tensor
 
 from union_igrot.errors import CheckpointError, ConfigError, DataError
 from union_igrot.evaluation.calibration import NEIGHBORS, neighbor_means
-from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, open_index
 from union_igrot.gallery.ingest.entries import Listing
-from union_igrot.gallery.ingest.report import EMBED_TEXT
 from union_igrot.models.backbones.base import PreprocessChoice, weights_hash, without_settings
 from union_igrot.models.factory import build_backbone
 from union_igrot.models.foreign import FOREIGN, foreign_model
@@ -31,9 +28,6 @@ KEY: Final = "calibration"
 """Name of the calibration in the metadata of an index; an index without one has none."""
 TASKS: Final = ("cir", "sbir")
 """Tasks, in the order of their dimensions."""
-
-QueryTask = Literal["cir", "sbir"] | None
-"""The task of a query with an image and a text, an image alone, or neither, which is not calibrated."""
 
 
 def describe_calibration(model: IGROTModel, weight: float) -> dict[str, Any]:
@@ -106,7 +100,8 @@ def _hash(queries: Mapping[str, Tensor]) -> str:
 
 
 FORMAT: Final = 1
-_EARLIER: Final = "earlier_fingerprint"  # of the same model by an earlier version; not stored
+EARLIER: Final = "earlier_fingerprint"
+"""Name of the fingerprint of the same model by an earlier version; not stored."""
 DEFAULT_CHECKPOINT: Final = "photos"
 """Model of a new index."""
 
@@ -126,7 +121,7 @@ def index_metadata(model: IGROTModel, checkpoint: str | None, weights: str | Pat
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "model": described, "checkpoint": checkpoint}
     earlier = model.backbone.earlier_fingerprint(described["backbone_fingerprint"])
     if weights is None and earlier is not None:
-        metadata[_EARLIER] = model_fingerprint({**described, "backbone_fingerprint": earlier})
+        metadata[EARLIER] = model_fingerprint({**described, "backbone_fingerprint": earlier})
     return metadata if weights is None else {**metadata, "weights": str(expand_user(weights).absolute())}
 
 
@@ -136,7 +131,7 @@ def check_metadata(stored: Mapping[str, Any], expected: Mapping[str, Any], uri: 
         return
     if "fingerprint" not in stored:
         raise CheckpointError(f"{uri} does not say which model it was made with; make it again with union-index")
-    if "weights" not in stored and stored["fingerprint"] == expected.get(_EARLIER):
+    if "weights" not in stored and stored["fingerprint"] == expected.get(EARLIER):
         return
     before, now = (str(one.get("model", {}).get("backbone_fingerprint")) for one in (stored, expected))
     same = before == without_settings(now)  # as far as an earlier version recorded it
@@ -151,36 +146,6 @@ def _other_model(uri: str, stored: Mapping[str, Any], given: str) -> CheckpointE
         f"{uri} was made with {made_with}, not with {given}; use that model, which needs no checkpoint, or index again "
         "under another name"
     )
-
-
-def open_or_create(
-    uri: str,
-    model: IGROTModel,
-    metadata: Mapping[str, Any],
-    calibration: float | None,
-    precision: str,
-    embed_text: str | None,
-) -> VectorIndex:
-    """Open or create the index of a model, given with its `index_metadata`.
-
-    The last three are recorded in a new index, see `Gallery.open` and `IngestOptions`. Raises as `Gallery.open`, and a
-    DataError if the model has no training queries for calibration.
-    """
-    uri = os.path.expanduser(uri)  # noqa: PTH111 - a URI of an object store is not a path
-    recorded = read_metadata(uri)
-    if not recorded:
-        recorded = describe_calibration(model, calibration or 0.0)
-        recorded |= {"precision": precision} if precision == "int8" else {}
-        recorded |= {EMBED_TEXT: embed_text} if embed_text is not None else {}
-    created = {name: value for name, value in {**recorded, **metadata}.items() if name != _EARLIER}
-    index = open_index(uri, dim=model.backbone.dim + extra_width(recorded), metadata=created, create=True)
-    try:
-        check_metadata(index.metadata, metadata, index.uri)  # another process may have created it
-        check_calibration(index.metadata, calibration, index.uri)
-    except BaseException:
-        index.close()
-        raise
-    return index
 
 
 def check_calibration(stored: Mapping[str, Any], weight: float | None, uri: str) -> None:

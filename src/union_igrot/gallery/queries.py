@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from torch.nn.functional import normalize
 from union_igrot.errors import ConfigError, DataError, UnionError
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.filters import match_any
+from union_igrot.gallery.ingest.embedding import read_vectors
 from union_igrot.gallery.ingest.entries import path_as_text
-from union_igrot.gallery.ingest.vectors import read_vectors
-from union_igrot.gallery.metadata import TASKS, QueryTask
+from union_igrot.gallery.metadata import TASKS
 from union_igrot.gallery.results import Hit
 from union_igrot.images.decode import check_image
 from union_igrot.images.formats import IMAGE_SUFFIXES
@@ -54,8 +54,8 @@ class Term:
     vector: Any = None  # the embedding itself, [dim] of unit length, instead of images and a text
 
     @property
-    def task(self) -> QueryTask:
-        """Its task, which decides how its scores are calibrated."""
+    def task(self) -> Literal["cir", "sbir"] | None:
+        """Its task, which decides how its scores are calibrated; None without an image, which is not calibrated."""
         return None if not self.images else "cir" if self.text else "sbir"
 
 
@@ -202,15 +202,6 @@ def _vector_terms(given: object) -> tuple[Term, ...]:
     return (Term(vector=vectors[0]),)
 
 
-def parse_queries(queries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[GalleryQuery]:
-    """Validate queries; `names` are theirs in errors, or empty."""
-    parsed = []
-    for given, name in zip(queries, names, strict=True):
-        with named_errors(name):
-            parsed.append(parse_query(given))
-    return parsed
-
-
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
     """Begin an error with the name of a query, if it has one."""
@@ -349,18 +340,13 @@ def _embed_terms(model: IGROTModel, terms: Sequence[Term], names: Sequence[str])
         for at in range(0, len(text_only), BATCH):
             chosen = text_only[at : at + BATCH]
             mean[chosen] = model.embed_queries(None, [terms[i].text for i in chosen]).float().cpu()
-    _check_known(mean, terms, names, model.backbone.name)
     for i, one in enumerate(terms):
+        if one.text and not one.images and not mean[i].any():
+            with named_errors(names[i]):
+                raise ConfigError(f"{model.backbone.name} knows no word of {one.text!r}; use other words")
         if len(one.images) > 1:
             mean[i] = normalize(mean[i], dim=-1)
     return mean
-
-
-def _check_known(embedded: Float[Tensor, "terms dim"], terms: Sequence[Term], names: Sequence[str], model: str) -> None:
-    texts = torch.tensor([one.text is not None and not one.images for one in terms], dtype=torch.bool)
-    for i in (texts & ~embedded.any(1)).nonzero().flatten().tolist():
-        with named_errors(names[i]):
-            raise ConfigError(f"{model} knows no word of {terms[i].text!r}; use other words")
 
 
 def _load_images(

@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from union_igrot.gallery.engines.base import ColumnValue, IndexHits
+from union_igrot.gallery.engines.base import ColumnBatch, ColumnValue, IndexHits
 
 THUMBNAIL: Final = "thumbnail"
 """The column with a small JPEG."""
@@ -116,18 +116,24 @@ def make_result(
 ) -> SearchResult:
     """Return k rows after the first `offset`, of those that are not excluded and have the score."""
     left_out = set(excluded)
-    thumbnails = found.columns.get(THUMBNAIL)
-    others = {name: values for name, values in found.columns.items() if name != THUMBNAIL}
-    hits, best_score = [], None
-    for i, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True)):
-        if name in left_out:
-            continue
-        best_score = score if best_score is None else max(score, best_score)
-        if min_score is None or score >= min_score:
-            jpeg = None if thumbnails is None else thumbnails[i]
-            columns = {column: values[i] for column, values in others.items()}
-            hits.append(Hit(name, score, columns, jpeg if isinstance(jpeg, bytes) else None))
-    return SearchResult(hits[offset : offset + k], min_score, best_score)
+    hits = [hit for hit in as_hits(found.ids, found.scores.tolist(), found.columns) if hit.id not in left_out]
+    near = [hit for hit in hits if min_score is None or hit.score >= min_score]
+    return SearchResult(near[offset : offset + k], min_score, max((hit.score for hit in hits), default=None))
+
+
+def as_hits(ids: Sequence[str], scores: Sequence[float], columns: ColumnBatch) -> list[Hit]:
+    """Return rows as hits, their thumbnails apart from the other columns."""
+    others = {name: values for name, values in columns.items() if name != THUMBNAIL}
+    rows = zip(ids, scores, columns.get(THUMBNAIL, [None] * len(ids)), strict=True)
+    return [
+        Hit(
+            name,
+            score,
+            {column: values[i] for column, values in others.items()},
+            jpeg if isinstance(jpeg, bytes) else None,
+        )
+        for i, (name, score, jpeg) in enumerate(rows)
+    ]
 
 
 def file_of(name: str) -> Path | None:

@@ -25,7 +25,7 @@ from union_igrot.gallery.gallery import Gallery
 from union_igrot.gallery.queries import Term, parse_term
 from union_igrot.gallery.results import Hit
 from union_igrot.service import http
-from union_igrot.service.http import BodyReader, BusyError, RequestQueue, UploadQueue, error_response, json_response
+from union_igrot.service.http import BusyError, RequestQueue, UploadQueue, error_response, json_response
 
 _LISTS: Final = ("terms", "liked", "disliked", "exclude")
 MAX_VALUES: Final = 50_000  # values of a JSON body
@@ -102,13 +102,13 @@ EXAMPLES: Final = {
 
 
 @final
-class KeyGate(http.Gate):
+class KeyGate:
     """Asks for the API key as a Bearer token, or as the password of a browser; `/health` needs none."""
 
     def __init__(self, key: str) -> None:
         self._key = key.encode()
 
-    async def admit(self, request: Request) -> tuple[str, Response | None]:
+    async def __call__(self, request: Request) -> tuple[str, Response | None]:
         """Compare in constant time; a key is too long to be guessed, so that wrong ones need no delay."""
         header = request.headers.get("authorization", "")
         sent = header[7:].strip().encode("latin-1") if header[:7].lower() == "bearer " else b""
@@ -124,7 +124,7 @@ class ServiceRoutes:
     """Request handlers over a gallery, which only the thread of the queue uses."""
 
     def __init__(self, gallery: Gallery, queue: RequestQueue, uploads: UploadQueue) -> None:
-        self._gallery, self._queue, self._uploads, self._bodies = gallery, queue, uploads, BodyReader()
+        self._gallery, self._queue, self._uploads = gallery, queue, uploads
 
     def routes(self) -> list[BaseRoute]:
         """Return all routes."""
@@ -171,14 +171,14 @@ class ServiceRoutes:
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             if sent == "application/json":
-                body = await self._bodies.read(request, 2**20 + self._uploads.limits.bytes * 4 // 3)
+                body = await self._uploads.read(request, 2**20 + self._uploads.limits.bytes * 4 // 3)
                 if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:  # else seconds and gigabytes
                     raise ConfigError(f"the request has more than {MAX_VALUES:,} values; send fewer")
                 given = kind.model_validate_json(body, strict=True)
                 held = getattr(given, "image", None)
                 files: list[bytes] = [held] if isinstance(held, bytes) else held or []
             elif sent.startswith("image/"):
-                files = [await self._bodies.read(request, self._uploads.limits.bytes)]
+                files = [await self._uploads.read(request, self._uploads.limits.bytes)]
                 address = request.query_params
                 if "image" in address:
                     raise ConfigError("image is given in the body and in the address; leave out one of them")

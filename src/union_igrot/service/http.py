@@ -6,8 +6,7 @@ import errno
 import ipaddress
 import json
 import socket
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar, final
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from union_igrot.errors import ConfigError, UnionError
@@ -43,18 +43,8 @@ HEADERS: Final = {
 }
 
 T = TypeVar("T")
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class Gate(ABC):
-    """Decides who is let in."""
-
-    @abstractmethod
-    async def admit(self, request: Request) -> tuple[str, Response | None]:
-        """Return a Set-Cookie header, if any, and the response that refuses the request, or None to admit it."""
+Gate = Callable[[Request], Awaitable[tuple[str, Response | None]]]
+"""Returns a Set-Cookie header, if any, and the response that refuses a request, or None to admit it."""
 
 
 class BusyError(UnionError):
@@ -82,25 +72,17 @@ class RequestQueue:
 
 @final
 class UploadQueue:
-    """Decodes uploaded images, two at a time, within limits."""
+    """Reads request bodies, and decodes uploaded images, two at a time, within limits."""
 
     def __init__(
         self, limits: Limits, bound: int = MAX_UPLOADS, decode: Callable[[bytes, str], Image.Image] | None = None
     ) -> None:
         self.limits, self._queue = limits, RequestQueue(bound, threads=2)
-        self._decode = decode or UploadDecoder(limits)
+        self._decode, self._held = decode or UploadDecoder(limits), 0
 
     async def decode(self, data: bytes, name: str) -> Image.Image:
         """Decode a file, called `name` in errors; a BusyError if too many wait."""
         return await self._queue.run(lambda: self._decode(data, name))
-
-
-@final
-class BodyReader:
-    """Reads request bodies within limits of time, of size, and of the size of all together."""
-
-    def __init__(self) -> None:
-        self._held = 0
 
     async def read(self, request: Request, most: int) -> bytes:
         """Read a body of at most `most` bytes; an HTTPException if it is larger, too slow or incomplete."""
@@ -140,7 +122,7 @@ async def _show_error(_: Request, error: Exception) -> Response:
     return error_response(error.status_code, error.detail, error.headers)
 
 
-def make_application(routes: Sequence[BaseRoute], hosts: Sequence[str] | None, gate: Gate | None) -> App:
+def make_application(routes: Sequence[BaseRoute], hosts: Sequence[str] | None, gate: Gate | None) -> ASGIApp:
     """Build the ASGI application; `hosts` are the accepted Host headers, against DNS rebinding, None for any."""
     return _Guard(Starlette(routes=routes, exception_handlers={HTTPException: _show_error}), hosts, gate)
 
@@ -149,7 +131,7 @@ def make_application(routes: Sequence[BaseRoute], hosts: Sequence[str] | None, g
 class _Guard:
     """Limits requests, checks the Host header and the login, and adds the security headers to every response."""
 
-    def __init__(self, inner: App, hosts: Sequence[str] | None, gate: Gate | None) -> None:
+    def __init__(self, inner: ASGIApp, hosts: Sequence[str] | None, gate: Gate | None) -> None:
         self._inner, self._gate, self._active = inner, gate, 0
         self._hosts = None if hosts is None else [host.lower() for host in hosts]
 
@@ -159,7 +141,7 @@ class _Guard:
             return
         cookie = ""
 
-        async def with_headers(message: MutableMapping[str, Any]) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
                 if cookie:
@@ -177,7 +159,7 @@ class _Guard:
                 known = " or ".join(self._hosts)
                 refused = error_response(400, f"Unknown host name; this server is {known}.")
             elif self._gate is not None:
-                cookie, refused = await self._gate.admit(request)
+                cookie, refused = await self._gate(request)
             await (refused or self._inner)(scope, receive, with_headers)
         finally:
             self._active -= 1
@@ -269,22 +251,18 @@ class _Connection(H11Protocol):
 def listen(host: str, port: int) -> socket.socket:
     """Bind and listen on a port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    held = socket.socket(family)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((host, port))
-        held.listen(128)
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=host == "::")
     except OSError as error:
-        held.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
                 f"port {port} is in use; use another one, such as port={port + 1}, or port=0 for any free one"
             ) from None
-        raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}); use another host or port") from None
-    return held
+        reason = str(error.strerror).partition(" (while")[0]  # the address is named before
+        raise ConfigError(f"cannot bind {host}:{port} ({reason}); use another host or port") from None
 
 
-def serve(app: App, held: socket.socket, ready: Callable[[str], Any]) -> None:
+def serve(app: ASGIApp, held: socket.socket, ready: Callable[[str], Any]) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     host, port = held.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # all interfaces: others use the host name

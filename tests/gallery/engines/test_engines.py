@@ -15,7 +15,7 @@ from union_igrot.errors import ConfigError, DataError
 from union_igrot.evaluation import ranking
 from union_igrot.evaluation.ranking import exact_topk
 from union_igrot.gallery.engines.base import Rows, topk_of_rows
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 
 METADATA = {"model": "tiny", "weights": ["a", 1, None, {"x": 0.5}], "пёс": "犬 'quoted' \"twice\""}
 ODD_IDS = [

@@ -12,8 +12,7 @@ from toy_engine import ToyIndex
 from union_igrot.errors import ConfigError, DataError
 from union_igrot.gallery.engines import factory
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.factory import open_index, register_engine
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex, open_index, register_engine
 from union_igrot.gallery.gallery import Gallery
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from indexing_world import counts, fill
 from photo_files import NIKON, PIXEL, photo
-from union_igrot.gallery.ingest.entries import ADDED_SOURCE, Listing, data_entry
+from union_igrot.gallery.ingest.entries import ADDED_SOURCE, Entry, Listing
 from union_igrot.gallery.ingest.sources import list_images
 
 WHERE = "taken >= '2024-05-01' and camera like 'Pixel%'"
@@ -96,9 +96,9 @@ def test_a_column_that_people_use_for_something_else_stays_theirs(world, tmp_pat
 
 
 def test_images_in_memory_have_columns_and_given_ones_stay(world):
-    listing = world.run(data_listing([data_entry("a", photo(PIXEL), {"camera": "mine"})]))
+    listing = world.run(data_listing([Entry("a", columns={"camera": "mine"}, data=photo(PIXEL))]))
     assert listing.added == 1
-    world.run(data_listing([data_entry("a", photo(NIKON))]))
+    world.run(data_listing([Entry("a", data=photo(NIKON))]))
     row = world.rows()["a"]
     assert (row["camera"], row["lens"]) == ("mine", "Pixel 8 back camera")
 

@@ -8,8 +8,7 @@ import pytest
 from hostile_files import hostile_folder, is_upright
 from small_world import trainable
 from union_igrot.cli.index import main as index_images
-from union_igrot.gallery.engines.factory import open_index
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex, open_index
 from union_igrot.gallery.ingest.entries import path_as_text
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestOptions

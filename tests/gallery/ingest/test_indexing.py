@@ -12,8 +12,8 @@ from PIL import Image
 
 from indexing_world import counts, fill, picture
 from union_igrot.errors import DataError, ImageError
-from union_igrot.gallery.ingest import writer
-from union_igrot.gallery.ingest.entries import Entry, Listing, data_entry
+from union_igrot.gallery.ingest import rows
+from union_igrot.gallery.ingest.entries import Entry, Listing
 from union_igrot.gallery.ingest.sources import list_images
 
 
@@ -63,7 +63,7 @@ def test_names_that_change_places_find_their_vectors(world):
 
 @pytest.mark.slow
 def test_a_content_that_waits_for_the_end_is_given_to_its_copies(world, monkeypatch):
-    monkeypatch.setattr(writer, "BATCH_ROWS", 1)
+    monkeypatch.setattr(rows, "BATCH_ROWS", 1)
     fill(world.pictures, ["a.png", "b.png"])
     world.run()
     for name in ("a.png", "b.png", "copy1.png", "copy2.png"):
@@ -234,10 +234,10 @@ def test_shards(world):
 
 @pytest.mark.slow
 def test_bytes_in_memory_become_rows(world):
-    entries = [data_entry(f"mine {n}", picture(n), {"n": n}) for n in range(3)]
+    entries = [Entry(f"mine {n}", columns={"n": n}, data=picture(n)) for n in range(3)]
     assert counts(world.run(Listing("added", entries), prune=False)) == (3, 0, 0, 0, 0, 3)
     assert counts(world.run(Listing("added", entries), prune=False)) == (0, 0, 3, 0, 0, 0)
-    entries[1] = data_entry("mine 1", picture(50), {"n": 1})
+    entries[1] = Entry("mine 1", columns={"n": 1}, data=picture(50))
     assert len(entries[1].data) == len(picture(1)), "the size does not tell"
     assert counts(world.run(Listing("added", entries[1:2]), prune=False)) == (0, 1, 0, 0, 0, 1)
     assert world.rows()["mine 1"]["hash"] == hashlib.sha256(picture(50)).hexdigest()[:32]

@@ -2,8 +2,8 @@
 
 from indexing_world import QUIET, picture
 from small_world import LinearBackbone, trainable
-from union_igrot.gallery.engines.memory import MemoryIndex
-from union_igrot.gallery.ingest.entries import Listing, data_entry
+from union_igrot.gallery.engines.factory import MemoryIndex
+from union_igrot.gallery.ingest.entries import Entry, Listing
 from union_igrot.gallery.ingest.pipeline import ingest_images
 from union_igrot.gallery.ingest.report import IngestReport, SkippedFile, SkippedImage
 
@@ -34,5 +34,5 @@ def test_a_report_of_nothing_has_no_rate():
 def test_an_index_in_memory_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("UNION_CACHE", str(tmp_path / "no" / "cache"))
     model = trainable("sum", "frozen", LinearBackbone())
-    ingest_images(MemoryIndex(model.backbone.dim), model, Listing("added", [data_entry("a", picture(1))]), QUIET)
+    ingest_images(MemoryIndex(model.backbone.dim), model, Listing("added", [Entry("a", data=picture(1))]), QUIET)
     assert not (tmp_path / "no").exists()

@@ -10,8 +10,8 @@ import torch
 from indexing_world import counts, fill, picture
 from small_world import trainable
 from union_igrot.errors import DataError, UnionError
-from union_igrot.gallery.ingest import pipeline, writer
-from union_igrot.gallery.ingest.decode import ImageReader
+from union_igrot.gallery.ingest import pipeline, rows
+from union_igrot.gallery.ingest.embedding import ImageReader
 from union_igrot.gallery.ingest.pipeline import lock_index
 from union_igrot.gallery.ingest.report import SkippedFile, SkippedImage
 from union_igrot.storage import locks
@@ -30,7 +30,7 @@ def test_worker_processes_give_the_same_rows(lance_world):
 
 @pytest.mark.slow
 def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatch):
-    import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
+    import union_igrot.gallery.ingest.embedding as decoding  # noqa: PLC0415
 
     world = lance_world
     fill(world.pictures, [f"{n}.png" for n in range(9)])
@@ -52,7 +52,7 @@ def test_a_file_that_ends_the_decoding_process_is_listed(lance_world, monkeypatc
 
 @pytest.mark.slow
 def test_a_picture_for_which_memory_was_short_is_tried_again_and_keeps_its_row(world, monkeypatch):
-    import union_igrot.gallery.ingest.decode as decoding  # noqa: PLC0415
+    import union_igrot.gallery.ingest.embedding as decoding  # noqa: PLC0415
 
     fill(world.pictures, ["1.png", "2.png"])
     world.run()
@@ -166,7 +166,7 @@ def test_a_disk_that_fails_costs_no_row_and_its_pictures_are_tried_again(lance_w
 def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
     """Ended at the n-th write to the index, as if killed just after it."""
     world = lance_world
-    monkeypatch.setattr(writer, "BATCH_ROWS", 4)
+    monkeypatch.setattr(rows, "BATCH_ROWS", 4)
     fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
     world.run()
     for n in range(0, 12, 2):
@@ -211,7 +211,7 @@ def test_an_interrupted_run_is_taken_up(lance_world, monkeypatch, after):
 @pytest.mark.slow
 def test_an_error_while_writing_ends_the_run_and_the_next_goes_on(lance_world, monkeypatch):
     world = lance_world
-    monkeypatch.setattr(writer, "BATCH_ROWS", 4)
+    monkeypatch.setattr(rows, "BATCH_ROWS", 4)
     fill(world.pictures, [f"{n:02d}.png" for n in range(12)])
     real = type(world.index).upsert
     monkeypatch.setattr(type(world.index), "upsert", lambda *_: (_ for _ in ()).throw(DataError("the disk is full")))

@@ -1,13 +1,28 @@
-"""Open an index by its URI, with the engine registered for its scheme or suffix."""
+"""Open an index by its URI, with the engine of its scheme or suffix; the engine in memory is always there."""
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, final
+
+import numpy as np
+import torch
+from jaxtyping import Int64
 
 from union_igrot.errors import ConfigError, require_packages
-from union_igrot.gallery.engines.base import VectorIndex, required_dim
+from union_igrot.gallery.engines.base import (
+    SCAN_BATCH,
+    ColumnBatch,
+    ColumnValue,
+    IndexHits,
+    Queries,
+    Rows,
+    VectorIndex,
+    rank_rows,
+    required_dim,
+)
+from union_igrot.gallery.engines.filters import ColumnKind, Condition, matching
 from union_igrot.storage.files import absolute_path
 
 MEMORY: Final = "memory:"
@@ -24,11 +39,6 @@ EngineOpener = Callable[..., VectorIndex]
 """A function of `uri` and the keywords `dim`, `metadata` and `create` that opens an index, or creates a missing one."""
 
 
-class _Engine(NamedTuple):
-    opener: EngineOpener
-    stores: tuple[str, ...]
-
-
 def register_engine(name: str, opener: EngineOpener, *, stores: tuple[str, ...] = ()) -> None:
     """Register an engine.
 
@@ -42,7 +52,7 @@ def register_engine(name: str, opener: EngineOpener, *, stores: tuple[str, ...] 
     """
     if not re.fullmatch(r"\.\w+|[A-Za-z][A-Za-z0-9+.-]+", name):
         raise ConfigError(f"invalid name of an engine: {name!r} (expected a URI scheme or a suffix such as .lance)")
-    _ENGINES[name.lower()] = _Engine(opener, stores)
+    _ENGINES[name.lower()] = (opener, stores)
 
 
 def uri_scheme(uri: str) -> str:
@@ -72,7 +82,7 @@ def open_index(
             is no index and `create` is not set, or the width differs.
         DataError: If the index cannot be read, created or reached.
     """
-    index = check_uri(uri).opener(uri, dim=dim, metadata=metadata, create=create)
+    index = check_uri(uri)(uri, dim=dim, metadata=metadata, create=create)
     if dim is not None and index.dim != dim:
         index.close()
         raise ConfigError(
@@ -87,24 +97,104 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def check_uri(uri: str) -> _Engine:
-    """Return the engine of a URI; a ConfigError if there is none."""
+def check_uri(uri: str) -> EngineOpener:
+    """Return the opener of a URI; a ConfigError if there is none."""
     scheme = uri_scheme(uri)
     suffix = re.search(r"(\.\w+)?/*$", uri).group(1) or ""  # type: ignore[union-attr]  # matches any text
     for name in (scheme, suffix.lower()):
         if name and name not in _ENGINES and (found := list(entry_points(group=ENTRY_POINTS, name=name))):
             register_engine(name, found[0].load())
     if scheme in _ENGINES:
-        return _ENGINES[scheme]
-    engine = _ENGINES.get(suffix.lower())
-    if engine is None or scheme not in ("", *engine.stores):
+        return _ENGINES[scheme][0]
+    opener, stores = _ENGINES.get(suffix.lower(), (None, ()))
+    if opener is None or scheme not in ("", *stores):
         raise ConfigError(f"{without_password(uri)!r} is not the name of an index (expected {FORMS})")
-    return engine
+    return opener
+
+
+@final
+class MemoryIndex(VectorIndex):
+    """Embeddings in memory, with exact search alone; needs no extra package and belongs to one thread."""
+
+    def __init__(self, dim: int, metadata: Mapping[str, Any] | None = None, uri: str = "memory:") -> None:
+        self.uri, self.dim, self.metadata = uri, required_dim(uri, dim), dict(metadata or {})
+        self._kinds: dict[str, ColumnKind] = {}
+        self._ids: list[str] = []
+        """In the order of first writes; removed rows stay until `optimize`, which every scan and search calls."""
+        self._vectors = torch.empty(0, dim)
+        """At least as many rows as ids."""
+        self._columns: dict[str, list[ColumnValue]] = {}
+        self._positions: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @property
+    def columns(self) -> Mapping[str, ColumnKind]:
+        """See `VectorIndex`."""
+        return dict(self._kinds)
+
+    def _upsert(self, rows: Rows, new: Mapping[str, ColumnKind]) -> None:
+        self._kinds |= new
+        added = [name for name in rows.ids if name not in self._positions]
+        self._positions |= {name: i for i, name in enumerate(added, len(self._ids))}
+        used = len(self._ids)
+        self._ids += added
+        if len(self._ids) > len(self._vectors):
+            room = max(len(self._ids), 2 * used) - used
+            self._vectors = torch.cat([self._vectors[:used], torch.empty(room, self.dim)])
+        for name in self._kinds:
+            column = self._columns.setdefault(name, [])
+            column += [None] * (len(self._ids) - len(column))
+        positions = [self._positions[name] for name in rows.ids]
+        self._vectors[positions] = rows.vectors
+        for name, column in self._columns.items():
+            for i, value in zip(positions, rows.columns.get(name, [None] * len(positions)), strict=True):
+                column[i] = value
+
+    def _delete(self, ids: Sequence[str]) -> int:
+        return sum(self._positions.pop(name, None) is not None for name in ids)
+
+    def _fetch(self, ids: Sequence[str]) -> Rows:
+        found = {name: self._positions[name] for name in ids if name in self._positions}
+        positions = list(found.values())
+        return Rows(list(found), self._vectors[positions], self._read(positions, list(self._columns)))
+
+    def _scan(self, columns: Sequence[str], condition: Condition | None) -> Iterator[ColumnBatch]:
+        rows = self._matching(condition)
+        found = self._read(range(len(self)) if rows is None else rows.tolist(), columns)
+        starts = range(0, len(self) if rows is None else len(rows), SCAN_BATCH)
+        return ({name: values[at : at + SCAN_BATCH] for name, values in found.items()} for at in starts)
+
+    def _exact(self, queries: Queries, k: int, condition: Condition | None, columns: Sequence[str]) -> list[IndexHits]:
+        rows = self._matching(condition)
+        return rank_rows(queries, self._vectors[: len(self)], rows, k, columns, self._read)
+
+    def _matching(self, condition: Condition | None) -> Int64[np.ndarray, " rows"] | None:
+        self.optimize()
+        return None if condition is None else np.flatnonzero(matching(condition, self._column))
+
+    def optimize(self) -> None:
+        """Drop removed rows."""
+        if len(self._positions) == len(self._ids):
+            return
+        kept = list(self._positions.values())  # in the order of first writes: a removed row that is added again is new
+        self._ids = list(self._positions)
+        self._vectors = self._vectors[kept]
+        self._columns = {name: [column[i] for i in kept] for name, column in self._columns.items()}
+        self._positions = {name: i for i, name in enumerate(self._ids)}
+
+    def _column(self, name: str) -> Sequence[ColumnValue]:
+        return self._ids if name == "id" else self._columns[name]
+
+    def _read(
+        self, rows: Sequence[int] | Int64[np.ndarray, " rows"], columns: Sequence[str]
+    ) -> dict[str, list[ColumnValue]]:
+        known = {name: self._column(name) for name in columns if name == "id" or name in self._columns}
+        return {name: [known[name][i] for i in rows] if name in known else [None] * len(rows) for name in columns}
 
 
 def _open_memory(uri: str, *, dim: int | None, metadata: Mapping[str, Any] | None, create: bool) -> VectorIndex:
-    from union_igrot.gallery.engines.memory import MemoryIndex  # noqa: PLC0415 - engines are imported if needed
-
     if uri != MEMORY:
         raise ConfigError(f"{uri!r} is not the name of an index (expected {FORMS})")
     if not create:
@@ -124,11 +214,9 @@ def _builtin(module: str, name: str, package: str, extra: str) -> EngineOpener:
 
 
 _open_milvus = _builtin("union_igrot.gallery.engines.milvus", "MilvusIndex", "pymilvus", "milvus")
-_ENGINES: Final[dict[str, _Engine]] = {
-    "memory": _Engine(_open_memory, ()),
-    ".lance": _Engine(
-        _builtin("union_igrot.gallery.engines.lance", "LanceIndex", "lance", "gallery"), ("s3", "gs", "az")
-    ),
-    "milvus": _Engine(_open_milvus, ()),
-    "milvus+tls": _Engine(_open_milvus, ()),
+_ENGINES: Final[dict[str, tuple[EngineOpener, tuple[str, ...]]]] = {
+    "memory": (_open_memory, ()),
+    ".lance": (_builtin("union_igrot.gallery.engines.lance", "LanceIndex", "lance", "gallery"), ("s3", "gs", "az")),
+    "milvus": (_open_milvus, ()),
+    "milvus+tls": (_open_milvus, ()),
 }

@@ -74,20 +74,14 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class AllOf:
-    """True if all parts are true."""
+class Joined:
+    """True if all parts are true, or at least one."""
 
+    op: Literal["and", "or"]
     parts: tuple["Condition", ...]
 
 
-@dataclass(frozen=True, slots=True)
-class AnyOf:
-    """True if at least one part is true."""
-
-    parts: tuple["Condition", ...]
-
-
-Condition = Comparison | AllOf | AnyOf
+Condition = Comparison | Joined
 """A filter without `not`. As each comparison defines its own result for None, two-valued logic is sufficient."""
 
 
@@ -125,7 +119,7 @@ def parse_filter(text: str, kinds: Mapping[str, ColumnKind]) -> Condition:
 def matching(condition: Condition, column: Callable[[str], Sequence[Any]]) -> Bool[np.ndarray, " rows"]:
     """Return whether each row passes a condition; `column` returns the values of a column by its name."""
     if not isinstance(condition, Comparison):
-        join = np.logical_and if isinstance(condition, AllOf) else np.logical_or
+        join = np.logical_and if condition.op == "and" else np.logical_or
         return np.asarray(join.reduce([matching(part, column) for part in condition.parts]), dtype=bool)
     values, passes = column(condition.column), _predicate(condition)
     on_none = condition.op == "is null"
@@ -218,10 +212,10 @@ def _condition(node: Any, negated: bool) -> Condition:
     _check_only(node, "this", "expression", "expressions", "low", "high", "negate")
     if isinstance(node, exp.And | exp.Or):
         parts = tuple(_condition(part, negated) for part in node.flatten())
-        return AllOf(parts) if isinstance(node, exp.And) is not negated else AnyOf(parts)
+        return Joined("and" if isinstance(node, exp.And) is not negated else "or", parts)
     if isinstance(node, exp.Between):
         low, high = (Comparison(_column(node.this), op, (_constant(node.args[end]),)) for op, end in _ENDS)
-        return AnyOf((_negate(low), _negate(high))) if negated else AllOf((low, high))
+        return Joined("or", (_negate(low), _negate(high))) if negated else Joined("and", (low, high))
     return _negate(_comparison(node)) if negated else _comparison(node)
 
 
@@ -309,7 +303,7 @@ def _convert(condition: Condition, kinds: Mapping[str, ColumnKind]) -> Condition
     def convert(one: Condition) -> Condition:
         nonlocal count
         if not isinstance(one, Comparison):
-            return type(one)(tuple(convert(part) for part in one.parts))
+            return Joined(one.op, tuple(convert(part) for part in one.parts))
         count += 1
         if count > _MAX_COMPARISONS:
             raise ConfigError(f"has more than {_MAX_COMPARISONS} comparisons; write: in (...)")

@@ -46,7 +46,7 @@ from union_igrot.gallery.engines.base import (
     validate_rows,
 )
 from union_igrot.gallery.engines.factory import local_path
-from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, quote
+from union_igrot.gallery.engines.filters import ColumnKind, Comparison, Condition, quote
 from union_igrot.storage.sizes import format_size, parse_size
 
 FLAT_ROWS: Final = 500_000  # rows up to which the approximate index holds whole vectors
@@ -332,7 +332,7 @@ def exact_memory() -> int:
 def filter_text(condition: Condition) -> str:
     """Write a filter in Lance's SQL."""
     if not isinstance(condition, Comparison):
-        joint = " AND " if isinstance(condition, AllOf) else " OR "
+        joint = f" {condition.op.upper()} "
         return "(" + joint.join(filter_text(part) for part in condition.parts) + ")"
     name = f"`{condition.column}`"
     if not condition.values:

@@ -48,7 +48,7 @@ from union_igrot.gallery.engines.base import (
     required_dim,
 )
 from union_igrot.gallery.engines.factory import without_password
-from union_igrot.gallery.engines.filters import AllOf, ColumnKind, Comparison, Condition, Constant, like_parts
+from union_igrot.gallery.engines.filters import ColumnKind, Comparison, Condition, Constant, like_parts
 
 PORT: Final = 19530
 MAX_ID_BYTES: Final = 65_535
@@ -360,7 +360,7 @@ def filter_text(condition: Condition, full_like: bool = True) -> str:
     Without `full_like` (Milvus before 2.4), a `like` of anything but a prefix is a ConfigError.
     """
     if not isinstance(condition, Comparison):
-        joint = " and " if isinstance(condition, AllOf) else " or "
+        joint = f" {condition.op} "
         return "(" + joint.join(filter_text(part, full_like) for part in condition.parts) + ")"
     name = "id" if condition.column == "id" else f'$meta["{dynamic_key(condition.column)}"]'
     op = condition.op

@@ -83,15 +83,24 @@ def file_entry(path: str, columns: dict[str, UserValue] | None = None, found: os
     return Entry(path_as_text(path), path, found.st_size, found.st_mtime_ns, columns=columns or {}, fault=fault)
 
 
-def data_entry(name: str, data: bytes, columns: dict[str, UserValue] | None = None) -> Entry:
-    """Make the entry of an encoded image (JPEG, PNG, ...) in memory."""
-    return Entry(name, size=len(data), columns=columns or {}, data=data)
-
-
 def content_digest(digest: "hashlib._Hash", text: str) -> str:
     """Return the first 32 hex digits of a SHA-256 of an image's bytes, followed by the text embedded with it."""
     digest.update(text.encode())
     return digest.hexdigest()[:32]
+
+
+def digest_prefix(digest: str) -> int:
+    """Return the first 64 bits of a digest."""
+    return int(digest[:16], 16)
+
+
+def is_file_name(name: str | Path) -> bool:
+    """Return whether a text can be the name of a file: if it holds no unpaired surrogate."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def path_as_text(path: str) -> str:
@@ -215,9 +224,7 @@ def _as_list(values: Any, what: Any, count: int) -> list[Any]:
 
 def _entry(image: Any, name: str | None, columns: dict[str, Any], position: int) -> Entry:
     if isinstance(image, str | Path):
-        try:
-            os.fsencode(image)
-        except UnicodeEncodeError:
+        if not is_file_name(image):
             return Entry(name or ascii(image), columns=columns, fault="not a valid file name")
         entry = file_entry(absolute_path(image), columns)
         if entry.fault == IS_FOLDER:
@@ -227,7 +234,8 @@ def _entry(image: Any, name: str | None, columns: dict[str, Any], position: int)
         data, content = _file_content(image)
     except ImageError as error:
         return Entry(name or f"image {position + 1} ({type(image).__name__})", columns=columns, fault=str(error))
-    return data_entry(f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name, data, columns)
+    name = f"sha256:{hashlib.sha256(content).hexdigest()[:32]}" if name is None else name
+    return Entry(name, size=len(data), columns=columns, data=data)
 
 
 def _file_content(image: Any) -> tuple[bytes, bytes]:

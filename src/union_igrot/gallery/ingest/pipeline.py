@@ -4,29 +4,31 @@ What is in the index is not embedded again, which is also how an interrupted run
 """
 
 import hashlib
+import logging
 import math
+import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8, UInt64
+from jaxtyping import Float, UInt64
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from union_igrot.errors import CheckpointError, ConfigError, DataError, ImageError, UnionError
+from union_igrot.errors import CheckpointError, ConfigError, DataError, ImageError, UnionError, require_packages
 from union_igrot.gallery.engines.base import VectorIndex
 from union_igrot.gallery.engines.factory import MEMORY, local_path
-from union_igrot.gallery.ingest.decode import DecodedBatch, DecodedImage, ImageReader
+from union_igrot.gallery.ingest.embedding import DecodedImage, EmbeddedBatch, drop_repeated, embed_entries
 from union_igrot.gallery.ingest.entries import Entry, Listing
-from union_igrot.gallery.ingest.plan import (
+from union_igrot.gallery.ingest.report import EMBED_TEXT, IngestOptions, IngestReport, SkippedFile
+from union_igrot.gallery.ingest.rows import (
+    RowWriter,
     find_broken,
     find_gone,
     find_lost_sources,
@@ -34,38 +36,24 @@ from union_igrot.gallery.ingest.plan import (
     read_index,
     with_texts,
 )
-from union_igrot.gallery.ingest.report import EMBED_TEXT, IngestOptions, IngestReport, SkippedFile
-from union_igrot.gallery.ingest.writer import RowWriter
 from union_igrot.gallery.metadata import widen_rows
-from union_igrot.images.dataset import ImageDataset, WorkerDiedError, image_loader, read_batches
-from union_igrot.images.transforms import model_input
-from union_igrot.models.devices import default_workers, full_precision
 from union_igrot.models.model import IGROTModel
 from union_igrot.storage.cache import ADVICE, default_root
 from union_igrot.storage.locks import acquire_exclusive
 from union_igrot.terminal import progress_bar
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 EXAMPLES: Final = 5  # broken images that a report names
-_PART: Final = 32
-"""Images that a worker decodes at once; several workers share a batch, and its first part is ready soon."""
-_PREFETCH: Final = 4  # parts that each worker decodes ahead
-_START_METHOD: Final[Literal["fork"] | None] = "fork" if sys.platform == "linux" else None
 _ROUNDS: Final = 5
 _DELETE_ROWS: Final = 10_000
 
-EmbeddedBatch = tuple[Sequence[Entry], Sequence[DecodedImage], Float[Tensor, "embedded dim"]]
-"""Entries, what is known of each, and the embeddings of those with a thumbnail."""
-_Item = TypeVar("_Item")
+_MAX_BATCHES: Final = 16  # batches per task of a Ray actor
+_RETRIES: Final = 5  # how often an actor is restarted, and a task repeated, after its process died
+
 _Executor = Callable[[Sequence[Entry], UInt64[np.ndarray, " digests"] | None], Generator[EmbeddedBatch, None, None]]
-
-
-@final
-@dataclass(slots=True)
-class Timings:
-    """Seconds of work and of waiting; see `IngestReport`."""
-
-    working: float = 0.0
-    decoding_wait: float = 0.0
+_Job = tuple[IGROTModel, UInt64[np.ndarray, " digests"] | None, IngestOptions]
 
 
 def ingest_images(
@@ -90,34 +78,35 @@ def ingest_images(
         ImageError: If an image cannot be read, with `on_broken="fail"`.
         DataError: If columns are invalid, all images are gone, or a disk is full.
     """
-    start, timings = time.perf_counter(), Timings()
+    start = time.perf_counter()
     options = _with_settings_of(index, options or IngestOptions(), vectors)
-    executors = _executors(model, options, timings, vectors)
     widen = partial(widen_rows, model=model, metadata=index.metadata)
+    model.eval()
+    local = nullcontext(lambda entries, known: embed_entries(model, entries, options, known, vectors))
+    executors = ray_executor(model, options) if options.executor == "ray" and vectors is None else local
     with lock_index(index.uri, options.cache, wait) as skipped_file, progress_bar(shown=options.progress) as bar:
         task = bar.add_task("reading the index", total=None)
-        show_progress = partial(bar.update, task, description="embedding images")
-        rows = read_index(index, listing, prune=options.prune)
-        listing = with_texts(listing, rows.by_id, options.embed_text)
-        gone, emptied = find_gone(listing, rows.by_id) if options.prune else ([], {})
+        rows, digests, sources = read_index(index, listing, prune=options.prune)
+        listing = with_texts(listing, rows, options.embed_text)
+        gone, emptied = find_gone(listing, rows) if options.prune else ([], {})
         skipped = SkippedFile(skipped_file, listing.source)
-        plan = make_plan(listing, rows.by_id, skipped.own, options.embed_text, read_again=options.file_columns == "all")
-        if plan.skip and options.on_broken == "fail":
-            raise _broken_image_error(plan.skip[0].path, plan.skip[0].reason)
-        skipped.add(plan.skip)
-        opened = 0
-        with RowWriter(index, listing, rows.by_id, skipped) as writer:
-            known = [DecodedImage(rows.by_id[entry.id].digest) for entry in plan.rewrite]
-            writer.add(plan.rewrite, known, torch.empty(0, index.dim))
-            todo = [*plan.read, *writer.flush()]
-            if todo:
-                began = time.perf_counter()
-                with executors as executor:
-                    opened = _embed_all(executor, todo, rows.digests, writer, options, widen, show_progress)
-                timings.working = time.perf_counter() - began
+        again = options.file_columns == "all"
+        read, rewrite, skips = make_plan(listing, rows, skipped.own, options.embed_text, read_again=again)
+        if skips and options.on_broken == "fail":
+            raise _broken_image_error(skips[0].path, skips[0].reason)
+        skipped.add(skips)
+        with RowWriter(index, listing, rows, skipped) as writer:
+            known = [DecodedImage(rows[entry.id].digest) for entry in rewrite]
+            writer.add(rewrite, known, torch.empty(0, index.dim))
+            todo = [*read, *writer.flush()]
+            show = partial(bar.update, task, description="embedding images", total=len(todo))
+            began = time.perf_counter()
+            opened, waited = _embed_all(executors, todo, digests, writer, options, widen, show) if todo else (0, 0.0)
+            working = time.perf_counter() - began
         bar.update(task, description="finishing")
-        skips = [*plan.skip, *writer.broken]
-        removed = delete_rows(index, [*gone, *(find_broken(skips, rows.by_id) if options.prune else ())])
+        unchanged = len(listing.entries) - len(read) - len(rewrite) - len(skips)
+        skips += writer.broken
+        removed = delete_rows(index, [*gone, *(find_broken(skips, rows) if options.prune else ())])
         if writer.added + writer.updated + removed:
             index.optimize()
         broken = {skip.path: skip.reason for skip in skips}
@@ -125,20 +114,20 @@ def ingest_images(
     return IngestReport(
         added=writer.added,
         updated=writer.updated,
-        unchanged=plan.unchanged,
+        unchanged=unchanged,
         removed=removed,
         skipped=len(broken),
         embedded=writer.embedded,
         opened=opened,
         seconds=time.perf_counter() - start,
-        working=timings.working,
-        decoding_wait=timings.decoding_wait,
+        working=working,
+        decoding_wait=waited,
         writing_wait=writer.waited,
         skipped_file=skipped_file if broken else None,
         reasons=tuple(broken.items())[:EXAMPLES],
         excluded=listing.excluded,
         emptied=emptied,
-        lost_sources=find_lost_sources(rows.sources),
+        lost_sources=find_lost_sources(sources),
     )
 
 
@@ -159,211 +148,34 @@ def _with_settings_of(index: VectorIndex, options: IngestOptions, vectors: objec
     return replace(options, embed_text=text)
 
 
-def _executors(
-    model: IGROTModel, options: IngestOptions, timings: Timings, vectors: Mapping[str, Float[Tensor, " dim"]] | None
-) -> AbstractContextManager[_Executor]:
-    model.eval()
-    if options.executor == "ray" and vectors is None:
-        from union_igrot.gallery.ingest.ray_executor import ray_executor  # noqa: PLC0415 - an extra
-
-        return ray_executor(model, options, timings)
-    return nullcontext(lambda entries, known: embed_entries(model, entries, options, known, timings, vectors))
-
-
 def _embed_all(
-    executor: _Executor,
+    executors: AbstractContextManager[_Executor],
     todo: Sequence[Entry],
     known: UInt64[np.ndarray, " digests"],
     writer: RowWriter,
     options: IngestOptions,
     widen: Callable[[Tensor], Tensor],
     show_progress: Callable[..., None],
-) -> int:
-    """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all."""
-    opened = 0
-    for attempt in range(_ROUNDS):
-        done = 0
-        with closing(executor(todo, known if attempt == 0 else None)) as batches:
-            for entries, images, vectors in batches:
-                writer.add(entries, images, widen(vectors))
-                done += len(entries)
-                show_progress(completed=done, total=len(todo))
-                for entry, image in zip(entries, images, strict=True):
-                    if image.reason and options.on_broken == "fail":
-                        raise _broken_image_error(entry.id, image.reason)
-        opened += len(todo)
-        todo = writer.flush()
-        if not todo:
-            return opened
-    raise DataError("rows vanish from the index while images are added; stop the process that removes them, run again")
+) -> tuple[int, float]:
+    """Read and embed images; those whose embedding vanished from the index meanwhile are embedded after all.
 
-
-def embed_entries(
-    model: IGROTModel,
-    entries: Sequence[Entry],
-    options: IngestOptions,
-    known: UInt64[np.ndarray, " digests"] | None = None,
-    timings: Timings | None = None,
-    vectors: Mapping[str, Float[Tensor, " dim"]] | None = None,
-) -> Generator[EmbeddedBatch, None, None]:
-    """Decode images in worker processes and embed them on the device of the model, or look their embeddings up."""
-    decoded = decode_entries(model, entries, options, known, timings or Timings())
-    embed = _embedder(model, options.precision) if vectors is None else None
-
-    def embed_parts(batch: Sequence[Entry], parts: Sequence[DecodedBatch]) -> Float[Tensor, "embedded dim"]:
-        images = [image for part in parts for image in part.images]
-        decoded = [entry for entry, one in zip(batch, images, strict=True) if one.thumbnail is not None]
-        if embed is not None and any(entry.text for entry in decoded):
-            texts = [entry.text for entry in decoded]
-            return embed_pixels(model, _join_parts(model, parts), options.precision, texts)
-        if embed is not None:
-            return embed(_join_parts(model, parts))
-        assert vectors is not None
-        rows = [vectors[entry.id] for entry in decoded]
-        return torch.stack(rows) if rows else torch.empty(0, model.backbone.dim)
-
-    embedded = ((batch, parts, embed_parts(batch, parts)) for batch, parts in decoded)
-    for batch, parts, found in _one_behind(embedded):
-        yield batch, [image for part in parts for image in part.images], found.cpu()
-
-
-def _join_parts(model: IGROTModel, parts: Sequence[DecodedBatch]) -> UInt8[Tensor, "embedded 3 size size"]:
-    return torch.cat([part.pixels.to(model.device, non_blocking=True) for part in parts])
-
-
-def _embedder(model: IGROTModel, precision: str) -> Callable[[Tensor], Tensor]:
-    """Return the function that embeds gallery images in a precision."""
-    if precision not in ("onnx", "int8"):
-        return partial(embed_pixels, model, precision=precision)
-    if model.device.type != "cpu":
-        raise ConfigError(f"precision={precision} runs on a CPU, not on {model.device}; pass strategy=cpu, or fp16")
-    from union_igrot.models.onnx import open_gallery_session  # noqa: PLC0415 - an extra
-
-    session = open_gallery_session(model, "int8" if precision == "int8" else "fp32")
-    empty = torch.empty(0, model.backbone.dim)
-    return lambda pixels: session(model_input(pixels, model.preprocess)) if len(pixels) else empty
-
-
-def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
-    """Yield each item when the next one is under way: a GPU works meanwhile."""
-    waiting: list[_Item] = []
-    for item in items:
-        yield from waiting
-        waiting = [item]
-    yield from waiting
-
-
-def decode_entries(
-    model: IGROTModel,
-    entries: Sequence[Entry],
-    options: IngestOptions,
-    known: UInt64[np.ndarray, " digests"] | None,
-    timings: Timings,
-) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
-    """Decode images in batches of several parts; see `embed_entries`."""
-    device = model.device
-    workers = max(1, default_workers(device)) if options.workers is None else options.workers
-    largest = None if options.max_megapixels is None else options.max_megapixels * 1e6
-    reader = ImageReader(model.preprocess, known, largest=largest, exif=options.file_columns != "none")
-    return _read_in_batches(reader, entries, options.batch_size, workers, device.type == "cuda", timings)
-
-
-@torch.inference_mode()
-def embed_pixels(
-    model: IGROTModel,
-    pixels: UInt8[Tensor, "batch 3 size size"],
-    precision: str = "32-true",
-    texts: Sequence[str] = (),
-) -> Float[Tensor, "batch dim"]:
-    """Embed gallery images, the backbone in a given precision and the heads in float32.
-
-    With `texts`, one per image, those that are not empty are embedded with their images by the query head.
+    Returns the number of images read, and the seconds for which the model waited for them.
     """
-    device = pixels.device
-    if not len(pixels):
-        return torch.empty(0, model.backbone.dim)
-    model.null_text()  # encoded in float32
-    if precision == "32-true":
-        context: AbstractContextManager[object] = full_precision(device)
-    else:  # a CPU computes in bfloat16 only
-        half = torch.float16 if precision == "16-mixed" and device.type != "cpu" else torch.bfloat16
-        context = torch.autocast(device.type, half)
-    with context:
-        features = model.backbone.encode_image(model_input(pixels, model.preprocess))
-    with full_precision(device):
-        tokens = None if features.tokens is None else features.tokens.float()
-        features = replace(features, pooled=features.pooled.float(), tokens=tokens)
-        rows = model.embed_gallery(features)
-        if not any(texts):
-            return rows
-        has_text = torch.tensor([bool(text) for text in texts], device=device)[:, None]
-        return torch.where(has_text, model.embed_queries(features, texts), rows)
-
-
-def _read_in_batches(
-    reader: ImageReader, entries: Sequence[Entry], size: int, workers: int, pinned: bool, timings: Timings
-) -> Iterator[tuple[Sequence[Entry], list[DecodedBatch]]]:
-    """Read images; equal ones are decoded once."""
-    batches = [entries[at : at + size] for at in range(0, len(entries), size)]
-    parts = [batch[at : at + _PART] for batch in batches for at in range(0, len(batch), _PART)]
-    decoded = _read_parts(reader, parts, min(workers, len(parts)), pinned)
-    digests: set[str] = set()
-    for batch in batches:
-        found = []
-        for _ in range(math.ceil(len(batch) / _PART)):
-            start = time.perf_counter()
-            part = next(decoded)
-            timings.decoding_wait += time.perf_counter() - start
-            found.append(part.without_repeated(digests))
-        yield batch, found
-
-
-def _read_parts(
-    reader: ImageReader, parts: Sequence[Sequence[Entry]], workers: int, pinned: bool
-) -> Iterator[DecodedBatch]:
-    done = 0
-    try:
-        while done < len(parts):
-            try:
-                for part in read_batches(_loader(reader, parts[done:], workers, pinned, _PREFETCH)):
-                    done += 1
-                    yield part
-            except WorkerDiedError:
-                # The image that did it is in the missing part, or in one that was decoded ahead.
-                yield _read_one_by_one(reader, parts[done])
-                done += 1
-    finally:
-        reader.close()
-
-
-def _read_one_by_one(reader: ImageReader, entries: Sequence[Entry]) -> DecodedBatch:
-    """Decode images in a process that may die; an image that kills it is broken."""
-    found: list[DecodedBatch] = []
-    reader = ImageReader(reader.preprocess, reader.known, largest=reader.largest, exif=reader.exif)
-    while len(found) < len(entries):
-        try:
-            # `+=` keeps what came before an error; with one image ahead the next one is at work.
-            found += read_batches(_loader(reader, [[entry] for entry in entries[len(found) :]], 1, False, 1))
-        except WorkerDiedError as error:
-            reason = "decoding it ended the process; it may be too large for the memory, or malicious"
-            reason = str(error) if error.timed_out else reason
-            found.append(reader.collate([(DecodedImage(reason=reason), None)]))
-    pixels = torch.cat([one.pixels for one in found])
-    return DecodedBatch([image for one in found for image in one.images], pixels)
-
-
-def _loader(
-    reader: ImageReader, batches: Sequence[Sequence[Entry]], workers: int, pinned: bool, prefetch: int
-) -> DataLoader[DecodedBatch]:
-    return image_loader(
-        ImageDataset(None, reader),
-        batches,
-        reader.collate,  # type: ignore[arg-type] # the reader returns what it could not read as a value
-        workers=workers,
-        pinned=pinned,
-        prefetch=prefetch,
-        start_method=_START_METHOD,
-    )
+    opened, waited = 0, 0.0
+    with executors as executor:
+        for attempt in range(_ROUNDS):
+            with closing(executor(todo, known if attempt == 0 else None)) as batches:
+                for entries, images, vectors, seconds in batches:
+                    writer.add(entries, images, widen(vectors))
+                    opened, waited = opened + len(entries), waited + seconds
+                    show_progress(completed=opened)
+                    for entry, image in zip(entries, images, strict=True):
+                        if image.reason and options.on_broken == "fail":
+                            raise _broken_image_error(entry.id, image.reason)
+            todo = writer.flush()
+            if not todo:
+                return opened, waited
+    raise DataError("rows vanish from the index while images are added; stop the process that removes them, run again")
 
 
 def delete_rows(index: VectorIndex, ids: Iterable[str]) -> int:
@@ -409,3 +221,115 @@ def lock_index(uri: str, cache: Path | None = None, wait: float = 0.1) -> Iterat
         for leftover in root.glob(f"{name}-*"):  # work files of an earlier version
             shutil.rmtree(leftover, ignore_errors=True)
         yield root / f"{name}.skipped.jsonl" if path is None else path.with_name(f"{path.name}.skipped.jsonl")
+
+
+@final
+class EmbeddingActor:
+    """Embeds images in a process of its own."""
+
+    def __init__(self) -> None:
+        self._job: _Job | None = None
+
+    def embed(
+        self, job: "list[ObjectRef[_Job]]", entries: Sequence[Entry]
+    ) -> tuple[list[DecodedImage], Float[Tensor, "embedded dim"], float]:
+        """Decode and embed images; `job` is in a list, so that Ray does not fetch it for every task."""
+        if self._job is None:
+            import ray  # noqa: PLC0415 - an extra
+
+            model, known, options = ray.get(job[0])
+            self._job = model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), known, options
+        model, known, options = self._job
+        batches = list(embed_entries(model, entries, options, known))
+        images = [image for _, found, _, _ in batches for image in found]
+        return images, torch.cat([vectors for _, _, vectors, _ in batches]), sum(waited for *_, waited in batches)
+
+
+@contextmanager
+def ray_executor(model: IGROTModel, options: IngestOptions) -> Iterator[_Executor]:
+    """Connect to a Ray cluster, or start one on this machine.
+
+    Raises:
+        ConfigError: If Ray is not installed, the cluster cannot be reached, or has too few GPUs or CPU cores.
+        UnionError: If an actor dies again and again.
+    """
+    require_packages("executor=ray", "ray", "ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without GPUs keep the environment
+    import ray  # noqa: PLC0415 - an extra
+
+    started = not ray.is_initialized()
+    if started:
+        _connect(ray, options.ray_address)
+    device = model.device
+    try:
+        actors, gpus = _count_actors(ray, options.actors)
+        model.to("cpu")
+        workers = max(1, ((os.cpu_count() or 1) - 1) // actors) if options.workers is None else options.workers
+        own = replace(options, executor="local", workers=workers)
+
+        def embed(
+            entries: Sequence[Entry], known: UInt64[np.ndarray, " digests"] | None
+        ) -> Generator[EmbeddedBatch, None, None]:
+            remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=_RETRIES, max_task_retries=_RETRIES)
+            job = ray.put((model, known, own))
+            pool: list[Any] = [remote(EmbeddingActor).remote() for _ in range(actors)]
+            try:
+                yield from _embed_on(pool, job, entries, own.batch_size)
+            except ray.exceptions.RayActorError as error:
+                raise UnionError(
+                    f"a Ray actor died {_RETRIES} times ({str(error).splitlines()[0]}); look at the logs of Ray, then "
+                    "run the same command again: written rows are kept"
+                ) from None
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            finally:
+                for actor in pool:
+                    ray.kill(actor)
+
+        yield embed
+    finally:
+        model.to(device)
+        if started:
+            ray.shutdown()
+
+
+def _embed_on(
+    pool: Sequence[Any], job: Any, entries: Sequence[Entry], batch_size: int
+) -> Generator[EmbeddedBatch, None, None]:
+    """Embed on actors, in order; each has a task waiting while it works on another."""
+    from ray.util import ActorPool  # noqa: PLC0415 - an extra
+
+    batches = math.ceil(len(entries) / batch_size)
+    size = batch_size * max(1, min(_MAX_BATCHES, batches // (4 * len(pool))))
+    tasks = [entries[at : at + size] for at in range(0, len(entries), size)]
+    results = ActorPool([*pool, *pool]).map(lambda actor, task: actor.embed.remote([job], task), tasks)
+    seen: set[str] = set()
+    for task, (images, vectors, waited) in zip(tasks, results, strict=True):
+        yield task, *drop_repeated(images, vectors, seen), waited / len(pool)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    try:
+        if address is None:
+            ray.init("local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot connect to the Ray cluster {address or 'local'} ({reason}); check ray.address, or start one with "
+            "ray start --head"
+        ) from None
+
+
+def _count_actors(ray: Any, wanted: int | None) -> tuple[int, bool]:
+    """Return the number of actors and whether they use GPUs."""
+    resources = ray.cluster_resources()
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    actors, most = wanted or gpus or max(1, cores // 2), gpus or cores
+    if actors > most:
+        what = "GPUs" if gpus else "CPU cores"
+        raise ConfigError(f"invalid value for ray.actors: {actors} (the cluster has {most} {what}, one per actor)")
+    return actors, gpus > 0

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, final
+from typing import Final, Literal, NamedTuple, final, get_args, get_origin
 
 from union_igrot.errors import ConfigError, DataError, check_choice, check_count
 from union_igrot.images.exif import EXIF_COLUMNS
@@ -14,15 +14,8 @@ from union_igrot.storage.cache import write_cached
 EMBED_TEXT: Final = "embed_text"
 """Name of that option in the metadata of an index; an index without it embeds images alone."""
 
+PRECISIONS: Final = ("32-true", "bf16-mixed", "16-mixed", "onnx", "int8")
 _log: Final = logging.getLogger("union_igrot.indexing")
-
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "decoder": ("pillow", "torchcodec"),
-    "on_broken": ("skip", "fail"),
-    "precision": ("32-true", "bf16-mixed", "16-mixed", "onnx", "int8"),
-    "executor": ("local", "ray"),
-    "file_columns": ("new", "all", "none"),
-}
 
 
 @final
@@ -75,8 +68,10 @@ class IngestOptions:
         """Validate the values."""
         if isinstance(self.exclude, str):  # one pattern, not its letters
             object.__setattr__(self, "exclude", (self.exclude,))
-        for name, allowed in _CHOICES.items():
-            check_choice(name, getattr(self, name), allowed)
+        for one in fields(self):
+            if get_origin(one.type) is Literal:
+                check_choice(one.name, getattr(self, one.name), get_args(one.type))
+        check_choice("precision", self.precision, PRECISIONS)
         for name, least in (("batch_size", 1), ("workers", 0), ("actors", 1)):
             if (count := getattr(self, name)) is not None:
                 check_count(name, count, least)
@@ -158,60 +153,40 @@ class SkippedFile:
     def __init__(self, path: Path | None, source: str) -> None:
         self.path, self._source = path, source
         self.own: dict[str, SkippedImage] = {}
-        self._others: dict[tuple[str, str], dict[str, Any]] = {}
+        self._others: list[bytes] = []
         try:
-            lines = [] if path is None or not path.exists() else path.read_bytes().splitlines(keepends=True)
+            lines = [] if path is None or not path.exists() else path.read_bytes().splitlines()
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the disk and the permissions") from error
-        intact = [self._parse(line) for line in lines]
-        if not all(intact):  # nothing is appended to a cut line
-            self._write()
+        for line in lines:
+            try:
+                values = json.loads(line)
+                skip = SkippedImage(*(values[name] for name in SkippedImage._fields))
+                if values["source"] == source:
+                    self.own[skip.path] = skip
+                else:
+                    self._others.append(line)
+            except (ValueError, KeyError, TypeError):
+                _log.warning("%s: ignored an invalid line", path)
 
     def add(self, skips: Iterable[SkippedImage]) -> None:
         """Add images; they are on disk when this returns."""
-        new = [skip for skip in skips if self.own.get(skip.path) != skip]
-        self.own |= {skip.path: skip for skip in new}
-        if self.path is None or not new:
-            return
-        try:
-            with self.path.open("ab") as file:
-                file.write(b"".join(self._line(skip) for skip in new))
-        except OSError as error:
-            raise DataError(f"cannot write {self.path} ({error.strerror}); free space there") from error
+        if new := {skip.path: skip for skip in skips if self.own.get(skip.path) != skip}:
+            self.own |= new
+            self._write()
 
     def keep(self, paths: Collection[str]) -> None:
         """Keep only these images; an empty list is deleted."""
         self.own = {path: skip for path, skip in self.own.items() if path in paths}
-        if self.path is None:
-            return
-        if self.own or self._others:
-            self._write()
-        else:
-            self.path.unlink(missing_ok=True)
-
-    def _parse(self, line: bytes) -> bool:
-        """Read a line and return whether it is intact."""
-        try:
-            values = json.loads(line)
-            skip = SkippedImage(*(values[name] for name in SkippedImage._fields))
-            if values["source"] == self._source:
-                self.own[skip.path] = skip
-            else:
-                self._others[values["source"], skip.path] = values
-        except (ValueError, KeyError, TypeError):
-            _log.warning("%s: ignored an invalid line", self.path)
-            return False
-        return line.endswith(b"\n")
-
-    def _line(self, skip: SkippedImage) -> bytes:
-        return _json_line({**skip._asdict(), "source": self._source})
+        self._write()
 
     def _write(self) -> None:
-        assert self.path is not None
-        others = [_json_line(values) for values in self._others.values()]
-        write_cached(self.path, [*others, *(self._line(skip) for skip in self.own.values())])
-
-
-def _json_line(values: Mapping[str, Any]) -> bytes:
-    # An undecodable byte of a name becomes a JSON escape.
-    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        if self.path is None:
+            return
+        rows = [{**skip._asdict(), "source": self._source} for skip in self.own.values()]
+        # An undecodable byte of a name becomes a JSON escape.
+        own = [json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") for row in rows]
+        if lines := [*self._others, *own]:
+            write_cached(self.path, [line + b"\n" for line in lines])
+        else:
+            self.path.unlink(missing_ok=True)

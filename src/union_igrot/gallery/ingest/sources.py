@@ -26,6 +26,7 @@ from union_igrot.gallery.ingest.entries import (
     column_value,
     file_entry,
     first_repeated,
+    is_file_name,
     path_as_text,
     unify_column_types,
     unique_entries,
@@ -87,7 +88,7 @@ def list_images(
         on_progress: Called now and then with the number of images found so far.
         exclude: Patterns of files and folders to leave out of a folder or pattern. One without `/` is compared with
             each name; any other with the path within the folder, in which `*` also stands for `/`.
-        file_columns: Whether images of a folder or pattern get the columns of `sidecars.add_found_columns`.
+        file_columns: Whether images of a folder or pattern get the columns of `entries.add_found_columns`.
 
     Raises:
         ConfigError: If nothing matches.
@@ -295,17 +296,9 @@ def _read_text(path: str) -> Iterator[_ListedImage]:
 def _read_jsonl(path: str) -> Iterator[_ListedImage]:
     for place, values in read_json_lines(path, "surrogateescape"):
         name = values.pop("path", None) if isinstance(values, dict) else None
-        if not isinstance(name, str) or not name or not _is_file_name(name):
+        if not isinstance(name, str) or not name or not is_file_name(name):
             raise DataError(f'{place}: expected an object with a path, {{"path": "a.jpg", ...}}')
         yield name, values
-
-
-def _is_file_name(name: str) -> bool:
-    try:
-        os.fsencode(name)  # fails for an unpaired surrogate, "\\ud800"
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_csv(path: str) -> Iterator[_ListedImage]:
