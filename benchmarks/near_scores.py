@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from union_igrot.gallery import near
 from union_igrot.gallery.engines.base import Rows
-from union_igrot.gallery.engines.memory import MemoryIndex
+from union_igrot.gallery.engines.factory import MemoryIndex
 from union_igrot.gallery.queries import Term
 from union_igrot.metrics.statistics import bootstrap_interval
 from union_igrot.models.model import load
