@@ -153,7 +153,7 @@ class TinyBackbone(Backbone):
                 state = read_state_dict(shipped)
         else:
             state = read_state_dict(weights)
-        hint = "give a file written by `python -m union_igrot.synthetic.pretrain`"
+        hint = "give a file written by `python scripts/pretrain_tiny.py`"
         load_strict(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.freeze()
