@@ -41,6 +41,7 @@ PROBE_TEXTS = (
 """Texts whose token ids tell tokenizers of one vocabulary apart."""
 _truncation_logged: set[str] = set()
 _EXAMPLE = 60
+_MARKS = 4  # most tokens that stand for no byte of a text
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -123,14 +124,17 @@ class Backbone(nn.Module, ABC):
             Pooled and token features in the joint space, not normalized; the mask is all True.
         """
 
-    @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; an empty string is the null text.
+        """Encode texts, cut to `context`; an empty string is the null text.
+
+        A subclass defines this, or `text_inputs` and `text_features`.
 
         Returns:
             Pooled and token features in the joint space, not normalized; the mask is False after the end of each text,
             by position.
         """
+        self.warn_truncated(texts)
+        return self.text_features(*self.text_inputs(texts))
 
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:  # noqa: ARG002 - optional
         """Return what `text_features` takes: token ids of texts, and whatever else its network needs.
@@ -154,11 +158,12 @@ class Backbone(nn.Module, ABC):
         return 0 if limit is None else sum(n for text, n in each.items() if self.token_count(text) > limit)
 
     def warn_truncated(self, texts: Iterable[str]) -> None:
-        """Log, once per process, that texts are cut; `texts` are those that may be too long."""
+        """Log, once per process, that texts are cut."""
         if _truncation_logged or self.context is None:
             return
         for text in texts:
-            if (length := self.token_count(text)) > self.context:
+            may_be_cut = len(text.encode(errors="surrogatepass")) + _MARKS > self.context  # a token is a byte or more
+            if may_be_cut and (length := self.token_count(text)) > self.context:
                 _truncation_logged.add(self.name)
                 example = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}..."
                 log.warning(

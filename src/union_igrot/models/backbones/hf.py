@@ -6,7 +6,7 @@ A model's class is imported when it is used. Code in a repository is never run.
 import json
 import string
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -62,6 +62,11 @@ _BILINEAR, _BICUBIC = 2, 3
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def canonicalize(text: str) -> str:
+    """Return a text in lower case, without punctuation and repeated spaces, as SigLIP was trained."""
+    return " ".join(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower().split())
+
+
 class _TransformersBackbone(Backbone):
     """A model of transformers.
 
@@ -74,9 +79,11 @@ class _TransformersBackbone(Backbone):
 
     Attributes:
         kind: Name of the architecture in configurations of transformers.
+        clean: What is done to a text before it is tokenized.
     """
 
     kind: str
+    clean: Callable[[str], str] = str
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str, dim: int) -> None:
         super().__init__()
@@ -90,7 +97,7 @@ class _TransformersBackbone(Backbone):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of both towers, and the tokenizer's words and ids of a few texts."""
-        ids, mask = self._tokenize(PROBE_TEXTS, report=False)
+        ids, mask = self._tokenize(PROBE_TEXTS)
         return {
             "kind": self.kind,
             "image": tower_settings(self.network.config.vision_config),
@@ -103,12 +110,10 @@ class _TransformersBackbone(Backbone):
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
-    def _tokenize(
-        self, texts: Sequence[str], *, report: bool = True
-    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    def _tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
         """Return token ids padded or cut to the context, and a mask of the tokens."""
         encoded = self.tokenizer(
-            list(texts),
+            [self.clean(text) for text in texts],
             padding="max_length",
             padding_side="right",
             truncation=True,
@@ -116,14 +121,7 @@ class _TransformersBackbone(Backbone):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = encoded["attention_mask"].bool()
-        full = [text for text, whole in zip(texts, mask.all(1).tolist(), strict=True) if whole and report]
-        self.warn_truncated(full)
-        return encoded["input_ids"].to(self.device), mask.to(self.device)
-
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts, padded or cut to the context."""
-        return self.text_features(*self.text_inputs(texts))
+        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(self.device)
 
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return token ids, and a mask of the tokens."""
@@ -131,7 +129,7 @@ class _TransformersBackbone(Backbone):
 
     def token_count(self, text: str) -> int:
         """See `Backbone`."""
-        return len(self.tokenizer(text, verbose=False)["input_ids"])
+        return len(self.tokenizer(self.clean(text), verbose=False)["input_ids"])
 
 
 @final
@@ -188,6 +186,7 @@ class SiglipBackbone(_TransformersBackbone):
     """
 
     kind = "siglip"
+    clean = staticmethod(canonicalize)
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         super().__init__(network, tokenizer, preprocess, name, network.config.vision_config.hidden_size)
@@ -214,15 +213,6 @@ class SiglipBackbone(_TransformersBackbone):
         tokens = self.network.text_model.head(outputs.last_hidden_state)
         real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1), real)
-
-    def _tokenize(
-        self, texts: Sequence[str], *, report: bool = True
-    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-        return super()._tokenize([canonicalize(text) for text in texts], report=report)
-
-    def token_count(self, text: str) -> int:
-        """See `Backbone`."""
-        return super().token_count(canonicalize(text))
 
     def earlier_fingerprint(self, own: str) -> None:
         """Return None: earlier versions kept capitals."""
@@ -276,11 +266,6 @@ def tower_settings(config: Any) -> dict[str, Any]:
     """Return the settings of a tower that its weights do not show, from a configuration of transformers."""
     given = config.to_dict()
     return {name: given[name] for name in _TOWER_SETTINGS if given.get(name) is not None}
-
-
-def canonicalize(text: str) -> str:
-    """Return a text in lower case, without punctuation and repeated spaces, as SigLIP was trained."""
-    return " ".join(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower().split())
 
 
 def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
@@ -409,27 +394,18 @@ def load_tokenizer(source: str | Path, name: str) -> Any:
     """
     from transformers import AutoTokenizer, BertTokenizer  # noqa: PLC0415 - heavy
 
-    try:
+    with _reading(name, str(source), "tokenizer files"):
         if Path(source).is_file():
             return BertTokenizer(vocab=str(source))
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        # The tokenizers library raises the plain base class for a damaged file.
-        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
-            raise
-        raise _unavailable(name, str(source), "tokenizer files", error) from None
 
 
 def _model_class(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
     import transformers  # noqa: PLC0415 - heavy
 
-    try:
-        model_type = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=True
-        ).model_type
-    except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, "config.json", error) from None
-    if model_type not in _KINDS:
+    with _reading(name, source, "config.json"):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    if (model_type := config.model_type) not in _KINDS:
         hint = " (its images vary in size; use a repository of a fixed one)" if model_type == "siglip2" else ""
         raise ConfigError(f"backbone {name!r} is a {model_type} model{hint}; supported are {', '.join(_KINDS)}")
     class_name, kind = _KINDS[model_type]
@@ -440,12 +416,9 @@ def _load_network(name: str, source: str, model_class: Any) -> Any:
     file = next((file for file in _WEIGHTS if (Path(source) / file).is_file()), _WEIGHTS[0])
     if (Path(source) / file).is_file():
         check_content(Path(source) / file)
-    try:
-        with _no_bar():
-            options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-            network, report = model_class.from_pretrained(source, **options)
-    except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, file, error) from None
+    with _reading(name, source, file), _no_bar():
+        options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+        network, report = model_class.from_pretrained(source, **options)
     # transformers fills what a file lacks with random weights.
     missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
     if missing := [key for key in missing if not key.endswith("position_ids")]:
@@ -473,14 +446,11 @@ def _no_bar() -> Iterator[None]:
 def _read_preprocess(name: str, source: str) -> Mapping[str, Any]:
     from transformers.image_processing_base import ImageProcessingMixin  # noqa: PLC0415 - heavy
 
-    try:
+    settings: Any
+    with _reading(name, source, "preprocessor_config.json"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, "preprocessor_config.json", error) from None
-    if not isinstance(settings, Mapping):
-        raise CheckpointError(
-            f"backbone {name!r}: preprocessor_config.json in {source} holds no settings; copy it again"
-        )
+        if not isinstance(settings, Mapping):
+            raise ValueError("it holds no settings")
     return settings
 
 
@@ -528,14 +498,19 @@ def _size_problem(settings: Mapping[str, Any], size: int) -> str | None:
     return None
 
 
-def _unavailable(name: str, source: str, file: str, error: Exception) -> CheckpointError:
-    if "trust_remote_code" in str(error):
-        return CheckpointError(
-            f"backbone {name!r}: {source} has code of its own, which is not run; use a repository of a kind that "
-            f"transformers supports ({', '.join(_KINDS)})"
-        )
-    path = Path(source) / file
-    return CheckpointError(
-        f"backbone {name!r}: {file} in {source} cannot be read ({first_line(error)}); "
-        + (replace_advice(path) if path.is_file() else "copy it there")
-    )
+@contextmanager
+def _reading(name: str, source: str, file: str) -> Iterator[None]:
+    """Turn the errors of transformers about a file into one line."""
+    try:
+        yield
+    except Exception as error:
+        # The tokenizers library raises the plain base class for a damaged file.
+        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
+            raise
+        path = Path(source) / file
+        problem = f"{file} in {source} cannot be read ({first_line(error)})"
+        advice = replace_advice(path) if path.is_file() else "copy it there"
+        if "trust_remote_code" in str(error):
+            problem = f"{source} has code of its own, which is not run"
+            advice = f"use a repository of a kind that transformers supports ({', '.join(_KINDS)})"
+        raise CheckpointError(f"backbone {name!r}: {problem}; {advice}") from None

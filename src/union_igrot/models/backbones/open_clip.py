@@ -106,7 +106,7 @@ class OpenClipBackbone(Backbone):
         self.context: int = text.get("context_length", _CONTEXT)
         self.tokenize: Tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=self.context)
         hf_tokenizer = getattr(self.tokenize, "tokenizer", None)
-        self._padding = padding = int(getattr(hf_tokenizer, "pad_token_id", None) or 0)
+        padding = int(getattr(hf_tokenizer, "pad_token_id", None) or 0)
         end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
         padding_is_end = hf_tokenizer is not None and padding == hf_tokenizer.eos_token_id
         try:
@@ -123,16 +123,9 @@ class OpenClipBackbone(Backbone):
         """Encode preprocessed images."""
         return first_pooled(self._image_tokens(images))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; longer ones are cut to the context, their end mark kept."""
-        return self.text_features(*self.text_inputs(texts))
-
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return token ids."""
-        ids = self.tokenize(list(texts))
-        full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last != self._padding]
-        self.warn_truncated(full)
-        return (ids.to(self.device),)
+        """Return token ids; longer texts are cut to the context, their end mark kept."""
+        return (self.tokenize(list(texts)).to(self.device),)
 
     def text_features(self, *inputs: Tensor) -> Features:
         """See `Backbone`."""

@@ -249,17 +249,12 @@ class PhotosBackbone(Backbone):
         """Return the number of words."""
         return len(_split_words(text))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts: a token for the text, which is its embedding, and one per noun in it."""
-        return self.text_features(*self.text_inputs(texts))
-
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the shares of ImageNet's classes in each noun."""
-        self.warn_truncated(text for text in texts if len(text) > 2 * CONTEXT)  # shorter ones have too few words
         return (self.network.text.mixtures(texts),)
 
     def text_features(self, *inputs: Tensor) -> Features:
-        """See `Backbone`."""
+        """Return a token for each text, which is its embedding, and one per noun in it."""
         (mixtures,) = inputs
         nouns = self.network.place(mixtures)
         mask = F.pad((mixtures != 0).any(2), (1, 0), value=True).to(nouns.device)
