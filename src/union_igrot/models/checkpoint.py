@@ -51,8 +51,7 @@ class SavedModel:
         fingerprint: Hash of the backbone that the heads belong to.
         backbone_weights: How to build the backbone whose weights are in the folder; None for the weights of its name.
         heads: Hash of the heads' weights.
-        kinds: Kind of each head, by `fusion`, `target` and `projector`.
-        options: Keyword arguments of each head.
+        built: Kind and keyword arguments of each head, by `fusion`, `target` and `projector`.
         metadata: Facts on the training ("card" in `model.json`).
         state: The heads' weights, in 32 bits.
         images: Identities of the training images; None if they are not recorded, or the file was not copied.
@@ -65,8 +64,7 @@ class SavedModel:
     fingerprint: str
     backbone_weights: dict[str, Any] | None
     heads: str
-    kinds: dict[str, str]
-    options: dict[str, dict[str, Any]]
+    built: dict[str, dict[str, Any]]
     metadata: dict[str, Any]
     state: dict[str, Tensor]
     images: frozenset[str] | None
@@ -104,12 +102,10 @@ def read_checkpoint(folder: Path) -> SavedModel:
         if preprocess not in (None, *get_args(PreprocessChoice)):
             raise ValueError(f"preprocess in {MODEL_FILE} is {preprocess!r}, not model or pad")
         _check_options(weights or {}, "backbone_weights")
-        kinds, options = {}, {}
-        for head in ("fusion", "target", "projector"):
-            given = _field(saved, head, dict)
-            kinds[head] = _field(given, "kind", str)
-            options[head] = {key: value for key, value in given.items() if key != "kind"}
-            _check_options(options[head], head)
+        built = {head: _field(saved, head, dict) for head in ("fusion", "target", "projector")}
+        for head, given in built.items():
+            _field(given, "kind", str)
+            _check_options(given, head)
         state = {name: x.float() for name, x in load_file(folder / HEADS_FILE).items()}
         readme = _read_small_file(folder / README_FILE) if (folder / README_FILE).is_file() else None
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
@@ -127,8 +123,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
         fingerprint,
         weights,
         heads,
-        kinds,
-        options,
+        built,
         metadata,
         state,
         images,
@@ -211,24 +206,18 @@ def build_heads(saved: SavedModel, width: int, folder: Path) -> tuple[QueryHead,
     """
 
     def build() -> nn.ModuleDict:
-        kinds, options = saved.kinds, saved.options
         heads = {
-            "fusion": build_query_head(kinds["fusion"], width, **options["fusion"]),
-            "target": build_target_head(kinds["target"], width, **options["target"]),
+            "fusion": build_query_head(width=width, **saved.built["fusion"]),
+            "target": build_target_head(width=width, **saved.built["target"]),
         }
-        projector = build_projector(kinds["projector"], width, **options["projector"])
+        projector = build_projector(width=width, **saved.built["projector"])
         return nn.ModuleDict(heads if projector is None else {**heads, "projector": projector})
 
     try:
         heads = _build_within(build, saved.state, folder, HEADS_FILE)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the heads of {folder / MODEL_FILE}: {error}") from None
-    known = heads.state_dict()
-    if wrong := sorted(key for key in saved.state.keys() & known.keys() if saved.state[key].shape != known[key].shape):
-        raise CheckpointError(f"{folder}: shapes of weights differ from {MODEL_FILE}: {wrong[:3]}")
-    missing, unexpected = heads.load_state_dict(saved.state, strict=False)
-    if missing or unexpected:
-        raise CheckpointError(f"{folder}: weights missing: {missing}, unknown: {unexpected}")
+    load_strict(heads, saved.state, str(folder / HEADS_FILE), f"copy it and {MODEL_FILE} again")
     modules: Any = heads
     return modules["fusion"], modules["target"], modules["projector"] if "projector" in heads else None
 
