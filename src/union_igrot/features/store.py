@@ -308,6 +308,7 @@ class FeatureStore:
         if not keys:
             return
         arrays = self._pack(features) | {"digests": torch.from_numpy(hash_keys(keys).view(np.uint8))}
+        self._check_pooled("the addition", arrays["pooled"])
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"  # sorts by time: the oldest is found first
         pieces = serialize(arrays)
         if self.limit is not None:
@@ -369,7 +370,7 @@ class FeatureStore:
         self._shards: list[str] = []
         self._known: set[str] = set()
         self._maps: dict[int, Shard] = {}
-        self._all, self._with_token_rows = KeyIndex(), KeyIndex()
+        self._indexes = {False: KeyIndex(), True: KeyIndex()}  # by whether a row has tokens, too
         self.refresh()
 
     def _make_room(self, limit: int, needed: int) -> None:
@@ -385,18 +386,15 @@ class FeatureStore:
 
     def _find(self, digests: UInt64[np.ndarray, "keys 2"], tokens: bool) -> Int64[np.ndarray, " keys"]:
         """Return the shard and row of each key as one number, -1 if it is absent or its shard is damaged."""
-        positions = self._index(tokens).find(digests)
+        positions = self._indexes[tokens].find(digests)
         if (positions < 0).any():
             self.refresh()
-            positions = self._index(tokens).find(digests)
+            positions = self._indexes[tokens].find(digests)
         intact = [self._verify(self._shards[n], tokens) for n in np.unique(positions[positions >= 0] >> 32)]
         if not all(intact):
             self._read_folder()
             return self._find(digests, tokens)
         return positions
-
-    def _index(self, tokens: bool) -> KeyIndex:
-        return self._with_token_rows if tokens else self._all
 
     def _verify(self, name: str, tokens: bool) -> bool:
         if {(name, tokens), (name, True)} & self._verified:
@@ -415,27 +413,27 @@ class FeatureStore:
             shard = map_shard(self.folder / name)
             if shard is None:
                 continue
-            self._check_shard(name, shard["pooled"])
+            self._check_pooled(str(self.folder / name), shard["pooled"])
             digests = shard["digests"].numpy().view(np.uint64)
             positions = (len(self._shards) + len(added) << 32) + np.arange(len(digests))  # shard and row in one number
             found.append((digests, positions, "tokens" in shard))
             added.append(name)
         self._shards += added
         self._known.update(added)
-        for index, chosen in ((self._all, found), (self._with_token_rows, [entry for entry in found if entry[2]])):
-            if chosen:
+        for tokens, index in self._indexes.items():
+            if chosen := [entry for entry in found if entry[2] or not tokens]:
                 index.insert(np.concatenate([e[0] for e in chosen]), np.concatenate([e[1] for e in chosen]))
 
-    def _check_shard(self, name: str, pooled: Tensor) -> None:
+    def _check_pooled(self, source: str, pooled: Tensor) -> None:
         if pooled.dtype != _DTYPES[self.dtype]:
             raise ConfigError(
-                f"{self.folder / name} holds {pooled.dtype}, the store was opened with dtype={self.dtype}; "
+                f"{source} holds {pooled.dtype}, the store was opened with dtype={self.dtype}; "
                 "use its dtype, or delete the folder"
             )
         if self._width not in (None, pooled.shape[1]):
             raise DataError(
-                f"{self.folder / name} holds features of width {pooled.shape[1]}, other shards {self._width}; "
-                "one fingerprint must name one backbone: delete the folder and encode again"
+                f"{source} holds features of width {pooled.shape[1]}, other shards of {self.folder} {self._width}; "
+                "one fingerprint must name one backbone: use another, or delete the folder and encode again"
             )
         self._width = pooled.shape[1]
 
@@ -475,11 +473,6 @@ class FeatureStore:
         pooled, tokens, mask, at = features.pooled, features.tokens, features.mask, features.pooled_at
         if len(keys) != len(features) or len(set(keys)) != len(keys):
             raise DataError(f"{len(keys)} keys ({len(set(keys))} different) for {len(features)} items; give one each")
-        if self._width not in (None, pooled.shape[1]):
-            raise DataError(
-                f"features of width {pooled.shape[1]}, but {self.folder} holds {self._width}: "
-                "one fingerprint must name one backbone"
-            )
         if (tokens is None) != (mask is None):
             raise DataError("tokens and mask come together; give both or neither")
         if tokens is not None and at is not None and bool(((at < 0) | (at >= tokens.shape[1])).any()):

@@ -343,8 +343,7 @@ def restore_backbone(
     """
     kind, tokenizer = built.get("kind"), folder / TOKENIZER_FOLDER
     if kind is None:
-        backbone = build_backbone(name, preprocess=preprocess)
-        return load_backbone_weights(backbone, folder)
+        return load_backbone_weights(build_backbone(name, preprocess=preprocess), folder)
     state = read_state_dict(folder / BACKBONE_FILE)
     if odd := [path.name for path in tokenizer.glob("*") if not path.is_file()]:
         raise CheckpointError(f"{tokenizer} holds {odd[0]}, which is not a file; copy the model again")
@@ -365,21 +364,17 @@ def restore_backbone(
 
         return restore_hf(name, str(kind), config, resized, tokenizer)
 
-    backbone = _build_within(build, state, folder, BACKBONE_FILE)
-    return _load_backbone_state(backbone, state, folder)
+    return load_backbone_weights(_build_within(build, state, folder, BACKBONE_FILE), folder, state)
 
 
-def load_backbone_weights(backbone: Backbone, folder: Path) -> Backbone:
-    """Load the weights that `save_backbone` wrote into a backbone.
+def load_backbone_weights(backbone: Backbone, folder: Path, state: Mapping[str, Tensor] | None = None) -> Backbone:
+    """Load the weights that `save_backbone` wrote into a backbone; `state` are those weights, if they have been read.
 
     Raises:
         CheckpointError: If the file is missing, damaged or does not fit.
     """
-    return _load_backbone_state(backbone, read_state_dict(folder / BACKBONE_FILE), folder)
-
-
-def _load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> Backbone:
     own = backbone.state_dict()
+    state = read_state_dict(folder / BACKBONE_FILE) if state is None else state
     named = {f"{_NETWORK}{name}" if f"{_NETWORK}{name}" in own else name: x for name, x in state.items()}
     load_strict(backbone, named, str(folder / BACKBONE_FILE))
     backbone.is_described_by_name = True

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, wrong_type
 
-_MOST_WORKERS = {"cpu": 8}
-_MOST_WORKERS_ELSEWHERE = 32
-
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Return the device of a name.
@@ -50,7 +47,7 @@ def default_workers(device: torch.device, processes: int = 1) -> int:
         processes: Processes of this machine that each decode, and share the cores.
     """
     spare = ((os.cpu_count() or 1) - 1) // processes
-    return min(max(spare, 0), _MOST_WORKERS.get(device.type, _MOST_WORKERS_ELSEWHERE))
+    return min(max(spare, 0), 8 if device.type == "cpu" else 32)
 
 
 def device_name(device: torch.device) -> str:

@@ -171,7 +171,8 @@ class IGROTModel(nn.Module):
         text_features = self._text_features(texts, count)
         if (given := text_features.pooled.shape[0]) != count:
             raise DataError(f"got {count} images and {given} texts (expected one text per image, or none)")
-        return self._fuse(encoded, text_features)
+        fused: Tensor = self.fusion(encoded, text_features)
+        return fused
 
     @names_arguments
     def embed_gallery(self, images: Tensor | Features) -> Float[Tensor, "batch dim"]:
@@ -187,7 +188,7 @@ class IGROTModel(nn.Module):
             ConfigError: If the images have a wrong type, dtype or shape.
         """
         encoded = self._image_features(images, "encode_gallery")
-        embedded: Tensor = self.target(encoded, self.null_text().expand(encoded.pooled.shape[0]), self._fuse)
+        embedded: Tensor = self.target(encoded, self.null_text().expand(encoded.pooled.shape[0]), self.fusion)
         return embedded
 
     @names_arguments
@@ -293,10 +294,6 @@ class IGROTModel(nn.Module):
         batches = [range(span.start, span.stop) for span in spans]
         for pixels in load_pixels(images, batches, self.preprocess, workers):
             yield model_input(pixels.to(self.device), self.preprocess)
-
-    def _fuse(self, images: Features, texts: Features) -> Tensor:
-        fused: Tensor = self.fusion(images, texts)
-        return fused
 
     def _image_features(self, images: Tensor | Features, instead: str) -> Features:
         if isinstance(images, Features):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from union_igrot.errors import ConfigError
@@ -83,6 +84,14 @@ def first_pooled(
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     return Features(tokens[:, 0], tokens, mask, torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device))
+
+
+def attention_of_one(attention: Any, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch dim"]:
+    """Return a `MultiheadAttention`'s output for each token alone: that token's value, whatever the query is."""
+    width = attention.embed_dim
+    weight = attention.in_proj_weight[2 * width :] if attention.v_proj_weight is None else attention.v_proj_weight
+    output: Tensor = attention.out_proj(F.linear(tokens, weight, attention.in_proj_bias[2 * width :]))
+    return output
 
 
 class Backbone(nn.Module, ABC):

@@ -263,23 +263,12 @@ def restore_open_clip(
     return backbone
 
 
-def parse_name(name: str) -> tuple[str, str]:
+def parse_name(name: str, *, known: bool = True) -> tuple[str, str]:
     """Split a backbone's name into OpenCLIP's architecture and tag.
 
     Raises:
-        ConfigError: If the name has another form, or the architecture is unknown.
+        ConfigError: If the name has another form, or the architecture is unknown and `known` is set.
     """
-    arch, tag = _arch_and_tag(name)
-    if arch not in open_clip.list_models():
-        near = get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.0)
-        raise ConfigError(
-            f"backbone {name!r}: OpenCLIP has no architecture {arch!r}; the nearest are {', '.join(near)} "
-            "(all: open_clip.list_models())"
-        )
-    return arch, tag
-
-
-def _arch_and_tag(name: str) -> tuple[str, str]:
     arch, tag = NAMES.get(name, ("", ""))
     if name.startswith("open_clip:"):
         arch, _, tag = name.removeprefix("open_clip:").partition("/")
@@ -287,6 +276,12 @@ def _arch_and_tag(name: str) -> tuple[str, str]:
         arch = name
     if not arch:
         raise ConfigError(f"backbone {name!r} is not OpenCLIP's; use open_clip:<architecture>/<tag>")
+    if known and arch not in open_clip.list_models():
+        near = get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.0)
+        raise ConfigError(
+            f"backbone {name!r}: OpenCLIP has no architecture {arch!r}; the nearest are {', '.join(near)} "
+            "(all: open_clip.list_models())"
+        )
     return arch, tag
 
 
@@ -417,7 +412,7 @@ def _download(source: str) -> Path:
 
 
 def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
-    arch, tag = _arch_and_tag(name)
+    arch, tag = parse_name(name, known=False)
     path = next((folder / file for file in _FILES if (folder / file).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} holds no weights; put one of {', '.join(_FILES)} there")

@@ -25,6 +25,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.backbones.base import Backbone, first_pooled
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.devices import map_in_threads
+from union_igrot.models.heads.query import VisionProjector
 from union_igrot.types import Features, Preprocess
 
 DIM: Final = 512
@@ -142,19 +143,6 @@ class PhotoText(nn.Module):
         return found
 
 
-class _Residual(nn.Module):
-    """A unit vector plus a small network of it, of unit length again; changes nothing before it is trained."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, _HIDDEN), nn.Linear(_HIDDEN, dim)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
-
-    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-        return F.normalize(x + self.down(F.gelu(self.up(self.norm(x)))), dim=-1)
-
-
 class PhotoNetwork(nn.Module):
     """The network of `PhotosBackbone`.
 
@@ -171,7 +159,7 @@ class PhotoNetwork(nn.Module):
         self.trunk: Any = fold_norms(timm.create_model("efficientnet_lite0", pretrained=False))
         self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(sum(PARTS), dim)
         self.gate = nn.Linear(WIDTH, 1)
-        self.photo_residual, self.sketch_residual = _Residual(dim), _Residual(dim)
+        self.photo_residual, self.sketch_residual = VisionProjector(dim, _HIDDEN), VisionProjector(dim, _HIDDEN)
         self.text = text
 
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
@@ -197,9 +185,9 @@ class PhotoNetwork(nn.Module):
         is_sketch = torch.sigmoid(self.gate(last))
         classes = self.place(self.trunk.classifier(last).softmax(-1).sqrt())
         photo = F.normalize(self.photo(last), dim=-1) + 0.7 * F.normalize(classes, dim=-1)
-        photo = self.photo_residual(F.normalize(photo, dim=-1))
-        sketch = self.sketch_residual(F.normalize(self.sketch(pooled), dim=-1))
-        first = torch.lerp(photo, sketch, is_sketch)
+        photo = self.photo_residual.project(F.normalize(photo, dim=-1))
+        sketch = self.sketch_residual.project(F.normalize(self.sketch(pooled), dim=-1))
+        first = torch.lerp(F.normalize(photo, dim=-1), F.normalize(sketch, dim=-1), is_sketch)
         inner = torch.lerp(self.photo(cells[..., :WIDTH]), self.sketch(cells), is_sketch[:, None])
         return torch.cat([first[:, None], F.normalize(inner, dim=-1)], dim=1)
 

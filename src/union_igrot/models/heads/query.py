@@ -267,9 +267,10 @@ class VisionProjector(nn.Module):
 
     def forward(self, images: Features) -> Features:
         """Project pooled and token features; mask and pooled position stay."""
-        tokens = None if images.tokens is None else self._project(images.tokens)
-        return Features(self._project(images.pooled), tokens, images.mask, images.pooled_at)
+        tokens = None if images.tokens is None else self.project(images.tokens)
+        return Features(self.project(images.pooled), tokens, images.mask, images.pooled_at)
 
-    def _project(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    def project(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Project vectors."""
         result: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
         return result
