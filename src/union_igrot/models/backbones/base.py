@@ -212,7 +212,8 @@ class Backbone(nn.Module, ABC):
         self.requires_grad_(requires_grad=True)
         with torch.inference_mode(mode=False), torch.enable_grad():
             for encoder in encoders:
-                features = self._example(encoder)
+                blank = torch.zeros(1, 3, self.preprocess.size, self.preprocess.size, device=self.device)
+                features = self.encode_image(blank) if encoder == "image" else self.encode_text(["a"])
                 outputs = [x.sum() for x in (features.pooled, features.tokens) if x is not None]
                 gradients: Sequence[Tensor | None] = torch.autograd.grad(outputs, weights, allow_unused=True)
                 chosen |= {id(x) for x, gradient in zip(weights, gradients, strict=True) if gradient is not None}
@@ -221,12 +222,6 @@ class Backbone(nn.Module, ABC):
             weight.requires_grad_(id(weight) in chosen)
         self.tuned_encoders = frozenset(encoders)
         return self
-
-    def _example(self, encoder: Modality) -> Features:
-        size = self.preprocess.size
-        if encoder == "image":
-            return self.encode_image(torch.zeros(1, 3, size, size, device=self.device))
-        return self.encode_text(["a"])
 
     def checkpoint_activations(self) -> "Backbone":
         """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""

@@ -90,20 +90,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a file; give a .safetensors, .pt or .pth file of weights")
     try:
         found = _load_file(path)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except LIBRARY_ERRORS as error:
         if named := re.search(r"GLOBAL (\S+) was not|`([\w.]+)`.*add_safe_globals", str(error)):
             thing = next(filter(None, named.groups()))
             raise CheckpointError(
                 f"{path} cannot be read as weights: it holds a Python object ({thing}), and loading it could run code; "
                 "save model.state_dict() alone"
             ) from None
-        reason = first_line(error).removeprefix("Weights only load failed. ")
+        reason = f"{type(error).__name__}: {first_line(error).removeprefix('Weights only load failed. ')}"
         reason = reason if "weights_only" not in reason else "damaged, or not a state dict"
-        raise CheckpointError(f"{path} cannot be read as weights: {reason}; {replace_advice(path)}") from None
-    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {first_line(error)}); {replace_advice(path)}"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read as weights ({reason}); {replace_advice(path)}") from None
     return unwrap_state_dict(found, str(path))
 
 
