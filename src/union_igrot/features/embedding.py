@@ -202,12 +202,8 @@ class _SideEmbedding:
     @torch.inference_mode()
     def per_item(self) -> Float[Tensor, "items dim"]:
         """Return one embedding per query or gallery item."""
-        items = self.side.items
-        assert self._embeddings is not None
-        if all(rows == [position] for position, rows in enumerate(items)):
-            return self._embeddings
-        embeddings = self.get([rows[0] for rows in items])
-        for position, rows in enumerate(items):
+        embeddings = self.get([rows[0] for rows in self.side.items])
+        for position, rows in enumerate(self.side.items):
             if len(rows) > 1:
                 embeddings[position] = F.normalize(F.normalize(self.get(rows), dim=-1).mean(0), dim=-1)
         return embeddings

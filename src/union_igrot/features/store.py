@@ -40,7 +40,6 @@ _CODES: Final = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNK: Final = 2**20
 
 
 def serialize(shard: Shard) -> list[bytes | memoryview]:
@@ -63,8 +62,12 @@ def serialize(shard: Shard) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def map_shard(path: Path) -> Shard | None:
-    """Map a shard's arrays without reading them.
+def map_shard(path: Path, verified: Collection[str] = ()) -> Shard | None:
+    """Map a shard's arrays without reading them, but for those to verify.
+
+    Args:
+        path: The file.
+        verified: Arrays to compare with their checksums; shards of older versions have none, but must be finite.
 
     Returns:
         The shard, or None if it does not exist or is damaged; a damaged one is moved aside and logged.
@@ -74,9 +77,15 @@ def map_shard(path: Path) -> Shard | None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            checksums, names = file.metadata() or {}, set(file.keys())
             shard = {name: file.get_tensor(name) for name in _FIELDS if name in names}
         _check_arrays(shard)
+        for name in shard.keys() & set(verified):
+            checksum = checksums.get(f"crc32.{name}")
+            if checksum is None and not bool(shard[name].isfinite().all()):
+                raise ValueError(f"{name} holds numbers that are not finite")
+            if checksum not in (None, f"{zlib.crc32(shard[name].reshape(-1).numpy().view(np.uint8)):08x}"):
+                raise ValueError(f"the checksum of {name} does not match")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -85,44 +94,6 @@ def map_shard(path: Path) -> Shard | None:
         move_aside(path, error)
         return None
     return shard
-
-
-def verify_shard(path: Path, names: Collection[str]) -> bool:
-    """Compare arrays of a shard with their checksums; shards of older versions have none, but must be finite.
-
-    Returns:
-        Whether the shard is intact; a damaged one is moved aside and logged.
-
-    Raises:
-        DataError: If the system refuses to read it.
-    """
-    try:
-        # Not through the mapping, so that the arrays do not count as memory of this process.
-        with path.open("rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(begin - 8))
-            checksums = header.get("__metadata__", {})
-            for name in header.keys() & set(names):
-                start, end = header[name]["data_offsets"]
-                file.seek(begin + start)
-                checksum, left = 0, end - start
-                while chunk := file.read(min(left, _CHUNK)):
-                    checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
-                if f"{checksum:08x}" != checksums.get(f"crc32.{name}", f"{checksum:08x}"):
-                    raise ValueError(f"the checksum of {name} does not match")
-        if "crc32.pooled" not in checksums:
-            shard = map_shard(path) or {}
-            for name in {"pooled", "tokens"} & set(names) & set(shard):
-                if not bool(shard[name].isfinite().all()):
-                    raise ValueError(f"{name} holds numbers that are not finite")
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); check the disk and the permissions") from error
-    except (ValueError, KeyError, TypeError) as error:
-        move_aside(path, error)
-        return False
-    return True
 
 
 def _check_arrays(shard: Shard) -> None:
@@ -400,7 +371,7 @@ class FeatureStore:
         if {(name, tokens), (name, True)} & self._verified:
             return True
         arrays = ("digests", "pooled", *(("tokens", "mask", "pooled_at") if tokens else ()))
-        intact = verify_shard(self.folder / name, arrays)
+        intact = map_shard(self.folder / name, arrays) is not None
         if intact:
             self._verified.add((name, tokens))
         return intact

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +39,13 @@ _MOST_BYTES_PER_IMAGE = 100  # of the list of training images, which has 17 each
 _MOST_BYTES_OF_IMAGES = 2**28  # 15 million images
 _MOST_LAYERS, _MOST, _MOST_PIXELS = 1000, 10**9, 4096
 _LAYERS = re.compile(r"layer|depth|block")
-M = TypeVar("M")
+_OPTIONAL = {"training_images": int, "backbone_weights": dict, "preprocess": str}
+_TYPES = {
+    **dict.fromkeys(("backbone", "backbone_fingerprint", "heads"), str),
+    **dict.fromkeys(("card", "fusion", "target", "projector"), dict),
+    **{"format": int, **_OPTIONAL},
+}
+"""Types of the fields of `model.json`."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +53,18 @@ class SavedModel:
     """Contents of a saved model's files.
 
     Attributes:
-        backbone: Name of the backbone.
-        fingerprint: Hash of the backbone that the heads belong to.
-        backbone_weights: How to build the backbone whose weights are in the folder; None for the weights of its name.
-        heads: Hash of the heads' weights.
-        built: Kind and keyword arguments of each head, by `fusion`, `target` and `projector`.
-        metadata: Facts on the training ("card" in `model.json`).
+        description: Contents of `model.json`, checked, with what earlier versions did not write; values are not null.
         state: The heads' weights, in 32 bits.
         images: Identities of the training images; None if they are not recorded, or the file was not copied.
         readme: The model card, or None.
-        preprocess: The choice of preprocessing, or None if it was saved by an earlier version.
         calibration: Embeddings of training queries by task, or None.
     """
 
-    backbone: str
-    fingerprint: str
-    backbone_weights: dict[str, Any] | None
-    heads: str
-    built: dict[str, dict[str, Any]]
-    metadata: dict[str, Any]
+    description: dict[str, Any]
     state: dict[str, Tensor]
     images: frozenset[str] | None
     readme: str | None
-    preprocess: PreprocessChoice | None
-    calibration: dict[str, Tensor] | None = None
+    calibration: dict[str, Tensor] | None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -92,45 +86,29 @@ def read_checkpoint(folder: Path) -> SavedModel:
             raise ValueError(f"{MODEL_FILE} holds {type(saved).__name__}, not an object")
         if not (folder / HEADS_FILE).is_file():
             raise FileNotFoundError(f"no file {folder / HEADS_FILE}")
-        optional = {"format": FORMAT, "card": {}, "projector": {"kind": "none"}}
-        saved = optional | {name: value for name, value in saved.items() if value is not None}
-        name, fingerprint, heads = (_field(saved, key, str) for key in ("backbone", "backbone_fingerprint", "heads"))
-        version, metadata = _field(saved, "format", int), _field(saved, "card", dict)
-        count = _field(saved, "training_images", int) if "training_images" in saved else None
-        weights = _field(saved, "backbone_weights", dict) if "backbone_weights" in saved else None
-        preprocess: Any = _field(saved, "preprocess", str) if "preprocess" in saved else None
-        if preprocess not in (None, *get_args(PreprocessChoice)):
-            raise ValueError(f"preprocess in {MODEL_FILE} is {preprocess!r}, not model or pad")
-        _check_options(weights or {}, "backbone_weights")
-        built = {head: _field(saved, head, dict) for head in ("fusion", "target", "projector")}
-        for head, given in built.items():
-            _field(given, "kind", str)
-            _check_options(given, head)
+        earlier = {"format": FORMAT, "card": {}, "projector": {"kind": "none"}}
+        saved = earlier | {name: value for name, value in saved.items() if value is not None}
+        for name, kind in _TYPES.items():
+            if name in saved or name not in _OPTIONAL:
+                _check_type(saved, name, kind)
+        if saved.get("preprocess") not in (None, *get_args(PreprocessChoice)):
+            raise ValueError(f"preprocess in {MODEL_FILE} is {saved['preprocess']!r}, not model or pad")
+        _check_options(saved.get("backbone_weights", {}), "backbone_weights")
+        for head in ("fusion", "target", "projector"):
+            _check_type(saved[head], "kind", str)
+            _check_options(saved[head], head)
         state = {name: x.float() for name, x in load_file(folder / HEADS_FILE).items()}
         readme = _read_small_file(folder / README_FILE) if (folder / README_FILE).is_file() else None
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is not a saved model ({error}); give a folder with {MODEL_FILE} and {HEADS_FILE}"
         ) from None
-    if version > FORMAT:
+    if (version := saved["format"]) > FORMAT:
         raise CheckpointError(
             f"{folder} is in format {version} (expected at most {FORMAT}); install a later union-igrot"
         )
-    images = _read_training_images(folder, count)
-    calibration = _read_calibration(folder)
-    return SavedModel(
-        name,
-        fingerprint,
-        weights,
-        heads,
-        built,
-        metadata,
-        state,
-        images,
-        readme,
-        preprocess,
-        calibration,
-    )
+    images = _read_training_images(folder, saved.get("training_images"))
+    return SavedModel(saved, state, images, readme, _read_calibration(folder))
 
 
 def _read_calibration(folder: Path) -> dict[str, Tensor] | None:
@@ -154,11 +132,10 @@ def _read_small_file(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _field(saved: Mapping[str, Any], name: str, kind: type[M]) -> M:
+def _check_type(saved: Mapping[str, Any], name: str, kind: type) -> None:
     value = saved[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} in {MODEL_FILE} is of type {type(value).__name__}, not {kind.__name__}")
-    return value
 
 
 def _check_options(options: Mapping[str, Any], path: str) -> None:
@@ -207,10 +184,10 @@ def build_heads(saved: SavedModel, width: int, folder: Path) -> tuple[QueryHead,
 
     def build() -> nn.ModuleDict:
         heads = {
-            "fusion": build_query_head(width=width, **saved.built["fusion"]),
-            "target": build_target_head(width=width, **saved.built["target"]),
+            "fusion": build_query_head(width=width, **saved.description["fusion"]),
+            "target": build_target_head(width=width, **saved.description["target"]),
         }
-        projector = build_projector(width=width, **saved.built["projector"])
+        projector = build_projector(width=width, **saved.description["projector"])
         return nn.ModuleDict(heads if projector is None else {**heads, "projector": projector})
 
     try:

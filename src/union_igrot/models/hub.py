@@ -378,7 +378,7 @@ def push_folder(
     check_repository(repository)
     saved = read_checkpoint(folder)
     description = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-    description["card"] = strip_paths(saved.metadata)
+    description["card"] = strip_paths(saved.description["card"])
     if card is None:
         card = rename_model_card(saved.readme or short_card(description), repository)
     with TemporaryDirectory() as copied, hub_errors(repository):

@@ -453,25 +453,31 @@ class IGROTModel(nn.Module):
         """
         folder = resolve_checkpoint(folder)
         saved = read_checkpoint(folder)
-        if weights_hash(saved.state) != saved.heads:
+        described, built = saved.description, saved.description.get("backbone_weights")
+        if weights_hash(saved.state) != described["heads"]:
             raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
-        if saved.backbone_weights is None:
-            backbone = backbone or build_backbone(saved.backbone, weights, saved.preprocess)
+        name, fingerprint, preprocess = (
+            described["backbone"],
+            described["backbone_fingerprint"],
+            described.get("preprocess"),
+        )
+        if built is None:
+            backbone = backbone or build_backbone(name, weights, preprocess)
         elif backbone is None:
-            backbone = restore_backbone(saved.backbone, saved.backbone_weights, folder, saved.preprocess)
+            backbone = restore_backbone(name, built, folder, preprocess)
         else:
             load_backbone_weights(backbone, folder)
-        if not backbone.matches(saved.fingerprint):
+        if not backbone.matches(fingerprint):
             raise CheckpointError(
-                f"{folder} was trained on backbone {saved.backbone} {saved.fingerprint}, "
+                f"{folder} was trained on backbone {name} {fingerprint}, "
                 f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"
-                if saved.backbone_weights is None
+                if built is None
                 else f"{folder}: backbone.safetensors does not match model.json; copy both again"
             )
         query_head, target_head, projector = build_heads(saved, backbone.dim, folder)
-        model = cls(backbone, query_head, target_head, saved.metadata, projector)
-        model.tuned, model.training_images = saved.backbone_weights is not None, saved.images
-        model.readme, model._readme_heads = saved.readme, saved.heads
+        model = cls(backbone, query_head, target_head, described["card"], projector)
+        model.tuned, model.training_images = built is not None, saved.images
+        model.readme, model._readme_heads = saved.readme, described["heads"]
         if any(x.shape[1] != backbone.dim for x in (saved.calibration or {}).values()):
             raise CheckpointError(f"{folder}: calibration.safetensors is not of width {backbone.dim}; copy both again")
         model.calibration = saved.calibration
