@@ -46,13 +46,9 @@ def _around(count: int, radius: list[float], turn: float = -0.25) -> list[Point]
 
 
 def _flower() -> list[Point]:
-    return [
-        (
-            (0.72 + 0.28 * math.cos(5 * a)) * math.cos(a - _TAU / 4),
-            (0.72 + 0.28 * math.cos(5 * a)) * math.sin(a - _TAU / 4),
-        )
-        for a in (_TAU * i / 40 for i in range(40))
-    ]
+    angles = [_TAU * i / 40 for i in range(40)]
+    petals = [(a - _TAU / 4, 0.72 + 0.28 * math.cos(5 * a)) for a in angles]
+    return [(radius * math.cos(a), radius * math.sin(a)) for a, radius in petals]
 
 
 def _heart() -> list[Point]:
