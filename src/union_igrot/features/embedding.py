@@ -192,12 +192,12 @@ class _SideEmbedding:
         """Set the embeddings of some rows."""
         if self._embeddings is None:
             self._embeddings = embeddings.new_empty(len(self.side.images), embeddings.shape[1])
-        self._embeddings[torch.tensor(rows, device=embeddings.device)] = embeddings
+        self._embeddings[list(rows)] = embeddings
 
     def get(self, rows: Sequence[int]) -> Float[Tensor, "rows dim"]:
         """Return the embeddings of some rows."""
         assert self._embeddings is not None
-        return self._embeddings[torch.tensor(rows, device=self._embeddings.device)]
+        return self._embeddings[list(rows)]
 
     @torch.inference_mode()
     def per_item(self) -> Float[Tensor, "items dim"]:

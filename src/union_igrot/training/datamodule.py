@@ -218,7 +218,6 @@ class IGROTDataModule(lightning.LightningDataModule):
         self._bank_size, self._fused_targets = bank_size, fused_targets
         self._composed = [row for row, one in enumerate(self._triplets) if one.task == "cir"]
         self.bank: CachedBank | None = None
-        self._ready = False
 
     def prepare_data(self) -> None:
         """Encode what is not in the store; Lightning calls it in one process per machine, while the others wait."""
@@ -226,9 +225,8 @@ class IGROTDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Look up every image and text of training and validation; encode what is not in the store."""
-        if stage == "fit" and not self._ready:
+        if stage == "fit":
             self._encode()
-            self._ready = True
 
     def _encode(self) -> None:
         if self.trainer is not None:  # Lightning moves the model only after this

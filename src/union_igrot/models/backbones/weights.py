@@ -161,28 +161,21 @@ def unwrap_state_dict(found: object, source: str) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if isinstance(found, Mapping) and not any(isinstance(x, Tensor) for x in found.values()):
-        inner = [x for x in found.values() if isinstance(x, Mapping) and x and all(map(_is_tensor, x.values()))]
+        inner = [x for x in found.values() if isinstance(x, Mapping) and x and all(map(_is_plain, x.values()))]
         found = inner[0] if len(inner) == 1 else found
     if not isinstance(found, Mapping) or not found:
         raise CheckpointError(f"{source} holds no state dict but {type(found).__name__}; save `model.state_dict()`")
-    if odd := [str(name) for name, x in found.items() if not _is_tensor(x) or not isinstance(name, str)]:
+    if odd := [str(name) for name, x in found.items() if not _is_plain(x) or not isinstance(name, str)]:
         raise CheckpointError(
-            f"{source} holds entries that are not tensors: {summarize_names(odd)}; save a plain state dict"
-        )
-    if odd := [name for name, x in found.items() if not _is_plain(x)]:
-        raise CheckpointError(
-            f"{source} holds tensors that are sparse, quantized, complex or without values: {summarize_names(odd)}; "
-            "save plain ones"
+            f"{source} holds entries that are sparse, quantized, complex, without values, or not tensors: "
+            f"{summarize_names(odd)}; save a plain state dict"
         )
     return _without_prefix(found, "module.") or dict(found)
 
 
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.layout == torch.strided and not (x.is_quantized or x.is_meta or x.is_complex())
+def _is_plain(x: Any) -> bool:
+    dense = isinstance(x, Tensor) and x.layout == torch.strided
+    return dense and not (x.is_quantized or x.is_meta or x.is_complex())
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str, *, partial: bool = False) -> dict[str, Tensor]:
