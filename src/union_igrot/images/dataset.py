@@ -63,9 +63,6 @@ class ImageDataset(Dataset[Any], Generic[Source, Loaded]):
     def __init__(self, sources: Sequence[Source] | None, transform: Callable[[Source], Loaded]) -> None:
         self.sources, self.transform = sources, transform
 
-    def __len__(self) -> int:
-        return 0 if self.sources is None else len(self.sources)
-
     def __getitem__(self, item: Any) -> Loaded | ImageError:
         source: Source = item if self.sources is None else self.sources[item]
         try:

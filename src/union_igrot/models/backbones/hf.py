@@ -316,7 +316,7 @@ def _find_model(source: str) -> Path:
 
 def _adapted_model(name: str, adapter: Path) -> str:
     """Return the folder or repository of the model that a LoRA adapter changes."""
-    with _reading(name, adapter, "adapter_config.json"):
+    with reading_files(name, adapter, "adapter_config.json"):
         config = json.loads((adapter / "adapter_config.json").read_text())
         base, kind = str(config["base_model_name_or_path"]), config["peft_type"]
     if kind != "LORA" or any((adapter / file).is_file() for file in _WEIGHTS):
@@ -384,7 +384,7 @@ def load_tokenizer(source: str | Path, name: str) -> Any:
     """
     from transformers import AutoTokenizer, BertTokenizer  # noqa: PLC0415 - heavy
 
-    with _reading(name, Path(source), "tokenizer files"):
+    with reading_files(name, Path(source), "tokenizer files"):
         if Path(source).is_file():
             return BertTokenizer(vocab=str(source))
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=True)
@@ -393,7 +393,7 @@ def load_tokenizer(source: str | Path, name: str) -> Any:
 def _find_kind(name: str, folder: Path) -> type[HFBackbone]:
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
-    with _reading(name, folder, "config.json"):
+    with reading_files(name, folder, "config.json"):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     if (model_type := config.model_type) not in _KINDS:
         hint = " (its images vary in size; use a repository of a fixed one)" if model_type == "siglip2" else ""
@@ -405,7 +405,7 @@ def _load_network(name: str, folder: Path, kind: type[HFBackbone]) -> Any:
     import transformers  # noqa: PLC0415 - heavy
 
     file = next((file for file in _WEIGHTS if (folder / file).is_file()), _WEIGHTS[0])
-    with _reading(name, folder, file), _no_bar():
+    with reading_files(name, folder, file), _no_bar():
         check_content(folder / file)
         options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
         network, report = getattr(transformers, kind.network_class).from_pretrained(str(folder), **options)
@@ -437,7 +437,7 @@ def _read_preprocess(name: str, folder: Path) -> Mapping[str, Any]:
     from transformers.image_processing_base import ImageProcessingMixin  # noqa: PLC0415 - heavy
 
     settings: Any
-    with _reading(name, folder, "preprocessor_config.json"):
+    with reading_files(name, folder, "preprocessor_config.json"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(str(folder))
         if not isinstance(settings, Mapping):
             raise ValueError("it holds no settings")
@@ -489,7 +489,7 @@ def _size_problem(settings: Mapping[str, Any], size: int) -> str | None:
 
 
 @contextmanager
-def _reading(name: str, folder: Path, file: str) -> Iterator[None]:
+def reading_files(name: str, folder: Path, file: str) -> Iterator[None]:
     """Turn the errors of transformers about a file into one line."""
     try:
         yield

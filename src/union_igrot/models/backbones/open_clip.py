@@ -24,7 +24,7 @@ from union_igrot.models.backbones.base import (
     json_hash,
     vocabulary_hash,
 )
-from union_igrot.models.backbones.hf import tower_settings
+from union_igrot.models.backbones.hf import reading_files, tower_settings
 from union_igrot.models.backbones.towers import UnsupportedTowerError, image_tower, text_tower
 from union_igrot.models.backbones.weights import (
     LIBRARY_ERRORS,
@@ -207,7 +207,7 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     config["quick_gelu"] |= is_openai
     preprocess = _tag_preprocess(config, known or _common_preprocess(arch))
     local = _local_config(config)
-    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), str(path))
+    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(name, local), str(path))
     backbone.config = config  # without the paths of this machine
     return _padded(backbone) if is_openai else backbone
 
@@ -258,7 +258,7 @@ def restore_open_clip(
     if text.get("hf_tokenizer_name") and any((folder / file).is_file() for file in _TOKENIZERS):
         text["hf_tokenizer_name"] = str(folder)
     local = _local_config(local)
-    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), source)
+    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(name, local), source)
     backbone.config = deepcopy(dict(config))  # without the folder's path
     return backbone
 
@@ -382,25 +382,18 @@ def _common_preprocess(arch: str) -> dict[str, Any]:
     return {key: tags[0].get(key) for key in keys if tags and all(tag.get(key) == tags[0].get(key) for tag in tags)}
 
 
-def _load_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer of a configuration; None for CLIP's own."""
+def _load_tokenizer(name: str, config: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a configuration."""
     text = config["text_cfg"]
-    name, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
-    length = text.get("context_length", _CONTEXT)
-    if not name:
-        return open_clip.SimpleTokenizer(context_length=length, **options) if options else None
-    mode = text.get("tokenizer_mode")
-    try:
-        options |= {"trust_remote_code": False, "local_files_only": True}
-        tokenizer: Tokenizer = HFTokenizer(name, context_length=length, tokenizer_mode=mode, **options)
-    except Exception as error:
-        # The tokenizers library raises the plain base class for a damaged file.
-        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
-            raise
-        raise CheckpointError(
-            f"cannot load the tokenizer {name} ({first_line(error)}); connect once, or give {WEIGHTS_OPTION} of a "
-            "folder with its tokenizer files"
-        ) from None
+    folder, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
+    options["context_length"] = text.get("context_length", _CONTEXT)
+    tokenizer: Tokenizer
+    if not folder:
+        tokenizer = open_clip.SimpleTokenizer(**options)
+        return tokenizer
+    options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False, "local_files_only": True}
+    with reading_files(name, Path(folder), "tokenizer files"):
+        tokenizer = HFTokenizer(folder, **options)
     return tokenizer
 
 

@@ -151,15 +151,14 @@ class PhotoNetwork(nn.Module):
 
     Args:
         text: The text tower.
-        dim: Width of the joint space.
     """
 
-    def __init__(self, text: PhotoText, dim: int = DIM) -> None:
+    def __init__(self, text: PhotoText) -> None:
         super().__init__()
         self.trunk: Any = fold_norms(timm.create_model("efficientnet_lite0", pretrained=False))
-        self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(sum(PARTS), dim)
+        self.photo, self.sketch = nn.Linear(WIDTH, DIM), nn.Linear(sum(PARTS), DIM)
         self.gate = nn.Linear(WIDTH, 1)
-        self.photo_residual, self.sketch_residual = VisionProjector(dim, _HIDDEN), VisionProjector(dim, _HIDDEN)
+        self.photo_residual, self.sketch_residual = VisionProjector(DIM, _HIDDEN), VisionProjector(DIM, _HIDDEN)
         self.text = text
 
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
