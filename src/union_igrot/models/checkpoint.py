@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from union_igrot.errors import CheckpointError, ConfigError, UnionError, first_line
-from union_igrot.models.backbones.base import Backbone, PreprocessChoice
+from union_igrot.models.backbones.base import Backbone, PreprocessChoice, weights_hash
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
 from union_igrot.models.heads.query import QueryHead, VisionProjector
@@ -78,7 +78,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
     """Read a saved model's files, and check the types and ranges of its description.
 
     Raises:
-        CheckpointError: If one is missing, damaged or of a later format.
+        CheckpointError: If one is missing, damaged or of a later format, or they do not belong together.
     """
     try:
         saved = json.loads(_read_small_file(folder / MODEL_FILE))
@@ -107,6 +107,8 @@ def read_checkpoint(folder: Path) -> SavedModel:
         raise CheckpointError(
             f"{folder} is in format {version} (expected at most {FORMAT}); install a later union-igrot"
         )
+    if weights_hash(state) != saved["heads"]:
+        raise CheckpointError(f"{folder}: {HEADS_FILE} does not match {MODEL_FILE}; copy both again")
     images = _read_training_images(folder, saved.get("training_images"))
     return SavedModel(saved, state, images, readme, _read_calibration(folder))
 

@@ -454,17 +454,11 @@ class IGROTModel(nn.Module):
         folder = resolve_checkpoint(folder)
         saved = read_checkpoint(folder)
         described, built = saved.description, saved.description.get("backbone_weights")
-        if weights_hash(saved.state) != described["heads"]:
-            raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
-        name, fingerprint, preprocess = (
-            described["backbone"],
-            described["backbone_fingerprint"],
-            described.get("preprocess"),
-        )
+        name, fingerprint = described["backbone"], described["backbone_fingerprint"]
         if built is None:
-            backbone = backbone or build_backbone(name, weights, preprocess)
+            backbone = backbone or build_backbone(name, weights, described.get("preprocess"))
         elif backbone is None:
-            backbone = restore_backbone(name, built, folder, preprocess)
+            backbone = restore_backbone(name, built, folder, described.get("preprocess"))
         else:
             load_backbone_weights(backbone, folder)
         if not backbone.matches(fingerprint):

@@ -142,7 +142,7 @@ class _Block(NamedTuple):
 
 
 _Decoded = tuple[list[Any], list[Tensor]]
-"""A decoded batch: rows of the training set, or blocks, and the pixels of their images."""
+"""Rows of the training set, or blocks, and the pixels of their images."""
 
 
 def _open_images(
