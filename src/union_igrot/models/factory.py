@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import make_dataclass, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from union_igrot.errors import ConfigError, check_choice
 from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.heads.query import QueryHead, VisionProjector
 from union_igrot.models.heads.target import TargetHead
 from union_igrot.models.registry import BACKBONES, QUERY_HEADS, TARGET_HEADS, Registry
-from union_igrot.settings import declared
+from union_igrot.settings import Setting, declared
 from union_igrot.storage.files import expand_user
 
 
@@ -98,23 +99,30 @@ def _build(
 
 
 C = TypeVar("C")
-_PLAIN = {bool, int, float, str, NoneType}
-"""Types of options that are checked."""
 
 
 def _construct(what: str, made: type[C], width: int, options: dict[str, Any]) -> C:
-    parameters = signature(made).parameters.values()
-    takes = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    takes = [name for name, one in signature(made).parameters.items() if one.kind is not one.VAR_KEYWORD]
     if unknown := sorted(set(options) - set(takes)):
         allowed = ", ".join(name for name in takes if name != "width") or "none"
         raise ConfigError(f"{what} has no option {', '.join(unknown)} (options: {allowed})")
     given = {"width": width, **options} if "width" in takes else options
-    typed = [(one.name, one.annotation) for one in parameters if not isinstance(one.annotation, str)]
-    for option in declared(make_dataclass("Options", typed)):
-        checked = option.key in given and _PLAIN.issuperset(option.types)
-        if checked and not option.allows(value := given[option.key]):
+    for option in _plain_options(made):  # type: ignore[arg-type]  # a class is hashable
+        if option.key in given and not option.allows(value := given[option.key]):
             raise ConfigError(f"invalid value for {option.key} of {what}: {value!r} (expected {option.expected})")
     try:
         return made(**given)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot build {what} at width {width}: {error}") from None
+
+
+@cache
+def _plain_options(made: type) -> tuple[Setting, ...]:
+    """Return the arguments of a class that are checked: of plain types, or one of some values."""
+    arguments = [(one.name, one.annotation) for one in signature(made).parameters.values()]
+    return declared(make_dataclass("Options", [(name, kind) for name, kind in arguments if _is_plain(kind)]))
+
+
+def _is_plain(annotation: Any) -> bool:
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return all(get_origin(one) is Literal or one in (bool, int, float, str, NoneType, None) for one in members)
