@@ -219,16 +219,13 @@ class IGROTDataModule(lightning.LightningDataModule):
         self._composed = [row for row, one in enumerate(self._triplets) if one.task == "cir"]
         self.bank: CachedBank | None = None
 
-    def prepare_data(self) -> None:
-        """Encode what is not in the store; Lightning calls it in one process per machine, while the others wait."""
-        self._encode()
-
     def setup(self, stage: str) -> None:
         """Look up every image and text of training and validation; encode what is not in the store."""
         if stage == "fit":
-            self._encode()
+            self.prepare_data()
 
-    def _encode(self) -> None:
+    def prepare_data(self) -> None:
+        """Encode what is not in the store; Lightning calls it in one process per machine, while the others wait."""
         if self.trainer is not None:  # Lightning moves the model only after this
             self._extractor.backbone.to(self.trainer.strategy.root_device)
         triplets = self._triplets
