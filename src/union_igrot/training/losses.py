@@ -269,13 +269,29 @@ def build_loss(kind: str = "infonce", **options: Any) -> nn.Module:
     return BankLoss(**options) if kind == "bank" else InfoNCE(**options)
 
 
-def gather(rows: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all ranks, which have equally many, and the position of this rank's first.
+class _AllGather(torch.autograd.Function):
+    """The rows of all ranks, concatenated; the gradient of a row is the sum over ranks."""
 
-    The gradient of a row is the sum over ranks.
-    """
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """Gather; all ranks have the same number of rows."""
+        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Sum over ranks and select this rank's rows."""
+        total = gradients[0].contiguous()
+        torch.distributed.all_reduce(total)
+        begin = torch.distributed.get_rank() * ctx.count
+        return total[begin : begin + ctx.count]
+
+
+def gather(rows: Tensor) -> tuple[Tensor, int]:
+    """Return the rows of all ranks, with gradient, and the position of this rank's first."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows, 0
-    from torch.distributed.nn.functional import all_gather  # noqa: PLC0415 - not in every build of torch
-
-    return torch.cat(all_gather(rows)), torch.distributed.get_rank() * len(rows)
+    gathered: Tensor = _AllGather.apply(rows)
+    return gathered, torch.distributed.get_rank() * len(rows)
