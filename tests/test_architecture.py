@@ -37,7 +37,7 @@ PACKAGES = {
     "images": {"storage"},
     "datasets": {"images", "storage"},
     "models": {"images", "storage"},
-    "synthetic": {"datasets", "models", "images", "storage"},
+    "synthetic": {"datasets", "images", "storage"},
     "features": {"models", "images", "storage"},
     "evaluation": {"features", "models", "datasets", "metrics", "images", "storage"},
     "training": {"evaluation", "features", "models", "datasets", "synthetic", "metrics", "images", "storage"},

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from small_gallery import COUNT, fill_gallery
 from small_world import trainable
 from union_igrot.errors import ConfigError, ImageError
-from union_igrot.images.regions import open_region, split_region
+from union_igrot.images.decode import open_region, split_region
 
 
 @pytest.fixture(scope="module")

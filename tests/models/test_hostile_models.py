@@ -92,7 +92,7 @@ CHANGES = [
     ("fusion.feedforward", 10**8, r"describes a model of [\d,]+ weights"),
     ("fusion.feedforward", HUGE, r"describes a model of [\d,]+ weights"),
     ("fusion.feedforward", 10**30, "fusion.feedforward in model.json is out of range"),
-    ("fusion.feedforward", 64, "shapes of weights differ"),
+    ("fusion.feedforward", 64, "does not fit: of another shape"),
     ("fusion.heads", 0, "heads"),
     ("fusion.dropout", 10**400, "fusion.dropout in model.json is out of range"),
     ("fusion.dropout", float("nan"), "fusion.dropout in model.json is out of range"),
@@ -104,7 +104,7 @@ CHANGES = [
     ("target.feedforward", HUGE, r"describes a model of [\d,]+ weights"),
     ("target.start", [1] * 2000, "target.start in model.json is out of range"),
     ("projector", {"kind": "mlp", "hidden": HUGE}, r"describes a model of [\d,]+ weights"),
-    ("projector", {"kind": "mlp"}, "weights missing"),
+    ("projector", {"kind": "mlp"}, "does not fit: missing"),
     ("projector", {"kind": "../../evil"}, "unknown projector"),
 ]
 

@@ -178,7 +178,7 @@ def compare(state, golden, images_and_targets, name):
             layer.self_attn.dropout = 0.0
         check("query_padding_plus_one", legacy.embed_queries(images, list(TEXTS)))
     check("union_target", union.embed_gallery(targets))
-    check("union_query", union.target(union.backbone.encode_image(images), text, union._fuse))
+    check("union_query", union.target(union.backbone.encode_image(images), text, union.fusion))
     for kind, model in (("original", frozen), ("sum", summed), ("union", union)):
         embedded = model.embed_gallery(targets)
         check(f"logits_{kind}", 100 * query @ embedded.T, 1e-2)

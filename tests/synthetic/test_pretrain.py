@@ -4,15 +4,15 @@ import json
 import math
 import sys
 
+import pretrain_tiny
 import pytest
 import torch
+from pretrain_tiny import caption_batch, main, pretrain, pretraining_loss
 from torch.nn import functional as F
 
 from union_igrot.errors import ConfigError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.tiny import TinyBackbone, TinyVLM, tokenize
-from union_igrot.synthetic import pretrain as pretrain_tiny
-from union_igrot.synthetic.pretrain import caption_batch, main, pretrain, pretraining_loss
 from union_igrot.synthetic.scenes import HELD_OUT_SHAPES, SEEN_SHAPES, SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -138,7 +138,7 @@ def test_command_writes_weights_that_load_and_a_note_that_agrees(small, tmp_path
     note = json.loads((folder / "backbone.json").read_text())
     network = TinyBackbone(folder / "backbone.safetensors").network
     assert note["weights"] == weights_hash(network.state_dict())
-    assert note["command"] == "python -m union_igrot.synthetic.pretrain --steps 3 --seed 5 --rate 0.001"
+    assert note["command"] == "python scripts/pretrain_tiny.py --steps 3 --seed 5 --rate 0.001"
     assert note["parameters"] == sum(p.numel() for p in network.parameters())
     assert note["shapes_without_sketches"] == list(HELD_OUT_SHAPES)
     assert set(note["held_out_percent"]) == {

@@ -149,7 +149,7 @@ def _describe(query: dict[str, Any]) -> str:
 
 
 def _sheet_line(line: "QueryLine", result: "SearchResult") -> "SheetRow":
-    from union_igrot.images.regions import open_region
+    from union_igrot.images.decode import open_region
     from union_igrot.reporting.contact_sheets import SheetRow
 
     given = (*line.query.get("image", ()), *(image for term in line.query.get("terms", ()) for image in term.images))

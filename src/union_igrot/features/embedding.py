@@ -9,9 +9,10 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple, final
 
 import torch
@@ -95,9 +96,7 @@ def embed_models(
     for name in models:
         both = sides.pop(name)
         for side in both:
-            if not side.needs_tokens:
-                side.embed_pooled(keys)
-            side.embed_texts()
+            side.embed_rest(keys)
         seconds = {"encode": encoding, "embed": sum(side.seconds for side in both)}
         result = EmbeddedBenchmark(both[0].per_item(), both[1].per_item(), seconds)
         del both, side
@@ -162,60 +161,49 @@ class _SideEmbedding:
         self._extractor = extractor
         self._embeddings: Tensor | None = None
 
-    def embed_pooled(self, keys: Sequence[str]) -> None:
-        """Embed every row from pooled features, given the images' keys."""
-        step = self._extractor.batch_size
-        every = [row for row, image in enumerate(self.side.images) if image >= 0]
-        for at in range(0, len(every), step):
-            rows = every[at : at + step]
-            images = self._extractor.lookup([keys[self.side.images[row]] for row in rows], tokens=False)
-            self.embed(rows, images, list(range(len(rows))))
+    def embed_rest(self, keys: Sequence[str]) -> None:
+        """Embed every row without an image, and those with one from pooled features if these are enough.
+
+        Args:
+            keys: Keys of the images.
+        """
+        images = self.side.images
+        if not self.needs_tokens:
+            shown = [row for row, image in enumerate(images) if image >= 0]
+            self.embed(shown, lambda some: self._extractor.lookup([keys[images[row]] for row in some], tokens=False))
+        self.embed([row for row, image in enumerate(images) if image < 0])
 
     @torch.inference_mode()
-    def embed_texts(self) -> None:
-        """Embed every row that has no image."""
-        every = [row for row, image in enumerate(self.side.images) if image < 0]
-        for at in range(0, len(every), self._extractor.batch_size):
-            rows = every[at : at + self._extractor.batch_size]
-            texts = self._extractor.lookup([f"text/{self.side.texts[row]}" for row in rows], tokens=False)
-            self.put(rows, self.model.embed_queries(None, texts))
-
-    @torch.inference_mode()
-    def embed(self, rows: Sequence[int], images: Features, positions: Sequence[int]) -> None:
-        """Embed some rows, given features of images and each row's position among them."""
+    def embed(self, rows: Sequence[int], features: Callable[[Sequence[int]], Features] | None = None) -> None:
+        """Embed some rows; `features` returns those of the images of rows, None if they have none."""
         start = time.perf_counter()
-        step = self._extractor.batch_size
-        for at in range(0, len(rows), step):
-            some = list(rows[at : at + step])
-            features = images.select(torch.tensor(positions[at : at + step], device=images.pooled.device))
+        for at in range(0, len(rows), self._extractor.batch_size):
+            some = rows[at : at + self._extractor.batch_size]
+            images = None if features is None else features(some)
             if self.side.texts:
-                keys = [f"text/{self.side.texts[row]}" for row in some]
-                texts = self._extractor.lookup(keys, tokens=self.needs_tokens)
-                self.put(some, self.model.embed_queries(features, texts))
-            else:
-                self.put(some, self.model.embed_gallery(features))
+                names = [f"text/{self.side.texts[row]}" for row in some]
+                texts = self._extractor.lookup(names, tokens=self.needs_tokens and images is not None)
+                self.put(some, self.model.embed_queries(images, texts))
+            elif images is not None:
+                self.put(some, self.model.embed_gallery(images))
         self.seconds += time.perf_counter() - start
 
     def put(self, rows: Sequence[int], embeddings: Float[Tensor, "rows dim"]) -> None:
         """Set the embeddings of some rows."""
         if self._embeddings is None:
             self._embeddings = embeddings.new_empty(len(self.side.images), embeddings.shape[1])
-        self._embeddings[torch.tensor(rows, device=embeddings.device)] = embeddings
+        self._embeddings[list(rows)] = embeddings
 
     def get(self, rows: Sequence[int]) -> Float[Tensor, "rows dim"]:
         """Return the embeddings of some rows."""
         assert self._embeddings is not None
-        return self._embeddings[torch.tensor(rows, device=self._embeddings.device)]
+        return self._embeddings[list(rows)]
 
     @torch.inference_mode()
     def per_item(self) -> Float[Tensor, "items dim"]:
         """Return one embedding per query or gallery item."""
-        items = self.side.items
-        assert self._embeddings is not None
-        if all(rows == [position] for position, rows in enumerate(items)):
-            return self._embeddings
-        embeddings = self.get([rows[0] for rows in items])
-        for position, rows in enumerate(items):
+        embeddings = self.get([rows[0] for rows in self.side.items])
+        for position, rows in enumerate(self.side.items):
             if len(rows) > 1:
                 embeddings[position] = F.normalize(F.normalize(self.get(rows), dim=-1).mean(0), dim=-1)
         return embeddings
@@ -242,6 +230,10 @@ class _SideEmbedding:
         return missing
 
 
+def _select(images: Features, positions: Mapping[int, int], rows: Sequence[int]) -> Features:
+    return images.select(torch.tensor([positions[row] for row in rows], device=images.pooled.device))
+
+
 def _stream(
     sides: Sequence[_SideEmbedding],
     sources: Sequence[ImageSource],
@@ -263,11 +255,11 @@ def _stream(
         blocks = stack.enter_context(closing(extractor.stream(images, token_budget=budget, label=label)))
         for block in blocks:
             for number, (side, by_image) in enumerate(zip(sides, waiting, strict=True)):
-                pairs = [(row, at) for at, image in enumerate(block.rows) for row in by_image.get(needed[image], ())]
-                rows = [row for row, _ in pairs]
+                positions = {row: at for at, one in enumerate(block.rows) for row in by_image.get(needed[one], ())}
+                rows = list(positions)
                 if not rows:
                     continue
-                side.embed(rows, block.features, [at for _, at in pairs])
+                side.embed(rows, partial(_select, block.features, positions))
                 if not block.stored:
                     if number not in writers:
                         store = side.open_store(create=True)

@@ -174,19 +174,14 @@ class FeatureExtractor:
             closing(self._encode_images(sources, keys, batches, token_budget, label)) as encoded,
         ):
             for block in bar.track(blocks, description=f"embedding {label}"):
-                old = [row for row in block if row not in absent]
-                rows, features, stored = old, None, True
+                rows, found, stored = sorted(block, key=absent.__contains__), [], True  # those in the store first
+                if old := [row for row in block if row not in absent]:
+                    found.append(self.lookup([keys[row] for row in old], tokens=True))
                 if len(old) < len(block):
                     features, stored = next(encoded)
-                    rows = [row for row in block if row in absent] + old
-                if old:
-                    found = self.lookup([keys[row] for row in old], tokens=True)
-                    features = found if features is None else join_features([features, found])
-                assert features is not None
-                if rows != block:
-                    order = torch.tensor([rows.index(row) for row in block], device=features.pooled.device)
-                    features = features.select(order)
-                yield FeatureBlock(block, features, stored)
+                    found.append(features)
+                order = torch.tensor([rows.index(row) for row in block])
+                yield FeatureBlock(block, join_features(found).select(order.to(self.backbone.device)), stored)
 
     def add_text(self, text: str, features: Features) -> None:
         """Store features of a text that were computed elsewhere in float32, unless the store holds it."""

@@ -40,7 +40,6 @@ _CODES: Final = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNK: Final = 2**20
 
 
 def serialize(shard: Shard) -> list[bytes | memoryview]:
@@ -63,8 +62,12 @@ def serialize(shard: Shard) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def map_shard(path: Path) -> Shard | None:
-    """Map a shard's arrays without reading them.
+def map_shard(path: Path, verified: Collection[str] = ()) -> Shard | None:
+    """Map a shard's arrays without reading them, but for those to verify.
+
+    Args:
+        path: The file.
+        verified: Arrays to compare with their checksums; shards of older versions have none, but must be finite.
 
     Returns:
         The shard, or None if it does not exist or is damaged; a damaged one is moved aside and logged.
@@ -74,9 +77,15 @@ def map_shard(path: Path) -> Shard | None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            checksums, names = file.metadata() or {}, set(file.keys())
             shard = {name: file.get_tensor(name) for name in _FIELDS if name in names}
         _check_arrays(shard)
+        for name in shard.keys() & set(verified):
+            checksum = checksums.get(f"crc32.{name}")
+            if checksum is None and not bool(shard[name].isfinite().all()):
+                raise ValueError(f"{name} holds numbers that are not finite")
+            if checksum not in (None, f"{zlib.crc32(shard[name].reshape(-1).numpy().view(np.uint8)):08x}"):
+                raise ValueError(f"the checksum of {name} does not match")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -85,44 +94,6 @@ def map_shard(path: Path) -> Shard | None:
         move_aside(path, error)
         return None
     return shard
-
-
-def verify_shard(path: Path, names: Collection[str]) -> bool:
-    """Compare arrays of a shard with their checksums; shards of older versions have none, but must be finite.
-
-    Returns:
-        Whether the shard is intact; a damaged one is moved aside and logged.
-
-    Raises:
-        DataError: If the system refuses to read it.
-    """
-    try:
-        # Not through the mapping, so that the arrays do not count as memory of this process.
-        with path.open("rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(begin - 8))
-            checksums = header.get("__metadata__", {})
-            for name in header.keys() & set(names):
-                start, end = header[name]["data_offsets"]
-                file.seek(begin + start)
-                checksum, left = 0, end - start
-                while chunk := file.read(min(left, _CHUNK)):
-                    checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
-                if f"{checksum:08x}" != checksums.get(f"crc32.{name}", f"{checksum:08x}"):
-                    raise ValueError(f"the checksum of {name} does not match")
-        if "crc32.pooled" not in checksums:
-            shard = map_shard(path) or {}
-            for name in {"pooled", "tokens"} & set(names) & set(shard):
-                if not bool(shard[name].isfinite().all()):
-                    raise ValueError(f"{name} holds numbers that are not finite")
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); check the disk and the permissions") from error
-    except (ValueError, KeyError, TypeError) as error:
-        move_aside(path, error)
-        return False
-    return True
 
 
 def _check_arrays(shard: Shard) -> None:
@@ -308,6 +279,7 @@ class FeatureStore:
         if not keys:
             return
         arrays = self._pack(features) | {"digests": torch.from_numpy(hash_keys(keys).view(np.uint8))}
+        self._check_pooled("the addition", arrays["pooled"])
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"  # sorts by time: the oldest is found first
         pieces = serialize(arrays)
         if self.limit is not None:
@@ -369,7 +341,7 @@ class FeatureStore:
         self._shards: list[str] = []
         self._known: set[str] = set()
         self._maps: dict[int, Shard] = {}
-        self._all, self._with_token_rows = KeyIndex(), KeyIndex()
+        self._indexes = {False: KeyIndex(), True: KeyIndex()}  # by whether a row has tokens, too
         self.refresh()
 
     def _make_room(self, limit: int, needed: int) -> None:
@@ -385,24 +357,21 @@ class FeatureStore:
 
     def _find(self, digests: UInt64[np.ndarray, "keys 2"], tokens: bool) -> Int64[np.ndarray, " keys"]:
         """Return the shard and row of each key as one number, -1 if it is absent or its shard is damaged."""
-        positions = self._index(tokens).find(digests)
+        positions = self._indexes[tokens].find(digests)
         if (positions < 0).any():
             self.refresh()
-            positions = self._index(tokens).find(digests)
+            positions = self._indexes[tokens].find(digests)
         intact = [self._verify(self._shards[n], tokens) for n in np.unique(positions[positions >= 0] >> 32)]
         if not all(intact):
             self._read_folder()
             return self._find(digests, tokens)
         return positions
 
-    def _index(self, tokens: bool) -> KeyIndex:
-        return self._with_token_rows if tokens else self._all
-
     def _verify(self, name: str, tokens: bool) -> bool:
         if {(name, tokens), (name, True)} & self._verified:
             return True
         arrays = ("digests", "pooled", *(("tokens", "mask", "pooled_at") if tokens else ()))
-        intact = verify_shard(self.folder / name, arrays)
+        intact = map_shard(self.folder / name, arrays) is not None
         if intact:
             self._verified.add((name, tokens))
         return intact
@@ -415,27 +384,27 @@ class FeatureStore:
             shard = map_shard(self.folder / name)
             if shard is None:
                 continue
-            self._check_shard(name, shard["pooled"])
+            self._check_pooled(str(self.folder / name), shard["pooled"])
             digests = shard["digests"].numpy().view(np.uint64)
             positions = (len(self._shards) + len(added) << 32) + np.arange(len(digests))  # shard and row in one number
             found.append((digests, positions, "tokens" in shard))
             added.append(name)
         self._shards += added
         self._known.update(added)
-        for index, chosen in ((self._all, found), (self._with_token_rows, [entry for entry in found if entry[2]])):
-            if chosen:
+        for tokens, index in self._indexes.items():
+            if chosen := [entry for entry in found if entry[2] or not tokens]:
                 index.insert(np.concatenate([e[0] for e in chosen]), np.concatenate([e[1] for e in chosen]))
 
-    def _check_shard(self, name: str, pooled: Tensor) -> None:
+    def _check_pooled(self, source: str, pooled: Tensor) -> None:
         if pooled.dtype != _DTYPES[self.dtype]:
             raise ConfigError(
-                f"{self.folder / name} holds {pooled.dtype}, the store was opened with dtype={self.dtype}; "
+                f"{source} holds {pooled.dtype}, the store was opened with dtype={self.dtype}; "
                 "use its dtype, or delete the folder"
             )
         if self._width not in (None, pooled.shape[1]):
             raise DataError(
-                f"{self.folder / name} holds features of width {pooled.shape[1]}, other shards {self._width}; "
-                "one fingerprint must name one backbone: delete the folder and encode again"
+                f"{source} holds features of width {pooled.shape[1]}, other shards of {self.folder} {self._width}; "
+                "one fingerprint must name one backbone: use another, or delete the folder and encode again"
             )
         self._width = pooled.shape[1]
 
@@ -475,11 +444,6 @@ class FeatureStore:
         pooled, tokens, mask, at = features.pooled, features.tokens, features.mask, features.pooled_at
         if len(keys) != len(features) or len(set(keys)) != len(keys):
             raise DataError(f"{len(keys)} keys ({len(set(keys))} different) for {len(features)} items; give one each")
-        if self._width not in (None, pooled.shape[1]):
-            raise DataError(
-                f"features of width {pooled.shape[1]}, but {self.folder} holds {self._width}: "
-                "one fingerprint must name one backbone"
-            )
         if (tokens is None) != (mask is None):
             raise DataError("tokens and mask come together; give both or neither")
         if tokens is not None and at is not None and bool(((at < 0) | (at >= tokens.shape[1])).any()):

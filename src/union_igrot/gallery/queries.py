@@ -27,9 +27,8 @@ from union_igrot.gallery.ingest.embedding import read_vectors
 from union_igrot.gallery.ingest.entries import path_as_text
 from union_igrot.gallery.metadata import TASKS
 from union_igrot.gallery.results import Hit
-from union_igrot.images.decode import check_image
+from union_igrot.images.decode import check_image, open_region, split_region
 from union_igrot.images.formats import IMAGE_SUFFIXES
-from union_igrot.images.regions import open_region, split_region
 from union_igrot.images.transforms import ImageToTensor
 from union_igrot.models.devices import full_precision
 from union_igrot.models.model import IGROTModel

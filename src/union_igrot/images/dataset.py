@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
@@ -24,8 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from union_igrot.errors import ImageError, UnionError
-from union_igrot.images.decode import as_image
-from union_igrot.images.transforms import ImageToPixels
+from union_igrot.images.transforms import open_pixels
 from union_igrot.types import Preprocess
 
 TIME_LIMIT: Final = 60.0
@@ -48,18 +48,6 @@ class WorkerDiedError(UnionError):
 
 
 @final
-class OpenAsPixels:
-    """Open what `as_image` takes and bring it to the size of a backbone; the default transform. Can be pickled."""
-
-    def __init__(self, preprocess: Preprocess) -> None:
-        self._to_pixels, self._size = ImageToPixels(preprocess), preprocess.size
-
-    def __call__(self, source: object) -> UInt8[Tensor, "3 size size"]:
-        """Return the image's pixels, as `model_input` takes them."""
-        return self._to_pixels(as_image(source, at_least=self._size))
-
-
-@final
 class ImageDataset(Dataset[Any], Generic[Source, Loaded]):
     """Sources that are opened and transformed when they are read.
 
@@ -74,9 +62,6 @@ class ImageDataset(Dataset[Any], Generic[Source, Loaded]):
 
     def __init__(self, sources: Sequence[Source] | None, transform: Callable[[Source], Loaded]) -> None:
         self.sources, self.transform = sources, transform
-
-    def __len__(self) -> int:
-        return 0 if self.sources is None else len(self.sources)
 
     def __getitem__(self, item: Any) -> Loaded | ImageError:
         source: Source = item if self.sources is None else self.sources[item]
@@ -127,7 +112,7 @@ def image_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
-        collate_fn=_Transfer(collate) if workers else collate,
+        collate_fn=partial(_transfer, collate) if workers else collate,
         num_workers=workers,
         pin_memory=pinned,
         persistent_workers=persistent and workers > 0,
@@ -173,7 +158,7 @@ def first_error(items: Iterable[Any]) -> ImageError | None:
 
 
 def stack_pixels(items: list[Tensor | ImageError]) -> Tensor | ImageError:
-    """Stack the images of a batch, or return its first error; a `collate` for `OpenAsPixels`."""
+    """Stack the images of a batch, or return its first error; a `collate` for `open_pixels`."""
     error = first_error(items)
     return torch.stack([item for item in items if isinstance(item, Tensor)]) if error is None else error
 
@@ -199,7 +184,7 @@ def load_pixels(
         ImageError: For the first image that cannot be read.
         WorkerDiedError: If worker processes are killed, but not by a particular image.
     """
-    dataset, batches, done = ImageDataset(sources, OpenAsPixels(preprocess)), list(batches), 0
+    dataset, batches, done = ImageDataset(sources, partial(open_pixels, preprocess=preprocess)), list(batches), 0
     try:
         for batch in read_batches(image_loader(dataset, batches, stack_pixels, workers=workers, pinned=pinned)):
             if isinstance(batch, ImageError):
@@ -223,22 +208,16 @@ def _raise_for_killer(dataset: ImageDataset[Any, Tensor], batch: Sequence[int]) 
         raise ImageError(f"cannot decode image {source} ({error}); replace or remove it") from error
 
 
-@final
-class _Transfer(Generic[Loaded, Collated]):
-    """Makes a batch in a worker, and sends it through shared memory, or through a pipe if that is full.
+def _transfer(collate: Callable[[list[Any]], object], items: list[Any]) -> "_Pickled":
+    """Make a batch in a worker, and send it through shared memory, or through a pipe if that is full.
 
     torch would move it there in a thread whose error nobody sees, so that the main process waits forever.
     """
-
-    def __init__(self, collate: Callable[[list[Loaded | ImageError]], Collated]) -> None:
-        self._collate = collate
-
-    def __call__(self, items: list[Loaded | ImageError]) -> "_Pickled":
-        batch = self._collate(items)
-        try:
-            return _Pickled(bytes(ForkingPickler.dumps(batch)))
-        except RuntimeError:  # no space in /dev/shm
-            return _Pickled(pickle.dumps(batch))
+    batch = collate(items)
+    try:
+        return _Pickled(bytes(ForkingPickler.dumps(batch)))
+    except RuntimeError:  # no space in /dev/shm
+        return _Pickled(pickle.dumps(batch))
 
 
 @final

@@ -93,6 +93,11 @@ class ImageToTensor:
         return model_input(self._to_pixels(image), self.preprocess)
 
 
+def open_pixels(image: object, preprocess: Preprocess) -> UInt8[Tensor, "3 size size"]:
+    """Open an image of any type that `as_image` takes, and bring it to the size of a backbone."""
+    return ImageToPixels(preprocess)(as_image(image, at_least=preprocess.size))
+
+
 def image_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:
     """Convert images, at least one, to one batch for a model.
 
@@ -103,9 +108,7 @@ def image_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tenso
     Raises:
         ImageError: If an image cannot be decoded.
     """
-    to_pixels = ImageToPixels(preprocess)
-    pixels = [to_pixels(as_image(image, at_least=preprocess.size)) for image in images]
-    return model_input(torch.stack(pixels), preprocess)
+    return model_input(torch.stack([open_pixels(image, preprocess) for image in images]), preprocess)
 
 
 def picture_batch(images: Iterable[object], preprocess: Preprocess) -> Float[Tensor, "batch 3 size size"]:

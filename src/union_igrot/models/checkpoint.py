@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from union_igrot.errors import CheckpointError, ConfigError, UnionError, first_line
-from union_igrot.models.backbones.base import Backbone, PreprocessChoice
+from union_igrot.models.backbones.base import Backbone, PreprocessChoice, weights_hash
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.factory import build_backbone, build_projector, build_query_head, build_target_head
 from union_igrot.models.heads.query import QueryHead, VisionProjector
@@ -39,7 +39,13 @@ _MOST_BYTES_PER_IMAGE = 100  # of the list of training images, which has 17 each
 _MOST_BYTES_OF_IMAGES = 2**28  # 15 million images
 _MOST_LAYERS, _MOST, _MOST_PIXELS = 1000, 10**9, 4096
 _LAYERS = re.compile(r"layer|depth|block")
-M = TypeVar("M")
+_OPTIONAL = {"training_images": int, "backbone_weights": dict, "preprocess": str}
+_TYPES = {
+    **dict.fromkeys(("backbone", "backbone_fingerprint", "heads"), str),
+    **dict.fromkeys(("card", "fusion", "target", "projector"), dict),
+    **{"format": int, **_OPTIONAL},
+}
+"""Types of the fields of `model.json`."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +53,18 @@ class SavedModel:
     """Contents of a saved model's files.
 
     Attributes:
-        backbone: Name of the backbone.
-        fingerprint: Hash of the backbone that the heads belong to.
-        backbone_weights: How to build the backbone whose weights are in the folder; None for the weights of its name.
-        heads: Hash of the heads' weights.
-        kinds: Kind of each head, by `fusion`, `target` and `projector`.
-        options: Keyword arguments of each head.
-        metadata: Facts on the training ("card" in `model.json`).
+        description: Contents of `model.json`, checked, with what earlier versions did not write; values are not null.
         state: The heads' weights, in 32 bits.
         images: Identities of the training images; None if they are not recorded, or the file was not copied.
         readme: The model card, or None.
-        preprocess: The choice of preprocessing, or None if it was saved by an earlier version.
         calibration: Embeddings of training queries by task, or None.
     """
 
-    backbone: str
-    fingerprint: str
-    backbone_weights: dict[str, Any] | None
-    heads: str
-    kinds: dict[str, str]
-    options: dict[str, dict[str, Any]]
-    metadata: dict[str, Any]
+    description: dict[str, Any]
     state: dict[str, Tensor]
     images: frozenset[str] | None
     readme: str | None
-    preprocess: PreprocessChoice | None
-    calibration: dict[str, Tensor] | None = None
+    calibration: dict[str, Tensor] | None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -86,7 +78,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
     """Read a saved model's files, and check the types and ranges of its description.
 
     Raises:
-        CheckpointError: If one is missing, damaged or of a later format.
+        CheckpointError: If one is missing, damaged or of a later format, or they do not belong together.
     """
     try:
         saved = json.loads(_read_small_file(folder / MODEL_FILE))
@@ -94,48 +86,31 @@ def read_checkpoint(folder: Path) -> SavedModel:
             raise ValueError(f"{MODEL_FILE} holds {type(saved).__name__}, not an object")
         if not (folder / HEADS_FILE).is_file():
             raise FileNotFoundError(f"no file {folder / HEADS_FILE}")
-        optional = {"format": FORMAT, "card": {}, "projector": {"kind": "none"}}
-        saved = optional | {name: value for name, value in saved.items() if value is not None}
-        name, fingerprint, heads = (_field(saved, key, str) for key in ("backbone", "backbone_fingerprint", "heads"))
-        version, metadata = _field(saved, "format", int), _field(saved, "card", dict)
-        count = _field(saved, "training_images", int) if "training_images" in saved else None
-        weights = _field(saved, "backbone_weights", dict) if "backbone_weights" in saved else None
-        preprocess: Any = _field(saved, "preprocess", str) if "preprocess" in saved else None
-        if preprocess not in (None, *get_args(PreprocessChoice)):
-            raise ValueError(f"preprocess in {MODEL_FILE} is {preprocess!r}, not model or pad")
-        _check_options(weights or {}, "backbone_weights")
-        kinds, options = {}, {}
+        earlier = {"format": FORMAT, "card": {}, "projector": {"kind": "none"}}
+        saved = earlier | {name: value for name, value in saved.items() if value is not None}
+        for name, kind in _TYPES.items():
+            if name in saved or name not in _OPTIONAL:
+                _check_type(saved, name, kind)
+        if saved.get("preprocess") not in (None, *get_args(PreprocessChoice)):
+            raise ValueError(f"preprocess in {MODEL_FILE} is {saved['preprocess']!r}, not model or pad")
+        _check_options(saved.get("backbone_weights", {}), "backbone_weights")
         for head in ("fusion", "target", "projector"):
-            given = _field(saved, head, dict)
-            kinds[head] = _field(given, "kind", str)
-            options[head] = {key: value for key, value in given.items() if key != "kind"}
-            _check_options(options[head], head)
+            _check_type(saved[head], "kind", str)
+            _check_options(saved[head], head)
         state = {name: x.float() for name, x in load_file(folder / HEADS_FILE).items()}
         readme = _read_small_file(folder / README_FILE) if (folder / README_FILE).is_file() else None
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is not a saved model ({error}); give a folder with {MODEL_FILE} and {HEADS_FILE}"
         ) from None
-    if version > FORMAT:
+    if (version := saved["format"]) > FORMAT:
         raise CheckpointError(
             f"{folder} is in format {version} (expected at most {FORMAT}); install a later union-igrot"
         )
-    images = _read_training_images(folder, count)
-    calibration = _read_calibration(folder)
-    return SavedModel(
-        name,
-        fingerprint,
-        weights,
-        heads,
-        kinds,
-        options,
-        metadata,
-        state,
-        images,
-        readme,
-        preprocess,
-        calibration,
-    )
+    if weights_hash(state) != saved["heads"]:
+        raise CheckpointError(f"{folder}: {HEADS_FILE} does not match {MODEL_FILE}; copy both again")
+    images = _read_training_images(folder, saved.get("training_images"))
+    return SavedModel(saved, state, images, readme, _read_calibration(folder))
 
 
 def _read_calibration(folder: Path) -> dict[str, Tensor] | None:
@@ -159,11 +134,10 @@ def _read_small_file(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _field(saved: Mapping[str, Any], name: str, kind: type[M]) -> M:
+def _check_type(saved: Mapping[str, Any], name: str, kind: type) -> None:
     value = saved[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} in {MODEL_FILE} is of type {type(value).__name__}, not {kind.__name__}")
-    return value
 
 
 def _check_options(options: Mapping[str, Any], path: str) -> None:
@@ -211,24 +185,18 @@ def build_heads(saved: SavedModel, width: int, folder: Path) -> tuple[QueryHead,
     """
 
     def build() -> nn.ModuleDict:
-        kinds, options = saved.kinds, saved.options
         heads = {
-            "fusion": build_query_head(kinds["fusion"], width, **options["fusion"]),
-            "target": build_target_head(kinds["target"], width, **options["target"]),
+            "fusion": build_query_head(width=width, **saved.description["fusion"]),
+            "target": build_target_head(width=width, **saved.description["target"]),
         }
-        projector = build_projector(kinds["projector"], width, **options["projector"])
+        projector = build_projector(width=width, **saved.description["projector"])
         return nn.ModuleDict(heads if projector is None else {**heads, "projector": projector})
 
     try:
         heads = _build_within(build, saved.state, folder, HEADS_FILE)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the heads of {folder / MODEL_FILE}: {error}") from None
-    known = heads.state_dict()
-    if wrong := sorted(key for key in saved.state.keys() & known.keys() if saved.state[key].shape != known[key].shape):
-        raise CheckpointError(f"{folder}: shapes of weights differ from {MODEL_FILE}: {wrong[:3]}")
-    missing, unexpected = heads.load_state_dict(saved.state, strict=False)
-    if missing or unexpected:
-        raise CheckpointError(f"{folder}: weights missing: {missing}, unknown: {unexpected}")
+    load_strict(heads, saved.state, str(folder / HEADS_FILE), f"copy it and {MODEL_FILE} again")
     modules: Any = heads
     return modules["fusion"], modules["target"], modules["projector"] if "projector" in heads else None
 
@@ -354,8 +322,7 @@ def restore_backbone(
     """
     kind, tokenizer = built.get("kind"), folder / TOKENIZER_FOLDER
     if kind is None:
-        backbone = build_backbone(name, preprocess=preprocess)
-        return load_backbone_weights(backbone, folder)
+        return load_backbone_weights(build_backbone(name, preprocess=preprocess), folder)
     state = read_state_dict(folder / BACKBONE_FILE)
     if odd := [path.name for path in tokenizer.glob("*") if not path.is_file()]:
         raise CheckpointError(f"{tokenizer} holds {odd[0]}, which is not a file; copy the model again")
@@ -376,21 +343,17 @@ def restore_backbone(
 
         return restore_hf(name, str(kind), config, resized, tokenizer)
 
-    backbone = _build_within(build, state, folder, BACKBONE_FILE)
-    return _load_backbone_state(backbone, state, folder)
+    return load_backbone_weights(_build_within(build, state, folder, BACKBONE_FILE), folder, state)
 
 
-def load_backbone_weights(backbone: Backbone, folder: Path) -> Backbone:
-    """Load the weights that `save_backbone` wrote into a backbone.
+def load_backbone_weights(backbone: Backbone, folder: Path, state: Mapping[str, Tensor] | None = None) -> Backbone:
+    """Load the weights that `save_backbone` wrote into a backbone; `state` are those weights, if they have been read.
 
     Raises:
         CheckpointError: If the file is missing, damaged or does not fit.
     """
-    return _load_backbone_state(backbone, read_state_dict(folder / BACKBONE_FILE), folder)
-
-
-def _load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> Backbone:
     own = backbone.state_dict()
+    state = read_state_dict(folder / BACKBONE_FILE) if state is None else state
     named = {f"{_NETWORK}{name}" if f"{_NETWORK}{name}" in own else name: x for name, x in state.items()}
     load_strict(backbone, named, str(folder / BACKBONE_FILE))
     backbone.is_described_by_name = True

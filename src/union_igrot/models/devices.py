@@ -11,9 +11,6 @@ from torch import Tensor
 
 from union_igrot.errors import ConfigError, wrong_type
 
-_MOST_WORKERS = {"cpu": 8}
-_MOST_WORKERS_ELSEWHERE = 32
-
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Return the device of a name.
@@ -40,17 +37,15 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return torch.device(found)
 
 
-def default_workers(device: torch.device, processes: int = 1) -> int:
+def default_workers(device: torch.device) -> int:
     """Return the default number of decoding workers: all cores but one.
 
     At most 8 for a model on the CPU, which needs the cores itself, and 32 for one on an accelerator.
 
     Args:
         device: Device of the model.
-        processes: Processes of this machine that each decode, and share the cores.
     """
-    spare = ((os.cpu_count() or 1) - 1) // processes
-    return min(max(spare, 0), _MOST_WORKERS.get(device.type, _MOST_WORKERS_ELSEWHERE))
+    return min((os.cpu_count() or 1) - 1, 8 if device.type == "cpu" else 32)
 
 
 def device_name(device: torch.device) -> str:

@@ -101,10 +101,10 @@ class SentenceEncoder:
                 if kind == "image"
                 else self.model.encode_queries(None if kind == "text" else images, texts, **shared)
             )
-        if not (convert_to_tensor or convert_to_numpy):
-            return list(embeddings) if several else embeddings[0]
         found = embeddings if several else embeddings[0]
-        return found if convert_to_tensor else found.numpy()
+        if convert_to_tensor:
+            return found
+        return found.numpy() if convert_to_numpy else list(found) if several else found
 
     def similarity(self, first: Any, second: Any) -> Float[Tensor, "first second"]:
         """Return the cosine of each pair of embeddings."""

@@ -1,7 +1,8 @@
 """Backbones, heads and projectors built by name, their options checked."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,7 +12,8 @@ from union_igrot.errors import ConfigError, check_choice
 from union_igrot.models.backbones.base import Backbone, PreprocessChoice
 from union_igrot.models.heads.query import QueryHead, VisionProjector
 from union_igrot.models.heads.target import TargetHead
-from union_igrot.models.registry import BACKBONE_FORMS, BACKBONES, QUERY_HEADS, TARGET_HEADS, Registry
+from union_igrot.models.registry import BACKBONES, QUERY_HEADS, TARGET_HEADS, Registry
+from union_igrot.settings import Setting, declared
 from union_igrot.storage.files import expand_user
 
 
@@ -37,7 +39,7 @@ def build_backbone(
     if preprocess is not None:
         check_choice("preprocess", preprocess, get_args(PreprocessChoice))
     path = None if weights is None else expand_user(weights)
-    backbone = _load_backbone(name, path)
+    backbone: Backbone = BACKBONES.get(name)(name, path)
     if preprocess == "pad":
         backbone.preprocess = replace(backbone.preprocess, fit="pad")
     elif preprocess == "model" and backbone.preprocess.fit == "pad":
@@ -46,26 +48,6 @@ def build_backbone(
         backbone.preprocess = backbone.model_preprocess
     if path is None:
         backbone.is_described_by_name = True
-    return backbone
-
-
-def _load_backbone(name: str, path: Path | None) -> Backbone:
-    # OpenCLIP and transformers take seconds to import.
-    if name.startswith(("open_clip:", "hf-hub:")):
-        from union_igrot.models.backbones.open_clip import load_open_clip  # noqa: PLC0415
-
-        return load_open_clip(name, path)
-    if name.startswith("hf:"):
-        from union_igrot.models.backbones.hf import load_hf  # noqa: PLC0415
-
-        return load_hf(name, path)
-    if name.startswith("st:"):
-        from union_igrot.models.backbones.sentence import load_sentence  # noqa: PLC0415
-
-        return load_sentence(name, path)
-    if name not in BACKBONES:
-        raise ConfigError(BACKBONES.unknown(name, BACKBONE_FORMS))
-    backbone: Backbone = BACKBONES.get(name)(name, path)
     return backbone
 
 
@@ -120,41 +102,27 @@ C = TypeVar("C")
 
 
 def _construct(what: str, made: type[C], width: int, options: dict[str, Any]) -> C:
-    parameters = signature(made).parameters
-    takes = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD]
+    takes = [name for name, one in signature(made).parameters.items() if one.kind is not one.VAR_KEYWORD]
     if unknown := sorted(set(options) - set(takes)):
         allowed = ", ".join(name for name in takes if name != "width") or "none"
         raise ConfigError(f"{what} has no option {', '.join(unknown)} (options: {allowed})")
     given = {"width": width, **options} if "width" in takes else options
-    for name, value in given.items():
-        if not _fits(parameters[name].annotation, value):
-            expected = _expected(parameters[name].annotation)
-            raise ConfigError(f"invalid value for {name} of {what}: {value!r} (expected {expected})")
+    for option in _plain_options(made):  # type: ignore[arg-type]  # a class is hashable
+        if option.key in given and not option.allows(value := given[option.key]):
+            raise ConfigError(f"invalid value for {option.key} of {what}: {value!r} (expected {option.expected})")
     try:
         return made(**given)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot build {what} at width {width}: {error}") from None
 
 
-def _fits(annotation: Any, value: object) -> bool:
-    """Return whether a value is of an option's type; annotations other than plain types are not checked."""
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_fits(one, value) for one in get_args(annotation))
-    if annotation in (None, NoneType):
-        return value is None
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation) if annotation in (bool, str) else True
+@cache
+def _plain_options(made: type) -> tuple[Setting, ...]:
+    """Return the arguments of a class that are checked: of plain types, or one of some values."""
+    arguments = [(one.name, one.annotation) for one in signature(made).parameters.values()]
+    return declared(make_dataclass("Options", [(name, kind) for name, kind in arguments if _is_plain(kind)]))
 
 
-def _expected(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_expected(one) for one in get_args(annotation))
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "null"}
-    return names.get(annotation, str(annotation))
+def _is_plain(annotation: Any) -> bool:
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return all(get_origin(one) is Literal or one in (bool, int, float, str, NoneType, None) for one in members)

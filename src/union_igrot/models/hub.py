@@ -106,15 +106,12 @@ def fetch_files(repository: str, needed: Sequence[Sequence[str]], *, texts: bool
     with hub_errors(repository, file=wanted):
         files = {file.name: file for file in _list_files(repository)}
         chosen = [_choose(repository, group, files) for group in needed]
-    names = [name for name in files if texts and _is_text(name)] + chosen[:-1]
+    described = [name for name in files if "/" not in name and name.endswith(_TEXTS)]
+    names = [name for name in described if texts and not name.endswith(".index.json")] + chosen[:-1]
     if chosen[-1].endswith(".index.json"):
         stem, kind = chosen[-1].removesuffix(".index.json").split(".")
         names += [name for name in files if name.startswith(f"{stem}-") and name.endswith(f".{kind}")]
     return [_download(repository, files[name]) for name in dict.fromkeys([*names, chosen[-1]])][-1]
-
-
-def _is_text(name: str) -> bool:
-    return "/" not in name and name.endswith(_TEXTS) and not name.endswith(".index.json")
 
 
 def _cached_file(repository: str, group: Sequence[str]) -> Path | None:
@@ -381,7 +378,7 @@ def push_folder(
     check_repository(repository)
     saved = read_checkpoint(folder)
     description = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-    description["card"] = strip_paths(saved.metadata)
+    description["card"] = strip_paths(saved.description["card"])
     if card is None:
         card = rename_model_card(saved.readme or short_card(description), repository)
     with TemporaryDirectory() as copied, hub_errors(repository):

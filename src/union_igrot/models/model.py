@@ -171,7 +171,8 @@ class IGROTModel(nn.Module):
         text_features = self._text_features(texts, count)
         if (given := text_features.pooled.shape[0]) != count:
             raise DataError(f"got {count} images and {given} texts (expected one text per image, or none)")
-        return self._fuse(encoded, text_features)
+        fused: Tensor = self.fusion(encoded, text_features)
+        return fused
 
     @names_arguments
     def embed_gallery(self, images: Tensor | Features) -> Float[Tensor, "batch dim"]:
@@ -187,7 +188,7 @@ class IGROTModel(nn.Module):
             ConfigError: If the images have a wrong type, dtype or shape.
         """
         encoded = self._image_features(images, "encode_gallery")
-        embedded: Tensor = self.target(encoded, self.null_text().expand(encoded.pooled.shape[0]), self._fuse)
+        embedded: Tensor = self.target(encoded, self.null_text().expand(encoded.pooled.shape[0]), self.fusion)
         return embedded
 
     @names_arguments
@@ -293,10 +294,6 @@ class IGROTModel(nn.Module):
         batches = [range(span.start, span.stop) for span in spans]
         for pixels in load_pixels(images, batches, self.preprocess, workers):
             yield model_input(pixels.to(self.device), self.preprocess)
-
-    def _fuse(self, images: Features, texts: Features) -> Tensor:
-        fused: Tensor = self.fusion(images, texts)
-        return fused
 
     def _image_features(self, images: Tensor | Features, instead: str) -> Features:
         if isinstance(images, Features):
@@ -456,25 +453,25 @@ class IGROTModel(nn.Module):
         """
         folder = resolve_checkpoint(folder)
         saved = read_checkpoint(folder)
-        if weights_hash(saved.state) != saved.heads:
-            raise CheckpointError(f"{folder}: heads.safetensors does not match model.json; copy both again")
-        if saved.backbone_weights is None:
-            backbone = backbone or build_backbone(saved.backbone, weights, saved.preprocess)
+        described, built = saved.description, saved.description.get("backbone_weights")
+        name, fingerprint = described["backbone"], described["backbone_fingerprint"]
+        if built is None:
+            backbone = backbone or build_backbone(name, weights, described.get("preprocess"))
         elif backbone is None:
-            backbone = restore_backbone(saved.backbone, saved.backbone_weights, folder, saved.preprocess)
+            backbone = restore_backbone(name, built, folder, described.get("preprocess"))
         else:
             load_backbone_weights(backbone, folder)
-        if not backbone.matches(saved.fingerprint):
+        if not backbone.matches(fingerprint):
             raise CheckpointError(
-                f"{folder} was trained on backbone {saved.backbone} {saved.fingerprint}, "
+                f"{folder} was trained on backbone {name} {fingerprint}, "
                 f"but this is {backbone.name} {backbone.fingerprint()}; give the weights it was trained on"
-                if saved.backbone_weights is None
+                if built is None
                 else f"{folder}: backbone.safetensors does not match model.json; copy both again"
             )
         query_head, target_head, projector = build_heads(saved, backbone.dim, folder)
-        model = cls(backbone, query_head, target_head, saved.metadata, projector)
-        model.tuned, model.training_images = saved.backbone_weights is not None, saved.images
-        model.readme, model._readme_heads = saved.readme, saved.heads
+        model = cls(backbone, query_head, target_head, described["card"], projector)
+        model.tuned, model.training_images = built is not None, saved.images
+        model.readme, model._readme_heads = saved.readme, described["heads"]
         if any(x.shape[1] != backbone.dim for x in (saved.calibration or {}).values()):
             raise CheckpointError(f"{folder}: calibration.safetensors is not of width {backbone.dim}; copy both again")
         model.calibration = saved.calibration

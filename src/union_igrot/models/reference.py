@@ -85,9 +85,12 @@ def load_reference_checkpoint(
     else:
         source, state = str(path_or_state_dict), read_state_dict(path_or_state_dict)
     encoder, heads = _split_state(state, source)
-    backbone = _backbone(encoder, model, tokenizer, text_heads, source)
-    fusion = _fusion(heads, backbone.dim, mask, source)
-    head = _target(heads, backbone.dim, target, sum_form, source)
+    try:
+        backbone = _backbone(encoder, model, tokenizer, text_heads, source)
+        fusion = _fusion(heads, backbone.dim, mask, source)
+        head = _target(heads, backbone.dim, target, sum_form, source)
+    except KeyError as error:  # a tensor that sizes are read from
+        raise CheckpointError(f"{source} misses {error.args[0]}; give the whole state dict") from None
     loaded = IGROTModel(backbone, fusion, head, {"source": Path(source).name, "reference_target": _KINDS[target]})
     loaded.tuned = True  # the published code trains both encoders, and the file may hold any weights
     return loaded.eval()
@@ -145,21 +148,18 @@ def _backbone(
 
 def _clip(encoder: dict[str, Tensor], model: str, text_heads: int | None, source: str) -> OpenClipBackbone:
     named = model_config(model)
-    config = _clip_sizes(encoder, named, source)
+    config = _clip_sizes(encoder, named)
     config["text_cfg"]["heads"] = text_heads or max(2, config["text_cfg"]["width"] // 64)
     preprocess = Preprocess(config["vision_cfg"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
     return OpenClipBackbone(config, preprocess, model, encoder, source=f"the CLIP in {source}")
 
 
-def _clip_sizes(state: Mapping[str, Tensor], named: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _clip_sizes(state: Mapping[str, Tensor], named: Mapping[str, Any]) -> dict[str, Any]:
     """Read a CLIP's sizes from its tensors; the others come from the named configuration."""
-    try:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-        context, text_width = state["positional_embedding"].shape
-        vocabulary, joint = state["token_embedding.weight"].shape[0], state["text_projection"].shape[1]
-    except KeyError as error:
-        raise CheckpointError(f"the CLIP in {source} misses {error}; give the whole state dict") from None
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    context, text_width = state["positional_embedding"].shape
+    vocabulary, joint = state["token_embedding.weight"].shape[0], state["text_projection"].shape[1]
     vision = {
         "image_size": patch * grid,
         "layers": _count(state, r"^visual\.transformer\.resblocks\.(\d+)\."),
@@ -200,7 +200,7 @@ def rename_blip(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _blip(state: dict[str, Tensor], tokenizer: str | Path | None, source: str) -> BlipBackbone:
     from transformers import BlipConfig, BlipForImageTextRetrieval  # noqa: PLC0415 - heavy
 
-    sizes, vocabulary = _blip_sizes(state, source), _blip_tokenizer(tokenizer)
+    sizes, vocabulary = _blip_sizes(state), _blip_tokenizer(tokenizer)
     network = BlipForImageTextRetrieval(BlipConfig(**sizes))
     preprocess = Preprocess(sizes["vision_config"]["image_size"], OPENAI_MEAN, OPENAI_STD, fit="pad")
     backbone = BlipBackbone(network, vocabulary, preprocess, "blip")
@@ -208,19 +208,16 @@ def _blip(state: dict[str, Tensor], tokenizer: str | Path | None, source: str) -
     return backbone
 
 
-def _blip_sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+def _blip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read BLIP's sizes from its tensors; heads are 64 wide on both sides."""
-    try:
-        patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-        grid = round((state["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
-        width = state["vision_model.embeddings.class_embedding"].shape[-1]
-        vision_inner = state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
-        vocabulary, text_width = state["text_encoder.embeddings.word_embeddings.weight"].shape
-        positions = state["text_encoder.embeddings.position_embeddings.weight"].shape[0]
-        text_inner = state["text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0]
-        joint = state["vision_proj.weight"].shape[0]
-    except KeyError as error:
-        raise CheckpointError(f"the BLIP in {source} misses {error}; give the whole state dict") from None
+    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    grid = round((state["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
+    width = state["vision_model.embeddings.class_embedding"].shape[-1]
+    vision_inner = state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+    vocabulary, text_width = state["text_encoder.embeddings.word_embeddings.weight"].shape
+    positions = state["text_encoder.embeddings.position_embeddings.weight"].shape[0]
+    text_inner = state["text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0]
+    joint = state["vision_proj.weight"].shape[0]
     vision = {
         "hidden_size": width,
         "intermediate_size": vision_inner,
@@ -260,13 +257,8 @@ def _blip_tokenizer(tokenizer: str | Path | None) -> Any:
 
 def _fusion(heads: Mapping[str, Tensor], width: int, mask: MaskMode, source: str) -> QueryHead:
     own = {name: x for name, x in heads.items() if name.startswith(_FUSION)}
-    layers = _count(own, r"^fusion\.layers\.(\d+)\.")
-    first = own.get("fusion.layers.0.linear1.weight")
-    if first is None:
-        raise CheckpointError(
-            f"the fusion head in {source} misses fusion.layers.0.linear1.weight; give the whole state dict"
-        )
-    fusion = build_query_head("transagg", width, layers=layers, feedforward=first.shape[0], mask=mask)
+    layers, inner = _count(own, r"^fusion\.layers\.(\d+)\."), own["fusion.layers.0.linear1.weight"].shape[0]
+    fusion = build_query_head("transagg", width, layers=layers, feedforward=inner, mask=mask)
     load_strict(fusion, own, f"the fusion head in {source}")
     return fusion
 
@@ -276,16 +268,15 @@ def _target(heads: Mapping[str, Tensor], width: int, target: str, sum_form: str,
         options: dict[str, Any] = {"form": sum_form} if target == "sum" else {}
         return build_target_head(target, width, **options)
     own = {name: x for name, x in heads.items() if name.startswith(_TARGET)}
-    query, inner = (
-        own.get(f"t5_layers.block.0.layer.{layer}.weight") for layer in ("0.SelfAttention.q", "1.DenseReluDense.wi")
-    )
-    if query is None or inner is None:
+    if not own:
         raise CheckpointError(
             f"{source} has no UNION head (t5_layers.*, union_weighted_layer.*); TransAgg's files have none: "
             "choose target=frozen"
         )
-    layers = _count(own, r"^t5_layers\.block\.(\d+)\.")
+    layers, first = _count(own, r"^t5_layers\.block\.(\d+)\."), "t5_layers.block.0.layer"
+    inner = own[f"{first}.1.DenseReluDense.wi.weight"].shape[0]
     # Heads of T5 are 64 wide at every width of the joint space.
-    head = build_target_head("union", width, layers=layers, heads=query.shape[0] // 64, feedforward=inner.shape[0])
+    heads_of_64 = own[f"{first}.0.SelfAttention.q.weight"].shape[0] // 64
+    head = build_target_head("union", width, layers=layers, heads=heads_of_64, feedforward=inner)
     load_strict(head, own, f"the UNION head in {source}")
     return head

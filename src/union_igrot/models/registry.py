@@ -12,8 +12,6 @@ from union_igrot._lazy import entry_points_of
 from union_igrot.errors import ConfigError, did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
-BACKBONE_PREFIXES = ("open_clip:", "hf-hub:", "hf:", "st:")
-"""What the names of further backbones begin with."""
 BACKBONE_FORMS = (
     "open_clip:<architecture>/<tag>, hf-hub:<repository> (OpenCLIP), hf:<repository> (transformers) or st:<repository> "
     "(sentence-transformers)"
@@ -35,12 +33,15 @@ class Registry:
         what: What the names stand for, for errors.
         group: Group of entry points by which other packages add theirs.
         builtin: Built-in names, each with `module:attribute` below `union_igrot.models`.
+        prefixes: The same of what further names begin with, by which the builder itself knows them.
+        forms: These further names, for errors.
     """
 
-    def __init__(self, what: str, group: str, builtin: Mapping[str, str]) -> None:
-        self.what, self.group = what, group
-        self.builtin = tuple(builtin)
-        self._builtin = dict(builtin)
+    def __init__(
+        self, what: str, group: str, builtin: Mapping[str, str], prefixes: Mapping[str, str] = {}, forms: str = ""
+    ) -> None:
+        self.what, self.group, self.builtin = what, group, tuple(builtin)
+        self._builtin, self._prefixes, self._forms = builtin, prefixes, forms
         self._registered: dict[str, Any] = {}
 
     def names(self) -> list[str]:
@@ -48,7 +49,7 @@ class Registry:
         return list(dict.fromkeys([*self.builtin, *self._registered, *entry_points_of(self.group)]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._builtin or name in self._registered or name in entry_points_of(self.group)
+        return name in self.builtin or name in self._registered or name in entry_points_of(self.group)
 
     def register(self, name: str, value: Any) -> None:
         """Add a name; a name registered before is replaced.
@@ -56,7 +57,7 @@ class Registry:
         Raises:
             ConfigError: If the name is a built-in one.
         """
-        if name in self._builtin:
+        if name in self.builtin:
             raise ConfigError(f"{self.what} {name!r} is built in; register it under another name")
         self._registered[name] = value
 
@@ -66,13 +67,14 @@ class Registry:
         Raises:
             ConfigError: If the name is unknown, or its package cannot be imported.
         """
-        if name in self._builtin:
-            module, _, attribute = self._builtin[name].partition(":")
+        further = (place for prefix, place in self._prefixes.items() if name.startswith(prefix))
+        if (place := self._builtin.get(name) or next(further, None)) is not None:
+            module, _, attribute = place.partition(":")
             return getattr(import_module(f"union_igrot.models.{module}"), attribute)
         if name in self._registered:
             return self._registered[name]
         if (found := entry_points_of(self.group).get(name)) is None:
-            raise ConfigError(self.unknown(name))
+            raise ConfigError(self.unknown(name, self._forms))
         try:
             return found.load()
         except (ImportError, AttributeError) as error:
@@ -91,6 +93,14 @@ def near_name(name: str, known: list[str]) -> str:
     return f" ({near})" if near else ""
 
 
+_FURTHER = {
+    "open_clip:": "backbones.open_clip:load_open_clip",
+    "hf-hub:": "backbones.open_clip:load_open_clip",
+    "hf:": "backbones.hf:load_hf",
+    "st:": "backbones.sentence:load_sentence",
+}
+BACKBONE_PREFIXES = tuple(_FURTHER)
+"""What the names of further backbones begin with."""
 BACKBONES = Registry(
     "backbone",
     "union_igrot.backbones",
@@ -104,6 +114,8 @@ BACKBONES = Registry(
         "siglip2": "backbones.hf:load_hf",
         "tinyclip": "backbones.hf:load_hf",
     },
+    _FURTHER,
+    BACKBONE_FORMS,
 )
 QUERY_HEADS = Registry(
     "query head",

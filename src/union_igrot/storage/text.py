@@ -53,7 +53,8 @@ def read_json(path: str | Path, *, concatenated: bool = False) -> Any:
     """
     text = read_text(path)
     if not concatenated or text.lstrip().startswith("["):
-        return _parse(text, path)
+        with _parsed(path):
+            return _DECODER.decode(text)
     values, position = [], len(text) - len(text.lstrip())
     with _parsed(path):
         while position < len(text):
@@ -96,7 +97,9 @@ def read_json_items(path: str | Path) -> Iterator[Any]:
 def read_json_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, Any]]:
     """Yield the place and the JSON value of each line that is not blank."""
     for place, line in read_lines(path, errors):
-        yield place, _parse(line, place, lines=False)
+        with _parsed(place, lines=False):
+            value = _DECODER.decode(line)
+        yield place, value
 
 
 def read_csv(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, list[str]]]:
@@ -172,11 +175,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
-
-
-def _parse(text: str, place: str | Path, *, lines: bool = True) -> Any:
-    with _parsed(place, lines=lines):
-        return _DECODER.decode(text)
 
 
 @contextmanager

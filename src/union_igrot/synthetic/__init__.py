@@ -1,4 +1,4 @@
-"""The generated world: scenes, images, benchmarks, and the pretraining of the bundled tiny backbone."""
+"""The generated world: scenes, images and benchmarks."""
 
 from typing import TYPE_CHECKING
 

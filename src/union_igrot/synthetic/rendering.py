@@ -46,13 +46,9 @@ def _around(count: int, radius: list[float], turn: float = -0.25) -> list[Point]
 
 
 def _flower() -> list[Point]:
-    return [
-        (
-            (0.72 + 0.28 * math.cos(5 * a)) * math.cos(a - _TAU / 4),
-            (0.72 + 0.28 * math.cos(5 * a)) * math.sin(a - _TAU / 4),
-        )
-        for a in (_TAU * i / 40 for i in range(40))
-    ]
+    angles = [_TAU * i / 40 for i in range(40)]
+    petals = [(a - _TAU / 4, 0.72 + 0.28 * math.cos(5 * a)) for a in angles]
+    return [(radius * math.cos(a), radius * math.sin(a)) for a, radius in petals]
 
 
 def _heart() -> list[Point]:
@@ -77,10 +73,6 @@ def _drop() -> list[Point]:
     return [(0.0, -1.0), *bowl]
 
 
-def _gear() -> list[Point]:
-    return _around(32, [1.0, 1.0, 0.7, 0.7])
-
-
 def _mushroom() -> list[Point]:
     cap = [(math.cos(a), 0.05 + 0.95 * math.sin(a)) for a in (_TAU * (0.5 + 0.5 * i / 16) for i in range(17))]
     return [*cap, (0.32, 0.05), (0.38, 0.95), (-0.38, 0.95), (-0.32, 0.05)]
@@ -103,7 +95,7 @@ OUTLINES: dict[str, list[Point]] = {
     "tree": [(0, -1), (.5, -.4), (.25, -.4), (.75, .35), (.18, .35), (.18, 1), (-.18, 1), (-.18, .35), (-.75, .35), (-.25, -.4), (-.5, -.4)],
     "bolt": [(.25, -1), (-.6, .15), (-.08, .15), (-.3, 1), (.6, -.25), (.08, -.25), (.5, -1)],
     "hourglass": [(-.75, -.95), (.75, -.95), (.12, 0), (.75, .95), (-.75, .95), (-.12, 0)],
-    "gear": _gear(),
+    "gear": _around(32, [1.0, 1.0, 0.7, 0.7]),
     "boat": [(-.08, -1), (.75, .1), (.08, .1), (.08, .3), (1, .3), (.6, .9), (-.6, .9), (-1, .3), (-.08, .3)],
     "mushroom": _mushroom(),
     "bottle": [(-.22, -1), (.22, -1), (.22, -.45), (.5, -.1), (.5, 1), (-.5, 1), (-.5, -.1), (-.22, -.45)],

@@ -8,7 +8,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 SEEN_SHAPES = (
@@ -136,23 +136,22 @@ def _replaced(scene: Scene, thing: Thing, new: Thing) -> Scene:
     return replace(scene, things=tuple(new if t == thing else t for t in scene.things))
 
 
+_ATTRIBUTES = {
+    "colour": ("color", COLORS, ("make the {0} {1}", "change the {0} to {1}", "the {0} is {1}")),
+    "fill": ("fill", FILLS, ("make the {0} {1}", "the {0} should be {1}")),
+    "shape": ("shape", SHAPES, ("replace the {0} with {2}", "turn the {0} into {2}", "{2} instead of the {0}")),
+}
+"""Attribute, values and texts by kind of edit; the texts take the shape, the value, and the value with its article."""
+
+
 def _edit_attribute(rng: random.Random, scene: Scene, kind: str) -> Edit | None:
+    attribute, values, texts = _ATTRIBUTES[kind]
     thing = scene.things[int(rng.random() * len(scene.things))]
-    name = thing.shape
-    if kind == "colour":
-        value = pick(rng, COLORS, exclude=thing.color)
-        text = pick(rng, (f"make the {name} {value}", f"change the {name} to {value}", f"the {name} is {value}"))
-        return Edit((kind,), text, (_replaced(scene, thing, replace(thing, color=value)),))
-    if kind == "fill":
-        value = pick(rng, FILLS, exclude=thing.fill)
-        text = pick(rng, (f"make the {name} {value}", f"the {name} should be {value}"))
-        return Edit((kind,), text, (_replaced(scene, thing, replace(thing, fill=value)),))
-    value = pick(rng, SHAPES, exclude=name)
-    if any(t.shape == value for t in scene.things):
+    value = pick(rng, values, exclude=getattr(thing, attribute))
+    if kind == "shape" and any(t.shape == value for t in scene.things):
         return None
-    new = with_article(value)
-    text = pick(rng, (f"replace the {name} with {new}", f"turn the {name} into {new}", f"{new} instead of the {name}"))
-    return Edit((kind,), text, (_replaced(scene, thing, replace(thing, shape=value)),))
+    text = pick(rng, texts).format(thing.shape, value, with_article(value))
+    return Edit((kind,), text, (_replaced(scene, thing, replace(thing, **{attribute: value})),))
 
 
 def _edit_size(rng: random.Random, scene: Scene) -> Edit:
@@ -207,9 +206,7 @@ def _edit_move(rng: random.Random, scene: Scene) -> Edit:
 
 
 _EDITORS: dict[str, Callable[[random.Random, Scene], Edit | None]] = {
-    "colour": lambda rng, scene: _edit_attribute(rng, scene, "colour"),
-    "shape": lambda rng, scene: _edit_attribute(rng, scene, "shape"),
-    "fill": lambda rng, scene: _edit_attribute(rng, scene, "fill"),
+    **{kind: partial(_edit_attribute, kind=kind) for kind in _ATTRIBUTES},
     "size": _edit_size,
     "background": _edit_background,
     "add": _edit_add,

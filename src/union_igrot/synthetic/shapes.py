@@ -5,7 +5,7 @@ validation or test.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
@@ -103,19 +103,9 @@ def _hard_negative(rng: random.Random, reference: Scene, edit: Edit, *, keep_edi
     return None
 
 
-@dataclass
-class _Draft:
-    """A query whose targets are not yet known, since the gallery is not complete."""
-
-    reference: str
-    edit: Edit
-    hard_negatives: list[str]
-    image: ShapesImage
-
-
-def _subset(rng: random.Random, draft: _Draft, targets: tuple[str, ...], everything: list[str]) -> tuple[str, ...]:
-    """Return six images: the reference, one target, the hard negatives, and other non-targets."""
-    subset = [draft.reference, targets[0], *draft.hard_negatives]
+def _subset(rng: random.Random, targets: tuple[str, ...], others: list[str], everything: list[str]) -> tuple[str, ...]:
+    """Return six images: one target, some others (reference and hard negatives), and further ones drawn at random."""
+    subset = [others[0], targets[0], *others[1:]]
     taken = {*subset, *targets}
     if len(everything) - len(taken) < 6 - len(subset):
         raise DataError(f"a gallery of {len(everything)} is too small for subsets of six; add at least 4 distractors")
@@ -155,7 +145,7 @@ def shapes_cir(
         raise DataError(f"invalid value for distractors: {distractors} (expected an integer >= 0)")
     rng = random.Random(f"shapes_cir {split} {seed}")
     gallery = _GalleryBuilder(rng)
-    drafts: list[_Draft] = []
+    drafts: list[tuple[Query, Edit, list[str]]] = []  # without targets and subset: the gallery is not complete
     while len(drafts) < queries:
         scene = random_scene(rng, split)
         reference = gallery.add(scene)
@@ -164,31 +154,22 @@ def shapes_cir(
         redrawn = gallery.add(scene)
         for _ in range(min(edits, queries - len(drafts))):
             edit = edit_scene(rng, scene)
-            negatives = [redrawn]
+            others = [reference, redrawn]
             for keep_edit in (True, False):
                 wrong = _hard_negative(rng, scene, edit, keep_edit=keep_edit)
-                negatives += [] if wrong is None else [gallery.add(wrong)]
+                others += [] if wrong is None else [gallery.add(wrong)]
             for copy in range(1 + int(rng.random() * 3)):
                 gallery.add(edit.targets[copy % len(edit.targets)])
-            drafts.append(_Draft(reference, edit, negatives, source))
+            tags = edit.kinds if len(edit.kinds) == 1 else ("two changes",)
+            query = Query(f"query-{len(drafts):05d}", source, edit.text, exclude=(reference,), tags=tags)
+            drafts.append((query, edit, others))
     for _ in range(distractors):
         gallery.add(random_scene(rng, split))
     everything = [item.id for item in gallery.items]
     done = []
-    for number, draft in enumerate(drafts):
-        targets = tuple(gallery.ids_of(draft.edit.targets))
-        kinds = draft.edit.kinds
-        done.append(
-            Query(
-                id=f"query-{number:05d}",
-                image=draft.image,
-                text=draft.edit.text,
-                targets=targets,
-                exclude=(draft.reference,),
-                subset=_subset(rng, draft, targets, everything),
-                tags=kinds if len(kinds) == 1 else ("two changes",),
-            )
-        )
+    for query, edit, others in drafts:
+        targets = tuple(gallery.ids_of(edit.targets))
+        done.append(replace(query, targets=targets, subset=_subset(rng, targets, others, everything)))
     return Benchmark("shapes_cir", split, "cir", tuple(done), tuple(gallery.items), CIR_PROTOCOL)
 
 

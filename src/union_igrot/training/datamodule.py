@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from union_igrot.errors import ConfigError, DataError, ImageError
 from union_igrot.features.extractor import FeatureExtractor
-from union_igrot.images.dataset import ImageDataset, OpenAsPixels, first_error, image_loader
-from union_igrot.images.transforms import model_input
+from union_igrot.images.dataset import ImageDataset, first_error, image_loader
+from union_igrot.images.transforms import model_input, open_pixels
 from union_igrot.models.backbones.base import Modality
 from union_igrot.training.losses import UNKNOWN, CachedBank, reference_groups
 from union_igrot.types import Benchmark, Features, ImageSource, Preprocess, Query, TrainingSet, Triplet
@@ -141,26 +141,20 @@ class _Block(NamedTuple):
     span: range
 
 
-class _Decoded(NamedTuple):
-    """A decoded batch: rows of the training set, or blocks, and the pixels of their images."""
-
-    items: list[Any]
-    pixels: list[Tensor]
+_Decoded = tuple[list[Any], list[Tensor]]
+"""Rows of the training set, or blocks, and the pixels of their images."""
 
 
-class _OpenImages:
-    """Opens the images of a training sample or of a validation item, in a decoding process."""
-
-    def __init__(self, preprocess: Preprocess, triplets: Sequence[Triplet], benchmarks: Sequence[Benchmark]) -> None:
-        self._open, self._triplets, self._benchmarks = OpenAsPixels(preprocess), triplets, benchmarks
-
-    def __call__(self, item: int | tuple[_Block, int]) -> tuple[Any, list[Tensor]]:
-        if isinstance(item, int):
-            triplet = self._triplets[item]
-            return item, [self._open(triplet.image), self._open(triplet.target)]
-        block, position = item
-        source: ImageSource = getattr(self._benchmarks[block.benchmark], block.side)[position].image
-        return block, [self._open(source)]
+def _open_images(
+    preprocess: Preprocess, triplets: Sequence[Triplet], benchmarks: Sequence[Benchmark], item: Any
+) -> tuple[Any, list[Tensor]]:
+    """Open the images of a row of the training set, or of a block and a position, in a decoding process."""
+    if isinstance(item, int):
+        sources = [triplets[item].image, triplets[item].target]
+    else:
+        item, position = item
+        sources = [getattr(benchmarks[item.benchmark], item.side)[position].image]
+    return item, [open_pixels(source, preprocess) for source in sources]
 
 
 def _stack_images(items: list[tuple[Any, list[Tensor]] | ImageError]) -> _Decoded | ImageError:
@@ -168,7 +162,7 @@ def _stack_images(items: list[tuple[Any, list[Tensor]] | ImageError]) -> _Decode
         return error
     opened = [item for item in items if not isinstance(item, ImageError)]
     columns = zip(*(images for _, images in opened), strict=True)
-    return _Decoded([item for item, _ in opened], [torch.stack(column) for column in columns])
+    return [item for item, _ in opened], [torch.stack(column) for column in columns]
 
 
 def _single_wording(query: Query) -> str | None:
@@ -224,19 +218,14 @@ class IGROTDataModule(lightning.LightningDataModule):
         self._bank_size, self._fused_targets = bank_size, fused_targets
         self._composed = [row for row, one in enumerate(self._triplets) if one.task == "cir"]
         self.bank: CachedBank | None = None
-        self._ready = False
-
-    def prepare_data(self) -> None:
-        """Encode what is not in the store; Lightning calls it in one process per machine, while the others wait."""
-        self._encode()
 
     def setup(self, stage: str) -> None:
         """Look up every image and text of training and validation; encode what is not in the store."""
-        if stage == "fit" and not self._ready:
-            self._encode()
-            self._ready = True
+        if stage == "fit":
+            self.prepare_data()
 
-    def _encode(self) -> None:
+    def prepare_data(self) -> None:
+        """Encode what is not in the store; Lightning calls it in one process per machine, while the others wait."""
         if self.trainer is not None:  # Lightning moves the model only after this
             self._extractor.backbone.to(self.trainer.strategy.root_device)
         triplets = self._triplets
@@ -304,7 +293,7 @@ class IGROTDataModule(lightning.LightningDataModule):
 
     def _image_loader(self, batches: Iterable[Sequence[Any]]) -> DataLoader[Any]:
         preprocess, workers = self._extractor.backbone.preprocess, self._extractor.workers
-        dataset = ImageDataset(None, _OpenImages(preprocess, self._triplets, self._benchmarks))
+        dataset = ImageDataset(None, partial(_open_images, preprocess, self._triplets, self._benchmarks))
         return image_loader(dataset, batches, _stack_images, workers=workers, persistent=True)
 
     def transfer_batch_to_device(
@@ -317,13 +306,14 @@ class IGROTDataModule(lightning.LightningDataModule):
         del dataloader_idx
         if isinstance(batch, ImageError):
             raise batch
-        if not isinstance(batch, _Decoded):
+        if not isinstance(batch, tuple):
             return batch
+        items, columns = batch
         preprocess = self._extractor.backbone.preprocess
-        images = [model_input(pixels.to(device, non_blocking=True), preprocess) for pixels in batch.pixels]
-        if isinstance(batch.items[0], _Block):
-            return self._validation_batch(batch.items[0], *images)
-        return self._training_batch(batch.items, *images)
+        images = [model_input(pixels.to(device, non_blocking=True), preprocess) for pixels in columns]
+        if isinstance(items[0], _Block):
+            return self._validation_batch(items[0], *images)
+        return self._training_batch(items, *images)
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else self.trainer.current_epoch

@@ -251,7 +251,7 @@ def test_adapters_without_peft_or_of_other_kinds_are_refused(clip_folder, tmp_pa
     with pytest.raises(CheckpointError, match="holds an adapter of type IA3; give one whole model"):
         load_hf("hf:a/b", tmp_path / "lora")
     (tmp_path / "lora" / "adapter_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read .*; copy it again"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json in .* cannot be read .*; copy the file again"):
         load_hf("hf:a/b", tmp_path / "lora")
     shutil.copytree(clip_folder, tmp_path / "both")
     adapter_notes(tmp_path / "both", "openai/clip")

@@ -360,7 +360,7 @@ def test_a_damaged_tokenizer_is_named(open_clip_siglip_folder, tmp_path):
     folder = shutil.copytree(open_clip_siglip_folder, tmp_path / "copy")
     for content in ("{", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'):
         (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"cannot load the tokenizer .*copy") as error:
+        with pytest.raises(CheckpointError, match=r"tokenizer files in .*copy cannot be read") as error:
             load_open_clip("open_clip:mine", folder)
         assert "\n" not in str(error.value)
 

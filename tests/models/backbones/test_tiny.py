@@ -8,13 +8,13 @@ from importlib.resources import files
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from pretrain_tiny import caption_batch, held_out_metrics
 from safetensors.torch import save_file
 
 from union_igrot.errors import CheckpointError
 from union_igrot.models.backbones.base import weights_hash
 from union_igrot.models.backbones.tiny import CONTEXT, TinyBackbone, TinyVLM, tokenize
 from union_igrot.synthetic import scenes
-from union_igrot.synthetic.pretrain import caption_batch, held_out_metrics
 
 COUNT = TinyVLM().words.num_embeddings
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from union_igrot.errors import ConfigError
@@ -41,6 +42,7 @@ PROBE_TEXTS = (
 """Texts whose token ids tell tokenizers of one vocabulary apart."""
 _truncation_logged: set[str] = set()
 _EXAMPLE = 60
+_MARKS = 4  # most tokens that stand for no byte of a text
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -84,6 +86,14 @@ def first_pooled(
     return Features(tokens[:, 0], tokens, mask, torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device))
 
 
+def attention_of_one(attention: Any, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch dim"]:
+    """Return a `MultiheadAttention`'s output for each token alone: that token's value, whatever the query is."""
+    width = attention.embed_dim
+    weight = attention.in_proj_weight[2 * width :] if attention.v_proj_weight is None else attention.v_proj_weight
+    output: Tensor = attention.out_proj(F.linear(tokens, weight, attention.in_proj_bias[2 * width :]))
+    return output
+
+
 class Backbone(nn.Module, ABC):
     """A frozen vision-language model.
 
@@ -123,14 +133,17 @@ class Backbone(nn.Module, ABC):
             Pooled and token features in the joint space, not normalized; the mask is all True.
         """
 
-    @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; an empty string is the null text.
+        """Encode texts, cut to `context`; an empty string is the null text.
+
+        A subclass defines this, or `text_inputs` and `text_features`.
 
         Returns:
             Pooled and token features in the joint space, not normalized; the mask is False after the end of each text,
             by position.
         """
+        self.warn_truncated(texts)
+        return self.text_features(*self.text_inputs(texts))
 
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:  # noqa: ARG002 - optional
         """Return what `text_features` takes: token ids of texts, and whatever else its network needs.
@@ -154,11 +167,12 @@ class Backbone(nn.Module, ABC):
         return 0 if limit is None else sum(n for text, n in each.items() if self.token_count(text) > limit)
 
     def warn_truncated(self, texts: Iterable[str]) -> None:
-        """Log, once per process, that texts are cut; `texts` are those that may be too long."""
+        """Log, once per process, that texts are cut."""
         if _truncation_logged or self.context is None:
             return
         for text in texts:
-            if (length := self.token_count(text)) > self.context:
+            may_be_cut = len(text.encode(errors="surrogatepass")) + _MARKS > self.context  # a token is a byte or more
+            if may_be_cut and (length := self.token_count(text)) > self.context:
                 _truncation_logged.add(self.name)
                 example = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}..."
                 log.warning(
@@ -198,7 +212,8 @@ class Backbone(nn.Module, ABC):
         self.requires_grad_(requires_grad=True)
         with torch.inference_mode(mode=False), torch.enable_grad():
             for encoder in encoders:
-                features = self._example(encoder)
+                blank = torch.zeros(1, 3, self.preprocess.size, self.preprocess.size, device=self.device)
+                features = self.encode_image(blank) if encoder == "image" else self.encode_text(["a"])
                 outputs = [x.sum() for x in (features.pooled, features.tokens) if x is not None]
                 gradients: Sequence[Tensor | None] = torch.autograd.grad(outputs, weights, allow_unused=True)
                 chosen |= {id(x) for x, gradient in zip(weights, gradients, strict=True) if gradient is not None}
@@ -207,12 +222,6 @@ class Backbone(nn.Module, ABC):
             weight.requires_grad_(id(weight) in chosen)
         self.tuned_encoders = frozenset(encoders)
         return self
-
-    def _example(self, encoder: Modality) -> Features:
-        size = self.preprocess.size
-        if encoder == "image":
-            return self.encode_image(torch.zeros(1, 3, size, size, device=self.device))
-        return self.encode_text(["a"])
 
     def checkpoint_activations(self) -> "Backbone":
         """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""

@@ -6,7 +6,7 @@ A model's class is imported when it is used. Code in a repository is never run.
 import json
 import string
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,12 +16,12 @@ from typing import Any, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from union_igrot.errors import CheckpointError, ConfigError, first_line
 from union_igrot.models.backbones.base import (
     PROBE_TEXTS,
     Backbone,
+    attention_of_one,
     first_pooled,
     json_hash,
     vocabulary_hash,
@@ -62,6 +62,11 @@ _BILINEAR, _BICUBIC = 2, 3
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def canonicalize(text: str) -> str:
+    """Return a text in lower case, without punctuation and repeated spaces, as SigLIP was trained."""
+    return " ".join(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower().split())
+
+
 class _TransformersBackbone(Backbone):
     """A model of transformers.
 
@@ -74,9 +79,13 @@ class _TransformersBackbone(Backbone):
 
     Attributes:
         kind: Name of the architecture in configurations of transformers.
+        network_class: Name of its class in transformers.
+        clean: What is done to a text before it is tokenized.
     """
 
     kind: str
+    network_class: str
+    clean: Callable[[str], str] = str
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str, dim: int) -> None:
         super().__init__()
@@ -90,7 +99,7 @@ class _TransformersBackbone(Backbone):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of both towers, and the tokenizer's words and ids of a few texts."""
-        ids, mask = self._tokenize(PROBE_TEXTS, report=False)
+        ids, mask = self._tokenize(PROBE_TEXTS)
         return {
             "kind": self.kind,
             "image": tower_settings(self.network.config.vision_config),
@@ -103,12 +112,10 @@ class _TransformersBackbone(Backbone):
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
-    def _tokenize(
-        self, texts: Sequence[str], *, report: bool = True
-    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    def _tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
         """Return token ids padded or cut to the context, and a mask of the tokens."""
         encoded = self.tokenizer(
-            list(texts),
+            [self.clean(text) for text in texts],
             padding="max_length",
             padding_side="right",
             truncation=True,
@@ -116,14 +123,7 @@ class _TransformersBackbone(Backbone):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = encoded["attention_mask"].bool()
-        full = [text for text, whole in zip(texts, mask.all(1).tolist(), strict=True) if whole and report]
-        self.warn_truncated(full)
-        return encoded["input_ids"].to(self.device), mask.to(self.device)
-
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts, padded or cut to the context."""
-        return self.text_features(*self.text_inputs(texts))
+        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(self.device)
 
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return token ids, and a mask of the tokens."""
@@ -131,7 +131,7 @@ class _TransformersBackbone(Backbone):
 
     def token_count(self, text: str) -> int:
         """See `Backbone`."""
-        return len(self.tokenizer(text, verbose=False)["input_ids"])
+        return len(self.tokenizer(self.clean(text), verbose=False)["input_ids"])
 
 
 @final
@@ -148,7 +148,7 @@ class BlipBackbone(_TransformersBackbone):
         name: Name of the backbone in configurations and saved models.
     """
 
-    kind = "blip"
+    kind, network_class = "blip", "BlipForImageTextRetrieval"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         del network.itm_head
@@ -187,7 +187,8 @@ class SiglipBackbone(_TransformersBackbone):
         name: Name of the backbone in configurations and saved models.
     """
 
-    kind = "siglip"
+    kind, network_class = "siglip", "SiglipModel"
+    clean = staticmethod(canonicalize)
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         super().__init__(network, tokenizer, preprocess, name, network.config.vision_config.hidden_size)
@@ -196,13 +197,7 @@ class SiglipBackbone(_TransformersBackbone):
         """Encode preprocessed images."""
         outputs = self.network.vision_model(pixel_values=images)
         head = self.network.vision_model.head
-        # Attention over one token returns that token's value, whatever the query is.
-        values = F.linear(
-            outputs.last_hidden_state,
-            head.attention.in_proj_weight[2 * self.dim :],
-            head.attention.in_proj_bias[2 * self.dim :],
-        )
-        tokens = head.attention.out_proj(values)
+        tokens = attention_of_one(head.attention, outputs.last_hidden_state)
         tokens = tokens + head.mlp(head.layernorm(tokens))
         return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1))
 
@@ -214,15 +209,6 @@ class SiglipBackbone(_TransformersBackbone):
         tokens = self.network.text_model.head(outputs.last_hidden_state)
         real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         return first_pooled(torch.cat([outputs.pooler_output[:, None], tokens], dim=1), real)
-
-    def _tokenize(
-        self, texts: Sequence[str], *, report: bool = True
-    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-        return super()._tokenize([canonicalize(text) for text in texts], report=report)
-
-    def token_count(self, text: str) -> int:
-        """See `Backbone`."""
-        return super().token_count(canonicalize(text))
 
     def earlier_fingerprint(self, own: str) -> None:
         """Return None: earlier versions kept capitals."""
@@ -239,7 +225,7 @@ class HFClipBackbone(_TransformersBackbone):
         name: Name of the backbone in configurations and saved models.
     """
 
-    kind = "clip"
+    kind, network_class = "clip", "CLIPModel"
 
     def __init__(self, network: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
         super().__init__(network, tokenizer, preprocess, name, network.config.projection_dim)
@@ -265,22 +251,13 @@ class HFClipBackbone(_TransformersBackbone):
 
 
 HFBackbone = BlipBackbone | SiglipBackbone | HFClipBackbone
-_KINDS: dict[str, tuple[str, type[HFBackbone]]] = {
-    BlipBackbone.kind: ("BlipForImageTextRetrieval", BlipBackbone),
-    SiglipBackbone.kind: ("SiglipModel", SiglipBackbone),
-    HFClipBackbone.kind: ("CLIPModel", HFClipBackbone),
-}
+_KINDS: dict[str, type[HFBackbone]] = {one.kind: one for one in (BlipBackbone, SiglipBackbone, HFClipBackbone)}
 
 
 def tower_settings(config: Any) -> dict[str, Any]:
     """Return the settings of a tower that its weights do not show, from a configuration of transformers."""
     given = config.to_dict()
     return {name: given[name] for name in _TOWER_SETTINGS if given.get(name) is not None}
-
-
-def canonicalize(text: str) -> str:
-    """Return a text in lower case, without punctuation and repeated spaces, as SigLIP was trained."""
-    return " ".join(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower().split())
 
 
 def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
@@ -303,47 +280,45 @@ def load_hf(name: str, weights: str | Path | None = None) -> HFBackbone:
     source = NAMES.get(name) or (name.removeprefix("hf:") if name.startswith("hf:") else "")
     if not source:
         raise ConfigError(f"backbone {name!r} is not one of transformers; choose {', '.join(NAMES)} or hf:<repository>")
-    if weights is not None:
-        source = str(weights)
-        if not Path(source).is_dir():
-            raise CheckpointError(
-                f"backbone {name!r}: {source} is not a folder; set model.weights to a folder with config.json, "
-                "model.safetensors, tokenizer files and preprocessor_config.json"
-            )
-    if not Path(source).is_dir():
-        source = str(fetch_files(source, _NEEDED).parent)
-    if (Path(source) / "0_CLIPModel").is_dir():  # a folder of sentence-transformers
-        source = str(Path(source) / "0_CLIPModel")
-    if (Path(source) / "open_clip_config.json").is_file() and not (Path(source) / "config.json").exists():
+    if weights is not None and not Path(weights).is_dir():
         raise CheckpointError(
-            f"backbone {name!r}: {source} is a model of OpenCLIP; use the backbone open_clip:<any name> with it"
+            f"backbone {name!r}: {weights} is not a folder; set model.weights to a folder with config.json, "
+            "model.safetensors, tokenizer files and preprocessor_config.json"
         )
-    adapter = Path(source) if (Path(source) / "adapter_config.json").is_file() else None
+    folder = _find_model(str(weights or source))
+    if (folder / "0_CLIPModel").is_dir():  # a folder of sentence-transformers
+        folder /= "0_CLIPModel"
+    if (folder / "open_clip_config.json").is_file() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"backbone {name!r}: {folder} is a model of OpenCLIP; use the backbone open_clip:<any name> with it"
+        )
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None:
-        source = _adapted_model(name, adapter)
-    model_class, kind = _model_class(name, source)
-    network = _load_network(name, source, model_class)
+        folder = _find_model(_adapted_model(name, adapter))
+    kind = _find_kind(name, folder)
+    network = _load_network(name, folder, kind)
     if adapter is not None:
         network = _merge_adapter(name, network, adapter)
-    settings, size = _read_preprocess(name, source), network.config.vision_config.image_size
+    settings, size = _read_preprocess(name, folder), network.config.vision_config.image_size
     if name != "blip":
-        return kind(network, load_tokenizer(source, name), parse_preprocess(settings, size, name), name)
+        return kind(network, load_tokenizer(folder, name), parse_preprocess(settings, size, name), name)
     padded = replace(parse_preprocess(settings, size, name, sized=False), fit="pad")
-    backbone = kind(network, load_tokenizer(source, name), padded, name)
+    backbone = kind(network, load_tokenizer(folder, name), padded, name)
     with suppress(CheckpointError):  # sizes that only matter without padding
         backbone.model_preprocess = parse_preprocess(settings, size, name)
     return backbone
 
 
+def _find_model(source: str) -> Path:
+    """Return a folder, or that of a repository in the cache."""
+    return Path(source) if Path(source).is_dir() else fetch_files(source, _NEEDED).parent
+
+
 def _adapted_model(name: str, adapter: Path) -> str:
-    """Return the folder of the model that a LoRA adapter changes."""
-    try:
+    """Return the folder or repository of the model that a LoRA adapter changes."""
+    with reading_files(name, adapter, "adapter_config.json"):
         config = json.loads((adapter / "adapter_config.json").read_text())
         base, kind = str(config["base_model_name_or_path"]), config["peft_type"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"backbone {name!r}: {adapter / 'adapter_config.json'} cannot be read ({first_line(error)}); copy it again"
-        ) from None
     if kind != "LORA" or any((adapter / file).is_file() for file in _WEIGHTS):
         found = "both an adapter and a whole model" if kind == "LORA" else f"an adapter of type {kind}"
         raise CheckpointError(f"backbone {name!r}: {adapter} holds {found}; give one whole model, or one of type LORA")
@@ -352,7 +327,7 @@ def _adapted_model(name: str, adapter: Path) -> str:
             f'backbone {name!r}: {adapter} holds a LoRA adapter of {base}; pip install "union-igrot[peft]" to merge it '
             "on loading, or merge it (merge_and_unload() of peft) and save that"
         )
-    return base if Path(base).is_dir() else str(fetch_files(base, _NEEDED).parent)
+    return base
 
 
 def _merge_adapter(name: str, network: Any, adapter: Path) -> Any:
@@ -395,8 +370,8 @@ def restore_hf(name: str, kind: str, config: Mapping[str, Any], preprocess: Prep
     """
     import transformers  # noqa: PLC0415 - heavy
 
-    class_name, backbone = _KINDS[kind]
-    model_class = getattr(transformers, class_name)
+    backbone = _KINDS[kind]
+    model_class = getattr(transformers, backbone.network_class)
     network = model_class(model_class.config_class.from_dict(dict(config)))
     return backbone(network, load_tokenizer(folder, name), preprocess, name)
 
@@ -409,48 +384,36 @@ def load_tokenizer(source: str | Path, name: str) -> Any:
     """
     from transformers import AutoTokenizer, BertTokenizer  # noqa: PLC0415 - heavy
 
-    try:
+    with reading_files(name, Path(source), "tokenizer files"):
         if Path(source).is_file():
             return BertTokenizer(vocab=str(source))
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        # The tokenizers library raises the plain base class for a damaged file.
-        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
-            raise
-        raise _unavailable(name, str(source), "tokenizer files", error) from None
 
 
-def _model_class(name: str, source: str) -> tuple[Any, type[HFBackbone]]:
-    import transformers  # noqa: PLC0415 - heavy
+def _find_kind(name: str, folder: Path) -> type[HFBackbone]:
+    from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
-    try:
-        model_type = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=True
-        ).model_type
-    except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, "config.json", error) from None
-    if model_type not in _KINDS:
+    with reading_files(name, folder, "config.json"):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if (model_type := config.model_type) not in _KINDS:
         hint = " (its images vary in size; use a repository of a fixed one)" if model_type == "siglip2" else ""
         raise ConfigError(f"backbone {name!r} is a {model_type} model{hint}; supported are {', '.join(_KINDS)}")
-    class_name, kind = _KINDS[model_type]
-    return getattr(transformers, class_name), kind
+    return _KINDS[model_type]
 
 
-def _load_network(name: str, source: str, model_class: Any) -> Any:
-    file = next((file for file in _WEIGHTS if (Path(source) / file).is_file()), _WEIGHTS[0])
-    if (Path(source) / file).is_file():
-        check_content(Path(source) / file)
-    try:
-        with _no_bar():
-            options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-            network, report = model_class.from_pretrained(source, **options)
-    except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, file, error) from None
+def _load_network(name: str, folder: Path, kind: type[HFBackbone]) -> Any:
+    import transformers  # noqa: PLC0415 - heavy
+
+    file = next((file for file in _WEIGHTS if (folder / file).is_file()), _WEIGHTS[0])
+    with reading_files(name, folder, file), _no_bar():
+        check_content(folder / file)
+        options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+        network, report = getattr(transformers, kind.network_class).from_pretrained(str(folder), **options)
     # transformers fills what a file lacks with random weights.
     missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
     if missing := [key for key in missing if not key.endswith("position_ids")]:
         raise CheckpointError(
-            f"the weights of {source} miss {summarize_names(missing)} or hold another shape; copy them again"
+            f"the weights of {folder} miss {summarize_names(missing)} or hold another shape; copy them again"
         )
     return network
 
@@ -470,17 +433,14 @@ def _no_bar() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _read_preprocess(name: str, source: str) -> Mapping[str, Any]:
+def _read_preprocess(name: str, folder: Path) -> Mapping[str, Any]:
     from transformers.image_processing_base import ImageProcessingMixin  # noqa: PLC0415 - heavy
 
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    except LIBRARY_ERRORS as error:
-        raise _unavailable(name, source, "preprocessor_config.json", error) from None
-    if not isinstance(settings, Mapping):
-        raise CheckpointError(
-            f"backbone {name!r}: preprocessor_config.json in {source} holds no settings; copy it again"
-        )
+    settings: Any
+    with reading_files(name, folder, "preprocessor_config.json"):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(str(folder))
+        if not isinstance(settings, Mapping):
+            raise ValueError("it holds no settings")
     return settings
 
 
@@ -528,14 +488,18 @@ def _size_problem(settings: Mapping[str, Any], size: int) -> str | None:
     return None
 
 
-def _unavailable(name: str, source: str, file: str, error: Exception) -> CheckpointError:
-    if "trust_remote_code" in str(error):
-        return CheckpointError(
-            f"backbone {name!r}: {source} has code of its own, which is not run; use a repository of a kind that "
-            f"transformers supports ({', '.join(_KINDS)})"
-        )
-    path = Path(source) / file
-    return CheckpointError(
-        f"backbone {name!r}: {file} in {source} cannot be read ({first_line(error)}); "
-        + (replace_advice(path) if path.is_file() else "copy it there")
-    )
+@contextmanager
+def reading_files(name: str, folder: Path, file: str) -> Iterator[None]:
+    """Turn the errors of transformers about a file into one line."""
+    try:
+        yield
+    except Exception as error:
+        # The tokenizers library raises the plain base class for a damaged file.
+        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
+            raise
+        problem = f"{file} in {folder} cannot be read ({first_line(error)})"
+        advice = replace_advice(folder / file) if (folder / file).is_file() else "copy it there"
+        if "trust_remote_code" in str(error):
+            problem = f"{folder} has code of its own, which is not run"
+            advice = f"use a repository of a kind that transformers supports ({', '.join(_KINDS)})"
+        raise CheckpointError(f"backbone {name!r}: {problem}; {advice}") from None

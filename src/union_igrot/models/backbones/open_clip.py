@@ -24,7 +24,7 @@ from union_igrot.models.backbones.base import (
     json_hash,
     vocabulary_hash,
 )
-from union_igrot.models.backbones.hf import tower_settings
+from union_igrot.models.backbones.hf import reading_files, tower_settings
 from union_igrot.models.backbones.towers import UnsupportedTowerError, image_tower, text_tower
 from union_igrot.models.backbones.weights import (
     LIBRARY_ERRORS,
@@ -106,7 +106,7 @@ class OpenClipBackbone(Backbone):
         self.context: int = text.get("context_length", _CONTEXT)
         self.tokenize: Tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=self.context)
         hf_tokenizer = getattr(self.tokenize, "tokenizer", None)
-        self._padding = padding = int(getattr(hf_tokenizer, "pad_token_id", None) or 0)
+        padding = int(getattr(hf_tokenizer, "pad_token_id", None) or 0)
         end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
         padding_is_end = hf_tokenizer is not None and padding == hf_tokenizer.eos_token_id
         try:
@@ -123,16 +123,9 @@ class OpenClipBackbone(Backbone):
         """Encode preprocessed images."""
         return first_pooled(self._image_tokens(images))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts; longer ones are cut to the context, their end mark kept."""
-        return self.text_features(*self.text_inputs(texts))
-
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return token ids."""
-        ids = self.tokenize(list(texts))
-        full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last != self._padding]
-        self.warn_truncated(full)
-        return (ids.to(self.device),)
+        """Return token ids; longer texts are cut to the context, their end mark kept."""
+        return (self.tokenize(list(texts)).to(self.device),)
 
     def text_features(self, *inputs: Tensor) -> Features:
         """See `Backbone`."""
@@ -214,7 +207,7 @@ def load_open_clip(name: str, weights: str | Path | None = None) -> OpenClipBack
     config["quick_gelu"] |= is_openai
     preprocess = _tag_preprocess(config, known or _common_preprocess(arch))
     local = _local_config(config)
-    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), str(path))
+    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(name, local), str(path))
     backbone.config = config  # without the paths of this machine
     return _padded(backbone) if is_openai else backbone
 
@@ -265,28 +258,17 @@ def restore_open_clip(
     if text.get("hf_tokenizer_name") and any((folder / file).is_file() for file in _TOKENIZERS):
         text["hf_tokenizer_name"] = str(folder)
     local = _local_config(local)
-    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(local), source)
+    backbone = OpenClipBackbone(local, preprocess, name, state, _load_tokenizer(name, local), source)
     backbone.config = deepcopy(dict(config))  # without the folder's path
     return backbone
 
 
-def parse_name(name: str) -> tuple[str, str]:
+def parse_name(name: str, *, known: bool = True) -> tuple[str, str]:
     """Split a backbone's name into OpenCLIP's architecture and tag.
 
     Raises:
-        ConfigError: If the name has another form, or the architecture is unknown.
+        ConfigError: If the name has another form, or the architecture is unknown and `known` is set.
     """
-    arch, tag = _arch_and_tag(name)
-    if arch not in open_clip.list_models():
-        near = get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.0)
-        raise ConfigError(
-            f"backbone {name!r}: OpenCLIP has no architecture {arch!r}; the nearest are {', '.join(near)} "
-            "(all: open_clip.list_models())"
-        )
-    return arch, tag
-
-
-def _arch_and_tag(name: str) -> tuple[str, str]:
     arch, tag = NAMES.get(name, ("", ""))
     if name.startswith("open_clip:"):
         arch, _, tag = name.removeprefix("open_clip:").partition("/")
@@ -294,6 +276,12 @@ def _arch_and_tag(name: str) -> tuple[str, str]:
         arch = name
     if not arch:
         raise ConfigError(f"backbone {name!r} is not OpenCLIP's; use open_clip:<architecture>/<tag>")
+    if known and arch not in open_clip.list_models():
+        near = get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.0)
+        raise ConfigError(
+            f"backbone {name!r}: OpenCLIP has no architecture {arch!r}; the nearest are {', '.join(near)} "
+            "(all: open_clip.list_models())"
+        )
     return arch, tag
 
 
@@ -394,25 +382,18 @@ def _common_preprocess(arch: str) -> dict[str, Any]:
     return {key: tags[0].get(key) for key in keys if tags and all(tag.get(key) == tags[0].get(key) for tag in tags)}
 
 
-def _load_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer of a configuration; None for CLIP's own."""
+def _load_tokenizer(name: str, config: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a configuration."""
     text = config["text_cfg"]
-    name, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
-    length = text.get("context_length", _CONTEXT)
-    if not name:
-        return open_clip.SimpleTokenizer(context_length=length, **options) if options else None
-    mode = text.get("tokenizer_mode")
-    try:
-        options |= {"trust_remote_code": False, "local_files_only": True}
-        tokenizer: Tokenizer = HFTokenizer(name, context_length=length, tokenizer_mode=mode, **options)
-    except Exception as error:
-        # The tokenizers library raises the plain base class for a damaged file.
-        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
-            raise
-        raise CheckpointError(
-            f"cannot load the tokenizer {name} ({first_line(error)}); connect once, or give {WEIGHTS_OPTION} of a "
-            "folder with its tokenizer files"
-        ) from None
+    folder, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
+    options["context_length"] = text.get("context_length", _CONTEXT)
+    tokenizer: Tokenizer
+    if not folder:
+        tokenizer = open_clip.SimpleTokenizer(**options)
+        return tokenizer
+    options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False, "local_files_only": True}
+    with reading_files(name, Path(folder), "tokenizer files"):
+        tokenizer = HFTokenizer(folder, **options)
     return tokenizer
 
 
@@ -424,7 +405,7 @@ def _download(source: str) -> Path:
 
 
 def _load_folder(name: str, folder: Path) -> OpenClipBackbone:
-    arch, tag = _arch_and_tag(name)
+    arch, tag = parse_name(name, known=False)
     path = next((folder / file for file in _FILES if (folder / file).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} holds no weights; put one of {', '.join(_FILES)} there")

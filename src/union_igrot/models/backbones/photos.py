@@ -25,6 +25,7 @@ from union_igrot.errors import CheckpointError, ConfigError
 from union_igrot.models.backbones.base import Backbone, first_pooled
 from union_igrot.models.backbones.weights import load_strict, read_state_dict
 from union_igrot.models.devices import map_in_threads
+from union_igrot.models.heads.query import VisionProjector
 from union_igrot.types import Features, Preprocess
 
 DIM: Final = 512
@@ -142,19 +143,6 @@ class PhotoText(nn.Module):
         return found
 
 
-class _Residual(nn.Module):
-    """A unit vector plus a small network of it, of unit length again; changes nothing before it is trained."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, _HIDDEN), nn.Linear(_HIDDEN, dim)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
-
-    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-        return F.normalize(x + self.down(F.gelu(self.up(self.norm(x)))), dim=-1)
-
-
 class PhotoNetwork(nn.Module):
     """The network of `PhotosBackbone`.
 
@@ -163,15 +151,14 @@ class PhotoNetwork(nn.Module):
 
     Args:
         text: The text tower.
-        dim: Width of the joint space.
     """
 
-    def __init__(self, text: PhotoText, dim: int = DIM) -> None:
+    def __init__(self, text: PhotoText) -> None:
         super().__init__()
         self.trunk: Any = fold_norms(timm.create_model("efficientnet_lite0", pretrained=False))
-        self.photo, self.sketch = nn.Linear(WIDTH, dim), nn.Linear(sum(PARTS), dim)
+        self.photo, self.sketch = nn.Linear(WIDTH, DIM), nn.Linear(sum(PARTS), DIM)
         self.gate = nn.Linear(WIDTH, 1)
-        self.photo_residual, self.sketch_residual = _Residual(dim), _Residual(dim)
+        self.photo_residual, self.sketch_residual = VisionProjector(DIM, _HIDDEN), VisionProjector(DIM, _HIDDEN)
         self.text = text
 
     def image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
@@ -197,9 +184,9 @@ class PhotoNetwork(nn.Module):
         is_sketch = torch.sigmoid(self.gate(last))
         classes = self.place(self.trunk.classifier(last).softmax(-1).sqrt())
         photo = F.normalize(self.photo(last), dim=-1) + 0.7 * F.normalize(classes, dim=-1)
-        photo = self.photo_residual(F.normalize(photo, dim=-1))
-        sketch = self.sketch_residual(F.normalize(self.sketch(pooled), dim=-1))
-        first = torch.lerp(photo, sketch, is_sketch)
+        photo = self.photo_residual.project(F.normalize(photo, dim=-1))
+        sketch = self.sketch_residual.project(F.normalize(self.sketch(pooled), dim=-1))
+        first = torch.lerp(F.normalize(photo, dim=-1), F.normalize(sketch, dim=-1), is_sketch)
         inner = torch.lerp(self.photo(cells[..., :WIDTH]), self.sketch(cells), is_sketch[:, None])
         return torch.cat([first[:, None], F.normalize(inner, dim=-1)], dim=1)
 
@@ -249,17 +236,12 @@ class PhotosBackbone(Backbone):
         """Return the number of words."""
         return len(_split_words(text))
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts: a token for the text, which is its embedding, and one per noun in it."""
-        return self.text_features(*self.text_inputs(texts))
-
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the shares of ImageNet's classes in each noun."""
-        self.warn_truncated(text for text in texts if len(text) > 2 * CONTEXT)  # shorter ones have too few words
         return (self.network.text.mixtures(texts),)
 
     def text_features(self, *inputs: Tensor) -> Features:
-        """See `Backbone`."""
+        """Return a token for each text, which is its embedding, and one per noun in it."""
         (mixtures,) = inputs
         nouns = self.network.place(mixtures)
         mask = F.pad((mixtures != 0).any(2), (1, 0), value=True).to(nouns.device)

@@ -148,12 +148,9 @@ class TinyBackbone(Backbone):
         super().__init__()
         self.name, self.dim, self.preprocess, self.context = "tiny", 128, _PREPROCESS, CONTEXT
         self.network = TinyVLM(self.dim)
-        if weights is None:
-            with as_file(files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as shipped:
-                state = read_state_dict(shipped)
-        else:
-            state = read_state_dict(weights)
-        hint = "give a file written by `python -m union_igrot.synthetic.pretrain`"
+        with as_file(weights or files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as path:
+            state = read_state_dict(path)
+        hint = "give a file written by `python scripts/pretrain_tiny.py`"
         load_strict(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.freeze()
@@ -173,18 +170,12 @@ class TinyBackbone(Backbone):
         """Return the number of words, and one for the end."""
         return len(_split_words(text)) + 1
 
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """Encode texts: one token per word and one for the end, from which `pooled` is read."""
-        return self.text_features(*self.text_inputs(texts))
-
     def text_inputs(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return token ids."""
-        long = [text for text in texts if len(text) >= 2 * CONTEXT - 1]  # shorter ones cannot hold too many words
-        self.warn_truncated(long)
         return (tokenize(texts).to(self.device),)
 
     def text_features(self, *inputs: Tensor) -> Features:
-        """See `Backbone`."""
+        """Return one token per word and one for the end, from which `pooled` is read."""
         (ids,) = inputs
         tokens, mask = self.network.text(ids), ids != _PAD
         end = mask.sum(1) - 1

@@ -17,9 +17,8 @@ from open_clip.transformer import VisionTransformer
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.models.eva import Eva
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from union_igrot.models.backbones.base import first_pooled
+from union_igrot.models.backbones.base import attention_of_one, first_pooled
 from union_igrot.types import Features
 
 _FIRST_POOLERS = ("ClsPooler", "ClsLastHiddenStatePooler")
@@ -58,7 +57,7 @@ def _vision_transformer(visual: Any) -> ImageTokens:
 
     def head(tokens: Tensor) -> Tensor:
         if visual.attn_pool is not None:
-            tokens = _attention_of_one(visual.attn_pool, visual.attn_pool.ln_k(tokens))
+            tokens = attention_of_one(visual.attn_pool.attn, visual.attn_pool.ln_k(tokens))
         projected: Tensor = visual.ln_post(tokens) @ visual.proj
         return projected
 
@@ -72,14 +71,6 @@ def _vision_transformer(visual: Any) -> ImageTokens:
         return torch.cat([outputs["image_features"][:, None], head(tokens)], dim=1)
 
     return encode
-
-
-def _attention_of_one(pool: Any, tokens: Tensor) -> Tensor:
-    """Return attention's output for one token: that token's value, whatever the query is."""
-    attention, width = pool.attn, pool.attn.embed_dim
-    weight = attention.in_proj_weight[2 * width :] if attention.v_proj_weight is None else attention.v_proj_weight
-    output: Tensor = attention.out_proj(F.linear(tokens, weight, attention.in_proj_bias[2 * width :]))
-    return output
 
 
 def _resnet(visual: Any) -> ImageTokens:

@@ -90,20 +90,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a file; give a .safetensors, .pt or .pth file of weights")
     try:
         found = _load_file(path)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except LIBRARY_ERRORS as error:
         if named := re.search(r"GLOBAL (\S+) was not|`([\w.]+)`.*add_safe_globals", str(error)):
             thing = next(filter(None, named.groups()))
             raise CheckpointError(
                 f"{path} cannot be read as weights: it holds a Python object ({thing}), and loading it could run code; "
                 "save model.state_dict() alone"
             ) from None
-        reason = first_line(error).removeprefix("Weights only load failed. ")
+        reason = f"{type(error).__name__}: {first_line(error).removeprefix('Weights only load failed. ')}"
         reason = reason if "weights_only" not in reason else "damaged, or not a state dict"
-        raise CheckpointError(f"{path} cannot be read as weights: {reason}; {replace_advice(path)}") from None
-    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {first_line(error)}); {replace_advice(path)}"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read as weights ({reason}); {replace_advice(path)}") from None
     return unwrap_state_dict(found, str(path))
 
 
@@ -165,28 +161,21 @@ def unwrap_state_dict(found: object, source: str) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if isinstance(found, Mapping) and not any(isinstance(x, Tensor) for x in found.values()):
-        inner = [x for x in found.values() if isinstance(x, Mapping) and x and all(map(_is_tensor, x.values()))]
+        inner = [x for x in found.values() if isinstance(x, Mapping) and x and all(map(_is_plain, x.values()))]
         found = inner[0] if len(inner) == 1 else found
     if not isinstance(found, Mapping) or not found:
         raise CheckpointError(f"{source} holds no state dict but {type(found).__name__}; save `model.state_dict()`")
-    if odd := [str(name) for name, x in found.items() if not _is_tensor(x) or not isinstance(name, str)]:
+    if odd := [str(name) for name, x in found.items() if not _is_plain(x) or not isinstance(name, str)]:
         raise CheckpointError(
-            f"{source} holds entries that are not tensors: {summarize_names(odd)}; save a plain state dict"
-        )
-    if odd := [name for name, x in found.items() if not _is_plain(x)]:
-        raise CheckpointError(
-            f"{source} holds tensors that are sparse, quantized, complex or without values: {summarize_names(odd)}; "
-            "save plain ones"
+            f"{source} holds entries that are sparse, quantized, complex, without values, or not tensors: "
+            f"{summarize_names(odd)}; save a plain state dict"
         )
     return _without_prefix(found, "module.") or dict(found)
 
 
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.layout == torch.strided and not (x.is_quantized or x.is_meta or x.is_complex())
+def _is_plain(x: Any) -> bool:
+    dense = isinstance(x, Tensor) and x.layout == torch.strided
+    return dense and not (x.is_quantized or x.is_meta or x.is_complex())
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str, *, partial: bool = False) -> dict[str, Tensor]:

@@ -138,14 +138,6 @@ class FusionLayer(nn.Module):
         return result
 
 
-class _Encoder(nn.Module):
-    """The layers, under the reference's parameter names."""
-
-    def __init__(self, layers: list[FusionLayer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-
 class TransAggFusion(QueryHead):
     """TransAgg's query head: token fusion and three learned weights.
 
@@ -192,7 +184,8 @@ class TransAggFusion(QueryHead):
             )
         super().__init__(layers=layers, heads=heads, feedforward=feedforward, dropout=dropout, mask=mask, start=start)
         self.mask: MaskMode = mask
-        self.fusion = _Encoder([FusionLayer(width, heads, feedforward, dropout) for _ in range(layers)])
+        stack = nn.ModuleList(FusionLayer(width, heads, feedforward, dropout) for _ in range(layers))
+        self.fusion = nn.ModuleDict({"layers": stack})  # the reference's parameter names
         self.sep_token = nn.Parameter(torch.randn(1, 1, width))
         self.combiner_layer = nn.Linear(2 * width, 8 * width)
         self.output_layer = nn.Linear(8 * width, width)
@@ -215,9 +208,10 @@ class TransAggFusion(QueryHead):
         at = texts.tokens.shape[1] + 1
         rows = torch.stack([images.pooled_at + at, texts.pooled_at], dim=1)
         bias = self._bias(x, images.mask, texts.mask)
-        for number, layer in enumerate(self.fusion.layers, 1):
-            # Of the last layer only two rows are read.
-            x = layer(x, bias, rows if number == len(self.fusion.layers) else None)
+        *first, last = self.fusion["layers"].children()
+        for layer in first:
+            x = layer(x, bias)
+        x = last(x, bias, rows)  # only two rows are read
         inner = self.dropout(F.relu(self.combiner_layer(x.flatten(1))))
         fused = self.output_layer(inner)
         w = self.weighted_layer(fused)
@@ -267,9 +261,10 @@ class VisionProjector(nn.Module):
 
     def forward(self, images: Features) -> Features:
         """Project pooled and token features; mask and pooled position stay."""
-        tokens = None if images.tokens is None else self._project(images.tokens)
-        return Features(self._project(images.pooled), tokens, images.mask, images.pooled_at)
+        tokens = None if images.tokens is None else self.project(images.tokens)
+        return Features(self.project(images.pooled), tokens, images.mask, images.pooled_at)
 
-    def _project(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    def project(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Project vectors."""
         result: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
         return result

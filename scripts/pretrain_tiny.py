@@ -1,6 +1,6 @@
 """Pretrain the bundled tiny vision-language model on captions of the generated world.
 
-    python -m union_igrot.synthetic.pretrain
+    python scripts/pretrain_tiny.py
 
 Contrastive training of images against captions; each scene is in the batch together with an edit of it, which is a
 hard negative. A second loss classifies images of one thing by the prompts "a <shape>" (photos) and "a sketch of a
@@ -45,7 +45,7 @@ from union_igrot.synthetic.scenes import (
 
 SKETCHES = 96
 """Sketches per batch, in addition to the captioned photos."""
-_COMMAND = "python -m union_igrot.synthetic.pretrain"
+_COMMAND = "python scripts/pretrain_tiny.py"
 _PHOTO_PROMPTS = [with_article(shape) for shape in SHAPES]
 _SKETCH_PROMPTS = [f"a sketch of {with_article(shape)}" for shape in SHAPES]
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1400, help="batches of 256 photos and 96 sketches")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    bundled = Path(__file__).parents[1] / "weights" / "tiny"
+    bundled = Path(__file__).parents[1] / "src" / "union_igrot" / "weights" / "tiny"
     parser.add_argument("--out", type=Path, default=bundled, help="folder to write to")
     args = parser.parse_args()
     start = time.monotonic()
