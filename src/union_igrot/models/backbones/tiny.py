@@ -150,7 +150,7 @@ class TinyBackbone(Backbone):
         self.network = TinyVLM(self.dim)
         with as_file(weights or files("union_igrot") / "weights" / "tiny" / "backbone.safetensors") as path:
             state = read_state_dict(path)
-        hint = "give a file written by `python scripts/pretrain_tiny.py`"
+        hint = "give a file written by scripts/pretrain_tiny.py of the repository"
         load_strict(self.network, state, f"the tiny backbone's weights {weights or '(shipped)'}", hint)
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.freeze()
