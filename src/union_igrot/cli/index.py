@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from union_igrot.cli.command import run_command
 from union_igrot.errors import ConfigError, DataError
-from union_igrot.storage.files import expand_user
+from union_igrot.storage.files import expand_user, is_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -108,7 +108,7 @@ def _add_images(config: "DictConfig") -> None:
     if not report.added + report.updated + report.unchanged:
         found = f"none of its {report.skipped:,} files could be used" if report.skipped else "it holds no images"
         found += f" but {sum(report.excluded.values()):,} that are left out" if report.excluded else ""
-        advice = "" if os.path.isdir(listing.source) else f"; give {SOURCE_FORMS}"  # noqa: PTH112 - Path's may raise
+        advice = "" if is_folder(listing.source) else f"; give {SOURCE_FORMS}"
         raise DataError(f"images={config.images}: {found}{advice}")
 
 

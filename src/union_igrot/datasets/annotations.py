@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, final
 from union_igrot.errors import DataError, ImageError
 from union_igrot.images.decode import check_image
 from union_igrot.images.identity import Box
-from union_igrot.storage.files import expand_user
+from union_igrot.storage.files import expand_user, is_folder
 from union_igrot.storage.text import read_json, read_lines, refuse_repeated
 
 _Value = TypeVar("_Value")
@@ -44,7 +44,7 @@ class DatasetFolder:
         self.check_images = check_images
         self._found: dict[str, Path] = {}
         self._missing: list[str] = []
-        if not os.path.isdir(self.root):  # noqa: PTH112
+        if not is_folder(self.root):
             raise DataError(f"{self.root}: no such folder; pass the folder that holds the dataset")
 
     def annotation(self, *names: str) -> Path:

@@ -170,7 +170,7 @@ class SyntheticBackend(GalleryBackend):
         self._images = {item.id: item.image for item in items}
 
     def show(self, hit: Hit) -> DisplayedImage:
-        """Return a hit, drawn anew."""
+        """Return a hit, its image rendered again."""
         small = _rendered(self._images[hit.id])  # type: ignore[arg-type]  # images are hashable
         details = {"class": str(hit.columns["class"])} if hit.columns.get("class") is not None else {}
         return DisplayedImage(hit.id, str(hit.columns["caption"]), small, hit.score, None, details)

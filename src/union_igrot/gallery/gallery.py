@@ -50,7 +50,7 @@ from union_igrot.gallery.results import THUMBNAIL, SearchResult, make_result
 from union_igrot.models.backbones.base import PreprocessChoice
 from union_igrot.models.devices import resolve_device
 from union_igrot.models.model import IGROTModel
-from union_igrot.storage.files import absolute_path
+from union_igrot.storage.files import absolute_path, is_folder
 
 _ADD_WAIT_SECONDS: Final = 600.0
 
@@ -473,4 +473,4 @@ def _is_source(images: object) -> bool:
     path = absolute_path(images)
     if not os.path.lexists(path):
         return re.search(r"[*?\[{]", path) is not None
-    return os.path.isdir(path) or path.lower().endswith(".tar") or is_list(path)  # noqa: PTH112 - Path's raises for odd names
+    return is_folder(path) or path.lower().endswith(".tar") or is_list(path)

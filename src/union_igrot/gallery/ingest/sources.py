@@ -33,7 +33,7 @@ from union_igrot.gallery.ingest.entries import (
 )
 from union_igrot.gallery.ingest.report import IngestOptions
 from union_igrot.images.formats import describe_name, is_ignored, is_raw
-from union_igrot.storage.files import absolute_path, find_path, is_web_address
+from union_igrot.storage.files import absolute_path, find_path, is_folder, is_web_address
 from union_igrot.storage.text import read_csv, read_json_lines, read_lines
 
 SOURCE_FORMS: Final = (
@@ -101,8 +101,8 @@ def list_images(
     path = find_path(absolute_path(images))
     unreadable: list[Entry] = []
     exclusions = _Exclusions(exclude)
-    is_folder = os.path.isdir(path)  # noqa: PTH112
-    if is_folder:
+    walked = is_folder(path)
+    if walked:
         found = _walk(path, unreadable, exclusions)
     else:
         files = _expand(path, images, exclusions)
@@ -118,8 +118,8 @@ def list_images(
     entries = unique_entries(entries, images)
     if file_columns:
         listed = {entry.path for entry in entries if entry.fault is None}
-        exists = listed.__contains__ if is_folder else os.path.isfile
-        entries = add_found_columns(entries, exists, path if is_folder else None)
+        exists = listed.__contains__ if walked else os.path.isfile
+        entries = add_found_columns(entries, exists, path if walked else None)
     return Listing(path_as_text(path), entries, [entry.id for entry in unreadable], excluded)
 
 
@@ -190,7 +190,7 @@ def _list_folder(folder: str, root: str, exclusions: _Exclusions) -> tuple[list[
             continue
         if item.is_dir(follow_symlinks=False):
             folders.append(item.path)
-        elif item.is_symlink() and os.path.isdir(item.path):  # noqa: PTH112
+        elif item.is_symlink() and is_folder(item.path):
             links.append(item.path)
         else:
             try:
@@ -235,7 +235,7 @@ def _glob(pattern: str, images: str, exclusions: _Exclusions) -> list[str]:
         within = itertools.accumulate(names, "{}/{}".format)
         return any(map(partial(exclusions.leaves_out, hidden_allowed=hidden_allowed), names, within))
 
-    return [path for path in found if not os.path.isdir(path) and not left_out(path)]  # noqa: PTH112
+    return [path for path in found if not is_folder(path) and not left_out(path)]
 
 
 def _expand_braces(pattern: str, images: str) -> Iterator[str]:
